@@ -1,0 +1,131 @@
+"""Configurations: what plugins declare, what a run is made of, and how bad values are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metareg.errors import UnknownNameError, UsageError
+
+__all__ = ["Choice", "LearnerConfig", "PluginConfig", "RunConfig", "read_yaml", "validated"]
+
+
+class PluginConfig(BaseModel):
+    """Base of a plugin's `Config`: unknown keys, infinities and NaN are refused; instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+
+_Config = TypeVar("_Config", bound=BaseModel)
+
+
+def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    """Build `cls` from `values`.
+
+    Raises:
+        UsageError: one sentence that names each bad key, what it holds, what is allowed and the nearest valid key.
+    """
+    unknown = [key for key in values if key not in cls.model_fields]
+    if unknown and cls.model_config.get("extra") == "forbid":
+        raise UnknownNameError(f"option of {where}", unknown[0], cls.model_fields)
+    try:
+        return cls.model_validate(dict(values))
+    except ValidationError as error:
+        raise UsageError(f"In {where}, {'; '.join(_sentence(each) for each in error.errors())}.") from error
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if error["type"] == "missing":
+        return f"'{key}' is required and has no value"
+    given = f" = {error['input']!r}" if key else ""
+    return f"{key}{given} cannot be used: {problem[0].lower()}{problem[1:]}"
+
+
+class Choice(PluginConfig):
+    """A plugin by name, with values for its configuration. In YAML a bare name is enough."""
+
+    name: str = Field(description="The name of an installed plugin, or DIST:NAME.")
+    config: dict[str, Any] = Field({}, description="Values for the plugin's own options.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
+class LearnerConfig(PluginConfig):
+    """What a `MetaLearner` is told beside its model, algorithm, augmenters and loss."""
+
+    seed: int = Field(0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks.")
+    inner_steps: int = Field(1, ge=1, description="Adaptation steps on the support set in training.")
+    first_order: bool = Field(False, description="Treat inner gradients as constants in the meta-gradient.")
+    outer_lr: float = Field(1e-3, gt=0, description="Step size of the outer Adam.")
+    reset_optimizer_every: int | None = Field(
+        None,
+        ge=1,
+        description="Forget the outer optimiser's moments every so many steps, as the CML authors' code does.",
+    )
+    strategy: Literal["auto", "serial", "vectorized", "compiled"] = Field(
+        "auto", description="How the tasks of a batch are run; the result is the same to rounding."
+    )
+    memory: Literal["store", "recompute"] = Field(
+        "store", description="Keep every inner step's graph, or its parameters only and rebuild the graph."
+    )
+    norm: Literal["transductive", "support"] = Field(
+        "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
+    )
+    chunk: int | None = Field(None, ge=1, description="At most so many tasks at once; gradients accumulate.")
+    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")
+
+
+class RunConfig(LearnerConfig):
+    """All that determines a run. What a task recommends stands before these defaults; what the user says, before both."""
+
+    algo: Choice = Field(Choice(name="maml"), description="The algorithm.")
+    augment: list[Choice] = Field([], description="Gradient augmenters, in the order in which they are chained.")
+    task: Choice = Field(Choice(name="sinusoid"), description="The task plugin.")
+    model: Choice | None = Field(None, description="The model; the task's own where none is named.")
+    observers: list[Choice] = Field([], description="Observers beside the progress display and metrics.jsonl.")
+
+    steps: int = Field(10_000, ge=1, description="Training steps (meta-updates).")
+    meta_batch: int = Field(4, ge=1, description="Tasks per training step.")
+    log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Training steps between validations; a tenth of the run where it is not set."
+    )
+    eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
+    test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+    test_inner_steps: list[Annotated[int, Field(ge=0)]] = Field(
+        [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A configuration file as a dict; nothing in it can execute.
+
+    Raises:
+        UsageError: it is missing, unreadable, no YAML, or no mapping at the top.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"There is no configuration file {path}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The configuration file {path} cannot be read: {error}.") from error
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it is not valid YAML"
+        raise UsageError(f"The configuration file {path} is malformed{at}: {problem}.") from error
+    if not isinstance(content, dict):
+        found = "empty" if content is None else f"a {type(content).__name__}"
+        raise UsageError(f"The configuration file {path} must hold 'key: value' lines; it is {found}.")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,497 @@
+"""The meta-gradient: one pure function of meta-parameters, tasks and noise, and the strategies that run it.
+
+All mathematics of this module is in `TaskFunctions`, written for one task with `torch.func`. A strategy only decides how
+the tasks of a batch are mapped (a Python loop or `torch.func.vmap`) and how the mapped function is executed (as it
+stands, as a traced graph, or compiled), so that all strategies agree to rounding in every combination of plugins.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.func import grad, grad_and_value, vjp, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from metareg.episodes import Episodes, stack_trees
+from metareg.errors import MetaregError, UsageError
+from metareg.losses import Loss, Metric
+from metareg.modules import SplitModel
+from metareg.stages import Stages
+
+__all__ = ["Engine", "Gradient", "TaskFunctions", "choose_strategy"]
+
+log = logging.getLogger("metareg")
+
+Tensors = dict[str, Tensor]
+Task = tuple[Any, Tensor, Any, Tensor]
+Strategy = Literal["serial", "vectorized", "compiled"]
+
+
+@dataclass(frozen=True)
+class TaskFunctions:
+    """What happens in one task, as pure functions; there is no task dimension here.
+
+    Args:
+        model: the model as functions of its parameters.
+        stages: the algorithm's and the augmenters' hooks.
+        loss: ``loss(outputs, targets) -> scalar``.
+        metric: the task's metric.
+        inner_steps: adaptation steps in training.
+        first_order: treat the inner gradient as a constant (Finn et al., 2017, §5.2).
+        memory: ``"store"`` or ``"recompute"``.
+        norm: ``"transductive"`` or ``"support"``.
+    """
+
+    model: SplitModel
+    stages: Stages
+    loss: Loss
+    metric: Metric
+    inner_steps: int
+    first_order: bool
+    memory: str
+    norm: str
+    adapted_names: tuple[str, ...]
+
+    @property
+    def head_only(self) -> bool:
+        """Whether only the head adapts, so that the body's features are computed once per support set."""
+        return set(self.adapted_names) <= set(self.model.head_names)
+
+    @property
+    def support_statistics(self) -> bool:
+        """Whether query predictions use the support set's statistics."""
+        return self.norm == "support" and bool(self.model.batch_norms)
+
+    # ------------------------------------------------------------------------------------------------------ inner loop
+
+    def prepare(self, meta: Tensors, task: Task) -> tuple[Any, Tensor | None]:
+        """What the inner steps run on: the support inputs, or their features where only the head adapts.
+
+        The second part holds the query features where they come out of the same pass.
+        """
+        support_x, _, query_x, _ = task
+        if not self.head_only:
+            return support_x, None
+        if self.support_statistics:
+            return self.model.body_of_query(meta, support_x, query_x)
+        return self.model.body(meta, support_x), None
+
+    def support_loss(self, adapted: Tensors, meta: Tensors, support: Any, targets: Tensor) -> Tensor:
+        """The loss on the support set; `support` is what `prepare` returned."""
+        params = {**meta, **adapted}
+        features = support if self.head_only else self.model.body(params, support)
+        return self.loss(self.model.head(params, features), targets)
+
+    def inner_step(
+        self, adapted: Tensors, meta: Tensors, support: Any, targets: Tensor, noise: Mapping[str, Any], step: int
+    ) -> Tensors:
+        """Parameters after one more adaptation step."""
+        if self.first_order:
+            constants = pytree.tree_map(_constant, (adapted, meta, support, targets))
+            gradient = {name: value.detach() for name, value in grad(self.support_loss)(*constants).items()}
+        else:
+            gradient = grad(self.support_loss)(adapted, meta, support, targets)
+        gradient = self.stages.augment_inner_gradient(gradient, adapted, meta, noise, step)
+        return self.stages.inner_update(adapted, gradient, meta, step)
+
+    def initial(self, meta: Tensors) -> Tensors:
+        """The adapted parameters before the first step."""
+        return {name: meta[name] for name in self.adapted_names}
+
+    def adapt(self, meta: Tensors, support: Any, targets: Tensor, noise: Mapping[str, Any], steps: int) -> Tensors:
+        """Parameters after `steps` adaptation steps."""
+        adapted = self.initial(meta)
+        for step in range(steps):
+            adapted = self.inner_step(adapted, meta, support, targets, noise, step)
+        return adapted
+
+    # ------------------------------------------------------------------------------------------------------ outer loop
+
+    def query(
+        self, meta: Tensors, adapted: Tensors, support: Any, query_features: Tensor | None, task: Task
+    ) -> tuple[Tensor, Tensor]:
+        """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
+        support_x, _, query_x, _ = task
+        params = {**meta, **adapted}
+        if not self.support_statistics:
+            features = self.model.body(params, query_x)
+            return features, self.model.head(params, features)
+        if query_features is None:
+            support, query_features = self.model.body_of_query(params, support_x, query_x)
+        return query_features, self.model.head_of_query(params, support, query_features)
+
+    def outer_loss(
+        self,
+        meta: Tensors,
+        adapted: Tensors,
+        support: Any,
+        query_features: Tensor | None,
+        task: Task,
+        noise: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensors]:
+        """The outer objective of adapted parameters, and what is logged of it."""
+        features, outputs = self.query(meta, adapted, support, query_features, task)
+        targets = task[3]
+        query_loss = self.loss(outputs, targets)
+        if query_loss.dim() != 0:
+            raise UsageError(
+                f"The loss must return a scalar, the mean over a task's examples; it returned the shape "
+                f"{tuple(query_loss.shape)}."
+            )
+        extra, extra_logs = self.stages.augment_outer_loss(
+            meta, noise, features=features, outputs=outputs, targets=targets, loss=self.loss, metric=self.metric
+        )
+        # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
+        total = extra if self.stages.has_outer_gradient else query_loss + extra
+        logs = {"query_loss": query_loss.detach(), self.metric.name: self.metric(outputs.detach(), targets)}
+        return torch.as_tensor(total, dtype=query_loss.dtype), logs | extra_logs
+
+    def objective(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
+        """The outer objective of one task as a function of the meta-parameters."""
+        support, query_features = self.prepare(meta, task)
+        adapted = self.adapt(meta, support, task[1], noise, self.inner_steps)
+        return self.outer_loss(meta, adapted, support, query_features, task, noise)
+
+    def gradient(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
+        """The meta-gradient of one task, its objective, and what is logged."""
+        if not self.stages.has_outer_gradient:
+            return self._derivative(meta, task, noise)
+        support, query_features = self.prepare(meta, task)
+        adapted = self.adapt(meta, support, task[1], noise, self.inner_steps)
+        gradient = self.stages.outer_gradient(meta, adapted, self.inner_steps)
+        if self.stages.has_outer_loss:
+            terms, extra, logs = self._derivative(meta, task, noise)
+            gradient = {name: gradient[name] + terms[name] for name in meta}
+        else:
+            extra, logs = self.outer_loss(meta, adapted, support, query_features, task, noise)
+        return gradient, logs["query_loss"] + extra, logs
+
+    def _derivative(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
+        if self.memory == "recompute":
+            return self._derivative_recomputed(meta, task, noise)
+        gradient, (loss, logs) = grad_and_value(self.objective, has_aux=True)(meta, task, noise)
+        return gradient, loss, logs
+
+    def _derivative_recomputed(
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any]
+    ) -> tuple[Tensors, Tensor, Tensors]:
+        """The same gradient from the parameters of each inner step alone.
+
+        The chain rule through the inner loop, one step at a time from the last to the first: each step's graph is built
+        from its kept parameters, used once and freed, so that memory does not grow with the number of steps.
+        """
+        targets = task[1]
+
+        def contextualised(context: tuple[Tensor, ...]) -> tuple[Any, Tensor | None]:
+            """`prepare`'s result from its tensors that depend on the meta-parameters."""
+            if not self.head_only:
+                return task[0], None
+            return context[0], context[1] if len(context) > 1 else None
+
+        def prepare(meta: Tensors) -> tuple[Tensor, ...]:
+            if not self.head_only:
+                return ()
+            return tuple(part for part in self.prepare(meta, task) if part is not None)
+
+        def one_step(meta: Tensors, adapted: Tensors, context: tuple[Tensor, ...], step: int) -> Tensors:
+            return self.inner_step(adapted, meta, contextualised(context)[0], targets, noise, step)
+
+        def outer(meta: Tensors, adapted: Tensors, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensors]:
+            return self.outer_loss(meta, adapted, *contextualised(context), task, noise)
+
+        context = prepare(meta)
+        trajectory = [self.initial(meta)]
+        for step in range(self.inner_steps):
+            trajectory.append(one_step(meta, trajectory[-1], context, step))
+
+        pulled: Any = vjp(outer, meta, trajectory.pop(), context, has_aux=True)
+        loss, pull, logs = pulled
+        total, adjoint, context_adjoint = pull(torch.ones_like(loss))
+        for step in reversed(range(self.inner_steps)):
+            _, pull, *_ = vjp(partial(one_step, step=step), meta, trajectory.pop(), context)
+            meta_part, adjoint, context_part = pull(adjoint)
+            total = _sum(total, meta_part)
+            context_adjoint = _sum(context_adjoint, context_part)
+        total |= {name: total[name] + adjoint[name] for name in self.adapted_names}
+        if context:
+            _, pull, *_ = vjp(prepare, meta)
+            total = _sum(total, pull(context_adjoint)[0])
+        return total, loss, logs
+
+    # ------------------------------------------------------------------------------------------------------ evaluation
+
+    def scores(self, meta: Tensors, task: Task, inner_steps: Sequence[int]) -> Tensor:
+        """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
+        support, query_features = self.prepare(meta, task)
+        adapted = self.initial(meta)
+        scores = []
+        for step in range(inner_steps[-1] + 1):
+            if step in inner_steps:
+                _, outputs = self.query(meta, adapted, support, query_features, task)
+                scores.append(self.metric(outputs, task[3]))
+            if step < inner_steps[-1]:
+                adapted = self.inner_step(adapted, meta, support, task[1], {}, step)
+        return torch.stack(scores)
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A meta-gradient, averaged over the tasks of a batch."""
+
+    grads: Tensors
+    loss: Tensor
+    """The objective that was differentiated: query loss and the augmenters' terms."""
+    logs: Tensors
+    """``query_loss``, the metric under its name, and ``PLUGIN.KEY`` of the augmenters."""
+
+
+class Engine:
+    """Runs `TaskFunctions` over batches of tasks with one strategy.
+
+    Args:
+        training: the functions with every stage.
+        plain: the functions without augmenters, for evaluation.
+    """
+
+    def __init__(self, training: TaskFunctions, plain: TaskFunctions) -> None:
+        self.training = training
+        self.plain = plain
+        self._programs: dict[Any, _Program] = {}
+
+    def gradient(
+        self,
+        meta: Tensors,
+        batches: Sequence[Episodes],
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        chunk: int | None,
+    ) -> Gradient:
+        """The mean meta-gradient over all tasks of `batches`.
+
+        Args:
+            meta: every meta-parameter by name.
+            batches: stacks of tasks; tasks of different sizes are in different stacks.
+            noise: what was drawn for each task, in the order of the tasks.
+            strategy: how to run them.
+            chunk: at most so many tasks at once.
+        """
+        total = sum(len(batch) for batch in batches)
+        result: Gradient | None = None
+        done = 0
+        for batch in batches:
+            for part in batch.chunks(1 if strategy == "serial" else chunk):
+                part_noise = noise[done : done + len(part)]
+                one = self._gradient_of_stack(meta, part, part_noise, strategy)
+                done += len(part)
+                if len(part) == total:
+                    return one
+                result = _accumulated(result, one, len(part) / total)
+        assert result is not None
+        return result
+
+    def scores(
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        inner_steps: tuple[int, ...],
+        strategy: Strategy,
+        chunk: int | None,
+    ) -> Tensor:
+        """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
+        if strategy == "serial":
+            with torch.no_grad(), _memory_advice(1):
+                rows = [self.plain.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
+            return torch.stack(rows)
+        functions = self.plain
+
+        def mapped(meta: Tensors, task: Task) -> Tensor:
+            return vmap(lambda task: functions.scores(meta, task, inner_steps))(task)
+
+        # Compiling pays for many equal steps; an evaluation has few, each as long as many.
+        return torch.cat(
+            [
+                self._program(("scores", inner_steps), mapped, "vectorized")(len(part), meta, part.parts)
+                for part in episodes.chunks(chunk)
+            ]
+        )
+
+    def _gradient_of_stack(
+        self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], strategy: Strategy
+    ) -> Gradient:
+        functions = self.training
+        if strategy == "serial":
+            with torch.no_grad(), _memory_advice(1):
+                return Gradient(*functions.gradient(meta, _only(episodes.parts), noise[0] if noise else {}))
+        stacked = stack_trees(noise) if noise else {}
+        program = self._program("gradient", self._mapped_gradient, strategy)
+        return Gradient(*program(len(episodes), meta, episodes.parts, stacked))
+
+    def _mapped_gradient(self, meta: Tensors, tasks: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
+        functions = self.training
+        if functions.memory == "recompute" or functions.stages.has_outer_gradient:
+            # Each task's gradient is finished inside its own map: nothing of its inner steps is left over.
+            grads, losses, logs = vmap(lambda *task: functions.gradient(meta, *task))(tasks, noise)
+            return _means(grads), losses.mean(), _means(logs)
+
+        def mean_objective(meta: Tensors) -> tuple[Tensor, Tensors]:
+            losses, logs = vmap(lambda *task: functions.objective(meta, *task))(tasks, noise)
+            return losses.mean(), _means(logs)
+
+        grads, (loss, logs) = grad_and_value(mean_objective, has_aux=True)(meta)
+        return grads, loss, logs
+
+    def _program(self, key: Any, function: Callable[..., Any], strategy: Strategy) -> _Program:
+        program = self._programs.get((key, strategy))
+        if program is None:
+            program = self._programs[key, strategy] = _Program(function, compiled=strategy == "compiled")
+        return program
+
+
+class _Program:
+    """A function of pytrees that is traced to a flat graph of tensor operations, once for each set of shapes.
+
+    Tracing (`make_fx`) runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
+    operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
+    graph, in which no Python of a plugin is left to break it.
+
+    Args:
+        function: pure; its control flow depends on nothing but shapes.
+        compiled: hand the graph to `torch.compile`.
+    """
+
+    def __init__(self, function: Callable[..., Any], *, compiled: bool) -> None:
+        self._function = function
+        self._compiled = compiled
+        self._graphs: dict[Any, tuple[Callable[..., Any], Any] | None] = {}
+
+    def __call__(self, tasks: int, *arguments: Any) -> Any:
+        leaves, structure = pytree.tree_flatten(arguments)
+        key = (structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
+        with torch.no_grad(), _memory_advice(tasks):
+            if key not in self._graphs and not self._compiled:
+                # Tracing costs as much as a dozen calls: not worth it for a function that is called once.
+                self._graphs[key] = None
+                return self._function(*arguments)
+            graph = self._graphs.get(key)
+            if graph is None:
+                graph = self._graphs[key] = self._traced(leaves, structure)
+            flat, out_structure = graph
+            return pytree.tree_unflatten(flat(*leaves), out_structure)
+
+    def _traced(self, leaves: list[Tensor], structure: Any) -> tuple[Callable[..., Any], Any]:
+        out_structure: Any = None
+
+        def flat(*leaves: Tensor) -> list[Tensor]:
+            nonlocal out_structure
+            result = self._function(*pytree.tree_unflatten(list(leaves), structure))
+            out_leaves, out_structure = pytree.tree_flatten(result)
+            return out_leaves
+
+        graph = make_fx(flat)(*leaves)
+        if not self._compiled:
+            return graph.forward, out_structure
+        compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+        try:
+            compiled(*leaves)
+        except Exception as error:
+            raise CompileError(
+                f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
+                "strategy='vectorized' needs no compiler."
+            ) from error
+        return compiled, out_structure
+
+
+class CompileError(MetaregError):
+    """torch.compile did not produce a program, most often because there is no C++ compiler."""
+
+
+# The measured cost of compiling on 2 CPU cores, and the gain per training step for each inner step and the outer one.
+_COMPILE_SECONDS = 25.0
+_GAIN_SECONDS_PER_STAGE = 0.45e-3
+
+
+def choose_strategy(
+    functions: TaskFunctions, device: torch.device, tasks: int, steps: int, stackable: bool
+) -> tuple[Strategy, str]:
+    """What ``strategy="auto"`` runs, and why; a function of the run's settings, never of a clock.
+
+    Args:
+        functions: what is to be run.
+        device: where.
+        tasks: tasks per batch.
+        steps: training steps that there will be.
+        stackable: whether the tasks can be stacked.
+    """
+    if not stackable:
+        return "serial", "the task's episodes do not stack"
+    parameters = dict(functions.model.module.named_parameters())
+    convolutions = [name for name in functions.adapted_names if parameters[name].dim() >= 4]
+    if device.type == "cpu" and convolutions:
+        return "serial", "convolutions whose weights differ between tasks are slower in one batch on a CPU"
+    if tasks == 1:
+        return "vectorized", "there is one task per batch"
+    gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.inner_steps)
+    cost = _COMPILE_SECONDS * (1 + functions.inner_steps) / 2
+    if gain <= cost:
+        return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
+    if device.type == "cpu" and not _has_compiler():
+        return "vectorized", "compiling would pay, but there is no C++ compiler (g++ or clang++)"
+    return "compiled", f"{steps} steps pay for about {cost:.0f} s of compiling"
+
+
+def _has_compiler() -> bool:
+    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name)
+
+
+def _constant(leaf: Any) -> Any:
+    return leaf.detach() if isinstance(leaf, Tensor) else leaf
+
+
+def _sum(a: Any, b: Any) -> Any:
+    return pytree.tree_map(torch.add, a, b)
+
+
+def _only(tasks: Any) -> Any:
+    """The single task of a stack of one."""
+    return pytree.tree_map(lambda leaf: leaf[0], tasks)
+
+
+def _means(trees: Tensors) -> Tensors:
+    return {name: value.mean(0) for name, value in trees.items()}
+
+
+def _accumulated(total: Gradient | None, part: Gradient, weight: float) -> Gradient:
+    def add(a: Tensor | None, b: Tensor) -> Tensor:
+        return b * weight if a is None else a + b * weight
+
+    previous = total or Gradient({}, None, {})  # type: ignore[arg-type]
+    return Gradient(
+        {name: add(previous.grads.get(name), value) for name, value in part.grads.items()},
+        add(previous.loss, part.loss),
+        {name: add(previous.logs.get(name), value) for name, value in part.logs.items()},
+    )
+
+
+@contextmanager
+def _memory_advice(tasks: int) -> Any:
+    """Turn running out of memory into the advice that helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        smaller = f"chunk={max(1, tasks // 2)} takes fewer tasks at once" if tasks > 1 else "take a smaller batch"
+        raise MetaregError(
+            f"Out of memory with {tasks} task{'s' * (tasks > 1)} at once; {smaller}, and memory='recompute' keeps "
+            "only the parameters of each inner step."
+        ) from error

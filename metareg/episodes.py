@@ -1,0 +1,109 @@
+"""Batches of tasks: support and query examples, stacked along a leading task dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metareg.errors import UsageError
+
+__all__ = ["Episodes"]
+
+
+@dataclass(frozen=True, eq=False)
+class Episodes:
+    """Some tasks of equal sizes, each with its support and query set.
+
+    Args:
+        support_x: inputs ``[tasks, support, …]``; a tensor, or a pytree of tensors with these leading dimensions (a
+            graph task's may be ``[tasks, …]``).
+        support_y: targets ``[tasks, support]`` (class numbers) or ``[tasks, support, outputs]``.
+        query_x: inputs ``[tasks, query, …]``.
+        query_y: targets ``[tasks, query]`` or ``[tasks, query, outputs]``.
+
+    Raises:
+        UsageError: the parts do not fit together.
+    """
+
+    support_x: Any
+    support_y: Tensor
+    query_x: Any
+    query_y: Tensor
+
+    def __post_init__(self) -> None:
+        tasks: int | None = None
+        for name in ("support_x", "support_y", "query_x", "query_y"):
+            leaves = pytree.tree_leaves(getattr(self, name))
+            if not leaves:
+                raise UsageError(f"Episodes: {name} holds no tensor.")
+            for leaf in leaves:
+                if not isinstance(leaf, Tensor):
+                    raise UsageError(f"Episodes: {name} must hold tensors, not {type(leaf).__name__}.")
+                if leaf.dim() == 0:
+                    raise UsageError(f"Episodes: {name} must have a leading task dimension; it is a scalar.")
+                tasks = leaf.shape[0] if tasks is None else tasks
+                if leaf.shape[0] != tasks:
+                    raise UsageError(
+                        f"Episodes: {name} holds {leaf.shape[0]} tasks where support_x holds {tasks}; every part "
+                        "has the shape [tasks, examples, …]."
+                    )
+        if not tasks:
+            raise UsageError("Episodes: there must be at least one task.")
+        for part in ("support", "query"):
+            x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
+            if isinstance(x, Tensor) and x.shape[1:2] != y.shape[1:2]:
+                raise UsageError(
+                    f"Episodes: {part}_x has the shape {tuple(x.shape)} and {part}_y {tuple(y.shape)}; their second "
+                    "dimension, the number of examples, must be the same."
+                )
+
+    @classmethod
+    def group(cls, tasks: Sequence[tuple[Any, Tensor, Any, Tensor]]) -> list[Episodes]:
+        """Stack tasks of any sizes: one `Episodes` per set of shapes, in the order of first appearance.
+
+        Args:
+            tasks: ``(support_x, support_y, query_x, query_y)`` of each task, without the task dimension.
+        """
+        groups: dict[Any, list[Any]] = {}
+        for task in tasks:
+            leaves, structure = pytree.tree_flatten(tuple(task))
+            groups.setdefault((tuple(leaf.shape for leaf in leaves), str(structure)), []).append(tuple(task))
+        return [cls(*stack_trees(members)) for members in groups.values()]
+
+    @property
+    def parts(self) -> tuple[Any, Tensor, Any, Tensor]:
+        """``(support_x, support_y, query_x, query_y)``."""
+        return self.support_x, self.support_y, self.query_x, self.query_y
+
+    def __len__(self) -> int:
+        return self.support_y.shape[0]
+
+    def __getitem__(self, which: slice) -> Episodes:
+        """Some of the tasks."""
+        return Episodes(*pytree.tree_map(lambda leaf: leaf[which], self.parts))
+
+    def chunks(self, size: int | None) -> Iterator[Episodes]:
+        """The tasks in order, at most `size` at a time; all at once for None."""
+        if size is None or size >= len(self):
+            yield self
+            return
+        for start in range(0, len(self), size):
+            yield self[start : start + size]
+
+    def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
+        """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
+
+        def move(leaf: Tensor) -> Tensor:
+            return leaf.to(device, dtype if dtype is not None and leaf.is_floating_point() else None)
+
+        return Episodes(*pytree.tree_map(move, self.parts))
+
+
+def stack_trees(trees: Sequence[Any]) -> Any:
+    """Stack pytrees of equal structure and shapes along a new first dimension."""
+    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)

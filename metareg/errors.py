@@ -1,0 +1,68 @@
+"""The errors that a user may see, each one sentence that says what is wrong, where, and what would be right.
+
+The command prints the sentence alone and exits with the error's ``exit_code``; ``METAREG_TRACEBACK=1`` shows where it
+came from.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "DivergenceError",
+    "MetaregError",
+    "PluginError",
+    "UnknownNameError",
+    "UsageError",
+    "nearest",
+]
+
+
+class MetaregError(Exception):
+    """Base of every error that metareg raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(MetaregError):
+    """Something that the user wrote is wrong: a name, a number, a file, a combination. Nothing was changed."""
+
+    exit_code = 2
+
+
+class UnknownNameError(UsageError):
+    """A name that nothing answers to."""
+
+    def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
+        self.name = name
+        self.known = sorted(known)
+        parts = [f"There is no {what} named '{name}'"]
+        close = nearest(name, self.known)
+        if close:
+            parts.append(f"; did you mean {_either(close)}?")
+        elif self.known:
+            parts.append(f"; there {'are' if len(self.known) > 1 else 'is'} {', '.join(self.known)}.")
+        else:
+            parts.append(".")
+        super().__init__("".join(parts) + (f" {hint}" if hint else ""))
+
+
+class PluginError(UsageError):
+    """A plugin cannot be used: it does not import, does not keep the contract, or clashes with another."""
+
+
+class DivergenceError(MetaregError):
+    """Training produced a number that is not finite."""
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
+    """The entries of `known` that look like `name`, most alike first; empty when none does."""
+    by_folded = {candidate.casefold(): candidate for candidate in known}
+    found = difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.6)
+    return [by_folded[candidate] for candidate in found]
+
+
+def _either(names: list[str]) -> str:
+    quoted = [f"'{name}'" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} or {quoted[-1]}"

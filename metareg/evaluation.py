@@ -1,0 +1,86 @@
+"""Scores of many tasks after several numbers of inner steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metareg.errors import UsageError
+
+__all__ = ["Evaluation"]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluation:
+    """The metric on the query sets of some tasks, before and after adaptation.
+
+    Args:
+        metric: its name.
+        higher_is_better: whether larger is better.
+        inner_steps: the numbers of inner steps, ascending.
+        scores: ``[tasks, len(inner_steps)]``.
+        norm: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
+    """
+
+    metric: str
+    higher_is_better: bool
+    inner_steps: tuple[int, ...]
+    scores: Tensor
+    norm: str
+
+    @property
+    def tasks(self) -> int:
+        return self.scores.shape[0]
+
+    def mean(self, inner_steps: int) -> float:
+        """The mean over tasks after so many inner steps."""
+        return self._column(inner_steps).mean().item()
+
+    def ci95(self, inner_steps: int) -> float:
+        """Half the width of the 95 % interval of the mean: 1.96 standard errors over tasks."""
+        return 1.96 * self._column(inner_steps).std(correction=1).item() / math.sqrt(self.tasks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What results.json holds."""
+        return {
+            "metric": self.metric,
+            "higher_is_better": self.higher_is_better,
+            "norm": self.norm,
+            "steps": [
+                {
+                    "inner_steps": steps,
+                    "mean": self.mean(steps),
+                    "ci95": self.ci95(steps),
+                    "tasks": self.tasks,
+                    "scores": self._column(steps).tolist(),
+                }
+                for steps in self.inner_steps
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Evaluation:
+        """The inverse of `to_dict`."""
+        steps: Sequence[dict[str, Any]] = content["steps"]
+        return cls(
+            content["metric"],
+            content["higher_is_better"],
+            tuple(each["inner_steps"] for each in steps),
+            torch.tensor([each["scores"] for each in steps], dtype=torch.float64).T,
+            content["norm"],
+        )
+
+    def __str__(self) -> str:
+        cells = [f"{k}: {self.mean(k):.4g} ± {self.ci95(k):.2g}" for k in self.inner_steps]
+        return f"{self.metric} over {self.tasks} tasks after inner steps {', '.join(cells)}"
+
+    def _column(self, inner_steps: int) -> Tensor:
+        if inner_steps not in self.inner_steps:
+            known = ", ".join(str(steps) for steps in self.inner_steps)
+            raise UsageError(f"There are no scores after {inner_steps} inner steps; there are some after {known}.")
+        return self.scores[:, self.inner_steps.index(inner_steps)].double()

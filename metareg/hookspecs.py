@@ -1,0 +1,272 @@
+"""The whole extension surface of metareg: every hook that a plugin can implement.
+
+A plugin is a class whose methods carry `metareg.hookimpl`. An implementation names only the arguments that it wants, as
+in pytest. Stage functions are pure: they take tensors and dicts of tensors and return new ones, change nothing in place
+and draw no random numbers of their own (`draw_noise` is the place for that), so that one implementation runs task after
+task, vectorized over tasks (`torch.func.vmap`) and compiled.
+
+Names and shapes used throughout:
+
+- a *dict by name* maps parameter names to tensors. The model's own parameters keep their names (``body.0.weight``,
+  ``head.weight``); what a plugin adds in `init_meta` is prefixed with the plugin's name in the learner
+  (``metasgd.step_size.head.weight``), and the plugin itself sees it without the prefix;
+- inside the stages of one task there is no task dimension: support inputs are ``[examples, …]``, features
+  ``[examples, …]``, a loss is a scalar;
+- hooks marked *first result* stop at the first implementation that returns something other than None, the plugin
+  registered last being asked first; hooks marked *chained* run in the order in which the plugins were given.
+"""
+
+# The signatures below are read by pluggy and by people; their bodies are their documentation.
+# mypy: disable-error-code="empty-body"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.figure import Figure
+    from torch import Tensor, nn
+
+    from metareg.episodes import Episodes
+    from metareg.evaluation import Evaluation
+    from metareg.learner import MetaLearner
+    from metareg.runs import Run
+    from metareg.tasks import TaskSpec
+
+__all__ = ["CONTRACT_VERSION", "hookimpl", "hookspec"]
+
+CONTRACT_VERSION = 1
+"""Raised when a hook changes in a way that existing plugins notice. New hooks and new arguments do not raise it."""
+
+hookspec = pluggy.HookspecMarker("metareg")
+hookimpl = pluggy.HookimplMarker("metareg")
+
+
+# ---------------------------------------------------------------------------------------------------- parameters
+
+
+@hookspec
+def init_meta(
+    model: nn.Module, example: Any, features: Tensor, outputs: Tensor, generator: torch.Generator
+) -> dict[str, Tensor] | None:
+    """Extra meta-parameters of this plugin, learned in the outer loop: step sizes, a co-learner.
+
+    Args:
+        model: the model whose `named_parameters()` have the names used everywhere; not to be changed.
+        example: one support set's inputs ``[examples, …]``; only its shapes and types are meaningful.
+        features: the body's features of such inputs ``[examples, …]``.
+        outputs: the head's outputs ``[examples, …]``.
+        generator: draws the initial values; seeded by the run's seed and the plugin's name. Default initialisers of
+            `torch.nn` are seeded in the same way while this hook runs.
+
+    Returns:
+        Tensors by name, without the plugin's prefix.
+    """
+
+
+# --------------------------------------------------------------------------------------------------------- inner
+
+
+@hookspec(firstresult=True)
+def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]) -> Sequence[str] | None:
+    """Which parameters the inner loop adapts. First result; all of them where no plugin answers.
+
+    Args:
+        names: every trainable parameter of the model.
+        body: those of the feature extractor.
+        head: those of the classifier or regressor on top.
+
+    Returns:
+        A subset of `names`. The others enter the inner loop as constants of it and learn in the outer loop only.
+    """
+
+
+@hookspec(firstresult=True)
+def inner_update(
+    params: dict[str, Tensor], grads: dict[str, Tensor], meta: dict[str, Tensor], step: int
+) -> dict[str, Tensor] | None:
+    """One adaptation step. First result.
+
+    Args:
+        params: the adapted parameters by name.
+        grads: the gradient of the support loss for each of them, after every augmenter.
+        meta: this plugin's own meta-parameters.
+        step: 0 for the first inner step; evaluation may take more steps than training did.
+
+    Returns:
+        The new parameters, with the names and shapes of `params`.
+    """
+
+
+# -------------------------------------------------------------------------------------------------- augmentation
+
+
+@hookspec
+def draw_noise(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int, stage: str) -> Any:
+    """Random draws, made outside the pure step and handed to this plugin's other hooks as `noise`.
+
+    Called once per task with ``stage="task"`` where the plugin implements `augment_inner_gradient` or
+    `augment_outer_loss`, and once per meta-batch with ``stage="batch"`` where it implements `augment_outer_gradient`.
+
+    Args:
+        shapes: the shapes of the adapted parameters (``"task"``) or of all meta-parameters (``"batch"``).
+        generator: seeded by the run's seed, the training step, the task and the plugin.
+        inner_steps: how many inner steps the task takes.
+        stage: ``"task"`` or ``"batch"``.
+
+    Returns:
+        A pytree of tensors, of the same structure and shapes for every task.
+    """
+
+
+@hookspec
+def augment_inner_gradient(
+    grads: dict[str, Tensor], params: dict[str, Tensor], meta: dict[str, Tensor], noise: Any, step: int
+) -> dict[str, Tensor]:
+    """Change the gradient of one inner step in training. Chained: `grads` is what the augmenter before returned.
+
+    Args and shapes are those of `inner_update`; `noise` is what `draw_noise` returned for this task.
+
+    Returns:
+        Gradients with the names and shapes of `grads`.
+    """
+
+
+@hookspec
+def augment_outer_loss(
+    features: Tensor,
+    outputs: Tensor,
+    targets: Tensor,
+    meta: dict[str, Tensor],
+    loss: Callable[[Tensor, Tensor], Tensor],
+    metric: Callable[[Tensor, Tensor], Tensor],
+    noise: Any,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    """A term that is added to the query loss of one task in training. Summed over the augmenters.
+
+    Args:
+        features: the adapted body's features of the query set ``[query, …]``.
+        outputs: the adapted head's outputs ``[query, …]``.
+        targets: the query targets ``[query]`` or ``[query, outputs]``.
+        meta: this plugin's own meta-parameters.
+        loss: the task's loss, ``loss(outputs, targets) -> scalar``.
+        metric: the task's metric, ``metric(outputs, targets) -> scalar``.
+        noise: what `draw_noise` returned for this task.
+
+    Returns:
+        A scalar; or a scalar and a dict of scalars to be logged beside the training loss.
+    """
+
+
+@hookspec
+def augment_outer_gradient(grads: dict[str, Tensor], meta: dict[str, Tensor], noise: Any) -> dict[str, Tensor]:
+    """Change the meta-gradient, once per meta-batch after the mean over tasks. Chained.
+
+    Args:
+        grads: the meta-gradient of every meta-parameter, by its full name.
+        meta: this plugin's own meta-parameters.
+        noise: what `draw_noise` returned for this batch.
+
+    Returns:
+        Gradients with the names and shapes of `grads`.
+    """
+
+
+# --------------------------------------------------------------------------------------------------------- outer
+
+
+@hookspec(firstresult=True)
+def outer_gradient(meta: dict[str, Tensor], adapted: dict[str, Tensor], inner_steps: int) -> dict[str, Tensor] | None:
+    """The meta-gradient of one task, for algorithms that are no derivative of a query loss (Reptile). First result.
+
+    Args:
+        meta: every meta-parameter by its full name.
+        adapted: the parameters that the inner loop adapted, after its last step.
+        inner_steps: how many steps it took.
+
+    Returns:
+        Gradients by full name; a parameter left out gets zero. Terms of `augment_outer_loss` are differentiated as
+        always and added to it.
+    """
+
+
+@hookspec(firstresult=True)
+def outer_update(
+    meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """One step of the outer optimiser. First result; `torch.optim.Adam` where no plugin answers.
+
+    Args:
+        meta: every meta-parameter by its full name.
+        grads: the meta-gradient of each.
+        state: what the last call returned as state; empty at first. Tensors, numbers, and dicts of them.
+
+    Returns:
+        The new meta-parameters, with the names and shapes of `meta`, and the new state.
+    """
+
+
+# ---------------------------------------------------------------------------------------------- tasks and models
+
+
+@hookspec(firstresult=True)
+def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[Episodes] | None:
+    """The tasks number `indices` of a split: a pure function of its arguments, whatever was asked for before.
+
+    A task plugin also has the attributes of `metareg.Task`: its `spec`, loss, metric, default model and recommended
+    options.
+
+    Args:
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        indices: non-negative task numbers.
+        seed: the run's seed.
+
+    Returns:
+        The tasks stacked in that order; or, where they are of unequal sizes, a list of stacks (`Episodes.group`).
+    """
+
+
+@hookspec(firstresult=True)
+def figures(learner: MetaLearner, seed: int) -> Mapping[str, Figure] | None:
+    """Pictures of some test tasks after training, by file name without its ending; the run saves them as PNG."""
+
+
+@hookspec(firstresult=True)
+def build(spec: TaskSpec, generator: torch.Generator) -> nn.Module | None:
+    """A model for a task: an `nn.Module` with `body` and `head`, freshly initialised.
+
+    Args:
+        spec: the task's input and output shapes.
+        generator: draws the initial values; default initialisers of `torch.nn` are seeded in the same way.
+    """
+
+
+# ----------------------------------------------------------------------------------------------------- observers
+
+
+@hookspec
+def on_run_start(run: Run) -> None:
+    """Training is about to begin; the run's folder and configuration exist."""
+
+
+@hookspec
+def on_step(step: int, logs: dict[str, float]) -> None:
+    """Every `log_every` training steps: the number of steps done and the means of the logged values since the last call.
+
+    Keys: ``loss`` (the objective), ``query_loss``, the metric under its own name, ``grad_norm``, ``steps_per_second``,
+    and ``PLUGIN.KEY`` for what an augmenter logs.
+    """
+
+
+@hookspec
+def on_evaluation(step: int, split: str, evaluation: Evaluation) -> None:
+    """An evaluation on a split has ended: ``"validation"`` while training, ``"test"`` at the end."""
+
+
+@hookspec
+def on_run_end(run: Run) -> None:
+    """The run has ended and its results are written."""

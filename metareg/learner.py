@@ -1,0 +1,638 @@
+"""`MetaLearner`: a model, an algorithm and augmenters, ready to be trained on the user's own tasks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from metareg._version import __version__
+from metareg.config import LearnerConfig, PluginConfig, validated
+from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
+from metareg.episodes import Episodes
+from metareg.errors import DivergenceError, PluginError, UnknownNameError, UsageError
+from metareg.evaluation import Evaluation
+from metareg.files import replacing
+from metareg.losses import Loss, Metric, find_loss, find_metric
+from metareg.modules import SplitModel
+from metareg.randomness import seeded
+from metareg.registry import Plugin, resolve
+from metareg.sources import TaskSource
+from metareg.stages import Stages, hook_of
+from metareg.tasks import TaskSpec
+
+if TYPE_CHECKING:
+    from metareg.training import Observer
+
+__all__ = ["MetaLearner"]
+
+log = logging.getLogger("metareg")
+
+FILE_FORMAT = 1
+_EVALUATION_CHUNK = 100
+
+
+class MetaLearner:
+    """Gradient-based meta-learning of one model.
+
+    Args:
+        model: any `nn.Module`; it is copied, never changed. One with the submodules `body` and `head` is split there, an
+            `nn.Sequential` before its last layer. Or the name or class of a model plugin, built for `spec`.
+        algo: an algorithm: a plugin's name, a plugin class or object.
+        augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
+            ``(name or class, config)``.
+        loss: ``"cross_entropy"``, ``"mse"``, or a callable ``loss(outputs, targets) -> scalar``.
+        metric: ``"accuracy"``, ``"mse"`` or a `metareg.losses.Metric`; by default the one that goes with the loss.
+        inner_steps: adaptation steps in training.
+        first_order: treat inner gradients as constants in the meta-gradient.
+        outer_lr: step size of the outer Adam.
+        reset_optimizer_every: forget Adam's moments every so many steps.
+        strategy: ``"auto"``, ``"serial"``, ``"vectorized"`` or ``"compiled"``; all give the same result to rounding.
+        memory: ``"store"``, or ``"recompute"`` for a peak memory that does not grow with the inner steps.
+        norm: whose statistics BatchNorm uses for query predictions, ``"transductive"`` or ``"support"``.
+        chunk: at most so many tasks at once.
+        device: where to run; by default where the model is.
+        seed: fixes what is drawn at random: a plugin's initial parameters, noise, the tasks of `fit`.
+        head: the dotted name of the model's head, for a model without `body` and `head`.
+        spec: the shapes for a model named by its plugin.
+        model_options: options of a model named by its plugin.
+        algo_config: the algorithm's options; they may also be given by name (``inner_lr=0.4``).
+
+    Raises:
+        UsageError: an unknown name, an impossible value, or a model that does not fit.
+
+    Example:
+        >>> learner = MetaLearner(model, algo="maml", augment=["cml"], loss="mse", inner_lr=0.01)
+        >>> loss = learner.step(Episodes(support_x, support_y, query_x, query_y))
+        >>> adapted = learner.adapt(x, y, steps=5)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | str | type | Plugin,
+        algo: str | type | object = "maml",
+        augment: Sequence[Any] | str = (),
+        *,
+        loss: str | Loss = "cross_entropy",
+        metric: str | Metric | None = None,
+        inner_steps: int = 1,
+        first_order: bool = False,
+        outer_lr: float = 1e-3,
+        reset_optimizer_every: int | None = None,
+        strategy: str = "auto",
+        memory: str = "store",
+        norm: str = "transductive",
+        chunk: int | None = None,
+        device: str | torch.device | None = None,
+        seed: int = 0,
+        head: str | None = None,
+        spec: TaskSpec | None = None,
+        model_options: Mapping[str, Any] | None = None,
+        algo_config: Mapping[str, Any] | None = None,
+        **algo_options: Any,
+    ) -> None:
+        _refuse_misspelt(algo, algo_options)
+        self.config = validated(
+            LearnerConfig,
+            {
+                "seed": seed, "inner_steps": inner_steps, "first_order": first_order, "outer_lr": outer_lr,
+                "reset_optimizer_every": reset_optimizer_every, "strategy": strategy, "memory": memory, "norm": norm,
+                "chunk": chunk,
+            },
+            "MetaLearner",
+        )  # fmt: skip
+        self._recipe: dict[str, Any] | None = None
+        if not isinstance(model, nn.Module):
+            model = self._build(model, spec, model_options)
+        self.loss = find_loss(loss)
+        self.metric = find_metric(metric, loss)
+        self._loss_name = loss if isinstance(loss, str) else None
+        self._head = head
+        self.algorithm = resolve("algorithms", algo, {**(algo_config or {}), **algo_options})
+        self.augmenters = [_augmenter(each) for each in _as_list(augment)]
+        self.stages = Stages(self.algorithm, self.augmenters)
+
+        self.model = SplitModel(model, head)
+        self.device = torch.device(device) if device is not None else _device_of(model)
+        self.model.to(self.device)
+        if not self.model.has_head and (plugin := self.stages.wanting("features", "outputs", "head", "body")):
+            children = ", ".join(name for name, _ in model.named_children()) or "no submodule"
+            raise UsageError(
+                f"The {plugin.label} needs to know which part of {type(model).__name__} is its head: name the submodule "
+                f"with head=… (it has {children}), or give the model a body and a head."
+            )
+        self._engine = Engine(self._functions(self.stages), self._functions(self.stages.without_augmenters()))
+        self._initial = {name: value.to(self.device) for name, value in self.model.initial_parameters().items()}
+        self._dtype = next(iter(self._initial.values())).dtype
+        self._meta: dict[str, Tensor] | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._outer_state: dict[str, Any] = {}
+        self._strategy: Strategy | None = None if strategy == "auto" else strategy  # type: ignore[assignment]
+        self.steps_done = 0
+        """Training steps taken so far."""
+        self.logs: dict[str, float] = {}
+        """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
+
+    @property
+    def norm(self) -> str:
+        """Whose statistics BatchNorm layers use for query predictions; ``"none"`` where the model has no such layer."""
+        return self.config.norm if self.model.batch_norms else "none"
+
+    # ------------------------------------------------------------------------------------------------ meta-parameters
+
+    @property
+    def meta_parameters(self) -> dict[str, Tensor]:
+        """Every meta-parameter by name: the model's own, and the plugins' with their name as prefix.
+
+        Raises:
+            UsageError: a plugin needs an example to build its own and has seen none; `initialize` gives it one.
+        """
+        if self._meta is None:
+            self.initialize(None)
+        assert self._meta is not None
+        return dict(self._meta)
+
+    def initialize(self, example: Any) -> None:
+        """Create the plugins' meta-parameters, which the first batch of tasks would do otherwise.
+
+        Args:
+            example: one support set's inputs ``[examples, …]``. None will do where no plugin needs one, or where the
+                head is an `nn.Linear`, whose input tells the shape of the features.
+        """
+        if self._meta is not None:
+            return
+        arguments: dict[str, Any] = {"example": example, "features": None, "outputs": None}
+        if self.stages.init_wants("example", "features", "outputs"):
+            with torch.no_grad():
+                if example is not None:
+                    self.model.check_split(self._initial, example)
+                    arguments["features"] = self.model.body(self._initial, example)
+                else:
+                    arguments["features"] = self._features_by_the_head()
+                arguments["outputs"] = self.model.head(self._initial, arguments["features"])
+        extra = self.stages.init_meta(self.config.seed, model=self.model.module, **arguments)
+        taken = [name for name in self._initial if self.stages.owner(name)]
+        if taken:
+            raise UsageError(
+                f"The model's parameter '{taken[0]}' has the name of a plugin in front; rename the submodule."
+            )
+        self._meta = self._initial | {
+            name: value.to(self.device, self._dtype if value.is_floating_point() else None)
+            for name, value in extra.items()
+        }
+
+    # ------------------------------------------------------------------------------------------------------- training
+
+    def meta_gradient(self, episodes: Episodes | Sequence[Episodes]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The meta-gradient of a batch of tasks; nothing of the learner changes.
+
+        Args:
+            episodes: the tasks, or a list of stacks where they are of unequal sizes (`Episodes.group`).
+
+        Returns:
+            The objective (mean query loss and the augmenters' terms) and its gradient by name.
+        """
+        gradient = self._gradient(episodes)
+        self.logs = {name: value.item() for name, value in gradient.logs.items()}
+        return gradient.loss, gradient.grads
+
+    def step(self, episodes: Episodes | Sequence[Episodes]) -> Tensor:
+        """One training step: the meta-gradient and the outer update.
+
+        Returns:
+            The objective before the update, a scalar.
+
+        Raises:
+            DivergenceError: the objective or its gradient is not finite; the learner is as it was before.
+        """
+        gradient = self.take_step(episodes)
+        self.logs = {name: value.item() for name, value in gradient.logs.items()}
+        return gradient.loss
+
+    def take_step(self, episodes: Episodes | Sequence[Episodes]) -> Gradient:
+        """`step`, returning all that was computed as tensors; what a training loop calls."""
+        gradient = self._gradient(episodes)
+        norm = torch.nn.utils.get_total_norm(list(gradient.grads.values()))
+        if not torch.isfinite(norm + gradient.loss):
+            raise DivergenceError(self._divergence(gradient))
+        gradient.logs["grad_norm"] = norm
+        self._update(gradient.grads)
+        self.steps_done += 1
+        return gradient
+
+    def fit(
+        self,
+        task_source: str | type | object,
+        steps: int,
+        *,
+        meta_batch: int = 4,
+        log_every: int = 100,
+        eval_every: int | None = None,
+        eval_tasks: int = 100,
+        observers: Sequence[Observer | object] = (),
+    ) -> MetaLearner:
+        """Train on the tasks of a source: an object with `episodes(split, indices)`, a task plugin's name or class.
+
+        Args:
+            task_source: where the tasks come from; training takes its split ``"train"`` in order.
+            steps: training steps.
+            meta_batch: tasks per step.
+            log_every: steps between two calls of the observers' `on_step`.
+            eval_every: steps between evaluations on the split ``"validation"``; None for none.
+            eval_tasks: tasks of each.
+            observers: objects with the hooks `on_step` and `on_evaluation`.
+
+        Returns:
+            The learner itself.
+        """
+        from metareg.training import Schedule, fit
+
+        schedule = validated(
+            Schedule,
+            {"steps": self.steps_done + steps, "meta_batch": meta_batch, "log_every": log_every,
+             "eval_every": eval_every, "eval_tasks": eval_tasks},
+            "fit",
+        )  # fmt: skip
+        fit(self, TaskSource.of(task_source), schedule, observers)
+        return self
+
+    def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
+        """Fix what ``strategy="auto"`` stands for, given the work ahead; returns it and the reason."""
+        if self.config.strategy != "auto":
+            self._strategy = self.config.strategy
+            return self._strategy, "as asked for"
+        at_once = tasks if self.config.chunk is None else min(tasks, self.config.chunk)
+        self._strategy, reason = choose_strategy(self._engine.training, self.device, at_once, steps, stackable)
+        return self._strategy, reason
+
+    # ----------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(
+        self,
+        task_source: str | type | object,
+        tasks: int = 600,
+        *,
+        split: str = "test",
+        inner_steps: Sequence[int] = (0, 1, 5, 10),
+        seed: int | None = None,
+    ) -> Evaluation:
+        """The metric over tasks, after each number of inner steps, by the algorithm alone and without graphs.
+
+        Args:
+            task_source: as in `fit`.
+            tasks: how many tasks of the split, from its first on.
+            split: ``"test"``, ``"validation"`` or ``"train"``.
+            inner_steps: numbers of adaptation steps.
+            seed: fixes the tasks; the learner's own by default.
+        """
+        source = TaskSource.of(task_source)
+        wanted = tuple(sorted(set(inner_steps)))
+        if tasks < 2 or not wanted or wanted[0] < 0:
+            raise UsageError(
+                f"An evaluation needs at least 2 tasks and numbers of inner steps of 0 or more; got {tasks} tasks and "
+                f"inner steps {list(inner_steps)}."
+            )
+        rows = []
+        chunk = self.config.chunk or _EVALUATION_CHUNK
+        for start in range(0, tasks, _EVALUATION_CHUNK):
+            indices = range(start, min(start + _EVALUATION_CHUNK, tasks))
+            for batch in self._on_device(source.episodes(split, indices, self.config.seed if seed is None else seed)):
+                self._ready(batch)
+                strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
+                rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
+        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, torch.cat(rows), self.norm)
+
+    def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
+        """Adapt to one task.
+
+        Args:
+            x: support inputs ``[examples, …]``, without a task dimension.
+            y: support targets ``[examples]`` or ``[examples, outputs]``.
+            steps: adaptation steps; as many as in training by default.
+
+        Returns:
+            An ordinary module of the user's class, in evaluation mode, on the learner's device. Its BatchNorm layers use
+            the batch at hand, or with ``norm="support"`` the support set's statistics.
+        """
+        steps = self.config.inner_steps if steps is None else steps
+        if steps < 0:
+            raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
+        episodes = Episodes(_batched(x), _batched(y), _batched(x), _batched(y))
+        (episodes,) = self._on_device(episodes)
+        self._ready(episodes)
+        task = tuple(_unbatched(part) for part in episodes.parts)
+        meta, functions = self._plain_meta(), self._engine.plain
+        with torch.no_grad():
+            support, _ = functions.prepare(meta, task)
+            adapted = functions.adapt(meta, support, task[1], {}, steps)
+        statistics_of = task[0] if functions.support_statistics else None
+        return self.model.adapted_module({**meta, **adapted}, statistics_of)
+
+    # ---------------------------------------------------------------------------------------------------------- files
+
+    def save(self, path: str | Path) -> None:
+        """Write the learner, without anything of the augmenters, as one safetensors file.
+
+        The file holds the model's parameters, the algorithm's own meta-parameters and, as metadata, the configuration.
+        """
+        own = {name: value.cpu().contiguous() for name, value in self._plain_meta().items()}
+        constants = {
+            f"{_CONSTANT}{name}": value.cpu().contiguous()
+            for name, value in self.model.module.state_dict().items()
+            if name not in own
+        }
+        header = {
+            "format": FILE_FORMAT,
+            "metareg": __version__,
+            "algo": {"name": self.algorithm.name, "config": _dumped(self.algorithm.config)},
+            "installed": self.algorithm.distribution is not None,
+            "model": self._recipe,
+            "module": type(self.model.module).__name__,
+            "head": self._head,
+            "loss": self._loss_name,
+            "metric": self.metric.name,
+            "steps_done": self.steps_done,
+            **self.config.model_dump(exclude={"device"}),
+        }
+        with replacing(Path(path)) as temporary:
+            save_file(own | constants, temporary, metadata={"metareg": json.dumps(header)})
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module | None = None,
+        *,
+        algo: type | object | None = None,
+        loss: Loss | None = None,
+        metric: Metric | None = None,
+        device: str | torch.device | None = None,
+    ) -> MetaLearner:
+        """The learner that `save` wrote; nothing in the file can execute code.
+
+        Args:
+            path: the file.
+            model: a module of the saved one's shapes; needed unless the model came from a model plugin, for a file
+                that anybody may have written must not build classes of its choice.
+            algo: the algorithm's class or object, where it is not installed.
+            loss: the callable, where the loss was one.
+            metric: the metric, where it was no named one.
+            device: where to put it.
+
+        Raises:
+            UsageError: the file is missing, damaged, or does not fit the model.
+        """
+        path = Path(path)
+        header, tensors = _read(path)
+        recipe = header["model"]
+        if model is None and recipe is None:
+            raise UsageError(f"{path} holds the weights of a {header['module']}; pass such a module as model=…")
+        if algo is None and not header["installed"]:
+            raise UsageError(
+                f"{path} was trained by '{header['algo']['name']}', which no package installs; pass algo=…"
+            )
+        if loss is None and header["loss"] is None:
+            raise UsageError(f"{path} was trained with a loss of its own; pass it as loss=…")
+        options: dict[str, Any] = {name: header[name] for name in LearnerConfig.model_fields if name != "device"}
+        if model is None:
+            options |= {
+                "spec": TaskSpec(tuple(recipe["input_shape"]), tuple(recipe["output_shape"])),
+                "model_options": recipe["config"],
+            }
+        built = algo is not None and not isinstance(algo, type)
+        learner = cls(
+            model if model is not None else recipe["name"],
+            algo=header["algo"]["name"] if algo is None else algo,
+            algo_config=None if built else header["algo"]["config"],
+            loss=header["loss"] if loss is None else loss,
+            metric=header["metric"] if metric is None and loss is None else metric,
+            head=header["head"],
+            device=device,
+            **options,
+        )
+        learner._load_tensors(tensors, path)
+        learner.steps_done = header["steps_done"]
+        return learner
+
+    # -------------------------------------------------------------------------------------------------------- private
+
+    def _build(self, which: str | type | Plugin, spec: TaskSpec | None, options: Mapping[str, Any] | None) -> nn.Module:
+        plugin = resolve("models", which, options)
+        if spec is None:
+            raise UsageError(f"The {plugin.label} needs spec=TaskSpec(input_shape, output_shape) to be built.")
+        build = hook_of(plugin, "build")
+        if build is None:
+            raise PluginError(f"The {plugin.label} implements no hook 'build'.")
+        with seeded(self.config.seed, "model") as generator:
+            model = build(spec=spec, generator=generator)
+        if not isinstance(model, nn.Module):
+            build.reject(f"it must return an nn.Module, not a {type(model).__name__}")
+        if plugin.distribution is not None:
+            self._recipe = {
+                "name": plugin.name,
+                "config": _dumped(plugin.config),
+                "input_shape": list(spec.input_shape),
+                "output_shape": list(spec.output_shape),
+            }
+        return model
+
+    def _functions(self, stages: Stages) -> TaskFunctions:
+        model, config = self.model, self.config
+        adapted = stages.adapted_parameters(model.names, model.body_names, model.head_names)
+        return TaskFunctions(
+            model, stages, self.loss, self.metric, config.inner_steps, config.first_order, config.memory, config.norm,
+            adapted,
+        )  # fmt: skip
+
+    def _features_by_the_head(self) -> Tensor:
+        head = self.model.module.get_submodule((self.model.head_prefix or "").rstrip("."))
+        if not isinstance(head, nn.Linear):
+            raise UsageError(
+                "The meta-parameters of this learner depend on the shape of its features; call "
+                "learner.initialize(example_inputs) first, or run a first batch of tasks."
+            )
+        return torch.zeros(2, head.in_features, dtype=self._dtype, device=self.device)
+
+    def _plain_meta(self) -> dict[str, Tensor]:
+        """The meta-parameters without the augmenters'."""
+        augmenters = set(self.stages.plugins) - {self.algorithm.name}
+        return {
+            name: value for name, value in self.meta_parameters.items() if self.stages.owner(name) not in augmenters
+        }
+
+    def _ready(self, episodes: Episodes) -> None:
+        if self._meta is None:
+            self.initialize(_unbatched(episodes.support_x))
+
+    def _on_device(self, episodes: Episodes | Sequence[Episodes]) -> list[Episodes]:
+        batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
+        if not batches:
+            raise UsageError("There is no task in the batch.")
+        return [batch.to(self.device, self._dtype) for batch in batches]
+
+    def _gradient(self, episodes: Episodes | Sequence[Episodes]) -> Gradient:
+        batches = self._on_device(episodes)
+        self._ready(batches[0])
+        assert self._meta is not None
+        total = sum(len(batch) for batch in batches)
+        strategy = self._strategy or self.choose_strategy(total, 1)[0]
+        seed, steps = self.config.seed, self.config.inner_steps
+        noise: list[dict[str, Any]] = []
+        if self.stages.draws_noise:
+            shapes = {name: tuple(self._meta[name].shape) for name in self._engine.training.adapted_names}
+            noise = [
+                self._placed(self.stages.draw_task_noise(shapes, steps, seed, self.steps_done, task))
+                for task in range(total)
+            ]
+        try:
+            gradient = self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk)
+        except CompileError as error:
+            if self.config.strategy != "auto":
+                raise
+            log.warning("%s Going on with strategy vectorized.", error)
+            self._strategy = "vectorized"
+            gradient = self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk)
+        if self.stages.has_outer_batch_gradient:
+            shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
+            batch_noise = self._placed(self.stages.draw_batch_noise(shapes, steps, seed, self.steps_done))
+            augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, batch_noise)
+            gradient = Gradient(augmented, gradient.loss, gradient.logs)
+        return gradient
+
+    def _placed(self, noise: dict[str, Any]) -> dict[str, Any]:
+        def place(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return leaf.to(self.device, self._dtype if leaf.is_floating_point() else None)
+
+        return {name: torch.utils._pytree.tree_map(place, drawn) for name, drawn in noise.items() if drawn is not None}
+
+    def _update(self, grads: dict[str, Tensor]) -> None:
+        assert self._meta is not None
+        every = self.config.reset_optimizer_every
+        if every is not None and self.steps_done % every == 0:
+            self._optimizer, self._outer_state = None, {}
+        if self.stages.has_outer_update:
+            with torch.no_grad():
+                self._meta, self._outer_state = self.stages.outer_update(self._meta, grads, self._outer_state)
+            return
+        if self._optimizer is None:
+            fused = all(value.is_floating_point() for value in self._meta.values()) and self.device.type in (
+                "cpu",
+                "cuda",
+            )
+            self._optimizer = torch.optim.Adam(self._meta.values(), lr=self.config.outer_lr, fused=fused)
+        for name, value in self._meta.items():
+            value.grad = grads[name]
+        self._optimizer.step()
+
+    def _divergence(self, gradient: Gradient) -> str:
+        bad = [name for name, value in gradient.grads.items() if not bool(torch.isfinite(value).all())]
+        what = "the objective" if not bool(torch.isfinite(gradient.loss)) else "the meta-gradient"
+        first = f", first in '{bad[0]}'" if bad else ""
+        return (
+            f"Training diverged at step {self.steps_done + 1}: {what} is not finite{first}. The meta-parameters are those "
+            f"after step {self.steps_done}; a smaller inner_lr or outer_lr usually helps."
+        )
+
+    def _load_tensors(self, tensors: dict[str, Tensor], path: Path) -> None:
+        expected = self._plain_meta() if not self.augmenters else {}
+        problems = []
+        for name, value in expected.items():
+            if name not in tensors:
+                problems.append(f"'{name}' is missing")
+            elif tensors[name].shape != value.shape:
+                problems.append(f"'{name}' has the shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}")
+        own = {name: value for name, value in tensors.items() if not name.startswith(_CONSTANT)}
+        problems += [f"'{name}' is not in the model" for name in own if name not in expected]
+        if problems:
+            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+            raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}.")
+        self._meta = {name: own[name].to(self.device, value.dtype) for name, value in expected.items()}
+        constants = {
+            name.removeprefix(_CONSTANT): value for name, value in tensors.items() if name.startswith(_CONSTANT)
+        }
+        self.model.module.load_state_dict(constants, strict=False)
+
+
+_CONSTANT = "constant:"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            header = json.loads(metadata["metareg"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise UsageError(f"There is no learner at {path}.") from None
+    except (SafetensorError, OSError, ValueError, KeyError) as error:
+        raise UsageError(f"{path} is no learner that metareg saved, or it is damaged: {error}.") from error
+    if header.get("format") != FILE_FORMAT:
+        raise UsageError(
+            f"{path} has the file format {header.get('format')}, this metareg reads format {FILE_FORMAT}; "
+            "use the metareg version that wrote it."
+        )
+    return header, tensors
+
+
+def _augmenter(given: Any) -> Plugin:
+    if isinstance(given, tuple | list):
+        if len(given) != 2 or not isinstance(given[1], Mapping):
+            raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
+        return resolve("augmenters", given[0], given[1])
+    return resolve("augmenters", given)
+
+
+def _as_list(augment: Sequence[Any] | str | None) -> list[Any]:
+    if augment is None:
+        return []
+    if isinstance(augment, str):
+        augment = augment.split(",")
+    return [each for each in augment if each not in ("none", "")]
+
+
+def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> None:
+    """An unknown keyword may be meant for the learner or for the algorithm: look for the nearest in both."""
+    if not options or not isinstance(algo, str | type):
+        return
+    from metareg.registry import find
+
+    cls = find("algorithms", algo).load() if isinstance(algo, str) else algo
+    known = getattr(cls, "Config", PluginConfig).model_fields
+    for name in options:
+        if name not in known:
+            mine = [
+                *LearnerConfig.model_fields,
+                "loss",
+                "metric",
+                "head",
+                "spec",
+                "model_options",
+                "algo_config",
+                "augment",
+            ]
+            raise UnknownNameError("option of MetaLearner or its algorithm", name, [*known, *mine])
+
+
+def _dumped(config: Any) -> dict[str, Any]:
+    return config.model_dump(mode="json") if isinstance(config, PluginConfig) else {}
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def _batched(part: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], part)
+
+
+def _unbatched(part: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf[0], part)

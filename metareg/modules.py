@@ -1,0 +1,250 @@
+"""An `nn.Module` seen as two pure functions: ``features = body(params, x)`` and ``outputs = head(params, features)``."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.utils import _pytree as pytree
+
+from metareg.errors import UnknownNameError, UsageError
+
+__all__ = ["SplitModel"]
+
+log = logging.getLogger("metareg")
+
+Params = Mapping[str, Tensor]
+
+
+class SplitModel:
+    """A copy of a user's model, split into body and head, that takes its parameters as arguments.
+
+    A module with the submodules `body` and `head` is split there, an `nn.Sequential` before its last layer, any other at
+    the submodule that `head` names (which must be the last thing that its forward applies). Where no head is known the
+    whole module is the body and the head is the identity.
+
+    BatchNorm layers are converted in the copy to use the statistics of the batch at hand and to keep no running ones:
+    running statistics would leak from one task into the next.
+
+    Args:
+        model: any module; it is copied and never changed.
+        head: the dotted name of the submodule that is the head.
+
+    Raises:
+        UnknownNameError: `model` has no submodule of the name `head`.
+        UsageError: the model draws random numbers (dropout), or has trainable parameters outside body and head.
+    """
+
+    def __init__(self, model: nn.Module, head: str | None = None) -> None:
+        self.module = copy.deepcopy(model)
+        self._refuse_dropout()
+        self.batch_norms = self._without_running_statistics()
+        self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
+        self._with_support_statistics: dict[int, tuple[nn.Module, nn.Module]] = {}
+
+        trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
+        if not trainable:
+            raise UsageError(f"The model {type(model).__name__} has no trainable parameter.")
+        self.names = tuple(trainable)
+        prefix = self.head_prefix
+        self.head_names = tuple(name for name in trainable if prefix is not None and name.startswith(prefix))
+        self.body_names = tuple(name for name in trainable if name not in self.head_names)
+        stray = [name for name in self.body_names if not name.startswith(self.body_prefix)]
+        if stray:
+            raise UsageError(
+                f"The model {type(model).__name__} has the parameter '{stray[0]}' in neither body nor head; move it "
+                "into one of them, or name the head's submodule with head=…"
+            )
+
+    @property
+    def has_head(self) -> bool:
+        """Whether it is known which part is the head."""
+        return self.head_prefix is not None
+
+    def initial_parameters(self) -> dict[str, Tensor]:
+        """Copies of the trainable parameters by name."""
+        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+
+    def body(self, params: Params, x: Any) -> Tensor:
+        """Features ``[examples, …]`` of inputs ``[examples, …]``."""
+        return functional_call(self._body, self._own(params, self.body_names, self.body_prefix), (x,))
+
+    def head(self, params: Params, features: Tensor) -> Tensor:
+        """Outputs ``[examples, …]`` of features ``[examples, …]``."""
+        return functional_call(self._head, self._own(params, self.head_names, self.head_prefix or ""), (features,))
+
+    def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
+        """Features of support and query set, BatchNorm using the support set's statistics for both."""
+        examples = _examples(support_x)
+        body, _ = self._support_statistics(examples)
+        both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
+        features = functional_call(body, self._own(params, self.body_names, self.body_prefix), (both,))
+        return features[:examples], features[examples:]
+
+    def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
+        """Outputs for the query set, BatchNorm using the support set's statistics."""
+        examples = support_features.shape[0]
+        _, head = self._support_statistics(examples)
+        both = torch.cat([support_features, query_features])
+        outputs: Tensor = functional_call(head, self._own(params, self.head_names, self.head_prefix or ""), (both,))
+        return outputs[examples:]
+
+    def adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
+        """An ordinary module of the user's own class with these parameters, in evaluation mode.
+
+        Args:
+            params: parameters by name.
+            statistics_of: inputs ``[examples, …]`` whose statistics the BatchNorm layers are to use from now on; None to
+                use those of each batch.
+        """
+        module = copy.deepcopy(self.module)
+        own = dict(module.named_parameters())
+        for name in self.names:
+            own[name].data = params[name].detach().clone()
+        if statistics_of is not None:
+            _fix_statistics(module, statistics_of)
+        return module.eval()
+
+    def check_split(self, params: Params, x: Any) -> None:
+        """Compare ``head(body(x))`` with the module's own forward.
+
+        Raises:
+            UsageError: they differ, so that training would optimise another function than the user calls.
+        """
+        if type(self.module).forward is nn.Module.forward:
+            return
+        with torch.no_grad():
+            whole = functional_call(self.module, dict(params), (x,))
+            parts = self.head(params, self.body(params, x))
+        if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
+            raise UsageError(
+                f"The model {type(self.module).__name__} computes something else than head(body(x)); the head must be "
+                "the last thing that its forward applies."
+            )
+
+    def to(self, device: torch.device) -> None:
+        """Move what is not passed as an argument (buffers, frozen parameters)."""
+        self.module.to(device)
+
+    @staticmethod
+    def _own(params: Params, names: Iterable[str], prefix: str) -> dict[str, Tensor]:
+        return {name[len(prefix) :]: params[name] for name in names}
+
+    def _refuse_dropout(self) -> None:
+        for name, module in self.module.named_modules():
+            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+                raise UsageError(
+                    f"The model's layer '{name}' is {module}: it would draw random numbers inside the inner steps. "
+                    "Set its p to 0."
+                )
+
+    def _without_running_statistics(self) -> list[str]:
+        layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
+        converted = [name for name, layer in layers.items() if layer.track_running_stats]
+        for layer in layers.values():
+            layer.track_running_stats = False
+            layer.running_mean = layer.running_var = layer.num_batches_tracked = None
+        if converted:
+            log.info(
+                "Normalisation keeps no running statistics here, which would leak between tasks: converted %s.",
+                ", ".join(converted),
+            )
+        return [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+
+    def _support_statistics(self, examples: int) -> tuple[nn.Module, nn.Module]:
+        if examples not in self._with_support_statistics:
+            self._with_support_statistics[examples] = (
+                _replaced(self._body, _BatchNorm, lambda layer: _SupportNorm(layer, examples)),
+                _replaced(self._head, _BatchNorm, lambda layer: _SupportNorm(layer, examples)),
+            )
+        return self._with_support_statistics[examples]
+
+
+class _SupportNorm(nn.Module):
+    """BatchNorm whose statistics are those of the first `examples` rows, the support set's."""
+
+    def __init__(self, layer: _BatchNorm, examples: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.examples = layer.weight, layer.bias, layer.eps, examples
+
+    def forward(self, x: Tensor) -> Tensor:
+        dims = [0, *range(2, x.dim())]
+        variance, mean = torch.var_mean(x[: self.examples], dims, correction=0, keepdim=True)
+        normalised = (x - mean) * (variance + self.eps).rsqrt()
+        if self.weight is None:
+            return normalised
+        shape = (1, -1, *[1] * (x.dim() - 2))
+        return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, str, str | None]:
+    """``(body, head, prefix of the body's names, prefix of the head's names or None)``."""
+    if head is not None:
+        submodules = dict(module.named_modules())
+        if not head or head not in submodules:
+            raise UnknownNameError(
+                f"submodule of {type(module).__name__} to be its head", head, [name for name in submodules if name]
+            )
+        return _without(module, head), submodules[head], "", f"{head}."
+    body_module, head_module = getattr(module, "body", None), getattr(module, "head", None)
+    if isinstance(body_module, nn.Module) and isinstance(head_module, nn.Module):
+        return body_module, head_module, "body.", "head."
+    if isinstance(module, nn.Sequential) and len(module) > 1 and any(True for _ in module[-1].parameters()):
+        last = list(module._modules)[-1]
+        return module[:-1], module[-1], "", f"{last}."
+    return module, nn.Identity(), "", None
+
+
+def _without(module: nn.Module, name: str) -> nn.Module:
+    """The module with the identity in the place of one submodule; parameters are shared, nothing is changed."""
+    first, _, rest = name.partition(".")
+    shell = _shallow(module)
+    child = module._modules[first]
+    assert child is not None
+    shell._modules[first] = _without(child, rest) if rest else nn.Identity()
+    return shell
+
+
+def _replaced(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
+    """The module with every submodule of a kind replaced; parameters are shared, nothing is changed."""
+    if isinstance(module, kind):
+        return replacement(module)
+    shell = _shallow(module)
+    for name, child in module._modules.items():
+        if child is not None:
+            shell._modules[name] = _replaced(child, kind, replacement)
+    return shell
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    shell = copy.copy(module)
+    shell._modules = dict(module._modules)
+    return shell
+
+
+def _fix_statistics(module: nn.Module, x: Any) -> None:
+    """Give the BatchNorm layers running statistics: those of their inputs for `x`, without Bessel's correction."""
+
+    def record(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        (value,) = inputs
+        dims = [0, *range(2, value.dim())]
+        layer.running_var, layer.running_mean = torch.var_mean(value, dims, correction=0)
+
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    with torch.no_grad():
+        module.train()(x)
+    for handle in handles:
+        handle.remove()
+    for layer in layers:
+        layer.track_running_stats = True
+
+
+def _examples(x: Any) -> int:
+    return int(pytree.tree_leaves(x)[0].shape[0])

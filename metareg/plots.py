@@ -1,0 +1,93 @@
+"""The pictures of a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from metareg.files import replacing
+from metareg.stages import hook_of
+
+if TYPE_CHECKING:
+    from metareg.evaluation import Evaluation
+    from metareg.runs import Run
+
+__all__ = ["draw", "inner_steps", "learning_curve"]
+
+
+def draw(run: Run) -> list[Path]:
+    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures.
+
+    Returns:
+        The files that were written.
+    """
+    assert run.evaluation is not None
+    figures = {"learning-curve": learning_curve(run), "inner-steps": inner_steps(run.evaluation)}
+    of_task = hook_of(run.source.plugin, "figures")
+    if of_task is not None:
+        figures |= of_task(learner=run.learner, seed=run.config.seed) or {}
+    paths = []
+    for name, figure in figures.items():
+        path = run.path / "plots" / f"{name}.png"
+        with replacing(path) as temporary:
+            figure.savefig(temporary, format="png", dpi=120)
+        paths.append(path)
+    return paths
+
+
+def learning_curve(run: Run) -> Figure:
+    """The metric in training (query sets, after the inner steps) and in validation, against training steps."""
+    lines = run.metrics()
+    metric = run.learner.metric
+    figure, axes = _axes()
+    train = [(line["step"], line[metric.name]) for line in lines if line["split"] == "train"]
+    axes.plot(*zip(*train, strict=True), lw=1, alpha=0.55, color="C0", label="training")
+    validation = [line for line in lines if line["split"] == "validation"]
+    if validation:
+        steps, means, widths = zip(*((v["step"], v[metric.name], v["ci95"]) for v in validation), strict=True)
+        axes.errorbar(
+            steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color="C1", label="validation, 95 % interval"
+        )
+    if not metric.higher_is_better and min(value for _, value in train) > 0:
+        axes.set_yscale("log")
+    axes.set_xlabel("training step")
+    axes.set_ylabel(f"query {_shown(metric.name)}")
+    axes.set_title(_title(run), fontsize=10)
+    axes.legend(frameon=False)
+    return figure
+
+
+def inner_steps(evaluation: Evaluation) -> Figure:
+    """The test metric with its 95 % interval against the number of inner steps."""
+    figure, axes = _axes()
+    steps = evaluation.inner_steps
+    means = [evaluation.mean(k) for k in steps]
+    axes.errorbar(steps, means, [evaluation.ci95(k) for k in steps], fmt="o-", ms=5, lw=1.8, capsize=3)
+    for k, mean in zip(steps, means, strict=True):
+        axes.annotate(f"{mean:.3g}", (k, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
+    if not evaluation.higher_is_better and min(means) > 0 and max(means) > 10 * min(means):
+        axes.set_yscale("log")
+    axes.set_xticks(steps)
+    axes.set_xlabel("inner steps")
+    axes.set_ylabel(f"test {_shown(evaluation.metric)}")
+    axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
+    return figure
+
+
+def _axes() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.4), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.25)
+    return figure, axes
+
+
+def _title(run: Run) -> str:
+    names = [run.config.algo.name, *(choice.name for choice in run.config.augment)]
+    return f"{' + '.join(names)} on {run.config.task.name}, seed {run.config.seed}"
+
+
+def _shown(metric: str) -> str:
+    return {"mse": "mean squared error"}.get(metric, metric)

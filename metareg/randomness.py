@@ -1,0 +1,70 @@
+"""Random numbers that are a function of what they are for, never of what was drawn before.
+
+A run has one seed. Everything random in it (initial weights, an augmenter's noise, the tasks of a split) takes a seed
+derived from the run's seed and a label, so that changing one part of a run leaves the others as they were.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+__all__ = ["derive_seed", "generator_for", "seeded", "task_uniform"]
+
+
+def derive_seed(seed: int, *labels: str | int) -> int:
+    """A seed in [0, 2**63) for the purpose that `labels` name; equal on every machine."""
+    text = "\x1f".join(str(part) for part in (seed, *labels))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
+
+
+def generator_for(seed: int, *labels: str | int) -> torch.Generator:
+    """A CPU generator seeded by `derive_seed`."""
+    return torch.Generator().manual_seed(derive_seed(seed, *labels))
+
+
+@contextmanager
+def seeded(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
+    """Seed torch's global CPU generator for a block and restore it afterwards.
+
+    The default initialisers of `torch.nn` draw from the global generator; inside the block they are a function of the
+    seed. Yields a generator of its own for code that takes one.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(derive_seed(seed, *labels, "global"))
+        yield generator_for(seed, *labels)
+
+
+def task_uniform(seed: int, split: str, indices: Sequence[int], count: int, label: str = "") -> np.ndarray:
+    """Uniform numbers in [0, 1) for tasks, each a function of (seed, split, task number, position, label) alone.
+
+    Counter-based (the SplitMix64 finaliser over a Weyl sequence: Steele, Lea and Flood, OOPSLA 2014), so that the
+    numbers of many tasks are drawn at once and any task can be drawn without the ones before it.
+
+    Args:
+        seed: the run's seed.
+        split: the split's name.
+        indices: task numbers, non-negative.
+        count: how many numbers a task needs.
+        label: tells streams of one task apart.
+
+    Returns:
+        float64 array ``[len(indices), count]``.
+    """
+    stream = np.uint64(derive_seed(seed, "task", split, label))
+    numbers = np.asarray(indices, dtype=np.uint64)
+    with np.errstate(over="ignore"):
+        task = _mix(numbers * np.uint64(0x9E3779B97F4A7C15) + stream)
+        position = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0xD1342543DE82EF95)
+        bits = _mix(task[:, None] + position)
+    return (bits >> np.uint64(11)) * 2.0**-53
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))

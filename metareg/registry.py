@@ -1,0 +1,189 @@
+"""Which plugins are installed, and how the selected ones are loaded.
+
+Everything that lists plugins reads entry-point metadata alone: no plugin module is imported, nor torch. A run loads just
+what it selects, one by one, so that a plugin which does not import costs only the runs that ask for it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from metareg.errors import PluginError, UnknownNameError, UsageError
+
+__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "entries", "find", "resolve"]
+
+KINDS = ("algorithms", "augmenters", "tasks", "models", "observers")
+DISABLE_VARIABLE = "METAREG_DISABLE_PLUGINS"
+
+_SINGULAR = {kind: kind.removesuffix("s") for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One entry point: what is known of a plugin without importing it."""
+
+    kind: str
+    name: str
+    distribution: str
+    version: str
+    target: str
+    """``module:attribute``."""
+
+    @property
+    def qualified(self) -> str:
+        """``DIST:NAME``, which names this one also where two distributions claim the name."""
+        return f"{self.distribution}:{self.name}"
+
+    def load(self) -> Any:
+        """Import the plugin's class.
+
+        Raises:
+            PluginError: the import failed, whatever the exception, or the target is no class.
+        """
+        group = f"metareg.{self.kind}"
+        where = f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
+        try:
+            loaded = importlib.metadata.EntryPoint(self.name, self.target, group).load()
+        except KeyboardInterrupt:
+            raise
+        # A stranger's module can raise anything while it is imported, SystemExit included.
+        except BaseException as error:
+            raise PluginError(f"The {where} cannot be imported: {_cause(error)}") from error
+        if not isinstance(loaded, type):
+            raise PluginError(f"The {where} is a {type(loaded).__name__}; an entry point must name a class.")
+        return loaded
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plugin in use: the object with the hooks, its configuration and where it came from."""
+
+    kind: str
+    name: str
+    instance: Any
+    config: Any
+    """The validated `Config` of the class; None for an object that was passed ready-made."""
+    distribution: str | None
+    version: str | None
+
+    @property
+    def label(self) -> str:
+        """How messages name it: ``augmenter 'cml'``."""
+        return f"{_SINGULAR[self.kind]} '{self.name}'"
+
+
+def entries(kind: str | None = None) -> list[Entry]:
+    """The installed plugins, in the order of `KINDS` and of their names.
+
+    Those named in the variable ``METAREG_DISABLE_PLUGINS`` (``NAME`` or ``DIST:NAME``, with commas) are left out.
+
+    Args:
+        kind: one of `KINDS`; None for all.
+    """
+    left_out = _disabled()
+    return [entry for entry in _installed(kind) if not {entry.name, entry.qualified} & left_out]
+
+
+def find(kind: str, name: str) -> Entry:
+    """The one installed plugin that `name` (or ``DIST:NAME``) stands for.
+
+    Raises:
+        UnknownNameError: there is none; the message holds the nearest names.
+        UsageError: it is installed but disabled.
+        PluginError: two distributions claim the name.
+    """
+    installed = [entry for entry in _installed(kind) if name in (entry.name, entry.qualified)]
+    left_out = _disabled()
+    found = [entry for entry in installed if not {entry.name, entry.qualified} & left_out]
+    if not found and installed:
+        raise UsageError(
+            f"The {_SINGULAR[kind]} '{name}' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}."
+        )
+    if not found:
+        known = {entry.name for entry in entries(kind)}
+        raise UnknownNameError(_SINGULAR[kind], name, known, "`metareg plugins` lists what is installed.")
+    if len(found) > 1:
+        owners = " and ".join(entry.distribution for entry in found)
+        choices = " or ".join(f"'{entry.qualified}'" for entry in found)
+        raise PluginError(f"The {_SINGULAR[kind]} name '{name}' is claimed by {owners}; write {choices} to choose one.")
+    return found[0]
+
+
+def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | None = None) -> Plugin:
+    """Turn what a user named into a plugin ready for use.
+
+    Args:
+        kind: one of `KINDS`.
+        plugin: the name of an installed plugin, a plugin class, or a ready-made object with hooks. A `Plugin` is
+            returned as it is.
+        config: values for the class's `Config`; None or empty where the defaults are wanted.
+
+    Raises:
+        UsageError: an unknown name, or a configuration that the class refuses.
+        PluginError: the plugin cannot be imported or built.
+    """
+    from metareg.config import PluginConfig, validated
+
+    if isinstance(plugin, Plugin):
+        return plugin
+    config = dict(config or {})
+    if not isinstance(plugin, str | type):
+        if config:
+            raise UsageError(
+                f"The {_SINGULAR[kind]} {plugin!r} is an object already; pass its class to configure it "
+                f"with {', '.join(config)}."
+            )
+        name = getattr(plugin, "name", None) or _name_of(type(plugin))
+        return Plugin(kind, name, plugin, getattr(plugin, "config", None), None, None)
+
+    if isinstance(plugin, str):
+        entry = find(kind, plugin)
+        name, cls = entry.name, entry.load()
+    else:
+        entry, cls = None, plugin
+        name = getattr(plugin, "name", None) or _name_of(plugin)
+
+    validated_config = validated(getattr(cls, "Config", PluginConfig), config, f"{_SINGULAR[kind]} '{name}'")
+    takes_config = cls.__init__ is not object.__init__
+    try:
+        instance = cls(validated_config) if takes_config else cls()
+    except (UsageError, PluginError):
+        raise
+    except Exception as error:
+        raise PluginError(f"The {_SINGULAR[kind]} '{name}' cannot be built: {_cause(error)}") from error
+    return Plugin(
+        kind, name, instance, validated_config, entry.distribution if entry else None, entry.version if entry else None
+    )
+
+
+def _installed(kind: str | None) -> list[Entry]:
+    found: dict[tuple[str, str, str], Entry] = {}
+    for each in KINDS if kind is None else (kind,):
+        for point in importlib.metadata.entry_points(group=f"metareg.{each}"):
+            distribution = point.dist.name if point.dist else "unknown"
+            version = point.dist.version if point.dist else "unknown"
+            entry = Entry(each, point.name, distribution, version, point.value)
+            # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
+            found.setdefault((each, point.name, _normalised(distribution)), entry)
+    return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
+
+
+def _disabled() -> set[str]:
+    return {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
+
+
+def _normalised(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def _name_of(cls: type) -> str:
+    return cls.__name__.lower()
+
+
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,62 @@
+"""Where tasks come from: a task plugin, or any object with an `episodes` method."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from metareg.episodes import Episodes
+from metareg.errors import PluginError, UsageError
+from metareg.registry import Plugin, resolve
+from metareg.stages import hook_of
+
+__all__ = ["TaskSource"]
+
+
+class TaskSource:
+    """The tasks of a plugin or object, by split and number.
+
+    Args:
+        plugin: the task plugin; its `episodes` may also stand without `metareg.hookimpl`.
+
+    Raises:
+        UsageError: it has no `episodes`.
+    """
+
+    def __init__(self, plugin: Plugin) -> None:
+        self.plugin = plugin
+        self.stackable: bool = getattr(plugin.instance, "stackable", True)
+        self._episodes: Callable[..., Any] = _episodes_of(plugin)
+
+    @classmethod
+    def of(cls, source: str | type | object) -> TaskSource:
+        """The source that a name, a class or an object stands for."""
+        return source if isinstance(source, TaskSource) else cls(resolve("tasks", source))
+
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
+        """The tasks number `indices` of a split, as stacks of equal sizes."""
+        given = self._episodes(split=split, indices=indices, seed=seed)
+        batches = [given] if isinstance(given, Episodes) else given
+        if not isinstance(batches, list) or not all(isinstance(batch, Episodes) for batch in batches):
+            raise PluginError(
+                f"The {self.plugin.label} must return Episodes, or a list of them, from episodes(); it returned a "
+                f"{type(given).__name__}."
+            )
+        count = sum(len(batch) for batch in batches)
+        if count != len(indices):
+            raise PluginError(f"The {self.plugin.label} returned {count} tasks where {len(indices)} were asked for.")
+        return batches
+
+
+def _episodes_of(plugin: Plugin) -> Callable[..., Any]:
+    implementation = hook_of(plugin, "episodes")
+    if implementation is not None:
+        return implementation
+    method = getattr(plugin.instance, "episodes", None)
+    if not callable(method):
+        raise UsageError(
+            f"A task source needs a method episodes(split, indices) that returns Episodes; {plugin.name} has none."
+        )
+    wanted = [name for name in inspect.signature(method).parameters if name in ("split", "indices", "seed")]
+    return lambda **available: method(**{name: available[name] for name in wanted})

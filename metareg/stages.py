@@ -1,0 +1,344 @@
+"""The stages of a run: the hooks of its plugins, resolved once to plain functions.
+
+pluggy registers and validates the plugins; after that nothing of it stands in the inner loop, and `torch.func` and the
+tracer see ordinary calls.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import pluggy
+import torch
+from torch import Tensor
+
+from metareg import hookspecs
+from metareg.errors import MetaregError, PluginError, nearest
+from metareg.randomness import generator_for, seeded
+from metareg.registry import Plugin
+
+__all__ = ["Implementation", "Stages", "hook_of", "plugin_manager"]
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One plugin's implementation of one hook, called with the arguments that it names."""
+
+    plugin: Plugin
+    name: str
+    """The plugin's name in this run: unique, and the prefix of its meta-parameters."""
+    hook: str
+    function: Callable[..., Any]
+    arguments: tuple[str, ...]
+
+    def __call__(self, **available: Any) -> Any:
+        try:
+            return self.function(**{argument: available[argument] for argument in self.arguments})
+        except MetaregError:
+            raise
+        except Exception as error:
+            raise PluginError(
+                f"The {self.plugin.label} failed in its hook {self.hook}: {type(error).__name__}: {error}"
+            ) from error
+
+    def own(self, meta: Mapping[str, Tensor]) -> Tensors:
+        """The plugin's own meta-parameters, without its prefix."""
+        prefix = f"{self.name}."
+        return {name[len(prefix) :]: value for name, value in meta.items() if name.startswith(prefix)}
+
+    def reject(self, problem: str) -> NoReturn:
+        """Report a result that does not keep the contract."""
+        raise PluginError(f"The {self.plugin.label} broke the contract of {self.hook}: {problem}.")
+
+
+def plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
+    """A manager that holds the plugins of one run, and the plugins by their names in it.
+
+    Raises:
+        PluginError: a hook is misspelt, asks for an argument that the hook does not have, or is a wrapper.
+    """
+    manager = pluggy.PluginManager("metareg")
+    manager.add_hookspecs(hookspecs)
+    named: dict[str, Plugin] = {}
+    for plugin in plugins:
+        name, count = plugin.name, 1
+        while name in named:
+            count += 1
+            name = f"{plugin.name}-{count}"
+        try:
+            manager.register(plugin.instance, name)
+        except pluggy.PluginValidationError as error:
+            raise PluginError(_validation_message(plugin)) from error
+        except ValueError as error:
+            raise PluginError(f"The {plugin.label} cannot be used twice as one object; pass its class.") from error
+        named[name] = plugin
+    known = [name for name, _ in inspect.getmembers(hookspecs, callable) if hasattr(manager.hook, name)]
+    for plugin in plugins:
+        for attribute, _ in _marked(plugin.instance):
+            if attribute not in known:
+                close = nearest(attribute, known)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(known)}."
+                raise PluginError(f"The {plugin.label} implements '{attribute}', which is no hook of metareg{hint}")
+    return manager, named
+
+
+def implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
+    """The implementations of a hook in the order in which their plugins were given, `tryfirst` ones before."""
+    found = getattr(manager.hook, hook).get_hookimpls()
+    result = []
+    for each in sorted(found, key=lambda each: each.trylast - each.tryfirst):
+        plugin = named[each.plugin_name]
+        if each.wrapper or each.hookwrapper:
+            raise PluginError(f"The {plugin.label} implements {hook} as a wrapper; stages are plain functions.")
+        result.append(Implementation(plugin, each.plugin_name, hook, each.function, tuple(each.argnames)))
+    return result
+
+
+def hook_of(plugin: Plugin, hook: str) -> Implementation | None:
+    """A single plugin's implementation of a hook, if it has one."""
+    manager, named = plugin_manager([plugin])
+    found = implementations(manager, named, hook)
+    return found[0] if found else None
+
+
+class Stages:
+    """The stage hooks of an algorithm and its augmenters.
+
+    Args:
+        algorithm: the algorithm.
+        augmenters: in the order in which they are chained.
+    """
+
+    def __init__(self, algorithm: Plugin, augmenters: Sequence[Plugin]) -> None:
+        self.algorithm = algorithm
+        self.augmenters = tuple(augmenters)
+        manager, self.plugins = plugin_manager([algorithm, *augmenters])
+        get = {
+            hook: implementations(manager, self.plugins, hook)
+            for hook in (
+                "init_meta", "adapted_parameters", "inner_update", "draw_noise", "augment_inner_gradient",
+                "augment_outer_loss", "augment_outer_gradient", "outer_gradient", "outer_update",
+            )
+        }  # fmt: skip
+        self._init_meta = get["init_meta"]
+        self._adapted_parameters = get["adapted_parameters"][::-1]
+        self._inner_update = get["inner_update"][::-1]
+        self._inner_gradient = get["augment_inner_gradient"]
+        self._outer_loss = get["augment_outer_loss"]
+        self._outer_batch_gradient = get["augment_outer_gradient"]
+        self._outer_gradient = get["outer_gradient"][::-1]
+        self._outer_update = get["outer_update"][::-1]
+        in_task = {each.name for each in (*self._inner_gradient, *self._outer_loss)}
+        in_batch = {each.name for each in self._outer_batch_gradient}
+        self._task_noise = [each for each in get["draw_noise"] if each.name in in_task]
+        self._batch_noise = [each for each in get["draw_noise"] if each.name in in_batch]
+        if not self._inner_update:
+            raise PluginError(f"The {algorithm.label} implements no inner_update.")
+
+    # ------------------------------------------------------------------------------------------------ what there is
+
+    @property
+    def has_outer_loss(self) -> bool:
+        return bool(self._outer_loss)
+
+    @property
+    def has_outer_gradient(self) -> bool:
+        return bool(self._outer_gradient)
+
+    @property
+    def has_outer_update(self) -> bool:
+        return bool(self._outer_update)
+
+    @property
+    def has_outer_batch_gradient(self) -> bool:
+        return bool(self._outer_batch_gradient)
+
+    @property
+    def draws_noise(self) -> bool:
+        return bool(self._task_noise)
+
+    def wanting(self, *arguments: str) -> Plugin | None:
+        """The first plugin with a parameter or augmentation hook that names one of these arguments."""
+        for each in (*self._init_meta, *self._adapted_parameters, *self._outer_loss):
+            if set(arguments) & set(each.arguments):
+                return each.plugin
+        return None
+
+    def init_wants(self, *arguments: str) -> bool:
+        """Whether some `init_meta` names one of these arguments."""
+        return any(set(arguments) & set(each.arguments) for each in self._init_meta)
+
+    def without_augmenters(self) -> Stages:
+        """The stages of the algorithm alone: what evaluation, adaptation and the exported learner use."""
+        return Stages(self.algorithm, ())
+
+    def owner(self, meta_name: str) -> str | None:
+        """The name of the plugin whose meta-parameter it is; None for the model's own."""
+        return next((name for name in self.plugins if meta_name.startswith(f"{name}.")), None)
+
+    # ----------------------------------------------------------------------------------------------------- parameters
+
+    def init_meta(self, seed: int, **arguments: Any) -> Tensors:
+        """Every plugin's extra meta-parameters, by full name."""
+        meta: Tensors = {}
+        for each in self._init_meta:
+            with seeded(seed, "init_meta", each.name) as generator:
+                created = each(generator=generator, **arguments) or {}
+            if not isinstance(created, dict) or not all(isinstance(value, Tensor) for value in created.values()):
+                each.reject("it must return a dict of tensors by name")
+            meta |= {f"{each.name}.{name}": value.detach().clone() for name, value in created.items()}
+        return meta
+
+    def adapted_parameters(
+        self, names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """The names that the inner loop adapts, in the model's order."""
+        for each in self._adapted_parameters:
+            chosen = each(names=names, body=body, head=head)
+            if chosen is not None:
+                unknown = [name for name in chosen if name not in names]
+                if unknown or not chosen:
+                    each.reject(f"it named {unknown or 'no parameter'}; the model has {', '.join(names)}")
+                return tuple(name for name in names if name in set(chosen))
+        return names
+
+    # ----------------------------------------------------------------------------------------------- inner, augmentation
+
+    def draw_task_noise(
+        self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
+    ) -> dict[str, Any]:
+        """What each augmenter draws for one task, by the augmenter's name."""
+        return self._draw(self._task_noise, "task", shapes, inner_steps, seed, *labels)
+
+    def draw_batch_noise(
+        self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
+    ) -> dict[str, Any]:
+        """What each augmenter draws for one meta-batch, by the augmenter's name."""
+        return self._draw(self._batch_noise, "batch", shapes, inner_steps, seed, *labels)
+
+    @staticmethod
+    def _draw(
+        drawing: list[Implementation],
+        stage: str,
+        shapes: dict[str, tuple[int, ...]],
+        inner_steps: int,
+        seed: int,
+        *labels: str | int,
+    ) -> dict[str, Any]:
+        return {
+            each.name: each(
+                shapes=shapes,
+                generator=generator_for(seed, "noise", stage, each.name, *labels),
+                inner_steps=inner_steps,
+                stage=stage,
+            )
+            for each in drawing
+        }
+
+    def augment_inner_gradient(
+        self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int
+    ) -> Tensors:
+        for each in self._inner_gradient:
+            changed = each(grads=grads, params=params, meta=each.own(meta), noise=noise.get(each.name), step=step)
+            grads = _like(grads, changed, each)
+        return grads
+
+    def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
+        for each in self._inner_update:
+            updated = each(params=params, grads=grads, meta=each.own(meta), step=step)
+            if updated is not None:
+                return _like(params, updated, each)
+        raise PluginError(f"No plugin gave a result for inner_update at inner step {step}.")
+
+    def augment_outer_loss(
+        self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
+    ) -> tuple[Tensor | float, Tensors]:
+        """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``."""
+        total: Tensor | float = 0.0
+        logs: Tensors = {}
+        for each in self._outer_loss:
+            term = each(meta=each.own(meta), noise=noise.get(each.name), **arguments)
+            term, extra = term if isinstance(term, tuple) else (term, {})
+            if not isinstance(term, Tensor) or term.dim() != 0:
+                each.reject(f"it must return a scalar, not {_described(term)}")
+            total = total + term
+            logs |= {f"{each.name}.{key}": value.detach() for key, value in extra.items()}
+        return total, logs
+
+    def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
+        for each in self._outer_batch_gradient:
+            grads = _like(grads, each(grads=grads, meta=each.own(meta), noise=noise.get(each.name)), each)
+        return grads
+
+    # ---------------------------------------------------------------------------------------------------------- outer
+
+    def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
+        """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
+        for each in self._outer_gradient:
+            grads = each(meta=meta, adapted=adapted, inner_steps=inner_steps)
+            if grads is not None:
+                zero = {name: torch.zeros_like(value) for name, value in meta.items()}
+                return _like(meta, zero | grads, each)
+        raise PluginError("No plugin gave a result for outer_gradient.")
+
+    def outer_update(self, meta: Tensors, grads: Tensors, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+        for each in self._outer_update:
+            result = each(meta=meta, grads=grads, state=state)
+            if result is not None:
+                return _like(meta, result[0], each), result[1]
+        raise PluginError("No plugin gave a result for outer_update.")
+
+
+def _like(expected: Tensors, given: Any, by: Implementation) -> Tensors:
+    """`given` in the order of `expected`, if it has its names and shapes."""
+    if not isinstance(given, dict):
+        by.reject(f"it must return a dict of tensors, not {_described(given)}")
+    if given.keys() != expected.keys():
+        missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+        parts = [
+            f"misses {', '.join(sorted(missing))}" if missing else "",
+            f"adds {', '.join(sorted(extra))}" if extra else "",
+        ]
+        by.reject(f"its result {' and '.join(filter(None, parts))}")
+    for name, value in expected.items():
+        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
+            by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_described(given[name])}")
+    return {name: given[name] for name in expected}
+
+
+def _described(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+def _marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
+    """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
+    found = []
+    for name in dir(type(instance)):
+        attribute = inspect.getattr_static(instance, name)
+        function = getattr(attribute, "__func__", attribute)
+        if hasattr(function, "metareg_impl"):
+            found.append((name, getattr(instance, name)))
+    return found
+
+
+def _validation_message(plugin: Plugin) -> str:
+    for name, method in _marked(plugin.instance):
+        spec = getattr(hookspecs, name, None)
+        if spec is None:
+            continue
+        allowed = list(inspect.signature(spec).parameters)
+        wanted = list(inspect.signature(method).parameters)
+        unknown = [argument for argument in wanted if argument not in allowed]
+        if unknown:
+            close = nearest(unknown[0], allowed)
+            hint = f"; did you mean '{close[0]}'?" if close else "."
+            return (
+                f"The {plugin.label} asks for the argument '{unknown[0]}' in {name}, which that hook does not have; "
+                f"it has {', '.join(allowed)}{hint}"
+            )
+    return f"The {plugin.label} cannot be registered: its hooks do not keep their specifications."

@@ -1,0 +1,45 @@
+"""What a task plugin tells about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+__all__ = ["Task", "TaskSpec"]
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Shapes of one example, without task and example dimensions.
+
+    Args:
+        input_shape: of one input, as ``(1,)`` or ``(3, 84, 84)``.
+        output_shape: of one output; for classification ``(ways,)``.
+    """
+
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+
+
+class Task:
+    """Base of task plugins; a subclass implements the hook `episodes` and overrides what differs.
+
+    Any object with these attributes and that hook will do.
+    """
+
+    loss: str = "mse"
+    """A name in `metareg.losses.LOSSES`, or a callable ``loss(outputs, targets) -> scalar``."""
+    metric: str | None = None
+    """A name in `metareg.losses.METRICS`; the one that goes with the loss where it is None."""
+    default_model: str | None = None
+    """The model plugin that a run takes where the user names none."""
+    stackable: bool = True
+    """Whether `episodes` returns tasks of one size, which can be run together."""
+    recommended: ClassVar[Mapping[str, Any]] = {}
+    """Run options (`metareg.RunConfig`) and plugin options that suit the task, where the user says nothing."""
+
+    @property
+    def spec(self) -> TaskSpec:
+        """The shapes of this task's inputs and outputs."""
+        raise NotImplementedError(f"{type(self).__name__} must define the property `spec`")

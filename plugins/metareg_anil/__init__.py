@@ -1,0 +1,21 @@
+"""ANIL: adapt the head alone."""
+
+from __future__ import annotations
+
+from metareg import hookimpl
+from metareg_maml import MAML
+
+
+class ANIL(MAML):
+    """Almost no inner loop: MAML whose inner loop adapts the head only; body and head both learn in the outer loop.
+
+    As the body stays as it is within a task, its features are computed once per support set.
+
+    Reference:
+        Raghu, Raghu, Bengio and Vinyals, Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of
+        MAML, ICLR 2020, arXiv 1909.09157.
+    """
+
+    @hookimpl
+    def adapted_parameters(self, head: tuple[str, ...]) -> tuple[str, ...]:
+        return head

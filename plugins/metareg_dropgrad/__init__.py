@@ -1,0 +1,48 @@
+"""DropGrad: multiplicative noise on the inner gradient."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from metareg import PluginConfig, hookimpl
+
+
+class DropGrad:
+    """Multiplies every entry of the inner gradient by noise of mean 1, drawn anew for every task and inner step.
+
+    With `kind="bernoulli"` an entry is dropped with probability `rate` and divided by 1 − rate otherwise; with
+    `kind="gaussian"` the noise is N(1, rate / (1 − rate)), which has the same variance.
+
+    Reference:
+        Tseng, Chen, Tsai, Liu, Lin and Yang, Regularizing Meta-Learning via Gradient Dropout, ACCV 2020,
+        arXiv 2004.05859.
+    """
+
+    class Config(PluginConfig):
+        rate: float = Field(0.1, ge=0, lt=1, description="Probability that an entry of the gradient is dropped.")
+        kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of the noise.")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @hookimpl
+    def draw_noise(
+        self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int
+    ) -> list[dict[str, Tensor]]:
+        return [{name: self._factors(shape, generator) for name, shape in shapes.items()} for _ in range(inner_steps)]
+
+    @hookimpl
+    def augment_inner_gradient(
+        self, grads: dict[str, Tensor], noise: list[dict[str, Tensor]], step: int
+    ) -> dict[str, Tensor]:
+        return {name: value * noise[step][name] for name, value in grads.items()}
+
+    def _factors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        rate = self.config.rate
+        if self.config.kind == "bernoulli":
+            return (torch.rand(shape, generator=generator) >= rate).float() / (1 - rate)
+        return 1 + (rate / (1 - rate)) ** 0.5 * torch.randn(shape, generator=generator)
