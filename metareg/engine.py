@@ -28,7 +28,7 @@ from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
 from metareg.stages import Stages
 
-__all__ = ["Engine", "Gradient", "TaskFunctions", "choose_strategy"]
+__all__ = ["Engine", "Gradient", "TaskFunctions", "choose_strategy", "find_compiler"]
 
 log = logging.getLogger("metareg")
 
@@ -444,13 +444,15 @@ def choose_strategy(
     cost = _COMPILE_SECONDS * (1 + functions.inner_steps) / 2
     if gain <= cost:
         return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
-    if device.type == "cpu" and not _has_compiler():
+    if device.type == "cpu" and find_compiler() is None:
         return "vectorized", "compiling would pay, but there is no C++ compiler (g++ or clang++)"
     return "compiled", f"{steps} steps pay for about {cost:.0f} s of compiling"
 
 
-def _has_compiler() -> bool:
-    return any(shutil.which(name) for name in (os.environ.get("CXX"), "g++", "clang++", "c++", "cl") if name)
+def find_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU; None where there is none."""
+    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
 
 
 def _constant(leaf: Any) -> Any:

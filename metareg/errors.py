@@ -57,10 +57,12 @@ class DivergenceError(MetaregError):
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of `known` that look like `name`, most alike first; empty when none does."""
+    """The entries of `known` that look like `name` or contain it, most alike first; empty when none does."""
+    folded = name.casefold()
     by_folded = {candidate.casefold(): candidate for candidate in known}
-    found = difflib.get_close_matches(name.casefold(), by_folded, n=count, cutoff=0.6)
-    return [by_folded[candidate] for candidate in found]
+    found = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)
+    containing = [candidate for candidate in by_folded if len(folded) > 2 and folded in candidate]
+    return [by_folded[candidate] for candidate in dict.fromkeys((*found, *containing))][:count]
 
 
 def _either(names: list[str]) -> str:

@@ -104,6 +104,7 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
         raise UnknownNameError("run option", unknown[0], RunConfig.model_fields)
+    base = {**base, **{key: value for key, value in options.items() if key in _CHOICES}}
     values = {key: value for key, value in base.items() if key not in _CHOICES}
     chosen = {
         "algo": [_Selected.of("algo", base.get("algo", "maml"))],
@@ -114,7 +115,7 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     }
     everything = [each for field_name in _CHOICES for each in chosen[field_name]]
     # A task names its model, and its own options can decide which: they are set before the others are looked at.
-    waiting = dict(options)
+    waiting = {key: value for key, value in options.items() if key not in _CHOICES}
     for key in list(waiting):
         owner, _, option = key.partition(".")
         if owner in ("task", chosen["task"][0].name) and option:
@@ -162,8 +163,6 @@ def _route(key: str, value: Any, values: dict[str, Any], everything: Sequence[_S
         for each in named:
             each.config[option] = value
         return
-    if key in _CHOICES:
-        raise UsageError(f"'{key}' names a plugin and is no option to set; use --{key}.")
     if key in RunConfig.model_fields:
         values[key] = value
         return

@@ -20,7 +20,7 @@ from metareg.errors import MetaregError, PluginError, nearest
 from metareg.randomness import generator_for, seeded
 from metareg.registry import Plugin
 
-__all__ = ["Implementation", "Stages", "hook_of", "plugin_manager"]
+__all__ = ["Implementation", "Stages", "hook_of", "hooks_of", "plugin_manager"]
 
 Tensors = dict[str, Tensor]
 
@@ -315,15 +315,22 @@ def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
+def hooks_of(cls: type) -> list[str]:
+    """The hooks that a plugin class implements, in alphabetical order."""
+    return [name for name in sorted(dir(cls)) if _is_marked(inspect.getattr_static(cls, name))]
+
+
 def _marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
     """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
     found = []
     for name in dir(type(instance)):
-        attribute = inspect.getattr_static(instance, name)
-        function = getattr(attribute, "__func__", attribute)
-        if hasattr(function, "metareg_impl"):
+        if _is_marked(inspect.getattr_static(instance, name)):
             found.append((name, getattr(instance, name)))
     return found
+
+
+def _is_marked(attribute: Any) -> bool:
+    return hasattr(getattr(attribute, "__func__", attribute), "metareg_impl")
 
 
 def _validation_message(plugin: Plugin) -> str:

@@ -1,0 +1,249 @@
+"""The command line. Whatever is slow to import (torch, a plugin) is imported by the command that needs it."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from metareg._version import __version__
+from metareg.errors import MetaregError, UnknownNameError, UsageError
+from metareg.registry import DISABLE_VARIABLE, KINDS, Entry, entries, find
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    name="metareg",
+    help="Gradient-based meta-learning: any algorithm, with any gradient augmenter, on any task.",
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+TRACEBACK_VARIABLE = "METAREG_TRACEBACK"
+
+# Errors and progress go to stderr, results to stdout: `metareg eval RUN --json | jq` works.
+_errors = Console(stderr=True, highlight=False)
+_output = Console(highlight=False)
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Carry out a command line.
+
+    Returns:
+        The exit code: 0 done, 2 wrong use, 1 anything else, 130 interrupted.
+    """
+    try:
+        app(args=list(arguments))
+    except SystemExit as exit:  # typer's way of ending, after printing its own errors
+        return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
+    except MetaregError as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
+        return error.exit_code
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------- completion
+
+
+def _names(kind: str) -> Any:
+    return lambda incomplete: [entry.name for entry in entries(kind) if entry.name.startswith(incomplete)]
+
+
+_RUN = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)]
+_DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+_NO_PLUGIN = Annotated[
+    list[str] | None, typer.Option("--no-plugin", metavar="NAME", help="Leave an installed plugin out. Repeatable.")
+]
+
+
+@app.callback()
+def _common(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        _output.print(f"metareg {__version__}")
+        raise typer.Exit
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+@app.command()
+def train(
+    algo: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Algorithm [maml].", autocompletion=_names("algorithms"))
+    ] = None,
+    augment: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="Gradient augmenter; repeatable, takes commas, chained in this order; 'none' for none.",
+            autocompletion=_names("augmenters"),
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Task [sinusoid].", autocompletion=_names("tasks"))
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Model [the task's own].", autocompletion=_names("models"))
+    ] = None,
+    ways: Annotated[int | None, typer.Option(help="Classes per task.")] = None,
+    shots: Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")] = None,
+    query: Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
+    meta_batch: Annotated[int | None, typer.Option(metavar="TASKS", help="Tasks per training step.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps in training.")] = None,
+    first_order: Annotated[bool | None, typer.Option("--first-order", help="Inner gradients as constants.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes everything that is drawn at random [0].")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder [a new one in runs/].")] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML with any of these; options given here stand before it.")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the run or of its plugins. Repeatable."),
+    ] = None,
+    strategy: Annotated[str | None, typer.Option(help="auto, serial, vectorized or compiled [auto].")] = None,
+    memory: Annotated[str | None, typer.Option(help="store or recompute [store].")] = None,
+    norm: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
+    chunk: Annotated[int | None, typer.Option(metavar="TASKS", help="At most so many tasks at once.")] = None,
+    device: _DEVICE = None,
+    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the task's data is.")] = None,
+    observe: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="Observer; repeatable, takes commas.", autocompletion=_names("observers")),
+    ] = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Train, test and draw: [bold]metareg train --algo maml --augment cml[/].
+
+    Every option has a default that suits the task. [bold]metareg show tasks NAME[/] and its like for algorithms,
+    augmenters and models list what --set takes.
+    """
+    _leave_out(no_plugin)
+    from metareg.display import Progress, report
+    from metareg.options import parse_assignments
+    from metareg.runs import train as train_run
+
+    flags = {
+        "steps": steps, "meta_batch": meta_batch, "inner_steps": inner_steps, "first_order": first_order, "seed": seed,
+        "strategy": strategy, "memory": memory, "norm": norm, "chunk": chunk, "device": device,
+        "task.ways": ways, "task.shots": shots, "task.query": query, "task.data": None if data is None else str(data),
+    }  # fmt: skip
+    options = parse_assignments(assignments or [])
+    options |= {key: value for key, value in flags.items() if value is not None}
+    if observe:
+        options["observers"] = observe
+    with Progress(_errors) as progress:
+        result = train_run(algo, augment, task, model=model, out=out, config=config, observers=[progress], **options)
+    report(result, _output)
+
+
+@app.command("eval")
+def evaluate(
+    path: _RUN,
+    tasks: Annotated[int, typer.Option(help="Test tasks.")] = 600,
+    inner_steps: Annotated[str, typer.Option(help="Numbers of inner steps, with commas.")] = "0,1,5,10",
+    task: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME", help="Test on another task, with its default options.", autocompletion=_names("tasks")
+        ),
+    ] = None,
+    device: _DEVICE = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Test a finished run anew: other tasks, other numbers of inner steps."""
+    _leave_out(no_plugin)
+    try:
+        numbers = [int(part) for part in inner_steps.split(",")]
+    except ValueError:
+        raise UsageError(f"--inner-steps takes whole numbers with commas, as 1,5,10; got '{inner_steps}'.") from None
+    from metareg.display import evaluation_table
+    from metareg.runs import Run
+
+    with _errors.status("Testing …"):
+        evaluation = Run.load(path, device=device).evaluate(tasks, numbers, task)
+    if as_json:
+        print(json.dumps(evaluation.to_dict()))
+    else:
+        _output.print(evaluation_table(evaluation))
+
+
+# -------------------------------------------------------------------------------------------------------------- plugins
+
+
+@app.command()
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
+) -> None:
+    """List the installed plugins. Without --check nothing of them is imported."""
+    rows = [_described(entry, check) for entry in entries()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from metareg.display import plugins_table
+
+    _output.print(plugins_table(rows, check))
+
+
+@app.command()
+def show(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")],
+) -> None:
+    """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
+    matches = [each for each in KINDS if kind and each.startswith(kind.rstrip("s"))]
+    if len(matches) != 1:
+        raise UnknownNameError("kind of plugin", kind, KINDS)
+    entry = find(matches[0], name)
+    from metareg.display import plugin_page
+
+    _output.print(plugin_page(entry, entry.load()))
+
+
+@app.command()
+def doctor() -> None:
+    """Check the installation: versions, devices, compiler, and every plugin."""
+    from metareg.display import doctor_page
+
+    rows = [_described(entry, check=True) for entry in entries()]
+    _output.print(doctor_page(rows))
+    if any(row["broken"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _described(entry: Entry, check: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "kind": entry.kind,
+        "name": entry.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "broken": None,
+    }
+    if check:
+        try:
+            cls = entry.load()
+        except MetaregError as error:
+            return row | {"broken": str(error)}
+        fields = getattr(getattr(cls, "Config", None), "model_fields", {})
+        row |= {"summary": (cls.__doc__ or "").strip().partition("\n")[0], "config": sorted(fields)}
+    return row
+
+
+def _leave_out(names: list[str] | None) -> None:
+    """Disable plugins in this process and in those that it starts."""
+    listed = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
+    os.environ[DISABLE_VARIABLE] = ",".join(filter(None, listed))

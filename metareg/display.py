@@ -1,0 +1,209 @@
+"""What a person sees in the terminal: progress, tables and pages. Without a terminal, plain lines."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import time
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Table
+from rich.text import Text
+
+from metareg.hookspecs import hookimpl
+
+if TYPE_CHECKING:
+    from metareg.evaluation import Evaluation
+    from metareg.registry import Entry
+    from metareg.runs import Run
+
+__all__ = ["Progress", "doctor_page", "evaluation_table", "plugin_page", "plugins_table", "report"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Observer: a live bar with loss, validation metric, steps per second and time left.
+
+    Where the console is no terminal it prints a line at the start, one about every ten seconds, and one per validation.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._validation = ""
+        self._printed = 0.0
+
+    def __enter__(self) -> Progress:
+        handler = RichHandler(console=self._console, show_time=False, show_path=False, show_level=False)
+        if not self._console.is_terminal:
+            handler = logging.StreamHandler(self._console.file)  # type: ignore[assignment]
+        self._handler = handler
+        logger = logging.getLogger("metareg")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        logging.getLogger("metareg").removeHandler(self._handler)
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        config = run.config
+        names = [config.algo.name, *(choice.name for choice in config.augment)]
+        self._say(f"{' + '.join(names)} on {config.task.name}, seed {config.seed} → {run.path}")
+        self._task = self._bar.add_task("training", total=config.steps, numbers="")
+        self._bar.start()
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        numbers = f"loss {logs['loss']:.4g}{self._validation} · {logs['steps_per_second']:.0f} steps/s"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._say(f"step {step}: {numbers}")
+
+    @hookimpl
+    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        if split == "test":
+            return
+        inner_steps = evaluation.inner_steps[-1]
+        mean, width = evaluation.mean(inner_steps), evaluation.ci95(inner_steps)
+        self._validation = f" · validation {evaluation.metric} {mean:.4g}"
+        if not self._console.is_terminal:
+            self._say(f"step {step}: validation {evaluation.metric} {mean:.4g} ± {width:.2g}")
+
+    @hookimpl
+    def on_run_end(self) -> None:
+        self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)
+
+
+def report(run: Run, console: Console) -> None:
+    """The end of a training: the table of the test, and where everything is."""
+    assert run.evaluation is not None
+    console.print(evaluation_table(run.evaluation))
+    for label, value in (
+        ("run", run.path),
+        ("results", run.path / "results.json"),
+        *(("plot", path) for path in run.plots),
+    ):
+        console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
+
+
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """The metric before and after each number of inner steps."""
+    better = "higher" if evaluation.higher_is_better else "lower"
+    norm = "" if evaluation.norm == "none" else f", BatchNorm {evaluation.norm}"
+    table = Table(title=f"Test over {evaluation.tasks} tasks ({better} is better{norm})", title_justify="left")
+    table.add_column("inner steps", justify="right")
+    table.add_column(evaluation.metric, justify="right")
+    table.add_column("95 % interval", justify="right")
+    for k in evaluation.inner_steps:
+        mean, width = evaluation.mean(k), evaluation.ci95(k)
+        table.add_row("0 (before)" if k == 0 else str(k), f"{mean:.4f}", f"± {width:.4f}")
+    return table
+
+
+def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
+    """The installed plugins, one a row."""
+    if not rows:
+        return Text("No plugin is installed or enabled.")
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("kind", "name", "distribution", "version", *(("works", "what it is") if checked else ())):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        cells = [row["kind"], row["name"], row["distribution"], row["version"]]
+        if checked:
+            cells += ["no", row["broken"]] if row["broken"] else ["yes", row["summary"]]
+        table.add_row(*map(escape, cells), style="red" if row["broken"] else None)
+    return table
+
+
+def plugin_page(entry: Entry, cls: type) -> RenderableType:
+    """All that there is to know of a plugin."""
+    from metareg.stages import hooks_of
+
+    parts: list[RenderableType] = [
+        Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
+        Padding(Text(_dedented(cls.__doc__ or "It has no description.")), (1, 0, 1, 2)),
+        Text.assemble(("hooks: ", "bold"), ", ".join(hooks_of(cls)) or "none"),
+    ]
+    fields = getattr(getattr(cls, "Config", None), "model_fields", {})
+    if fields:
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("option", "default", "allowed", "what it is"):
+            table.add_column(column, overflow="fold")
+        for name, field in fields.items():
+            default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+            table.add_row(*map(escape, (name, default, _allowed(field), field.description or "")))
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def doctor_page(rows: list[dict[str, Any]]) -> RenderableType:
+    """The state of the installation."""
+    import torch
+
+    from metareg import environment
+    from metareg.engine import find_compiler
+
+    machine = environment.of_machine()
+    compiler = find_compiler()
+    facts = {
+        "metareg": f"{machine['metareg']}, plugin contract {machine['contract']}",
+        "python": f"{machine['python']} on {platform.system()} {machine['processor']}",
+        "torch": f"{torch.__version__}, {torch.get_num_threads()} of {os.cpu_count()} CPU threads",
+        "GPU": ", ".join(machine["gpus"]) or "none",
+        "C++ compiler": compiler or "none: the strategy 'compiled' cannot be used on the CPU",
+        **machine["libraries"],
+    }
+    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    broken = sum(bool(row["broken"]) for row in rows)
+    verdict = f"{broken} of {len(rows)} plugins do not work." if broken else f"All {len(rows)} plugins work."
+    return Group(
+        table, Text(), plugins_table(rows, checked=True), Text(), Text(verdict, "bold red" if broken else "green")
+    )
+
+
+def _allowed(field: Any) -> str:
+    """The type and bounds of a configuration field, as a reader would write them."""
+    kind = getattr(field.annotation, "__name__", str(field.annotation))
+    if not isinstance(field.annotation, type):
+        kind = str(field.annotation).replace("typing.", "").removeprefix("Literal")
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
+    bounds = [
+        f"{sign} {value}"
+        for constraint in field.metadata
+        for key, sign in signs.items()
+        if (value := getattr(constraint, key, None)) is not None
+    ]
+    return " ".join([kind, *bounds])
+
+
+def _dedented(text: str) -> str:
+    import inspect
+
+    return inspect.cleandoc(text)
