@@ -252,7 +252,8 @@ class Gradient:
     loss: Tensor
     """The objective that was differentiated: query loss and the augmenters' terms."""
     logs: Tensors
-    """``query_loss``, the metric under its name, and ``PLUGIN.KEY`` of the augmenters."""
+    """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm
+    before `augment_outer_gradient`."""
 
 
 class Engine:
@@ -267,6 +268,7 @@ class Engine:
         self.training = training
         self.plain = plain
         self._programs: dict[Any, _Program] = {}
+        self._log_names: tuple[str, ...] = ()
 
     def gradient(
         self,
@@ -297,6 +299,7 @@ class Engine:
                     return one
                 result = _accumulated(result, one, len(part) / total)
         assert result is not None
+        result.logs["grad_norm"] = _norm(result.grads)
         return result
 
     def scores(
@@ -314,51 +317,57 @@ class Engine:
             return torch.stack(rows)
         functions = self.plain
 
-        def mapped(meta: Tensors, task: Task) -> Tensor:
-            return vmap(lambda task: functions.scores(meta, task, inner_steps))(task)
+        def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
+            return [vmap(lambda task: functions.scores(meta, task, inner_steps))(tasks)]
 
         # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        return torch.cat(
-            [
-                self._program(("scores", inner_steps), mapped, "vectorized")(len(part), meta, part.parts)
-                for part in episodes.chunks(chunk)
-            ]
-        )
+        program = self._program(("scores", inner_steps), mapped, "vectorized")
+        return torch.cat([program(meta, part, {})[0] for part in episodes.chunks(chunk)])
 
     def _gradient_of_stack(
         self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], strategy: Strategy
     ) -> Gradient:
-        functions = self.training
         if strategy == "serial":
             with torch.no_grad(), _memory_advice(1):
-                return Gradient(*functions.gradient(meta, _only(episodes.parts), noise[0] if noise else {}))
-        stacked = stack_trees(noise) if noise else {}
+                grads, loss, logs = self.training.gradient(meta, _only(episodes.parts), noise[0] if noise else {})
+                return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
         program = self._program("gradient", self._mapped_gradient, strategy)
-        return Gradient(*program(len(episodes), meta, episodes.parts, stacked))
+        flat = program(meta, episodes, stack_trees(noise) if noise else {})
+        count = len(meta)
+        return Gradient(
+            dict(zip(meta, flat, strict=False)), flat[count], dict(zip(self._log_names, flat[count + 1 :], strict=True))
+        )
 
-    def _mapped_gradient(self, meta: Tensors, tasks: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
+    def _mapped_gradient(self, meta: Tensors, tasks: Task, noise: Mapping[str, Any]) -> list[Tensor]:
+        """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
         functions = self.training
         if functions.memory == "recompute" or functions.stages.has_outer_gradient:
             # Each task's gradient is finished inside its own map: nothing of its inner steps is left over.
             grads, losses, logs = vmap(lambda *task: functions.gradient(meta, *task))(tasks, noise)
-            return _means(grads), losses.mean(), _means(logs)
+            grads, loss, logs = _means(grads), losses.mean(), _means(logs)
+        else:
 
-        def mean_objective(meta: Tensors) -> tuple[Tensor, Tensors]:
-            losses, logs = vmap(lambda *task: functions.objective(meta, *task))(tasks, noise)
-            return losses.mean(), _means(logs)
+            def mean_objective(meta: Tensors) -> tuple[Tensor, Tensors]:
+                losses, logs = vmap(lambda *task: functions.objective(meta, *task))(tasks, noise)
+                return losses.mean(), _means(logs)
 
-        grads, (loss, logs) = grad_and_value(mean_objective, has_aux=True)(meta)
-        return grads, loss, logs
+            grads, (loss, logs) = grad_and_value(mean_objective, has_aux=True)(meta)
+        logs["grad_norm"] = _norm(grads)
+        self._log_names = tuple(logs)
+        return [*grads.values(), loss, *logs.values()]
 
-    def _program(self, key: Any, function: Callable[..., Any], strategy: Strategy) -> _Program:
+    def _program(self, key: Any, function: _Function, strategy: Strategy) -> _Program:
         program = self._programs.get((key, strategy))
         if program is None:
             program = self._programs[key, strategy] = _Program(function, compiled=strategy == "compiled")
         return program
 
 
+_Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
+
+
 class _Program:
-    """A function of pytrees that is traced to a flat graph of tensor operations, once for each set of shapes.
+    """A function of meta-parameters, tasks and noise that is traced to a graph of tensor operations for each set of shapes.
 
     Tracing (`make_fx`) runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
     operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
@@ -369,38 +378,38 @@ class _Program:
         compiled: hand the graph to `torch.compile`.
     """
 
-    def __init__(self, function: Callable[..., Any], *, compiled: bool) -> None:
+    def __init__(self, function: _Function, *, compiled: bool) -> None:
         self._function = function
         self._compiled = compiled
-        self._graphs: dict[Any, tuple[Callable[..., Any], Any] | None] = {}
+        self._graphs: dict[Any, Callable[..., list[Tensor]] | None] = {}
 
-    def __call__(self, tasks: int, *arguments: Any) -> Any:
-        leaves, structure = pytree.tree_flatten(arguments)
-        key = (structure, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
-        with torch.no_grad(), _memory_advice(tasks):
-            if key not in self._graphs and not self._compiled:
-                # Tracing costs as much as a dozen calls: not worth it for a function that is called once.
-                self._graphs[key] = None
-                return self._function(*arguments)
+    def __call__(self, meta: Tensors, episodes: Episodes, noise: Mapping[str, Any]) -> list[Tensor]:
+        inputs, structure = _flattened(episodes.parts, noise)
+        key = (structure, *[(leaf.shape, leaf.dtype) for leaf in inputs])
+        with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
             if graph is None:
-                graph = self._graphs[key] = self._traced(leaves, structure)
-            flat, out_structure = graph
-            return pytree.tree_unflatten(flat(*leaves), out_structure)
+                if key not in self._graphs and not self._compiled:
+                    # Tracing costs as much as a dozen calls: not worth it for a function that is called once.
+                    self._graphs[key] = None
+                    return self._function(meta, episodes.parts, noise)
+                graph = self._graphs[key] = self._traced(meta, inputs, structure)
+            return graph(*meta.values(), *inputs)
 
-    def _traced(self, leaves: list[Tensor], structure: Any) -> tuple[Callable[..., Any], Any]:
-        out_structure: Any = None
+    def _traced(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
+        names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
-            nonlocal out_structure
-            result = self._function(*pytree.tree_unflatten(list(leaves), structure))
-            out_leaves, out_structure = pytree.tree_flatten(result)
-            return out_leaves
+            parts, noise = _unflattened(leaves[len(names) :], structure)
+            return self._function(dict(zip(names, leaves, strict=False)), parts, noise)
 
         graph = make_fx(flat)(*leaves)
         if not self._compiled:
-            return graph.forward, out_structure
-        compiled = torch.compile(graph, fullgraph=True, dynamic=False)
+            traced: Callable[..., list[Tensor]] = graph.forward
+            return traced
+        # Shapes and types are the key of this graph, so that torch.compile need not check them at every call.
+        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
+        compiled: Callable[..., list[Tensor]] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         try:
             compiled(*leaves)
         except Exception as error:
@@ -408,7 +417,7 @@ class _Program:
                 f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
                 "strategy='vectorized' needs no compiler."
             ) from error
-        return compiled, out_structure
+        return compiled
 
 
 class CompileError(MetaregError):
@@ -466,6 +475,27 @@ def _sum(a: Any, b: Any) -> Any:
 def _only(tasks: Any) -> Any:
     """The single task of a stack of one."""
     return pytree.tree_map(lambda leaf: leaf[0], tasks)
+
+
+def _flattened(parts: Task, noise: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
+    """The tensors of tasks and noise, and how they were arranged; None where there is nothing but the four parts."""
+    if not noise and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
+        return parts, None
+    return pytree.tree_flatten((parts, noise))
+
+
+def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
+    """The inverse of `_flattened`."""
+    if structure is None:
+        support_x, support_y, query_x, query_y = leaves
+        return (support_x, support_y, query_x, query_y), {}
+    parts, noise = pytree.tree_unflatten(leaves, structure)
+    return parts, noise
+
+
+def _norm(grads: Tensors) -> Tensor:
+    """The Euclidean norm of a whole gradient."""
+    return torch.stack([value.square().sum() for value in grads.values()]).sum().sqrt()
 
 
 def _means(trees: Tensors) -> Tensors:

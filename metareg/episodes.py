@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class Episodes:
 
     def __getitem__(self, which: slice) -> Episodes:
         """Some of the tasks."""
-        return Episodes(*pytree.tree_map(lambda leaf: leaf[which], self.parts))
+        return self._mapped(lambda leaf: leaf[which])
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:
         """The tasks in order, at most `size` at a time; all at once for None."""
@@ -101,7 +101,15 @@ class Episodes:
         def move(leaf: Tensor) -> Tensor:
             return leaf.to(device, dtype if dtype is not None and leaf.is_floating_point() else None)
 
-        return Episodes(*pytree.tree_map(move, self.parts))
+        return self._mapped(move)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+        """The same with a function of every tensor that keeps the parts fitting together: nothing is checked again."""
+        mapped = object.__new__(Episodes)
+        for name, part in zip(("support_x", "support_y", "query_x", "query_y"), self.parts, strict=True):
+            value = function(part) if type(part) is Tensor else pytree.tree_map(function, part)
+            object.__setattr__(mapped, name, value)
+        return mapped
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -219,10 +220,8 @@ class MetaLearner:
     def take_step(self, episodes: Episodes | Sequence[Episodes]) -> Gradient:
         """`step`, returning all that was computed as tensors; what a training loop calls."""
         gradient = self._gradient(episodes)
-        norm = torch.nn.utils.get_total_norm(list(gradient.grads.values()))
-        if not torch.isfinite(norm + gradient.loss):
+        if not (math.isfinite(gradient.loss.item()) and math.isfinite(gradient.logs["grad_norm"].item())):
             raise DivergenceError(self._divergence(gradient))
-        gradient.logs["grad_norm"] = norm
         self._update(gradient.grads)
         self.steps_done += 1
         return gradient
