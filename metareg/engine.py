@@ -426,7 +426,7 @@ class CompileError(MetaregError):
 
 # The measured cost of compiling on 2 CPU cores, and the gain per training step for each inner step and the outer one.
 _COMPILE_SECONDS = 25.0
-_GAIN_SECONDS_PER_STAGE = 0.45e-3
+_GAIN_SECONDS_PER_STAGE = 0.7e-3
 
 
 def choose_strategy(

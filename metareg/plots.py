@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
 
 from metareg.files import replacing
 from metareg.stages import hook_of
@@ -52,7 +53,7 @@ def learning_curve(run: Run) -> Figure:
             steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color="C1", label="validation, 95 % interval"
         )
     if not metric.higher_is_better and min(value for _, value in train) > 0:
-        axes.set_yscale("log")
+        _log_scale(axes)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"query {_shown(metric.name)}")
     axes.set_title(_title(run), fontsize=10)
@@ -69,8 +70,9 @@ def inner_steps(evaluation: Evaluation) -> Figure:
     for k, mean in zip(steps, means, strict=True):
         axes.annotate(f"{mean:.3g}", (k, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
     if not evaluation.higher_is_better and min(means) > 0 and max(means) > 10 * min(means):
-        axes.set_yscale("log")
+        _log_scale(axes)
     axes.set_xticks(steps)
+    axes.margins(x=0.08)
     axes.set_xlabel("inner steps")
     axes.set_ylabel(f"test {_shown(evaluation.metric)}")
     axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
@@ -82,6 +84,14 @@ def _axes() -> tuple[Figure, Axes]:
     axes = figure.subplots()
     axes.grid(alpha=0.25)
     return figure, axes
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain numbers at the ticks."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def _title(run: Run) -> str:
