@@ -49,6 +49,15 @@ def run(arguments: Sequence[str]) -> int:
             raise
         _errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
         return error.exit_code
+    except Exception as error:
+        if os.environ.get(TRACEBACK_VARIABLE):
+            raise
+        _errors.print(
+            f"[bold red]Error:[/] {escape(f'{type(error).__name__}: {error}')}\nThis is a mistake of metareg or of a plugin; "
+            f"{TRACEBACK_VARIABLE}=1 shows where.",
+            soft_wrap=True,
+        )
+        return 1
     return 0
 
 

@@ -105,6 +105,12 @@ class RunConfig(LearnerConfig):
         [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."
     )
 
+    def to_yaml(self) -> str:
+        """The complete configuration, the plugins first."""
+        values = self.model_dump(mode="json")
+        plugins = {name: values.pop(name) for name in ("algo", "augment", "task", "model", "observers")}
+        return yaml.safe_dump(plugins | values, sort_keys=False, allow_unicode=True)
+
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A configuration file as a dict; nothing in it can execute.

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from metareg import environment, plots
 from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
@@ -89,7 +88,10 @@ class Run:
             inner_steps: numbers of inner steps.
             task: another task plugin to test on, with its default options; the run's own where it is None.
         """
-        source = TaskSource.of(task) if task else self.source
+        source = self.source
+        if task:
+            source = TaskSource.of(task)
+            _check_fit(self.learner, source, "test")
         return self.learner.evaluate(source, tasks, inner_steps=inner_steps, seed=self.config.seed)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -155,13 +157,18 @@ def _prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
     source = TaskSource(selection.task)
-    try:
-        learner.evaluate(source, 2, split="train", inner_steps=(0,))
-    except RuntimeError as error:
-        raise UsageError(
-            f"The {selection.model.label} cannot be run on the {selection.task.label}: {str(error).splitlines()[0]}."
-        ) from error
+    _check_fit(learner, source, "train")
     return learner, source
+
+
+def _check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
+    """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
+    try:
+        learner.evaluate(source, 2, split=split, inner_steps=(0,))
+    except (RuntimeError, IndexError) as error:
+        raise UsageError(
+            f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
+        ) from error
 
 
 def _created(out: Path | None, config: RunConfig) -> Path:
@@ -184,9 +191,7 @@ def _created(out: Path | None, config: RunConfig) -> Path:
 
 def _carry_out(run: Run, observers: Sequence[Any]) -> None:
     config, learner = run.config, run.learner
-    write_text(
-        run.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    )
+    write_text(run.path / "config.yaml", config.to_yaml())
     strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
     log.info("Strategy %s: %s.", strategy, reason)
     write_json(run.path / "environment.json", environment.of_run(run, strategy, reason))
