@@ -53,7 +53,7 @@ def run(arguments: Sequence[str]) -> int:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
         _errors.print(
-            f"[bold red]Error:[/] {escape(f'{type(error).__name__}: {error}')}\nThis is a mistake of metareg or of a plugin; "
+            f"[bold red]Error:[/] {escape(f'{type(error).__name__}: {error}')}\nThis is a bug in metareg or in a plugin; "
             f"{TRACEBACK_VARIABLE}=1 shows where.",
             soft_wrap=True,
         )
