@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from metareg._version import __version__
 
 if TYPE_CHECKING:
-    from metareg.config import PluginConfig, RunConfig
+    from metareg.config import Field, PluginConfig, RunConfig
     from metareg.episodes import Episodes
     from metareg.errors import DivergenceError, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.evaluation import Evaluation
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from metareg.tasks import Task, TaskSpec
 
 _WHERE = {
+    "Field": "config",
     "PluginConfig": "config",
     "RunConfig": "config",
     "Episodes": "episodes",
@@ -48,6 +49,7 @@ __all__ = [
     "DivergenceError",
     "Episodes",
     "Evaluation",
+    "Field",
     "MetaLearner",
     "MetaregError",
     "Metric",

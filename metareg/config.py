@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["Choice", "LearnerConfig", "PluginConfig", "RunConfig", "read_yaml", "validated"]
+__all__ = ["Choice", "Field", "LearnerConfig", "PluginConfig", "RunConfig", "read_yaml", "validated"]
 
 
 class PluginConfig(BaseModel):

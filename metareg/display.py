@@ -69,7 +69,8 @@ class Progress:
         config = run.config
         names = [config.algo.name, *(choice.name for choice in config.augment)]
         self._say(f"{' + '.join(names)} on {config.task.name}, seed {config.seed} → {run.path}")
-        self._task = self._bar.add_task("training", total=config.steps, numbers="")
+        compiling = run.learner.strategy == "compiled"
+        self._task = self._bar.add_task("training", total=config.steps, numbers="compiling …" if compiling else "")
         self._bar.start()
 
     @hookimpl
@@ -84,6 +85,7 @@ class Progress:
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
         if split == "test":
+            self._bar.stop()
             return
         inner_steps = evaluation.inner_steps[-1]
         mean, width = evaluation.mean(inner_steps), evaluation.ci95(inner_steps)

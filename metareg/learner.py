@@ -146,6 +146,11 @@ class MetaLearner:
         """Whose statistics BatchNorm layers use for query predictions; ``"none"`` where the model has no such layer."""
         return self.config.norm if self.model.batch_norms else "none"
 
+    @property
+    def strategy(self) -> Strategy | None:
+        """The strategy in use; None while ``"auto"`` has not chosen."""
+        return self._strategy
+
     # ------------------------------------------------------------------------------------------------ meta-parameters
 
     @property

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch.nn.functional as F
-from pydantic import Field
 from torch import Tensor, nn
 
-from metareg import PluginConfig, hookimpl
+from metareg import Field, PluginConfig, hookimpl
 
 _WIDEST = 128
 

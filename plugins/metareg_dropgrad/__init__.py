@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from metareg import PluginConfig, hookimpl
+from metareg import Field, PluginConfig, hookimpl
 
 
 class DropGrad:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field
 from torch import Tensor
 
-from metareg import PluginConfig, hookimpl
+from metareg import Field, PluginConfig, hookimpl
 
 
 class MAML:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import model_validator
 from torch import Tensor, nn
 
-from metareg import PluginConfig, hookimpl
+from metareg import Field, PluginConfig, hookimpl
 
 
 class MetaSGD:

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from pydantic import Field
 from torch import nn
 
-from metareg import Episodes, MetaLearner, PluginConfig, Task, TaskSpec, hookimpl, task_uniform
+from metareg import Episodes, Field, MetaLearner, PluginConfig, Task, TaskSpec, hookimpl, task_uniform
 
 _LOW, _HIGH = -5.0, 5.0
 
