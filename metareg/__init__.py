@@ -13,13 +13,13 @@ from metareg._version import __version__
 if TYPE_CHECKING:
     from metareg.config import Field, PluginConfig, RunConfig
     from metareg.episodes import Episodes
-    from metareg.errors import DivergenceError, MetaregError, PluginError, UnknownNameError, UsageError
+    from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.evaluation import Evaluation
     from metareg.hookspecs import hookimpl, hookspec
     from metareg.learner import MetaLearner
     from metareg.losses import Metric
     from metareg.randomness import derive_seed, task_uniform
-    from metareg.runs import Run, train
+    from metareg.runs import Run, resume, train
     from metareg.tasks import Task, TaskSpec
 
 _WHERE = {
@@ -28,6 +28,7 @@ _WHERE = {
     "RunConfig": "config",
     "Episodes": "episodes",
     "DivergenceError": "errors",
+    "Interrupted": "errors",
     "MetaregError": "errors",
     "PluginError": "errors",
     "UnknownNameError": "errors",
@@ -40,6 +41,7 @@ _WHERE = {
     "derive_seed": "randomness",
     "task_uniform": "randomness",
     "Run": "runs",
+    "resume": "runs",
     "train": "runs",
     "Task": "tasks",
     "TaskSpec": "tasks",
@@ -50,6 +52,7 @@ __all__ = [
     "Episodes",
     "Evaluation",
     "Field",
+    "Interrupted",
     "MetaLearner",
     "MetaregError",
     "Metric",
@@ -65,6 +68,7 @@ __all__ = [
     "derive_seed",
     "hookimpl",
     "hookspec",
+    "resume",
     "task_uniform",
     "train",
 ]

@@ -70,6 +70,13 @@ def _names(kind: str) -> Any:
 
 _RUN = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+_ON_NONFINITE = Annotated[
+    str | None,
+    typer.Option(metavar="POLICY", help="At a loss or gradient that is not finite: stop, skip or rollback [stop]."),
+]
+_CHECKPOINT_EVERY = Annotated[
+    int | None, typer.Option(metavar="STEPS", help="Steps between two checkpoints [one every 2 minutes].")
+]
 _NO_PLUGIN = Annotated[
     list[str] | None, typer.Option("--no-plugin", metavar="NAME", help="Leave an installed plugin out. Repeatable.")
 ]
@@ -133,6 +140,11 @@ def train(
         typer.Option(metavar="NAME", help="Observer; repeatable, takes commas.", autocompletion=_names("observers")),
     ] = None,
     no_plugin: _NO_PLUGIN = None,
+    on_nonfinite: _ON_NONFINITE = None,
+    checkpoint_every: _CHECKPOINT_EVERY = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out where there is one, begin it where not.")
+    ] = False,
 ) -> None:
     """Train, test and draw: [bold]metareg train --algo maml --augment cml[/].
 
@@ -147,6 +159,7 @@ def train(
     flags = {
         "steps": steps, "meta_batch": meta_batch, "inner_steps": inner_steps, "first_order": first_order, "seed": seed,
         "strategy": strategy, "memory": memory, "norm": norm, "chunk": chunk, "device": device,
+        "on_nonfinite": on_nonfinite, "checkpoint_every": checkpoint_every,
         "task.ways": ways, "task.shots": shots, "task.query": query, "task.data": None if data is None else str(data),
     }  # fmt: skip
     options = parse_assignments(assignments or [])
@@ -154,8 +167,96 @@ def train(
     if observe:
         options["observers"] = observe
     with Progress(_errors) as progress:
-        result = train_run(algo, augment, task, model=model, out=out, config=config, observers=[progress], **options)
+        result = train_run(
+            algo, augment, task, model=model, out=out, config=config, observers=[progress], resume=resume, **options
+        )
     report(result, _output)
+
+
+@app.command("resume")
+def resume_run(
+    path: _RUN,
+    steps: Annotated[int | None, typer.Option(help="Train for more steps than were planned.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="An option that leaves the run's meaning as it is. Repeatable."
+        ),
+    ] = None,
+    on_nonfinite: _ON_NONFINITE = None,
+    checkpoint_every: _CHECKPOINT_EVERY = None,
+    device: _DEVICE = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Go on with a run that was stopped, from its newest good checkpoint.
+
+    On the same machine it ends with the same weights, metrics and results, bit for bit, as if it had never stopped.
+    """
+    _leave_out(no_plugin)
+    from metareg.display import Progress, report
+    from metareg.options import parse_assignments
+    from metareg.runs import resume
+
+    flags = {
+        "steps": steps, "device": device, "on_nonfinite": on_nonfinite, "checkpoint_every": checkpoint_every,
+    }  # fmt: skip
+    options = parse_assignments(assignments or []) | {key: value for key, value in flags.items() if value is not None}
+    with Progress(_errors) as progress:
+        result = resume(path, observers=[progress], **options)
+    report(result, _output)
+
+
+@app.command()
+def export(
+    path: _RUN,
+    to: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="FILE.safetensors: the learner, for MetaLearner.load. FILE.pt2: its module as a torch.export program.",
+        ),
+    ],
+    support: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first."),
+    ] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps [those of training].")] = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
+    _leave_out(no_plugin)
+    from metareg.exports import export as export_run
+    from metareg.runs import Run
+
+    with _errors.status("Exporting …"):
+        export_run(Run.load(path, device="cpu"), to, support=support, inner_steps=inner_steps)
+    _output.print(escape(str(to)), soft_wrap=True)
+
+
+@app.command()
+def predict(
+    path: _RUN,
+    support: Annotated[
+        Path,
+        typer.Option(metavar="FILE", help="Labelled examples: a CSV file, or a folder of images in one per class."),
+    ],
+    query: Annotated[Path, typer.Option(metavar="FILE", help="What to predict: a CSV file, or a folder of images.")],
+    to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps [those of training].")] = None,
+    device: _DEVICE = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Adapt a finished run's learner to your own examples, and predict others."""
+    _leave_out(no_plugin)
+    from metareg.exports import predict as predict_with
+    from metareg.files import write_text
+    from metareg.runs import Run
+
+    text = predict_with(Run.load(path, device=device), support, query, inner_steps=inner_steps)
+    if to is None:
+        print(text, end="")
+    else:
+        write_text(to, text)
 
 
 @app.command("eval")

@@ -100,6 +100,18 @@ class RunConfig(LearnerConfig):
         None, ge=1, description="Training steps between validations; a tenth of the run where it is not set."
     )
     eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
+    select: Literal["last", "best"] = Field(
+        "last", description="Which weights are tested and kept as final: the last, or those with the best validation."
+    )
+    checkpoint_every: int | None = Field(None, ge=1, description="Training steps between two checkpoints.")
+    checkpoint_minutes: float = Field(2.0, gt=0, description="Minutes between two checkpoints, beside that.")
+    keep_checkpoints: int = Field(3, ge=1, description="How many of the newest checkpoints to keep, beside the best.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
+        "stop",
+        description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "
+        "checkpoint and go on from there with other tasks.",
+    )
+    max_nonfinite: int = Field(10, ge=1, description="How often that may happen in a run before it stops.")
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
     test_inner_steps: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."

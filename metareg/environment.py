@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -10,12 +11,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
+from metareg.files import read_json, write_json
 from metareg.hookspecs import CONTRACT_VERSION
 
 if TYPE_CHECKING:
     from metareg.runs import Run
 
-__all__ = ["of_machine", "of_run"]
+__all__ = ["of_machine", "of_run", "write"]
+
+log = logging.getLogger("metareg")
 
 _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
 
@@ -51,6 +55,33 @@ def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
             for plugin in plugins
         ],
     }
+
+
+def write(run: Run, strategy: str, reason: str, step: int) -> None:
+    """Write environment.json; where a resumed run finds another environment than before, add that to it.
+
+    Args:
+        run: the run.
+        strategy: what runs its tasks.
+        reason: why.
+        step: the step that it goes on from.
+    """
+    path = run.path / "environment.json"
+    now = of_run(run, strategy, reason)
+    if not path.is_file():
+        write_json(path, now)
+        return
+    before = read_json(path)
+    last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
+    changed = {key: value for key, value in now.items() if last.get(key) != value and key != "strategy_reason"}
+    if changed:
+        log.warning(
+            "The run goes on in another environment (%s): its result can differ in rounding from that of a run that never "
+            "stopped.",
+            "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
+        )
+        resumed = [*before.get("resumed", []), {"step": step, "changed": changed}]
+        write_json(path, before | {"resumed": resumed})
 
 
 def _version(distribution: str) -> str | None:

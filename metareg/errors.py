@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 __all__ = [
     "DivergenceError",
+    "Interrupted",
     "MetaregError",
     "PluginError",
     "UnknownNameError",
@@ -54,6 +55,12 @@ class PluginError(UsageError):
 
 class DivergenceError(MetaregError):
     """Training produced a number that is not finite."""
+
+
+class Interrupted(MetaregError):
+    """A run was stopped by Ctrl-C or SIGTERM; it can be resumed."""
+
+    exit_code = 130
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from metareg.errors import MetaregError, UsageError
 
-__all__ = ["read_json", "replacing", "write_json", "write_text"]
+__all__ = [
+    "LinesFile",
+    "is_leftover",
+    "locked",
+    "read_json",
+    "remove_leftovers",
+    "replacing",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
+
+log = logging.getLogger("metareg")
+
+_LOCK, _OWNER = ".lock", ".owner.json"
 
 
 @contextmanager
@@ -36,6 +55,14 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, content: bytes | bytearray) -> None:
+    """Write a file; its folder must be there."""
+    if not path.parent.is_dir():
+        raise MetaregError(f"{path} cannot be written: there is no folder {path.parent}.")
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
     with replacing(path) as temporary:
@@ -57,6 +84,116 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}.") from error
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Be the only process that works on a folder. The system gives a dead process's lock back by itself.
+
+    Raises:
+        UsageError: a living process holds it; the message names that process.
+        MetaregError: the folder cannot be written.
+    """
+    lock = FileLock(folder / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        owner = ""
+        with suppress(UsageError, KeyError, TypeError):
+            known = read_json(folder / _OWNER)
+            owner = f" (process {known['process']} on {known['host']})"
+        raise UsageError(f"Another process{owner} works on {folder}; wait for its end, or stop it first.") from None
+    except (OSError, NotImplementedError) as error:
+        raise MetaregError(f"{folder} cannot be locked: {getattr(error, 'strerror', None) or error}.") from error
+    try:
+        write_json(folder / _OWNER, {"process": os.getpid(), "host": socket.gethostname()})
+        yield
+    finally:
+        with suppress(OSError):
+            (folder / _OWNER).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is one that a killed process of metareg left: a lock, or a file that was not finished."""
+    return path.name in (_LOCK, _OWNER) or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
+def remove_leftovers(*folders: Path) -> None:
+    """Remove unfinished files; only for who holds the lock."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            with suppress(OSError):
+                path.unlink()
+
+
+class LinesFile:
+    """A file of JSON lines that only grows, and can be cut back to where it was at a checkpoint.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes = 0
+        self._digest = hashlib.sha256()
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Add a line.
+
+        Raises:
+            MetaregError: it cannot be written.
+        """
+        content = (json.dumps(line) + "\n").encode()
+        try:
+            with self.path.open("ab") as file:
+                file.write(content)
+        except OSError as error:
+            raise MetaregError(f"{self.path} cannot be written: {error.strerror}.") from error
+        self._bytes += len(content)
+        self._digest.update(content)
+
+    def mark(self) -> dict[str, Any]:
+        """Where the file ends now, once that is on the disk."""
+        if self._bytes:
+            try:
+                with self.path.open("rb") as file:
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise MetaregError(f"{self.path} cannot be written: {error.strerror}.") from error
+        return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
+
+    def cut(self, mark: dict[str, Any] | None, step: int = 0) -> None:
+        """Drop what was written after a mark; everything for None.
+
+        Where somebody changed the file since, its whole lines up to `step` are kept and the log says so.
+        """
+        try:
+            content = self.path.read_bytes() if mark is not None and self.path.exists() else b""
+            expected = 0 if mark is None else int(mark["bytes"])
+            kept = content[:expected]
+            if mark is not None and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+                log.warning("%s is not what this run wrote; its legible lines up to step %d are kept.", self.path, step)
+                kept = _legible(content, step)
+                self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+                write_bytes(self.path, kept)
+            elif self.path.exists():
+                os.truncate(self.path, expected)
+        except OSError as error:
+            raise MetaregError(f"{self.path} cannot be cut back: {error.strerror}.") from error
+        self._bytes = len(kept)
+        self._digest = hashlib.sha256(kept)
+
+
+def _legible(content: bytes, step: int) -> bytes:
+    """The lines that are JSON objects of steps up to `step`, none of them twice."""
+    kept: dict[bytes, None] = {}
+    for line in content.splitlines(keepends=True):
+        with suppress(ValueError, TypeError, KeyError):
+            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+                kept[line] = None
+    return b"".join(kept)
 
 
 def _json(value: Any, indent: str) -> str:

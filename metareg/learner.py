@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from metareg._version import __version__
-from metareg.config import LearnerConfig, PluginConfig, validated
+from metareg.config import Choice, LearnerConfig, PluginConfig, validated
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, PluginError, UnknownNameError, UsageError
 from metareg.evaluation import Evaluation
-from metareg.files import replacing
 from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
 from metareg.randomness import seeded
@@ -28,6 +26,7 @@ from metareg.registry import Plugin, resolve
 from metareg.sources import TaskSource
 from metareg.stages import Stages, hook_of
 from metareg.tasks import TaskSpec
+from metareg.tensorfiles import TensorFile, bounded_allocation, write_tensors
 
 if TYPE_CHECKING:
     from metareg.training import Observer
@@ -264,8 +263,15 @@ class MetaLearner:
              "eval_every": eval_every, "eval_tasks": eval_tasks},
             "fit",
         )  # fmt: skip
-        fit(self, TaskSource.of(task_source), schedule, observers)
+        source = TaskSource.of(task_source)
+        self.choose_strategy(meta_batch, steps, source.stackable)
+        fit(self, source, schedule, observers)
         return self
+
+    @property
+    def strategy(self) -> Strategy | None:
+        """What runs the tasks; None where ``"auto"`` has not been resolved yet."""
+        return self._strategy
 
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
         """Fix what ``strategy="auto"`` stands for, given the work ahead; returns it and the reason."""
@@ -346,11 +352,9 @@ class MetaLearner:
 
         The file holds the model's parameters, the algorithm's own meta-parameters and, as metadata, the configuration.
         """
-        own = {name: value.cpu().contiguous() for name, value in self._plain_meta().items()}
+        own = self._plain_meta()
         constants = {
-            f"{_CONSTANT}{name}": value.cpu().contiguous()
-            for name, value in self.model.module.state_dict().items()
-            if name not in own
+            f"{_CONSTANT}{name}": value for name, value in self.model.module.state_dict().items() if name not in own
         }
         header = {
             "format": FILE_FORMAT,
@@ -365,8 +369,7 @@ class MetaLearner:
             "steps_done": self.steps_done,
             **self.config.model_dump(exclude={"device"}),
         }
-        with replacing(Path(path)) as temporary:
-            save_file(own | constants, temporary, metadata={"metareg": json.dumps(header)})
+        write_tensors(Path(path), own | constants, header)
 
     @classmethod
     def load(
@@ -393,37 +396,81 @@ class MetaLearner:
         Raises:
             UsageError: the file is missing, damaged, or does not fit the model.
         """
-        path = Path(path)
-        header, tensors = _read(path)
-        recipe = header["model"]
-        if model is None and recipe is None:
-            raise UsageError(f"{path} holds the weights of a {header['module']}; pass such a module as model=…")
-        if algo is None and not header["installed"]:
+        file = TensorFile(Path(path), "learner")
+        if file.header.get("format") != FILE_FORMAT:
             raise UsageError(
-                f"{path} was trained by '{header['algo']['name']}', which no package installs; pass algo=…"
+                f"{path} has the file format {file.header.get('format')}, this metareg reads format {FILE_FORMAT}; "
+                "use the metareg version that wrote it."
             )
-        if loss is None and header["loss"] is None:
+        header = validated(_Header, file.header, str(path))
+        if algo is None and not header.installed:
+            raise UsageError(f"{path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
+        given_loss: str | Loss | None = header.loss if loss is None else loss
+        if given_loss is None:
             raise UsageError(f"{path} was trained with a loss of its own; pass it as loss=…")
-        options: dict[str, Any] = {name: header[name] for name in LearnerConfig.model_fields if name != "device"}
-        if model is None:
-            options |= {
-                "spec": TaskSpec(tuple(recipe["input_shape"]), tuple(recipe["output_shape"])),
-                "model_options": recipe["config"],
-            }
+        options = header.model_dump(include=set(LearnerConfig.model_fields) - {"device"})
+        bounds = ExitStack()
+        given: nn.Module | str
+        if model is not None:
+            given = model
+        elif header.model is not None:
+            given, shapes = header.model.name, TaskSpec(header.model.input_shape, header.model.output_shape)
+            options |= {"spec": shapes, "model_options": header.model.config}
+            bounds.enter_context(bounded_allocation(file.bytes, str(path)))
+        else:
+            raise UsageError(f"{path} holds the weights of a {header.module}; pass such a module as model=…")
         built = algo is not None and not isinstance(algo, type)
-        learner = cls(
-            model if model is not None else recipe["name"],
-            algo=header["algo"]["name"] if algo is None else algo,
-            algo_config=None if built else header["algo"]["config"],
-            loss=header["loss"] if loss is None else loss,
-            metric=header["metric"] if metric is None and loss is None else metric,
-            head=header["head"],
-            device=device,
-            **options,
-        )
-        learner._load_tensors(tensors, path)
-        learner.steps_done = header["steps_done"]
+        with bounds:
+            learner = cls(
+                given,
+                algo=header.algo.name if algo is None else algo,
+                algo_config=None if built else header.algo.config,
+                loss=given_loss,
+                metric=header.metric if metric is None and loss is None else metric,
+                head=header.head,
+                device=device,
+                **options,
+            )
+        learner._load_tensors(file)
+        learner.steps_done = header.steps_done
         return learner
+
+    def state(self) -> dict[str, Any]:
+        """All that training changes, augmenters and outer optimiser included: tensors, and what JSON can hold.
+
+        The tensors are the learner's own and change with its next step.
+        """
+        adam = self._optimizer.state if self._optimizer is not None else {}
+        meta = self.meta_parameters
+        return {
+            "steps_done": self.steps_done,
+            "strategy": self._strategy,
+            "meta": meta,
+            "adam": {name: dict(adam[value]) for name, value in meta.items() if value in adam},
+            "outer_state": self._outer_state,
+        }
+
+    def load_state(self, state: Mapping[str, Any], where: str = "The state") -> None:
+        """Become the learner that `state` described: the next step is bit for bit the one that it would have taken.
+
+        Raises:
+            UsageError: it is the state of another learner; what does not fit is named.
+        """
+        expected = self.meta_parameters
+        _refuse_misfit(expected, {name: tuple(value.shape) for name, value in state["meta"].items()}, where)
+        self._meta = {
+            name: state["meta"][name].to(self.device, value.dtype).clone() for name, value in expected.items()
+        }
+        self._optimizer = None
+        if state["adam"]:
+            self._optimizer = self._adam(self._meta)
+            groups = self._optimizer.state_dict()["param_groups"]
+            moments = {number: state["adam"][name] for number, name in enumerate(self._meta)}
+            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self._outer_state = torch.utils._pytree.tree_map(self._moved, state["outer_state"])
+        if self.config.strategy == "auto":
+            self._strategy = state["strategy"]
+        self.steps_done = state["steps_done"]
 
     # -------------------------------------------------------------------------------------------------------- private
 
@@ -518,6 +565,9 @@ class MetaLearner:
 
         return {name: torch.utils._pytree.tree_map(place, drawn) for name, drawn in noise.items() if drawn is not None}
 
+    def _moved(self, leaf: Any) -> Any:
+        return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
+
     def _update(self, grads: dict[str, Tensor]) -> None:
         assert self._meta is not None
         every = self.config.reset_optimizer_every
@@ -528,14 +578,14 @@ class MetaLearner:
                 self._meta, self._outer_state = self.stages.outer_update(self._meta, grads, self._outer_state)
             return
         if self._optimizer is None:
-            fused = all(value.is_floating_point() for value in self._meta.values()) and self.device.type in (
-                "cpu",
-                "cuda",
-            )
-            self._optimizer = torch.optim.Adam(self._meta.values(), lr=self.config.outer_lr, fused=fused)
+            self._optimizer = self._adam(self._meta)
         for name, value in self._meta.items():
             value.grad = grads[name]
         self._optimizer.step()
+
+    def _adam(self, meta: dict[str, Tensor]) -> torch.optim.Optimizer:
+        fused = all(value.is_floating_point() for value in meta.values()) and self.device.type in ("cpu", "cuda")
+        return torch.optim.Adam(meta.values(), lr=self.config.outer_lr, fused=fused)
 
     def _divergence(self, gradient: Gradient) -> str:
         bad = [name for name, value in gradient.grads.items() if not bool(torch.isfinite(value).all())]
@@ -546,45 +596,67 @@ class MetaLearner:
             f"after step {self.steps_done}; a smaller inner_lr or outer_lr usually helps."
         )
 
-    def _load_tensors(self, tensors: dict[str, Tensor], path: Path) -> None:
-        expected = self._plain_meta() if not self.augmenters else {}
-        problems = []
-        for name, value in expected.items():
-            if name not in tensors:
-                problems.append(f"'{name}' is missing")
-            elif tensors[name].shape != value.shape:
-                problems.append(f"'{name}' has the shape {tuple(tensors[name].shape)} instead of {tuple(value.shape)}")
-        own = {name: value for name, value in tensors.items() if not name.startswith(_CONSTANT)}
-        problems += [f"'{name}' is not in the model" for name in own if name not in expected]
-        if problems:
-            more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
-            raise UsageError(f"{path} does not fit the model: {'; '.join(problems[:3])}{more}.")
-        self._meta = {name: own[name].to(self.device, value.dtype) for name, value in expected.items()}
+    def _load_tensors(self, file: TensorFile) -> None:
+        expected = self._plain_meta()
+        shapes = {name: shape for name, shape in file.shapes.items() if not name.startswith(_CONSTANT)}
+        _refuse_misfit(expected, shapes, str(file.path))
+        tensors = file.read()
+        self._meta = {name: tensors[name].to(self.device, value.dtype) for name, value in expected.items()}
         constants = {
             name.removeprefix(_CONSTANT): value for name, value in tensors.items() if name.startswith(_CONSTANT)
         }
+        own = self.model.module.state_dict()
+        _refuse_misfit(
+            {name: own[name] for name in own if name not in expected},
+            {name: tuple(value.shape) for name, value in constants.items()},
+            str(file.path),
+        )
         self.model.module.load_state_dict(constants, strict=False)
 
 
 _CONSTANT = "constant:"
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            header = json.loads(metadata["metareg"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except FileNotFoundError:
-        raise UsageError(f"There is no learner at {path}.") from None
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
-        raise UsageError(f"{path} is no learner that metareg saved, or it is damaged: {error}.") from error
-    if header.get("format") != FILE_FORMAT:
-        raise UsageError(
-            f"{path} has the file format {header.get('format')}, this metareg reads format {FILE_FORMAT}; "
-            "use the metareg version that wrote it."
-        )
-    return header, tensors
+class _Recipe(PluginConfig):
+    """How a model plugin built the model."""
+
+    name: str
+    config: dict[str, Any]
+    input_shape: tuple[PositiveInt, ...]
+    output_shape: tuple[PositiveInt, ...]
+
+
+class _Header(LearnerConfig):
+    """What a learner's file says of it, beside its tensors."""
+
+    format: int
+    metareg: str
+    algo: Choice
+    installed: bool
+    model: _Recipe | None
+    module: str
+    head: str | None
+    loss: str | None
+    metric: str
+    steps_done: int = Field(ge=0)
+
+
+def _refuse_misfit(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare names and shapes with the model's.
+
+    Raises:
+        UsageError: they differ; the message says where.
+    """
+    problems = []
+    for name, value in expected.items():
+        if name not in shapes:
+            problems.append(f"'{name}' is missing")
+        elif shapes[name] != value.shape:
+            problems.append(f"'{name}' has the shape {shapes[name]} instead of {tuple(value.shape)}")
+    problems += [f"'{name}' is not in the model" for name in shapes if name not in expected]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UsageError(f"{where} does not fit the model: {'; '.join(problems[:3])}{more}.")
 
 
 def _augmenter(given: Any) -> Plugin:

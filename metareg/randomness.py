@@ -7,13 +7,22 @@ derived from the run's seed and a label, so that changing one part of a run leav
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["derive_seed", "generator_for", "seeded", "task_uniform"]
+__all__ = [
+    "derive_seed",
+    "generator_for",
+    "global_generators",
+    "restore_global_generators",
+    "seeded",
+    "task_uniform",
+]
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
@@ -37,6 +46,32 @@ def seeded(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, *labels, "global"))
         yield generator_for(seed, *labels)
+
+
+def global_generators() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and torch, as tensors and plain values.
+
+    metareg draws from none of them; a plugin from elsewhere may.
+    """
+    name, keys, *rest = np.random.get_state(legacy=True)
+    version, numbers, gauss_next = random.getstate()
+    return {
+        "python": [version, torch.tensor(numbers), gauss_next],
+        "numpy": [name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), *rest],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+    }
+
+
+def restore_global_generators(state: Mapping[str, Any]) -> None:
+    """Put the global generators back to what `global_generators` returned."""
+    version, numbers, gauss_next = state["python"]
+    random.setstate((version, tuple(numbers.tolist()), gauss_next))
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def task_uniform(seed: int, split: str, indices: Sequence[int], count: int, label: str = "") -> np.ndarray:

@@ -2,34 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from metareg import environment, plots
+from metareg.checkpoints import Checkpoints, Keeper
 from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
-from metareg.errors import DivergenceError, MetaregError, UsageError
+from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
 from metareg.evaluation import Evaluation
-from metareg.files import read_json, write_json, write_text
+from metareg.files import LinesFile, is_leftover, locked, read_json, remove_leftovers, write_json, write_text
 from metareg.hookspecs import hookimpl
+from metareg.interrupts import StopRequest, stop_requests
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble
 from metareg.registry import resolve
 from metareg.sources import TaskSource
-from metareg.training import Schedule, fit, observed
+from metareg.training import Progress, Schedule, fit, observed
 
-__all__ = ["Run", "find_device", "train"]
+__all__ = ["Run", "find_device", "resume", "train"]
 
 log = logging.getLogger("metareg")
 
 FINAL = Path("checkpoints", "final.safetensors")
-LAST_GOOD = Path("checkpoints", "last-good.safetensors")
+
+_MAY_CHANGE = {
+    "steps", "strategy", "memory", "chunk", "device", "observers",
+    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nonfinite", "max_nonfinite",
+}  # fmt: skip
+"""Options that a resumed run may be given anew: they leave its meaning as it was."""
 
 
 class Run:
@@ -38,10 +48,11 @@ class Run:
     ======================  ================================================================================
     config.yaml             the complete configuration; ``metareg train --config`` takes it
     environment.json        versions, device, strategy, plugins and their distributions
-    metrics.jsonl           a line per report of the training and per validation
-    checkpoints/            the learner's weights (safetensors)
-    results.json            the test: mean, interval and every task's score after each number of inner steps
+    metrics.jsonl           a line per report of the training and per validation; bit for bit the same for a resumed run
+    timing.jsonl            a line per report with the speed and the time of day
+    checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
     plots/                  pictures (PNG)
+    results.json            the test: mean, interval and every task's score after each number of inner steps; written last
     ======================  ================================================================================
 
     Args:
@@ -69,15 +80,14 @@ class Run:
             UsageError: the folder holds no run, or the run is not finished or damaged.
         """
         path = Path(path)
-        if not (path / "config.yaml").is_file():
-            raise UsageError(f"There is no run at {path}: it has no config.yaml.")
-        config = validated(RunConfig, read_yaml(path / "config.yaml"), str(path / "config.yaml"))
+        config = _stored_config(path)
         if not (path / FINAL).is_file():
-            raise UsageError(f"The run at {path} has not ended: it has no {FINAL}.")
+            raise UsageError(f"The run at {path} has not ended; {_resume_command(path)} goes on with it.")
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
         if (path / "results.json").is_file():
             run.evaluation = Evaluation.from_dict(read_json(path / "results.json"))
+        run.plots = sorted((path / "plots").glob("*.png"))
         return run
 
     def evaluate(self, tasks: int, inner_steps: Sequence[int], task: str | None = None) -> Evaluation:
@@ -109,6 +119,7 @@ def train(
     out: str | Path | None = None,
     config: str | Path | Mapping[str, Any] | None = None,
     observers: Sequence[Any] = (),
+    resume: bool = False,
     **options: Any,
 ) -> Run:
     """Train, test and draw, as ``metareg train`` does.
@@ -121,6 +132,7 @@ def train(
         out: the run's folder, which must not exist or be empty; a new one under ``runs/`` by default.
         config: a configuration, or the path of a YAML file with one; what is said beside it stands before it.
         observers: objects with observer hooks, beside those that the configuration names.
+        resume: go on with the run at `out` where there is one, which must be the same in all that gives it its meaning.
         options: fields of `RunConfig` and options of the plugins, by name.
 
     Returns:
@@ -128,19 +140,104 @@ def train(
 
     Raises:
         UsageError: something was asked for that cannot be; nothing was written.
-        DivergenceError: training produced a number that is not finite; the last good weights are in the folder.
+        DivergenceError: training produced a number that is not finite; the last good checkpoint is in the folder.
+        Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
     """
     base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
     given = {"algo": algo, "augment": augment, "task": task, "model": model}
     base |= {name: value for name, value in given.items() if value is not None}
     selection = assemble(base, options)
     out = Path(out) if out is not None else None
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run.")
+    if resume and out is None:
+        raise UsageError("To resume a run, name its folder with --out.")
+    if out is not None and resume and (out / "config.yaml").is_file():
+        return _gone_on(out, selection, observers)
+    if out is not None and _is_taken(out):
+        hint = f"; {_resume_command(out)} goes on with the run in it" if (out / "config.yaml").is_file() else ""
+        raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
+    selection = _completed(selection)
     learner, source = _prepared(selection)
     run = Run(_created(out, selection.config), selection.config, learner, source)
-    _carry_out(run, [_MetricsFile(run.path), *observers, *selection.observers])
+    with locked(run.path):
+        if _is_taken(run.path):
+            raise UsageError(f"{run.path} was taken by another run just now; name another folder.")
+        _carry_out(run, selection, observers)
     return run
+
+
+def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -> Run:
+    """Go on with a run from its newest good checkpoint, as ``metareg resume`` does.
+
+    On the same machine it ends with the weights, metrics and results, bit for bit, of a run that never stopped.
+
+    Args:
+        path: the run's folder.
+        observers: as in `train`.
+        options: what may change: ``steps``, which can be raised, and what leaves the run's meaning as it was (device,
+            strategy, chunk, checkpoints, ``on_nonfinite``).
+
+    Returns:
+        The finished run; at once where it had ended already.
+
+    Raises:
+        UsageError: there is no run, another process works on it, or an option would change its meaning.
+    """
+    path = Path(path)
+    return _gone_on(path, assemble(_stored_config(path).model_dump(), options), observers)
+
+
+def _gone_on(path: Path, selection: Selection, observers: Sequence[Any]) -> Run:
+    with locked(path):
+        stored = _stored_config(path)
+        wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
+        _refuse_changes(path, stored, wanted)
+        if (path / "results.json").is_file():
+            if wanted.steps == stored.steps:
+                log.info("The run at %s has ended already.", path)
+                return Run.load(path, device=wanted.device)
+            (path / "results.json").unlink()
+            (path / FINAL).unlink(missing_ok=True)
+        selection = dataclasses.replace(selection, config=wanted)
+        run = Run(path, wanted, *_prepared(selection))
+        _carry_out(run, selection, observers)
+    return run
+
+
+def _stored_config(path: Path) -> RunConfig:
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"There is no run at {path}: it has no config.yaml.")
+    return validated(RunConfig, read_yaml(file), str(file))
+
+
+def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
+    """
+    Raises:
+        UsageError: `wanted` would give the run another meaning; the message shows the difference.
+    """
+    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
+    changes = [
+        f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if key not in _MAY_CHANGE and old[key] != new[key]
+    ]
+    if changes:
+        raise UsageError(f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}.")
+    if wanted.steps < stored.steps:
+        raise UsageError(f"The run at {path} is one of {stored.steps} steps, which can be raised, not lowered.")
+
+
+def _is_taken(out: Path) -> bool:
+    return out.exists() and (not out.is_dir() or not all(is_leftover(path) for path in out.iterdir()))
+
+
+def _resume_command(path: Path) -> str:
+    return f"`metareg resume {shlex.quote(str(path))}`"
+
+
+def _completed(selection: Selection) -> Selection:
+    """With what depends on the number of steps written out, so that it stays when that number is raised."""
+    config = selection.config
+    every = config.eval_every or max(1, config.steps // 10)
+    return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
 
 
 def _prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
@@ -189,49 +286,104 @@ def _created(out: Path | None, config: RunConfig) -> Path:
     raise AssertionError("unreachable")
 
 
-def _carry_out(run: Run, observers: Sequence[Any]) -> None:
-    config, learner = run.config, run.learner
-    write_text(run.path / "config.yaml", config.to_yaml())
-    strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
-    log.info("Strategy %s: %s.", strategy, reason)
-    write_json(run.path / "environment.json", environment.of_run(run, strategy, reason))
-
-    hooks = observed(observers)
-    hooks.on_run_start(run=run)
-    schedule = Schedule(
-        steps=config.steps,
-        meta_batch=config.meta_batch,
-        log_every=config.log_every,
-        eval_every=config.eval_every or max(1, config.steps // 10),
-        eval_tasks=config.eval_tasks,
-    )
+def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None:
+    """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
+    config, learner, path = run.config, run.learner, run.path
+    store = Checkpoints(path / "checkpoints", config.keep_checkpoints)
     try:
-        fit(learner, run.source, schedule, observers)
+        store.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MetaregError(f"{store.folder} cannot be made: {error.strerror}.") from error
+    remove_leftovers(path, store.folder, path / "plots")
+
+    progress = Progress()
+    metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
+    every = [_LinesWriter(metrics, timing), *observers, *selection.observers]
+    with stop_requests() as stop:
+        keeper = Keeper(
+            store,
+            learner,
+            progress,
+            [metrics, timing],
+            every_steps=config.checkpoint_every,
+            every_minutes=config.checkpoint_minutes,
+            stop=stop,
+        )
+        try:
+            _start(run, keeper)
+            hooks = observed(every)
+            hooks.on_run_start(run=run)
+            _train(run, progress, keeper, every)
+            _finish(run, progress, store, stop, hooks)
+            hooks.on_run_end(run=run)
+        except (Interrupted, KeyboardInterrupt) as error:
+            where = "its beginning" if keeper.last_saved is None else f"step {keeper.last_saved}"
+            raise Interrupted(f"Stopped. {_resume_command(path)} goes on from {where}.") from error
+
+
+def _start(run: Run, keeper: Keeper) -> None:
+    """Restore the newest checkpoint, or write the first; then say in the folder what is run."""
+    config, learner = run.config, run.learner
+    strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
+    if keeper.restore():
+        log.info("Going on from step %d.", learner.steps_done)
+        if learner.strategy != strategy:
+            strategy, reason = learner.strategy or strategy, "as before the run was resumed"
+    log.info("Strategy %s: %s.", strategy, reason)
+    environment.write(run, strategy, reason, learner.steps_done)
+    write_text(run.path / "config.yaml", config.to_yaml())
+    if keeper.last_saved is None:
+        keeper.save()
+
+
+def _train(run: Run, progress: Progress, keeper: Keeper, observers: Sequence[Any]) -> None:
+    schedule = Schedule(**run.config.model_dump(include=set(Schedule.model_fields)))
+    try:
+        fit(run.learner, run.source, schedule, observers, progress=progress, keeper=keeper)
     except DivergenceError as error:
-        learner.save(run.path / LAST_GOOD)
-        raise DivergenceError(f"{error} They are kept in {run.path / LAST_GOOD}.") from error
+        with suppress(DivergenceError):
+            keeper.save()
+        assert keeper.last_saved is not None
+        if run.config.on_nonfinite == "stop":
+            advice = f"{_resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
+        else:
+            advice = f"It happened more often than max_nonfinite = {run.config.max_nonfinite} times."
+        where = keeper.store.path(keeper.last_saved)
+        raise DivergenceError(f"{error} The last good checkpoint is {where}. {advice}") from error
+
+
+def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest, hooks: Any) -> None:
+    """The test and the pictures; a run with results.json has ended."""
+    stop.at_once = True
+    config, learner = run.config, run.learner
+    if config.select == "best" and progress.best_step is not None:
+        learner.load_state(store.load(progress.best_step)["learner"])
+        log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
     learner.save(run.path / FINAL)
     run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps)
-    write_json(run.path / "results.json", run.evaluation.to_dict())
     hooks.on_evaluation(step=learner.steps_done, split="test", evaluation=run.evaluation)
     run.plots = plots.draw(run)
-    hooks.on_run_end(run=run)
+    weights = {"select": config.select, "step": learner.steps_done}
+    write_json(run.path / "results.json", {**run.evaluation.to_dict(), "weights": weights})
 
 
-class _MetricsFile:
-    """Appends to metrics.jsonl, a whole line at a time."""
+class _LinesWriter:
+    """Writes metrics.jsonl, which a resumed run repeats bit for bit, and timing.jsonl, which it cannot."""
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / "metrics.jsonl"
+    def __init__(self, metrics: LinesFile, timing: LinesFile) -> None:
+        self._metrics = metrics
+        self._timing = timing
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        self._append({"step": step, "split": "train"} | logs)
+        speed = {"steps_per_second": logs["steps_per_second"]}
+        self._metrics.append({"step": step, "split": "train"} | {key: logs[key] for key in logs if key not in speed})
+        self._timing.append({"step": step, **speed, "time": datetime.now(UTC).isoformat(timespec="seconds")})
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
         for inner_steps in evaluation.inner_steps:
-            self._append(
+            self._metrics.append(
                 {
                     "step": step,
                     "split": split,
@@ -240,13 +392,6 @@ class _MetricsFile:
                     "ci95": evaluation.ci95(inner_steps),
                 }
             )
-
-    def _append(self, line: dict[str, Any]) -> None:
-        try:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
-        except OSError as error:
-            raise MetaregError(f"{self._path} cannot be written: {error.strerror}.") from error
 
 
 def find_device(name: str) -> torch.device:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+import math
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 from pydantic import Field
@@ -12,6 +14,8 @@ from torch.utils import _pytree as pytree
 
 from metareg.config import PluginConfig
 from metareg.episodes import Episodes
+from metareg.errors import DivergenceError
+from metareg.evaluation import Evaluation
 from metareg.registry import Plugin, resolve
 from metareg.sources import TaskSource
 from metareg.stages import plugin_manager
@@ -19,7 +23,9 @@ from metareg.stages import plugin_manager
 if TYPE_CHECKING:
     from metareg.learner import MetaLearner
 
-__all__ = ["Schedule", "fit", "observed"]
+__all__ = ["Progress", "Schedule", "fit", "observed"]
+
+log = logging.getLogger("metareg")
 
 Observer = Any
 _PREFETCHED_BYTES = 4 << 20
@@ -34,6 +40,18 @@ class Schedule(PluginConfig):
     log_every: int = Field(100, ge=1, description="Steps between two calls of on_step.")
     eval_every: int | None = Field(None, ge=1, description="Steps between validations.")
     eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
+    on_nonfinite: Literal["stop", "skip", "rollback"] = Field("stop", description="As in RunConfig.")
+    max_nonfinite: int = Field(10, ge=1, description="As in RunConfig.")
+
+
+class Keeper(Protocol):
+    """Who keeps what a training has done (`metareg.checkpoints.Keeper`)."""
+
+    def after_step(self, *, must: bool) -> None: ...
+
+    def save(self) -> None: ...
+
+    def restore(self) -> bool: ...
 
 
 def observed(observers: Sequence[Any]) -> Any:
@@ -42,78 +60,201 @@ def observed(observers: Sequence[Any]) -> Any:
     return plugin_manager(plugins)[0].hook
 
 
-def fit(learner: MetaLearner, source: TaskSource, schedule: Schedule, observers: Sequence[Any] = ()) -> None:
+class Progress:
+    """Where a training stands, beside its learner: with both it goes on as if it had never stopped."""
+
+    def __init__(self) -> None:
+        self.left_out = 0
+        """Batches of the task stream that were left out: step n takes batch n + left_out."""
+        self.nonfinite = 0
+        """Steps that were skipped or rolled back."""
+        self.best_step: int | None = None
+        """The step with the best validation score so far."""
+        self.best_score: float | None = None
+        self.window = Window()
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as tensors and plain values."""
+        return {
+            "left_out": self.left_out,
+            "nonfinite": self.nonfinite,
+            "best_step": self.best_step,
+            "best_score": self.best_score,
+            "window": self.window.state(),
+        }
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go back to what `state` returned, with sums on a device."""
+        self.left_out, self.nonfinite = state["left_out"], state["nonfinite"]
+        self.best_step, self.best_score = state["best_step"], state["best_score"]
+        self.window.load_state(state["window"], device)
+
+    def improves(self, evaluation: Evaluation, step: int) -> bool:
+        """Take note of a validation; returns whether it is the best so far."""
+        score = evaluation.mean(evaluation.inner_steps[-1])
+        sign = 1 if evaluation.higher_is_better else -1
+        if not math.isfinite(score) or (self.best_score is not None and sign * score <= sign * self.best_score):
+            return False
+        self.best_step, self.best_score = step, score
+        return True
+
+
+def fit(
+    learner: MetaLearner,
+    source: TaskSource,
+    schedule: Schedule,
+    observers: Sequence[Any] = (),
+    *,
+    progress: Progress | None = None,
+    keeper: Keeper | None = None,
+) -> None:
     """Train a learner on the split ``"train"`` until `schedule.steps` steps are done.
 
     Step n takes the tasks n·meta_batch … (n+1)·meta_batch − 1, so that a training that goes on from a step sees what an
     uninterrupted one sees.
 
+    Args:
+        learner: goes on from the steps that it has done.
+        source: where its tasks come from.
+        schedule: when what happens.
+        observers: hear of it.
+        progress: where an earlier training stood; from the beginning by default.
+        keeper: is called after every step, and can put the training back to an earlier one.
+
     Raises:
-        DivergenceError: a loss or gradient is not finite; the learner is as it was before that step.
+        DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
+            learner is as it was before that step.
     """
     hooks = observed(observers)
-    learner.choose_strategy(schedule.meta_batch, schedule.steps, source.stackable)
-    window = _Window()
-    for episodes in _training_batches(learner, source, schedule):
-        gradient = learner.take_step(episodes)
-        window.add(gradient.loss, gradient.logs)
+    progress = progress or Progress()
+    progress.window.start_clock()
+
+    def report() -> None:
+        if progress.window.count:
+            learner.logs = progress.window.means()
+            hooks.on_step(step=learner.steps_done, logs=learner.logs)
+
+    def validate() -> bool:
+        evaluation = learner.evaluate(
+            source, schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
+        )
+        hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
+        return progress.improves(evaluation, learner.steps_done)
+
+    def one_step(episodes: list[Episodes]) -> None:
+        try:
+            gradient = learner.take_step(episodes)
+        except DivergenceError as error:
+            if schedule.on_nonfinite != "skip" or progress.nonfinite >= schedule.max_nonfinite:
+                raise
+            progress.nonfinite += 1
+            log.warning("%s The step is skipped (%d of at most %d).", error, progress.nonfinite, schedule.max_nonfinite)
+            learner.steps_done += 1
+        else:
+            progress.window.add(gradient.loss, gradient.logs)
         step = learner.steps_done
-        if step % schedule.log_every == 0 or step == schedule.steps:
-            learner.logs = window.means()
-            hooks.on_step(step=step, logs=learner.logs)
-        if schedule.eval_every and (step % schedule.eval_every == 0 or step == schedule.steps):
-            evaluation = learner.evaluate(
-                source, schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
-            )
-            hooks.on_evaluation(step=step, split="validation", evaluation=evaluation)
+        if step % schedule.log_every == 0:
+            report()
+        improved = bool(schedule.eval_every) and step % (schedule.eval_every or 1) == 0 and validate()
+        if keeper is not None:
+            keeper.after_step(must=improved or step == schedule.steps)
+
+    while learner.steps_done < schedule.steps:
+        batches = _training_batches(learner, source, schedule, progress.left_out)
+        try:
+            for episodes in batches:
+                one_step(episodes)
+        except DivergenceError as error:
+            if schedule.on_nonfinite != "rollback" or progress.nonfinite >= schedule.max_nonfinite or keeper is None:
+                raise
+            _roll_back(learner, progress, keeper, error, schedule.max_nonfinite)
+    # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
+    if schedule.steps % schedule.log_every:
+        report()
+    if schedule.eval_every and schedule.steps % schedule.eval_every:
+        validate()
 
 
-def _training_batches(learner: MetaLearner, source: TaskSource, schedule: Schedule) -> Iterator[list[Episodes]]:
-    """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one."""
+def _roll_back(learner: MetaLearner, progress: Progress, keeper: Keeper, error: DivergenceError, at_most: int) -> None:
+    """Go back to the newest checkpoint and leave out the tasks that led from there to the error."""
+    next_batch = learner.steps_done + progress.left_out + 1
+    times = progress.nonfinite + 1
+    keeper.restore()
+    progress.nonfinite, progress.left_out = times, next_batch - learner.steps_done
+    log.warning(
+        "%s Going on from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
+    )
+
+
+def _training_batches(
+    learner: MetaLearner, source: TaskSource, schedule: Schedule, left_out: int
+) -> Iterator[list[Episodes]]:
+    """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one.
+
+    Blocks begin at multiples of their size wherever the training begins: the last bit of a result can depend on where in
+    memory a batch lies, which is so always the same.
+    """
     seed, size = learner.config.seed, schedule.meta_batch
 
-    def drawn(step: int, steps: int) -> list[Episodes]:
-        return source.episodes("train", range(step * size, (step + steps) * size), seed)
+    def drawn(batch: int, batches: int) -> list[Episodes]:
+        return source.episodes("train", range(batch * size, (batch + batches) * size), seed)
 
-    step, block = learner.steps_done, 1
-    while step < schedule.steps:
-        block = min(block, schedule.steps - step)
-        batches = drawn(step, block)
-        if len(batches) == 1:
-            for start in range(0, block * size, size):
-                yield [batches[0][start : start + size]]
-        else:  # tasks of unequal sizes come in groups, where a step's own tasks stand only if it is drawn alone
-            yield from (drawn(each, 1) for each in range(step, step + block))
-        step += block
-        block = _steps_to_prefetch(batches, size) if len(batches) == 1 else 1
-
-
-def _steps_to_prefetch(batches: list[Episodes], size: int) -> int:
-    leaves = pytree.tree_leaves(batches[0].parts)
-    bytes_per_step = sum(leaf.numel() * leaf.element_size() for leaf in leaves) * size // len(batches[0])
-    return max(1, min(_PREFETCHED_STEPS, _PREFETCHED_BYTES // max(1, bytes_per_step)))
+    first, end = learner.steps_done + left_out, schedule.steps + left_out
+    one = drawn(first, 1)
+    block = _batches_to_prefetch(one, size) if len(one) == 1 else 1
+    for start in range(first - first % block, end, block):
+        stacks = drawn(start, min(block, end - start)) if block > 1 else []
+        for batch in range(max(start, first), min(start + block, end)):
+            if len(stacks) == 1:
+                yield [stacks[0][(batch - start) * size : (batch - start + 1) * size]]
+            else:  # tasks of unequal sizes come in groups, where a batch's own tasks stand only if it is drawn alone
+                yield one if batch == first else drawn(batch, 1)
 
 
-class _Window:
+def _batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
+    leaves = pytree.tree_leaves(stacks[0].parts)
+    bytes_per_batch = sum(leaf.numel() * leaf.element_size() for leaf in leaves) * size // len(stacks[0])
+    return max(1, min(_PREFETCHED_STEPS, _PREFETCHED_BYTES // max(1, bytes_per_batch)))
+
+
+class Window:
     """Means of the logged tensors since the last report."""
 
     def __init__(self) -> None:
+        self.count = 0
+        """Steps since then."""
         self._sums: dict[str, torch.Tensor] = {}
-        self._count = 0
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """Measure the time of the steps from now on."""
+        self._timed_from = self.count
         self._since = time.perf_counter()
 
+    def state(self) -> dict[str, Any]:
+        """The sums and their count."""
+        return {"count": self.count, "sums": dict(self._sums)}
+
+    def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go back to what `state` returned."""
+        self.count = state["count"]
+        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self.start_clock()
+
     def add(self, loss: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
+        """Add one step's values."""
         if self._sums:
             self._sums["loss"] += loss
             for name, value in logs.items():
                 self._sums[name] += value
         else:
             self._sums = {"loss": loss.clone()} | {name: value.clone() for name, value in logs.items()}
-        self._count += 1
+        self.count += 1
 
     def means(self) -> dict[str, float]:
-        now = time.perf_counter()
-        means = {name: value.item() / self._count for name, value in self._sums.items()}
-        means["steps_per_second"] = self._count / (now - self._since)
-        self._sums, self._count, self._since = {}, 0, now
+        """The means and ``steps_per_second``; the next window begins."""
+        means = {name: value.item() / self.count for name, value in self._sums.items()}
+        means["steps_per_second"] = (self.count - self._timed_from) / (time.perf_counter() - self._since)
+        self._sums, self.count = {}, 0
+        self.start_clock()
         return means

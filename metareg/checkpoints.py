@@ -1,0 +1,239 @@
+"""Checkpoints: all that a run needs to go on, in one file each, and when they are written."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
+from metareg.files import LinesFile
+from metareg.interrupts import StopRequest
+from metareg.randomness import global_generators, restore_global_generators
+from metareg.tensorfiles import DamagedFileError, TensorFile, write_tensors
+
+if TYPE_CHECKING:
+    from metareg.learner import MetaLearner
+    from metareg.training import Progress
+
+__all__ = ["Checkpoints", "Keeper"]
+
+log = logging.getLogger("metareg")
+
+FILE_FORMAT = 1
+_TENSOR, _TUPLE = "$tensor", "$tuple"
+
+
+class Checkpoints:
+    """A folder with the checkpoints of a run, ``step-000001000.safetensors`` and so on.
+
+    Each is written aside, flushed and renamed, and holds a checksum: one that is there is whole, or is known not to be.
+
+    Args:
+        folder: where they are.
+        keep: how many of the newest to keep.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder = folder
+        self._keep = keep
+
+    def path(self, step: int) -> Path:
+        """The file of the checkpoint after so many steps."""
+        return self.folder / f"step-{step:09d}.safetensors"
+
+    def steps(self) -> list[int]:
+        """The steps that there are files of, ascending; nothing is read."""
+        numbers = (path.name[len("step-") : -len(".safetensors")] for path in self.folder.glob("step-*.safetensors"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
+
+    def save(self, step: int, state: Mapping[str, Any], best: int | None = None) -> None:
+        """Write a checkpoint; then remove those that are neither among the newest nor the best.
+
+        Args:
+            step: how many training steps it is after.
+            state: tensors, texts, numbers, None, and dicts, lists and tuples of these.
+            best: the step of the best one.
+
+        Raises:
+            MetaregError: it cannot be written; the others are as they were.
+        """
+        tensors: dict[str, Tensor] = {}
+        content = _packed(state, (), tensors)
+        write_tensors(self.path(step), tensors, {"format": FILE_FORMAT, "step": step, "content": content})
+        for old in self.steps()[: -self._keep]:
+            if old != best:
+                with suppress(OSError):
+                    self.path(old).unlink()
+
+    def load(self, step: int) -> dict[str, Any]:
+        """The state that `save` was given.
+
+        Raises:
+            UsageError: there is none.
+            DamagedFileError: it is damaged.
+        """
+        file = TensorFile(self.path(step), "checkpoint")
+        if file.header.get("format") != FILE_FORMAT or file.header.get("step") != step:
+            raise DamagedFileError(
+                f"{file.path} is no checkpoint of format {FILE_FORMAT} after step {step}; it was renamed, or written by "
+                "another version of metareg."
+            )
+        state: dict[str, Any] = _unpacked(file.header["content"], file.read())
+        return state
+
+    def newest(self) -> dict[str, Any] | None:
+        """The newest good state; None where there is none. Damaged files are named in the log and renamed."""
+        for step in reversed(self.steps()):
+            try:
+                return self.load(step)
+            except DamagedFileError as error:
+                aside = self.path(step).with_suffix(".damaged")
+                log.warning("%s It is skipped and kept as %s.", error, aside.name)
+                with suppress(OSError):
+                    self.path(step).replace(aside)
+        return None
+
+
+class Keeper:
+    """Writes a run's checkpoints as it trains, and puts it back to one.
+
+    Args:
+        store: where they go.
+        learner: what is trained.
+        progress: the rest of the state.
+        lines: files that belong to the state, and are cut back with it.
+        every_steps: training steps between two checkpoints; None for no such rule.
+        every_minutes: minutes between two.
+        stop: asked for by a signal.
+    """
+
+    def __init__(
+        self,
+        store: Checkpoints,
+        learner: MetaLearner,
+        progress: Progress,
+        lines: Sequence[LinesFile],
+        *,
+        every_steps: int | None,
+        every_minutes: float,
+        stop: StopRequest,
+    ) -> None:
+        self.store = store
+        self.last_saved: int | None = None
+        """The step of the newest checkpoint that is good."""
+        self._learner = learner
+        self._progress = progress
+        self._lines = lines
+        self._every_steps = every_steps
+        self._every_seconds = 60 * every_minutes
+        self._stop = stop
+        self._saved_at = time.monotonic()
+
+    def after_step(self, *, must: bool) -> None:
+        """Write a checkpoint where one is due, or must be; stop where a signal asked for it.
+
+        Raises:
+            Interrupted: a signal asked for the end; the checkpoint is written.
+        """
+        step = self._learner.steps_done
+        due = self._every_steps is not None and step % self._every_steps == 0
+        if must or due or self._stop.asked or time.monotonic() - self._saved_at >= self._every_seconds:
+            self.save()
+        if self._stop.asked:
+            raise Interrupted(f"Stopped after step {step}.")
+
+    def save(self) -> None:
+        """Write a checkpoint of the run as it is now.
+
+        Raises:
+            DivergenceError: a meta-parameter is not finite; nothing is written.
+            MetaregError: it cannot be written; the message names the newest good one.
+        """
+        step = self._learner.steps_done
+        bad = [name for name, value in self._learner.meta_parameters.items() if not bool(torch.isfinite(value).all())]
+        if bad:
+            raise DivergenceError(f"Training diverged: after step {step} the meta-parameter '{bad[0]}' is not finite.")
+        try:
+            state = {
+                "learner": self._learner.state(),
+                "progress": self._progress.state(),
+                "lines": {file.path.name: file.mark() for file in self._lines},
+                "generators": global_generators(),
+            }
+            self.store.save(step, state, self._progress.best_step)
+        except MetaregError as error:
+            if self.last_saved is None:
+                raise
+            raise type(error)(f"{error} The checkpoint after step {self.last_saved} is still good.") from error
+        self.last_saved = step
+        self._saved_at = time.monotonic()
+
+    def restore(self) -> bool:
+        """Put the run back to its newest good checkpoint; without one, its files to the beginning.
+
+        Returns:
+            Whether there was one.
+
+        Raises:
+            UsageError: it is of another model.
+        """
+        state = self.store.newest()
+        if state is None:
+            for file in self._lines:
+                file.cut(None)
+            return False
+        step = state["learner"]["steps_done"]
+        self._learner.load_state(state["learner"], str(self.store.path(step)))
+        self._progress.load_state(state["progress"], self._learner.device)
+        self._forget_lost_best(step)
+        restore_global_generators(state["generators"])
+        for file in self._lines:
+            file.cut(state["lines"].get(file.path.name), step)
+        self.last_saved = step
+        self._saved_at = time.monotonic()
+        return True
+
+    def _forget_lost_best(self, step: int) -> None:
+        best = self._progress.best_step
+        if best is None or best == step:
+            return
+        try:
+            self.store.load(best)
+        except UsageError as error:
+            log.warning("The best checkpoint so far, after step %d, is lost: %s A new best is looked for.", best, error)
+            self._progress.best_step = self._progress.best_score = None
+
+
+def _packed(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+    """`value` as JSON, its tensors put into `tensors` under the names of their places."""
+    if isinstance(value, Tensor):
+        tensors[".".join(path)] = value
+        return {_TENSOR: ".".join(path)}
+    if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("$") for key in value):
+        return {key: _packed(item, (*path, key), tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_packed(item, (*path, str(number)), tensors) for number, item in enumerate(value)]
+        return items if isinstance(value, list) else {_TUPLE: items}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise MetaregError(
+        f"A checkpoint cannot hold the {type(value).__name__} at '{'.'.join(path)}': it takes tensors, numbers, texts, "
+        "None, and lists, tuples and dicts (with texts as keys) of these."
+    )
+
+
+def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if _TENSOR in value:
+            return tensors[value[_TENSOR]]
+        if _TUPLE in value:
+            return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
+        return {key: _unpacked(item, tensors) for key, item in value.items()}
+    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value

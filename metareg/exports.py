@@ -1,0 +1,245 @@
+"""A finished run's learner put to use elsewhere: as a file, as a program, on a user's own examples."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metareg.errors import UsageError
+from metareg.files import write_bytes
+
+if TYPE_CHECKING:
+    from metareg.runs import Run
+
+__all__ = ["export", "predict"]
+
+_LARGEST_TABLE = 1 << 28
+_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+
+
+def export(run: Run, to: Path, *, support: Path | None = None, inner_steps: int | None = None) -> None:
+    """Write a run's learner without anything of its augmenters.
+
+    ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`, with
+    any number of examples: at the learned initialisation, or adapted to `support`.
+
+    Args:
+        run: a finished run.
+        to: the file.
+        support: labelled examples, as for `predict`.
+        inner_steps: how many steps to adapt; as many as in training by default.
+
+    Raises:
+        UsageError: another ending, or a model that `torch.export` cannot take.
+    """
+    if to.suffix == ".safetensors":
+        if support is not None:
+            raise UsageError(
+                f"{to} would hold the learner, which adapts wherever it is loaded; --support is for FILE.pt2."
+            )
+        run.learner.save(to)
+        return
+    if to.suffix != ".pt2":
+        raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
+    learner = run.learner
+    if support is None:
+        module = learner.model.adapted_module(learner.meta_parameters)
+    else:
+        module = _Examples(run, support).adapted(inner_steps)
+    example = torch.zeros(2, *_input_shape(run))
+    try:
+        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
+    except Exception as error:
+        raise UsageError(
+            f"torch.export cannot take the {type(module).__name__}: {str(error).strip().splitlines()[0]}"
+        ) from error
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    write_bytes(to, buffer.getvalue())
+
+
+def predict(run: Run, support: Path, query: Path, *, inner_steps: int | None = None) -> str:
+    """Adapt a run's learner to a user's examples and predict others.
+
+    Args:
+        run: a finished run.
+        support: labelled examples: a CSV file whose columns are the inputs and then the targets (for class targets one
+            column with the classes' names), or a folder with a folder of images for each class.
+        query: what to predict: a CSV file with the input columns, or a folder of images.
+        inner_steps: how many steps to adapt; as many as in training by default.
+
+    Returns:
+        CSV: the inputs and the predicted targets, or the image's name, its class and that class's probability.
+
+    Raises:
+        UsageError: the examples cannot be read, or do not suit the model.
+    """
+    examples = _Examples(run, support)
+    module = examples.adapted(inner_steps)
+    rows, x = examples.queries(query)
+    with torch.no_grad():
+        outputs = module(x.to(run.learner.device)).cpu()
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*rows[0], *examples.predicted_columns(outputs)])
+    predictions = examples.predictions(outputs)
+    writer.writerows([*row, *predicted] for row, predicted in zip(rows[1], predictions, strict=True))
+    return buffer.getvalue()
+
+
+class _Examples:
+    """A user's labelled examples.
+
+    Args:
+        run: the run whose learner they are for.
+        support: where they are.
+    """
+
+    def __init__(self, run: Run, support: Path) -> None:
+        self._run = run
+        self._shape = _input_shape(run)
+        task = run.source.plugin.instance
+        self._outputs = math.prod(task.spec.output_shape)
+        self.classes: list[str] | None = None
+        """The classes' names in the order of the model's outputs; None where targets are numbers."""
+        if support.is_dir():
+            paths = {folder.name: _images_in(folder) for folder in sorted(support.iterdir()) if folder.is_dir()}
+            labels = [name for name, members in paths.items() for _ in members]
+            self.x = self._images([path for members in paths.values() for path in members], support)
+        else:
+            header, rows = _table(support)
+            width = math.prod(self._shape)
+            self._check_columns(support, len(header), width + (1 if self._classifies else self._outputs))
+            self.x = self._inputs(support, rows)
+            labels = [row[width] for row in rows]
+            if not self._classifies:
+                self.y = torch.tensor([_numbers(support, row[width:]) for row in rows])
+        if self._classifies:
+            self.classes = sorted(set(labels))
+            if len(self.classes) > self._outputs:
+                raise UsageError(
+                    f"{support} has {len(self.classes)} classes; this learner tells {self._outputs} apart."
+                )
+            self.y = torch.tensor([self.classes.index(label) for label in labels])
+        elif support.is_dir():
+            raise UsageError(f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file.")
+
+    @property
+    def _classifies(self) -> bool:
+        return self._run.learner.loss is nn.functional.cross_entropy
+
+    def adapted(self, inner_steps: int | None) -> nn.Module:
+        """The learner's module, adapted to them."""
+        return self._run.learner.adapt(self.x, self.y, inner_steps)
+
+    def queries(self, path: Path) -> tuple[tuple[list[str], list[list[str]]], Tensor]:
+        """What names the rows of the answer (a header and a list per row), and the inputs."""
+        if path.is_dir():
+            images = _images_in(path)
+            return (["image"], [[image.name] for image in images]), self._images(images, path)
+        header, rows = _table(path)
+        width = math.prod(self._shape)
+        self._check_columns(path, len(header), width)
+        return (header[:width], [row[:width] for row in rows]), self._inputs(path, rows)
+
+    def predicted_columns(self, outputs: Tensor) -> list[str]:
+        """The names of the answer's columns."""
+        if self.classes is not None:
+            return ["class", "probability"]
+        return ["y"] if outputs.shape[-1] == 1 else [f"y{number}" for number in range(1, outputs.shape[-1] + 1)]
+
+    def predictions(self, outputs: Tensor) -> list[list[Any]]:
+        """The answer's columns from the model's outputs ``[examples, outputs]``."""
+        if self.classes is None:
+            return [[f"{value:.9g}" for value in row] for row in outputs.tolist()]
+        best = outputs[:, : len(self.classes)].softmax(-1).max(-1)
+        return [
+            [self.classes[index], f"{value:.4f}"]
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+
+    def _inputs(self, path: Path, rows: Sequence[Sequence[str]]) -> Tensor:
+        width = math.prod(self._shape)
+        return torch.tensor([_numbers(path, row[:width]) for row in rows]).reshape(len(rows), *self._shape)
+
+    def _check_columns(self, path: Path, columns: int, expected: int) -> None:
+        width = math.prod(self._shape)
+        if columns < expected:
+            raise UsageError(
+                f"{path} has {columns} columns; this learner takes {width} input{'s' * (width > 1)}"
+                + (f" and {expected - width} target{'s' * (expected - width > 1)}." if expected > width else ".")
+            )
+
+    def _images(self, paths: Sequence[Path], where: Path) -> Tensor:
+        if len(self._shape) != 3:
+            raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
+        if not paths:
+            raise UsageError(f"{where} holds no images ({', '.join(_IMAGES)}), or not in a folder for each class.")
+        read = getattr(self._run.source.plugin.instance, "read_image", None) or self._read_image
+        return torch.stack([read(path) for path in paths])
+
+    def _read_image(self, path: Path) -> Tensor:
+        from PIL import Image
+
+        channels, height, width = self._shape
+        try:
+            with Image.open(path) as image:
+                scaled = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
+        values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
+        return values[None] if channels == 1 else values.permute(2, 0, 1)
+
+
+def _input_shape(run: Run) -> tuple[int, ...]:
+    shape = run.source.plugin.instance.spec.input_shape
+    if not all(isinstance(size, int) for size in shape):
+        raise UsageError(f"The {run.source.plugin.label} has inputs that are neither vectors nor images.")
+    return tuple(shape)
+
+
+def _images_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)
+
+
+def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header of a CSV file (``x1, x2, …`` where it has none) and its rows, all of one length."""
+    try:
+        if path.stat().st_size > _LARGEST_TABLE:
+            raise UsageError(f"{path} is larger than {_LARGEST_TABLE >> 20} MiB.")
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UsageError(f"{path} cannot be read as CSV: {getattr(error, 'strerror', None) or error}.") from error
+    header = [f"x{number}" for number in range(1, len(rows[0]) + 1)] if rows else []
+    if rows and not all(_is_number(cell) for cell in rows[0][:1]):
+        header, rows = rows[0], rows[1:]
+    if not rows:
+        raise UsageError(f"{path} holds no rows.")
+    for number, row in enumerate(rows, 1):
+        if len(row) != len(header):
+            raise UsageError(f"{path} has {len(row)} cells in data row {number}, where it has {len(header)} columns.")
+    return header, rows
+
+
+def _numbers(path: Path, cells: Sequence[str]) -> list[float]:
+    for cell in cells:
+        if not _is_number(cell):
+            raise UsageError(f"{path} holds '{cell}' where a finite number belongs.")
+    return [float(cell) for cell in cells]
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return math.isfinite(float(cell))
+    except ValueError:
+        return False

@@ -1,0 +1,650 @@
+"""Checkpoints, resuming, faults of the disk, signals, locks and divergence."""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import metareg
+from metareg import (
+    DivergenceError,
+    Episodes,
+    Interrupted,
+    MetaLearner,
+    MetaregError,
+    PluginConfig,
+    UsageError,
+    hookimpl,
+)
+from metareg.checkpoints import Checkpoints, Keeper
+from metareg.files import LinesFile, locked
+from metareg.interrupts import StopRequest
+from metareg.sources import TaskSource
+from metareg.training import Progress, Schedule, fit
+from processes import environment
+
+SMALL: dict[str, Any] = {
+    "steps": 20, "meta_batch": 2, "log_every": 3, "eval_every": 7, "eval_tasks": 2, "test_tasks": 2,
+    "test_inner_steps": [1], "strategy": "vectorized", "checkpoint_every": 4, "keep_checkpoints": 100,
+}  # fmt: skip
+RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run that was left alone; not to be changed."""
+    path = tmp_path_factory.mktemp("finished") / "run"
+    metareg.train("maml", "cml", "sinusoid", out=path, **SMALL)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Runs without pictures, which take half of their time, and global generators as they were."""
+    monkeypatch.setattr("metareg.plots.draw", lambda _run: [])
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """A copy of it as it was after 12 steps."""
+    return _stopped(finished, tmp_path / "stopped")
+
+
+def _stopped(finished: Path, path: Path, step: int = 12) -> Path:
+    shutil.copytree(finished, path)
+    (path / "results.json").unlink()
+    (path / "checkpoints" / "final.safetensors").unlink()
+    for file in (path / "checkpoints").glob("step-*"):
+        if int(file.stem.removeprefix("step-")) > step:
+            file.unlink()
+    return path
+
+
+def _results(path: Path) -> dict[str, bytes]:
+    return {name: (path / name).read_bytes() for name in RESULT}
+
+
+def _checkpoint(path: Path, step: int) -> Path:
+    return path / "checkpoints" / f"step-{step:09d}.safetensors"
+
+
+# ------------------------------------------------------------------------------------------------------------ resuming
+
+
+def test_metrics_hold_no_step_twice_and_nothing_of_the_clock(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    places = [(line["step"], line["split"], line.get("inner_steps")) for line in lines]
+    assert len(places) == len(set(places))
+    assert [line["step"] for line in lines if line["split"] == "train"] == [3, 6, 9, 12, 15, 18, 20]
+    assert [line["step"] for line in lines if line["split"] == "validation"] == [7, 14, 20]
+    assert not any("per_second" in key or "time" in key for line in lines for key in line)
+    timing = [json.loads(line) for line in (finished / "timing.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in timing] == [3, 6, 9, 12, 15, 18, 20]
+
+
+@pytest.mark.parametrize("step", [0, 4, 7, 20])
+def test_resumed_run_equals_one_left_alone(finished: Path, tmp_path: Path, step: int) -> None:
+    path = _stopped(finished, tmp_path / "run", step)
+    run = metareg.resume(path)
+    assert _results(path) == _results(finished)
+    assert run.evaluation is not None
+    assert run.config.eval_every == 7
+
+
+def test_auto_goes_on_with_the_strategy_of_the_checkpoint(tmp_path: Path) -> None:
+    settings = SMALL | {"strategy": "auto", "steps": 4}
+    metareg.train(out=tmp_path / "run", **settings)
+    run = metareg.resume(tmp_path / "run", steps=5)
+    assert run.learner.strategy is None or run.learner.strategy == "vectorized"
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert environment["strategy"] == "vectorized"
+    assert "resumed" not in environment
+
+
+def test_raised_steps_give_the_run_that_was_planned_so(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    metareg.train("maml", "cml", "sinusoid", out=path, **SMALL | {"steps": 10})
+    metareg.resume(path, steps=20)
+    assert _results(path) == _results(finished)
+
+
+def test_finished_run_is_returned_at_once(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(finished, path)
+    run = metareg.resume(path)
+    assert run.evaluation is not None
+    assert len(run.plots) == 3
+    assert _results(path) == _results(finished)
+
+
+def test_train_resume_begins_and_goes_on(finished: Path, stopped: Path, tmp_path: Path) -> None:
+    for path in (stopped, tmp_path / "new"):
+        metareg.train("maml", "cml", "sinusoid", out=path, resume=True, **SMALL)
+        assert _results(path) == _results(finished)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "its seed is 0, not 1"),
+        ({"algo": "anil"}, "its algo is {'name': 'maml'"),
+        ({"augment": ["cml", "dropgrad"]}, "its augment is"),
+        ({"eval_every": 3}, "its eval_every is 7, not 3"),
+        ({"steps": 19}, "20 steps, which can be raised, not lowered"),
+        ({"shots": 5}, "its task is"),
+    ],
+)
+def test_another_meaning_is_refused(stopped: Path, change: dict[str, Any], message: str) -> None:
+    settings = {"algo": "maml", "augment": "cml", "task": "sinusoid", **SMALL, **change}
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=message.replace("{", r"\{")):
+        metareg.train(out=stopped, resume=True, **settings)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_folder_that_is_taken_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"metareg resume"):
+        metareg.train(out=finished)
+    with pytest.raises(UsageError, match="no run"):
+        metareg.resume(tmp_path)
+    with pytest.raises(UsageError, match="--out"):
+        metareg.train(resume=True)
+
+
+def test_best_weights_are_tested_and_kept(tmp_path: Path) -> None:
+    settings = SMALL | {"select": "best", "outer_lr": 0.5, "keep_checkpoints": 1, "eval_every": 2}
+    run = metareg.train(out=tmp_path / "run", **settings)
+    validation = [line for line in run.metrics() if line["split"] == "validation"]
+    best = min(validation, key=lambda line: line["mse"])["step"]
+    assert best < 20, "a step size of 0.5 was to do harm"
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["weights"] == {"select": "best", "step": best}
+    store = Checkpoints(tmp_path / "run" / "checkpoints", 1)
+    assert store.steps() == [best, 20]
+    kept = store.load(best)["learner"]["meta"]
+    assert all(torch.equal(value, kept[name]) for name, value in run.learner.meta_parameters.items())
+    before = _results(tmp_path / "run")
+    (tmp_path / "run" / "results.json").unlink()
+    metareg.resume(tmp_path / "run")
+    assert _results(tmp_path / "run") == before
+
+
+class Momentum:
+    """An outer optimiser with a state of its own."""
+
+    @hookimpl
+    def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value - 0.01 * grads[name] for name, value in params.items()}
+
+    @hookimpl
+    def outer_update(
+        self, meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        zero = {name: torch.zeros_like(value) for name, value in meta.items()}
+        momentum = {name: 0.9 * state.get("momentum", zero)[name] + value for name, value in grads.items()}
+        count = state.get("count", 0) + 1
+        new = {name: value - 0.01 / count**0.5 * momentum[name] for name, value in meta.items()}
+        return new, {"momentum": momentum, "count": count, "pair": (count, [None, "text", 0.1, True])}
+
+
+def test_state_of_a_plugins_outer_update_is_kept(tmp_path: Path) -> None:
+    settings = SMALL | {"algo": Momentum, "steps": 8}
+    metareg.train(out=tmp_path / "alone", **settings)
+    metareg.train(out=tmp_path / "resumed", **settings | {"steps": 5})
+    metareg.train(out=tmp_path / "resumed", resume=True, **settings)
+    assert _results(tmp_path / "resumed") == _results(tmp_path / "alone")
+    state = Checkpoints(tmp_path / "alone" / "checkpoints", 1).load(8)["learner"]["outer_state"]
+    assert state["pair"] == (8, [None, "text", 0.1, True])
+
+
+def test_state_that_no_checkpoint_can_hold_is_named(tmp_path: Path) -> None:
+    with pytest.raises(MetaregError, match=r"the object at 'learner\.outer_state\.odd'"):
+        Checkpoints(tmp_path, 1).save(1, {"learner": {"outer_state": {"odd": object()}}})
+
+
+class Recorder:
+    """A task source that notes what it was asked for; tasks of two sizes."""
+
+    stackable = False
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def episodes(self, split: str, indices: list[int]) -> list[Episodes]:
+        tasks = []
+        for index in indices:
+            if split == "train":
+                self.asked.append(index)
+            x = torch.linspace(-1, 1, 4 + index % 2).unsqueeze(-1) + index
+            tasks.append((x, x.sin(), x, x.sin()))
+        return Episodes.group(tasks)
+
+
+def test_tasks_of_unequal_sizes_go_on_where_they_were() -> None:
+    def learner() -> MetaLearner:
+        torch.manual_seed(0)
+        return MetaLearner(torch.nn.Linear(1, 1), loss="mse", inner_lr=0.01)
+
+    alone, first, second = learner(), learner(), learner()
+    alone.fit(Recorder(), 6, meta_batch=3)
+    first.fit(Recorder(), 2, meta_batch=3)
+    second.load_state(first.state())
+    source = Recorder()
+    second.fit(source, 4, meta_batch=3)
+    assert set(source.asked) == set(range(6, 18))
+    for name, value in alone.meta_parameters.items():
+        assert torch.equal(value, second.meta_parameters[name])
+
+
+# ------------------------------------------------------------------------------------------------------------- damage
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [_flip, lambda path: os.truncate(path, path.stat().st_size - 1)])
+def test_damaged_checkpoint_is_named_skipped_and_kept(
+    finished: Path, stopped: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    damage(_checkpoint(stopped, 12))
+    metareg.resume(stopped)
+    assert str(_checkpoint(stopped, 12)) in caplog.text
+    assert _checkpoint(stopped, 12).with_suffix(".damaged").is_file()
+    assert _results(stopped) == _results(finished)
+
+
+def test_without_any_good_checkpoint_it_begins_anew(finished: Path, stopped: Path) -> None:
+    for path in (stopped / "checkpoints").glob("step-*"):
+        _flip(path)
+    metareg.resume(stopped)
+    assert _results(stopped) == _results(finished)
+
+
+def test_a_lost_best_checkpoint_is_named(finished: Path, stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _checkpoint(stopped, 7).unlink()
+    metareg.resume(stopped)
+    assert "The best checkpoint so far, after step 7, is lost" in caplog.text
+    assert _results(stopped) == _results(finished)
+
+
+def test_changed_metrics_are_named_and_their_legible_lines_kept(
+    stopped: Path, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = stopped / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([lines[0][:-9], b"\n", *lines[1:3], lines[2]]))
+    metareg.resume(stopped)
+    assert "metrics.jsonl is not what this run wrote" in caplog.text
+    lines_after = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    steps = [json.loads(line)["step"] for line in lines_after]
+    expected = lines[1:3] + [line for line, step in zip(lines_after, steps, strict=True) if step > 12]
+    assert path.read_bytes() == b"".join(expected)
+
+
+def test_checkpoint_of_another_model_is_refused_with_the_difference(stopped: Path) -> None:
+    (stopped / "config.yaml").write_text((stopped / "config.yaml").read_text().replace("- 40", "- 41"))
+    with pytest.raises(UsageError, match=r"does not fit the model: 'body\.1\.weight' has the shape \(40, 1\)"):
+        metareg.resume(stopped)
+    assert _checkpoint(stopped, 12).is_file()
+
+
+def test_renamed_checkpoint_is_not_taken_for_another(stopped: Path) -> None:
+    _checkpoint(stopped, 12).rename(_checkpoint(stopped, 13))
+    store = Checkpoints(stopped / "checkpoints", 3)
+    state = store.newest()
+    assert state is not None
+    assert state["learner"]["steps_done"] == 8
+
+
+# ---------------------------------------------------------------------------------------------------- faults of the disk
+
+
+class Shim:
+    """Makes the n-th operation on files fail, as a full or broken disk does."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.fail_at: int | None = None
+        self.count = 0
+        self.operations: list[str] = []
+        write, fsync, rename = Path.write_bytes, os.fsync, Path.replace
+
+        def half_written(path: Path, content: bytes) -> int:
+            if self._fails("write"):
+                write(path, bytes(content)[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return write(path, content)
+
+        def failing(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def operation(*arguments: Any) -> Any:
+                if self._fails(name):
+                    raise OSError(errno.EIO, os.strerror(errno.EIO))
+                return function(*arguments)
+
+            return operation
+
+        monkeypatch.setattr(Path, "write_bytes", half_written)
+        monkeypatch.setattr(os, "fsync", failing("fsync", fsync))
+        monkeypatch.setattr(Path, "replace", failing("rename", rename))
+
+    def _fails(self, name: str) -> bool:
+        self.count += 1
+        self.operations.append(name)
+        return self.count == self.fail_at
+
+
+class Training:
+    """A small training with checkpoints, without the rest of a run."""
+
+    def __init__(self, folder: Path) -> None:
+        torch.manual_seed(0)
+        self.learner = MetaLearner(torch.nn.Linear(1, 1), loss="mse", inner_lr=0.01, strategy="serial")
+        self.progress = Progress()
+        self.lines = LinesFile(folder / "metrics.jsonl")
+        self.store = Checkpoints(folder, 2)
+        self.keeper = Keeper(
+            self.store, self.learner, self.progress, [self.lines],
+            every_steps=2, every_minutes=60, stop=StopRequest(),
+        )  # fmt: skip
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        self.lines.append({"step": step, "loss": logs["loss"]})
+
+    def run(self) -> tuple[dict[str, Tensor], bytes]:
+        """Train to the end from where it stands; the weights and the lines."""
+        if not self.keeper.restore():
+            self.keeper.save()
+        schedule = Schedule(steps=7, meta_batch=2, log_every=3)
+        fit(self.learner, TaskSource.of(Recorder()), schedule, [self], progress=self.progress, keeper=self.keeper)
+        return self.learner.meta_parameters, self.lines.path.read_bytes()
+
+
+def _failure(function: Callable[[], Any]) -> str:
+    """The message of the error that it ends with; nothing where it ends well."""
+    try:
+        function()
+    except MetaregError as error:
+        return str(error)
+    return ""
+
+
+def test_a_checkpoint_that_fails_at_any_step_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "alone").mkdir()
+    expected, expected_lines = Training(tmp_path / "alone").run()
+    shim = Shim(monkeypatch)
+    (tmp_path / "counted").mkdir()
+    Training(tmp_path / "counted").run()
+    assert set(shim.operations) == {"write", "fsync", "rename"}
+    failed = 0
+    for number in range(1, shim.count + 1):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        shim.count, shim.fail_at = 0, number
+        training = Training(folder)
+        message = _failure(training.run)
+        saved = training.keeper.last_saved
+        if message and saved is not None:
+            assert f"The checkpoint after step {saved} is still good." in message
+            training.store.load(saved)
+        failed += "cannot be written" in message
+        assert not list(folder.glob(".*")), "an unfinished file was left"
+        shim.fail_at = None
+        weights, lines = Training(folder).run()
+        assert all(torch.equal(value, weights[name]) for name, value in expected.items())
+        assert lines == expected_lines
+    assert failed >= 3 * 5, "each of five checkpoints was to fail in write, fsync and rename"
+
+
+def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(
+            MetaregError, match=r"cannot be written: File too large\. The checkpoint after step 12 is still"
+        ):
+            metareg.resume(stopped)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    metareg.resume(stopped)
+    assert _results(stopped) == _results(finished)
+
+
+class Vanishing:
+    """An observer that removes the run's folder, as somebody else might."""
+
+    @hookimpl
+    def on_run_start(self, run: metareg.Run) -> None:
+        self.path = run.path
+
+    @hookimpl
+    def on_step(self) -> None:
+        shutil.rmtree(self.path)
+
+
+def test_a_folder_that_vanishes_is_one_sentence_and_stays_away(tmp_path: Path) -> None:
+    with pytest.raises(MetaregError, match="cannot be written"):
+        metareg.train(out=tmp_path / "run", observers=[Vanishing()], **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(MetaregError, match="cannot be made"):
+        metareg.train(out=tmp_path / "file" / "run", **SMALL)
+
+
+# ------------------------------------------------------------------------------------------------------ locks and signals
+
+
+def test_only_one_process_works_on_a_run(stopped: Path, finished: Path) -> None:
+    script = (
+        "import sys, time; from pathlib import Path; from metareg.files import locked\n"
+        "with locked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, str(stopped)], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(UsageError, match=rf"Another process \(process {other.pid} on .*\) works on"):
+            metareg.resume(stopped)
+        other.kill()
+    metareg.resume(stopped)
+    assert _results(stopped) == _results(finished)
+
+
+def test_a_lock_is_for_one_thread_too(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()}"), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+class Signalling:
+    """An observer that sends a signal to its own process."""
+
+    def __init__(self, number: int, when: str, times: int = 1) -> None:
+        self._number, self._when, self._times = number, when, times
+
+    def _signal(self) -> None:
+        for _ in range(self._times):
+            signal.raise_signal(self._number)
+
+    @hookimpl
+    def on_step(self, step: int) -> None:
+        if self._when == "step" and step == 6:
+            self._signal()
+
+    @hookimpl
+    def on_evaluation(self, split: str) -> None:
+        if self._when == split:
+            self._signal()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("when", "times", "goes_on_from"), [("step", 1, 6), ("step", 2, 4), ("test", 1, 20)])
+def test_signals_stop_cleanly(
+    finished: Path, tmp_path: Path, number: int, when: str, times: int, goes_on_from: int
+) -> None:
+    path = tmp_path / "run"
+    handler = signal.getsignal(number)
+    with pytest.raises(Interrupted, match=rf"`metareg resume {path}` goes on from step {goes_on_from}") as caught:
+        metareg.train("maml", "cml", "sinusoid", out=path, observers=[Signalling(number, when, times)], **SMALL)
+    assert caught.value.exit_code == 130
+    assert signal.getsignal(number) is handler
+    metareg.resume(path)
+    assert _results(path) == _results(finished)
+
+
+def test_outside_the_main_thread_runs_as_well(tmp_path: Path) -> None:
+    runs: list[metareg.Run] = []
+    settings = SMALL | {"steps": 2}
+    thread = threading.Thread(target=lambda: runs.append(metareg.train(out=tmp_path / "run", **settings)))
+    thread.start()
+    thread.join()
+    assert runs[0].evaluation is not None
+
+
+def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
+    path = tmp_path / "a run"
+    command = [sys.executable, "-m", "metareg", "train", "--out", str(path), "--strategy", "serial"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stderr is not None
+        while not _checkpoint(path, 0).is_file():
+            assert process.poll() is None, process.stderr.read()
+            time.sleep(0.02)
+        time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        message = process.stderr.read()
+    assert process.returncode == 130
+    assert f"`metareg resume '{path}'` goes on from step" in message
+    assert "Traceback" not in message
+
+
+# ---------------------------------------------------------------------------------------------------------- divergence
+
+
+class PoisonConfig(PluginConfig):
+    """Which training tasks are poisoned."""
+
+    tasks: list[int]
+
+
+class Poison:
+    """A task of which some training tasks have infinite targets."""
+
+    Config = PoisonConfig
+    loss = "mse"
+    metric = None
+    default_model = "mlp"
+    stackable = True
+    recommended: Mapping[str, Any] = {}
+    spec = metareg.TaskSpec((1,), (1,))
+
+    def __init__(self, config: PoisonConfig) -> None:
+        self.poisoned = set(config.tasks)
+
+    @hookimpl
+    def episodes(self, split: str, indices: list[int]) -> Episodes:
+        x = torch.linspace(-1, 1, 6).reshape(1, 6, 1) + torch.tensor(list(indices)).reshape(-1, 1, 1) / 100
+        y = x.sin()
+        if split == "train":
+            for row, index in enumerate(indices):
+                if index in self.poisoned:
+                    y[row] = torch.inf
+        return Episodes(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
+
+
+def _poisoned(path: Path, tasks: list[int], **options: Any) -> metareg.Run:
+    return metareg.train("maml", task=(Poison, {"tasks": tasks}), out=path, **SMALL | options)
+
+
+def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    with pytest.raises(DivergenceError, match=r"step 10: the objective is not finite, first in 'body.*step-000000009"):
+        _poisoned(path, [19])
+    store = Checkpoints(path / "checkpoints", 3)
+    assert store.steps()[-1] == 9
+    metareg.train("maml", task=(Poison, {"tasks": [19]}), out=path, resume=True, **SMALL, on_nonfinite="skip")
+    _poisoned(tmp_path / "skipping", [19], on_nonfinite="skip")
+    for name in ("metrics.jsonl", "results.json"):
+        assert (path / name).read_bytes() == (tmp_path / "skipping" / name).read_bytes()
+
+
+@pytest.mark.parametrize("policy", ["skip", "rollback"])
+def test_going_on_after_divergence_is_repeatable(tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture) -> None:
+    # Steps 10 and 15 (tasks 18 and 29) go wrong.
+    run = _poisoned(tmp_path / "run", [18, 29], on_nonfinite=policy)
+    assert run.learner.steps_done == 20
+    assert "1 of at most 10" in caplog.text
+    assert "2 of at most 10" in caplog.text
+    steps = [(line["step"], line["split"]) for line in run.metrics()]
+    assert len(steps) == len(set(steps))
+    path = _stopped(tmp_path / "run", tmp_path / "stopped", 8)
+    metareg.train("maml", task=(Poison, {"tasks": [18, 29]}), out=path, resume=True, **SMALL, on_nonfinite=policy)
+    assert _results(path) == _results(tmp_path / "run")
+
+
+def test_going_on_after_divergence_has_a_bound(tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError, match=r"at step 6: .* more often than max_nonfinite = 2 times"):
+        _poisoned(tmp_path / "skip", list(range(6, 40)), on_nonfinite="skip", max_nonfinite=2)
+    # Step 4 fails, then step 1 twice: it takes the tasks that come after those of the step that failed last.
+    with pytest.raises(DivergenceError, match=r"at step 1: .* more often than max_nonfinite = 2 times"):
+        _poisoned(tmp_path / "rollback", list(range(6, 400)), on_nonfinite="rollback", max_nonfinite=2)
+
+
+def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    training.run()
+    training.learner.meta_parameters["weight"].fill_(torch.nan)
+    with pytest.raises(DivergenceError, match="after step 7 the meta-parameter 'weight' is not finite"):
+        training.keeper.save()
+
+
+# ------------------------------------------------------------------------------------------------------------- machine
+
+
+def test_another_environment_is_named(stopped: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = stopped / "environment.json"
+    before = json.loads(path.read_text())
+    path.write_text(json.dumps(before | {"torch": "1.0"}))
+    with caplog.at_level(logging.WARNING):
+        metareg.resume(stopped)
+    assert "torch was 1.0, is" in caplog.text
+    assert json.loads(path.read_text())["resumed"] == [{"step": 12, "changed": {"torch": before["torch"]}}]
+
+
+def test_global_generators_go_on(tmp_path: Path) -> None:
+    import random
+
+    import numpy as np
+
+    training = Training(tmp_path)
+    training.run()
+
+    def draw() -> list[float]:
+        return [random.random(), float(np.random.rand()), torch.rand(()).item()]
+
+    training.keeper.save()
+    drawn = draw()
+    training.keeper.restore()
+    assert draw() == drawn

@@ -1,0 +1,134 @@
+"""A run that is killed at any moment, as often as you like, ends as one that was left alone."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from metareg.registry import entries
+from processes import Command, Nursery, kill
+
+RESULT = ("config.yaml", "metrics.jsonl", "results.json", "checkpoints/final.safetensors")
+
+_AUGMENTS = ("none", "cml", "gradient-noise", "dropgrad,cml", "cml,gradient-noise,dropgrad")
+_SETTINGS = (
+    "log_every=7", "eval_every=10", "eval_tasks=4", "test_tasks=6", "test_inner_steps=[0,1,2]", "checkpoint_every=4",
+    "keep_checkpoints=2",
+)  # fmt: skip
+_TASKS: dict[str, tuple[str, ...]] = {
+    "sinusoid": (),
+    "omniglot-small": ("--ways", "3", "--shots", "1"),
+    "cora": ("--inner-steps", "2"),
+}
+_NEEDS_DATA = ("omniglot-small", "cora")
+
+
+@dataclass
+class Case:
+    """One configuration to be killed."""
+
+    algo: str
+    augment: str
+    task: str = "sinusoid"
+    strategy: str = "vectorized"
+    options: tuple[str, ...] = field(default=())
+
+    def __str__(self) -> str:
+        return "-".join((self.algo, self.augment, self.task, self.strategy, *self.options))
+
+    def arguments(self, steps: int, data: Path | None) -> list[str]:
+        """The command line, without the folder."""
+        settings = (f"--set={setting}" for setting in _SETTINGS)
+        where = ("--data", str(data)) if self.task in _NEEDS_DATA else ()
+        return [
+            "train", "--algo", self.algo, "--augment", self.augment, "--task", self.task, "--strategy", self.strategy,
+            "--steps", str(steps), "--meta-batch", "3", "--seed", "5",
+            *settings, *_TASKS[self.task], *where, *self.options,
+        ]  # fmt: skip
+
+
+def _installed(kind: str) -> list[str]:
+    return [entry.name for entry in entries(kind) if entry.distribution == "metareg"]
+
+
+def _short() -> list[Case]:
+    """Every algorithm once, every augmentation once, each kind of task once."""
+    algorithms, augments = itertools.cycle(_installed("algorithms")), itertools.cycle(_AUGMENTS)
+    count = max(len(_installed("algorithms")), len(_AUGMENTS))
+    cases = [Case(next(algorithms), next(augments)) for _ in range(count)]
+    cases[0].strategy = "serial"
+    cases[1].options = ("--set=select=best", "--set=reset_optimizer_every=10")
+    return cases + [Case("maml", "cml", task) for task in _NEEDS_DATA if task in _installed("tasks")]
+
+
+def _long() -> list[Case]:
+    """Every algorithm, with every augmentation, on each kind of task."""
+    tasks = [task for task in _TASKS if task in _installed("tasks")]
+    strategies = itertools.cycle(("vectorized", "serial"))
+    return [
+        Case(algo, augment, task, next(strategies))
+        for algo, augment, task in itertools.product(_installed("algorithms"), _AUGMENTS, tasks)
+    ]
+
+
+@pytest.fixture(scope="module")
+def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
+    with Nursery(tmp_path_factory.mktemp("nursery")) as processes:
+        yield processes
+
+
+@pytest.mark.parametrize("case", _short(), ids=str)
+def test_killed_runs_end_as_if_left_alone(
+    case: Case, tmp_path: Path, nursery: Nursery, request: pytest.FixtureRequest
+) -> None:
+    _kill_and_compare(case, tmp_path, nursery, kills=4, steps=40, request=request)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", _long(), ids=str)
+def test_killed_commands_end_as_if_left_alone(case: Case, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    _kill_and_compare(case, tmp_path, Command(tmp_path), kills=6, steps=100, request=request)
+
+
+def _kill_and_compare(
+    case: Case, folder: Path, processes: Nursery | Command, *, kills: int, steps: int, request: pytest.FixtureRequest
+) -> None:
+    data = request.getfixturevalue("data_folder") if case.task in _NEEDS_DATA else None
+    arguments = case.arguments(steps, data)
+    alone, killed = folder / "alone", folder / "killed"
+    began = time.monotonic()
+    processes.start([*arguments, "--out", str(alone)])
+    assert processes.wait() == 0, processes.output.read_text()
+    duration = time.monotonic() - began
+    expected = {name: (alone / name).read_bytes() for name in RESULT if name != "config.yaml"}
+
+    moments = random.Random(str(case))
+    done = 0
+    while True:
+        # The same command each time, or `resume` once there is something to be resumed.
+        resumable = (killed / "config.yaml").is_file() and done % 2
+        process = processes.start(
+            ["resume", str(killed)] if resumable else [*arguments, "--out", str(killed), "--resume"]
+        )
+        if done < kills:
+            time.sleep(moments.uniform(0, 0.8 * duration))
+            with suppress(ProcessLookupError):
+                kill(process)
+        code = processes.wait()
+        assert code in (0, -9), processes.output.read_text()
+        if code == 0:
+            for name, content in expected.items():
+                assert (killed / name).read_bytes() == content, f"{name} differs after {done} kills"
+            if done >= kills:
+                return
+            shutil.rmtree(killed)
+        else:
+            done += 1

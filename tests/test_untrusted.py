@@ -1,0 +1,282 @@
+"""Files and command lines from strangers, mistyped or damaged: never a traceback, never a wrong result taken for good."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from metareg import MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
+from metareg.checkpoints import Checkpoints
+from metareg.cli import run as command
+from metareg.config import read_yaml
+from metareg.options import assemble
+from metareg.runs import Run, resume
+from metareg.tensorfiles import TensorFile, write_tensors
+
+_FUZZ = settings(
+    max_examples=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+_SCALARS = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(-2, 3)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["maml", "cml", "sinusoid", "mlp", "none", "1e-3", "nan"])
+)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+def _state() -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "weight": torch.randn(3, 4, generator=generator),
+        "step": 7,
+        "loss": 0.1,
+        "nested": {"moments": torch.ones(5)},
+    }
+
+
+def _learner() -> MetaLearner:
+    return MetaLearner("mlp", loss="mse", spec=TaskSpec((1,), (1,)), model_options={"hidden": [3]}, inner_lr=0.01)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    folder = tmp_path_factory.mktemp("checkpoints")
+    store = Checkpoints(folder, 3)
+    store.save(7, _state())
+    return store.path(7), store.path(7).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def learner_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
+    path = tmp_path_factory.mktemp("learner") / "learner.safetensors"
+    _learner().save(path)
+    return path, path.read_bytes()
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(checkpoint: tuple[Path, bytes]) -> None:
+    path, good = checkpoint
+    flips = range(8 * len(good))
+    for flip in random.Random(0).sample(flips, 2000):
+        damaged = bytearray(good)
+        damaged[flip // 8] ^= 1 << flip % 8
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError, match=r"step-000000007\.safetensors"):
+            Checkpoints(path.parent, 3).load(7)
+
+
+@_FUZZ
+@given(st.data())
+def test_damaged_checkpoints_are_skipped(checkpoint: tuple[Path, bytes], data: st.DataObject) -> None:
+    path, good = checkpoint
+    start = data.draw(st.integers(0, len(good)))
+    end = data.draw(st.integers(start, len(good)))
+    damaged = good[:start] + data.draw(st.binary(max_size=20)) + good[end:]
+    path.write_bytes(damaged)
+    state = Checkpoints(path.parent, 3).newest()
+    if damaged == good:
+        assert state is not None
+        assert torch.equal(state["weight"], _state()["weight"])
+    else:
+        assert state is None
+
+
+@_FUZZ
+@given(st.data())
+def test_damaged_learners_are_refused(learner_file: tuple[Path, bytes], data: st.DataObject) -> None:
+    path, good = learner_file
+    start = data.draw(st.integers(0, len(good) - 1))
+    damaged = good[:start] + data.draw(st.binary(max_size=20)) + good[data.draw(st.integers(start, len(good))) :]
+    if damaged != good:
+        path.write_bytes(damaged)
+        with pytest.raises(UsageError):
+            MetaLearner.load(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff" * 100, pickle.dumps({"a": 1}), b"PK\x03\x04" + b"\0" * 99, bytes(8)])
+def test_files_of_other_kinds_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match="is no learner that metareg saved"):
+        MetaLearner.load(path)
+
+
+def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="There is no learner at"):
+        MetaLearner.load(tmp_path / "none")
+    with pytest.raises(UsageError, match="is no learner"):
+        MetaLearner.load(tmp_path)
+
+
+# --------------------------------------------------------------------------------------------------------- made-up files
+
+
+@_FUZZ
+@given(st.data())
+def test_made_up_headers_are_refused_or_harmless(
+    learner_file: tuple[Path, bytes], tmp_path: Path, data: st.DataObject
+) -> None:
+    path, good = learner_file
+    path.write_bytes(good)
+    file = TensorFile(path, "learner")
+    header = dict(file.header)
+    for key in data.draw(st.lists(st.sampled_from(sorted(header)), min_size=1, max_size=2)):
+        header[key] = data.draw(_VALUES)
+    if data.draw(st.booleans()):
+        header.pop(data.draw(st.sampled_from(sorted(header))))
+    made_up = tmp_path / "made-up.safetensors"
+    write_tensors(made_up, file.read(), {key: _finite(value) for key, value in header.items()})
+    try:
+        learner = MetaLearner.load(made_up)
+    except MetaregError:
+        return
+    for name, value in learner.meta_parameters.items():
+        assert torch.equal(value, file.read()[name])
+
+
+def _finite(value: Any) -> Any:
+    """JSON of the kind that metareg writes."""
+    return json.loads(json.dumps(value))
+
+
+def test_sizes_are_bounded_before_memory_is_taken(learner_file: tuple[Path, bytes], tmp_path: Path) -> None:
+    path, good = learner_file
+    path.write_bytes(good)
+    file = TensorFile(path, "learner")
+    huge = tmp_path / "huge.safetensors"
+    recipe = file.header["model"] | {"config": {"hidden": [200_000, 1_000_000]}}
+    write_tensors(huge, file.read(), file.header | {"model": recipe})
+    with pytest.raises(UsageError, match="larger than the whole file"):
+        MetaLearner.load(huge)
+
+
+def test_names_and_shapes_are_compared_with_the_model(learner_file: tuple[Path, bytes], tmp_path: Path) -> None:
+    path, good = learner_file
+    path.write_bytes(good)
+    file = TensorFile(path, "learner")
+    tensors = file.read()
+    tensors["head.weight"] = torch.zeros(2, 3)
+    tensors["extra"] = tensors.pop("head.bias")
+    other = tmp_path / "other.safetensors"
+    write_tensors(other, tensors, file.header)
+    with pytest.raises(UsageError) as caught:
+        MetaLearner.load(other)
+    assert str(caught.value).endswith(
+        "does not fit the model: 'head.weight' has the shape (2, 3) instead of (1, 3); 'head.bias' is missing; "
+        "'extra' is not in the model."
+    )
+
+
+# ------------------------------------------------------------------------------------------------------- configurations
+
+
+@_FUZZ
+@given(st.text() | st.binary().map(lambda content: content.decode("latin1")) | _VALUES.map(yaml.safe_dump))
+@example("[" * 5000)
+@example("a: 2020-99-99")
+@example("a: &x 1\nb: *x")
+@example("{" * 3000)
+@example("? {a: 1}\n: 2")
+@example("a: " + "9" * 5000)
+@example("steps: !!python/object/apply:os.system ['touch /tmp/never']")
+def test_any_text_as_configuration(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    try:
+        base = read_yaml(path)
+    except UsageError:
+        return
+    _assembled_or_refused(base)
+
+
+@_FUZZ
+@given(st.dictionaries(st.sampled_from(sorted(RunConfig.model_fields)), _VALUES, max_size=5))
+def test_any_values_in_a_configuration(base: dict[str, Any]) -> None:
+    _assembled_or_refused(base)
+
+
+@_FUZZ
+@given(st.dictionaries(st.text(max_size=10) | st.sampled_from(["inner_lr", "cml.gamma", "task.shots"]), _VALUES))
+def test_any_options(options: dict[str, Any]) -> None:
+    try:
+        assemble({"augment": "cml"}, options)
+    except MetaregError:
+        return
+
+
+def _assembled_or_refused(base: dict[str, Any]) -> None:
+    try:
+        selection = assemble(base, {})
+    except MetaregError:
+        return
+    again = assemble(yaml.safe_load(selection.config.to_yaml()), {})
+    assert again.config == selection.config
+
+
+@_FUZZ
+@given(st.data())
+def test_any_text_in_a_run_folder(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+    for name in ("config.yaml", "results.json", "checkpoints/final.safetensors"):
+        (folder / name).write_text(data.draw(st.sampled_from(["", "{}", "[]", "algo: maml\n", "null"]) | st.text()))
+    for function in (Run.load, resume):
+        try:
+            function(folder)
+        except MetaregError:
+            continue
+        pytest.fail("a run made of random text was taken for one")
+
+
+# --------------------------------------------------------------------------------------------------------- command line
+
+_COMMANDS = ["train", "eval", "resume", "export", "predict", "plugins", "show"]
+_WORDS = st.sampled_from(
+    ["--algo", "--augment", "--set", "--steps", "--out", "--task", "--inner-steps", "--to", "--support", "--query",
+     "--config", "--on-nonfinite", "--resume", "--shots", "maml", "cml", "sinusoid", "none", "-1", "0", "1e9", "nan",
+     "inner_lr=0", "a=b", "=", "x.y=[", "/dev/null", "/", ".", "algorithms", "algo=[1]", "--", "-h", "steps=1e400"]
+)  # fmt: skip
+
+
+def _refuse(*_: Any) -> None:
+    raise MetaregError("Everything was well up to the training.")
+
+
+@pytest.fixture
+def _never_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Everything but the training itself."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("_carry_out", "_created"):
+        monkeypatch.setattr(f"metareg.runs.{name}", _refuse)
+
+
+@pytest.mark.usefixtures("_never_trains")
+@_FUZZ
+@given(st.sampled_from(_COMMANDS), st.lists(_WORDS | st.text(max_size=6), max_size=5))
+def test_any_command_line(capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
+    code = command([name, *words])
+    printed = capsys.readouterr()
+    assert code in (0, 1, 2)
+    assert "Traceback" not in printed.err
+    assert "This is a bug" not in printed.err
