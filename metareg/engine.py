@@ -340,18 +340,10 @@ class Engine:
 
     def _mapped_gradient(self, meta: Tensors, tasks: Task, noise: Mapping[str, Any]) -> list[Tensor]:
         """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
-        functions = self.training
-        if functions.memory == "recompute" or functions.stages.has_outer_gradient:
-            # Each task's gradient is finished inside its own map: nothing of its inner steps is left over.
-            grads, losses, logs = vmap(lambda *task: functions.gradient(meta, *task))(tasks, noise)
-            grads, loss, logs = _means(grads), losses.mean(), _means(logs)
-        else:
-
-            def mean_objective(meta: Tensors) -> tuple[Tensor, Tensors]:
-                losses, logs = vmap(lambda *task: functions.objective(meta, *task))(tasks, noise)
-                return losses.mean(), _means(logs)
-
-            grads, (loss, logs) = grad_and_value(mean_objective, has_aux=True)(meta)
+        # Each task is differentiated inside the map, not the mapped mean: that costs the same, and outside it the batched
+        # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
+        grads, losses, logs = vmap(lambda *task: self.training.gradient(meta, *task))(tasks, noise)
+        grads, loss, logs = _means(grads), losses.mean(), _means(logs)
         logs["grad_norm"] = _norm(grads)
         self._log_names = tuple(logs)
         return [*grads.values(), loss, *logs.values()]

@@ -268,11 +268,6 @@ class MetaLearner:
         fit(self, source, schedule, observers)
         return self
 
-    @property
-    def strategy(self) -> Strategy | None:
-        """What runs the tasks; None where ``"auto"`` has not been resolved yet."""
-        return self._strategy
-
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
         """Fix what ``strategy="auto"`` stands for, given the work ahead; returns it and the reason."""
         if self.config.strategy != "auto":

@@ -1,0 +1,187 @@
+"""Meta-gradients written out by hand, to compare metareg with: plain loops over tasks, steps and layers.
+
+Nothing of metareg and nothing of torch.func is used here; the second derivative is `torch.autograd.grad` through
+`create_graph`. The networks take their parameters as dicts with the names that the modules of `conftest` have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Tensors = dict[str, Tensor]
+Task = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, rows: int | None = None) -> Tensor:
+    """Batch normalisation by the statistics of the first `rows` examples, of all of them for None."""
+    dims = [0, 2, 3]
+    sample = x if rows is None else x[:rows]
+    mean = sample.mean(dims, keepdim=True)
+    variance = ((sample - mean) ** 2).mean(dims, keepdim=True)
+    return (x - mean) / torch.sqrt(variance + 1e-5) * weight.view(1, -1, 1, 1) + bias.view(1, -1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Net:
+    """A network as functions of its parameters; `rows` says whose statistics its BatchNorm layers use."""
+
+    body: Callable[..., Tensor]
+    head: Callable[..., Tensor]
+    colearner: Callable[[Mapping[str, Tensor], Tensor], Tensor]
+    loss: Callable[[Tensor, Tensor], Tensor]
+
+
+def _mlp_body(p: Mapping[str, Tensor], x: Tensor, *_: Any) -> Tensor:
+    hidden = torch.relu(x @ p["body.0.weight"].T + p["body.0.bias"])
+    return torch.relu(hidden @ p["body.2.weight"].T + p["body.2.bias"])
+
+
+def _linear_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
+    return f @ p["head.weight"].T + p["head.bias"]
+
+
+def _mlp_colearner(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
+    for layer in (0, 2):
+        f = torch.relu(f @ p[f"cml.colearner.{layer}.weight"].T + p[f"cml.colearner.{layer}.bias"])
+    return f @ p["cml.colearner.4.weight"].T + p["cml.colearner.4.bias"]
+
+
+def _conv_body(p: Mapping[str, Tensor], x: Tensor, rows: int | None = None) -> Tensor:
+    """Two blocks of convolution, BatchNorm and ReLU, the first with pooling: the features end before the pooling."""
+    x = F.conv2d(x, p["body.0.weight"], p["body.0.bias"], padding=1)
+    x = torch.relu(batch_norm(x, p["body.1.weight"], p["body.1.bias"], rows))
+    x = F.max_pool2d(x, 2)
+    x = F.conv2d(x, p["body.4.weight"], p["body.4.bias"], padding=1)
+    return torch.relu(batch_norm(x, p["body.5.weight"], p["body.5.bias"], rows))
+
+
+def _conv_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
+    return F.max_pool2d(f, 2).flatten(1) @ p["head.2.weight"].T + p["head.2.bias"]
+
+
+def _conv_colearner(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
+    """A block without pooling, a block with pooling, a linear layer (the authors' co-learner for images)."""
+    for layer in (0, 3):
+        f = F.conv2d(f, p[f"cml.colearner.{layer}.weight"], p[f"cml.colearner.{layer}.bias"], padding=1)
+        f = torch.relu(batch_norm(f, p[f"cml.colearner.{layer + 1}.weight"], p[f"cml.colearner.{layer + 1}.bias"]))
+    return F.max_pool2d(f, 2).flatten(1) @ p["cml.colearner.8.weight"].T + p["cml.colearner.8.bias"]
+
+
+def _mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+    return ((outputs - targets) ** 2).mean()
+
+
+def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    chosen = outputs.gather(1, targets[:, None]).squeeze(1)
+    return (torch.logsumexp(outputs, 1) - chosen).mean()
+
+
+NETS = {
+    "mlp": Net(_mlp_body, _linear_head, _mlp_colearner, _mean_squared_error),
+    "conv": Net(_conv_body, _conv_head, _conv_colearner, _cross_entropy),
+}
+
+ADAPTED = {
+    "maml": ("body.", "head."),
+    "metasgd": ("body.", "head."),
+    "anil": ("head.",),
+    "boil": ("body.",),
+}
+
+
+def inner_loop(
+    net: Net,
+    meta: Mapping[str, Tensor],
+    task: Task,
+    *,
+    algo: str,
+    inner_lr: float,
+    inner_steps: int,
+    first_order: bool = False,
+    change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> Tensors:
+    """The model's parameters after adaptation, with their graph back to `meta`.
+
+    Args:
+        change: applied to the gradients of an inner step, ``change(step, grads)``: what an augmenter does.
+    """
+    support_x, support_y, _, _ = task
+    params = {name: value for name, value in meta.items() if name.startswith(("body.", "head."))}
+    adapted = [name for name in params if name.startswith(ADAPTED[algo])]
+    for step in range(inner_steps):
+        loss = net.loss(net.head(params, net.body(params, support_x)), support_y)
+        # retain_graph: with constants for gradients the steps before stay part of the outer graph.
+        grads = torch.autograd.grad(
+            loss, [params[name] for name in adapted], create_graph=not first_order, retain_graph=True
+        )
+        by_name = dict(zip(adapted, grads, strict=True))
+        if change is not None:
+            by_name = change(step, by_name)
+        for name in adapted:
+            size = meta[f"metasgd.step_size.{name}"] if algo == "metasgd" else inner_lr
+            params = {**params, name: params[name] - size * by_name[name]}
+    return params
+
+
+def meta_gradient(
+    net: Net,
+    meta: Mapping[str, Tensor],
+    tasks: list[Task],
+    *,
+    algo: str,
+    inner_lr: float,
+    inner_steps: int,
+    gamma: float | None = None,
+    first_order: bool = False,
+    norm: str = "transductive",
+    change: Callable[[int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+) -> tuple[Tensor, Tensors]:
+    """The objective and the gradient for every meta-parameter, averaged over tasks.
+
+    Args:
+        gamma: the weight of the co-learner's loss; None without a co-learner.
+        norm: whose statistics BatchNorm uses for the query set, that set's own or ``"support"``.
+        change: as in `inner_loop`, with the task's number in front.
+    """
+    meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
+    total = torch.zeros((), dtype=torch.float64)
+    for number, task in enumerate(tasks):
+        support_x, _, query_x, query_y = task
+        of_task: Any = None if change is None else lambda step, grads, n=number: change(n, step, grads)
+        params = inner_loop(
+            net, meta, task, algo=algo, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order,
+            change=of_task,
+        )  # fmt: skip
+        if norm == "support":
+            rows = len(support_x)
+            both = net.body(params, torch.cat([support_x, query_x]), rows)
+            features, outputs = both[rows:], net.head(params, both, rows)[rows:]
+        else:
+            features = net.body(params, query_x)
+            outputs = net.head(params, features)
+        total = total + net.loss(outputs, query_y)
+        if gamma is not None:
+            total = total + gamma * net.loss(net.colearner(meta, features), query_y)
+    total = total / len(tasks)
+    grads = torch.autograd.grad(total, list(meta.values()))
+    return total.detach(), dict(zip(meta, grads, strict=True))
+
+
+def difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """The largest relative difference of one parameter's gradient, in the Euclidean norm.
+
+    A gradient that is zero but for rounding (that of a bias in front of BatchNorm) is measured against a thousandth of
+    the whole gradient's norm.
+    """
+    assert actual.keys() == expected.keys()
+    whole = torch.stack([value.norm() for value in expected.values()]).norm()
+    return max(
+        ((actual[name] - value).norm() / torch.maximum(value.norm(), 1e-3 * whole)).item()
+        for name, value in expected.items()
+    )

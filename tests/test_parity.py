@@ -1,0 +1,101 @@
+"""Meta-gradients against loops written out by hand (reference.py), in float64."""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from reference import NETS, difference, meta_gradient
+from samples import LOSSES, MODELS, episodes, tasks_of
+from torch import Tensor
+
+from metareg import Episodes, MetaLearner
+
+TOLERANCE = 1e-6
+INNER_LR = {"mlp": 0.1, "conv": 0.4}
+GAMMA = 0.7
+ALGORITHMS = ("maml", "anil", "boil", "metasgd")
+
+
+def learner_of(net: str, algo: str, augment: Any = (), **options: Any) -> MetaLearner:
+    """A learner whose meta-parameters all differ from one another: MetaSGD's step sizes are drawn."""
+    algo_options: dict[str, Any] = {"inner_lr": INNER_LR[net]}
+    if algo == "metasgd":
+        algo_options["inner_lr_max"] = 2 * INNER_LR[net]
+    options = {"strategy": "vectorized", "loss": LOSSES[net], "seed": 5} | options
+    return MetaLearner(MODELS[net](), algo, augment, algo_config=algo_options, **options)
+
+
+def initialized(learner: MetaLearner, batch: Episodes) -> dict[str, Tensor]:
+    learner.initialize(batch.support_x[0])
+    return learner.meta_parameters
+
+
+@cache
+def expected(
+    net: str, algo: str, augment: str, inner_steps: int, first_order: bool = False, norm: str = "transductive"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The written-out loop's answer, once for all strategies."""
+    batch = episodes(net)
+    learner = learner_of(net, algo, [("cml", {"gamma": GAMMA})] if augment == "cml" else [])
+    return meta_gradient(
+        NETS[net],
+        initialized(learner, batch),
+        tasks_of(batch),
+        algo=algo,
+        inner_lr=INNER_LR[net],
+        inner_steps=inner_steps,
+        gamma=GAMMA if augment == "cml" else None,
+        first_order=first_order,
+        norm=norm,
+    )
+
+
+def check(net: str, algo: str, augment: str, inner_steps: int, calls: int = 1, **options: Any) -> None:
+    """Compare metareg with the loop; vectorized, a second call runs the graph that was traced of the functions."""
+    batch = episodes(net)
+    learner = learner_of(
+        net, algo, [("cml", {"gamma": GAMMA})] if augment == "cml" else [], inner_steps=inner_steps, **options
+    )
+    policy = {name: value for name, value in options.items() if name in ("first_order", "norm")}
+    expected_loss, expected_grads = expected(net, algo, augment, inner_steps, **policy)
+    for _ in range(calls):
+        loss, grads = learner.meta_gradient(batch)
+        torch.testing.assert_close(loss, expected_loss, rtol=TOLERANCE, atol=0)
+        assert difference(grads, expected_grads) < TOLERANCE
+
+
+CASES = list(product(MODELS, ALGORITHMS, ("none", "cml"), ("store", "recompute"), (1, 3)))
+# Two of each algorithm, so that every pair of two settings occurs: compiling costs seconds a case.
+COMPILED = [
+    ("mlp", "maml", "none", "store", 1),
+    ("conv", "maml", "cml", "recompute", 3),
+    ("mlp", "anil", "none", "recompute", 3),
+    ("conv", "anil", "cml", "store", 1),
+    ("mlp", "boil", "cml", "store", 3),
+    ("conv", "boil", "none", "recompute", 1),
+    ("mlp", "metasgd", "cml", "recompute", 1),
+    ("conv", "metasgd", "none", "store", 3),
+]
+
+
+@pytest.mark.parametrize(("net", "algo", "augment", "memory", "inner_steps"), CASES)
+def test_meta_gradient_serial(net: str, algo: str, augment: str, memory: str, inner_steps: int) -> None:
+    check(net, algo, augment, inner_steps, memory=memory, strategy="serial")
+
+
+@pytest.mark.parametrize(("net", "algo", "augment", "memory", "inner_steps"), CASES)
+def test_meta_gradient_vectorized(net: str, algo: str, augment: str, memory: str, inner_steps: int) -> None:
+    traced = net == "mlp" or (net, algo, augment, memory, inner_steps) in COMPILED
+    check(net, algo, augment, inner_steps, calls=2 if traced else 1, memory=memory, strategy="vectorized")
+
+
+@pytest.mark.parametrize(
+    ("net", "algo", "augment", "memory", "inner_steps"),
+    [case if case in COMPILED else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
+def test_meta_gradient_compiled(net: str, algo: str, augment: str, memory: str, inner_steps: int) -> None:
+    check(net, algo, augment, inner_steps, memory=memory, strategy="compiled")
