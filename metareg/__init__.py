@@ -12,6 +12,7 @@ from metareg._version import __version__
 
 if TYPE_CHECKING:
     from metareg.config import Field, PluginConfig, RunConfig
+    from metareg.declarations import StepExample
     from metareg.episodes import Episodes
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.evaluation import Evaluation
@@ -26,6 +27,7 @@ _WHERE = {
     "Field": "config",
     "PluginConfig": "config",
     "RunConfig": "config",
+    "StepExample": "declarations",
     "Episodes": "episodes",
     "DivergenceError": "errors",
     "Interrupted": "errors",
@@ -60,6 +62,7 @@ __all__ = [
     "PluginError",
     "Run",
     "RunConfig",
+    "StepExample",
     "Task",
     "TaskSpec",
     "UnknownNameError",

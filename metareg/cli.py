@@ -69,6 +69,8 @@ def _names(kind: str) -> Any:
 
 
 _RUN = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)]
+_KIND = Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")]
+_NAME = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
 _ON_NONFINITE = Annotated[
     str | None,
@@ -311,17 +313,59 @@ def plugins(
 
 @app.command()
 def show(
-    kind: Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")],
+    kind: _KIND,
+    name: _NAME,
 ) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
-    matches = [each for each in KINDS if kind and each.startswith(kind.rstrip("s"))]
-    if len(matches) != 1:
-        raise UnknownNameError("kind of plugin", kind, KINDS)
-    entry = find(matches[0], name)
+    entry = find(_kind(kind), name)
     from metareg.display import plugin_page
 
     _output.print(plugin_page(entry, entry.load()))
+
+
+@app.command("new-plugin")
+def new_plugin(
+    kind: _KIND,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What users will type, as sign-maml.")],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where to make the package's folder.")] = Path(),
+) -> None:
+    """Write a package with a working plugin of your own, its tests and its README."""
+    from metareg.scaffold import new_plugin as write
+
+    plural = _kind(kind)
+    folder = write(plural, name, out)
+    _output.print(
+        f"{escape(str(folder))} is a package that works as it is:\n"
+        f"  pip install -e '{escape(str(folder))}'\n"
+        f"  metareg check-plugin {plural} {name}",
+        soft_wrap=True,
+    )
+
+
+@app.command("check-plugin")
+def check_plugin(
+    kind: _KIND,
+    name: _NAME,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An option of the plugin to check it with. Repeatable."),
+    ] = None,
+    compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
+) -> None:
+    """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
+    from metareg.display import check_line
+    from metareg.options import parse_assignments
+    from metareg.testing import checks
+
+    config = parse_assignments(assignments or [])
+    failures = 0
+    for check in checks(_kind(kind), name, config, compiled=compile):
+        with _errors.status(f"{check.name}: {check.summary}"):
+            problem = check.problem()
+        failures += problem is not None
+        _output.print(check_line(check, problem), soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -333,6 +377,14 @@ def doctor() -> None:
     _output.print(doctor_page(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
+
+
+def _kind(given: str) -> str:
+    """The kind of plugin that a user means, in the singular or the plural."""
+    matches = [each for each in KINDS if given and each.startswith(given.rstrip("s"))]
+    if len(matches) != 1:
+        raise UnknownNameError("kind of plugin", given, KINDS)
+    return matches[0]
 
 
 def _described(entry: Entry, check: bool) -> dict[str, Any]:

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from metareg.evaluation import Evaluation
     from metareg.registry import Entry
     from metareg.runs import Run
+    from metareg.testing import Check
 
-__all__ = ["Progress", "doctor_page", "evaluation_table", "plugin_page", "plugins_table", "report"]
+__all__ = ["Progress", "check_line", "doctor_page", "evaluation_table", "plugin_page", "plugins_table", "report"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -111,6 +112,13 @@ def report(run: Run, console: Console) -> None:
         *(("plot", path) for path in run.plots),
     ):
         console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
+
+
+def check_line(check: Check, problem: str | None) -> Text:
+    """What one check of a plugin found."""
+    if problem is None:
+        return Text.assemble(("passed  ", "green"), (f"{check.name:<20}", "bold"), check.summary)
+    return Text.assemble(("failed  ", "red"), (f"{check.name:<20}", "bold"), problem)
 
 
 def evaluation_table(evaluation: Evaluation) -> Table:

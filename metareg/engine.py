@@ -106,7 +106,7 @@ class TaskFunctions:
 
     def initial(self, meta: Tensors) -> Tensors:
         """The adapted parameters before the first step."""
-        return {name: meta[name] for name in self.adapted_names}
+        return self.stages.start_task({name: meta[name] for name in self.adapted_names}, meta)
 
     def adapt(self, meta: Tensors, support: Any, targets: Tensor, noise: Mapping[str, Any], steps: int) -> Tensors:
         """Parameters after `steps` adaptation steps."""
@@ -138,6 +138,7 @@ class TaskFunctions:
         query_features: Tensor | None,
         task: Task,
         noise: Mapping[str, Any],
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensors]:
         """The outer objective of adapted parameters, and what is logged of it."""
         features, outputs = self.query(meta, adapted, support, query_features, task)
@@ -152,38 +153,73 @@ class TaskFunctions:
             meta, noise, features=features, outputs=outputs, targets=targets, loss=self.loss, metric=self.metric
         )
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
-        total = extra if self.stages.has_outer_gradient else query_loss + extra
+        weighted = query_loss if weights is None else weights[-1] * query_loss
+        total = extra if self.stages.has_outer_gradient else weighted + extra
         logs = {"query_loss": query_loss.detach(), self.metric.name: self.metric(outputs.detach(), targets)}
         return torch.as_tensor(total, dtype=query_loss.dtype), logs | extra_logs
 
-    def objective(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
-        """The outer objective of one task as a function of the meta-parameters."""
-        support, query_features = self.prepare(meta, task)
-        adapted = self.adapt(meta, support, task[1], noise, self.inner_steps)
-        return self.outer_loss(meta, adapted, support, query_features, task, noise)
+    def earlier_losses(
+        self,
+        meta: Tensors,
+        adapted: Tensors,
+        support: Any,
+        query_features: Tensor | None,
+        task: Task,
+        weights: Tensor | None,
+        step: int,
+    ) -> tuple[Tensor, ...]:
+        """The weighted query loss of the parameters that an inner step starts from, where there are weights."""
+        if weights is None or step == 0:
+            return ()
+        _, outputs = self.query(meta, adapted, support, query_features, task)
+        return (weights[step - 1] * self.loss(outputs, task[3]),)
 
-    def gradient(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
-        """The meta-gradient of one task, its objective, and what is logged."""
+    def objective(
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensors]:
+        """The outer objective of one task as a function of the meta-parameters."""
+        prepared = self.prepare(meta, task)
+        adapted = self.initial(meta)
+        earlier: tuple[Tensor, ...] = ()
+        for step in range(self.inner_steps):
+            earlier += self.earlier_losses(meta, adapted, *prepared, task, weights, step)
+            adapted = self.inner_step(adapted, meta, prepared[0], task[1], noise, step)
+        last, logs = self.outer_loss(meta, adapted, *prepared, task, noise, weights)
+        return sum(earlier, last), logs
+
+    def gradient(
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
+    ) -> tuple[Tensors, Tensor, Tensors]:
+        """The meta-gradient of one task, its objective, and what is logged.
+
+        Args:
+            meta: every meta-parameter by name.
+            task: support and query set.
+            noise: what the augmenters drew for it.
+            weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
+        """
         if not self.stages.has_outer_gradient:
-            return self._derivative(meta, task, noise)
+            return self._derivative(meta, task, noise, weights)
         support, query_features = self.prepare(meta, task)
         adapted = self.adapt(meta, support, task[1], noise, self.inner_steps)
         gradient = self.stages.outer_gradient(meta, adapted, self.inner_steps)
         if self.stages.has_outer_loss:
-            terms, extra, logs = self._derivative(meta, task, noise)
+            terms, extra, logs = self._derivative(meta, task, noise, None)
             gradient = {name: gradient[name] + terms[name] for name in meta}
         else:
-            extra, logs = self.outer_loss(meta, adapted, support, query_features, task, noise)
+            extra, logs = self.outer_loss(meta, adapted, support, query_features, task, noise, None)
         return gradient, logs["query_loss"] + extra, logs
 
-    def _derivative(self, meta: Tensors, task: Task, noise: Mapping[str, Any]) -> tuple[Tensors, Tensor, Tensors]:
+    def _derivative(
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
+    ) -> tuple[Tensors, Tensor, Tensors]:
         if self.memory == "recompute":
-            return self._derivative_recomputed(meta, task, noise)
-        gradient, (loss, logs) = grad_and_value(self.objective, has_aux=True)(meta, task, noise)
+            return self._derivative_recomputed(meta, task, noise, weights)
+        gradient, (loss, logs) = grad_and_value(self.objective, has_aux=True)(meta, task, noise, weights)
         return gradient, loss, logs
 
     def _derivative_recomputed(
-        self, meta: Tensors, task: Task, noise: Mapping[str, Any]
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
     ) -> tuple[Tensors, Tensor, Tensors]:
         """The same gradient from the parameters of each inner step alone.
 
@@ -203,26 +239,32 @@ class TaskFunctions:
                 return ()
             return tuple(part for part in self.prepare(meta, task) if part is not None)
 
-        def one_step(meta: Tensors, adapted: Tensors, context: tuple[Tensor, ...], step: int) -> Tensors:
-            return self.inner_step(adapted, meta, contextualised(context)[0], targets, noise, step)
+        def one_step(
+            meta: Tensors, adapted: Tensors, context: tuple[Tensor, ...], step: int
+        ) -> tuple[Tensors, tuple[Tensor, ...]]:
+            prepared = contextualised(context)
+            earlier = self.earlier_losses(meta, adapted, *prepared, task, weights, step)
+            return self.inner_step(adapted, meta, prepared[0], targets, noise, step), earlier
 
         def outer(meta: Tensors, adapted: Tensors, context: tuple[Tensor, ...]) -> tuple[Tensor, Tensors]:
-            return self.outer_loss(meta, adapted, *contextualised(context), task, noise)
+            return self.outer_loss(meta, adapted, *contextualised(context), task, noise, weights)
 
         context = prepare(meta)
         trajectory = [self.initial(meta)]
         for step in range(self.inner_steps):
-            trajectory.append(one_step(meta, trajectory[-1], context, step))
+            trajectory.append(self.inner_step(trajectory[-1], meta, contextualised(context)[0], targets, noise, step))
 
         pulled: Any = vjp(outer, meta, trajectory.pop(), context, has_aux=True)
         loss, pull, logs = pulled
         total, adjoint, context_adjoint = pull(torch.ones_like(loss))
         for step in reversed(range(self.inner_steps)):
-            _, pull, *_ = vjp(partial(one_step, step=step), meta, trajectory.pop(), context)
-            meta_part, adjoint, context_part = pull(adjoint)
+            (_, earlier), pull, *_ = vjp(partial(one_step, step=step), meta, trajectory.pop(), context)
+            meta_part, adjoint, context_part = pull((adjoint, tuple(torch.ones_like(each) for each in earlier)))
+            loss = sum(earlier, loss)
             total = _sum(total, meta_part)
             context_adjoint = _sum(context_adjoint, context_part)
-        total |= {name: total[name] + adjoint[name] for name in self.adapted_names}
+        _, pull, *_ = vjp(self.initial, meta)
+        total = _sum(total, pull(adjoint)[0])
         if context:
             _, pull, *_ = vjp(prepare, meta)
             total = _sum(total, pull(context_adjoint)[0])
@@ -277,6 +319,7 @@ class Engine:
         noise: Sequence[Mapping[str, Any]],
         strategy: Strategy,
         chunk: int | None,
+        weights: Tensor | None = None,
     ) -> Gradient:
         """The mean meta-gradient over all tasks of `batches`.
 
@@ -286,6 +329,7 @@ class Engine:
             noise: what was drawn for each task, in the order of the tasks.
             strategy: how to run them.
             chunk: at most so many tasks at once.
+            weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
         """
         total = sum(len(batch) for batch in batches)
         result: Gradient | None = None
@@ -293,7 +337,7 @@ class Engine:
         for batch in batches:
             for part in batch.chunks(1 if strategy == "serial" else chunk):
                 part_noise = noise[done : done + len(part)]
-                one = self._gradient_of_stack(meta, part, part_noise, strategy)
+                one = self._gradient_of_stack(meta, part, part_noise, strategy, weights)
                 done += len(part)
                 if len(part) == total:
                     return one
@@ -325,24 +369,33 @@ class Engine:
         return torch.cat([program(meta, part, {})[0] for part in episodes.chunks(chunk)])
 
     def _gradient_of_stack(
-        self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], strategy: Strategy
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        weights: Tensor | None,
     ) -> Gradient:
         if strategy == "serial":
             with torch.no_grad(), _memory_advice(1):
-                grads, loss, logs = self.training.gradient(meta, _only(episodes.parts), noise[0] if noise else {})
+                task_noise = noise[0] if noise else {}
+                grads, loss, logs = self.training.gradient(meta, _only(episodes.parts), task_noise, weights)
                 return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
         program = self._program("gradient", self._mapped_gradient, strategy)
-        flat = program(meta, episodes, stack_trees(noise) if noise else {})
+        # The weights change from step to step: an input of the traced program, or they would be frozen into it.
+        extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
+        flat = program(meta, episodes, extra)
         count = len(meta)
         return Gradient(
             dict(zip(meta, flat, strict=False)), flat[count], dict(zip(self._log_names, flat[count + 1 :], strict=True))
         )
 
-    def _mapped_gradient(self, meta: Tensors, tasks: Task, noise: Mapping[str, Any]) -> list[Tensor]:
+    def _mapped_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
         """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
         # Each task is differentiated inside the map, not the mapped mean: that costs the same, and outside it the batched
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
-        grads, losses, logs = vmap(lambda *task: self.training.gradient(meta, *task))(tasks, noise)
+        noise, weights = extra.get("noise", {}), extra.get("weights")
+        grads, losses, logs = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))(tasks, noise)
         grads, loss, logs = _means(grads), losses.mean(), _means(logs)
         logs["grad_norm"] = _norm(grads)
         self._log_names = tuple(logs)
@@ -359,7 +412,7 @@ _Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 
 class _Program:
-    """A function of meta-parameters, tasks and noise that is traced to a graph of tensor operations for each set of shapes.
+    """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
     Tracing (`make_fx`) runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
     operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
@@ -375,8 +428,8 @@ class _Program:
         self._compiled = compiled
         self._graphs: dict[Any, Callable[..., list[Tensor]] | None] = {}
 
-    def __call__(self, meta: Tensors, episodes: Episodes, noise: Mapping[str, Any]) -> list[Tensor]:
-        inputs, structure = _flattened(episodes.parts, noise)
+    def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
+        inputs, structure = _flattened(episodes.parts, extra)
         key = (structure, *[(leaf.shape, leaf.dtype) for leaf in inputs])
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
@@ -384,7 +437,7 @@ class _Program:
                 if key not in self._graphs and not self._compiled:
                     # Tracing costs as much as a dozen calls: not worth it for a function that is called once.
                     self._graphs[key] = None
-                    return self._function(meta, episodes.parts, noise)
+                    return self._function(meta, episodes.parts, extra)
                 graph = self._graphs[key] = self._traced(meta, inputs, structure)
             return graph(*meta.values(), *inputs)
 
@@ -392,8 +445,8 @@ class _Program:
         names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
-            parts, noise = _unflattened(leaves[len(names) :], structure)
-            return self._function(dict(zip(names, leaves, strict=False)), parts, noise)
+            parts, extra = _unflattened(leaves[len(names) :], structure)
+            return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
         graph = make_fx(flat)(*leaves)
         if not self._compiled:
@@ -469,11 +522,11 @@ def _only(tasks: Any) -> Any:
     return pytree.tree_map(lambda leaf: leaf[0], tasks)
 
 
-def _flattened(parts: Task, noise: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
-    """The tensors of tasks and noise, and how they were arranged; None where there is nothing but the four parts."""
-    if not noise and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
+def _flattened(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
+    """The tensors of tasks and extra inputs, and how they were arranged; None where there is nothing but the four parts."""
+    if not extra and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
         return parts, None
-    return pytree.tree_flatten((parts, noise))
+    return pytree.tree_flatten((parts, extra))
 
 
 def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:

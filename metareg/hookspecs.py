@@ -37,10 +37,16 @@ if TYPE_CHECKING:
     from metareg.runs import Run
     from metareg.tasks import TaskSpec
 
-__all__ = ["CONTRACT_VERSION", "hookimpl", "hookspec"]
+__all__ = ["CONTRACT_VERSION", "OLDEST_CONTRACT", "hookimpl", "hookspec"]
 
 CONTRACT_VERSION = 1
-"""Raised when a hook changes in a way that existing plugins notice. New hooks and new arguments do not raise it."""
+"""Raised when a hook changes in a way that existing plugins notice. New hooks and new arguments do not raise it.
+
+A plugin class states the one that it was written for, ``contract = 1``.
+"""
+
+OLDEST_CONTRACT = 1
+"""The oldest contract whose plugins still work; older ones are refused when they are loaded."""
 
 hookspec = pluggy.HookspecMarker("metareg")
 hookimpl = pluggy.HookimplMarker("metareg")
@@ -51,7 +57,7 @@ hookimpl = pluggy.HookimplMarker("metareg")
 
 @hookspec
 def init_meta(
-    model: nn.Module, example: Any, features: Tensor, outputs: Tensor, generator: torch.Generator
+    model: nn.Module, example: Any, features: Tensor, outputs: Tensor, inner_steps: int, generator: torch.Generator
 ) -> dict[str, Tensor] | None:
     """Extra meta-parameters of this plugin, learned in the outer loop: step sizes, a co-learner.
 
@@ -60,6 +66,7 @@ def init_meta(
         example: one support set's inputs ``[examples, …]``; only its shapes and types are meaningful.
         features: the body's features of such inputs ``[examples, …]``.
         outputs: the head's outputs ``[examples, …]``.
+        inner_steps: adaptation steps in training, for meta-parameters of which each step has its own.
         generator: draws the initial values; seeded by the run's seed and the plugin's name. Default initialisers of
             `torch.nn` are seeded in the same way while this hook runs.
 
@@ -82,6 +89,22 @@ def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tupl
 
     Returns:
         A subset of `names`. The others enter the inner loop as constants of it and learn in the outer loop only.
+    """
+
+
+@hookspec(firstresult=True)
+def start_task(params: dict[str, Tensor], meta: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """Where adaptation to a task starts. First result; at the meta-parameters themselves where no plugin answers.
+
+    For parameters that every task resets (CAVIA's context) or that are computed. What the result does not depend on gets
+    no gradient through the inner loop.
+
+    Args:
+        params: the meta-parameters that the inner loop adapts, by name.
+        meta: this plugin's own meta-parameters.
+
+    Returns:
+        The parameters before the first inner step, with the names and shapes of `params`.
     """
 
 
@@ -177,6 +200,23 @@ def augment_outer_gradient(grads: dict[str, Tensor], meta: dict[str, Tensor], no
 
 
 # --------------------------------------------------------------------------------------------------------- outer
+
+
+@hookspec(firstresult=True)
+def outer_loss_weights(inner_steps: int, training_step: int) -> Sequence[float] | None:
+    """Weights of the query losses after each inner step (MAML++'s multi-step loss). First result.
+
+    The loss after the last step alone where no plugin answers. Called once per training step, outside the pure step:
+    the weights may change from one to the next. Terms of `augment_outer_loss` are taken after the last step, unweighted;
+    where `outer_gradient` is implemented, the weights have no effect.
+
+    Args:
+        inner_steps: adaptation steps in training.
+        training_step: how many training steps have been done.
+
+    Returns:
+        `inner_steps` weights, the first for the loss after one step.
+    """
 
 
 @hookspec(firstresult=True)

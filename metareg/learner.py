@@ -182,7 +182,9 @@ class MetaLearner:
                 else:
                     arguments["features"] = self._features_by_the_head()
                 arguments["outputs"] = self.model.head(self._initial, arguments["features"])
-        extra = self.stages.init_meta(self.config.seed, model=self.model.module, **arguments)
+        extra = self.stages.init_meta(
+            self.config.seed, model=self.model.module, inner_steps=self.config.inner_steps, **arguments
+        )
         taken = [name for name in self._initial if self.stages.owner(name)]
         if taken:
             raise UsageError(
@@ -537,20 +539,27 @@ class MetaLearner:
                 self._placed(self.stages.draw_task_noise(shapes, steps, seed, self.steps_done, task))
                 for task in range(total)
             ]
+        weights = self._outer_loss_weights()
         try:
-            gradient = self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk)
+            gradient = self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk, weights)
         except CompileError as error:
             if self.config.strategy != "auto":
                 raise
             log.warning("%s Going on with strategy vectorized.", error)
             self._strategy = "vectorized"
-            gradient = self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk)
+            gradient = self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk, weights)
         if self.stages.has_outer_batch_gradient:
             shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
             batch_noise = self._placed(self.stages.draw_batch_noise(shapes, steps, seed, self.steps_done))
             augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, batch_noise)
             gradient = Gradient(augmented, gradient.loss, gradient.logs)
         return gradient
+
+    def _outer_loss_weights(self) -> Tensor | None:
+        if self.stages.has_outer_gradient:
+            return None
+        weights = self.stages.outer_loss_weights(self.config.inner_steps, self.steps_done)
+        return None if weights is None else torch.tensor(weights, dtype=self._dtype, device=self.device)
 
     def _placed(self, noise: dict[str, Any]) -> dict[str, Any]:
         def place(leaf: Any) -> Any:

@@ -39,8 +39,12 @@ class _Selected:
     @property
     def options(self) -> Mapping[str, Any]:
         """The fields of its `Config`."""
-        cls = find(_KIND_OF[self.field], self.plugin).load() if isinstance(self.plugin, str) else self.plugin
-        return getattr(cls, "Config", PluginConfig).model_fields
+        return getattr(self.loaded, "Config", PluginConfig).model_fields
+
+    @property
+    def loaded(self) -> type | object:
+        """Its class, or the object that was given."""
+        return find(_KIND_OF[self.field], self.plugin).load() if isinstance(self.plugin, str) else self.plugin
 
     @classmethod
     def of(cls, field_name: str, value: Any) -> _Selected:
@@ -124,7 +128,10 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
             chosen["task"][0].config[key] = waiting.pop(key)
     task = resolve("tasks", chosen["task"][0].plugin, chosen["task"][0].config)
     if not chosen["model"]:
-        default = getattr(task.instance, "default_model", None)
+        # An algorithm that needs models of its own kind names one, and that stands before the task's.
+        default = getattr(chosen["algo"][0].loaded, "default_model", None) or getattr(
+            task.instance, "default_model", None
+        )
         if default is None:
             raise UsageError(f"The {task.label} names no model of its own; choose one with --model.")
         chosen["model"] = [_Selected("model", default)]

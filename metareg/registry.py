@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from metareg.declarations import check_contract
 from metareg.errors import PluginError, UnknownNameError, UsageError
 
 __all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "entries", "find", "resolve"]
@@ -43,7 +44,8 @@ class Entry:
         """Import the plugin's class.
 
         Raises:
-            PluginError: the import failed, whatever the exception, or the target is no class.
+            PluginError: the import failed, whatever the exception, the target is no class, or it was written for a
+                contract that this metareg does not keep.
         """
         group = f"metareg.{self.kind}"
         where = f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
@@ -56,6 +58,7 @@ class Entry:
             raise PluginError(f"The {where} cannot be imported: {_cause(error)}") from error
         if not isinstance(loaded, type):
             raise PluginError(f"The {where} is a {type(loaded).__name__}; an entry point must name a class.")
+        check_contract(loaded, where)
         return loaded
 
 
@@ -139,6 +142,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
                 f"with {', '.join(config)}."
             )
         name = getattr(plugin, "name", None) or _name_of(type(plugin))
+        check_contract(plugin, f"{_SINGULAR[kind]} '{name}'")
         return Plugin(kind, name, plugin, getattr(plugin, "config", None), None, None)
 
     if isinstance(plugin, str):
@@ -147,6 +151,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
     else:
         entry, cls = None, plugin
         name = getattr(plugin, "name", None) or _name_of(plugin)
+        check_contract(cls, f"{_SINGULAR[kind]} '{name}'")
 
     validated_config = validated(getattr(cls, "Config", PluginConfig), config, f"{_SINGULAR[kind]} '{name}'")
     takes_config = cls.__init__ is not object.__init__

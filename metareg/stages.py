@@ -121,16 +121,18 @@ class Stages:
         get = {
             hook: implementations(manager, self.plugins, hook)
             for hook in (
-                "init_meta", "adapted_parameters", "inner_update", "draw_noise", "augment_inner_gradient",
-                "augment_outer_loss", "augment_outer_gradient", "outer_gradient", "outer_update",
+                "init_meta", "adapted_parameters", "start_task", "inner_update", "draw_noise", "augment_inner_gradient",
+                "augment_outer_loss", "augment_outer_gradient", "outer_loss_weights", "outer_gradient", "outer_update",
             )
         }  # fmt: skip
         self._init_meta = get["init_meta"]
         self._adapted_parameters = get["adapted_parameters"][::-1]
+        self._start_task = get["start_task"][::-1]
         self._inner_update = get["inner_update"][::-1]
         self._inner_gradient = get["augment_inner_gradient"]
         self._outer_loss = get["augment_outer_loss"]
         self._outer_batch_gradient = get["augment_outer_gradient"]
+        self._outer_loss_weights = get["outer_loss_weights"][::-1]
         self._outer_gradient = get["outer_gradient"][::-1]
         self._outer_update = get["outer_update"][::-1]
         in_task = {each.name for each in (*self._inner_gradient, *self._outer_loss)}
@@ -248,6 +250,14 @@ class Stages:
             grads = _like(grads, changed, each)
         return grads
 
+    def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
+        """The adapted parameters before the first inner step."""
+        for each in self._start_task:
+            started = each(params=params, meta=each.own(meta))
+            if started is not None:
+                return _like(params, started, each)
+        return params
+
     def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
         for each in self._inner_update:
             updated = each(params=params, grads=grads, meta=each.own(meta), step=step)
@@ -276,6 +286,17 @@ class Stages:
         return grads
 
     # ---------------------------------------------------------------------------------------------------------- outer
+
+    def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
+        """The weight of the query loss after each inner step; None for that after the last step alone."""
+        for each in self._outer_loss_weights:
+            weights = each(inner_steps=inner_steps, training_step=training_step)
+            if weights is not None:
+                numbers = [float(weight) for weight in weights]
+                if len(numbers) != inner_steps:
+                    each.reject(f"it returned {len(numbers)} weights for {inner_steps} inner steps")
+                return numbers
+        return None
 
     def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
         """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""

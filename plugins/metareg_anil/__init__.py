@@ -16,6 +16,8 @@ class ANIL(MAML):
         MAML, ICLR 2020, arXiv 1909.09157.
     """
 
+    adapts = "head"
+
     @hookimpl
     def adapted_parameters(self, head: tuple[str, ...]) -> tuple[str, ...]:
         return head

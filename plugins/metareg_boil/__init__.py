@@ -13,6 +13,8 @@ class BOIL(MAML):
         Oh, Yoo, Kim and Yun, BOIL: Towards Representation Change for Few-shot Learning, ICLR 2021, arXiv 2008.08882.
     """
 
+    adapts = "body"
+
     @hookimpl
     def adapted_parameters(self, body: tuple[str, ...]) -> tuple[str, ...]:
         return body

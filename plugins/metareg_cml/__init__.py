@@ -28,6 +28,8 @@ class CML:
         arXiv 2406.04639.
     """
 
+    contract = 1
+
     class Config(PluginConfig):
         gamma: float | None = Field(
             None,

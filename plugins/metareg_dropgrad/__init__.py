@@ -21,6 +21,8 @@ class DropGrad:
         arXiv 2004.05859.
     """
 
+    contract = 1
+
     class Config(PluginConfig):
         rate: float = Field(0.1, ge=0, lt=1, description="Probability that an entry of the gradient is dropped.")
         kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of the noise.")

@@ -22,6 +22,9 @@ class GradientNoise:
         (there on the ordinary gradient, absolute, and decreasing over training).
     """
 
+    contract = 1
+    exact_gradient = False  # the scale of relative noise is a constant of the meta-gradient
+
     class Config(PluginConfig):
         sigma: float = Field(0.1, ge=0, description="Standard deviation σ of the noise.")
         where: Literal["inner", "outer"] = Field("inner", description="Which gradient gets the noise.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from metareg import Field, PluginConfig, hookimpl
+from metareg import Field, PluginConfig, StepExample, hookimpl
 
 
 class MAML:
@@ -16,6 +16,9 @@ class MAML:
         Finn, Abbeel and Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017,
         arXiv 1703.03400, Algorithm 2. With ``first_order=True`` it is the FOMAML of §5.2.
     """
+
+    contract = 1
+    step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
         inner_lr: float = Field(0.01, gt=0, description="Step size α of the inner loop.")

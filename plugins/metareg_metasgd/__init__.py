@@ -6,7 +6,7 @@ import torch
 from pydantic import model_validator
 from torch import Tensor, nn
 
-from metareg import Field, PluginConfig, hookimpl
+from metareg import Field, PluginConfig, StepExample, hookimpl
 
 
 class MetaSGD:
@@ -19,6 +19,9 @@ class MetaSGD:
         Li, Zhou, Chen and Li, Meta-SGD: Learning to Learn Quickly for Few-Shot Learning, 2017, arXiv 1707.09835,
         Equation 2 and Algorithm 1.
     """
+
+    contract = 1
+    step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
         inner_lr: float = Field(0.01, gt=0, description="Initial step size of every weight.")

@@ -27,6 +27,7 @@ class CurveConfig(PluginConfig):
 class _Curves(Task):
     """Tasks that are curves y = f(x) on [−5, 5]; a subclass says which from the numbers drawn for a task."""
 
+    contract = 1
     Config = CurveConfig
     loss = "mse"
     default_model = "mlp"
@@ -121,6 +122,8 @@ class SinusoidLine(_Curves):
 
 class MLP:
     """A multilayer perceptron with ReLU; the last layer is the head. 1-40-40-1 on curves, as in Finn et al. (2017)."""
+
+    contract = 1
 
     class Config(PluginConfig):
         hidden: list[int] = Field([40, 40], min_length=1, description="Widths of the hidden layers.")

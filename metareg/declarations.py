@@ -1,0 +1,84 @@
+"""What a plugin class can say about itself beside its hooks; the registry and the conformance kit read it.
+
+All are plain class attributes:
+
+=================  ==========  ==================================================================================
+attribute          of          meaning, and what holds where it is not given
+=================  ==========  ==================================================================================
+contract           all         the number of the contract that the plugin was written for (`CONTRACT_VERSION`)
+adapts             algorithms  what the inner loop changes: ``"all"`` (default), ``"body"``, ``"head"``, or a shell
+                               pattern for parameter names, as ``"*context*"``
+step_examples      algorithms  worked examples of one inner step (`StepExample`)
+default_model      algorithms  the model that it needs, where any model will not do
+exact_gradient     algorithms  False where the meta-gradient treats as a constant what is none; True by default
+                   augmenters
+affine_in_loss     augmenters  False where a term of the outer loss is no sum of weighted losses; True by default
+example_spec       models      the `TaskSpec` that the kit builds the model for; vectors by default
+=================  ==========  ==================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from metareg._version import __version__
+from metareg.errors import PluginError
+from metareg.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
+
+__all__ = ["StepExample", "check_contract"]
+
+
+@dataclass(frozen=True)
+class StepExample:
+    """One inner step in numbers, worked out by hand from the formula and never by running the code.
+
+    The kit applies it to models whose adapted parameters are all `param` and whose gradients are all `grad`, and expects
+    `after` in every place. Meta-parameters are those that `init_meta` makes under `config`.
+
+    Args:
+        param: the value before the step.
+        grad: its gradient.
+        after: the value after it.
+        config: the options under which it holds.
+        step: the number of the inner step, from 0.
+
+    Example:
+        >>> StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1})  # 2 − 0.1 · 3
+    """
+
+    param: float
+    grad: float
+    after: float
+    config: Mapping[str, Any] = field(default_factory=dict)
+    step: int = 0
+
+
+def check_contract(plugin: Any, label: str) -> None:
+    """Refuse a plugin that was written for a contract which this metareg does not keep.
+
+    A class without a statement passes, so that one can be tried before it is a package.
+
+    Args:
+        plugin: a plugin class or object.
+        label: how the message names it.
+
+    Raises:
+        PluginError: its contract is too new, too old, or no number.
+    """
+    stated = getattr(plugin, "contract", None)
+    if stated is None:
+        return
+    if not isinstance(stated, int) or isinstance(stated, bool):
+        raise PluginError(f"The {label} states contract = {stated!r}; a number is expected, now {CONTRACT_VERSION}.")
+    if stated > CONTRACT_VERSION:
+        raise PluginError(
+            f"The {label} was written for contract {stated}; metareg {__version__} keeps contract {CONTRACT_VERSION}. "
+            "Upgrade metareg, or install an older version of the plugin."
+        )
+    if stated < OLDEST_CONTRACT:
+        raise PluginError(
+            f"The {label} was written for contract {stated}, which metareg {__version__} no longer keeps (it keeps "
+            f"{OLDEST_CONTRACT} to {CONTRACT_VERSION}). Upgrade the plugin, or install an older metareg."
+        )

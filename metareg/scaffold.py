@@ -1,0 +1,94 @@
+"""New plugin packages from templates: complete, and passing their own tests as they are written."""
+
+from __future__ import annotations
+
+import importlib.resources
+import re
+import tempfile
+from pathlib import Path
+from string import Template
+
+from metareg._version import __version__
+from metareg.errors import MetaregError, UsageError
+from metareg.hookspecs import CONTRACT_VERSION
+from metareg.registry import entries
+
+__all__ = ["new_plugin"]
+
+_NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+# How a plugin of each kind is chosen on the command line and in Python.
+_CHOSEN = {
+    "algorithms": ("--algo {name} --augment cml", 'algo="{name}"'),
+    "augmenters": ("--augment {name}", 'augment=["{name}"]'),
+    "tasks": ("--task {name}", 'task="{name}"'),
+    "models": ("--model {name}", 'model="{name}"'),
+    "observers": ("--observe {name}", 'observers=["{name}"]'),
+}
+
+
+def new_plugin(kind: str, name: str, parent: Path) -> Path:
+    """Write the package ``metareg-NAME`` with a working plugin, its entry point, tests and a README.
+
+    Args:
+        kind: ``"algorithms"``, ``"augmenters"``, ``"tasks"``, ``"models"`` or ``"observers"``.
+        name: what users will type.
+        parent: the folder in which the package's folder is made.
+
+    Returns:
+        The package's folder.
+
+    Raises:
+        UsageError: the name cannot be used, is taken, or the folder exists.
+        MetaregError: the folder cannot be written; nothing is left of it.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"'{name}' cannot be a plugin's name: use lower-case letters, digits and hyphens, as sign-maml."
+        )
+    owner = next((entry.distribution for entry in entries(kind) if entry.name == name), None)
+    if owner is not None:
+        raise UsageError(f"The name '{name}' is taken by the {kind.removesuffix('s')} of {owner}; choose another one.")
+    folder = parent / f"metareg-{name}"
+    if folder.exists():
+        raise UsageError(f"{folder} exists already; choose another name, or another folder with --out.")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=parent, prefix=".metareg-") as temporary:
+            package = Path(temporary, folder.name)
+            for path, text in _files(kind, name).items():
+                (package / path).parent.mkdir(parents=True, exist_ok=True)
+                (package / path).write_text(text, encoding="utf-8")
+            package.rename(folder)
+    except OSError as error:
+        raise MetaregError(f"{folder} cannot be written: {error.strerror or error}.") from error
+    return folder
+
+
+def _files(kind: str, name: str) -> dict[str, str]:
+    words = name.split("-")
+    flags, arguments = _CHOSEN[kind]
+    module = f"metareg_{name.replace('-', '_')}"
+    values = {
+        "kind": kind,
+        "singular": kind.removesuffix("s"),
+        "name": name,
+        "title": " ".join(words).capitalize(),
+        "distribution": f"metareg-{name}",
+        "module": module,
+        "cls": "".join(word.capitalize() for word in words),
+        "contract": str(CONTRACT_VERSION),
+        "metareg": __version__,
+        "flags": flags.format(name=name),
+        "arguments": arguments.format(name=name),
+    }
+    templates = importlib.resources.files("metareg") / "templates"
+    return {
+        path: Template((templates / f"{template}.template").read_text(encoding="utf-8")).substitute(values)
+        for path, template in (
+            ("pyproject.toml", "pyproject.toml"),
+            ("README.md", "README.md"),
+            (f"{module}/__init__.py", f"{kind}.py"),
+            ("tests/test_plugin.py", "test_plugin.py"),
+        )
+    }

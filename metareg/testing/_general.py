@@ -1,0 +1,56 @@
+"""Checks of every kind of plugin: the contract that it states, its hooks, its configuration."""
+
+from __future__ import annotations
+
+import yaml
+from pydantic import ValidationError
+
+from metareg.config import PluginConfig
+from metareg.hookspecs import CONTRACT_VERSION
+from metareg.stages import plugin_manager
+from metareg.testing._check import Subject, fail
+
+__all__ = ["check_configuration", "check_contract_stated"]
+
+
+def check_contract_stated(subject: Subject) -> None:
+    """It states the contract that it was written for, and its hooks are those of metareg."""
+    plugin = subject.resolved()
+    plugin_manager([plugin])  # refuses misspelt hooks and arguments
+    if not subject.hooks:
+        fail(f"The {plugin.label} implements no hook.", "mark the methods that metareg is to call with @hookimpl.")
+    if subject.declared("contract") is None:
+        fail(
+            f"The {plugin.label} does not state the contract that it was written for.",
+            f"add the class attribute contract = {CONTRACT_VERSION}.",
+        )
+
+
+def check_configuration(subject: Subject) -> None:
+    """Its options are documented, refuse what they do not know, and survive being written to a file."""
+    plugin = subject.resolved()
+    cls = getattr(type(plugin.instance), "Config", PluginConfig)
+    if not issubclass(cls, PluginConfig):
+        fail(f"The Config of the {plugin.label} is no PluginConfig.", "derive it from metareg.PluginConfig.")
+    for name, field in cls.model_fields.items():
+        if not (field.description or "").strip():
+            fail(
+                f"The option '{name}' of the {plugin.label} has no description.",
+                f"write {name}: … = Field(…, description='what it is, and its unit').",
+            )
+    try:
+        cls.model_validate({**subject.config, "no-such-option": 1})
+    except ValidationError:
+        pass
+    else:
+        fail(
+            f"The {plugin.label} accepts options that it does not have, so that a misspelt one would pass unnoticed.",
+            "leave extra='forbid' of PluginConfig as it is.",
+        )
+    written = yaml.safe_dump(plugin.config.model_dump(mode="json"))
+    if cls.model_validate(yaml.safe_load(written)) != plugin.config:
+        fail(
+            f"The configuration of the {plugin.label} is another one after it was written to YAML and read back: a run's "
+            "config.yaml would not repeat the run.",
+            "use plain field types (numbers, texts, lists) and validators that leave a valid value as it is.",
+        )

@@ -1,0 +1,67 @@
+"""Every installed algorithm with every installed augmenter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from metareg.errors import MetaregError
+from metareg.registry import entries, resolve
+from metareg.testing._check import CheckFailed
+from metareg.testing._stages import Pair, determinism, finite_differences, strategies
+
+__all__ = ["Combination", "combinations"]
+
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Combination:
+    """An algorithm and an augmenter, or none, by their names."""
+
+    algorithm: str
+    augmenter: str = NONE
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}, {self.augmenter}"
+
+    def pair(self) -> Pair:
+        """Both, built anew."""
+        augmenters = () if self.augmenter == NONE else (resolve("augmenters", self.augmenter),)
+        return Pair(resolve("algorithms", self.algorithm), augmenters)
+
+    def check(self) -> dict[str, str | None]:
+        """What each check of the combination found: None where it passed, or the problem.
+
+        The strategies and memories agree; the meta-gradient is the objective's derivative, where both plugins say that it
+        is; a training repeats itself. ``"not applicable"`` stands where a plugin declares otherwise.
+        """
+        pair = self.pair()
+        plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
+        exact = all(getattr(each.instance, "exact_gradient", True) for each in plugins) and not (
+            pair.learner(pair.benches[0]).stages.has_outer_gradient
+        )
+        found: dict[str, str | None] = {}
+        for name, run in (
+            ("strategies", lambda: strategies(pair)),
+            ("finite differences", lambda: finite_differences(pair) if exact else None),
+            ("determinism", lambda: determinism(pair, self.pair())),
+        ):
+            try:
+                run()
+                found[name] = None if exact or name != "finite differences" else "not applicable"
+            except (CheckFailed, MetaregError) as error:
+                found[name] = str(error)
+        return found
+
+
+def combinations() -> list[Combination]:
+    """All of them, each algorithm alone first; read from entry points, nothing is imported."""
+    augmenters = [NONE, *_names("augmenters")]
+    return [Combination(algorithm, augmenter) for algorithm in _names("algorithms") for augmenter in augmenters]
+
+
+def _names(kind: str) -> list[str]:
+    """Names as a user must write them: with the distribution in front where two claim one."""
+    installed = entries(kind)
+    names = [entry.name for entry in installed]
+    return [entry.qualified if names.count(entry.name) > 1 else entry.name for entry in installed]

@@ -1,0 +1,696 @@
+"""The conformance kit finds what is wrong: deliberately broken plugins, at least one for each check."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ConfigDict, field_validator
+from torch import Tensor, nn
+from torch.func import grad
+
+from metareg import Episodes, Field, MetaregError, PluginConfig, StepExample, Task, TaskSpec, hookimpl, task_uniform
+from metareg.testing import CheckFailed, checks
+
+Tensors = dict[str, Tensor]
+
+
+def failing(kind: str, plugin: type, name: str) -> str:
+    """The message of the named check, which must fail."""
+    (check,) = [each for each in checks(kind, plugin) if each.name == name]
+    with pytest.raises((CheckFailed, MetaregError)) as caught:
+        check()
+    return str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------- algorithms
+
+
+class Plain:
+    """What the broken ones are made from: it passes."""
+
+    contract = 1
+    step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
+
+    class Config(PluginConfig):
+        inner_lr: float = Field(0.1, gt=0, description="Step size.")
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - self.config.inner_lr * grads[name] for name, value in params.items()}
+
+
+class Learned(Plain):
+    """Learned step sizes; it passes."""
+
+    @hookimpl
+    def init_meta(self, model: nn.Module) -> Tensors:
+        return {name: torch.full_like(value, self.config.inner_lr) for name, value in model.named_parameters()}
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors) -> Tensors:
+        return {name: value - meta[name] * grads[name] for name, value in params.items()}
+
+
+class NoContract:
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+
+class NoHooks:
+    contract = 1
+
+
+class Undocumented(Plain):
+    class Config(PluginConfig):
+        inner_lr: float = 0.1
+
+
+class TakesEverything(Plain):
+    class Config(PluginConfig):
+        model_config = ConfigDict(extra="ignore")
+        inner_lr: float = Field(0.1, description="Step size.")
+
+
+class NoRoundTrip(Plain):
+    class Config(PluginConfig):
+        inner_lr: float = Field(0.1, description="Step size.", validate_default=True)
+
+        @field_validator("inner_lr")
+        @classmethod
+        def _halved(cls, value: float) -> float:
+            return value / 2
+
+
+class AlwaysFirstOrder(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return super().inner_update(params, {name: value.detach() for name, value in grads.items()})
+
+
+class Halved(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - 0.5 * self.config.inner_lr * grads[name] for name, value in params.items()}
+
+
+class WrongSign(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value + self.config.inner_lr * grads[name] for name, value in params.items()}
+
+
+class DoesNothing(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors) -> Tensors:
+        return dict(params)
+
+
+class NoExample(Plain):
+    step_examples = ()
+
+
+class DetachedStepSize(Learned):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors) -> Tensors:
+        return {name: value - meta[name].detach() * grads[name] for name, value in params.items()}
+
+
+class HalvedInitialStepSize(Learned):
+    @hookimpl
+    def init_meta(self, model: nn.Module) -> Tensors:
+        return {name: value / 2 for name, value in super().init_meta(model).items()}
+
+
+class ChangesBuffers(Plain):
+    @hookimpl
+    def init_meta(self, model: nn.Module) -> None:
+        self.model = model
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        for buffer in self.model.buffers():
+            buffer.add_(1)
+        return super().inner_update(params, grads)
+
+
+class BodyMovesInAnil(Plain):
+    adapts = "head"
+
+    @hookimpl
+    def adapted_parameters(self, names: Sequence[str]) -> Sequence[str]:
+        return names
+
+
+class HeadMovesInBoil(Plain):
+    adapts = "body"
+
+
+class HeadStandsStillUndeclared(Plain):
+    @hookimpl
+    def adapted_parameters(self, body: Sequence[str]) -> Sequence[str]:
+        return body
+
+
+class InPlace(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        for name in grads:
+            grads[name] = grads[name] * self.config.inner_lr
+        return {name: value - grads[name] for name, value in params.items()}
+
+
+class GlobalRandom(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        random.random()
+        return super().inner_update(params, grads)
+
+
+class CountsCalls(Plain):
+    calls = 0
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        self.calls += 1
+        return {name: value - self.config.inner_lr / self.calls * grads[name] for name, value in params.items()}
+
+
+class SinglePrecision(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value.float() for name, value in super().inner_update(params, grads).items()}
+
+
+class LosesOne(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return dict(list(super().inner_update(params, grads).items())[1:])
+
+
+class Forgiving(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - self.config.inner_lr * grads.get(name, 0 * value) for name, value in params.items()}
+
+
+class DataDependent(Plain):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        if sum(value.square().sum() for value in grads.values()) > 1e6:
+            return params
+        return super().inner_update(params, grads)
+
+
+class DrawsFromTheClock(Learned):
+    @hookimpl
+    def init_meta(self, model: nn.Module) -> Tensors:
+        draw = torch.Generator()
+        draw.seed()
+        return {name: 0.1 * torch.rand(value.shape, generator=draw) for name, value in model.named_parameters()}
+
+
+class MomentumOnSelf(Plain):
+    velocity: Tensors | None = None
+
+    @hookimpl
+    def outer_update(self, meta: Tensors, grads: Tensors) -> tuple[Tensors, dict[str, Any]]:
+        before = self.velocity or {name: torch.zeros_like(value) for name, value in meta.items()}
+        self.velocity = {name: 0.9 * before[name] + grads[name] for name in meta}
+        return {name: value - 0.01 * self.velocity[name] for name, value in meta.items()}, {}
+
+
+class UphillReptile(Plain):
+    @hookimpl
+    def outer_gradient(self, meta: Tensors, adapted: Tensors) -> Tensors:
+        return {name: (value - meta[name]) / self.config.inner_lr for name, value in adapted.items()}
+
+
+class AloneOnly(Plain):
+    @hookimpl
+    def outer_gradient(self, meta: Tensors, adapted: Tensors) -> Tensors:
+        if meta.keys() != adapted.keys():
+            raise ValueError("whose are the others?")
+        return {name: meta[name] - value for name, value in adapted.items()}
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [
+        (NoContract, "contract"),
+        (NoHooks, "contract"),
+        (Undocumented, "configuration"),
+        (TakesEverything, "configuration"),
+        (NoRoundTrip, "configuration"),
+        (AlwaysFirstOrder, "finite-differences"),
+        (DetachedStepSize, "finite-differences"),
+        (Halved, "step-examples"),
+        (WrongSign, "step-examples"),
+        (DoesNothing, "step-examples"),
+        (NoExample, "step-examples"),
+        (HalvedInitialStepSize, "step-examples"),
+        (DoesNothing, "adapted"),
+        (BodyMovesInAnil, "adapted"),
+        (HeadMovesInBoil, "adapted"),
+        (HeadStandsStillUndeclared, "adapted"),
+        (ChangesBuffers, "model-unchanged"),
+        (InPlace, "purity"),
+        (GlobalRandom, "purity"),
+        (CountsCalls, "purity"),
+        (SinglePrecision, "shapes"),
+        (LosesOne, "shapes"),
+        (Forgiving, "wrong-shapes"),
+        (DataDependent, "strategies"),
+        (DrawsFromTheClock, "determinism"),
+        (MomentumOnSelf, "resume"),
+        (UphillReptile, "learns"),
+        (AloneOnly, "composition"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_algorithm_fails(plugin: type, check: str) -> None:
+    failing("algorithms", plugin, check)
+
+
+@pytest.mark.parametrize("plugin", [Plain, Learned])
+def test_sound_algorithm_passes(plugin: type) -> None:
+    for check in checks("algorithms", plugin):
+        check()
+
+
+def test_message_says_what_where_and_how_to_mend() -> None:
+    message = failing("algorithms", Halved, "step-examples")
+    assert "'halved'" in message
+    assert "1.85" in message
+    assert "1.7" in message
+    assert "To mend it: " in message
+
+
+# ----------------------------------------------------------------------------------------------------------- augmenters
+
+
+class CoLearner:
+    """A linear co-learner; it passes."""
+
+    contract = 1
+
+    @hookimpl
+    def init_meta(self, features: Tensor, outputs: Tensor) -> Tensors:
+        return dict(nn.Linear(features.flatten(1).shape[1], outputs.shape[1]).named_parameters())
+
+    @hookimpl
+    def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
+        return 0.1 * loss(self.predicted(meta, features), targets)
+
+    @staticmethod
+    def predicted(meta: Tensors, features: Tensor) -> Tensor:
+        return features.flatten(1) @ meta["weight"].T + meta["bias"]
+
+
+class Adapted(CoLearner):
+    """The co-learner takes an inner step of its own."""
+
+    @hookimpl
+    def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
+        grads = grad(lambda meta: loss(self.predicted(meta, features), targets))(meta)
+        adapted = {name: value - 0.1 * grads[name] for name, value in meta.items()}
+        return loss(self.predicted(adapted, features), targets)
+
+
+class AdaptedAcrossTasks(CoLearner):
+    """The co-learner changes from task to task."""
+
+    @hookimpl
+    def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
+        self.kept = {name: value * 1.1 for name, value in getattr(self, "kept", meta).items()}
+        return loss(self.predicted(self.kept, features), targets)
+
+
+class Kept(CoLearner):
+    """The co-learner becomes a part of the model."""
+
+    @hookimpl
+    def init_meta(self, model: nn.Module, features: Tensor, outputs: Tensor) -> Tensors:
+        layer = nn.Linear(features.flatten(1).shape[1], outputs.shape[1])
+        model.add_module("colearner", layer)
+        return {name: value.detach() for name, value in layer.named_parameters()}
+
+
+class OwnInnerRule(CoLearner):
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - 0.2 * grads[name] for name, value in params.items()}
+
+
+class DetachedFeatures(CoLearner):
+    @hookimpl
+    def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
+        return 0.1 * loss(self.predicted(meta, features.detach()), targets)
+
+
+class WrongWidth(CoLearner):
+    @hookimpl
+    def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
+        flat = features.flatten(1)[:, : meta["weight"].shape[1]]
+        return 0.1 * loss(self.predicted(meta, flat), targets)
+
+
+class Uphill:
+    contract = 1
+
+    @hookimpl
+    def augment_outer_gradient(self, grads: Tensors) -> Tensors:
+        return {name: -value for name, value in grads.items()}
+
+
+class NoiseOfItsOwn:
+    contract = 1
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: Tensors) -> Tensors:
+        return {name: value + 0.1 * torch.randn(value.shape) for name, value in grads.items()}
+
+
+class NumpyNoise:
+    contract = 1
+
+    @hookimpl
+    def draw_noise(self, shapes: dict[str, tuple[int, ...]], inner_steps: int) -> list[Tensors]:
+        return [{name: torch.from_numpy(np.random.rand(*shape)) for name, shape in shapes.items()}] * inner_steps
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: Tensors, noise: list[Tensors], step: int) -> Tensors:
+        return {name: value * noise[step][name] for name, value in grads.items()}
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [
+        (Adapted, "outer-terms"),
+        (AdaptedAcrossTasks, "purity"),
+        (Kept, "export"),
+        (Kept, "purity"),
+        (OwnInnerRule, "inner-rule"),
+        (DetachedFeatures, "finite-differences"),
+        (WrongWidth, "wrong-shapes"),
+        (Uphill, "learns"),
+        (NoiseOfItsOwn, "purity"),
+        (NumpyNoise, "purity"),
+        (NumpyNoise, "determinism"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_augmenter_fails(plugin: type, check: str) -> None:
+    failing("augmenters", plugin, check)
+
+
+def test_sound_augmenter_passes() -> None:
+    for check in checks("augmenters", CoLearner):
+        check()
+
+
+# ------------------------------------------------------------------------------------------------------ tasks and models
+
+
+class Lines(Task):
+    """Lines through the origin; it passes."""
+
+    contract = 1
+    default_model = "mlp"
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((1,), (1,))
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
+        return self.stacked(task_uniform(seed, split, indices, 9))
+
+    def stacked(self, numbers: np.ndarray) -> Episodes:
+        drawn = torch.from_numpy(numbers).float().unsqueeze(-1)
+        x, y = drawn[:, 1:], drawn[:, :1] * drawn[:, 1:]
+        return Episodes(x[:, :4], y[:, :4], x[:, 4:], y[:, 4:])
+
+
+class DependsOnTheOthers(Lines):
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
+        return self.stacked(task_uniform(seed, split, range(len(indices)), 9))
+
+
+class IgnoresTheSplit(Lines):
+    @hookimpl
+    def episodes(self, indices: Sequence[int], seed: int) -> Episodes:
+        return self.stacked(task_uniform(seed, "train", indices, 9))
+
+
+class GlobalTasks(Lines):
+    @hookimpl
+    def episodes(self, indices: Sequence[int]) -> Episodes:
+        return self.stacked(np.random.rand(len(indices), 9))
+
+
+class OtherSpec(Lines):
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((2,), (1,))
+
+
+class HoldsNaN(Lines):
+    def stacked(self, numbers: np.ndarray) -> Episodes:
+        return super().stacked(np.log(numbers - 0.5 + 0 * numbers, where=numbers > 0.5, out=numbers * np.nan))
+
+
+class NoModel(Lines):
+    default_model = None
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [
+        (DependsOnTheOthers, "function"),
+        (IgnoresTheSplit, "function"),
+        (GlobalTasks, "function"),
+        (OtherSpec, "shapes"),
+        (HoldsNaN, "shapes"),
+        (NoModel, "trains"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_task_fails(plugin: type, check: str) -> None:
+    failing("tasks", plugin, check)
+
+
+class Network(nn.Module):
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(spec.input_shape[0], 4), nn.Tanh())
+        self.head = nn.Linear(4, spec.output_shape[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class Model:
+    """It passes."""
+
+    contract = 1
+
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        return Network(spec)
+
+
+class Unseeded(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        draw = torch.Generator()
+        draw.seed()
+        nn.init.normal_(network.head.weight, generator=draw)
+        return network
+
+
+class Zeros(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        for parameter in network.parameters():
+            nn.init.zeros_(parameter)
+        return network
+
+
+class NumpyWeights(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        np.random.rand()
+        return Network(spec)
+
+
+class Unsplit(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        network.body, network.top = nn.Sequential(network.body, network.head), nn.Identity()
+        del network.head
+        network.forward = network.body.forward  # type: ignore[method-assign]
+        return network
+
+
+class WrongOutputs(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        return Network(TaskSpec(spec.input_shape, (spec.output_shape[0] + 1,)))
+
+
+class AnySize(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        network.body = nn.Sequential(_Cut(spec.input_shape[0]), network.body)
+        return network
+
+
+class _Cut(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, : self.width]
+
+
+class _Counting(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return x
+
+
+class CountsForwards(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        network.body = nn.Sequential(_Counting(), network.body)
+        return network
+
+
+class Unused(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        network.body.register_parameter("unused", nn.Parameter(torch.ones(2)))
+        return network
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [
+        (Unseeded, "seed"),
+        (Zeros, "seed"),
+        (NumpyWeights, "seed"),
+        (Unsplit, "split"),
+        (WrongOutputs, "split"),
+        (AnySize, "split"),
+        (CountsForwards, "trains"),
+        (Unused, "trains"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_model_fails(plugin: type, check: str) -> None:
+    failing("models", plugin, check)
+
+
+def test_sound_task_and_model_pass() -> None:
+    for check in (*checks("tasks", Lines), *checks("models", Model)):
+        check()
+
+
+# ------------------------------------------------------------------------------------------------------------- observers
+
+
+class Watching:
+    """It passes."""
+
+    contract = 1
+
+    @hookimpl
+    def on_run_start(self, run: Any) -> None:
+        self.path = run.path
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        (self.path / "step.txt").write_text(f"{step} {logs['loss']}")
+
+
+class Meddling(Watching):
+    @hookimpl
+    def on_run_start(self, run: Any) -> None:
+        super().on_run_start(run)
+        run.learner.meta_parameters["head.bias"].add_(1) if "head.bias" in run.learner.meta_parameters else (
+            next(iter(run.learner.meta_parameters.values())).add_(1)
+        )
+
+
+class Littering(Watching):
+    @hookimpl
+    def on_step(self, step: int) -> None:
+        Path("log.txt").write_text(str(step))
+
+
+class ChangesLogs(Watching):
+    @hookimpl
+    def on_step(self, logs: dict[str, float]) -> None:
+        logs.clear()
+
+
+@pytest.mark.parametrize(
+    ("plugin", "check"),
+    [(Meddling, "run"), (Littering, "run"), (ChangesLogs, "logs")],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_broken_observer_fails(plugin: type, check: str) -> None:
+    failing("observers", plugin, check)
+
+
+def test_sound_observer_passes() -> None:
+    for check in checks("observers", Watching):
+        check()
+
+
+# --------------------------------------------------------------------------------------------------------------- the rest
+
+
+def test_every_check_is_broken_by_some_plugin() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    names = {
+        check.name
+        for kind, plugin in (
+            ("algorithms", Plain),
+            ("augmenters", CoLearner),
+            ("tasks", Lines),
+            ("models", Model),
+            ("observers", Watching),
+        )
+        for check in checks(kind, plugin)
+    }
+    assert [name for name in sorted(names) if f', "{name}")' not in source] == []
+
+
+def test_declared_exceptions_leave_checks_out() -> None:
+    class Declared(AlwaysFirstOrder):
+        exact_gradient = False
+
+    assert "finite-differences" not in {check.name for check in checks("algorithms", Declared)}
