@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -411,6 +412,9 @@ class Engine:
 _Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 
+_CALLS_OF_ANOTHER_SHAPE = 32
+
+
 class _Program:
     """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
@@ -426,7 +430,8 @@ class _Program:
     def __init__(self, function: _Function, *, compiled: bool) -> None:
         self._function = function
         self._compiled = compiled
-        self._graphs: dict[Any, Callable[..., list[Tensor]] | None] = {}
+        self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._calls: Counter[Any] = Counter()
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flattened(episodes.parts, extra)
@@ -434,9 +439,11 @@ class _Program:
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
             if graph is None:
-                if key not in self._graphs and not self._compiled:
-                    # Tracing costs as much as a dozen calls: not worth it for a function that is called once.
-                    self._graphs[key] = None
+                self._calls[key] += 1
+                # Tracing costs as much as a dozen calls or more: not worth it for a function that is called once, nor for
+                # each of the many shapes that tasks of unequal sizes come in.
+                worth = 1 if not self._graphs else _CALLS_OF_ANOTHER_SHAPE
+                if self._calls[key] <= worth and not self._compiled:
                     return self._function(meta, episodes.parts, extra)
                 graph = self._graphs[key] = self._traced(meta, inputs, structure)
             return graph(*meta.values(), *inputs)

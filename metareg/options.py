@@ -148,6 +148,12 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     algorithm = resolve("algorithms", chosen["algo"][0].plugin, chosen["algo"][0].config)
     augmenters = [resolve("augmenters", each.plugin, each.config) for each in chosen["augment"]]
     model = resolve("models", chosen["model"][0].plugin, chosen["model"][0].config)
+    # A model says in turn what the task is to prepare for it.
+    selected_task, wishes = chosen["task"][0], getattr(model.instance, "recommended", {})
+    unset = {key: wishes[key] for key in wishes if key in selected_task.options and key not in selected_task.config}
+    if unset:
+        selected_task.config |= unset
+        task = resolve("tasks", selected_task.plugin, selected_task.config)
     observers = [resolve("observers", each.plugin, each.config) for each in chosen["observers"]]
     values |= {
         "algo": _choice(chosen["algo"][0], algorithm),

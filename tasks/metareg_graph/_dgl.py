@@ -1,0 +1,121 @@
+"""DGL, imported on first use, and its modules made fit for `torch.func`."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metareg import PluginError, UsageError
+
+__all__ = ["dgl", "opaque", "twice_differentiable"]
+
+
+def dgl() -> ModuleType:
+    """The module `dgl`.
+
+    Raises:
+        PluginError: it is not installed, or does not import; the message says what to install.
+    """
+    # Without it the first import prints, and writes to the user's home, which backend it takes.
+    os.environ.setdefault("DGLBACKEND", "pytorch")
+    try:
+        return importlib.import_module("dgl")
+    except Exception as error:  # a DGL built for another torch fails with OSError or FileNotFoundError
+        raise PluginError(_advice(error)) from error
+
+
+def _advice(error: Exception) -> str:
+    install = "`pip install 'metareg[graph]'` brings dgl 1.1.3"
+    if sys.version_info >= (3, 12):
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        install = f"it has no wheels for Python {python}: use Python 3.11, where {install}"
+    missing = isinstance(error, ImportError) and error.name == "dgl"
+    problem = "is not installed" if missing else f"cannot be imported ({type(error).__name__}: {error})"
+    return f"Graph tasks need DGL, which {problem}; {install}. All other tasks work without it."
+
+
+def opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """``function(*inputs)``, which sees plain tensors and ordinary autograd even inside `torch.func.grad` and `vjp`.
+
+    DGL hands its tensors to compiled code and has autograd functions of the old kind; `torch.func` refuses both.
+    Derivatives of any order are exact. Each one runs the function anew, so that nothing of it is kept.
+
+    Args:
+        function: differentiable by ordinary autograd; it must take all its tensors as arguments.
+        inputs: tensors of any type.
+    """
+    result: Tensor = _Opaque.apply(function, *inputs)
+    return result
+
+
+class _Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(function: Callable[..., Any], *inputs: Tensor) -> Any:
+        # A pullback builds a graph of its own, which must not be joined to the graph around it.
+        return pytree.tree_map(Tensor.detach, function(*(each.detach() for each in inputs)))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004
+        ctx.function = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, function = ctx.saved_tensors, ctx.function
+        wanted = [position for position, needed in enumerate(ctx.needs_input_grad[1:]) if needed]
+
+        def pullback(*arguments: Tensor) -> tuple[Tensor, ...]:
+            parts = list(arguments[: len(inputs)])
+            with torch.enable_grad():
+                for position in wanted:
+                    if not parts[position].requires_grad:
+                        parts[position] = parts[position].detach().requires_grad_()
+                outputs = function(*parts)
+                return torch.autograd.grad(
+                    outputs,
+                    [parts[position] for position in wanted],
+                    arguments[len(inputs) :],
+                    create_graph=True,
+                    materialize_grads=True,
+                )
+
+        found = dict(zip(wanted, _Opaque.apply(pullback, *inputs, *grads), strict=True))
+        return None, *(found.get(position) for position in range(len(inputs)))
+
+    @staticmethod
+    def vmap(*_: Any) -> NoReturn:
+        raise UsageError("A module on the DGL graph itself runs task after task; take strategy='serial'.")
+
+
+@contextmanager
+def twice_differentiable() -> Iterator[None]:
+    """Give DGL's edge softmax a derivative that can be differentiated again, inside the block.
+
+    On a CPU its own backward pass calls a compiled kernel that autograd does not see: second-order meta-gradients of
+    attention layers would be wrong in silence.
+    """
+    sparse: Any = importlib.import_module("dgl.backend.pytorch.sparse")
+    original = sparse.EdgeSoftmax
+
+    class EdgeSoftmax(original):  # type: ignore[misc, valid-type]
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor, None, None]:
+            index, (out,) = ctx.backward_cache, ctx.saved_tensors
+            weighted = out * grad
+            total = sparse.gspmm(index, "copy_rhs", "sum", None, weighted)
+            return None, weighted - sparse.gsddmm(index, "mul", out, total, "e", "v"), None, None
+
+    sparse.EdgeSoftmax = EdgeSoftmax
+    try:
+        yield
+    finally:
+        sparse.EdgeSoftmax = original

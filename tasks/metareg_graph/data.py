@@ -1,0 +1,421 @@
+"""Node-labelled graphs and the files they come from. No loader unpickles anything."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import os
+import shutil
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metareg import MetaregError, UsageError
+from metareg_graph._dgl import dgl
+
+__all__ = ["GraphData", "Source", "load", "locate", "union"]
+
+GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
+
+
+@dataclass(frozen=True, eq=False)
+class GraphData:
+    """Graphs with node features and labels, as one DGL graph that is their disjoint union.
+
+    Args:
+        graph: a `dgl.DGLGraph` without self-loops and parallel edges; edges run both ways in an undirected graph.
+        features: ``[nodes, features]``, in torch's default float type.
+        labels: class numbers ``[nodes]``; −1 for nodes without a label.
+        members: the number of each node's graph ``[nodes]``.
+        names: the graphs' names.
+        splits: what the files say of splits: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
+    """
+
+    graph: Any
+    features: Tensor
+    labels: Tensor
+    members: Tensor
+    names: tuple[str, ...]
+    splits: Mapping[str, Mapping[str, Any]]
+
+    @classmethod
+    def of(
+        cls,
+        source: Tensor,
+        destination: Tensor,
+        features: Tensor,
+        labels: Tensor,
+        *,
+        directed: bool = False,
+        name: str = "the graph",
+        splits: Mapping[str, Mapping[str, Any]] | None = None,
+    ) -> GraphData:
+        """One graph from its edges, checked and made simple.
+
+        Args:
+            source: where each edge starts ``[edges]``.
+            destination: where it ends ``[edges]``.
+            features: ``[nodes, features]``.
+            labels: ``[nodes]``, −1 for none.
+            directed: keep the edges' directions; otherwise each is taken both ways.
+            name: how messages call the graph.
+            splits: see `GraphData`.
+
+        Raises:
+            UsageError: features that are not finite, edges to nodes that do not exist, labels that are no class numbers.
+        """
+        nodes = len(features)
+        if features.dim() != 2 or not features.shape[1] or not nodes:
+            raise UsageError(
+                f"The features of {name} have the shape {tuple(features.shape)}; they must be [nodes, features]."
+            )
+        bad = (~torch.isfinite(features)).any(1).nonzero()
+        if len(bad):
+            raise UsageError(
+                f"The features of {name} are not all finite numbers; the first bad row is node {int(bad[0])}."
+            )
+        if labels.shape != (nodes,) or labels.is_floating_point():
+            raise UsageError(
+                f"The labels of {name} must be {nodes} whole numbers, one a node; they have the shape "
+                f"{tuple(labels.shape)} and the type {str(labels.dtype).removeprefix('torch.')}."
+            )
+        labels = labels.long()
+        if int(labels.min()) < -1 or int(labels.max()) >= nodes:
+            wrong = labels[(labels < -1) | (labels >= nodes)][0]
+            raise UsageError(
+                f"The labels of {name} are out of range: {int(wrong)} is no class number (0, 1, … or −1 for no label)."
+            )
+        source, destination = source.long(), destination.long()
+        for end in (source, destination):
+            outside = end[(end < 0) | (end >= nodes)]
+            if len(outside):
+                raise UsageError(
+                    f"An edge of {name} names node {int(outside[0])}, which does not exist: its {nodes} nodes have the "
+                    f"numbers 0 to {nodes - 1}."
+                )
+        if not directed:
+            source, destination = torch.cat([source, destination]), torch.cat([destination, source])
+        # Sorted by destination and unique, without the diagonal.
+        keys = (destination * nodes + source)[source != destination].unique()
+        graph = dgl().graph((keys % nodes, keys // nodes), num_nodes=nodes)
+        return cls(
+            graph,
+            features.to(torch.get_default_dtype()),
+            labels,
+            torch.zeros(nodes, dtype=torch.int64),
+            (name,),
+            splits or {},
+        )
+
+
+def union(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+    """Several graphs with shared labels as one.
+
+    Raises:
+        UsageError: their features differ in number.
+    """
+    widths = {each.names[0]: each.features.shape[1] for each in graphs}
+    if len(set(widths.values())) > 1:
+        listed = ", ".join(f"{name} {width}" for name, width in widths.items())
+        raise UsageError(f"Graphs of one folder must have the same number of features; they have: {listed}.")
+    return GraphData(
+        dgl().batch([each.graph for each in graphs]),
+        torch.cat([each.features for each in graphs]),
+        torch.cat([each.labels for each in graphs]),
+        torch.cat([torch.full_like(each.members, number) for number, each in enumerate(graphs)]),
+        tuple(name for each in graphs for name in each.names),
+        splits,
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ finding the files
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a published dataset is found and how it is brought into the form in which it is used.
+
+    Args:
+        names: paths, relative to a data folder, under which people keep it.
+        url: where it can be downloaded from; None where it cannot.
+        md5: its checksum, where one is known.
+        row_normalised: divide each node's features by their sum, as is usual for bags of words.
+        advice: what to say where it can be neither found nor downloaded.
+    """
+
+    names: tuple[str, ...]
+    url: str | None = None
+    md5: str | None = None
+    row_normalised: bool = False
+    advice: str = ""
+
+
+def locate(name: str, source: Source, data: str | None) -> Path:
+    """The file or folder of a dataset: in `data`, else in ``METAREG_DATA``, else downloaded to the cache.
+
+    Args:
+        name: the dataset's name.
+        source: where to look.
+        data: what the user gave: the file itself, or a folder in which it is.
+
+    Raises:
+        UsageError: it is not where the user said.
+        MetaregError: it cannot be downloaded.
+    """
+    if data is not None:
+        given = Path(data).expanduser()
+        if not given.exists():
+            raise UsageError(f"There is no {given}, where --data says that the data of '{name}' is.")
+        if given.is_file():
+            return given
+        found = _within(given, source)
+        if found is None:
+            raise UsageError(f"{given} does not hold '{name}': none of {', '.join(source.names)} is there.")
+        return found
+    roots = [Path(os.environ["METAREG_DATA"])] if os.environ.get("METAREG_DATA") else []
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "metareg")
+    for root in [*roots, cache]:
+        found = _within(root, source)
+        if found is not None:
+            return found
+    if source.url is None:
+        raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
+    return _downloaded(name, source.url, source.md5, cache / "graphs" / Path(source.url).name)
+
+
+def _within(root: Path, source: Source) -> Path | None:
+    candidates = [root / folder / name for folder in ("", "graphs") for name in source.names]
+    return next((path for path in candidates if path.exists()), None)
+
+
+def _downloaded(name: str, url: str, md5: str | None, path: Path) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
+            shutil.copyfileobj(response, file)
+        found = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
+        if md5 is not None and found != md5:
+            raise MetaregError(
+                f"The download of '{name}' from {url} is damaged or changed: its MD5 is {found}, not {md5}."
+            )
+        partial.replace(path)
+    except (OSError, urllib.error.URLError) as error:
+        reason = getattr(error, "reason", None) or error
+        raise MetaregError(
+            f"'{name}' cannot be downloaded from {url} ({reason}); get the file by other means and name it with --data."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+    return path
+
+
+# -------------------------------------------------------------------------------------------------------- reading them
+
+
+def load(path: Path, *, directed: bool = False, row_normalised: bool = False) -> GraphData:
+    """Read a graph, or a folder of graphs.
+
+    Args:
+        path: an npz with CSR arrays, a graph in DGL's binary format, an OGB folder, a folder with ``edges.csv`` and
+            ``nodes.csv``, or a folder that holds several of these, with ``splits.json`` where there is one.
+        directed: keep the direction of edges.
+        row_normalised: divide each node's features by their sum.
+
+    Raises:
+        UsageError: a file is missing, damaged, or holds something impossible.
+    """
+    data = _read(path, directed)
+    if row_normalised:
+        features = data.features / data.features.sum(1, keepdim=True).clamp(min=1)
+        data = GraphData(data.graph, features, data.labels, data.members, data.names, data.splits)
+    return data
+
+
+def _read(path: Path, directed: bool) -> GraphData:
+    if not path.exists():
+        raise UsageError(f"There is no graph at {path}.")
+    if path.suffix == ".npz":
+        return _from_npz(path, directed)
+    if path.suffix == ".bin":
+        return _from_dgl(path, directed, {})
+    if path.is_dir():
+        return _from_folder(path, directed)
+    raise UsageError(f"{path} is no graph that can be read: it must be .npz, .bin (DGL) or a folder.")
+
+
+def _from_folder(folder: Path, directed: bool) -> GraphData:
+    splits = _splits_file(folder / "splits.json")
+    if (folder / "edges.csv").exists() or (folder / "nodes.csv").exists():
+        return _from_csv(folder, directed, splits)
+    if (folder / "raw" / "edge.csv.gz").exists():
+        return _from_ogb(folder, directed)
+    parts = sorted(
+        each
+        for each in folder.iterdir()
+        if each.suffix in (".npz", ".bin") or (each / "edges.csv").is_file()  # a folder inside
+    )
+    if not parts:
+        raise UsageError(
+            f"{folder} holds no graph: there must be an .npz, a .bin of DGL, or nodes.csv and edges.csv in it or in "
+            "folders inside it."
+        )
+    graphs = [_read(part, directed) for part in parts]
+    if len(graphs) == 1:
+        only = graphs[0]
+        return GraphData(only.graph, only.features, only.labels, only.members, only.names, splits or only.splits)
+    return union(graphs, splits)
+
+
+def _splits_file(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(content, dict) or not content.keys() <= {"classes", "graphs", "nodes"}:
+        raise UsageError(f'{path} must be {{"classes" or "graphs" or "nodes": {{"train": […], …}}}}.')
+    return content
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what goes wrong in reading a file into one sentence."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UsageError(f"There is no {path}.") from None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, csv.Error) as error:
+        text = str(error)
+        if "pickle" in text.lower():
+            text = "it holds pickled objects, which could run code and are not read"
+        elif isinstance(error, KeyError):
+            text = text.strip("'\"")
+        raise UsageError(f"{path} cannot be read as a graph: {text.rstrip('.')}.") from error
+
+
+def _from_npz(path: Path, directed: bool) -> GraphData:
+    """CSR arrays as in gnn-benchmark: ``adj_indptr, adj_indices``, ``attr_*`` (CSR) or ``features``, and ``labels``."""
+    with _reading(path), np.load(path, allow_pickle=False) as file:
+
+        def array(*names: str) -> np.ndarray:
+            for name in names:
+                if name in file:
+                    return np.asarray(file[name])
+            raise KeyError(f"it has no array '{names[0]}'; there are {', '.join(sorted(file.files))}")
+
+        pointers, columns = array("adj_indptr", "indptr"), array("adj_indices", "indices")
+        labels = array("labels")
+        nodes = len(pointers) - 1
+        if "attr_indptr" in file:
+            width = int(array("attr_shape")[1])
+            features = np.zeros((nodes, width), dtype=np.float32)
+            rows = np.repeat(np.arange(nodes), np.diff(array("attr_indptr")))
+            features[rows, array("attr_indices")] = array("attr_data")
+        else:
+            features = array("features", "attr_matrix").astype(np.float32)
+        sources = np.repeat(np.arange(nodes), np.diff(pointers))
+        if len(sources) != len(columns) or len(features) != nodes:
+            raise ValueError("its arrays do not fit together")
+        splits = {
+            "nodes": {
+                split: np.flatnonzero(file[mask]).tolist()
+                for split, mask in (("train", "train_mask"), ("validation", "val_mask"), ("test", "test_mask"))
+                if mask in file
+            }
+        }
+    return GraphData.of(
+        torch.from_numpy(sources),
+        torch.from_numpy(columns.astype(np.int64)),
+        torch.from_numpy(features),
+        torch.from_numpy(labels),
+        directed=directed,
+        name=path.stem,
+        splits=splits if splits["nodes"] else {},
+    )
+
+
+def _from_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+    """DGL's binary format, as `dgl.save_graphs` and DGL's own datasets write it: tensors only, no pickle."""
+    if path.read_bytes()[:1] == b"\x80":
+        raise UsageError(f"{path} is a pickle, which could run code and is not read.")
+    try:
+        graphs, _ = dgl().load_graphs(str(path))
+    except Exception as error:  # whatever DGL's reader makes of a damaged file
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} cannot be read by DGL: {reason}.") from error
+    found = []
+    for number, graph in enumerate(graphs):
+        name = path.stem if len(graphs) == 1 else f"{path.stem}-{number}"
+        nodes = {key: graph.ndata[key] for key in graph.ndata}
+        for kind in ("feat", "label"):
+            if kind not in nodes:
+                raise UsageError(
+                    f"The graph '{name}' of {path} has no node data '{kind}'; it has {', '.join(nodes) or 'none'}."
+                )
+        source, destination = graph.edges()
+        found.append(
+            GraphData.of(
+                source, destination, nodes["feat"], nodes["label"], directed=directed, name=name, splits=splits
+            )
+        )
+    if not found:
+        raise UsageError(f"{path} holds no graph.")
+    return found[0] if len(found) == 1 else union(found, splits)
+
+
+def _from_ogb(folder: Path, directed: bool) -> GraphData:
+    """An unpacked folder of the Open Graph Benchmark's node property prediction, read from its raw CSV files."""
+    raw = folder / "raw"
+    edges, features, labels = (
+        _table(raw / f"{name}.csv.gz", kind)
+        for name, kind in (("edge", np.int64), ("node-feat", np.float32), ("node-label", np.float64))
+    )
+    ends = torch.from_numpy(edges)
+    classes = torch.from_numpy(np.nan_to_num(labels[:, 0], nan=-1).astype(np.int64))
+    return GraphData.of(
+        ends[:, 0], ends[:, 1], torch.from_numpy(features), classes, directed=directed, name=folder.name
+    )
+
+
+def _from_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+    """``nodes.csv`` with the columns id, label and any number of features; ``edges.csv`` with source and destination."""
+    path = folder / "nodes.csv"
+    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.reader(file))
+        header = [column.strip() for column in rows[0]] if rows else []
+        for column in ("id", "label"):
+            if column not in header:
+                raise ValueError(f"its first line must name the column '{column}'; it is {','.join(header)!r}")
+        at_id, at_label = header.index("id"), header.index("label")
+        others = [position for position in range(len(header)) if position not in (at_id, at_label)]
+        numbers = {row[at_id].strip(): number for number, row in enumerate(rows[1:])}
+        if len(numbers) != len(rows) - 1:
+            raise ValueError("an id stands twice")
+        labels = torch.tensor([int(row[at_label].strip() or -1) for row in rows[1:]])
+        features = torch.tensor([[float(row[position]) for position in others] for row in rows[1:]])
+    path = folder / "edges.csv"
+    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.reader(file))[1:]
+        unknown = [end.strip() for line in lines for end in line[:2] if end.strip() not in numbers]
+        if unknown:
+            raise UsageError(f"An edge of {path} names node {unknown[0]}, which does not exist in nodes.csv.")
+        ends = torch.tensor([[numbers[end.strip()] for end in line[:2]] for line in lines]).view(-1, 2)
+    return GraphData.of(ends[:, 0], ends[:, 1], features, labels, directed=directed, name=folder.name, splits=splits)
+
+
+def _table(path: Path, kind: type) -> np.ndarray:
+    with _reading(path), gzip.open(path, "rt", encoding="utf-8") as file:
+        return np.loadtxt(file, delimiter=",", dtype=kind, ndmin=2)

@@ -1,0 +1,183 @@
+"""Graph networks on padded blocks, and any `dgl.nn` module on the DGL graph itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metareg import PluginConfig, TaskSpec, UsageError, hookimpl
+from metareg_graph._dgl import dgl, opaque, twice_differentiable
+
+__all__ = ["GCN", "SGC", "BlockNetwork", "GraphSAGE", "OnGraph"]
+
+
+class GraphModelConfig(PluginConfig):
+    """Options of the graph models."""
+
+    hidden: int = Field(64, ge=1, description="Width of every layer, and number of features.")
+    layers: int = Field(2, ge=1, le=4, description="Layers of propagation.")
+
+
+class _GraphModel:
+    Config = GraphModelConfig
+    inputs: Literal["gcn", "sgc", "mean"]
+
+    def __init__(self, config: GraphModelConfig) -> None:
+        self.config = config
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """What the task must prepare for this model."""
+        return {"inputs": self.inputs, "hops": self.config.layers}
+
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        return BlockNetwork(self.inputs, spec, self.config.hidden, self.config.layers)
+
+
+class GCN(_GraphModel):
+    """Graph convolutions H ← ReLU(Â H W + b), then a linear head.
+
+    Reference:
+        Kipf and Welling, Semi-Supervised Classification with Graph Convolutional Networks, ICLR 2017, arXiv 1609.02907
+        (there the last convolution gives the classes; here a head does, on its features).
+    """
+
+    inputs = "gcn"
+
+
+class SGC(_GraphModel):
+    """Features smoothed by Â^layers once, then one layer ReLU(X W + b) and a linear head, as in Meta-GNN.
+
+    References:
+        Wu et al., Simplifying Graph Convolutional Networks, ICML 2019, arXiv 1902.07153;
+        Zhou et al., Meta-GNN: On Few-shot Node Classification in Graph Meta-learning, CIKM 2019, arXiv 1905.09718.
+    """
+
+    inputs = "sgc"
+
+
+class GraphSAGE(_GraphModel):
+    """Layers H ← ReLU([H ‖ mean of the neighbours' H] W + b), then a linear head.
+
+    Reference:
+        Hamilton, Ying and Leskovec, Inductive Representation Learning on Large Graphs, NeurIPS 2017, arXiv 1706.02216
+        (the mean aggregator, without the normalisation of each layer's outputs).
+    """
+
+    inputs = "mean"
+
+
+class BlockNetwork(nn.Module):
+    """Inputs of the kind that `metareg_graph.Inputs` describes → features ``[examples, hidden]`` → ``[examples, ways]``.
+
+    Args:
+        inputs: ``"gcn"``, ``"sgc"`` or ``"mean"``.
+        spec: a node's features and the classes of a task.
+        hidden: width of every layer.
+        layers: how many.
+    """
+
+    def __init__(self, inputs: str, spec: TaskSpec, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.body = _Blocks(inputs, spec.input_shape[0], hidden, layers)
+        self.head = nn.Linear(hidden, spec.output_shape[0])
+
+    def forward(self, x: Any) -> Tensor:
+        outputs: Tensor = self.head(self.body(x))
+        return outputs
+
+
+class _Blocks(nn.Module):
+    def __init__(self, inputs: str, features: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        self.inputs, self.depth = inputs, layers
+        copies = 2 if inputs == "mean" else 1  # a node's own and its neighbours'
+        widths = [features, *[hidden] * (1 if inputs == "sgc" else layers)]
+        linear = [nn.Linear(copies * before, after) for before, after in pairwise(widths)]
+        self.layers = nn.ModuleList(linear)
+        for layer in linear:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: Any) -> Tensor:
+        rows, blocks = self._unpacked(x)
+        first, *others = self.layers
+        hidden: Tensor = first(rows).relu()
+        for layer, block in zip(others, blocks, strict=True):
+            near = block @ hidden
+            if self.inputs == "mean":
+                near = torch.cat([hidden[: near.shape[0]], near], 1)
+            hidden = layer(near).relu()
+        return hidden
+
+    def _unpacked(self, x: Any) -> tuple[Tensor, list[Tensor]]:
+        if isinstance(x, Tensor):
+            rows, blocks = x, []
+        elif isinstance(x, dict) and "blocks" in x:
+            rows, blocks = x["x"], x["blocks"]
+        else:
+            raise UsageError(f"This model needs tasks with inputs='{self.inputs}' and hops={self.depth}.")
+        width = self.layers[0].in_features
+        if rows.shape[-1] != width or len(blocks) != len(self.layers) - 1:
+            raise UsageError(
+                f"This model needs tasks with inputs='{self.inputs}' and hops={self.depth}, whose rows have {width} "
+                f"numbers; these have {rows.shape[-1]} and {len(blocks)} blocks."
+            )
+        return rows, blocks
+
+
+class OnGraph(nn.Module):
+    """Any module built of `dgl.nn` layers, run on the DGL graph itself, with a head on the features of a task's nodes.
+
+    It takes the tasks' inputs of the kind ``"nodes"``, task after task (``strategy="serial"``), and differentiates as
+    often as wanted, attention layers included.
+
+    Args:
+        body: ``body(graph, features) -> [nodes, hidden]`` with ``features`` ``[nodes, features]``.
+        head: on ``[examples, hidden]``.
+        self_loops: give every node a loop, as `dgl.nn.GraphConv` and the attention layers want it.
+
+    Example:
+        >>> model = OnGraph(MyGAT(task.spec.input_shape[0], 64), nn.Linear(64, 2))
+        >>> MetaLearner(model, algo="maml", inner_lr=0.1).fit(Cora(Cora.Config(inputs="nodes")), steps=100)
+    """
+
+    def __init__(self, body: nn.Module, head: nn.Module, *, self_loops: bool = True) -> None:
+        super().__init__()
+        self.body = _OnGraphBody(body, self_loops)
+        self.head = head
+
+    def forward(self, x: Any) -> Tensor:
+        outputs: Tensor = self.head(self.body(x))
+        return outputs
+
+
+class _OnGraphBody(nn.Module):
+    def __init__(self, module: nn.Module, self_loops: bool) -> None:
+        super().__init__()
+        self.module, self.self_loops = module, self_loops
+
+    def forward(self, x: Any) -> Tensor:
+        if not isinstance(x, dict) or "edges" not in x:
+            raise UsageError("A module on the DGL graph itself needs tasks with inputs='nodes'.")
+        # Inside functional_call these are the parameters that were passed, no longer the module's own.
+        names, parameters = zip(*self.module.named_parameters(), strict=True)
+        return opaque(self._run(names), x["edges"], x["features"], x["nodes"], *parameters)
+
+    def _run(self, names: tuple[str, ...]) -> Callable[..., Tensor]:
+        def run(edges: Tensor, features: Tensor, nodes: Tensor, *parameters: Tensor) -> Tensor:
+            graph = dgl().graph((edges[0], edges[1]), num_nodes=len(features))
+            if self.self_loops:
+                graph = dgl().add_self_loop(graph)
+            with twice_differentiable():
+                out: Tensor = functional_call(self.module, dict(zip(names, parameters, strict=True)), (graph, features))
+            return out[nodes]
+
+        return run

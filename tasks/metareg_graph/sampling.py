@@ -1,0 +1,358 @@
+"""From a graph to episodes: which classes and nodes a task has, and the padded dense blocks around them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metareg import Episodes, UsageError, task_uniform
+from metareg_graph._dgl import dgl
+from metareg_graph.data import GraphData
+
+__all__ = ["Inputs", "Pools", "Seeds"]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The labelled nodes of some tasks: numbers ``[tasks, ways · shots]`` and ``[tasks, ways · query]``, class by class."""
+
+    support: np.ndarray
+    query: np.ndarray
+
+
+class Pools:
+    """The nodes that the tasks of a split are drawn from: those of each class, in each graph.
+
+    Args:
+        groups: for each graph, the nodes of each class that counts in this split.
+        where: how messages call the split.
+        ways: classes of a task.
+        shots: support nodes of each class.
+        query: query nodes of each class.
+        shared_labels: a task's classes stand in their own order, not in a drawn one.
+
+    Raises:
+        UsageError: there are too few classes, or too few nodes in one.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Mapping[int, np.ndarray]],
+        where: str,
+        ways: int,
+        shots: int,
+        query: int,
+        *,
+        shared_labels: bool = False,
+    ) -> None:
+        self.ways, self.shots, self.query, self.shared_labels = ways, shots, query, shared_labels
+        for group in groups:
+            for label, nodes in group.items():
+                if len(nodes) < shots + query:
+                    raise UsageError(
+                        f"Class {label} has {len(nodes)} nodes in {where}; {shots} support and {query} query nodes need "
+                        f"{shots + query}. Lower --shots or --query."
+                    )
+            if len(group) < ways:
+                listed = ", ".join(str(label) for label in group) or "none"
+                raise UsageError(
+                    f"A task of {ways} classes needs as many in {where}; there are {len(group)}: {listed}."
+                )
+        self._classes = np.array([len(group) for group in groups])
+        self._first_pool = np.cumsum(self._classes) - self._classes
+        pools = [nodes for group in groups for nodes in group.values()]
+        self._sizes = np.array([len(nodes) for nodes in pools])
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self.nodes = np.concatenate(pools)
+        """All nodes that can be in a task."""
+
+    def draw(self, split: str, indices: Sequence[int], seed: int) -> Seeds:
+        """The nodes of tasks, each a function of (seed, split, task number) alone."""
+        tasks, each = len(indices), self.shots + self.query
+        most = int(self._classes.max())
+        u = task_uniform(seed, split, indices, 1 + most + 2 * self.ways * each, "nodes")
+        group = (u[:, 0] * len(self._classes)).astype(np.int64)
+        absent = np.arange(most) >= self._classes[group][:, None]
+        classes = np.argsort(np.where(absent, 2.0, u[:, 1 : 1 + most]), axis=1)[:, : self.ways]
+        if self.shared_labels:
+            classes = np.sort(classes, axis=1)
+        pool = (self._first_pool[group][:, None] + classes).reshape(-1)
+        picks, order = u[:, 1 + most :].reshape(tasks * self.ways, 2, each).transpose(1, 0, 2)
+        chosen = np.take_along_axis(_distinct(picks, self._sizes[pool]), np.argsort(order, axis=1), axis=1)
+        nodes = self.nodes[self._starts[pool][:, None] + chosen].reshape(tasks, self.ways, each)
+        return Seeds(nodes[:, :, : self.shots].reshape(tasks, -1), nodes[:, :, self.shots :].reshape(tasks, -1))
+
+
+def _distinct(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """A uniformly drawn set of ``u.shape[1]`` different numbers below ``sizes[row]`` for each row of uniform numbers.
+
+    Floyd's algorithm (Bentley and Floyd, A sample of brilliance, CACM 1987): no work or memory grows with the sizes.
+    """
+    chosen = np.full(u.shape, -1, dtype=np.int64)
+    for position in range(u.shape[1]):
+        last = sizes - u.shape[1] + position
+        drawn = (u[:, position] * (last + 1)).astype(np.int64)
+        taken = (chosen == drawn[:, None]).any(1)
+        chosen[:, position] = np.where(taken, last, drawn)
+    return chosen
+
+
+# ------------------------------------------------------------------------------------------------------------------ blocks
+
+
+class Uniform(Protocol):
+    """A task's random numbers in [0, 1), a function of the task alone ``[tasks, count]``."""
+
+    def __call__(self, count: int, label: str) -> np.ndarray: ...
+
+
+class Inputs:
+    """What a model gets of a graph, as tensors that stack over tasks.
+
+    ===========  =========================================================================================================
+    ``gcn``      ``{"x": [tasks, rows, features], "blocks": [[tasks, examples, rows], …]}``: features after the first
+                 propagation Â X, which depends on no parameter, and for each further layer the rows of Â that a task needs
+    ``sgc``      ``[tasks, examples, features]``: features after `hops` propagations
+    ``mean``     as ``gcn``, with x = [X ‖ mean of the neighbours' X] and blocks that average over neighbours; a layer's
+                 outputs are for the first rows of its inputs
+    ``nodes``    ``{"edges": [tasks, 2, edges], "features": [tasks, nodes, features], "nodes": [tasks, examples]}``: the
+                 graphs whole, for modules that run on them
+    ===========  =========================================================================================================
+
+    Â = D^−½ (A + I) D^−½ with the degrees of the whole graph, as `dgl.nn.GraphConv` has it on a graph with self-loops.
+
+    Rows are padded to one of a few sizes, so that a training meets few shapes. Padding meets zero columns of the blocks
+    and changes no result; tasks whose sizes differ so much that it would more than double the rows come in stacks of
+    their own.
+
+    Args:
+        data: the graph.
+        kind: one of the above.
+        hops: layers of propagation.
+        fanout: at most so many neighbours of a node in a block, drawn anew for each task; all for None. The weights of
+            those that are drawn make up for the others, so that sums are right on average.
+        degree: the mean number of neighbours, where it is known beforehand.
+    """
+
+    def __init__(
+        self, data: GraphData, kind: str, hops: int, fanout: int | None = None, degree: float | None = None
+    ) -> None:
+        self.data, self.kind, self.hops, self.fanout = data, kind, hops, fanout
+        self._near = _Neighbourhoods(data, loops=kind != "mean")
+        self._usual = 1 + (data.graph.num_edges() / data.graph.num_nodes() if degree is None else degree)
+        self._most = int(torch.bincount(data.members).max())
+
+    @cached_property
+    def table(self) -> Tensor:
+        """Each node's features before the first layer that has parameters ``[nodes, …]``."""
+        x = self.data.features
+        if self.kind == "mean":
+            return torch.cat([x, self._near.propagated(x)], 1)
+        for _ in range(self.hops if self.kind == "sgc" else 1):
+            x = self._near.propagated(x)
+        return x
+
+    def episodes(self, seeds: Seeds, targets: tuple[Tensor, Tensor], uniform: Uniform) -> list[Episodes]:
+        """The tasks as stacks of equal shapes, most often one.
+
+        Args:
+            seeds: the tasks' nodes.
+            targets: their classes within the task, ``[tasks, support]`` and ``[tasks, query]``.
+            uniform: the tasks' random numbers.
+        """
+        if self.kind == "nodes":
+            return [Episodes(self._whole(seeds.support), targets[0], self._whole(seeds.query), targets[1])]
+        if self.kind == "sgc":
+            support, query = (self.table[torch.from_numpy(nodes)] for nodes in (seeds.support, seeds.query))
+            return [Episodes(support, targets[0], query, targets[1])]
+        parts = [self._layers(nodes, uniform, label) for nodes, label in ((seeds.support, "s"), (seeds.query, "q"))]
+        sizes = np.stack([layer.counts for layers in parts for layer in layers], 1).reshape(len(seeds.support), -1)
+        floors = [self._floor(layer) if not depth else 0 for layers in parts for depth, layer in enumerate(layers)]
+        stacks = []
+        for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most):
+            split = len(parts[0])
+            support_x = self._dense(seeds.support, parts[0], tasks, capacities[:split])
+            query_x = self._dense(seeds.query, parts[1], tasks, capacities[split:])
+            stacks.append(Episodes(support_x, targets[0][tasks], query_x, targets[1][tasks]))
+        return stacks
+
+    def _layers(self, seeds: np.ndarray, uniform: Uniform, label: str) -> list[_Layer]:
+        """From the last layer of the model to its second: the edges into the nodes that the layer after it needs."""
+        tasks, each = seeds.shape
+        node, task, row = seeds.reshape(-1), np.repeat(np.arange(tasks), each), np.tile(np.arange(each), tasks)
+        layers = []
+        for depth in range(self.hops - 1):
+            layer = self._near.into(node, task, row, tasks, self.fanout, partial(uniform, label=f"{label}{depth}"))
+            layers.append(layer)
+            node, task, row = layer.node, layer.node_task, layer.node_column
+        return layers
+
+    def _floor(self, layer: _Layer) -> int:
+        """A size that holds most tasks, at less than twice the mean."""
+        examples = layer.rows // len(layer.counts)
+        return min(4 * math.ceil(1.6 * examples * self._usual / 4), self._most)
+
+    def _dense(
+        self, seeds: np.ndarray, layers: list[_Layer], tasks: np.ndarray, capacities: np.ndarray
+    ) -> dict[str, Any]:
+        """The blocks and input rows of some tasks, padded to `capacities`, in the order in which a model uses them."""
+        place = np.full(len(seeds), -1)
+        place[tasks] = np.arange(len(tasks))
+        blocks, rows, nodes = [], seeds.shape[1], seeds[tasks]
+        for layer, capacity in zip(layers, capacities.tolist(), strict=True):
+            block = np.zeros((len(tasks), rows, capacity), dtype=self._near.dtype)
+            at = place[layer.task]
+            here = at >= 0
+            block[at[here], layer.row[here], layer.column[here]] = layer.weight[here]
+            blocks.append(torch.from_numpy(block))
+            nodes = np.zeros((len(tasks), capacity), dtype=np.int64)
+            at = place[layer.node_task]
+            here = at >= 0
+            nodes[at[here], layer.node_column[here]] = layer.node[here]
+            rows = capacity
+        x = self.table.index_select(0, torch.from_numpy(nodes.reshape(-1))).view(*nodes.shape, -1)
+        return {"x": x, "blocks": blocks[::-1]}
+
+    def _whole(self, nodes: np.ndarray) -> dict[str, Tensor]:
+        """Views of the whole graph, the same for every task."""
+        edges, features = torch.stack(self.data.graph.edges()), self.data.features
+        return {
+            "edges": edges.expand(len(nodes), *edges.shape),
+            "features": features.expand(len(nodes), *features.shape),
+            "nodes": torch.from_numpy(nodes),
+        }
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """The edges of one layer for some tasks: row ← column with a weight, numbered within the task."""
+
+    task: np.ndarray
+    row: np.ndarray
+    column: np.ndarray
+    weight: np.ndarray
+    rows: int
+    """How many rows all tasks have together."""
+    counts: np.ndarray
+    """How many columns each task has."""
+    node: np.ndarray
+    """The node that each column stands for, with its task and column."""
+    node_task: np.ndarray
+    node_column: np.ndarray
+
+
+class _Neighbourhoods:
+    """The edges into nodes, from the CSC arrays of a DGL graph, with the weights of a propagation.
+
+    Args:
+        data: the graph.
+        loops: weights of D^−½ (A + I) D^−½; otherwise of the mean over neighbours.
+    """
+
+    def __init__(self, data: GraphData, *, loops: bool) -> None:
+        self.graph = dgl().add_self_loop(data.graph) if loops else data.graph
+        pointers, sources, _ = self.graph.adj_tensors("csc")
+        self._pointers, self._sources = pointers.numpy(), sources.numpy()
+        into = self.graph.in_degrees().to(data.features.dtype).clamp(min=1)
+        out_of = self.graph.out_degrees().to(data.features.dtype).clamp(min=1)
+        self._to = into.rsqrt() if loops else 1 / into
+        self._from = out_of.rsqrt() if loops else torch.ones_like(out_of)
+        self.dtype = self._to.numpy().dtype
+
+    def propagated(self, x: Tensor) -> Tensor:
+        """The weighted sum over each node's neighbours ``[nodes, features]``."""
+        result: Tensor = dgl().ops.copy_u_sum(self.graph, x * self._from[:, None]) * self._to[:, None]
+        return result
+
+    def into(
+        self,
+        node: np.ndarray,
+        task: np.ndarray,
+        row: np.ndarray,
+        tasks: int,
+        fanout: int | None,
+        uniform: Callable[[int], np.ndarray],
+    ) -> _Layer:
+        """The edges into the nodes `node`, each in one task; a task's own nodes are its first columns, in their order."""
+        degree = self._pointers[node + 1] - self._pointers[node]
+        owner = np.repeat(np.arange(len(node)), degree)
+        within = np.arange(len(owner)) - np.repeat(np.cumsum(degree) - degree, degree)
+        source = self._sources[self._pointers[node][owner] + within]
+        weight = self._to.numpy()[node][owner] * self._from.numpy()[source]
+        if fanout is not None and (degree > fanout).any():
+            keep, scale = _thinned(owner, source == node[owner], task[owner], fanout, uniform)
+            owner, source, weight = owner[keep], source[keep], (weight * scale)[keep]
+        # The tasks' nodes side by side: every (task, node) has a number of its own.
+        base = len(self._pointers)
+        rows_key, source_key = task * base + node, task[owner] * base + source
+        keys, at = np.unique(np.concatenate([rows_key, source_key]), return_inverse=True)
+        row_of = np.full(len(keys), -1)
+        row_of[at[: len(node)]] = row
+        is_row, task_of = row_of >= 0, keys // base
+        rows_of_task = np.bincount(task, minlength=tasks)
+        others = np.cumsum(~is_row)
+        before = np.concatenate([[0], others])[np.searchsorted(task_of, np.arange(tasks))]
+        column_of = np.where(is_row, row_of, rows_of_task[task_of] + others - 1 - before[task_of])
+        return _Layer(
+            task=task[owner],
+            row=row[owner],
+            column=column_of[at[len(node) :]],
+            weight=weight,
+            rows=len(node),
+            counts=np.bincount(task_of, minlength=tasks),
+            node=keys % base,
+            node_task=task_of,
+            node_column=column_of,
+        )
+
+
+def _thinned(
+    owner: np.ndarray, loop: np.ndarray, task: np.ndarray, fanout: int, uniform: Callable[[int], np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which edges stay, `fanout` of each owner beside its self-loop, and by what their weights grow."""
+    per_task = np.bincount(task)
+    within = np.arange(len(task)) - (np.cumsum(per_task) - per_task)[task]
+    priority = np.where(loop, -1.0, uniform(int(per_task.max()))[task, within])
+    order = np.lexsort((priority, owner))
+    rank = np.empty(len(owner), dtype=np.int64)
+    degree = np.bincount(owner)
+    rank[order] = np.arange(len(owner)) - (np.cumsum(degree) - degree)[owner[order]]
+    loops = np.bincount(owner[loop], minlength=len(degree))
+    others = degree - loops
+    scale = np.where(loop, 1.0, np.maximum(1.0, others / fanout)[owner])
+    return rank < fanout + loops[owner], scale
+
+
+def _stacks(sizes: np.ndarray, floors: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Groups of tasks that are padded together, and what to.
+
+    Args:
+        sizes: what each task needs ``[tasks, parts]``.
+        floors: the least size of each part.
+        most: what no task can exceed.
+    """
+    tasks = np.arange(len(sizes))
+    together = _capacities(sizes.max(0, initial=0), floors, most)
+    if len(tasks) * together.sum() <= 2 * sizes.sum():
+        return [(tasks, together)]
+    own = np.stack([_capacities(each, floors, most) for each in sizes])
+    kinds, which = np.unique(own, axis=0, return_inverse=True)
+    return [(tasks[which.reshape(-1) == number], kind) for number, kind in enumerate(kinds)]
+
+
+def _capacities(needed: np.ndarray, floors: np.ndarray, most: int) -> np.ndarray:
+    """The next of a few sizes for each part, each half again as large as the one before."""
+    found = []
+    for need, floor in zip(needed.tolist(), floors.tolist(), strict=True):
+        capacity = max(floor, 8)
+        while capacity < need:
+            capacity = 4 * math.ceil(1.5 * capacity / 4)
+        found.append(min(capacity, max(most, 1)))
+    return np.array(found, dtype=np.int64)

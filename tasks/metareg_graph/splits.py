@@ -1,0 +1,185 @@
+"""What is kept apart between training, validation and test: classes, graphs or nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from metareg import UsageError, derive_seed
+from metareg_graph.data import GraphData
+
+__all__ = ["SPLITS", "ClassSplit", "groups_of"]
+
+Group = dict[int, np.ndarray]
+_NAMES = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class ClassSplit:
+    """Disjoint classes: how many for training, validation and test, drawn for each seed; or which, fixed."""
+
+    counts: tuple[int, int, int] | None = None
+    fixed: Mapping[str, Sequence[int]] | None = None
+
+
+_CORA_FULL = {
+    "train": [3, 8, 17, 20, 21, 24, 25, 26, 28, 32, 35, 36, 37, 38, 40, 42, 44, 47, 52, 55, 57, 62, 63, 67, 69],
+    "validation": [2, 51, 48, 27, 13, 54, 46, 64, 16, 68, 6, 31, 60, 33, 65, 43, 23, 19, 18, 34],
+    "test": [56, 14, 0, 11, 4, 10, 12, 49, 22, 15, 1, 59, 50, 58, 61, 41, 39, 30, 53, 29, 9, 5, 66, 45, 7],
+}
+_COAUTHOR_CS = {"train": [1, 4, 8, 9, 10], "validation": [2, 3, 7, 11, 14], "test": [0, 5, 6, 12, 13]}
+
+SPLITS: Mapping[str, ClassSplit | str] = {
+    "cora": ClassSplit((3, 2, 2)),
+    "citeseer": ClassSplit((2, 2, 2)),
+    "pubmed": "nodes",
+    "cora-full": ClassSplit(fixed=_CORA_FULL),
+    "coauthor-cs": ClassSplit(fixed=_COAUTHOR_CS),
+    "amazon-computer": ClassSplit((4, 3, 3)),
+    "ogbn-arxiv": ClassSplit((20, 10, 10)),
+}
+"""Counts: Tan et al., Transductive Linear Probing, LoG 2022 (TLP-FSNC), which draws the classes anew for each repeat.
+Fixed: Wang et al., Task-Adaptive Few-shot Node Classification, KDD 2022 (TENT), and its follower TEG (Kim et al., 2023)."""
+
+
+def groups_of(
+    data: GraphData, rule: ClassSplit | str, split: str, seed: int, ways: int, each: int
+) -> tuple[list[Group], bool]:
+    """The nodes of each class, in each graph, that belong to a split.
+
+    Args:
+        data: the graphs.
+        rule: a class split, or ``"auto"``, ``"classes"``, ``"nodes"`` or ``"graphs"``.
+        split: ``"train"``, ``"validation"`` or ``"test"``.
+        seed: draws what no rule fixes.
+        ways: classes that a task needs.
+        each: nodes of a class that a task needs.
+
+    Returns:
+        The groups, and whether the splits share their labels, so that a class keeps its number from task to task.
+
+    Raises:
+        UsageError: the split cannot be made, or names what is not there.
+    """
+    if split not in _NAMES:
+        raise UsageError(f"A graph task has the splits {', '.join(_NAMES)}; there is no '{split}'.")
+    labels = data.labels.numpy()
+    present = [label for label in np.unique(labels).tolist() if label >= 0]
+    if isinstance(rule, str):
+        kind = _kind(data, rule, present, ways)
+        given = data.splits.get(kind)
+        if kind == "graphs":
+            return _by_graphs(data, given, split, seed, ways, each), True
+        if kind == "nodes":
+            return [_by_nodes(labels, present, given, split, seed)], True
+        rule = ClassSplit(fixed=given) if given is not None else ClassSplit(_counts(len(present), ways))
+    classes = _drawn(rule.counts, present, seed) if rule.counts is not None else _fixed(rule.fixed or {}, present)
+    return [{label: np.flatnonzero(labels == label) for label in classes[split]}], False
+
+
+def _kind(data: GraphData, rule: str, present: Sequence[int], ways: int) -> str:
+    if rule != "auto":
+        return rule
+    if data.splits:
+        return next(iter(data.splits))
+    if len(data.names) > 2:
+        return "graphs"
+    return "classes" if len(present) >= 3 * ways else "nodes"
+
+
+def _counts(classes: int, ways: int) -> tuple[int, int, int]:
+    """A quarter of the classes each for validation and test, and enough for a task."""
+    held = max(ways, classes // 4)
+    if classes < 2 * held + ways:
+        raise UsageError(
+            f"The graph has {classes} classes; keeping classes apart takes {3 * ways} for {ways}-way tasks. Set split=nodes "
+            "to share them, or lower --ways."
+        )
+    return classes - 2 * held, held, held
+
+
+def _drawn(counts: tuple[int, int, int], present: Sequence[int], seed: int) -> dict[str, list[int]]:
+    if sum(counts) != len(present):
+        raise UsageError(
+            f"The split {' / '.join(map(str, counts))} needs {sum(counts)} classes; the graph has {len(present)}. Say which "
+            "classes are for what with classes={train: […], validation: […], test: […]}."
+        )
+    order = [present[position] for position in _permutation(len(present), seed, "classes")]
+    first, second = counts[0], counts[0] + counts[1]
+    return {"train": order[:first], "validation": order[first:second], "test": order[second:]}
+
+
+def _fixed(given: Mapping[str, Any], present: Sequence[int]) -> dict[str, list[int]]:
+    _complete(given, "classes")
+    seen: set[int] = set()
+    for split in _NAMES:
+        for label in given[split]:
+            if label not in present:
+                raise UsageError(f"The {split} split names class {label}, which no node has; there are {present}.")
+            if label in seen:
+                raise UsageError(f"Class {label} stands in more than one split; they must be disjoint.")
+            seen.add(label)
+    return {split: list(given[split]) for split in _NAMES}
+
+
+def _by_graphs(
+    data: GraphData, given: Mapping[str, Any] | None, split: str, seed: int, ways: int, each: int
+) -> list[Group]:
+    names = list(data.names)
+    if given is None:
+        held = max(1, len(names) // 5)
+        if len(names) < 3:
+            raise UsageError(f"Keeping graphs apart takes three or more; there are {len(names)}: {', '.join(names)}.")
+        order = [names[position] for position in _permutation(len(names), seed, "graphs")]
+        given = {"train": order[2 * held :], "validation": order[:held], "test": order[held : 2 * held]}
+    _complete(given, "graphs")
+    groups = []
+    for name in given[split]:
+        if name not in names:
+            there = ", ".join(names)
+            raise UsageError(f"The {split} split names the graph '{name}', which is not there; there are {there}.")
+        inside = data.members.numpy() == names.index(name)
+        labels = np.where(inside, data.labels.numpy(), -1)
+        found = {label: np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]).tolist()}
+        enough = {label: nodes for label, nodes in found.items() if len(nodes) >= each}
+        if len(enough) < ways:
+            raise UsageError(
+                f"The graph '{name}' has {len(enough)} classes of {each} nodes or more, which a task needs of each of its "
+                f"{ways} classes."
+            )
+        groups.append(enough)
+    return groups
+
+
+def _by_nodes(
+    labels: np.ndarray, present: Sequence[int], given: Mapping[str, Any] | None, split: str, seed: int
+) -> Group:
+    if given is not None:
+        _complete(given, "nodes")
+        chosen = np.asarray(given[split], dtype=np.int64)
+        if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(labels)):
+            raise UsageError(
+                f"The {split} split names nodes that do not exist; their numbers are 0 to {len(labels) - 1}."
+            )
+        return {label: chosen[labels[chosen] == label] for label in present if (labels[chosen] == label).any()}
+    group = {}
+    for label in present:
+        nodes = np.flatnonzero(labels == label)
+        nodes = nodes[_permutation(len(nodes), seed, "nodes", label)]
+        first, second = round(0.6 * len(nodes)), round(0.8 * len(nodes))
+        group[label] = {"train": nodes[:first], "validation": nodes[first:second], "test": nodes[second:]}[split]
+    return group
+
+
+def _complete(given: Mapping[str, Any], kind: str) -> None:
+    if given.keys() != set(_NAMES) or not all(isinstance(given[split], Sequence) for split in _NAMES):
+        raise UsageError(f"A split of {kind} needs the lists {', '.join(_NAMES)}; it has {', '.join(given) or 'none'}.")
+
+
+def _permutation(count: int, seed: int, *labels: str | int) -> list[int]:
+    generator = torch.Generator().manual_seed(derive_seed(seed, "graph split", *labels))
+    return torch.randperm(count, generator=generator).tolist()

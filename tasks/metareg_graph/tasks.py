@@ -1,0 +1,419 @@
+"""The graph tasks: few-shot node classification on published, generated and the user's own graphs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from pydantic import Field
+
+from metareg import Episodes, MetaLearner, PluginConfig, Task, TaskSpec, UsageError, derive_seed, hookimpl, task_uniform
+from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, load, locate
+from metareg_graph.figures import confusion, features_in_two_dimensions
+from metareg_graph.sampling import Inputs, Pools, Seeds
+from metareg_graph.splits import SPLITS, ClassSplit, groups_of
+
+__all__ = [
+    "CSBM", "AmazonComputer", "CiteSeer", "CoauthorCS", "Cora", "CoraFull", "GraphFolder", "OgbnArxiv", "PubMed",
+]  # fmt: skip
+
+_MODELS = {"gcn": "gcn", "sgc": "sgc", "mean": "graphsage", "nodes": None}
+
+
+class GraphTaskConfig(PluginConfig):
+    """Options of every graph task."""
+
+    ways: int = Field(2, ge=2, description="Classes of a task.")
+    shots: int = Field(3, ge=1, description="Support nodes of each class.")
+    query: int = Field(10, ge=1, description="Query nodes of each class.")
+    inputs: Literal["gcn", "sgc", "mean", "nodes"] = Field(
+        "gcn",
+        description="What the model gets of the graph; the shipped models set it. 'nodes' is the whole DGL graph.",
+    )
+    hops: int = Field(2, ge=1, description="Layers of propagation; the shipped models set it.")
+    fanout: int | None = Field(
+        None, ge=1, description="At most so many neighbours of a node in a layer, drawn for each task; unset, all."
+    )
+
+
+class FileConfig(GraphTaskConfig):
+    """Options of tasks on a graph from files."""
+
+    data: str | None = Field(
+        None,
+        description="The graph's file, or the folder that it is in; unset, METAREG_DATA, then a download to the cache.",
+    )
+    classes: dict[Literal["train", "validation", "test"], list[int]] | None = Field(
+        None, description="The classes of each split, instead of the dataset's own rule."
+    )
+
+
+class _GraphTask(Task):
+    """Tasks of a few labelled nodes."""
+
+    loss = "cross_entropy"
+    recommended: ClassVar[Mapping[str, Any]] = {
+        "steps": 300,
+        "meta_batch": 8,
+        "inner_steps": 5,
+        "inner_lr": 0.1,
+        "outer_lr": 3e-3,
+        "hidden": 32,
+        "eval_tasks": 100,
+        "test_tasks": 300,
+        "log_every": 10,
+    }
+    config: GraphTaskConfig
+
+    @property
+    def default_model(self) -> str | None:  # type: ignore[override]
+        """The shipped model that takes these inputs; none on the DGL graph itself."""
+        return _MODELS[self.config.inputs]
+
+    @property
+    def stackable(self) -> bool:  # type: ignore[override]
+        """Modules on the DGL graph itself run task after task."""
+        return self.config.inputs != "nodes"
+
+    def _targets(self, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        config, classes = self.config, torch.arange(self.config.ways)
+        return (
+            classes.repeat_interleave(config.shots).expand(tasks, -1),
+            classes.repeat_interleave(config.query).expand(tasks, -1),
+        )
+
+    @hookimpl
+    def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
+        """Which classes are taken for which, and the adapted features of some test tasks in two dimensions."""
+        tasks = self._pictured(seed)
+        return {"confusion": confusion(learner, tasks), "features": features_in_two_dimensions(learner, tasks[:4])}
+
+    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+        """Some test tasks, each with the names of its classes in their order."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------- graphs from files
+
+
+class _FileTask(_GraphTask):
+    """Tasks on a graph from files; a subclass says where it is found and how it is split."""
+
+    Config = FileConfig
+    config: FileConfig
+    name: ClassVar[str]
+    source: ClassVar[Source]
+
+    def __init__(self, config: FileConfig) -> None:
+        self.config = config
+        self._pools: dict[tuple[str, int], Pools] = {}
+
+    @property
+    def data(self) -> GraphData:
+        """The graph, read on first use."""
+        return self._inputs.data
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((self.data.features.shape[1],), (self.config.ways,))
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
+        seeds = self._pool(split, seed).draw(split, indices, seed)
+        return self._inputs.episodes(
+            seeds,
+            self._targets(len(indices)),
+            lambda count, label: task_uniform(seed, split, indices, count, label),
+        )
+
+    @property
+    def _inputs(self) -> Inputs:
+        config = self.config
+        path = self._path()
+        return _prepared(
+            path, _stamp(path), torch.get_default_dtype(), self._directed(), self.source.row_normalised, config.inputs,
+            config.hops, config.fanout,
+        )  # fmt: skip
+
+    def _path(self) -> Path:
+        return locate(self.name, self.source, self.config.data)
+
+    def _directed(self) -> bool:
+        return False
+
+    def _rule(self) -> ClassSplit | str:
+        return SPLITS[self.name]
+
+    def _pool(self, split: str, seed: int) -> Pools:
+        if (split, seed) not in self._pools:
+            config, rule = self.config, self._rule()
+            if config.classes is not None:
+                rule = ClassSplit(fixed={str(name): labels for name, labels in config.classes.items()})
+            groups, shared = groups_of(self.data, rule, split, seed, config.ways, config.shots + config.query)
+            where = f"the {split} split of '{self.name}'"
+            self._pools[split, seed] = Pools(
+                groups, where, config.ways, config.shots, config.query, shared_labels=shared
+            )
+        return self._pools[split, seed]
+
+    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+        return [
+            (
+                self.episodes("test", [number], seed)[0],
+                [
+                    str(int(self.data.labels[node]))
+                    for node in self._pool("test", seed).draw("test", [number], seed).query[0][:: self.config.query]
+                ],
+            )
+            for number in range(40)
+        ]
+
+
+@lru_cache(maxsize=2)
+def _prepared(
+    path: Path,
+    stamp: int,  # noqa: ARG001 - a changed file is another key
+    dtype: torch.dtype,  # noqa: ARG001 - as the tables are in torch's default type
+    directed: bool,
+    row_normalised: bool,
+    kind: str,
+    hops: int,
+    fanout: int | None,
+) -> Inputs:
+    return Inputs(load(path, directed=directed, row_normalised=row_normalised), kind, hops, fanout)
+
+
+def _stamp(path: Path) -> int:
+    files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
+    return hash(tuple((str(file), file.stat().st_mtime_ns) for file in files if file.exists()))
+
+
+def _gnn_benchmark(file: str, *others: str, md5: str | None = None) -> Source:
+    """A file of the GNN benchmark of Shchur et al. (2018, arXiv 1811.05868), or DGL's cached copy of the dataset."""
+    return Source((file, *others), GNN_BENCHMARK + file, md5)
+
+
+class Cora(_FileTask):
+    """2,708 papers on machine learning in 7 classes, with their citations; 1,433 words as features.
+
+    Classes are split 3 / 2 / 2, drawn anew for each seed.
+    """
+
+    name = "cora"
+    source = _gnn_benchmark(
+        "cora.npz", "cora_v2_d697a464/cora_v2_dgl_graph.bin", md5="94f51d3544979ba0ed2501d04a85b1a6"
+    )
+
+
+class CiteSeer(_FileTask):
+    """3,312 papers on computer science in 6 classes, with their citations; 3,703 words as features.
+
+    Classes are split 2 / 2 / 2, drawn anew for each seed.
+    """
+
+    name = "citeseer"
+    source = _gnn_benchmark(
+        "citeseer.npz", "citeseer_d6836239/citeseer_dgl_graph.bin", md5="1c9cddb2df4c801ba10ec8c5b054c0b3"
+    )
+
+
+class PubMed(_FileTask):
+    """19,717 papers on diabetes in 3 classes, with their citations; 500 word weights as features.
+
+    Three classes are too few to keep classes apart: the nodes are split 60 / 20 / 20 % instead, drawn for each seed, and
+    the splits share the labels.
+    """
+
+    name = "pubmed"
+    source = _gnn_benchmark("pubmed.npz", "pubmed_35464cad/pubmed_dgl_graph.bin")
+
+
+class CoraFull(_FileTask):
+    """19,793 papers in 70 classes, with their citations; 8,710 words as features. Classes are split 25 / 20 / 25, fixed."""
+
+    name = "cora-full"
+    source = _gnn_benchmark("cora_full.npz", "cora_full_659794fa/dgl_graph_v1.bin")
+
+
+class CoauthorCS(_FileTask):
+    """18,333 authors in 15 fields, joined by common papers; 6,805 keywords. Classes are split 5 / 5 / 5, fixed."""
+
+    name = "coauthor-cs"
+    source = _gnn_benchmark("ms_academic_cs.npz", "coauthor_cs.npz", "coauthor_cs_10782e7c/dgl_graph_v1.bin")
+
+
+class AmazonComputer(_FileTask):
+    """13,752 goods in 10 categories, joined where bought together; 767 words of reviews.
+
+    Classes are split 4 / 3 / 3, drawn anew for each seed.
+    """
+
+    name = "amazon-computer"
+    source = _gnn_benchmark(
+        "amazon_electronics_computers.npz",
+        "amazon_co_buy_computer.npz",
+        "amazon_co_buy_computer_b5999b2e/dgl_graph_v1.bin",
+    )
+
+
+class OgbnArxiv(_FileTask):
+    """169,343 papers in 40 subjects, with their citations taken both ways; 128 numbers as features.
+
+    Classes are split 20 / 10 / 10, drawn anew for each seed. A hub has thousands of neighbours: at most 16 are drawn for a
+    task, unless `fanout` says otherwise.
+    """
+
+    class Config(FileConfig):
+        fanout: int | None = Field(
+            16, ge=1, description="At most so many neighbours of a node in a layer, drawn for each task; null, all."
+        )
+
+    name = "ogbn-arxiv"
+    source = Source(
+        ("ogbn_arxiv", "arxiv"),
+        advice="download https://snap.stanford.edu/ogb/data/nodeproppred/arxiv.zip, unpack it",
+    )
+
+
+class GraphFolder(_FileTask):
+    """Your own graph or graphs, from the file or folder that `data` names.
+
+    A graph is an npz with CSR arrays (``adj_indptr``, ``adj_indices``, ``features`` or CSR ``attr_*``, ``labels``), a file
+    of `dgl.save_graphs` with the node data ``feat`` and ``label``, or a folder with ``nodes.csv`` (id, label, features) and
+    ``edges.csv`` (source, destination). Several in one folder share their labels. ``splits.json`` tells which classes,
+    graphs or nodes are for training, validation and test.
+    """
+
+    class Config(FileConfig):
+        split: Literal["auto", "classes", "nodes", "graphs"] = Field(
+            "auto",
+            description="What is kept apart between training and test. auto: what splits.json says; without one, graphs "
+            "where there are several, classes where there are enough, nodes otherwise; drawn for each seed.",
+        )
+        directed: bool = Field(False, description="Keep the direction of edges.")
+        row_normalised: bool = Field(False, description="Divide each node's features by their sum.")
+
+    name = "graph-folder"
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        super().__init__(config)
+        self.source = Source((), row_normalised=config.row_normalised)  # type: ignore[misc]
+
+    def _path(self) -> Path:
+        if self.config.data is None:
+            raise UsageError("The task 'graph-folder' needs the file or folder of your graph: --data PATH.")
+        return Path(self.config.data).expanduser()
+
+    def _directed(self) -> bool:
+        return self.config.directed
+
+    def _rule(self) -> str:
+        return self.config.split
+
+
+# ------------------------------------------------------------------------------------------------------- generated graphs
+
+
+class CSBM(_GraphTask):
+    """Every task is a new graph: a contextual stochastic block model.
+
+    A node's features are its class's mean plus normal noise. The means of a task are drawn, with the length `signal`, in a
+    subspace of `rank` dimensions that all tasks of a seed share and that meta-learning can find. Edges are drawn within a
+    class with the share `homophily`. Test graphs are unseen in training.
+
+    Reference:
+        Deshpande, Montanari, Mossel and Sen, Contextual Stochastic Block Models, NeurIPS 2018, arXiv 1807.09596.
+    """
+
+    class Config(GraphTaskConfig):
+        nodes: int = Field(100, ge=4, description="Nodes of a graph, in classes of equal size.")
+        features: int = Field(32, ge=1, description="Features of a node.")
+        rank: int = Field(4, ge=1, description="Dimensions that hold the class means of all tasks.")
+        signal: float = Field(2.0, ge=0, description="Length of a class mean; the noise has standard deviation 1.")
+        degree: float = Field(6.0, gt=0, description="Mean number of neighbours.")
+        homophily: float = Field(0.8, ge=0, le=1, description="Share of edges that stay within a class.")
+
+    recommended: ClassVar[Mapping[str, Any]] = {**_GraphTask.recommended, "steps": 1000}
+    config: Config
+
+    def __init__(self, config: Config) -> None:
+        needed = config.ways * (config.shots + config.query)
+        if needed > config.nodes:
+            raise UsageError(
+                f"A graph of {config.nodes} nodes is too small for {config.ways} classes of {config.shots} support and "
+                f"{config.query} query nodes; set nodes={needed} or more."
+            )
+        if config.rank > config.features:
+            raise UsageError(f"rank={config.rank} must not exceed features={config.features}.")
+        self.config = config
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((self.config.features,), (self.config.ways,))
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
+        if not self.stackable and len(indices) > 1:  # each task has a graph of its own
+            return [part for index in indices for part in self.episodes(split, [index], seed)]
+        config, tasks = self.config, len(indices)
+        inputs = Inputs(
+            self._graphs(split, indices, seed), config.inputs, config.hops, config.fanout, degree=config.degree
+        )
+        # A class's nodes are alike: the first ones are as good as drawn ones.
+        nodes = np.arange(tasks)[:, None, None] * config.nodes + self._members[:, : config.shots + config.query]
+        seeds = Seeds(nodes[:, :, : config.shots].reshape(tasks, -1), nodes[:, :, config.shots :].reshape(tasks, -1))
+        return inputs.episodes(
+            seeds,
+            self._targets(tasks),
+            lambda count, label: task_uniform(seed, split, indices, count, label),
+        )
+
+    @property
+    def _members(self) -> np.ndarray:
+        """The nodes of each class in a graph ``[ways, nodes // ways]``."""
+        config = self.config
+        return np.arange(config.ways)[:, None] + config.ways * np.arange(config.nodes // config.ways)
+
+    def _graphs(self, split: str, indices: Sequence[int], seed: int) -> GraphData:
+        """The graphs of some tasks side by side."""
+        config, tasks = self.config, len(indices)
+        labels = np.arange(config.nodes) % config.ways
+        draw = partial(task_uniform, seed, split, indices)
+        generator = torch.Generator().manual_seed(derive_seed(seed, "csbm", "subspace"))
+        basis, _ = torch.linalg.qr(torch.randn(config.features, config.rank, generator=generator, dtype=torch.float64))
+        directions = _normal(draw(config.ways * config.rank, "means")).view(tasks, config.ways, config.rank)
+        means = config.signal * directions / directions.norm(dim=-1, keepdim=True) @ basis.T
+        noise = _normal(draw(config.nodes * config.features, "noise")).view(tasks, config.nodes, config.features)
+        features = means[:, torch.from_numpy(labels)] + noise
+
+        first, second = np.triu_indices(config.nodes, 1)
+        within = labels[first] == labels[second]
+        edges = config.nodes * config.degree / 2
+        shares = np.where(within, config.homophily / within.sum(), (1 - config.homophily) / (~within).sum())
+        task, pair = np.nonzero(draw(len(first), "edges") < edges * shares)
+        offset = task * config.nodes
+        data = GraphData.of(
+            torch.from_numpy(offset + first[pair]),
+            torch.from_numpy(offset + second[pair]),
+            features.reshape(-1, config.features),
+            torch.from_numpy(np.tile(labels, tasks)),
+            name="csbm",
+        )
+        members = torch.arange(tasks).repeat_interleave(config.nodes)
+        return GraphData(data.graph, data.features, data.labels, members, data.names, data.splits)
+
+    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+        names = [str(label) for label in range(self.config.ways)]
+        return [(self.episodes("test", [number], seed)[0], names) for number in range(40)]
+
+
+def _normal(u: np.ndarray) -> torch.Tensor:
+    """Standard normal numbers from uniform ones."""
+    return math.sqrt(2) * torch.erfinv(2 * torch.from_numpy(u).clamp(min=1e-15) - 1)
