@@ -49,7 +49,9 @@ def combinations(settings: Mapping[str, Any]) -> Iterator[tuple[int, str, int, s
     )
 
 
-def one_run(settings: Mapping[str, Any], seed: int, name: str, shots: int, algorithm: str, augment: str) -> dict[str, Any]:
+def one_run(
+    settings: Mapping[str, Any], seed: int, name: str, shots: int, algorithm: str, augment: str
+) -> dict[str, Any]:
     """Train and test once."""
     from metareg.registry import resolve
 
@@ -91,7 +93,11 @@ def run(path: Path) -> None:
     content = json.loads(path.read_text()) if path.exists() else {"settings": settings, "runs": []}
     if content["settings"] != settings:
         raise SystemExit(f"{path} was made with other settings; name another file.")
-    content["versions"] = {"metareg": metareg.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    content["versions"] = {
+        "metareg": metareg.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
     keys = ("seed", "task", "shots", "algorithm", "augment")
     done = {tuple(each[key] for key in keys) for each in content["runs"]}
     for combination in combinations(settings):

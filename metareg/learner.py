@@ -13,6 +13,7 @@ import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
+from metareg import architecture
 from metareg._version import __version__
 from metareg.config import Choice, LearnerConfig, PluginConfig, validated
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
@@ -174,10 +175,11 @@ class MetaLearner:
         if self._meta is not None:
             return
         arguments: dict[str, Any] = {"example": example, "features": None, "outputs": None}
+        if example is not None:
+            self.model.check_split(self._initial, example)
         if self.stages.init_wants("example", "features", "outputs"):
             with torch.no_grad():
                 if example is not None:
-                    self.model.check_split(self._initial, example)
                     arguments["features"] = self.model.body(self._initial, example)
                 else:
                     arguments["features"] = self._features_by_the_head()
@@ -359,6 +361,7 @@ class MetaLearner:
             "algo": {"name": self.algorithm.name, "config": _dumped(self.algorithm.config)},
             "installed": self.algorithm.distribution is not None,
             "model": self._recipe,
+            "architecture": None if self._recipe else architecture.describe(self.model.module),
             "module": type(self.model.module).__name__,
             "head": self._head,
             "loss": self._loss_name,
@@ -383,8 +386,9 @@ class MetaLearner:
 
         Args:
             path: the file.
-            model: a module of the saved one's shapes; needed unless the model came from a model plugin, for a file
-                that anybody may have written must not build classes of its choice.
+            model: a module of the saved one's shapes. It may be left out where the model came from a model plugin or is
+                made of `torch.nn` layers alone (a body and a head of such layers come back as a `BodyHead`); for
+                others it is needed, for a file that anybody may have written must not build classes of its choice.
             algo: the algorithm's class or object, where it is not installed.
             loss: the callable, where the loss was one.
             metric: the metric, where it was no named one.
@@ -414,6 +418,9 @@ class MetaLearner:
             given, shapes = header.model.name, TaskSpec(header.model.input_shape, header.model.output_shape)
             options |= {"spec": shapes, "model_options": header.model.config}
             bounds.enter_context(bounded_allocation(file.bytes, str(path)))
+        elif header.architecture is not None:
+            values = {name.removeprefix(_CONSTANT): value for name, value in file.read().items()}
+            given = architecture.build(header.architecture, values)
         else:
             raise UsageError(f"{path} holds the weights of a {header.module}; pass such a module as model=…")
         built = algo is not None and not isinstance(algo, type)
@@ -638,6 +645,7 @@ class _Header(LearnerConfig):
     algo: Choice
     installed: bool
     model: _Recipe | None
+    architecture: dict[str, Any] | None
     module: str
     head: str | None
     loss: str | None

@@ -1,0 +1,136 @@
+"""The structure of a model made of `torch.nn` layers, as JSON, so that a saved learner can be loaded without its class.
+
+Only layers of `torch.nn` are written and built, from their constructors' plain arguments: a file that a stranger wrote
+builds such layers and nothing else.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metareg.errors import UsageError
+
+__all__ = ["BodyHead", "build", "describe"]
+
+Description = dict[str, Any]
+
+
+class BodyHead(nn.Module):
+    """``head(body(x))``: what a model with a body and a head computes, without the class that it came from."""
+
+    def __init__(self, body: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    def forward(self, x: Any) -> Tensor:
+        outputs: Tensor = self.head(self.body(x))
+        return outputs
+
+
+def describe(module: nn.Module) -> Description | None:
+    """The structure of a module, or None where it is not made of `torch.nn` layers alone.
+
+    A module of another class counts where a body and a head are all that it has: it computes ``head(body(x))`` then.
+    """
+    if set(module._modules) == {"body", "head"} and not (module._parameters or module._buffers):
+        body, head = _described(module.get_submodule("body")), _described(module.get_submodule("head"))
+        description = {"layer": "BodyHead", "children": {"body": body, "head": head}} if body and head else None
+    else:
+        description = _described(module)
+    if description is None:
+        return None
+    rebuilt = _built(description)
+    same = all(
+        repr(ours) == repr(theirs) or isinstance(theirs, BodyHead)
+        for ours, theirs in zip(module.modules(), rebuilt.modules(), strict=True)
+    )
+    return description if same and _shapes(module.state_dict()) == _shapes(rebuilt.state_dict()) else None
+
+
+def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module that `describe` described, with the values that it needs of `tensors`.
+
+    Nothing is allocated for a structure whose names and shapes are not those of the tensors.
+
+    Raises:
+        UsageError: it is no description, or the tensors do not fit it.
+    """
+    try:
+        module = _built(description)
+    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        raise UsageError(f"The file's description of the model cannot be built: {error}.") from error
+    for name, shape in _shapes(module.state_dict()).items():
+        if name not in tensors or tensors[name].shape != shape:
+            found = f"the shape {tuple(tensors[name].shape)}" if name in tensors else "no weights"
+            raise UsageError(
+                f"The file's weights do not fit its model: '{name}' has {found} instead of the shape {shape}."
+            )
+    module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
+    return module
+
+
+def _described(module: nn.Module) -> Description | None:
+    kind = type(module)
+    if getattr(nn, kind.__name__, None) is not kind or not _is_layer(kind):
+        return None
+    if kind is nn.Sequential:
+        children = {name: _described(child) for name, child in module.named_children()}
+        return {"layer": "Sequential", "children": children} if all(children.values()) else None
+    if module._modules:
+        return None
+    arguments = {}
+    for name, parameter in inspect.signature(kind.__init__).parameters.items():
+        if name in ("self", "device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        value = getattr(module, name, parameter.default)
+        if name == "bias":  # the argument says whether there is one, the attribute holds it
+            value = value is not None and value is not False
+        if not _is_plain(value):
+            return None
+        arguments[name] = value
+    return {"layer": kind.__name__, "arguments": arguments}
+
+
+def _built(description: Any) -> nn.Module:
+    with torch.device("meta"):  # shapes without memory
+        return _layer(description)
+
+
+def _layer(description: Any) -> nn.Module:
+    name = description["layer"]
+    children = {key: _layer(child) for key, child in description.get("children", {}).items()}
+    if name == "BodyHead":
+        return BodyHead(**children)
+    if name == "Sequential":
+        module = nn.Sequential()
+        for key, child in children.items():
+            module.add_module(key, child)
+        return module
+    kind = getattr(nn, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module) and _is_layer(kind)):
+        raise ValueError(f"'{name}' is no layer of torch.nn")
+    arguments = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in description["arguments"].items()
+    }
+    layer: nn.Module = kind(**arguments)
+    return layer
+
+
+def _is_layer(kind: type) -> bool:
+    return kind is not nn.Module and kind.__module__.startswith("torch.nn.modules.")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | list):
+        return all(_is_plain(each) for each in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(value.shape) for name, value in tensors.items()}
