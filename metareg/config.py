@@ -93,6 +93,11 @@ class RunConfig(LearnerConfig):
     model: Choice | None = Field(None, description="The model; the task's own where none is named.")
     observers: list[Choice] = Field([], description="Observers beside the progress display and metrics.jsonl.")
 
+    threads: int | None = Field(
+        None,
+        ge=1,
+        description="CPU threads; unset, one for small models, whose threads only wait, else as torch decides.",
+    )
     steps: int = Field(10_000, ge=1, description="Training steps (meta-updates).")
     meta_batch: int = Field(4, ge=1, description="Tasks per training step.")
     log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")

@@ -7,8 +7,8 @@ import itertools
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -35,8 +35,11 @@ log = logging.getLogger("metareg")
 
 FINAL = Path("checkpoints", "final.safetensors")
 
+_SMALL = 20_000
+"""Parameters up to which a model's tensor operations are too short to be shared by threads."""
+
 _MAY_CHANGE = {
-    "steps", "strategy", "memory", "chunk", "device", "observers",
+    "steps", "strategy", "memory", "chunk", "device", "threads", "observers",
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nonfinite", "max_nonfinite",
 }  # fmt: skip
 """Options that a resumed run may be given anew: they leave its meaning as it was."""
@@ -299,7 +302,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None
     progress = Progress()
     metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
     every = [_LinesWriter(metrics, timing), *observers, *selection.observers]
-    with stop_requests() as stop:
+    with _threads(run), stop_requests() as stop:
         keeper = Keeper(
             store,
             learner,
@@ -319,6 +322,18 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None
         except (Interrupted, KeyboardInterrupt) as error:
             where = "its beginning" if keeper.last_saved is None else f"step {keeper.last_saved}"
             raise Interrupted(f"Stopped. {_resume_command(path)} goes on from {where}.") from error
+
+
+@contextmanager
+def _threads(run: Run) -> Iterator[None]:
+    """The run's CPU threads for a block."""
+    before = torch.get_num_threads()
+    parameters = sum(value.numel() for value in run.learner.meta_parameters.values())
+    torch.set_num_threads(run.config.threads or (1 if parameters <= _SMALL else before))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _start(run: Run, keeper: Keeper) -> None:
