@@ -27,6 +27,7 @@ __all__ = ["Checkpoints", "Keeper"]
 log = logging.getLogger("metareg")
 
 FILE_FORMAT = 1
+_LEAST_RATIO = 200
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
 
@@ -80,12 +81,16 @@ class Checkpoints:
             DamagedFileError: it is damaged.
         """
         file = TensorFile(self.path(step), "checkpoint")
+        tensors = file.read()
         if file.header.get("format") != FILE_FORMAT or file.header.get("step") != step:
             raise DamagedFileError(
                 f"{file.path} is no checkpoint of format {FILE_FORMAT} after step {step}; it was renamed, or written by "
                 "another version of metareg."
             )
-        state: dict[str, Any] = _unpacked(file.header["content"], file.read())
+        try:
+            state: dict[str, Any] = _unpacked(file.header["content"], tensors)
+        except (KeyError, TypeError) as error:
+            raise DamagedFileError(f"{file.path} is no checkpoint of metareg: it has no {error}.") from error
         return state
 
     def newest(self) -> dict[str, Any] | None:
@@ -110,7 +115,7 @@ class Keeper:
         progress: the rest of the state.
         lines: files that belong to the state, and are cut back with it.
         every_steps: training steps between two checkpoints; None for no such rule.
-        every_minutes: minutes between two.
+        every_minutes: minutes between two; more where writing one takes longer than half a percent of that.
         stop: asked for by a signal.
     """
 
@@ -132,7 +137,7 @@ class Keeper:
         self._progress = progress
         self._lines = lines
         self._every_steps = every_steps
-        self._every_seconds = 60 * every_minutes
+        self._every_seconds = self._seconds_to_next = 60 * every_minutes
         self._stop = stop
         self._saved_at = time.monotonic()
 
@@ -144,7 +149,7 @@ class Keeper:
         """
         step = self._learner.steps_done
         due = self._every_steps is not None and step % self._every_steps == 0
-        if must or due or self._stop.asked or time.monotonic() - self._saved_at >= self._every_seconds:
+        if must or due or self._stop.asked or time.monotonic() - self._saved_at >= self._seconds_to_next:
             self.save()
         if self._stop.asked:
             raise Interrupted(f"Stopped after step {step}.")
@@ -156,7 +161,7 @@ class Keeper:
             DivergenceError: a meta-parameter is not finite; nothing is written.
             MetaregError: it cannot be written; the message names the newest good one.
         """
-        step = self._learner.steps_done
+        began, step = time.monotonic(), self._learner.steps_done
         bad = [name for name, value in self._learner.meta_parameters.items() if not bool(torch.isfinite(value).all())]
         if bad:
             raise DivergenceError(f"Training diverged: after step {step} the meta-parameter '{bad[0]}' is not finite.")
@@ -174,6 +179,7 @@ class Keeper:
             raise type(error)(f"{error} The checkpoint after step {self.last_saved} is still good.") from error
         self.last_saved = step
         self._saved_at = time.monotonic()
+        self._seconds_to_next = max(self._every_seconds, _LEAST_RATIO * (self._saved_at - began))
 
     def restore(self) -> bool:
         """Put the run back to its newest good checkpoint; without one, its files to the beginning.
@@ -189,13 +195,19 @@ class Keeper:
             for file in self._lines:
                 file.cut(None)
             return False
-        step = state["learner"]["steps_done"]
-        self._learner.load_state(state["learner"], str(self.store.path(step)))
-        self._progress.load_state(state["progress"], self._learner.device)
+        try:
+            step = state["learner"]["steps_done"]
+            self._learner.load_state(state["learner"], str(self.store.path(step)))
+            self._progress.load_state(state["progress"], self._learner.device)
+            restore_global_generators(state["generators"])
+            for file in self._lines:
+                file.cut(state["lines"].get(file.path.name), step)
+        # Its checksum is right, so it is as it was written: by somebody else.
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise UsageError(
+                f"The newest checkpoint in {self.store.folder} holds no state of this run ({type(error).__name__}: {error})."
+            ) from error
         self._forget_lost_best(step)
-        restore_global_generators(state["generators"])
-        for file in self._lines:
-            file.cut(state["lines"].get(file.path.name), step)
         self.last_saved = step
         self._saved_at = time.monotonic()
         return True

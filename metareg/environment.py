@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
+from metareg.errors import UsageError
 from metareg.files import read_json, write_json
 from metareg.hookspecs import CONTRACT_VERSION
 
@@ -72,7 +73,10 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         write_json(path, now)
         return
     before = read_json(path)
-    last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
+    try:
+        last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
+    except (LookupError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
     changed = {key: value for key, value in now.items() if last.get(key) != value and key != "strategy_reason"}
     if changed:
         log.warning(

@@ -6,15 +6,16 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from metareg.errors import UsageError
 from metareg.files import write_bytes
+from metareg.tasks import Task
 
 if TYPE_CHECKING:
     from metareg.runs import Run
@@ -184,20 +185,9 @@ class _Examples:
             raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
         if not paths:
             raise UsageError(f"{where} holds no images ({', '.join(_IMAGES)}), or not in a folder for each class.")
-        read = getattr(self._run.source.plugin.instance, "read_image", None) or self._read_image
+        task = self._run.source.plugin.instance
+        read = getattr(task, "read_image", None) or partial(Task.read_image, task)
         return torch.stack([read(path) for path in paths])
-
-    def _read_image(self, path: Path) -> Tensor:
-        from PIL import Image
-
-        channels, height, width = self._shape
-        try:
-            with Image.open(path) as image:
-                scaled = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
-        values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
-        return values[None] if channels == 1 else values.permute(2, 0, 1)
 
 
 def _input_shape(run: Run) -> tuple[int, ...]:

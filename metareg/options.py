@@ -7,9 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
-from metareg.config import Choice, PluginConfig, RunConfig, validated
+from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, validated
 from metareg.errors import UnknownNameError, UsageError
 from metareg.registry import Plugin, find, resolve
 
@@ -85,9 +83,9 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if not equals or not key.strip():
             raise UsageError(f"--set takes KEY=VALUE; got '{assignment}'.")
         try:
-            values[key.strip()] = _number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise UsageError(f"--set {assignment}: the value is no valid YAML.") from error
+            values[key.strip()] = _number(parse_yaml(text))
+        except ValueError as error:
+            raise UsageError(f"--set {assignment}: the value is no valid YAML{error}.") from error
     return values
 
 

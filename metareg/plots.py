@@ -52,7 +52,7 @@ def learning_curve(run: Run) -> Figure:
         axes.errorbar(
             steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color="C1", label="validation, 95 % interval"
         )
-    if not metric.higher_is_better and min(value for _, value in train) > 0:
+    if not metric.higher_is_better and min((value for _, value in train), default=0.0) > 0:
         _log_scale(axes)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"query {_shown(metric.name)}")

@@ -89,7 +89,7 @@ class Run:
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
         if (path / "results.json").is_file():
-            run.evaluation = Evaluation.from_dict(read_json(path / "results.json"))
+            run.evaluation = _stored_evaluation(path / "results.json")
         run.plots = sorted((path / "plots").glob("*.png"))
         return run
 
@@ -108,9 +108,16 @@ class Run:
         return self.learner.evaluate(source, tasks, inner_steps=inner_steps, seed=self.config.seed)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl."""
-        lines = (self.path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines]
+        """The lines of metrics.jsonl.
+
+        Raises:
+            UsageError: they cannot be read.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
 
 
 def train(
@@ -211,6 +218,13 @@ def _stored_config(path: Path) -> RunConfig:
     if not file.is_file():
         raise UsageError(f"There is no run at {path}: it has no config.yaml.")
     return validated(RunConfig, read_yaml(file), str(file))
+
+
+def _stored_evaluation(path: Path) -> Evaluation:
+    try:
+        return Evaluation.from_dict(read_json(path))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} holds no results of metareg ({type(error).__name__}: {error}).") from error
 
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from metareg.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Task", "TaskSpec"]
 
@@ -43,3 +49,25 @@ class Task:
     def spec(self) -> TaskSpec:
         """The shapes of this task's inputs and outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define the property `spec`")
+
+    def read_image(self, path: Path) -> Tensor:
+        """One of a user's images as an input of this task ``[channels, height, width]``, for ``metareg predict``.
+
+        Here it is scaled to the size of the task's images, with values from 0 (black) to 1; a task that prepares its images
+        in another way overrides this.
+
+        Raises:
+            UsageError: it cannot be read.
+        """
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        channels, height, width = self.spec.input_shape
+        try:
+            with Image.open(path) as image:
+                scaled = image.convert("L" if channels == 1 else "RGB").resize((width, height))
+        except (OSError, ValueError, Image.DecompressionBombError) as error:
+            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
+        values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
+        return values[None] if channels == 1 else values.permute(2, 0, 1)

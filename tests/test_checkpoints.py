@@ -41,7 +41,7 @@ from processes import environment
 
 SMALL: dict[str, Any] = {
     "steps": 20, "meta_batch": 2, "log_every": 3, "eval_every": 7, "eval_tasks": 2, "test_tasks": 2,
-    "test_inner_steps": [1], "strategy": "vectorized", "checkpoint_every": 4, "keep_checkpoints": 100,
+    "test_inner_steps": [1], "strategy": "serial", "checkpoint_every": 4, "keep_checkpoints": 100,
 }  # fmt: skip
 RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
@@ -500,8 +500,15 @@ class Signalling:
             self._signal()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize(("when", "times", "goes_on_from"), [("step", 1, 6), ("step", 2, 4), ("test", 1, 20)])
+@pytest.mark.parametrize(
+    ("number", "when", "times", "goes_on_from"),
+    [
+        (signal.SIGINT, "step", 1, 6),
+        (signal.SIGTERM, "step", 1, 6),
+        (signal.SIGINT, "step", 2, 4),
+        (signal.SIGTERM, "test", 1, 20),
+    ],
+)
 def test_signals_stop_cleanly(
     finished: Path, tmp_path: Path, number: int, when: str, times: int, goes_on_from: int
 ) -> None:

@@ -14,13 +14,15 @@ import yaml
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from metareg import MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
-from metareg.checkpoints import Checkpoints
+from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
+from metareg.checkpoints import Checkpoints, Keeper
 from metareg.cli import run as command
 from metareg.config import read_yaml
+from metareg.interrupts import StopRequest
 from metareg.options import assemble
 from metareg.runs import Run, resume
 from metareg.tensorfiles import TensorFile, write_tensors
+from metareg.training import Progress
 
 _FUZZ = settings(
     max_examples=60,
@@ -70,6 +72,9 @@ def learner_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]
     path = tmp_path_factory.mktemp("learner") / "learner.safetensors"
     _learner().save(path)
     return path, path.read_bytes()
+
+
+_EPISODES = Episodes(torch.ones(2, 3, 1), torch.ones(2, 3, 1), torch.zeros(2, 3, 1), torch.ones(2, 3, 1))
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
@@ -158,6 +163,34 @@ def test_made_up_headers_are_refused_or_harmless(
 def _finite(value: Any) -> Any:
     """JSON of the kind that metareg writes."""
     return json.loads(json.dumps(value))
+
+
+@settings(_FUZZ, max_examples=25)
+@given(st.data())
+def test_made_up_checkpoints_are_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "made-up"
+    folder.mkdir(exist_ok=True)
+    learner, progress, store = _learner(), Progress(), Checkpoints(folder, 1)
+    keeper = Keeper(store, learner, progress, [], every_steps=None, every_minutes=1, stop=StopRequest())
+    learner.step(_EPISODES)
+    keeper.save()
+    file = TensorFile(store.path(1), "checkpoint")
+    content, tensors = dict(file.header["content"]), file.read()
+    if data.draw(st.booleans()):
+        tensors.pop(data.draw(st.sampled_from(sorted(tensors))))
+    place = content
+    while True:
+        key = data.draw(st.sampled_from(sorted(place)))
+        if not isinstance(place[key], dict) or not place[key] or data.draw(st.booleans()):
+            break
+        place[key] = place = dict(place[key])
+    place[key] = _finite(data.draw(_VALUES))
+    write_tensors(store.path(1), tensors, file.header | {"content": content})
+    try:
+        keeper.restore()
+    except MetaregError:
+        return
+    learner.step(_EPISODES)
 
 
 def test_sizes_are_bounded_before_memory_is_taken(learner_file: tuple[Path, bytes], tmp_path: Path) -> None:
