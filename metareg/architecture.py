@@ -50,7 +50,8 @@ def describe(module: nn.Module) -> Description | None:
         repr(ours) == repr(theirs) or isinstance(theirs, BodyHead)
         for ours, theirs in zip(module.modules(), rebuilt.modules(), strict=True)
     )
-    return description if same and _shapes(module.state_dict()) == _shapes(rebuilt.state_dict()) else None
+    same = same and _shapes(module.state_dict()) == _shapes(rebuilt.state_dict())
+    return description if same and _trainable(module) == _trainable(rebuilt) else None
 
 
 def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -73,6 +74,11 @@ def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
             )
     module.load_state_dict({name: tensors[name] for name in module.state_dict()}, assign=True)
     return module
+
+
+def _trainable(module: nn.Module) -> list[str]:
+    """The trainable parameters; frozen ones are left out, and tied ones have one name."""
+    return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
 def _described(module: nn.Module) -> Description | None:

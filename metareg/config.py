@@ -43,10 +43,11 @@ def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Con
 def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
     problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if not key:
+        return problem
     if error["type"] == "missing":
         return f"'{key}' is required and has no value"
-    given = f" = {error['input']!r}" if key else ""
-    return f"{key}{given} cannot be used: {problem[0].lower()}{problem[1:]}"
+    return f"{key} = {error['input']!r} cannot be used: {problem[0].lower()}{problem[1:]}"
 
 
 class Choice(PluginConfig):

@@ -295,8 +295,7 @@ class Gradient:
     loss: Tensor
     """The objective that was differentiated: query loss and the augmenters' terms."""
     logs: Tensors
-    """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm
-    before `augment_outer_gradient`."""
+    """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm."""
 
 
 class Engine:
@@ -446,10 +445,11 @@ class _Program:
                 if self._calls[key] <= worth and not self._compiled:
                     return self._function(meta, episodes.parts, extra)
                 graph = self._graphs[key] = self._traced(meta, inputs, structure)
-            return graph(*meta.values(), *inputs)
+            # The graph was made for contiguous tensors, whatever the strides of a user's own slices.
+            return graph(*[leaf.contiguous() for leaf in (*meta.values(), *inputs)])
 
     def _traced(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
-        names, leaves = tuple(meta), (*meta.values(), *inputs)
+        names, leaves = tuple(meta), [leaf.contiguous() for leaf in (*meta.values(), *inputs)]
 
         def flat(*leaves: Tensor) -> list[Tensor]:
             parts, extra = _unflattened(leaves[len(names) :], structure)

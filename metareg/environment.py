@@ -18,7 +18,7 @@ from metareg.hookspecs import CONTRACT_VERSION
 if TYPE_CHECKING:
     from metareg.runs import Run
 
-__all__ = ["of_machine", "of_run", "write"]
+__all__ = ["find_device", "of_machine", "of_run", "write"]
 
 log = logging.getLogger("metareg")
 
@@ -56,6 +56,23 @@ def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
             for plugin in plugins
         ],
     }
+
+
+def find_device(name: str) -> torch.device:
+    """The device that a user named; ``auto`` is a CUDA GPU where there is one.
+
+    Raises:
+        UsageError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        raise UsageError(f"There is no device '{name}' here; there is {', '.join(available)}.") from error
+    return device
 
 
 def write(run: Run, strategy: str, reason: str, step: int) -> None:

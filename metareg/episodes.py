@@ -54,6 +54,9 @@ class Episodes:
                     )
         if not tasks:
             raise UsageError("Episodes: there must be at least one task.")
+        for name in ("support_y", "query_y"):
+            if not isinstance(getattr(self, name), Tensor):
+                raise UsageError(f"Episodes: {name} must be a tensor, not {type(getattr(self, name)).__name__}.")
         for part in ("support", "query"):
             x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
             if isinstance(x, Tensor) and x.shape[1:2] != y.shape[1:2]:

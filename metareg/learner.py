@@ -17,6 +17,7 @@ from metareg import architecture
 from metareg._version import __version__
 from metareg.config import Choice, LearnerConfig, PluginConfig, validated
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
+from metareg.environment import find_device
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, PluginError, UnknownNameError, UsageError
 from metareg.evaluation import Evaluation
@@ -121,7 +122,7 @@ class MetaLearner:
         self.stages = Stages(self.algorithm, self.augmenters)
 
         self.model = SplitModel(model, head)
-        self.device = torch.device(device) if device is not None else _device_of(model)
+        self.device = find_device(str(device)) if device is not None else _device_of(model)
         self.model.to(self.device)
         if not self.model.has_head and (plugin := self.stages.wanting("features", "outputs", "head", "body")):
             children = ", ".join(name for name, _ in model.named_children()) or "no submodule"
@@ -133,6 +134,7 @@ class MetaLearner:
         self._initial = {name: value.to(self.device) for name, value in self.model.initial_parameters().items()}
         self._dtype = next(iter(self._initial.values())).dtype
         self._meta: dict[str, Tensor] | None = None
+        self._split_checked = False
         self._optimizer: torch.optim.Optimizer | None = None
         self._outer_state: dict[str, Any] = {}
         self._strategy: Strategy | None = None if strategy == "auto" else strategy  # type: ignore[assignment]
@@ -176,7 +178,7 @@ class MetaLearner:
             return
         arguments: dict[str, Any] = {"example": example, "features": None, "outputs": None}
         if example is not None:
-            self.model.check_split(self._initial, example)
+            self._check_split(example)
         if self.stages.init_wants("example", "features", "outputs"):
             with torch.no_grad():
                 if example is not None:
@@ -192,10 +194,7 @@ class MetaLearner:
             raise UsageError(
                 f"The model's parameter '{taken[0]}' has the name of a plugin in front; rename the submodule."
             )
-        self._meta = self._initial | {
-            name: value.to(self.device, self._dtype if value.is_floating_point() else None)
-            for name, value in extra.items()
-        }
+        self._meta = self._initial | {name: value.to(self.device, self._dtype) for name, value in extra.items()}
 
     # ------------------------------------------------------------------------------------------------------- training
 
@@ -352,9 +351,7 @@ class MetaLearner:
         The file holds the model's parameters, the algorithm's own meta-parameters and, as metadata, the configuration.
         """
         own = self._plain_meta()
-        constants = {
-            f"{_CONSTANT}{name}": value for name, value in self.model.module.state_dict().items() if name not in own
-        }
+        constants = {f"{_CONSTANT}{name}": value for name, value in self.model.constants().items()}
         header = {
             "format": FILE_FORMAT,
             "metareg": __version__,
@@ -423,14 +420,14 @@ class MetaLearner:
             given = architecture.build(header.architecture, values)
         else:
             raise UsageError(f"{path} holds the weights of a {header.module}; pass such a module as model=…")
-        built = algo is not None and not isinstance(algo, type)
+        built = algo is not None and not isinstance(algo, type | str)
         with bounds:
             learner = cls(
                 given,
                 algo=header.algo.name if algo is None else algo,
                 algo_config=None if built else header.algo.config,
                 loss=given_loss,
-                metric=header.metric if metric is None and loss is None else metric,
+                metric=header.metric if metric is None and header.loss is not None else metric,
                 head=header.head,
                 device=device,
                 **options,
@@ -523,8 +520,15 @@ class MetaLearner:
         }
 
     def _ready(self, episodes: Episodes) -> None:
-        if self._meta is None:
-            self.initialize(_unbatched(episodes.support_x))
+        if self._meta is None or not self._split_checked:
+            example = _unbatched(episodes.support_x)
+            self._check_split(example)
+            self.initialize(example)
+
+    def _check_split(self, example: Any) -> None:
+        if self.model.has_head and not self._split_checked:
+            self.model.check_split(self._initial, example)
+        self._split_checked = True
 
     def _on_device(self, episodes: Episodes | Sequence[Episodes]) -> list[Episodes]:
         batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
@@ -559,7 +563,8 @@ class MetaLearner:
             shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
             batch_noise = self._placed(self.stages.draw_batch_noise(shapes, steps, seed, self.steps_done))
             augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, batch_noise)
-            gradient = Gradient(augmented, gradient.loss, gradient.logs)
+            norm = torch.nn.utils.get_total_norm(list(augmented.values()))
+            gradient = Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
         return gradient
 
     def _outer_loss_weights(self) -> Tensor | None:
@@ -616,9 +621,8 @@ class MetaLearner:
         constants = {
             name.removeprefix(_CONSTANT): value for name, value in tensors.items() if name.startswith(_CONSTANT)
         }
-        own = self.model.module.state_dict()
         _refuse_misfit(
-            {name: own[name] for name in own if name not in expected},
+            self.model.constants(),
             {name: tuple(value.shape) for name, value in constants.items()},
             str(file.path),
         )
@@ -676,6 +680,8 @@ def _augmenter(given: Any) -> Plugin:
         if len(given) != 2 or not isinstance(given[1], Mapping):
             raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
         return resolve("augmenters", given[0], given[1])
+    if isinstance(given, Mapping):
+        raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
     return resolve("augmenters", given)
 
 
@@ -683,8 +689,10 @@ def _as_list(augment: Sequence[Any] | str | None) -> list[Any]:
     if augment is None:
         return []
     if isinstance(augment, str):
-        augment = augment.split(",")
-    return [each for each in augment if each not in ("none", "")]
+        augment = [part.strip() for part in augment.split(",")]
+    if not isinstance(augment, Sequence):
+        raise UsageError(f"augment takes a list of augmenters; got {augment!r}.")
+    return [each for each in augment if not (isinstance(each, str) and each in ("none", ""))]
 
 
 def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> None:

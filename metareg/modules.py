@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping
+from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -42,6 +43,9 @@ class SplitModel:
     """
 
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
+        lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
+        if lazy is not None:
+            raise UsageError(f"The model's parameter '{lazy}' has no shape yet; run the model on an example first.")
         self.module = copy.deepcopy(model)
         self._refuse_dropout()
         self.batch_norms = self._without_running_statistics()
@@ -52,10 +56,22 @@ class SplitModel:
         if not trainable:
             raise UsageError(f"The model {type(model).__name__} has no trainable parameter.")
         self.names = tuple(trainable)
+        # Tied weights have several names and are one parameter, under the first of them. One that body and head share
+        # counts as the body's.
+        first_names = {id(p): name for name, p in trainable.items()}
+        everywhere = {
+            name: first_names[id(p)]
+            for name, p in self.module.named_parameters(remove_duplicate=False)
+            if p.requires_grad
+        }
         prefix = self.head_prefix
-        self.head_names = tuple(name for name in trainable if prefix is not None and name.startswith(prefix))
-        self.body_names = tuple(name for name in trainable if name not in self.head_names)
-        stray = [name for name in self.body_names if not name.startswith(self.body_prefix)]
+        in_head = {name: first for name, first in everywhere.items() if prefix is not None and name.startswith(prefix)}
+        in_body = {name: first for name, first in everywhere.items() if name not in in_head}
+        self.body_names = tuple(name for name in trainable if name in in_body.values())
+        self.head_names = tuple(name for name in trainable if name not in self.body_names)
+        self._in_body = {name[len(self.body_prefix) :]: first for name, first in in_body.items()}
+        self._in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
+        stray = [name for name in in_body if not name.startswith(self.body_prefix)]
         if stray:
             raise UsageError(
                 f"The model {type(model).__name__} has the parameter '{stray[0]}' in neither body nor head; move it "
@@ -71,20 +87,25 @@ class SplitModel:
         """Copies of the trainable parameters by name."""
         return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
 
+    def constants(self) -> dict[str, Tensor]:
+        """What is not passed as an argument, by name: buffers and frozen parameters."""
+        trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+        return {name: value for name, value in self.module.state_dict().items() if name not in trainable}
+
     def body(self, params: Params, x: Any) -> Tensor:
         """Features ``[examples, …]`` of inputs ``[examples, …]``."""
-        return functional_call(self._body, self._own(params, self.body_names, self.body_prefix), (x,))
+        return functional_call(self._body, _chosen(params, self._in_body), (x,))
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
-        return functional_call(self._head, self._own(params, self.head_names, self.head_prefix or ""), (features,))
+        return functional_call(self._head, _chosen(params, self._in_head), (features,))
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
         examples = _examples(support_x)
         body, _ = self._support_statistics(examples)
         both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
-        features = functional_call(body, self._own(params, self.body_names, self.body_prefix), (both,))
+        features = functional_call(body, _chosen(params, self._in_body), (both,))
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
@@ -92,7 +113,7 @@ class SplitModel:
         examples = support_features.shape[0]
         _, head = self._support_statistics(examples)
         both = torch.cat([support_features, query_features])
-        outputs: Tensor = functional_call(head, self._own(params, self.head_names, self.head_prefix or ""), (both,))
+        outputs: Tensor = functional_call(head, _chosen(params, self._in_head), (both,))
         return outputs[examples:]
 
     def adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
@@ -120,8 +141,11 @@ class SplitModel:
         if type(self.module).forward is nn.Module.forward:
             return
         with torch.no_grad():
-            whole = functional_call(self.module, dict(params), (x,))
-            parts = self.head(params, self.body(params, x))
+            whole = functional_call(self.module, {name: params[name] for name in self.names}, (x,))
+            try:
+                parts = self.head(params, self.body(params, x))
+            except (RuntimeError, IndexError):
+                parts = torch.empty(0)
         if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):
             raise UsageError(
                 f"The model {type(self.module).__name__} computes something else than head(body(x)); the head must be "
@@ -132,16 +156,13 @@ class SplitModel:
         """Move what is not passed as an argument (buffers, frozen parameters)."""
         self.module.to(device)
 
-    @staticmethod
-    def _own(params: Params, names: Iterable[str], prefix: str) -> dict[str, Tensor]:
-        return {name[len(prefix) :]: params[name] for name in names}
-
     def _refuse_dropout(self) -> None:
         for name, module in self.module.named_modules():
-            if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
+            if isinstance(rate, float) and rate > 0:
                 raise UsageError(
                     f"The model's layer '{name}' is {module}: it would draw random numbers inside the inner steps. "
-                    "Set its p to 0."
+                    "Set its dropout to 0."
                 )
 
     def _without_running_statistics(self) -> list[str]:
@@ -195,9 +216,11 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
     body_module, head_module = getattr(module, "body", None), getattr(module, "head", None)
     if isinstance(body_module, nn.Module) and isinstance(head_module, nn.Module):
         return body_module, head_module, "body.", "head."
-    if isinstance(module, nn.Sequential) and len(module) > 1 and any(True for _ in module[-1].parameters()):
-        last = list(module._modules)[-1]
-        return module[:-1], module[-1], "", f"{last}."
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 1:
+        # No named_children(): that leaves out a layer which stands there twice.
+        *before, (last, last_module) = [(name, layer) for name, layer in module._modules.items() if layer is not None]
+        if any(True for _ in last_module.parameters()):
+            return nn.Sequential(OrderedDict(before)), last_module, "", f"{last}."
     return module, nn.Identity(), "", None
 
 
@@ -244,6 +267,11 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
         handle.remove()
     for layer in layers:
         layer.track_running_stats = True
+
+
+def _chosen(params: Params, names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Parameters under a submodule's own names."""
+    return {own: params[name] for own, name in names.items()}
 
 
 def _examples(x: Any) -> int:

@@ -44,7 +44,7 @@ def seeded(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     seed. Yields a generator of its own for code that takes one.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derive_seed(seed, *labels, "global"))
+        torch.default_generator.manual_seed(derive_seed(seed, *labels, "global"))
         yield generator_for(seed, *labels)
 
 

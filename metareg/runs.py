@@ -18,6 +18,7 @@ import torch
 from metareg import environment, plots
 from metareg.checkpoints import Checkpoints, Keeper
 from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
+from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
 from metareg.evaluation import Evaluation
 from metareg.files import LinesFile, is_leftover, locked, read_json, remove_leftovers, write_json, write_text
@@ -29,7 +30,7 @@ from metareg.registry import resolve
 from metareg.sources import TaskSource
 from metareg.training import Progress, Schedule, fit, observed
 
-__all__ = ["Run", "find_device", "resume", "train"]
+__all__ = ["Run", "resume", "train"]
 
 log = logging.getLogger("metareg")
 
@@ -278,8 +279,8 @@ def _prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
 def _check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
     """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
     try:
-        learner.evaluate(source, 2, split=split, inner_steps=(0,))
-    except (RuntimeError, IndexError) as error:
+        learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
+    except (RuntimeError, ValueError, IndexError) as error:
         raise UsageError(
             f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
         ) from error
@@ -421,20 +422,3 @@ class _LinesWriter:
                     "ci95": evaluation.ci95(inner_steps),
                 }
             )
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a user named; ``auto`` is a CUDA GPU where there is one.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise UsageError(f"There is no device '{name}' here; there is {', '.join(available)}.") from error
-    return device

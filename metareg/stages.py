@@ -7,13 +7,14 @@ tracer see ordinary calls.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import pluggy
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metareg import hookspecs
 from metareg.errors import MetaregError, PluginError, nearest
@@ -79,7 +80,8 @@ def plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dic
         named[name] = plugin
     known = [name for name, _ in inspect.getmembers(hookspecs, callable) if hasattr(manager.hook, name)]
     for plugin in plugins:
-        for attribute, _ in _marked(plugin.instance):
+        for attribute, method in _marked(plugin.instance):
+            attribute = getattr(method, "metareg_impl")["specname"] or attribute  # noqa: B009 - set by pluggy
             if attribute not in known:
                 close = nearest(attribute, known)
                 hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(known)}."
@@ -139,6 +141,11 @@ class Stages:
         in_batch = {each.name for each in self._outer_batch_gradient}
         self._task_noise = [each for each in get["draw_noise"] if each.name in in_task]
         self._batch_noise = [each for each in get["draw_noise"] if each.name in in_batch]
+        for augmenter in self.augmenters:
+            if not _marked(augmenter.instance):
+                raise PluginError(
+                    f"The {augmenter.label} implements no hook; its methods are marked with @metareg.hookimpl."
+                )
         if not self._inner_update:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
 
@@ -190,9 +197,11 @@ class Stages:
         meta: Tensors = {}
         for each in self._init_meta:
             with seeded(seed, "init_meta", each.name) as generator:
-                created = each(generator=generator, **arguments) or {}
-            if not isinstance(created, dict) or not all(isinstance(value, Tensor) for value in created.values()):
-                each.reject("it must return a dict of tensors by name")
+                created = each(generator=generator, **arguments)
+            if created is None:
+                continue
+            if not isinstance(created, dict) or not all(_is_real(value) for value in created.values()):
+                each.reject("it must return a dict of floating-point tensors by name")
             meta |= {f"{each.name}.{name}": value.detach().clone() for name, value in created.items()}
         return meta
 
@@ -203,6 +212,8 @@ class Stages:
         for each in self._adapted_parameters:
             chosen = each(names=names, body=body, head=head)
             if chosen is not None:
+                if isinstance(chosen, str) or not isinstance(chosen, Collection):
+                    each.reject(f"it must return a sequence of names, not {_described(chosen)}")
                 unknown = [name for name in chosen if name not in names]
                 if unknown or not chosen:
                     each.reject(f"it named {unknown or 'no parameter'}; the model has {', '.join(names)}")
@@ -232,15 +243,14 @@ class Stages:
         seed: int,
         *labels: str | int,
     ) -> dict[str, Any]:
-        return {
-            each.name: each(
-                shapes=shapes,
-                generator=generator_for(seed, "noise", stage, each.name, *labels),
-                inner_steps=inner_steps,
-                stage=stage,
-            )
-            for each in drawing
-        }
+        noise = {}
+        for each in drawing:
+            generator = generator_for(seed, "noise", stage, each.name, *labels)
+            drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
+            if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(drawn) if leaf is not None):
+                each.reject("it must return a pytree of tensors")
+            noise[each.name] = drawn
+        return noise
 
     def augment_inner_gradient(
         self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int
@@ -273,9 +283,11 @@ class Stages:
         logs: Tensors = {}
         for each in self._outer_loss:
             term = each(meta=each.own(meta), noise=noise.get(each.name), **arguments)
-            term, extra = term if isinstance(term, tuple) else (term, {})
-            if not isinstance(term, Tensor) or term.dim() != 0:
-                each.reject(f"it must return a scalar, not {_described(term)}")
+            term, extra = term if isinstance(term, tuple) and len(term) == 2 else (term, {})
+            if not _is_scalar(term):
+                each.reject(f"it must return a scalar tensor, not {_described(term)}")
+            if not isinstance(extra, dict) or not all(_is_scalar(value) for value in extra.values()):
+                each.reject("what it wants logged must be a dict of scalar tensors")
             total = total + term
             logs |= {f"{each.name}.{key}": value.detach() for key, value in extra.items()}
         return total, logs
@@ -303,6 +315,8 @@ class Stages:
         for each in self._outer_gradient:
             grads = each(meta=meta, adapted=adapted, inner_steps=inner_steps)
             if grads is not None:
+                if not isinstance(grads, dict):
+                    each.reject(f"it must return a dict of tensors, not {_described(grads)}")
                 zero = {name: torch.zeros_like(value) for name, value in meta.items()}
                 return _like(meta, zero | grads, each)
         raise PluginError("No plugin gave a result for outer_gradient.")
@@ -311,6 +325,8 @@ class Stages:
         for each in self._outer_update:
             result = each(meta=meta, grads=grads, state=state)
             if result is not None:
+                if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
+                    each.reject("it must return the new meta-parameters and a dict, the new state")
                 return _like(meta, result[0], each), result[1]
         raise PluginError("No plugin gave a result for outer_update.")
 
@@ -330,6 +346,14 @@ def _like(expected: Tensors, given: Any, by: Implementation) -> Tensors:
         if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
             by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_described(given[name])}")
     return {name: given[name] for name in expected}
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
 
 
 def _described(value: Any) -> str:

@@ -1,0 +1,417 @@
+"""What the engine adds to the plain meta-gradient: first order, normalisation, noise, sizes, chunks, outer stages."""
+
+from __future__ import annotations
+
+from itertools import permutations
+from typing import Any
+
+import pytest
+import torch
+from reference import NETS, difference, inner_loop, meta_gradient
+from samples import episodes, tasks_of
+from test_parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
+from torch import Tensor, nn
+
+from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
+
+CML = ("cml", {"gamma": GAMMA})
+STRATEGIES = ("serial", "vectorized")
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("augment", ["none", "cml"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_first_order(net: str, algo: str, augment: str, memory: str) -> None:
+    strategy = "serial" if net == "conv" else "vectorized"
+    check(net, algo, augment, 3, memory=memory, strategy=strategy, first_order=True)
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_support_statistics(algo: str, memory: str) -> None:
+    check("conv", algo, "cml", 2, memory=memory, strategy="serial", norm="support")
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, affine=False),
+        nn.InstanceNorm2d(4, affine=True),
+        nn.GroupNorm(2, 4),
+        nn.LayerNorm([4, 8, 8]),
+        nn.RMSNorm([8]),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_normalisation_layers_agree_between_strategies(layer: nn.Module) -> None:
+    """The batched backward of some of them is wrong where the map is differentiated from outside."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), layer, nn.Flatten(), nn.ReLU(), nn.Linear(256, 5)).double()
+    grads = [
+        MetaLearner(model, inner_lr=0.4, strategy=strategy).meta_gradient(episodes("conv"))[1]
+        for strategy in STRATEGIES
+    ]
+    assert difference(*grads) < TOLERANCE
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_finite_differences(algo: str) -> None:
+    """The meta-gradient is the derivative of the reported objective, in a random direction of all meta-parameters."""
+    batch = episodes("mlp")
+    learner = learner_of("mlp", algo, [CML], inner_steps=2)
+    meta = initialized(learner, batch)
+    _, grads = learner.meta_gradient(batch)
+    generator = torch.Generator().manual_seed(3)
+    direction = {name: torch.randn(value.shape, generator=generator).to(value) for name, value in meta.items()}
+
+    def objective(offset: float) -> float:
+        for name, value in meta.items():
+            value += offset * direction[name]
+        loss = learner.meta_gradient(batch)[0].item()
+        for name, value in meta.items():
+            value -= offset * direction[name]
+        return loss
+
+    numeric = (objective(1e-6) - objective(-1e-6)) / 2e-6
+    exact = sum((grads[name] * direction[name]).sum().item() for name in meta)
+    assert numeric == pytest.approx(exact, rel=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------ sizes, chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4, 9])
+def test_chunks_change_nothing(chunk: int) -> None:
+    batch = episodes("mlp", tasks=5)
+    augment = [CML, "dropgrad", ("gradient-noise", {"where": "outer"})]
+    loss, grads = learner_of("mlp", "metasgd", augment).meta_gradient(batch)
+    learner = learner_of("mlp", "metasgd", augment, chunk=chunk)
+    chunked_loss, chunked = learner.meta_gradient(batch)
+    torch.testing.assert_close(chunked_loss, loss, rtol=1e-12, atol=0)
+    assert difference(chunked, grads) < 1e-12
+    whole = learner_of("mlp", "metasgd", augment)
+    whole.meta_gradient(batch)
+    assert learner.logs == pytest.approx(whole.logs, rel=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_tasks_of_unequal_sizes_equal_one_by_one(strategy: str) -> None:
+    batches = [
+        episodes("mlp", tasks=2, shots=shots, query=query, seed=shots) for shots, query in ((1, 3), (2, 3), (2, 1))
+    ]
+    tasks = [task for group in zip(*map(tasks_of, batches), strict=True) for task in group]
+    learner = learner_of("mlp", "maml", [CML], inner_steps=2, strategy=strategy)
+    loss, grads = learner.meta_gradient(Episodes.group(tasks))
+    expected_loss, expected = meta_gradient(
+        NETS["mlp"], learner.meta_parameters, tasks, algo="maml", inner_lr=INNER_LR["mlp"], inner_steps=2, gamma=GAMMA
+    )
+    torch.testing.assert_close(loss, expected_loss, rtol=TOLERANCE, atol=0)
+    assert difference(grads, expected) < TOLERANCE
+
+
+def test_traced_graph_follows_shapes_and_values() -> None:
+    """The second call of one shape runs a traced graph; neither another shape nor other values get stale results."""
+    learner = learner_of("mlp", "maml", [CML])
+    for tasks, seed in ((3, 1), (3, 2), (2, 3), (3, 4), (2, 5), (3, 1)):
+        batch = episodes("mlp", tasks, seed=seed)
+        learner.step(batch)
+        serial = learner_of("mlp", "maml", [CML], strategy="serial")
+        initialized(serial, batch)
+        serial._meta = {name: value.clone() for name, value in learner.meta_parameters.items()}
+        assert difference(learner.meta_gradient(batch)[1], serial.meta_gradient(batch)[1]) < 1e-12
+
+
+def test_strides_do_not_matter() -> None:
+    batch = episodes("conv")
+    strided = Episodes(*(part.transpose(0, -1).contiguous().transpose(0, -1) for part in batch.parts))
+    assert strided.support_x.stride() != batch.support_x.stride()
+    learner = learner_of("conv", "anil")
+    learner.meta_gradient(batch)
+    _, grads = learner.meta_gradient(batch)
+    assert difference(learner.meta_gradient(strided)[1], grads) < 1e-12
+
+
+def test_compiled_graph_takes_other_strides() -> None:
+    batch = episodes("mlp")
+    strided = Episodes(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in batch.parts))
+    learner = learner_of("mlp", "anil", strategy="compiled")
+    _, grads = learner.meta_gradient(batch)
+    assert difference(learner.meta_gradient(strided)[1], grads) < 1e-12
+    other = episodes("mlp", seed=9)
+    assert difference(learner.meta_gradient(other)[1], learner_of("mlp", "anil").meta_gradient(other)[1]) < 1e-9
+
+
+# --------------------------------------------------------------------------------------------------------- augmenters
+
+
+@pytest.mark.parametrize("order", list(permutations([CML, "dropgrad", "gradient-noise"])), ids=str)
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_any_order_of_augmenters(algo: str, order: Any) -> None:
+    batch = episodes("mlp")
+    grads = [
+        learner_of("mlp", algo, order, inner_steps=2, strategy=strategy).meta_gradient(batch)[1]
+        for strategy in STRATEGIES
+    ]
+    assert difference(*grads) < 1e-12
+
+
+def test_the_order_of_augmenters_counts() -> None:
+    """Noise that is dropped afterwards is other noise: the list is a chain, not a set."""
+    batch = episodes("mlp")
+    first, second = (
+        learner_of("mlp", "maml", order).meta_gradient(batch)[1]
+        for order in (["dropgrad", "gradient-noise"], ["gradient-noise", "dropgrad"])
+    )
+    assert difference(first, second) > 1e-3
+
+
+def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]]:
+    """What a training step draws for each of its tasks, drawn again."""
+    shapes = {name: tuple(learner.meta_parameters[name].shape) for name in learner._engine.training.adapted_names}
+    return [
+        learner.stages.draw_task_noise(shapes, learner.config.inner_steps, learner.config.seed, step, task)
+        for task in range(tasks)
+    ]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("algo", ["maml", "anil"])
+@pytest.mark.parametrize("kind", ["bernoulli", "gaussian"])
+def test_dropgrad_equals_a_loop_with_the_same_noise(kind: str, algo: str, strategy: str) -> None:
+    batch = episodes("mlp")
+    learner = learner_of("mlp", algo, [("dropgrad", {"rate": 0.3, "kind": kind})], inner_steps=3, strategy=strategy)
+    meta = initialized(learner, batch)
+    drawn = noise_of(learner, 0, len(batch))
+
+    def change(task: int, step: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value * drawn[task]["dropgrad"][step][name].double() for name, value in grads.items()}
+
+    _, expected = meta_gradient(
+        NETS["mlp"], meta, tasks_of(batch), algo=algo, inner_lr=INNER_LR["mlp"], inner_steps=3, change=change
+    )
+    assert difference(learner.meta_gradient(batch)[1], expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("relative", [True, False])
+def test_gradient_noise_equals_a_loop_with_the_same_noise(relative: bool, strategy: str) -> None:
+    batch = episodes("mlp")
+    options = {"sigma": 0.2, "relative": relative}
+    learner = learner_of("mlp", "maml", [("gradient-noise", options)], inner_steps=2, strategy=strategy)
+    meta = initialized(learner, batch)
+    drawn = noise_of(learner, 0, len(batch))
+
+    def change(task: int, step: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        flat = torch.cat([value.flatten() for value in grads.values()]).detach()
+        scale = 0.2 * (flat.norm() / len(flat) ** 0.5 if relative else 1.0)
+        noise = drawn[task]["gradient-noise"][step]
+        return {name: value + scale * noise[name].double() for name, value in grads.items()}
+
+    _, expected = meta_gradient(
+        NETS["mlp"], meta, tasks_of(batch), algo="maml", inner_lr=INNER_LR["mlp"], inner_steps=2, change=change
+    )
+    assert difference(learner.meta_gradient(batch)[1], expected) < TOLERANCE
+
+
+def test_noise_is_new_for_every_task_inner_step_and_training_step() -> None:
+    batch = episodes("mlp")
+    learner = learner_of("mlp", "maml", [("dropgrad", {"kind": "gaussian"})], inner_steps=2)
+    initialized(learner, batch)
+    draws = [
+        noise["dropgrad"][inner]["body.0.weight"]
+        for step in (0, 1)
+        for noise in noise_of(learner, step, 2)
+        for inner in (0, 1)
+    ]
+    assert len(draws) == 8
+    assert not any(a.equal(b) for a, b in permutations(draws, 2))
+
+
+def test_outer_noise_reaches_every_meta_parameter() -> None:
+    batch = episodes("mlp")
+    noisy = learner_of("mlp", "metasgd", [CML, ("gradient-noise", {"where": "outer"})]).meta_gradient(batch)[1]
+    plain = learner_of("mlp", "metasgd", [CML]).meta_gradient(batch)[1]
+    assert all((noisy[name] - plain[name]).abs().min() > 0 for name in plain)
+    total = torch.stack([value.square().sum() for value in plain.values()]).sum().sqrt()
+    noise = torch.stack([(noisy[name] - plain[name]).square().sum() for name in plain]).sum().sqrt()
+    assert (noise / total).item() == pytest.approx(0.1, rel=0.3)
+
+
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_co_learner_without_weight_changes_nothing_else(algo: str) -> None:
+    batch = episodes("mlp")
+    loss, plain = learner_of("mlp", algo).meta_gradient(batch)
+    zero_loss, zero = learner_of("mlp", algo, [("cml", {"gamma": 0})]).meta_gradient(batch)
+    torch.testing.assert_close(zero_loss, loss, rtol=1e-14, atol=0)
+    assert difference({name: zero[name] for name in plain}, plain) < 1e-14
+    assert all(not value.any() for name, value in zero.items() if name.startswith("cml."))
+
+
+def test_co_learner_stands_outside_the_inner_loop() -> None:
+    """The adapted parameters do not depend on ψ, neither through the update nor through evaluation."""
+    batch = episodes("mlp")
+    plain, with_cml = learner_of("mlp", "maml"), learner_of("mlp", "maml", [CML])
+    x, y = batch.support_x[0], batch.support_y[0]
+    for actual, expected in zip(with_cml.adapt(x, y, 3).parameters(), plain.adapt(x, y, 3).parameters(), strict=True):
+        assert actual.equal(expected)
+    assert not any(name.startswith("cml") for name in with_cml._engine.training.adapted_names)
+
+
+def test_co_learner_logs_its_metric() -> None:
+    learner = learner_of("conv", "anil", [CML])
+    learner.step(episodes("conv"))
+    assert 0 <= learner.logs["cml.colearner_metric"] <= 1
+    assert learner.logs.keys() == {"query_loss", "accuracy", "cml.colearner_metric", "grad_norm"}
+
+
+# --------------------------------------------------------------------------------------------------------- outer stages
+
+
+class Reptile:
+    """Nichol, Achiam and Schulman (2018): the meta-gradient is the way from the adapted parameters to the initial ones."""
+
+    class Config(PluginConfig):
+        inner_lr: float = 0.1
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @hookimpl
+    def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value - self.config.inner_lr * grads[name] for name, value in params.items()}
+
+    @hookimpl
+    def outer_gradient(self, meta: dict[str, Tensor], adapted: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: meta[name] - value for name, value in adapted.items()}
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("augment", ["none", "cml"])
+def test_outer_gradient_of_a_plugin(augment: str, strategy: str, memory: str) -> None:
+    """Reptile's own gradient, and with CML the derivative of the co-learner's term beside it."""
+    batch = episodes("mlp")
+    learner = MetaLearner(
+        learner_of("mlp", "maml").model.module, Reptile, [CML] if augment == "cml" else [], loss="mse", inner_steps=2,
+        strategy=strategy, memory=memory,
+    )  # fmt: skip
+    meta = initialized(learner, batch)
+    tasks = tasks_of(batch)
+    common: Any = {"algo": "maml", "inner_lr": 0.1, "inner_steps": 2}
+    expected = {name: torch.zeros_like(value) for name, value in meta.items()}
+    for task in tasks:
+        leaves = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
+        for name, value in inner_loop(NETS["mlp"], leaves, task, **common).items():
+            expected[name] += (leaves[name] - value).detach() / len(tasks)
+    if augment == "cml":
+        _, with_term = meta_gradient(NETS["mlp"], meta, tasks, gamma=GAMMA, **common)
+        _, without = meta_gradient(NETS["mlp"], {k: v for k, v in meta.items() if "cml" not in k}, tasks, **common)
+        expected = {name: expected[name] + with_term[name] - without.get(name, 0) for name in meta}
+    for _ in range(2):
+        _, grads = learner.meta_gradient(batch)
+        assert difference(grads, expected) < TOLERANCE
+
+
+class SGD:
+    """An outer optimiser with a state: gradient descent with momentum 0.9."""
+
+    @hookimpl
+    def outer_update(
+        self, meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        state = {name: 0.9 * state.get(name, torch.zeros_like(value)) + value for name, value in grads.items()}
+        return {name: value - 0.05 * state[name] for name, value in meta.items()}, state
+
+
+def test_outer_update_of_a_plugin() -> None:
+    learner = learner_of("mlp", "maml", [CML, SGD])
+    batches = [episodes("mlp", seed=seed) for seed in range(4)]
+    meta = {name: value.clone() for name, value in initialized(learner, batches[0]).items()}
+    momentum = {name: torch.zeros_like(value) for name, value in meta.items()}
+    for batch in batches:
+        _, grads = meta_gradient(
+            NETS["mlp"], meta, tasks_of(batch), algo="maml", inner_lr=INNER_LR["mlp"], inner_steps=1, gamma=GAMMA
+        )
+        momentum = {name: 0.9 * momentum[name] + grads[name] for name in meta}
+        meta = {name: value - 0.05 * momentum[name] for name, value in meta.items()}
+        learner.step(batch)
+    assert difference(learner.meta_parameters, meta) < TOLERANCE
+
+
+def test_default_outer_update_is_adam() -> None:
+    learner = learner_of("mlp", "maml", outer_lr=0.02)
+    batches = [episodes("mlp", seed=seed) for seed in range(4)]
+    meta = {name: value.clone() for name, value in initialized(learner, batches[0]).items()}
+    optimizer = torch.optim.Adam(meta.values(), lr=0.02)
+    for batch in batches:
+        _, grads = meta_gradient(
+            NETS["mlp"], meta, tasks_of(batch), algo="maml", inner_lr=INNER_LR["mlp"], inner_steps=1
+        )
+        for name, value in meta.items():
+            value.grad = grads[name]
+        optimizer.step()
+        learner.step(batch)
+    assert difference(learner.meta_parameters, meta) < TOLERANCE
+
+
+def test_reset_optimizer_every_forgets_the_moments() -> None:
+    """The first step of a fresh Adam is outer_lr in every entry, whatever came before."""
+    learner = learner_of("mlp", "maml", outer_lr=0.01, reset_optimizer_every=2)
+    moved = []
+    for seed in range(3):
+        batch = episodes("mlp", seed=seed)
+        before = {name: value.clone() for name, value in initialized(learner, batch).items()}
+        learner.step(batch)
+        moved.append((learner.meta_parameters["head.weight"] - before["head.weight"]).abs())
+    full = torch.full_like(moved[0], 0.01)
+    torch.testing.assert_close(moved[0], full, rtol=1e-3, atol=0)
+    torch.testing.assert_close(moved[2], full, rtol=1e-3, atol=0)
+    assert (moved[1] - full).abs().max() > 1e-4
+
+
+# ----------------------------------------------------------------------------------------------------- head only, auto
+
+
+def test_body_runs_once_per_support_set_where_only_the_head_adapts() -> None:
+    calls = []
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(len(x))
+            return self.linear(x).relu()
+
+    model = nn.Module()
+    model.body, model.head = Counting(), nn.Linear(5, 1)
+    model.double()
+    batch = episodes("mlp", tasks=1, shots=1, query=2)
+    counts = {}
+    for algo in ("anil", "maml"):
+        learner = MetaLearner(model, algo, loss="mse", inner_steps=5, strategy="serial")
+        learner.initialize(None)
+        calls.clear()
+        learner.meta_gradient(batch)
+        counts[algo] = calls.count(4)
+    assert counts == {"anil": 1, "maml": 5}
+
+
+@pytest.mark.parametrize(
+    ("net", "algo", "tasks", "steps", "stackable", "expected"),
+    [
+        ("mlp", "maml", 25, 10, True, "vectorized"),
+        ("mlp", "maml", 25, 10**6, False, "serial"),
+        ("mlp", "maml", 1, 10**6, True, "vectorized"),
+        ("conv", "maml", 4, 10**6, True, "serial"),
+        ("conv", "anil", 4, 10, True, "vectorized"),
+    ],
+)
+def test_auto_says_what_it_chose_and_why(
+    net: str, algo: str, tasks: int, steps: int, stackable: bool, expected: str
+) -> None:
+    strategy, reason = learner_of(net, algo, strategy="auto").choose_strategy(tasks, steps, stackable)
+    assert strategy == expected
+    assert len(reason) > 20
