@@ -156,7 +156,9 @@ class TaskFunctions:
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
         weighted = query_loss if weights is None else weights[-1] * query_loss
         total = extra if self.stages.has_outer_gradient else weighted + extra
-        logs = {"query_loss": query_loss.detach(), self.metric.name: self.metric(outputs.detach(), targets)}
+        reported = query_loss.detach()
+        same = self.metric.function is self.loss
+        logs = {"query_loss": reported, self.metric.name: reported if same else self.metric(outputs.detach(), targets)}
         return torch.as_tensor(total, dtype=query_loss.dtype), logs | extra_logs
 
     def earlier_losses(
@@ -258,10 +260,12 @@ class TaskFunctions:
         pulled: Any = vjp(outer, meta, trajectory.pop(), context, has_aux=True)
         loss, pull, logs = pulled
         total, adjoint, context_adjoint = pull(torch.ones_like(loss))
+        del pulled, pull  # the graph of the query set, freed before the next is built
         for step in reversed(range(self.inner_steps)):
             (_, earlier), pull, *_ = vjp(partial(one_step, step=step), meta, trajectory.pop(), context)
             meta_part, adjoint, context_part = pull((adjoint, tuple(torch.ones_like(each) for each in earlier)))
             loss = sum(earlier, loss)
+            del pull
             total = _sum(total, meta_part)
             context_adjoint = _sum(context_adjoint, context_part)
         _, pull, *_ = vjp(self.initial, meta)
@@ -455,14 +459,14 @@ class _Program:
             parts, extra = _unflattened(leaves[len(names) :], structure)
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
-        graph = make_fx(flat)(*leaves)
+        graph = _without_idle_operations(make_fx(flat)(*leaves))
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced
-        # Shapes and types are the key of this graph, so that torch.compile need not check them at every call.
-        options: dict[str, Any] = {"guard_filter_fn": torch.compiler.skip_all_guards_unsafe}
-        compiled: Callable[..., list[Tensor]] = torch.compile(graph, fullgraph=True, dynamic=False, options=options)
         try:
+            # torch.compile would look for a graph in Python code, and at every call for what the code may have changed;
+            # here the graph is there already, and its shapes and types are its key: its compiler is called directly.
+            compiled: Callable[..., list[Tensor]] = torch._inductor.compile(graph, list(leaves))
             compiled(*leaves)
         except Exception as error:
             raise CompileError(
@@ -470,6 +474,41 @@ class _Program:
                 "strategy='vectorized' needs no compiler."
             ) from error
         return compiled
+
+
+_ATEN = torch.ops.aten
+_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default)
+_TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
+
+
+def _without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph less the operations that give back what they were given.
+
+    `torch.func` leaves many of them: views as the same shape, transpositions of transpositions, products with 1. Small
+    tasks spend their time on the number of operations, not on arithmetic. A graph in which something is written in place
+    stays as it is.
+    """
+    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    if any(operation._schema.is_mutable for operation in operations):
+        return graph
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.target in _TRANSPOSITIONS and source.target is node.target and source.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(source.args[0])
+        elif node.target is _ATEN.detach.default or (
+            (node.target in _VIEWS or (node.target is _ATEN.mul.Scalar and node.args[1] == 1))
+            and _layout(node.meta["val"]) == _layout(source.meta["val"])
+        ):
+            node.replace_all_uses_with(source)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.shape, value.stride()
 
 
 class CompileError(MetaregError):
@@ -495,10 +534,8 @@ def choose_strategy(
     """
     if not stackable:
         return "serial", "the task's episodes do not stack"
-    parameters = dict(functions.model.module.named_parameters())
-    convolutions = [name for name in functions.adapted_names if parameters[name].dim() >= 4]
-    if device.type == "cpu" and convolutions:
-        return "serial", "convolutions whose weights differ between tasks are slower in one batch on a CPU"
+    if device.type == "cpu" and any(p.dim() >= 4 for p in functions.model.module.parameters()):
+        return "serial", "convolutional tasks are slower in one batch than one by one on a CPU"
     if tasks == 1:
         return "vectorized", "there is one task per batch"
     gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.inner_steps)
@@ -547,7 +584,7 @@ def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mappin
 
 def _norm(grads: Tensors) -> Tensor:
     """The Euclidean norm of a whole gradient."""
-    return torch.stack([value.square().sum() for value in grads.values()]).sum().sqrt()
+    return torch.nn.utils.get_total_norm(grads.values())
 
 
 def _means(trees: Tensors) -> Tensors:

@@ -95,8 +95,9 @@ class Episodes:
         if size is None or size >= len(self):
             yield self
             return
-        for start in range(0, len(self), size):
-            yield self[start : start + size]
+        leaves, structure = pytree.tree_flatten(self.parts)
+        for parts in zip(*(leaf.split(size) for leaf in leaves), strict=True):
+            yield _unchecked(*pytree.tree_unflatten(parts, structure))
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
@@ -107,12 +108,17 @@ class Episodes:
         return self._mapped(move)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
-        """The same with a function of every tensor that keeps the parts fitting together: nothing is checked again."""
-        mapped = object.__new__(Episodes)
-        for name, part in zip(("support_x", "support_y", "query_x", "query_y"), self.parts, strict=True):
-            value = function(part) if type(part) is Tensor else pytree.tree_map(function, part)
-            object.__setattr__(mapped, name, value)
-        return mapped
+        """The same with a function of every tensor that keeps the parts fitting together."""
+        return _unchecked(
+            *[function(part) if type(part) is Tensor else pytree.tree_map(function, part) for part in self.parts]
+        )
+
+
+def _unchecked(support_x: Any, support_y: Tensor, query_x: Any, query_y: Tensor) -> Episodes:
+    """Episodes of parts that are known to fit together."""
+    episodes = object.__new__(Episodes)
+    episodes.__dict__.update(support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y)
+    return episodes
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:

@@ -1,0 +1,279 @@
+"""The core's figures, measured side by side in one run: ``python benchmarks/core.py [--only NAME …] [--threads N]``.
+
+Every two steps that are compared are first checked to give the same meta-gradient. See docs/benchmarks.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, Row, check_same_gradient, interleaved, machine, paired, report
+from loops import ClonedModules, Conv4, FunctionalLoop, Higher, ParallelMetalearn, Reference, Tasks, TracedByHand, mlp
+
+from metareg import Episodes, MetaLearner
+from metareg.sources import TaskSource
+
+Result = tuple[list[Row], dict[str, Any]]
+
+TASKS = 25
+SINUSOID: dict[str, Any] = {"inner_lr": 0.01, "inner_steps": 1}
+_BLOCK = 100
+
+
+def sinusoid_batches(steps: int) -> Iterator[Tasks]:
+    """The training tasks of the sinusoid plugin, drawn in blocks of many steps, as `MetaLearner.fit` draws them."""
+    source = TaskSource.of("sinusoid")
+    for first in range(0, steps, _BLOCK):
+        block = min(_BLOCK, steps - first)
+        (drawn,) = source.episodes("train", range(first * TASKS, (first + block) * TASKS), seed=0)
+        for start in range(0, block * TASKS, TASKS):
+            yield tuple(part[start : start + TASKS] for part in drawn.parts)
+
+
+def by_hand(reference: Reference) -> Callable[[int], None]:
+    """Training steps of a written-out loop: drawing tasks, meta-gradient, Adam."""
+
+    def run(steps: int) -> None:
+        total = 0.0
+        for tasks in sinusoid_batches(steps):
+            total += reference.step(tasks)
+
+    return run
+
+
+def by_metareg(learner: MetaLearner) -> Callable[[int], object]:
+    """Training steps of metareg: the same work through `MetaLearner.fit`."""
+    return lambda steps: learner.fit("sinusoid", steps, meta_batch=TASKS)
+
+
+def checked_learner(
+    model: torch.nn.Module, tasks: Tasks, expected: dict[str, torch.Tensor], **options: Any
+) -> MetaLearner:
+    """A learner whose meta-gradient is right, traced or compiled where its strategy does that."""
+    learner = MetaLearner(model, **options)
+    for _ in range(2):  # a graph is traced at the second call
+        _, grads = learner.meta_gradient(Episodes(*tasks))
+        check_same_gradient(f"metareg {options}", grads, expected)
+    return learner
+
+
+# ------------------------------------------------------------------------------------------------------------- sinusoid
+
+
+def sinusoid() -> Result:
+    """The whole training step on sinusoid regression: 25 tasks, 10-shot, one inner step."""
+    torch.manual_seed(0)
+    model = mlp()
+    (tasks,) = sinusoid_batches(1)
+    references: dict[str, Reference] = {
+        "module clones": ClonedModules(model, F.mse_loss, **SINUSOID),
+        "functional_call loop": FunctionalLoop(model, F.mse_loss, **SINUSOID),
+        "higher": Higher(model, F.mse_loss, **SINUSOID),
+        "parallel-metalearn": ParallelMetalearn(model, F.mse_loss, tasks=TASKS, **SINUSOID),
+    }
+    expected = references["functional_call loop"].gradient(tasks)
+    for name, reference in references.items():
+        check_same_gradient(name, reference.gradient(tasks), expected)
+    works = {name: by_hand(reference) for name, reference in references.items()}
+    for strategy in ("compiled", "vectorized", "serial"):
+        learner = checked_learner(model, tasks, expected, loss="mse", strategy=strategy, **SINUSOID)
+        works[strategy] = by_metareg(learner)
+    steps = dict.fromkeys(works, 4) | {"compiled": 200, "vectorized": 50, "parallel-metalearn": 20}
+    for name, work in works.items():
+        work(steps[name])
+    times = interleaved(works, steps, rounds=30, seconds=30)
+    medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
+
+    def row(ours: str, theirs: str, target: float | None = None) -> Row:
+        return Row(f"sinusoid, 25 tasks, {ours}", theirs, medians[ours], medians[theirs], "ms", target=target)
+
+    rows = [
+        row("compiled", "module clones", 40),
+        row("vectorized", "module clones", 8),
+        row("compiled", "parallel-metalearn", 7),
+        row("compiled", "higher"),
+        row("compiled", "functional_call loop"),
+        row("vectorized", "parallel-metalearn"),
+        row("serial", "module clones"),
+        row("serial", "functional_call loop"),
+    ]
+    return rows, {"milliseconds_per_step": medians}
+
+
+# ---------------------------------------------------------------------------------------------------------------- hooks
+
+
+def hooks() -> Result:
+    """What the registry and hooks add to a step, against the same step written by hand with the same technique."""
+    torch.manual_seed(0)
+    model = mlp()
+    (tasks,) = sinusoid_batches(1)
+    expected = FunctionalLoop(model, F.mse_loss, **SINUSOID).gradient(tasks)
+    rows, raw = [], {}
+    for strategy, steps in (("vectorized", 25), ("compiled", 100)):
+        hand = TracedByHand(model, F.mse_loss, compiled=strategy == "compiled", **SINUSOID)
+        check_same_gradient(f"by hand, {strategy}", hand.gradient(tasks), expected)
+        learner = checked_learner(model, tasks, expected, loss="mse", strategy=strategy, **SINUSOID)
+        works = {"metareg": by_metareg(learner), "by hand": by_hand(hand)}
+        for work in works.values():
+            work(steps)
+        times = interleaved(works, dict.fromkeys(works, steps), rounds=300, seconds=15)
+        ours, theirs = (1e3 * statistics.median(seconds) for seconds in times.values())
+        figure = paired(times["metareg"], times["by hand"])
+        rows.append(Row(f"hooks, sinusoid, {strategy}", "the same by hand", ours, theirs, "ms", "ratio", 1.02, figure))
+        raw[strategy] = {"metareg": ours, "by hand": theirs, "blocks": len(times["metareg"]), "paired": figure}
+    return rows, {"milliseconds_per_step": raw}
+
+
+# ----------------------------------------------------------------------------------------------------------------- ANIL
+
+
+def anil() -> Result:
+    """ANIL against MAML, both by metareg with its default strategy: Conv4, 28×28, 5-way, 15 queries a class, 4 tasks."""
+    rows, raw = [], {}
+    for channels, shots in ((32, 1), (64, 1), (32, 5)):
+        torch.manual_seed(0)
+        model = Conv4(channels, 28)
+        tasks = image_tasks(4, 28, 1, shots)
+        settings: dict[str, Any] = {"inner_lr": 0.1, "inner_steps": 5}
+        works: dict[str, Callable[[int], object]] = {}
+        for algorithm, adapts in (("anil", ("head.",)), ("maml", ("",))):
+            expected = FunctionalLoop(model, F.cross_entropy, adapts=adapts, **settings).gradient(tasks)
+            learner = checked_learner(model, tasks, expected, algo=algorithm, **settings)
+            works[algorithm] = stepping(learner, Episodes(*tasks))
+        times = interleaved(works, {"anil": 2, "maml": 1}, rounds=12, seconds=12)
+        ours, theirs = (1e3 * statistics.median(seconds) for seconds in times.values())
+        work = f"ANIL, 5 inner steps, Conv4-{channels}, {shots}-shot"
+        rows.append(Row(work, "MAML here", ours, theirs, "ms", target=3))
+        raw[f"Conv4-{channels}, {shots}-shot"] = {"anil": ours, "maml": theirs}
+    return rows, {"milliseconds_per_step": raw}
+
+
+def image_tasks(tasks: int, size: int, image_channels: int, shots: int, ways: int = 5, query: int = 15) -> Tasks:
+    """Noise in the shape of few-shot image tasks: a clock needs no pictures."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(examples: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.rand(tasks, ways * examples, image_channels, size, size, generator=generator)
+        return x, torch.arange(ways).repeat(tasks, examples)
+
+    return (*drawn(shots), *drawn(query))
+
+
+def stepping(learner: MetaLearner, episodes: Episodes) -> Callable[[int], None]:
+    """Training steps on the same tasks again and again."""
+
+    def run(steps: int) -> None:
+        for _ in range(steps):
+            learner.step(episodes)
+
+    return run
+
+
+# --------------------------------------------------------------------------------------------------------------- memory
+
+
+def memory() -> Result:
+    """Peak memory with 20 inner steps over that with 1: Conv4-64 on 84×84, 5-way 5-shot, one task."""
+    rows = []
+    raw: dict[str, float] = {}
+    for strategy in ("serial", "vectorized"):
+        few, many = (memory_of(strategy, "recompute", steps) for steps in (1, 20))
+        rows.append(Row(f"peak memory, 20 inner steps, {strategy}", "1 inner step", many, few, "MB", "ratio", 1.15))
+        raw |= {f"{strategy}, recompute, 1 inner step": few, f"{strategy}, recompute, 20 inner steps": many}
+        if strategy == "serial":
+            stored = raw["serial, store, 20 inner steps"] = memory_of(strategy, "store", 20)
+            rows.append(Row("peak memory, 20 inner steps, serial", "memory='store'", many, stored, "MB", "ratio"))
+    return rows, {"megabytes_over_start": raw}
+
+
+def memory_of(strategy: str, kind: str, inner_steps: int) -> float:
+    """The peak over the start, in MB, of a fresh process; what it computes is checked there."""
+    command = [sys.executable, __file__, "--memory-probe", strategy, kind, str(inner_steps)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def memory_probe(strategy: str, kind: str, inner_steps: int) -> None:
+    """Two meta-gradients (the second is traced where the strategy traces); prints the peak resident memory in MB."""
+    torch.manual_seed(0)
+    learner = MetaLearner(Conv4(64, 84, 3), strategy=strategy, memory=kind, inner_steps=inner_steps, inner_lr=0.01)
+    episodes = Episodes(*image_tasks(1, 84, 3, shots=5))
+    start = _resident("VmRSS")
+    for _ in range(1 if strategy == "serial" else 2):
+        learner.meta_gradient(episodes)
+    print(_resident("VmHWM") - start)
+
+
+def _resident(field: str) -> float:
+    """A size in MB from Linux's account of this process; getrusage would count the parent's peak before the exec too."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1024
+    raise SystemExit("The memory benchmark needs Linux: it reads /proc/self/status.")
+
+
+# -------------------------------------------------------------------------------------------------------------- startup
+
+
+def startup() -> Result:
+    """The wall clock of `metareg --help` and `metareg plugins` over that of an empty Python process."""
+    metareg = shutil.which("metareg", path=str(Path(sys.executable).parent))
+    if metareg is None:
+        raise SystemExit("There is no command metareg beside this Python; install metareg into its environment.")
+    commands = {
+        "metareg --help": [metareg, "--help"],
+        "metareg plugins": [metareg, "plugins"],
+        "python -c pass": [sys.executable, "-c", "pass"],
+    }
+
+    def running(command: list[str]) -> Callable[[int], object]:
+        return lambda _: subprocess.run(command, check=True, capture_output=True)
+
+    works = {name: running(command) for name, command in commands.items()}
+    for work in works.values():
+        work(1)
+    times = interleaved(works, dict.fromkeys(works, 1), rounds=9)
+    medians = {name: statistics.median(seconds) for name, seconds in times.items()}
+    empty = medians.pop("python -c pass")
+    rows = [Row(name, "python -c pass", taken, empty, "s", "difference", 0.4) for name, taken in medians.items()]
+    return rows, {"seconds": {**medians, "python -c pass": empty}}
+
+
+WORKS: dict[str, Callable[[], Result]] = {
+    "sinusoid": sinusoid, "hooks": hooks, "anil": anil, "memory": memory, "startup": startup,
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=WORKS, default=list(WORKS), help="measure these alone")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads for what is timed; default 1")
+    parser.add_argument("--out", type=Path, default=RESULTS / "core.json", help="where the results are written")
+    parser.add_argument("--memory-probe", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.memory_probe:
+        strategy, kind, inner_steps = options.memory_probe
+        memory_probe(strategy, kind, int(inner_steps))
+        return
+    torch.set_num_threads(options.threads)
+    about = machine(options.threads)
+    rows: list[Row] = []
+    raw: dict[str, Any] = {}
+    for name in options.only:
+        print(f"{name}: {(WORKS[name].__doc__ or '').strip()}", file=sys.stderr, flush=True)
+        new_rows, raw[name] = WORKS[name]()
+        rows += new_rows
+    report(rows, about, raw, options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,277 @@
+"""Training steps of MAML and ANIL written out without metareg: what the benchmarks compare it with.
+
+Every class trains its own copy of a model with one way of computing the meta-gradient and has the same two methods:
+`gradient` for the check that all compute the same, and `step` for the clock. Tasks come stacked, as ``(support_x,
+support_y, query_x, query_y)`` with a leading task dimension.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def mlp(hidden: int = 40) -> nn.Module:
+    """The field's regression network, 1-40-40-1."""
+    return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
+
+
+class Conv4(nn.Module):
+    """Four blocks of 3×3 convolution, BatchNorm on the batch at hand, ReLU and 2×2 max-pooling; then one linear layer.
+
+    Args:
+        channels: of every block.
+        size: height and width of the square images.
+        image_channels: 1 or 3.
+        ways: classes.
+    """
+
+    def __init__(self, channels: int, size: int, image_channels: int = 1, ways: int = 5) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for block in range(4):
+            layers += [
+                nn.Conv2d(channels if block else image_channels, channels, 3, padding=1),
+                nn.BatchNorm2d(channels, track_running_stats=False),
+                nn.ReLU(),
+                nn.MaxPool2d(2),
+            ]
+        self.body = nn.Sequential(*layers, nn.Flatten())
+        self.head = nn.Linear(channels * (size // 16) ** 2, ways)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.body(x))
+        return outputs
+
+
+class Reference(ABC):
+    """One way of training a model by MAML.
+
+    Args:
+        model: is copied.
+        loss: ``loss(outputs, targets) -> scalar``, the mean over a task's examples.
+        inner_lr: step size of the inner loop.
+        inner_steps: adaptation steps.
+        outer_lr: step size of Adam.
+    """
+
+    def __init__(
+        self, model: nn.Module, loss: Loss, *, inner_lr: float, inner_steps: int = 1, outer_lr: float = 1e-3
+    ) -> None:
+        self.model = copy.deepcopy(model)
+        self.loss = loss
+        self.inner_lr = inner_lr
+        self.inner_steps = inner_steps
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=outer_lr, fused=True)
+
+    @abstractmethod
+    def backward(self, tasks: Tasks) -> float:
+        """Leave the mean meta-gradient in the parameters' ``.grad``, which are None before; returns the mean loss."""
+
+    def gradient(self, tasks: Tasks) -> dict[str, Tensor]:
+        """The mean meta-gradient by parameter name."""
+        self.optimizer.zero_grad()
+        self.backward(tasks)
+        return {name: p.grad.clone() for name, p in self.model.named_parameters() if p.grad is not None}
+
+    def step(self, tasks: Tasks) -> float:
+        """One training step; returns the loss before it."""
+        self.optimizer.zero_grad()
+        loss = self.backward(tasks)
+        self.optimizer.step()
+        return loss
+
+
+class ClonedModules(Reference):
+    """The loop of learn2learn: each task adapts a clone of the module, whose parameters stay on the autograd graph."""
+
+    def backward(self, tasks: Tasks) -> float:
+        total = torch.zeros(())
+        for support_x, support_y, query_x, query_y in zip(*tasks, strict=True):
+            learner = _differentiable_clone(self.model)
+            for _ in range(self.inner_steps):
+                error = self.loss(learner(support_x), support_y)
+                grads = torch.autograd.grad(error, list(learner.parameters()), create_graph=True)
+                _replace_parameters(learner, lambda p, g: p - self.inner_lr * g, iter(grads))
+            total = total + self.loss(learner(query_x), query_y)
+        mean = total / len(tasks[0])
+        mean.backward()
+        return mean.item()
+
+
+class FunctionalLoop(Reference):
+    """Task after task with `torch.func.functional_call` and `torch.autograd.grad`: no module is copied.
+
+    Args:
+        adapts: the beginnings of the names of the parameters that the inner loop adapts; ``("head.",)`` makes it ANIL,
+            computed as MAML computes it: the whole network in every inner step.
+    """
+
+    def __init__(self, *args: Any, adapts: Collection[str] = ("",), **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params = dict(self.model.named_parameters())
+        self.adapted = [name for name in self.params if name.startswith(tuple(adapts))]
+
+    def backward(self, tasks: Tasks) -> float:
+        total = torch.zeros(())
+        for support_x, support_y, query_x, query_y in zip(*tasks, strict=True):
+            params = self.params
+            for _ in range(self.inner_steps):
+                error = self.loss(functional_call(self.model, params, (support_x,)), support_y)
+                grads = torch.autograd.grad(error, [params[name] for name in self.adapted], create_graph=True)
+                params = params | {
+                    name: params[name] - self.inner_lr * g for name, g in zip(self.adapted, grads, strict=True)
+                }
+            total = total + self.loss(functional_call(self.model, params, (query_x,)), query_y)
+        mean = total / len(tasks[0])
+        mean.backward()
+        return mean.item()
+
+
+class Higher(Reference):
+    """The package `higher`, task by task, as its own MAML example does it."""
+
+    def backward(self, tasks: Tasks) -> float:
+        import higher
+
+        total = 0.0
+        inner = torch.optim.SGD(self.model.parameters(), lr=self.inner_lr)
+        for support_x, support_y, query_x, query_y in zip(*tasks, strict=True):
+            with higher.innerloop_ctx(self.model, inner, copy_initial_weights=False) as (learner, optimizer):
+                for _ in range(self.inner_steps):
+                    optimizer.step(self.loss(learner(support_x), support_y))
+                error = self.loss(learner(query_x), query_y) / len(tasks[0])
+                error.backward()
+            total += error.item()
+        return total
+
+
+class ParallelMetalearn(Reference):
+    """The package `parallel-metalearn` (`metalearn`): its MAML with its vmap backend, all tasks in one chunk.
+
+    Its step includes the optimizer, so that there is nothing to take apart: `step` is the package's own.
+    """
+
+    def __init__(self, model: nn.Sequential, *args: Any, tasks: int, **options: Any) -> None:
+        from metalearn.algorithms import MAML
+        from metalearn.inner_optimizers import InnerSGD
+        from metalearn.loss.base import BaseLoss
+        from metalearn.model_wrappers import MAML_Model
+
+        super().__init__(model, *args, **options)
+
+        class WithoutKeywords(nn.Module):
+            """The package passes its own keywords to every part of a model."""
+
+            def __init__(self, part: nn.Module) -> None:
+                super().__init__()
+                self.part = part
+
+            def forward(self, x: Tensor, **_: Any) -> Tensor:
+                outputs: Tensor = self.part(x)
+                return outputs
+
+        class OutputLoss(BaseLoss):  # type: ignore[misc]
+            """A loss of the outputs; the package wants a metric beside it."""
+
+            def __init__(self, loss: Loss) -> None:
+                super().__init__()
+                self.loss = loss
+
+            def forward(self, out_dict: Any, targets: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+                loss = self.loss(out_dict["logits"], targets)
+                return loss, loss.detach()
+
+        assert isinstance(self.model, nn.Sequential)
+        wrapped = MAML_Model(backbone=WithoutKeywords(self.model[:-1]), head=WithoutKeywords(self.model[-1]))
+        inner = InnerSGD(wrapped.get_fast_weights(), inner_lr=self.inner_lr, learn_lr=False, first_order=False)
+        self.algorithm = MAML(
+            model=wrapped, optimizer=self.optimizer, inner_optimizer=inner, support_loss_fn=OutputLoss(self.loss),
+            inner_steps=self.inner_steps, chunk_size=tasks, backend="vmap", device=torch.device("cpu"),
+        )  # fmt: skip
+
+    def backward(self, tasks: Tasks) -> float:
+        """The package's whole step: what it leaves in ``.grad`` was computed before its update."""
+        return self.step(tasks)
+
+    def step(self, tasks: Tasks) -> float:
+        loss, _ = self.algorithm.step(iter([tasks]), training=True)
+        return float(loss)
+
+
+class TracedByHand(Reference):
+    """What metareg does, written by hand for this one purpose: `torch.func`, traced once, maybe compiled.
+
+    There are no plugins, no checks and no choices: one graph for one set of shapes.
+
+    Args:
+        compiled: hand the graph to `torch.compile`.
+    """
+
+    def __init__(self, *args: Any, compiled: bool = False, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.params = dict(self.model.named_parameters())
+        self.compiled = compiled
+        self.graph: Callable[..., list[Tensor]] | None = None
+
+    def backward(self, tasks: Tasks) -> float:
+        with torch.no_grad():
+            if self.graph is None:
+                self.graph = self._trace(tasks)
+            *grads, loss = self.graph(*self.params.values(), *tasks)
+        for p, g in zip(self.params.values(), grads, strict=True):
+            p.grad = g
+        return loss.item()
+
+    def _trace(self, tasks: Tasks) -> Callable[..., list[Tensor]]:
+        names = list(self.params)
+
+        def support_loss(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            return self.loss(functional_call(self.model, params, (x,)), y)
+
+        def task_loss(params: dict[str, Tensor], sx: Tensor, sy: Tensor, qx: Tensor, qy: Tensor) -> Tensor:
+            for _ in range(self.inner_steps):
+                grads = grad(support_loss)(params, sx, sy)
+                params = {name: params[name] - self.inner_lr * grads[name] for name in names}
+            return support_loss(params, qx, qy)
+
+        def meta_gradient(*leaves: Tensor) -> list[Tensor]:
+            def mean_loss(params: dict[str, Tensor]) -> Tensor:
+                return vmap(task_loss, in_dims=(None, 0, 0, 0, 0))(params, *leaves[len(names) :]).mean()
+
+            grads, loss = grad_and_value(mean_loss)(dict(zip(names, leaves, strict=False)))
+            return [*grads.values(), loss]
+
+        graph = make_fx(meta_gradient)(*self.params.values(), *tasks)
+        if not self.compiled:
+            return graph.forward
+        return torch.compile(graph, fullgraph=True, dynamic=False)
+
+
+def _differentiable_clone(module: nn.Module) -> nn.Module:
+    """A module of the same structure whose parameters are clones of the original's, on the autograd graph."""
+    clone = copy.copy(module)
+    clone._parameters = {name: None if p is None else p.clone() for name, p in module._parameters.items()}  # type: ignore[misc]
+    clone._buffers = {name: None if b is None else b.clone() for name, b in module._buffers.items()}
+    clone._modules = {name: None if m is None else _differentiable_clone(m) for name, m in module._modules.items()}
+    return clone
+
+
+def _replace_parameters(module: nn.Module, update: Callable[[Tensor, Tensor], Tensor], grads: Any) -> None:
+    """Put updated parameters in the place of the old ones, in the order of `module.parameters()`."""
+    for name, p in module._parameters.items():
+        if p is not None:
+            module._parameters[name] = update(p, next(grads))  # type: ignore[assignment]
+    for child in module._modules.values():
+        if child is not None:
+            _replace_parameters(child, update, grads)
