@@ -14,6 +14,7 @@ exact_gradient     algorithms  False where the meta-gradient treats as a constan
                    augmenters
 affine_in_loss     augmenters  False where a term of the outer loss is no sum of weighted losses; True by default
 example_spec       models      the `TaskSpec` that the kit builds the model for; vectors by default
+example_task       models      a task plugin that the kit runs it on, where its inputs are no plain tensors
 =================  ==========  ==================================================================================
 """
 

@@ -20,13 +20,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metareg.errors import UnknownNameError
-from metareg.learner import MetaLearner
 from metareg.registry import KINDS
 from metareg.testing import _general, _others, _stages
 from metareg.testing._check import Check, CheckFailed, Subject
-from metareg.testing._matrix import Combination, combinations
+from metareg.testing._matrix import NOT_APPLICABLE, Combination, combinations
 
-__all__ = ["Check", "CheckFailed", "Combination", "checks", "combinations"]
+__all__ = ["NOT_APPLICABLE", "Check", "CheckFailed", "Combination", "checks", "combinations"]
 
 _Function = Callable[[Subject], None]
 
@@ -82,7 +81,7 @@ _OF_STAGES: dict[str, tuple[_Function, Callable[[Subject], bool]]] = {
     "finite-differences": (_stages.check_finite_differences, _differentiable),
     "strategies": (_stages.check_strategies, _always),
     "determinism": (_stages.check_determinism, _always),
-    "resume": (_stages.check_resume, lambda _: hasattr(MetaLearner, "load_state")),
+    "resume": (_stages.check_resume, _always),
     "learns": (_stages.check_learns, _always),
     "composition": (_stages.check_composition, _always),
     "compiled": (_stages.check_compiled, _always),

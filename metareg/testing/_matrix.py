@@ -9,9 +9,11 @@ from metareg.registry import entries, resolve
 from metareg.testing._check import CheckFailed
 from metareg.testing._stages import Pair, determinism, finite_differences, strategies
 
-__all__ = ["Combination", "combinations"]
+__all__ = ["NOT_APPLICABLE", "Combination", "combinations"]
 
 NONE = "none"
+NOT_APPLICABLE = "not applicable"
+"""What stands for a check that a plugin's declarations leave out."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Combination:
         """What each check of the combination found: None where it passed, or the problem.
 
         The strategies and memories agree; the meta-gradient is the objective's derivative, where both plugins say that it
-        is; a training repeats itself. ``"not applicable"`` stands where a plugin declares otherwise.
+        is; a training repeats itself. `NOT_APPLICABLE` stands where a plugin declares otherwise.
         """
         pair = self.pair()
         plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
@@ -48,7 +50,7 @@ class Combination:
         ):
             try:
                 run()
-                found[name] = None if exact or name != "finite differences" else "not applicable"
+                found[name] = None if exact or name != "finite differences" else NOT_APPLICABLE
             except (CheckFailed, MetaregError) as error:
                 found[name] = str(error)
         return found

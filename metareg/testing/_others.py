@@ -7,6 +7,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,10 +17,12 @@ from torch.utils import _pytree as pytree
 
 from metareg.config import RunConfig, validated
 from metareg.episodes import Episodes
+from metareg.errors import MetaregError
 from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
 from metareg.modules import SplitModel
 from metareg.randomness import seeded, task_uniform
+from metareg.registry import resolve
 from metareg.runs import Run, train
 from metareg.sources import TaskSource
 from metareg.stages import hook_of
@@ -48,7 +51,7 @@ def check_task_function(subject: Subject) -> None:
         alone = [second.episodes(split, [number], 0)[0] for number in (2, 0, 1)]
         if len(together) == 1:
             for place, number in enumerate((2, 0, 1)):
-                if not equal(together[0][place : place + 1].parts, alone[place].parts):
+                if not _same(subject, together[0][place : place + 1], alone[place]):
                     fail(
                         f"The {subject.label} gives another task number {number} of '{split}' alone than beside others.",
                         "let nothing of a task depend on the other numbers that were asked for, nor on earlier calls.",
@@ -62,6 +65,18 @@ def check_task_function(subject: Subject) -> None:
     _differ(subject, first.episodes("train", [0], 0), first.episodes("test", [0], 0), "the splits 'train' and 'test'")
     _differ(subject, first.episodes("train", [0], 0), first.episodes("train", [0], 1), "the seeds 0 and 1")
     _differ(subject, first.episodes("train", [0], 0), first.episodes("train", [1], 0), "the numbers 0 and 1")
+
+
+def _same(subject: Subject, a: Episodes, b: Episodes) -> bool:
+    """Whether two stacks hold the same task: the same bits, or what a model learns from it where inputs may be padded."""
+    if equal(a.parts, b.parts) or isinstance(a.support_x, Tensor):
+        return equal(a.parts, b.parts)
+    task = subject.resolved().instance
+    learner = MetaLearner(
+        task.default_model, Descent, spec=task.spec, loss=task.loss, metric=task.metric, strategy="serial"
+    )
+    (loss_a, grads_a), (loss_b, grads_b) = learner.meta_gradient(a), learner.meta_gradient(b)
+    return difference({"loss": loss_a} | grads_a, {"loss": loss_b} | grads_b)[0] <= SINGLE_ROUNDING
 
 
 def _differ(subject: Subject, a: list[Episodes], b: list[Episodes], what: str) -> None:
@@ -150,25 +165,44 @@ def check_task_trains(subject: Subject) -> None:
 # ---------------------------------------------------------------------------------------------------------------- models
 
 
+@dataclass(frozen=True)
+class _Example:
+    """What a model is built for and run on: a task that it declares, or random numbers of the shapes that it declares."""
+
+    spec: TaskSpec
+    episodes: Episodes
+    loss: Any
+
+    @classmethod
+    def of(cls, subject: Subject) -> _Example:
+        named = subject.declared("example_task")
+        if named is None:
+            spec: TaskSpec = subject.declared("example_spec", TaskSpec((3,), (2,)))
+            draw = generator("example")
+            x, y = (torch.randn(2, 3, 5, *shape, generator=draw) for shape in (spec.input_shape, spec.output_shape))
+            return cls(spec, Episodes(x[0], y[0], x[1], y[1]).to("cpu", torch.float64), "mse")
+        fields = type(resolve("tasks", named).config).model_fields
+        wishes = {key: value for key, value in subject.declared("recommended", {}).items() if key in fields}
+        plugin = resolve("tasks", named, wishes)
+        (episodes,) = TaskSource(plugin).episodes("train", range(3), 0)
+        return cls(plugin.instance.spec, episodes.to("cpu", torch.float64), plugin.instance.loss)
+
+    @property
+    def inputs(self) -> Any:
+        """One support set's."""
+        return pytree.tree_map(lambda leaf: leaf[0], self.episodes.support_x)
+
+
 def _built(subject: Subject, seed: int = 0) -> nn.Module:
     plugin = subject.resolved()
     build = hook_of(plugin, "build")
     if build is None:
         fail(f"The {plugin.label} implements no hook 'build'.", "implement build(spec, generator) -> nn.Module.")
     with seeded(seed, "testing", "model") as draw:
-        model = build(spec=_spec(subject), generator=draw)
+        model = build(spec=_Example.of(subject).spec, generator=draw)
     if not isinstance(model, nn.Module):
         fail(f"The {plugin.label} builds a {type(model).__name__}.", "return an nn.Module from build.")
     return model
-
-
-def _spec(subject: Subject) -> TaskSpec:
-    spec: TaskSpec = subject.declared("example_spec", TaskSpec((3,), (2,)))
-    return spec
-
-
-def _inputs(subject: Subject, examples: int = 5) -> Tensor:
-    return torch.randn(examples, *_spec(subject).input_shape, generator=generator("inputs"), dtype=torch.float64)
 
 
 def check_model_seed(subject: Subject) -> None:
@@ -196,19 +230,22 @@ def check_model_split(subject: Subject) -> None:
         fail(
             f"The {subject.label} builds a model without body and head.", "name its two parts self.body and self.head."
         )
-    x = _inputs(subject)
+    example = _Example.of(subject)
+    x = example.inputs
     split.check_split(split.initial_parameters(), x)
     outputs = model(x)
-    expected = (x.shape[0], *_spec(subject).output_shape)
+    expected = (example.episodes.support_y.shape[1], *example.spec.output_shape)
     if tuple(outputs.shape) != expected:
         fail(
             f"The {subject.label} gives outputs of the shape {tuple(outputs.shape)} where the spec asks for {expected}.",
             "size the head by spec.output_shape, and the body by spec.input_shape.",
         )
+    if not isinstance(x, Tensor):
+        return
     wrong = torch.cat([x, x], -1)
     try:
         model(wrong)
-    except (RuntimeError, ValueError, IndexError):
+    except (MetaregError, RuntimeError, ValueError, IndexError):
         pass
     else:
         fail(
@@ -220,19 +257,15 @@ def check_model_split(subject: Subject) -> None:
 
 def check_model_trains(subject: Subject) -> None:
     """It can be differentiated twice, vectorized and traced, and gives one gradient in each."""
-    spec = _spec(subject)
-    draw = generator("targets")
-    inputs = torch.stack([_inputs(subject)] * 3) + 0.1 * torch.randn(3, 5, *spec.input_shape, generator=draw)
-    targets = torch.randn(3, 5, *spec.output_shape, generator=draw, dtype=torch.float64)
-    episodes = Episodes(inputs, targets, inputs.flip(1), targets.flip(1))
+    example = _Example.of(subject)
     results = []
     model = _built(subject).double()
     state = snapshot(model)
     for strategy in ("serial", "vectorized"):
-        learner = MetaLearner(model, Descent, loss="mse", inner_steps=2, strategy=strategy)
+        learner = MetaLearner(model, Descent, loss=example.loss, inner_steps=2, strategy=strategy)
         before = snapshot(learner.model.module)
         for _ in range(2):  # the second call runs traced operations
-            loss, grads = learner.meta_gradient(episodes)
+            loss, grads = learner.meta_gradient(example.episodes)
         results.append({"the objective": loss} | grads)
         if not equal(before, snapshot(learner.model.module)) or not equal(state, snapshot(model)):
             fail(

@@ -414,12 +414,18 @@ def check_resume(subject: Subject) -> None:
     """A training that stops and goes on in a new process ends in the same bits: nothing is kept outside of its state."""
     pair, again = Pair.of(subject), Pair.of(subject)
     bench = pair.benches[0]
-    through: Any = pair.learner(bench)
-    resumed: Any = again.learner(bench)
+    through, resumed = pair.learner(bench), again.learner(bench)
     state: dict[str, Any] = {}
     for step in range(4):
         if step == 2:
             state = snapshot(through.state())
+            kept = pytree.tree_leaves(state["outer_state"])
+            odd = [leaf for leaf in kept if not isinstance(leaf, Tensor | int | float | str | None)]
+            if odd:
+                fail(
+                    f"The state that outer_update of the {subject.label} returns holds a {type(odd[0]).__name__}.",
+                    "keep tensors, numbers, texts and dicts of them in it, which a checkpoint can hold.",
+                )
         through.step(bench.episodes)
     resumed.load_state(state)
     for _ in range(2):

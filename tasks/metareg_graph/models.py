@@ -25,6 +25,8 @@ class GraphModelConfig(PluginConfig):
 
 
 class _GraphModel:
+    contract = 1
+    example_task = "csbm"
     Config = GraphModelConfig
     inputs: Literal["gcn", "sgc", "mean"]
 

@@ -57,6 +57,7 @@ class FileConfig(GraphTaskConfig):
 class _GraphTask(Task):
     """Tasks of a few labelled nodes."""
 
+    contract = 1
     loss = "cross_entropy"
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 300,

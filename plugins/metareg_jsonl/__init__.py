@@ -1,0 +1,62 @@
+"""JSON lines: a run's progress as a stream that other programs can follow."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
+
+
+class JSONLines:
+    """Writes an object per line for the start of a run, every report of the training, every evaluation, and the end.
+
+    Each has an ``event`` (``"start"``, ``"step"``, ``"evaluation"`` or ``"end"``) and what belongs to it; the start holds
+    the run's whole configuration. Unlike the run's own metrics.jsonl, which serves to draw its pictures, the stream can go
+    anywhere: one file for many runs, or a pipe.
+    """
+
+    contract = 1
+
+    class Config(PluginConfig):
+        file: str | None = Field(
+            None, description="The file to append to; unset, events.jsonl in the run's folder. A named pipe will do."
+        )
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._file: TextIO | None = None
+        self._run = ""
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        path = Path(self.config.file) if self.config.file else run.path / "events.jsonl"
+        try:
+            self._file = path.open("a", encoding="utf-8", buffering=1)
+        except OSError as error:
+            raise MetaregError(f"The observer 'jsonl' cannot write {path}: {error.strerror}.") from error
+        self._run = str(run.path)
+        self._write("start", config=run.config.model_dump(mode="json"))
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        self._write("step", step=step, **logs)
+
+    @hookimpl
+    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        rows = [
+            {"inner_steps": k, "mean": evaluation.mean(k), "ci95": evaluation.ci95(k)} for k in evaluation.inner_steps
+        ]
+        self._write("evaluation", step=step, split=split, metric=evaluation.metric, tasks=evaluation.tasks, steps=rows)
+
+    @hookimpl
+    def on_run_end(self) -> None:
+        self._write("end")
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _write(self, event: str, **content: Any) -> None:
+        if self._file is not None:  # a learner's own fit() has no run, and then nowhere to write
+            self._file.write(json.dumps({"event": event, "run": self._run} | content) + "\n")
