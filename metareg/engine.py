@@ -438,6 +438,8 @@ class _Program:
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flattened(episodes.parts, extra)
+        # A graph is for contiguous tensors, and bits can depend on strides: every way of running gets contiguous ones.
+        inputs = [leaf.contiguous() for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.dtype) for leaf in inputs])
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
@@ -447,19 +449,20 @@ class _Program:
                 # each of the many shapes that tasks of unequal sizes come in.
                 worth = 1 if not self._graphs else _CALLS_OF_ANOTHER_SHAPE
                 if self._calls[key] <= worth and not self._compiled:
-                    return self._function(meta, episodes.parts, extra)
+                    return self._function(meta, *_unflattened(inputs, structure))
                 graph = self._graphs[key] = self._traced(meta, inputs, structure)
-            # The graph was made for contiguous tensors, whatever the strides of a user's own slices.
-            return graph(*[leaf.contiguous() for leaf in (*meta.values(), *inputs)])
+            return graph(*meta.values(), *inputs)
 
     def _traced(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
-        names, leaves = tuple(meta), [leaf.contiguous() for leaf in (*meta.values(), *inputs)]
+        names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
             parts, extra = _unflattened(leaves[len(names) :], structure)
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
-        graph = _without_idle_operations(make_fx(flat)(*leaves))
+        # With fake tensors, tracing takes neither memory nor arithmetic; the model's constants (frozen parameters, buffers)
+        # are real.
+        graph = _without_idle_operations(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves))
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced

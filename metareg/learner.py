@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from metareg import architecture
 from metareg._version import __version__
@@ -135,7 +136,7 @@ class MetaLearner:
         self._dtype = next(iter(self._initial.values())).dtype
         self._meta: dict[str, Tensor] | None = None
         self._split_checked = False
-        self._optimizer: torch.optim.Optimizer | None = None
+        self._adam: _Adam | None = None
         self._outer_state: dict[str, Any] = {}
         self._strategy: Strategy | None = None if strategy == "auto" else strategy  # type: ignore[assignment]
         self.steps_done = 0
@@ -441,13 +442,12 @@ class MetaLearner:
 
         The tensors are the learner's own and change with its next step.
         """
-        adam = self._optimizer.state if self._optimizer is not None else {}
         meta = self.meta_parameters
         return {
             "steps_done": self.steps_done,
             "strategy": self._strategy,
             "meta": meta,
-            "adam": {name: dict(adam[value]) for name, value in meta.items() if value in adam},
+            "adam": self._adam.state() if self._adam else {},
             "outer_state": self._outer_state,
         }
 
@@ -462,12 +462,10 @@ class MetaLearner:
         self._meta = {
             name: state["meta"][name].to(self.device, value.dtype).clone() for name, value in expected.items()
         }
-        self._optimizer = None
+        self._adam = None
         if state["adam"]:
-            self._optimizer = self._adam(self._meta)
-            groups = self._optimizer.state_dict()["param_groups"]
-            moments = {number: state["adam"][name] for number, name in enumerate(self._meta)}
-            self._optimizer.load_state_dict({"state": moments, "param_groups": groups})
+            self._adam = _Adam(self._meta, self.config.outer_lr)
+            self._adam.load_state(state["adam"])
         self._outer_state = torch.utils._pytree.tree_map(self._moved, state["outer_state"])
         if self.config.strategy == "auto":
             self._strategy = state["strategy"]
@@ -588,20 +586,14 @@ class MetaLearner:
         assert self._meta is not None
         every = self.config.reset_optimizer_every
         if every is not None and self.steps_done % every == 0:
-            self._optimizer, self._outer_state = None, {}
-        if self.stages.has_outer_update:
-            with torch.no_grad():
+            self._adam, self._outer_state = None, {}
+        with torch.no_grad():
+            if self.stages.has_outer_update:
                 self._meta, self._outer_state = self.stages.outer_update(self._meta, grads, self._outer_state)
-            return
-        if self._optimizer is None:
-            self._optimizer = self._adam(self._meta)
-        for name, value in self._meta.items():
-            value.grad = grads[name]
-        self._optimizer.step()
-
-    def _adam(self, meta: dict[str, Tensor]) -> torch.optim.Optimizer:
-        fused = all(value.is_floating_point() for value in meta.values()) and self.device.type in ("cpu", "cuda")
-        return torch.optim.Adam(meta.values(), lr=self.config.outer_lr, fused=fused)
+                return
+            if self._adam is None:
+                self._adam = _Adam(self._meta, self.config.outer_lr)
+            self._adam.step(grads)
 
     def _divergence(self, gradient: Gradient) -> str:
         bad = [name for name, value in gradient.grads.items() if not bool(torch.isfinite(value).all())]
@@ -627,6 +619,50 @@ class MetaLearner:
             str(file.path),
         )
         self.model.module.load_state_dict(constants, strict=False)
+
+
+class _Adam:
+    """`torch.optim.Adam` with its default coefficients, called as a function.
+
+    The bookkeeping of the optimiser's object takes longer than the update of a small model.
+
+    Args:
+        params: what it updates, in place.
+        lr: the step size.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
+        self._params = dict(params)
+        self._lr = lr
+        self._moments = {
+            "exp_avg": [torch.zeros_like(value) for value in params.values()],
+            "exp_avg_sq": [torch.zeros_like(value) for value in params.values()],
+            "step": [torch.zeros((), dtype=torch.float32, device=value.device) for value in params.values()],
+        }
+        self._fused = all(value.device.type in ("cpu", "cuda") for value in params.values())
+
+    def step(self, grads: Mapping[str, Tensor]) -> None:
+        """Update the parameters with their gradients."""
+        adam(
+            list(self._params.values()), [grads[name] for name in self._params],
+            self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
+            fused=self._fused, amsgrad=False, beta1=0.9, beta2=0.999, lr=self._lr, weight_decay=0.0, eps=1e-8,
+            maximize=False,
+        )  # fmt: skip
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """The moments and the number of steps of each parameter, by its name."""
+        columns = zip(*self._moments.values(), strict=True)
+        return {
+            name: dict(zip(self._moments, column, strict=True))
+            for name, column in zip(self._params, columns, strict=True)
+        }
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `state` returned."""
+        for number, name in enumerate(self._params):
+            for key, column in self._moments.items():
+                column[number].copy_(state[name][key])
 
 
 _CONSTANT = "constant:"
