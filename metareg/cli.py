@@ -27,6 +27,12 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+# What `train` takes by options of their own, which --set does not replace.
+_OWN_FLAGS = {
+    "algo": "--algo", "augment": "--augment", "task": "--task", "model": "--model", "observers": "--observe",
+    "out": "--out", "config": "--config", "resume": "--resume",
+}  # fmt: skip
+
 TRACEBACK_VARIABLE = "METAREG_TRACEBACK"
 
 # Errors and progress go to stderr, results to stdout: `metareg eval RUN --json | jq` works.
@@ -84,13 +90,19 @@ _NO_PLUGIN = Annotated[
 ]
 
 
-@app.callback()
-def _common(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         _output.print(f"metareg {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _common(
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    """What every command has."""
 
 
 # ------------------------------------------------------------------------------------------------------------- training
@@ -165,13 +177,14 @@ def train(
         "task.ways": ways, "task.shots": shots, "task.query": query, "task.data": None if data is None else str(data),
     }  # fmt: skip
     options = parse_assignments(assignments or [])
+    for key in options.keys() & _OWN_FLAGS.keys():
+        raise UsageError(f"--set cannot set '{key}'; it is what {_OWN_FLAGS[key]} is for.")
     options |= {key: value for key, value in flags.items() if value is not None}
-    if observe:
-        options["observers"] = observe
     with Progress(_errors) as progress:
         result = train_run(
-            algo, augment, task, model=model, out=out, config=config, observers=[progress], resume=resume, **options
-        )
+            algo, augment, task, model=model, out=out, config=config, observers=[progress, *(observe or [])],
+            resume=resume, **options,
+        )  # fmt: skip
     report(result, _output)
 
 

@@ -25,7 +25,7 @@ from metareg.evaluation import Evaluation
 from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
 from metareg.randomness import seeded
-from metareg.registry import Plugin, resolve
+from metareg.registry import Plugin, config_of, find, resolve
 from metareg.sources import TaskSource
 from metareg.stages import Stages, hook_of
 from metareg.tasks import TaskSpec
@@ -735,10 +735,8 @@ def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> N
     """An unknown keyword may be meant for the learner or for the algorithm: look for the nearest in both."""
     if not options or not isinstance(algo, str | type):
         return
-    from metareg.registry import find
-
     cls = find("algorithms", algo).load() if isinstance(algo, str) else algo
-    known = getattr(cls, "Config", PluginConfig).model_fields
+    known = config_of(cls).model_fields
     for name in options:
         if name not in known:
             mine = [

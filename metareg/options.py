@@ -9,7 +9,7 @@ from typing import Any
 
 from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, validated
 from metareg.errors import UnknownNameError, UsageError
-from metareg.registry import Plugin, find, resolve
+from metareg.registry import Plugin, config_of, find, resolve
 
 __all__ = ["Selection", "assemble", "parse_assignments"]
 
@@ -37,7 +37,7 @@ class _Selected:
     @property
     def options(self) -> Mapping[str, Any]:
         """The fields of its `Config`."""
-        return getattr(self.loaded, "Config", PluginConfig).model_fields
+        return config_of(self.loaded).model_fields
 
     @property
     def loaded(self) -> type | object:

@@ -11,12 +11,15 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from metareg.declarations import check_contract
 from metareg.errors import PluginError, UnknownNameError, UsageError
 
-__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "entries", "find", "resolve"]
+if TYPE_CHECKING:
+    from metareg.config import PluginConfig
+
+__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "config_of", "entries", "find", "resolve"]
 
 KINDS = ("algorithms", "augmenters", "tasks", "models", "observers")
 DISABLE_VARIABLE = "METAREG_DISABLE_PLUGINS"
@@ -130,7 +133,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         UsageError: an unknown name, or a configuration that the class refuses.
         PluginError: the plugin cannot be imported or built.
     """
-    from metareg.config import PluginConfig, validated
+    from metareg.config import validated
 
     if isinstance(plugin, Plugin):
         return plugin
@@ -153,7 +156,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         name = getattr(plugin, "name", None) or _name_of(plugin)
         check_contract(cls, f"{_SINGULAR[kind]} '{name}'")
 
-    validated_config = validated(getattr(cls, "Config", PluginConfig), config, f"{_SINGULAR[kind]} '{name}'")
+    validated_config = validated(config_of(cls), config, f"{_SINGULAR[kind]} '{name}'")
     takes_config = cls.__init__ is not object.__init__
     try:
         instance = cls(validated_config) if takes_config else cls()
@@ -166,12 +169,27 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
     )
 
 
+def config_of(plugin: type | object) -> type[PluginConfig]:
+    """The class of a plugin's options, given its class or the object: its `Config`, or one without any.
+
+    Raises:
+        PluginError: its `Config` is something else.
+    """
+    from metareg.config import PluginConfig
+
+    config = getattr(plugin, "Config", PluginConfig)
+    if not (isinstance(config, type) and issubclass(config, PluginConfig)):
+        name = plugin.__name__ if isinstance(plugin, type) else type(plugin).__name__
+        raise PluginError(f"The plugin class '{name}' has a Config that is no metareg.PluginConfig.")
+    return config
+
+
 def _installed(kind: str | None) -> list[Entry]:
     found: dict[tuple[str, str, str], Entry] = {}
     for each in KINDS if kind is None else (kind,):
         for point in importlib.metadata.entry_points(group=f"metareg.{each}"):
-            distribution = point.dist.name if point.dist else "unknown"
-            version = point.dist.version if point.dist else "unknown"
+            distribution = (point.dist.name if point.dist else None) or "unknown"
+            version = (point.dist.version if point.dist else None) or "unknown"
             entry = Entry(each, point.name, distribution, version, point.value)
             # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
             found.setdefault((each, point.name, _normalised(distribution)), entry)

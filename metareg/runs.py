@@ -142,7 +142,8 @@ def train(
         model: the model plugin; the task's own by default.
         out: the run's folder, which must not exist or be empty; a new one under ``runs/`` by default.
         config: a configuration, or the path of a YAML file with one; what is said beside it stands before it.
-        observers: objects with observer hooks, beside those that the configuration names.
+        observers: objects with observer hooks, beside those that the configuration names; names of observer plugins
+            stand before the configuration's.
         resume: go on with the run at `out` where there is one, which must be the same in all that gives it its meaning.
         options: fields of `RunConfig` and options of the plugins, by name.
 
@@ -155,7 +156,9 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
     """
     base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
-    given = {"algo": algo, "augment": augment, "task": task, "model": model}
+    named = [each for each in observers if isinstance(each, str)]
+    observers = [each for each in observers if not isinstance(each, str)]
+    given = {"algo": algo, "augment": augment, "task": task, "model": model, "observers": named or None}
     base |= {name: value for name, value in given.items() if value is not None}
     selection = assemble(base, options)
     out = Path(out) if out is not None else None

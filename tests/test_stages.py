@@ -1,0 +1,275 @@
+"""Hooks of plugins: validation, contracts of results, duplicates, prefixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from samples import MLP, episodes
+from torch import Tensor, nn
+
+from metareg import MetaLearner, PluginError, hookimpl
+
+Tensors = dict[str, Tensor]
+
+
+class Sound:
+    """Gradient descent with step size 0.1."""
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+
+def run(algo: Any = Sound, *augment: Any, strategy: str = "serial") -> MetaLearner:
+    learner = MetaLearner(MLP(), algo, augment, loss="mse", strategy=strategy)
+    learner.step(episodes("mlp"))
+    return learner
+
+
+def plugin(hook: str, returned: Any) -> type:
+    """An augmenter whose one hook returns a given thing, or what a function of its first argument gives."""
+    first = {
+        "inner_update": "params", "augment_inner_gradient": "grads", "augment_outer_gradient": "grads",
+        "outer_gradient": "meta", "outer_update": "meta", "augment_outer_loss": "features",
+        "init_meta": "model", "adapted_parameters": "names", "draw_noise": "shapes",
+    }[hook]  # fmt: skip
+    namespace: dict[str, Any] = {"returned": returned}
+    exec(f"def {hook}(self, {first}):\n    return returned({first}) if callable(returned) else returned", namespace)
+    methods = {hook: hookimpl(namespace[hook])}
+    if hook == "draw_noise":
+        methods["augment_inner_gradient"] = hookimpl(lambda self, grads: grads)
+    return type("Mine", (), methods)
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+def test_a_plugin_is_as_long_as_its_mathematics(strategy: str) -> None:
+    expected = MetaLearner(MLP(), "maml", loss="mse", inner_lr=0.1)
+    expected.step(episodes("mlp"))
+    actual = run(strategy=strategy)
+    for name, value in expected.meta_parameters.items():
+        torch.testing.assert_close(actual.meta_parameters[name], value, rtol=1e-9, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------------- validation
+
+
+def test_misspelt_hook() -> None:
+    class Typo(Sound):
+        @hookimpl
+        def augment_outer_los(self, features: Tensor) -> Tensor:
+            return features.sum()
+
+    with pytest.raises(
+        PluginError, match=r"implements 'augment_outer_los', which is no hook.*did you mean 'augment_outer_"
+    ):
+        run(Typo)
+
+
+def test_hook_unlike_any_other() -> None:
+    class Typo(Sound):
+        @hookimpl
+        def zzz(self) -> None:
+            """Nothing."""
+
+    with pytest.raises(PluginError, match=r"'zzz', which is no hook of metareg; the hooks are .*inner_update"):
+        run(Typo)
+
+
+def test_wrong_argument() -> None:
+    class Typo:
+        @hookimpl
+        def inner_update(self, params: Tensors, gradients: Tensors) -> Tensors:  # noqa: ARG002
+            return params
+
+    with pytest.raises(PluginError, match=r"asks for the argument 'gradients' in inner_update.*did you mean 'grads'"):
+        run(Typo)
+
+
+@pytest.mark.parametrize("options", [{"wrapper": True}, {"hookwrapper": True}], ids=str)
+def test_wrappers_are_refused(options: dict[str, bool]) -> None:
+    class Wrapper(Sound):
+        @hookimpl(**options)
+        def inner_update(self) -> Any:
+            return (yield)
+
+    with pytest.raises(PluginError, match="implements inner_update as a wrapper; stages are plain functions"):
+        run(Wrapper)
+
+
+def test_another_name_for_a_hook() -> None:
+    class Renamed:
+        @hookimpl(specname="inner_update")
+        def descend(self, params: Tensors, grads: Tensors) -> Tensors:
+            return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+    run(Renamed)
+
+
+def test_an_algorithm_without_an_inner_update() -> None:
+    with pytest.raises(PluginError, match="implements no inner_update"):
+        run(plugin("augment_outer_gradient", lambda grads: grads))
+
+
+@pytest.mark.parametrize("augmenter", [object, {"gamma": 1}, type("Unmarked", (), {"inner_update": lambda self: None})])
+def test_an_augmenter_without_hooks(augmenter: Any) -> None:
+    with pytest.raises(Exception, match=r"implements no hook|An augmenter is a name"):
+        run(Sound, augmenter)
+
+
+def test_static_and_class_methods() -> None:
+    class Static:
+        @staticmethod
+        @hookimpl
+        def inner_update(params: Tensors, grads: Tensors) -> Tensors:
+            return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+    run(Static)
+
+
+def test_properties_of_a_plugin_are_not_run() -> None:
+    class Careful(Sound):
+        @property
+        def costly(self) -> None:
+            raise AssertionError("read")
+
+    run(Careful)
+
+
+# ------------------------------------------------------------------------------------------------- contracts of results
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+@pytest.mark.parametrize(
+    ("hook", "returned", "sentence"),
+    [
+        ("inner_update", 3, "must return a dict of tensors, not a int"),
+        ("inner_update", lambda params: {"head.bias": params["head.bias"]}, "its result misses body"),
+        ("inner_update", lambda params: params | {"more": torch.ones(1)}, "its result adds more"),
+        ("inner_update", lambda params: params | {"head.bias": torch.ones(7)}, r"must be a tensor of shape \(1,\)"),
+        ("inner_update", lambda params: params | {"head.bias": None}, "not a NoneType"),
+        ("augment_inner_gradient", None, "must return a dict of tensors, not a NoneType"),
+        ("augment_inner_gradient", lambda grads: {}, "its result misses"),
+        ("augment_outer_gradient", lambda grads: [*grads.values()], "must return a dict of tensors, not a list"),
+        ("augment_outer_gradient", lambda grads: {name: value.sum() for name, value in grads.items()}, "of shape"),
+        ("augment_outer_loss", lambda features: features, "must return a scalar"),
+        ("augment_outer_loss", lambda features: 1.0, "must return a scalar tensor, not a float"),
+        ("augment_outer_loss", lambda features: (features.sum(), {"x": 1.0}), "logged must be a dict of scalar"),
+        ("augment_outer_loss", lambda features: (features.sum(), 1), "logged must be a dict of scalar"),
+        ("augment_outer_loss", lambda features: (features.sum(), {"x": features}), "logged must be a dict of scalar"),
+        ("augment_outer_loss", lambda features: (features.sum(), {}, 3), "must return a scalar"),
+        ("outer_gradient", 3, "must return a dict of tensors, not a int"),
+        ("outer_gradient", lambda meta: {"nosuch": torch.ones(1)}, "adds nosuch"),
+        ("outer_update", lambda meta: meta, "the new meta-parameters and a dict, the new state"),
+        ("outer_update", lambda meta: (meta, None), "the new meta-parameters and a dict, the new state"),
+        ("outer_update", lambda meta: ({}, {}), "misses"),
+        ("init_meta", lambda model: torch.ones(3), "dict of floating-point tensors by name"),
+        ("init_meta", lambda model: {"a": 1.0}, "dict of floating-point tensors by name"),
+        ("init_meta", lambda model: {"a": torch.ones(3, dtype=torch.long)}, "dict of floating-point tensors by name"),
+        ("adapted_parameters", lambda names: ["nosuch"], r"it named \['nosuch'\]; the model has body"),
+        ("adapted_parameters", lambda names: [], "it named no parameter"),
+        ("adapted_parameters", lambda names: "head.bias", "a sequence of names, not a str"),
+        ("adapted_parameters", lambda names: 3, "a sequence of names, not a int"),
+        ("draw_noise", lambda shapes: [1.0], "must return a pytree of tensors"),
+    ],
+)  # fmt: skip
+def test_results_that_break_the_contract(hook: str, returned: Any, sentence: str, strategy: str) -> None:
+    with pytest.raises(PluginError, match=f"'mine' broke the contract of {hook}: .*{sentence}") as error:
+        run(Sound, plugin(hook, returned), strategy=strategy)
+    assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+@pytest.mark.parametrize("hook", ["inner_update", "augment_inner_gradient", "augment_outer_loss", "init_meta"])
+def test_a_hook_that_raises(hook: str, strategy: str) -> None:
+    def fail(_: Any) -> None:
+        raise ZeroDivisionError("no such luck")
+
+    with pytest.raises(
+        PluginError, match=f"augmenter 'mine' failed in its hook {hook}: ZeroDivisionError: no such luck"
+    ):
+        run(Sound, plugin(hook, fail), strategy=strategy)
+
+
+def test_the_order_of_names_does_not_matter() -> None:
+    reverse = plugin("augment_inner_gradient", lambda grads: dict(reversed(grads.items())))
+    backward = plugin("augment_outer_gradient", lambda grads: dict(reversed(grads.items())))
+    for name, value in run().meta_parameters.items():
+        assert value.equal(run(Sound, reverse, backward).meta_parameters[name])
+
+
+def test_none_means_that_the_default_stands() -> None:
+    silent = [plugin(hook, None) for hook in ("adapted_parameters", "inner_update", "outer_update", "init_meta")]
+    for name, value in run().meta_parameters.items():
+        assert value.equal(run(Sound, *silent[:2], silent[3]).meta_parameters[name])
+
+
+# ---------------------------------------------------------------------------------------------------- names and prefixes
+
+
+class Scale:
+    """Learns a factor of the inner gradient."""
+
+    @hookimpl
+    def init_meta(self, model: nn.Module) -> Tensors:  # noqa: ARG002
+        return {"log": torch.tensor(0.1)}
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: Tensors, meta: Tensors) -> Tensors:
+        assert list(meta) == ["log"]
+        return {name: value * meta["log"].exp() for name, value in grads.items()}
+
+
+def test_meta_parameters_of_a_plugin_have_its_prefix() -> None:
+    learner = run(Sound, Scale)
+    assert learner.meta_parameters["scale.log"].dtype == torch.float64
+    assert learner.meta_parameters["scale.log"].item() != pytest.approx(0.1, abs=1e-9)
+
+
+def test_one_plugin_twice_in_a_run() -> None:
+    learner = run(Sound, Scale, Scale, ("dropgrad", {"rate": 0.5}), ("dropgrad", {"rate": 0.1}))
+    assert {"scale.log", "scale-2.log"} <= set(learner.meta_parameters)
+    assert set(learner.stages.plugins) == {"sound", "scale", "scale-2", "dropgrad", "dropgrad-2"}
+    _, grads = learner.meta_gradient(episodes("mlp"))
+    assert grads["scale.log"].item() == pytest.approx(grads["scale-2.log"].item())
+    noise = learner.stages.draw_task_noise({"head.bias": (50,)}, 1, 0, 0, 0)
+    assert not (noise["dropgrad"][0]["head.bias"] == 0).equal(noise["dropgrad-2"][0]["head.bias"] == 0)
+
+
+def test_one_object_twice_in_a_run() -> None:
+    scale = Scale()
+    with pytest.raises(PluginError, match="cannot be used twice as one object; pass its class"):
+        run(Sound, scale, scale)
+
+
+def test_augmenter_named_like_the_algorithm() -> None:
+    namesake = type("Sound", (Scale,), {})
+    learner = run(Sound, namesake)
+    assert "sound-2.log" in learner.meta_parameters
+    assert not any(name.startswith("sound") for name in learner._plain_meta())
+
+
+def test_the_plugin_given_last_decides_first() -> None:
+    class Stays:
+        @hookimpl
+        def inner_update(self, params: Tensors) -> Tensors:
+            return params
+
+    learner = run(Sound, Stays)
+    x, y = (part[0] for part in (episodes("mlp").support_x, episodes("mlp").support_y))
+    loss, _ = learner.meta_gradient(episodes("mlp"))
+    zero = learner.evaluate(Repeated(), 3, inner_steps=[0]).mean(0)
+    assert loss.item() == pytest.approx(zero)
+    # Evaluation and adaptation are the algorithm's alone.
+    assert not learner.adapt(x, y).head.bias.equal(learner.meta_parameters["head.bias"])
+
+
+class Repeated:
+    """The three sample tasks, over and over; their mean is that of any multiple of three."""
+
+    def episodes(self, split: str, indices: Any) -> Any:  # noqa: ARG002
+        from metareg import Episodes
+
+        rows = torch.arange(len(indices)) % 3
+        return Episodes(*(part[rows] for part in episodes("mlp").parts))
