@@ -2,7 +2,8 @@
 
 A real run is trained for so long that checkpoints fall due by the clock; the time spent in looking after them (the check
 after every step, and each write with its flushes) is added up and divided by the time of the training. Beside it, the time
-of one write for models of several sizes, and what share of the default interval that is. The target is at most 1 %.
+of one write for models of several sizes, and its share of the interval that it leads to. The target is at most 1 %.
+See docs/runs.md.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from harness import RESULTS, machine
 from torch import nn
 
 import metareg
 from metareg import Episodes, MetaLearner, RunConfig, hookimpl, runs
-from metareg.checkpoints import Checkpoints, Keeper
-from metareg.environment import of_machine
+from metareg.checkpoints import LEAST_RATIO, Checkpoints, Keeper
 from metareg.interrupts import StopRequest
 from metareg.training import Progress
 
@@ -112,7 +113,7 @@ def seconds_per_write(model: nn.Module, x: torch.Tensor, folder: Path, repeats: 
         "meta_parameters": sum(value.numel() for value in learner.meta_parameters.values()),
         "megabytes": store.path(1).stat().st_size / 1e6,
         "seconds": seconds,
-        "share_of_interval": seconds / (60 * _MINUTES),
+        "interval": max(60 * _MINUTES, LEAST_RATIO * seconds),
     }
 
 
@@ -136,7 +137,7 @@ def main() -> None:
             writes[model_name] = row = seconds_per_write(model, x, target, arguments.repeats)
             print(
                 f"{model_name}: {row['meta_parameters']:,} meta-parameters, {row['megabytes']:.1f} MB, "
-                f"{1e3 * row['seconds']:.1f} ms a write, {row['share_of_interval']:.3%} of {_MINUTES:g} minutes",
+                f"{1e3 * row['seconds']:.1f} ms a write, {row['seconds'] / row['interval']:.3%} of {row['interval']:.0f} s",
                 flush=True,
             )
         run = share_of_a_run(arguments.seconds, folder)
@@ -144,9 +145,9 @@ def main() -> None:
             f"maml + cml on sinusoid: {run['checkpoints']} checkpoints in {run['seconds']:.0f} s and {run['steps']:,} steps "
             f"take {run['seconds_in_checkpoints']:.3f} s, {run['share']:.3%} of the training (target: at most 1 %)"
         )
-    path = Path(__file__).parent / "results" / "checkpoints.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps({"machine": of_machine(), "writes": writes, "run": run}, indent=2) + "\n")
+    RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine(torch.get_num_threads()), "writes": writes, "run": run}
+    (RESULTS / "checkpoints.json").write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,9 @@ __all__ = ["Checkpoints", "Keeper"]
 log = logging.getLogger("metareg")
 
 FILE_FORMAT = 1
-_LEAST_RATIO = 200
+LEAST_RATIO = 200
+"""Checkpoints that fall due by the clock are at least so many times as far apart as the last one took to write."""
+
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
 
@@ -179,7 +181,7 @@ class Keeper:
             raise type(error)(f"{error} The checkpoint after step {self.last_saved} is still good.") from error
         self.last_saved = step
         self._saved_at = time.monotonic()
-        self._seconds_to_next = max(self._every_seconds, _LEAST_RATIO * (self._saved_at - began))
+        self._seconds_to_next = max(self._every_seconds, LEAST_RATIO * (self._saved_at - began))
 
     def restore(self) -> bool:
         """Put the run back to its newest good checkpoint; without one, its files to the beginning.

@@ -290,7 +290,10 @@ def build(spec: TaskSpec, generator: torch.Generator) -> nn.Module | None:
 
 @hookspec
 def on_run_start(run: Run) -> None:
-    """Training is about to begin; the run's folder and configuration exist."""
+    """Training is about to begin, or to go on after the step ``run.learner.steps_done`` of a run that was stopped.
+
+    The run's folder and configuration exist. A run that goes on repeats the steps after its newest checkpoint.
+    """
 
 
 @hookspec

@@ -232,10 +232,7 @@ def _stored_evaluation(path: Path) -> Evaluation:
 
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
-    """
-    Raises:
-        UsageError: `wanted` would give the run another meaning; the message shows the difference.
-    """
+    """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
     old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
     changes = [
         f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if key not in _MAY_CHANGE and old[key] != new[key]
@@ -311,6 +308,8 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None
     """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
     config, learner, path = run.config, run.learner, run.path
     store = Checkpoints(path / "checkpoints", config.keep_checkpoints)
+    # First of all: with it the folder is a run that can be resumed, without it one that can be begun.
+    write_text(path / "config.yaml", config.to_yaml())
     try:
         store.folder.mkdir(exist_ok=True)
     except OSError as error:
@@ -364,7 +363,6 @@ def _start(run: Run, keeper: Keeper) -> None:
             strategy, reason = learner.strategy or strategy, "as before the run was resumed"
     log.info("Strategy %s: %s.", strategy, reason)
     environment.write(run, strategy, reason, learner.steps_done)
-    write_text(run.path / "config.yaml", config.to_yaml())
     if keeper.last_saved is None:
         keeper.save()
 

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -16,9 +16,11 @@ import contextlib, json, os, sys, tempfile
 import torch
 torch.set_num_threads(1)
 import metareg.cli
-# A first run imports whatever torch and matplotlib import when they are used.
-with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-    metareg.cli.run(["train", "--steps=3", "--set=test_tasks=2", "--set=eval_tasks=2", f"--out={folder}/run"])
+# A first run imports whatever torch, matplotlib and a task import when they are used.
+for task in sys.argv[1:]:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
+        settings = ["--set=test_tasks=2", "--set=eval_tasks=2", "--strategy=vectorized"]
+        metareg.cli.run(["train", f"--task={task}", "--steps=3", "--meta-batch=2", *settings, f"--out={folder}/run"])
 print(0, flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -37,12 +39,13 @@ class Nursery:
 
     Args:
         folder: where their output goes, into ``output.txt``.
+        tasks: the tasks that they will be of.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
         self.output = folder / "output.txt"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY],
+            [sys.executable, "-c", _NURSERY, *tasks],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

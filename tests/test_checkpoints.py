@@ -160,6 +160,29 @@ def test_another_meaning_is_refused(stopped: Path, change: dict[str, Any], messa
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(finished: Path, tmp_path: Path) -> None:
+    """Whatever is written first is there alone, or nothing is."""
+    for number, names in enumerate([[".lock", ".owner.json", ".config.yaml.1.tmp"], ["config.yaml"]]):
+        path = tmp_path / str(number)
+        path.mkdir()
+        for name in names:
+            (path / name).write_bytes((finished / name).read_bytes() if (finished / name).exists() else b"{")
+        metareg.train("maml", "cml", "sinusoid", out=path, resume=True, **SMALL)
+        assert _results(path) == _results(finished)
+        assert not list(path.rglob("*.tmp"))
+
+
+def test_config_is_the_first_file_of_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("metareg.files.write_text", stop)
+    monkeypatch.setattr("metareg.runs.write_text", stop)
+    with pytest.raises(KeyboardInterrupt):
+        metareg.train(out=tmp_path / "run", **SMALL)
+    assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".owner.json"}
+
+
 def test_a_folder_that_is_taken_is_refused(finished: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"metareg resume"):
         metareg.train(out=finished)
