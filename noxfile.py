@@ -74,7 +74,7 @@ def types(session: nox.Session) -> None:
 def docs(session: nox.Session) -> None:
     """The documentation, as written: its commands are run and its listings installed; the hook reference is current."""
     python = environment(session)
-    session.run(python, "docs/plugins/hook_reference.py", "--check", external=True)
+    session.run(python, "docs/hook_reference.py", "--check", external=True)
     session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/test_docs_plugins.py", external=True)
 
 

@@ -133,7 +133,7 @@ def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part:
 
 
 def check_task_trains(subject: Subject) -> None:
-    """Its own model learns on it, in every strategy alike; its recommended options are valid."""
+    """Its own model can be trained on it, in every strategy alike; its recommended options are valid."""
     plugin = subject.resolved()
     task = plugin.instance
     recommended = dict(getattr(task, "recommended", {}))
@@ -223,7 +223,7 @@ def check_model_seed(subject: Subject) -> None:
 
 
 def check_model_split(subject: Subject) -> None:
-    """``outputs = head(body(x))`` has the shape that the spec asks for; a forward changes nothing in the model."""
+    """`outputs = head(body(x))` has the shape that the spec asks for; a forward changes nothing in the model."""
     model = _built(subject).double()
     split = SplitModel(model)
     if not split.has_head:

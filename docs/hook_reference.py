@@ -1,0 +1,137 @@
+"""Writes hooks.md from metareg/hookspecs.py, and the tables of plugins/index.md; ``--check`` says whether they are current."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from pathlib import Path
+
+from metareg import Field, PluginConfig, declarations, hookimpl, hookspecs
+from metareg.testing import checks
+
+HERE = Path(__file__).parent
+
+
+def hook_reference() -> str:
+    """The page hooks.md."""
+    module = inspect.cleandoc(hookspecs.__doc__ or "").partition("\n")[2].strip()
+    parts = [
+        "# Hook reference",
+        "<!-- Written by docs/hook_reference.py from metareg/hookspecs.py. -->",
+        _markdown(module),
+    ]
+    section = ""
+    for title, name in _hooks():
+        if title != section:
+            parts.append(f"## {title[0].upper()}{title[1:]}")
+            section = title
+        hook = getattr(hookspecs, name)
+        arguments = [str(each).replace("'", "") for each in inspect.signature(hook).parameters.values()]
+        returned = inspect.signature(hook).return_annotation
+        one_line = f"{name}({', '.join(arguments)}) -> {returned}"
+        wrapped = (
+            one_line if len(one_line) <= 120 else f"{name}(\n    " + ",\n    ".join(arguments) + f",\n) -> {returned}"
+        )
+        parts += [f"### {name}", f"```python\n{wrapped}\n```", _markdown(inspect.getdoc(hook) or "")]
+    return "\n\n".join(parts) + "\n"
+
+
+def index() -> str:
+    """The page plugins/index.md with its tables brought up to date."""
+    text = (HERE / "plugins" / "index.md").read_text(encoding="utf-8")
+    for name, content in (("declarations", _declarations()), ("checks", _checks())):
+        text = re.sub(
+            rf"<!-- {name} -->.*?(?=\n\n[^|]|\Z)", lambda _, c=content, n=name: f"<!-- {n} -->\n\n{c}", text, flags=re.S
+        )
+    return re.sub(r"now (\d+ )?<!-- contract -->", f"now {hookspecs.CONTRACT_VERSION} <!-- contract -->", text)
+
+
+def _hooks() -> list[tuple[str, str]]:
+    """The sections of hookspecs.py and their hooks, in the order of the file."""
+    found, title = [], ""
+    for line in inspect.getsource(hookspecs).splitlines():
+        if match := re.fullmatch(r"# -+ (.+)", line):
+            title = match.group(1)
+        elif (match := re.match(r"def (\w+)\(", line)) and title:
+            found.append((title, match.group(1)))
+    return found
+
+
+def _markdown(docstring: str) -> str:
+    """A docstring in Google's style as Markdown: argument lists become bullets."""
+    text = docstring.replace("``", "`")
+    lines: list[str] = []
+    for block in re.split(r"\n(?=(?:Args|Returns|Raises)(?: and shapes .*)?:?\n)", text):
+        head, _, rest = block.partition("\n")
+        if head not in ("Args:", "Returns:", "Raises:"):
+            lines.append(block.strip())
+            continue
+        lines.append(f"*{head.rstrip(':')}*")
+        body = inspect.cleandoc(rest)
+        if head == "Args:":
+            entries = re.split(r"\n(?=\S)", body)
+            items = [re.sub(r"\s*\n\s*", " ", entry) for entry in entries]
+            lines.append("\n".join(re.sub(r"^(\w+): ", r"- `\1`: ", item) for item in items))
+        else:
+            lines.append(re.sub(r"\s*\n\s*", " ", body))
+    return "\n\n".join(lines)
+
+
+def _declarations() -> str:
+    table = (declarations.__doc__ or "").split("\n\n")[-1].strip().splitlines()
+    edges = [match.span() for match in re.finditer("=+", table[0])]
+    rows: list[list[str]] = []
+    for line in [line for line in table if not line.startswith("===")]:
+        cells = [line[start : end if end < edges[-1][1] else None].strip() for start, end in edges]
+        if line[:1].isspace() and cells[2]:
+            rows[-1] = [f"{old} {new}".strip() for old, new in zip(rows[-1], cells, strict=True)]
+        elif line[:1].isspace():
+            rows[-1][1] += f", {cells[1]}"
+        else:
+            rows.append(cells)
+    return _table([rows[0], *([f"`{row[0]}`", *row[1:]] for row in rows[1:])]).replace("``", "`")
+
+
+class _Everything:
+    """An algorithm or augmenter to which every check applies."""
+
+    class Config(PluginConfig):
+        rate: float = Field(1.0, description="A number.")
+
+    @hookimpl
+    def augment_outer_loss(self) -> None: ...
+
+
+def _checks() -> str:
+    rows = [["kinds", "check", "what it holds"]]
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for kind in ("algorithms", "augmenters", "tasks", "models", "observers"):
+        for check in checks(kind, _Everything, compiled=True):
+            kinds.setdefault((check.name, check.summary), []).append(kind)
+    for (name, summary), of in kinds.items():
+        rows.append(["all" if len(of) == 5 else ", ".join(of), f"`{name}`", summary])
+    return _table(rows)
+
+
+def _table(rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main(arguments: list[str]) -> int:
+    """Write the pages; with ``--check`` only say which are not current."""
+    stale = []
+    for path, text in ((HERE / "hooks.md", hook_reference()), (HERE / "plugins" / "index.md", index())):
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
+            if "--check" not in arguments:
+                path.write_text(text, encoding="utf-8")
+    if stale and "--check" in arguments:
+        print(f"{', '.join(stale)}: not current; run python docs/hook_reference.py", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,81 @@
+"""The shipped observers: what they write, and what they say where they cannot."""
+
+from __future__ import annotations
+
+import builtins
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import metareg
+from metareg import MetaregError
+
+
+def trained(path: Path, observer: Any) -> metareg.Run:
+    options: dict[str, Any] = {"steps": 4, "log_every": 2, "eval_every": 2, "eval_tasks": 2, "test_tasks": 4}
+    return metareg.train("maml", task="sinusoid", out=path, observers=[observer], test_inner_steps=[0, 1], **options)
+
+
+def test_json_lines_hold_the_whole_run_in_order(tmp_path: Path) -> None:
+    run = trained(tmp_path / "run", "jsonl")
+    events = [json.loads(line) for line in (run.path / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == [
+        "start", "step", "evaluation", "step", "evaluation", "evaluation", "end",
+    ]  # fmt: skip
+    assert events[0]["config"]["algo"]["name"] == "maml"
+    assert events[-2]["split"] == "test"
+    assert run.evaluation is not None
+    assert events[-2]["steps"][1] == {"inner_steps": 1, "mean": run.evaluation.mean(1), "ci95": run.evaluation.ci95(1)}
+    assert {event["run"] for event in events} == {str(run.path)}
+
+
+def test_json_lines_of_several_runs_share_a_file(tmp_path: Path) -> None:
+    from metareg.registry import resolve
+
+    shared = tmp_path / "all.jsonl"
+    for number in range(2):
+        trained(tmp_path / f"run-{number}", resolve("observers", "jsonl", {"file": str(shared)}))
+    assert len({json.loads(line)["run"] for line in shared.read_text().splitlines()}) == 2
+
+
+def test_json_lines_that_cannot_be_written_are_one_sentence(tmp_path: Path) -> None:
+    from metareg.registry import resolve
+
+    with pytest.raises(MetaregError, match="cannot write"):
+        trained(tmp_path / "run", resolve("observers", "jsonl", {"file": str(tmp_path / "no" / "folder.jsonl")}))
+
+
+def test_tensorboard_holds_training_and_evaluation(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = trained(tmp_path / "run", "tensorboard")
+    events = EventAccumulator(str(run.path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4]
+    assert run.evaluation is not None
+    (tested,) = events.Scalars("test/mse/inner_steps_1")
+    assert tested.value == pytest.approx(run.evaluation.mean(1), rel=1e-6)
+
+
+def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.startswith("torch.utils.tensorboard"):
+            raise ImportError(name)
+        return real(name, *rest)
+
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(MetaregError, match=r"pip install 'metareg\[tensorboard\]'"):
+        trained(tmp_path / "run", "tensorboard")
+
+
+def test_observers_take_no_part_where_there_is_no_run() -> None:
+    learner = metareg.MetaLearner("mlp", spec=metareg.TaskSpec((1,), (1,)), loss="mse", strategy="vectorized")
+    learner.fit("sinusoid", steps=2, log_every=1, observers=["jsonl", "tensorboard"])
+    assert learner.steps_done == 2

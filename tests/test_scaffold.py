@@ -1,0 +1,155 @@
+"""metareg new-plugin and metareg check-plugin."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from metareg.cli import run
+from metareg.registry import KINDS, entries
+from metareg.scaffold import new_plugin
+
+ROOT = Path(__file__).parents[1]
+
+
+def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pip would leave it: the module on the path, with the metadata of its pyproject.toml."""
+    import tomllib
+
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
+    )
+    lines = []
+    for group, points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
+    (metadata / "entry_points.txt").write_text("\n".join(lines))
+    monkeypatch.syspath_prepend(str(folder))
+    importlib.invalidate_caches()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_is_listed_trains_and_passes_its_checks(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(["new-plugin", kind, "of-mine"]) == 0
+    folder = tmp_path / "metareg-of-mine"
+    installed(folder, monkeypatch)
+    assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in entries(kind)}
+
+    flags = {
+        "algorithms": "--algo",
+        "augmenters": "--augment",
+        "tasks": "--task",
+        "models": "--model",
+        "observers": "--observe",
+    }
+    assert run(["train", flags[kind], "of-mine", "--steps", "4", "--set", "test_tasks=4", "--out", "run"]) == 0
+    capsys.readouterr()
+    assert run(["check-plugin", kind, "of-mine", "--no-compile"]) == 0
+    printed = capsys.readouterr().out
+    assert "passed  contract" in printed
+    assert "failed" not in printed
+    sys.modules.pop("metareg_of_mine", None)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
+    folder = new_plugin(kind, "of-mine", tmp_path)
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--isolated",
+        "--select",
+        "E,F,I,B,UP,RUF",
+        "--line-length",
+        "120",
+    ]
+    command += ["--ignore", "RUF001,RUF002,RUF003", "--config", 'lint.isort.known-third-party=["metareg"]', str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["new-plugin", "algorithm", "Sign MAML"], "lower-case letters"),
+        (["new-plugin", "algorithms", "maml"], "taken by the algorithm of metareg"),
+        (["new-plugin", "optimisers", "mine"], "no kind of plugin named 'optimisers'"),
+        (["check-plugin", "algorithms", "mamml"], "did you mean 'maml'"),
+        (["check-plugin", "augmenters", "dropgrad", "--set", "rat=0.5"], "did you mean 'rate'"),
+    ],
+)
+def test_wrong_use_is_one_sentence(
+    arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    extra = ["--out", str(tmp_path)] if arguments[0] == "new-plugin" else []
+    assert run([*arguments, *extra]) == 2
+    assert said in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "metareg-mine").mkdir()
+    assert run(["new-plugin", "task", "mine", "--out", str(tmp_path)]) == 2
+    assert list((tmp_path / "metareg-mine").iterdir()) == []
+
+
+def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = new_plugin("algorithms", "halved", tmp_path)
+    module = folder / "metareg_halved" / "__init__.py"
+    module.write_text(
+        module.read_text(encoding="utf-8").replace("value - self", "value - 0.5 * self"), encoding="utf-8"
+    )
+    installed(folder, monkeypatch)
+    assert run(["check-plugin", "algorithms", "halved", "--no-compile"]) == 1
+    printed = capsys.readouterr().out
+    assert "failed  step-examples" in printed
+    assert "To mend it: compare inner_update with the formula" in printed
+    sys.modules.pop("metareg_halved", None)
+
+
+@pytest.mark.parametrize("name", ["reptile", "mamlpp", "cavia"])
+def test_example_package_trains_beside_cml(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import shutil
+
+    folder = tmp_path / f"metareg-{name}"
+    shutil.copytree(ROOT / "examples" / f"metareg-{name}", folder)
+    installed(folder, monkeypatch)
+    arguments = ["--algo", name, "--augment", "cml", "--inner-steps", "2", "--steps", "6", "--set", "test_tasks=4"]
+    assert run(["train", *arguments, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "results.json").is_file()
+    sys.modules.pop(f"metareg_{name}", None)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reptile", "mamlpp", "cavia"])
+def test_example_package_passes_its_own_tests(name: str, tmp_path: Path) -> None:
+    target = tmp_path / "installed"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
+    subprocess.run([*pip, str(ROOT / "examples" / f"metareg-{name}")], check=True, capture_output=True)
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-c",
+        "/dev/null",
+        str(ROOT / "examples" / f"metareg-{name}" / "tests"),
+    ]
+    import os
+
+    environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout[-3000:]
