@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from metareg.losses import Metric
     from metareg.randomness import derive_seed, task_uniform
     from metareg.runs import Run, resume, train
-    from metareg.tasks import Task, TaskSpec
+    from metareg.tasks import Dataset, Task, TaskSpec
 
 _WHERE = {
     "Field": "config",
@@ -45,11 +45,13 @@ _WHERE = {
     "Run": "runs",
     "resume": "runs",
     "train": "runs",
+    "Dataset": "tasks",
     "Task": "tasks",
     "TaskSpec": "tasks",
 }
 
 __all__ = [
+    "Dataset",
     "DivergenceError",
     "Episodes",
     "Evaluation",

@@ -78,6 +78,9 @@ _RUN = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN", s
 _KIND = Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")]
 _NAME = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+_DATA = Annotated[
+    Path | None, typer.Option("--data", metavar="DIR", help="Where the task's data is [the variable METAREG_DATA].")
+]
 _ON_NONFINITE = Annotated[
     str | None,
     typer.Option(metavar="POLICY", help="At a loss or gradient that is not finite: stop, skip or rollback [stop]."),
@@ -148,7 +151,7 @@ def train(
     norm: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
     chunk: Annotated[int | None, typer.Option(metavar="TASKS", help="At most so many tasks at once.")] = None,
     device: _DEVICE = None,
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the task's data is.")] = None,
+    data: _DATA = None,
     observe: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME", help="Observer; repeatable, takes commas.", autocompletion=_names("observers")),
@@ -282,8 +285,14 @@ def evaluate(
     task: Annotated[
         str | None,
         typer.Option(
-            metavar="NAME", help="Test on another task, with its default options.", autocompletion=_names("tasks")
+            metavar="NAME",
+            help="Test on another task, with the run's ways, shots and sizes.",
+            autocompletion=_names("tasks"),
         ),
+    ] = None,
+    data: _DATA = None,
+    assignments: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the task. Repeatable.")
     ] = None,
     device: _DEVICE = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
@@ -296,14 +305,49 @@ def evaluate(
     except ValueError:
         raise UsageError(f"--inner-steps takes whole numbers with commas, as 1,5,10; got '{inner_steps}'.") from None
     from metareg.display import evaluation_table
+    from metareg.options import parse_assignments
     from metareg.runs import Run
 
+    options = parse_assignments(assignments or []) | ({} if data is None else {"data": str(data)})
     with _errors.status("Testing …"):
-        evaluation = Run.load(path, device=device).evaluate(tasks, numbers, task)
+        evaluation = Run.load(path, device=device).evaluate(tasks, numbers, task, options)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
     else:
         _output.print(evaluation_table(evaluation))
+
+
+@app.command()
+def data(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="One task; all where none is named.", show_default=False)
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the task's data.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of the task's data, and count it.")] = False,
+    where: _DATA = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """List the data that tasks read: where it is, or how to get it; download and verify it."""
+    _leave_out(no_plugin)
+    if name is None and (download or verify):
+        raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
+    from metareg.datasets import dataset_of, listed
+    from metareg.display import datasets_table
+
+    if name is None:
+        _output.print(datasets_table(listed(where)))
+        return
+    dataset = dataset_of(name, where)
+    if download and not dataset.present:
+        if dataset.download is None:
+            raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")
+        dataset.download()
+        dataset = dataset_of(name, where)
+    _output.print(datasets_table([(name, dataset)]))
+    if verify:
+        with _errors.status("Reading …"):
+            found = dataset.verify()
+        _output.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- plugins

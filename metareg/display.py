@@ -20,12 +20,24 @@ from rich.text import Text
 from metareg.hookspecs import hookimpl
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from metareg.evaluation import Evaluation
     from metareg.registry import Entry
     from metareg.runs import Run
+    from metareg.tasks import Dataset
     from metareg.testing import Check
 
-__all__ = ["Progress", "check_line", "doctor_page", "evaluation_table", "plugin_page", "plugins_table", "report"]
+__all__ = [
+    "Progress",
+    "check_line",
+    "datasets_table",
+    "doctor_page",
+    "evaluation_table",
+    "plugin_page",
+    "plugins_table",
+    "report",
+]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -132,6 +144,24 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for k in evaluation.inner_steps:
         mean, width = evaluation.mean(k), evaluation.ci95(k)
         table.add_row("0 (before)" if k == 0 else str(k), f"{mean:.4f}", f"± {width:.4f}")
+    return table
+
+
+def datasets_table(rows: Sequence[tuple[str, Dataset | str]]) -> RenderableType:
+    """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("task", "there", "where it is, or how to get it"):
+        table.add_column(column, overflow="fold")
+    for name, dataset in rows:
+        if isinstance(dataset, str):
+            table.add_row(escape(name), "?", escape(dataset), style="red")
+            continue
+        location = "" if dataset.location is None else str(dataset.location)
+        if dataset.present:
+            table.add_row(escape(name), "[green]yes[/]", escape(location or dataset.obtain))
+        else:
+            fetch = f" metareg data {name} --download puts it into" if dataset.download else " It belongs into"
+            table.add_row(escape(name), "no", escape(f"{dataset.obtain}{fetch} {location}."))
     return table
 
 

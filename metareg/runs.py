@@ -26,7 +26,7 @@ from metareg.hookspecs import hookimpl
 from metareg.interrupts import StopRequest, stop_requests
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble
-from metareg.registry import resolve
+from metareg.registry import find, resolve
 from metareg.sources import TaskSource
 from metareg.training import Progress, Schedule, fit, observed
 
@@ -94,19 +94,34 @@ class Run:
         run.plots = sorted((path / "plots").glob("*.png"))
         return run
 
-    def evaluate(self, tasks: int, inner_steps: Sequence[int], task: str | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        tasks: int,
+        inner_steps: Sequence[int],
+        task: str | None = None,
+        task_options: Mapping[str, Any] | None = None,
+    ) -> Evaluation:
         """Test the run's learner anew.
 
         Args:
             tasks: how many test tasks.
             inner_steps: numbers of inner steps.
-            task: another task plugin to test on, with its default options; the run's own where it is None.
+            task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
+                `Task.carried` from the run's task.
+            task_options: further options of the task.
         """
         source = self.source
-        if task:
-            source = TaskSource.of(task)
+        if task or task_options:
+            source = self._other_source(task or self.config.task.name, task_options or {}, same=not task)
             _check_fit(self.learner, source, "test")
         return self.learner.evaluate(source, tasks, inner_steps=inner_steps, seed=self.config.seed)
+
+    def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
+        own = self.config.task.config
+        if not same:
+            carried = getattr(find("tasks", task).load(), "carried", ())
+            own = {name: own[name] for name in carried if name in own}
+        return TaskSource(resolve("tasks", task, {**own, **options}))
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -12,7 +12,7 @@ from metareg.errors import UsageError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Task", "TaskSpec"]
+__all__ = ["Dataset", "Task", "TaskSpec"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,22 @@ class TaskSpec:
 
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """The data that a task reads: what ``metareg data`` shows and does."""
+
+    location: Path | None
+    """The folder where it is, or where `download` puts it; None where nothing is read."""
+    present: bool
+    """Whether it is there."""
+    obtain: str
+    """A sentence: how to get it."""
+    download: Callable[[], None] | None
+    """Fetches it; None where that cannot be done."""
+    verify: Callable[[], str]
+    """Reads all of it and returns what there is; raises `metareg.UsageError` where that is not what it should be."""
 
 
 class Task:
@@ -44,11 +60,18 @@ class Task:
     """Whether `episodes` returns tasks of one size, which can be run together."""
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Run options (`metareg.RunConfig`) and plugin options that suit the task, where the user says nothing."""
+    carried: ClassVar[tuple[str, ...]] = ()
+    """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
 
     @property
     def spec(self) -> TaskSpec:
         """The shapes of this task's inputs and outputs."""
         raise NotImplementedError(f"{type(self).__name__} must define the property `spec`")
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """The data that the task reads; None where it needs none."""
+        return None
 
     def read_image(self, path: Path) -> Tensor:
         """One of a user's images as an input of this task ``[channels, height, width]``, for ``metareg predict``.

@@ -1,0 +1,26 @@
+"""Few-shot image classification: drawn letters, Omniglot, the benchmarks of the literature, and one's own folders."""
+
+from metareg_image.folders import CUB, Cars, ImageFolder, MiniImageNet, TieredImageNet
+from metareg_image.glyphs import Glyphs
+from metareg_image.models import Conv4, ResNet12
+from metareg_image.omniglot import Omniglot, OmniglotSmall
+from metareg_image.standard import CIFARFS, FC100, SVHN, Aircraft, TrafficSign, VGGFlower
+
+__all__ = [
+    "CIFARFS",
+    "CUB",
+    "FC100",
+    "SVHN",
+    "Aircraft",
+    "Cars",
+    "Conv4",
+    "Glyphs",
+    "ImageFolder",
+    "MiniImageNet",
+    "Omniglot",
+    "OmniglotSmall",
+    "ResNet12",
+    "TieredImageNet",
+    "TrafficSign",
+    "VGGFlower",
+]

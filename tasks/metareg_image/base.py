@@ -1,0 +1,268 @@
+"""What every image classification task shares: its options, how its tasks are drawn, and where its data is."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from pydantic import Field
+from torch import Tensor
+
+from metareg import Dataset, Episodes, MetaLearner, PluginConfig, Task, TaskSpec, UsageError, hookimpl, task_uniform
+from metareg_image.augmentation import crop, flip
+from metareg_image.figures import draw_episodes
+from metareg_image.sampling import draw_distinct
+from metareg_image.store import UNREADABLE, ClassImages, ImageStore, SplitIndex, cache_folder, pixels
+
+__all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask"]
+
+Channels = Literal[1, 3]
+
+DATA_VARIABLE = "METAREG_DATA"
+_PICTURED = 3
+
+
+class ImageConfig(PluginConfig):
+    """Options of every image task."""
+
+    ways: int = Field(5, ge=2, description="Classes of a task.")
+    shots: int = Field(1, ge=1, description="Support images of each class.")
+    query: int = Field(15, ge=1, description="Query images of each class in training.")
+    eval_query: int = Field(15, ge=1, description="Query images of each class in validation and test.")
+    data: str | None = Field(None, description="Folder of the data set, or one that holds it under its name.")
+    size: int = Field(84, ge=8, description="Height and width of the images, in pixels.")
+    channels: Channels = Field(3, description="1 for grey images, 3 for colour.")
+    rotations: bool = Field(False, description="Every class turned by 90°, 180° and 270° is a further class.")
+    flips: bool = Field(False, description="Mirror training images left to right at random.")
+    crops: int = Field(0, ge=0, description="Pad training images by so many pixels, and crop at random.")
+
+
+class ImageTask(Task):
+    """Classification of images of classes that were not trained on; a subclass says where the images are.
+
+    Pixels are in [0, 1] and not standardised, as in the code of MAML's, BOIL's and CML's authors.
+    """
+
+    Config: ClassVar[type[ImageConfig]] = ImageConfig
+    loss = "cross_entropy"
+    default_model = "conv4"
+    recommended: ClassVar[Mapping[str, Any]] = {
+        "steps": 30_000,
+        "meta_batch": 4,
+        "inner_steps": 1,
+        "inner_lr": 0.5,
+        "outer_lr": 1e-3,
+    }
+    carried = ("ways", "shots", "query", "eval_query", "size", "channels")
+
+    name: ClassVar[str]
+    """The plugin's name."""
+    folder: ClassVar[str]
+    """The data's folder inside the folder of all data."""
+    obtain: ClassVar[str]
+    """A sentence: how to get the data."""
+    contents: ClassVar[tuple[int, int] | None] = None
+    """Classes and images of the complete data set; None where any number is right."""
+    downloadable: ClassVar[bool] = False
+    """Whether `download` can fetch it."""
+    version: ClassVar[int] = 1
+    """Raised when the task makes other pixels of the same data, so that older caches are not used."""
+
+    def __init__(self, config: ImageConfig) -> None:
+        self.config = config
+
+    # ------------------------------------------------------------------------------------------- what a subclass says
+
+    def classes(self) -> Iterable[ClassImages]:
+        """The classes and their images.
+
+        Raises:
+            UsageError: the data in `location` is not what it should be.
+        """
+        raise NotImplementedError
+
+    def is_complete(self) -> bool:
+        """Whether the data seems to be in its `location`."""
+        return self.location.is_dir()
+
+    def fingerprint(self) -> str:
+        """What changes when the images may have changed; a standard data set never does."""
+        return ""
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """An image in the task's size; the aspect is not kept."""
+        size = (self.config.size, self.config.size)
+        return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+
+    def download(self) -> None:
+        """Fetch the data into its `location`, where that can be done."""
+        raise UsageError(f"The data of the task '{self.name}' cannot be downloaded freely. {self.obtain}")
+
+    # ------------------------------------------------------------------------------------------------------------ task
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((self.config.channels, self.config.size, self.config.size), (self.config.ways,))
+
+    @functools.cached_property
+    def store(self) -> ImageStore:
+        """The decoded images, out of the cache or decoded now."""
+        decode = functools.partial(pixels, channels=self.config.channels, resize=self.resized)
+        return ImageStore.cached(
+            self.name,
+            {"version": self.version, "source": self.fingerprint()},
+            self._present_classes,
+            (self.config.size, self.config.size, self.config.channels),
+            decode,
+            self._check_contents,
+        )
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
+        images, _ = self._drawn(split, indices, seed)
+        ways, shots = self.config.ways, self.config.shots
+        labels = torch.arange(ways).expand(len(indices), ways)
+        return Episodes(
+            _normalised(images[:, :, :shots]),
+            labels.repeat_interleave(shots, 1),
+            _normalised(images[:, :, shots:]),
+            labels.repeat_interleave(images.shape[2] - shots, 1),
+        )
+
+    def read_image(self, path: Path) -> Tensor:
+        try:
+            image = pixels(path, self.config.channels, self.resized)
+        except UNREADABLE as error:
+            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
+        return torch.from_numpy(image.copy()).movedim(-1, 0).to(torch.float32).div_(255)
+
+    @hookimpl
+    def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
+        """Test episodes: support images, query images, predicted and true labels with the model's confidence."""
+        indices = range(_PICTURED)
+        _, names = self._drawn("test", indices, seed)
+        return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names)}
+
+    def _drawn(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
+        """Images uint8 ``[tasks, ways, shots + query, channels, height, width]``, and the names of the classes."""
+        config, index = self.config, self._index(split)
+        ways, each = config.ways, config.shots + self._queries(split)
+        kinds = 4 if config.rotations else 1
+        uniform = task_uniform(seed, split, indices, ways * (1 + each), "images")
+        chosen = draw_distinct(uniform[:, :ways], kinds * len(index.names))
+        turns, classes = np.divmod(chosen, len(index.names))
+        picked = draw_distinct(uniform[:, ways:].reshape(*chosen.shape, each), index.counts[classes])
+        rows = index.starts[classes][..., None] + picked
+        images = torch.from_numpy(np.asarray(self.store.pixels[rows])).movedim(-1, 3)
+        for turn in range(1, kinds):
+            turned = torch.from_numpy(turns == turn)
+            images[turned] = images[turned].rot90(turn, (-2, -1))
+        if split == "train":
+            if config.flips:
+                images = flip(images, task_uniform(seed, split, indices, ways * each, "flips"))
+            if config.crops:
+                images = crop(images, config.crops, task_uniform(seed, split, indices, 2 * ways * each, "crops"))
+        names = [
+            [f"{index.names[c]}{f' {90 * turn}°' if turn else ''}" for c, turn in zip(*pair, strict=True)]
+            for pair in zip(classes, turns, strict=True)
+        ]
+        return images, names
+
+    def _queries(self, split: str) -> int:
+        return self.config.query if split == "train" else self.config.eval_query
+
+    def _index(self, split: str) -> SplitIndex:
+        """The classes of a split, if there are enough of them and of their images."""
+        index = self.store.splits.get(split)
+        if index is None:
+            raise UsageError(f"There is no split '{split}'; there are {', '.join(self.store.splits)}.")
+        ways, queries = self.config.ways, self._queries(split)
+        available = len(index.names) * (4 if self.config.rotations else 1)
+        if not available:
+            raise UsageError(
+                f"The task '{self.name}' has no {split} classes: it is for testing what was trained on another task, "
+                f"with metareg eval RUN --task {self.name}."
+                if split == "train" and len(self.store.splits["test"].names)
+                else f"The task '{self.name}' has no {split} classes."
+            )
+        if available < ways:
+            raise UsageError(
+                f"The task '{self.name}' has {available} {split} classes; {ways}-way tasks need {ways}: ask for fewer ways."
+            )
+        least = int(index.counts.argmin())
+        if index.counts[least] < self.config.shots + queries:
+            raise UsageError(
+                f"The class '{index.names[least]}' of the task '{self.name}' ({split}) has {index.counts[least]} images; "
+                f"{self.config.shots} support and {queries} query images need {self.config.shots + queries}: lower shots or "
+                f"{'query' if split == 'train' else 'eval_query'}."
+            )
+        return index
+
+    # ------------------------------------------------------------------------------------------------------------ data
+
+    @property
+    def location(self) -> Path:
+        """The folder where the data is, or where a download puts it."""
+        if self.config.data is not None:
+            given = Path(self.config.data).expanduser()
+            if not given.is_dir():
+                raise UsageError(f"There is no folder {given}.")
+            inside = given / self.folder
+            return inside if inside.is_dir() else given
+        root = os.environ.get(DATA_VARIABLE)
+        return (Path(root).expanduser() if root else cache_folder() / "data") / self.folder
+
+    @property
+    def dataset(self) -> Dataset | None:
+        return Dataset(
+            self.location,
+            self.is_complete(),
+            self.obtain,
+            self.download if self.downloadable else None,
+            self.verified,
+        )
+
+    def verified(self) -> str:
+        """Read every image, and say what there is."""
+        splits = self.store.splits
+        classes = "/".join(str(len(splits[split].names)) for split in splits)
+        images = sum(int(index.counts.sum()) for index in splits.values())
+        return f"{classes} classes ({'/'.join(splits)}), {images:,} images"
+
+    def _present_classes(self) -> Iterable[ClassImages]:
+        if not self.is_complete():
+            fetch = f"`metareg data {self.name} --download` fetches it." if self.downloadable else self.obtain
+            raise UsageError(
+                f"The data of the task '{self.name}' is not in {self.location}. {fetch} --data DIR or {DATA_VARIABLE} names "
+                "another folder."
+            )
+        return self.classes()
+
+    def _check_contents(self, splits: Mapping[str, list[tuple[str, int]]]) -> None:
+        if self.contents is None:
+            return
+        counts = {name: count for listed in splits.values() for name, count in listed}
+        found = (len(counts), sum(counts.values()))
+        if found != self.contents:
+            empty = [name for name, count in counts.items() if not count]
+            missing = f" Without images: {', '.join(empty[:3])}{' …' if len(empty) > 3 else ''}." if empty else ""
+            raise UsageError(
+                f"The data of the task '{self.name}' in {self.location} is not complete: {found[0] - len(empty):,} classes "
+                f"and {found[1]:,} images, where {self.contents[0]:,} and {self.contents[1]:,} belong."
+                f"{missing} {self.obtain}"
+            )
+
+
+def _normalised(images: Tensor) -> Tensor:
+    """``[tasks, ways, each, channels, height, width]`` uint8 → ``[tasks, ways × each, …]`` in [0, 1].
+
+    In memory the channels come last, in which order convolutions and poolings are faster.
+    """
+    return images.movedim(3, -1).flatten(1, 2).to(torch.float32).div_(255).movedim(-1, 2)

@@ -1,0 +1,122 @@
+"""Omniglot: handwritten characters of 50 alphabets, 20 drawings each."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image, ImageOps
+from pydantic import Field
+
+from metareg import UsageError
+from metareg_image.base import Channels, ImageConfig, ImageTask
+from metareg_image.fetch import download
+from metareg_image.standard import TorchvisionTask
+from metareg_image.store import ClassImages, Source
+
+__all__ = ["Omniglot", "OmniglotSmall"]
+
+_ORIGIN = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
+_SMALL = {
+    "images_background_small1.zip": "e704a628b5459e08445c13499850abc4",
+    "images_background_small2.zip": "b75a71a51d3b13f821f212756fe481fd",
+}
+_VALIDATION_ALPHABET = "Early_Aramaic"
+
+
+class OmniglotConfig(ImageConfig):
+    """Options of the Omniglot tasks."""
+
+    size: int = Field(28, ge=8, description="Height and width of the images, in pixels.")
+    channels: Channels = Field(1, description="1 for grey images, 3 for colour.")
+    rotations: bool = Field(True, description="Every class turned by 90°, 180° and 270° is a further class.")
+
+
+class _Characters(ImageTask):
+    Config = OmniglotConfig
+    folder = "omniglot"
+
+    def resized(self, image: Image.Image) -> Image.Image:
+        """Ink is bright on a dark ground."""
+        return super().resized(ImageOps.invert(image))
+
+
+class Omniglot(_Characters, TorchvisionTask):
+    """Omniglot with the split of Vinyals et al.: 1,028 characters for training, 172 for validation, 423 for test.
+
+    28×28 grey images, ink bright; a character turned by 90°, 180° and 270° is a further class, on every split.
+
+    Reference:
+        Lake, Salakhutdinov and Tenenbaum, Science 350, 2015; Vinyals et al., NeurIPS 2016, arXiv 1606.04080; the split as
+        in Snell, Swersky and Zemel, NeurIPS 2017, arXiv 1703.05175.
+    """
+
+    name = "omniglot"
+    obtain = "torchvision downloads it from the authors' repository (14 MB)."
+    contents = (1623, 32_460)
+    marker = "omniglot-py/images_evaluation"
+    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "inner_lr": 0.4}
+
+    def parts(self, datasets: Any, root: Path, download: bool) -> Sequence[Any]:
+        return [datasets.Omniglot(root, background=part, download=download, loader=Path) for part in (True, False)]
+
+    def images(self, parts: Sequence[Any]) -> dict[str, list[Source]]:
+        found: dict[str, list[Source]] = {}
+        for part, folder in zip(parts, ("background", "evaluation"), strict=True):
+            for path in sorted(part[number][0] for number in range(len(part))):
+                found.setdefault(f"{folder}/{path.parts[-3]}/{path.parts[-2]}", []).append(path)
+        return found
+
+
+class OmniglotSmall(_Characters):
+    """The two 'small' background sets of Omniglot: 3 MB, for runs of minutes.
+
+    Training takes 114 characters of the first set (Balinese, Greek, Korean, Latin), validation its 22 of Early Aramaic, the
+    test the 106 of the alphabets that only the second set has (Katakana, Sanskrit, Tagalog). 28×28 grey images, ink bright;
+    a character turned by 90°, 180° and 270° is a further class, on every split.
+
+    Reference:
+        Lake, Salakhutdinov and Tenenbaum, Science 350, 2015.
+    """
+
+    name = "omniglot-small"
+    obtain = f"It is {' and '.join(_SMALL)} of the authors' repository (3 MB)."
+    contents = (242, 4840)
+    downloadable = True
+    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "steps": 3000, "inner_lr": 0.4, "width": 32}
+
+    def is_complete(self) -> bool:
+        return all((self.location / name).is_file() for name in _SMALL)
+
+    def download(self) -> None:
+        for name, checksum in _SMALL.items():
+            download(f"{_ORIGIN}/{name}", self.location / name, checksum)
+
+    def classes(self) -> Iterable[ClassImages]:
+        first, second = (_characters(self.location / name) for name in _SMALL)
+        for name, images in first.items():
+            split = "validation" if name.startswith(f"{_VALIDATION_ALPHABET}/") else "train"
+            yield ClassImages(split, name, images)
+        known = {name.partition("/")[0] for name in first}
+        for name, images in second.items():
+            if name.partition("/")[0] not in known:
+                yield ClassImages("test", name, images)
+
+
+def _characters(path: Path) -> dict[str, list[Image.Image]]:
+    """Images by ``alphabet/character`` of a zip archive ``set/alphabet/character/drawing.png``."""
+    characters: dict[str, list[Image.Image]] = {}
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for name in sorted(archive.namelist()):
+                if name.endswith(".png"):
+                    _, alphabet, character, _ = name.split("/")
+                    with archive.open(name) as file:
+                        image = Image.open(file)
+                        image.load()
+                    characters.setdefault(f"{alphabet}/{character}", []).append(image)
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        raise UsageError(f"{path} is damaged: {error}. Delete it, and fetch it again.") from error
+    return characters

@@ -1,0 +1,203 @@
+"""Images decoded once: a memory-mapped file of uint8 pixels, class after class, and the list of its classes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from PIL import Image, UnidentifiedImageError
+
+from metareg import MetaregError, UsageError
+
+__all__ = [
+    "CACHE_VARIABLE",
+    "SPLITS",
+    "UNREADABLE",
+    "ClassImages",
+    "ImageStore",
+    "SplitIndex",
+    "cache_folder",
+    "pixels",
+]
+
+CACHE_VARIABLE = "METAREG_CACHE"
+SPLITS = ("train", "validation", "test")
+
+UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+"""What Pillow raises for a file that is no image, damaged or truncated."""
+
+_FORMAT = 1
+_INDEX, _PIXELS = "index.json", "pixels.u8"
+
+Source = Path | Image.Image | np.ndarray | Callable[[], Image.Image]
+"""An image file, a decoded image, pixels ``[height, width]`` or ``[height, width, 3]``, or a function that decodes one."""
+
+
+@dataclass(frozen=True)
+class ClassImages:
+    """One class of a data set: its split, its name, and its images, which are decoded one after the other."""
+
+    split: str
+    name: str
+    images: Iterable[Source]
+
+
+@dataclass(frozen=True)
+class SplitIndex:
+    """The classes of one split: names, and the rows of the pixel file that each has."""
+
+    names: tuple[str, ...]
+    starts: np.ndarray
+    counts: np.ndarray
+
+
+def cache_folder() -> Path:
+    """Where decoded images and downloads are kept: METAREG_CACHE, or the user's cache folder of the system."""
+    given = os.environ.get(CACHE_VARIABLE)
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("metareg", appauthor=False))
+
+
+class ImageStore:
+    """The images of a data set as uint8 ``[images, height, width, channels]``, memory-mapped.
+
+    Args:
+        folder: what `build` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        self.pixels: np.ndarray = np.memmap(folder / _PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
+        self.splits: dict[str, SplitIndex] = {}
+        start = 0
+        for split in SPLITS:
+            classes = index["splits"][split]
+            counts = np.array([count for _, count in classes], dtype=np.int64)
+            starts = start + np.cumsum(counts) - counts
+            self.splits[split] = SplitIndex(tuple(name for name, _ in classes), starts, counts)
+            start += int(counts.sum())
+
+    @classmethod
+    def cached(
+        cls,
+        name: str,
+        identity: Mapping[str, Any],
+        classes: Callable[[], Iterable[ClassImages]],
+        size: tuple[int, int, int],
+        decode: Callable[[Source], np.ndarray],
+        check: Callable[[Mapping[str, list[tuple[str, int]]]], None] = lambda _: None,
+    ) -> ImageStore:
+        """The store of a data set, built if it is not in the cache.
+
+        Args:
+            name: the data set's.
+            identity: all that the pixels depend on; a change makes another store.
+            classes: the data set's classes, called if the store has to be built.
+            size: height, width, channels.
+            decode: an image's pixels in that shape.
+            check: looks at the classes and image counts by split before the store is kept, and raises where they are
+                not what they should be.
+
+        Raises:
+            UsageError: images cannot be read; the message names them.
+            MetaregError: the cache cannot be written.
+        """
+        key = json.dumps({"format": _FORMAT, "size": size, **identity}, sort_keys=True)
+        digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
+        folder = cache_folder() / "images" / f"{name}-{'x'.join(map(str, size))}-{digest}"
+        if not (folder / _INDEX).is_file():
+            _build(folder, classes(), size, decode, check)
+        return cls(folder)
+
+
+def _build(
+    folder: Path,
+    classes: Iterable[ClassImages],
+    size: tuple[int, int, int],
+    decode: Callable[[Source], np.ndarray],
+    check: Callable[[Mapping[str, list[tuple[str, int]]]], None],
+) -> None:
+    """Write a store aside and rename it."""
+    aside: Path | None = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        found = sorted(classes, key=lambda each: SPLITS.index(each.split))
+        splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+        unreadable: list[str] = []
+        with (aside / _PIXELS).open("wb") as file:
+            for each in found:
+                count = 0
+                for image in _decoded(each.images, decode, unreadable):
+                    file.write(image.tobytes())
+                    count += 1
+                splits[each.split].append((each.name, count))
+            file.flush()
+            os.fsync(file.fileno())
+        _refuse_unreadable(unreadable)
+        check(splits)
+        total = sum(count for listed in splits.values() for _, count in listed)
+        index = {"shape": [total, *size], "splits": splits}
+        (aside / _INDEX).write_text(json.dumps(index), encoding="utf-8")
+        try:
+            aside.rename(folder)
+        except OSError:
+            if not (folder / _INDEX).is_file():  # else another process was faster: its store is the same
+                raise
+    except OSError as error:
+        raise MetaregError(
+            f"The image cache {folder} cannot be written: {error.strerror or error}; {CACHE_VARIABLE} names another place."
+        ) from error
+    finally:
+        if aside is not None:
+            with suppress(OSError):
+                shutil.rmtree(aside)
+
+
+def _decoded(
+    images: Iterable[Source], decode: Callable[[Source], np.ndarray], unreadable: list[str]
+) -> Iterator[np.ndarray]:
+    for image in images:
+        try:
+            yield decode(image)
+        except UNREADABLE as error:
+            if not isinstance(image, Path):
+                raise
+            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
+            unreadable.append(f"{image} ({reason})")
+
+
+def _refuse_unreadable(names: list[str]) -> None:
+    if names:
+        count = f"{len(names)} images" if len(names) > 1 else "An image"
+        more = f", and {len(names) - 5} more" if len(names) > 5 else ""
+        raise UsageError(f"{count} cannot be read: {'; '.join(names[:5])}{more}. Repair or remove them.")
+
+
+def pixels(image: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    """An image's pixels as uint8 ``[height, width, channels]``: grey, or red, green and blue."""
+    if isinstance(image, Path):
+        with Image.open(image) as opened:
+            return _array(opened, channels, resize)
+    if isinstance(image, np.ndarray):
+        return _array(Image.fromarray(image), channels, resize)
+    return _array(image if isinstance(image, Image.Image) else image(), channels, resize)
+
+
+def _array(image: Image.Image, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
+        # What is transparent is seen on white.
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = resize(image.convert("L" if channels == 1 else "RGB"))
+    array = np.asarray(image, dtype=np.uint8)
+    return array[..., None] if channels == 1 else array

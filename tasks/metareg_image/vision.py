@@ -1,0 +1,67 @@
+"""The only place that imports torchvision, when something first needs it."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import sys
+from types import ModuleType
+
+import torch
+
+from metareg import MetaregError
+
+__all__ = ["torchvision_for"]
+
+_declared: list[torch.library.Library] = []
+"""Declarations of operators last as long as these objects."""
+_INSTALL = "pip install 'metareg[images]'"
+
+
+def torchvision_for(what: str) -> ModuleType:
+    """The module torchvision, with `datasets` and `transforms.v2`.
+
+    Args:
+        what: what needs it, for the message.
+
+    Raises:
+        MetaregError: it is not installed, or does not work with the torch that is.
+    """
+    try:
+        return _imported()
+    except ModuleNotFoundError as error:
+        raise MetaregError(f"'{what}' needs {error.name}, which is not installed: {_INSTALL}.") from error
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MetaregError(
+            f"'{what}' needs torchvision, whose import fails beside torch {torch.__version__} ({type(error).__name__}: "
+            f"{reason}); install the torchvision that belongs to this torch: {_INSTALL}."
+        ) from error
+
+
+@functools.cache
+def _imported() -> ModuleType:
+    try:
+        torchvision = importlib.import_module("torchvision")
+    except RuntimeError as error:
+        if "torchvision::nms does not exist" not in str(error):
+            raise
+        _declare_operators()
+        torchvision = importlib.import_module("torchvision")
+    importlib.import_module("torchvision.datasets")
+    importlib.import_module("torchvision.transforms.v2")
+    return torchvision
+
+
+def _declare_operators() -> None:
+    """Make a torchvision that was built for CUDA importable beside a torch that was not.
+
+    Its compiled library does not load there, and the import then stumbles over two operators of object detection that
+    the library would have defined. Their declaration is enough: data sets, transforms and models do not call them.
+    """
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        del sys.modules[name]
+    library = torch.library.Library("torchvision", "DEF")
+    for operator in ("nms", "qnms"):
+        library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    _declared.append(library)

@@ -1,0 +1,60 @@
+"""A whole run on images, and its test on another image task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import metareg
+from metareg.cli import run as command
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> metareg.Run:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAREG_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return metareg.train(
+            "maml", "cml", "glyphs", out=tmp_path_factory.mktemp("runs") / "run", steps=4, ways=3, query=2, eval_query=2,
+            size=16, test_tasks=4, eval_tasks=2, test_inner_steps=[0, 1], **{"model.width": 4},
+        )  # fmt: skip
+
+
+def test_a_run_on_glyphs(trained: metareg.Run) -> None:
+    assert trained.evaluation is not None
+    assert trained.evaluation.metric == "accuracy"
+    assert (trained.path / "plots" / "episodes.png").is_file()
+    assert trained.config.model is not None
+    assert trained.config.model.name == "conv4"
+    assert {"cml.colearner_metric", "query_loss", "accuracy"} <= next(
+        line for line in trained.metrics() if line["split"] == "train"
+    ).keys()
+
+
+def test_a_run_is_tested_on_another_task(
+    trained: metareg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
+    colours = np.random.default_rng(0).integers(0, 255, (4, 5, 20, 30, 3), dtype=np.uint8)
+    for kind, images in enumerate(colours):
+        for number, image in enumerate(images):
+            path = tmp_path / "photos" / f"kind{kind}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+    loaded = metareg.Run.load(trained.path)
+    options = {"data": str(tmp_path / "photos"), "ratios": [0, 0, 1]}
+    # Ways, shots, queries, and the size and channels that the model takes come from the run: grey 16×16 images.
+    evaluation = loaded.evaluate(5, [0, 1], "image-folder", options)
+    assert evaluation.scores.shape == (5, 2)
+    arguments = ["eval", str(trained.path), "--task", "image-folder", "--data", str(tmp_path / "photos"), "--json"]
+    assert command([*arguments, "--tasks", "3", "--set", "ratios=[0, 0, 1]"]) == 0
+    capsys.readouterr()
+    assert command([*arguments, "--set", "channels=3", "--set", "ratios=[0, 0, 1]"]) == 2
+    assert "The model cannot be run on the task 'image-folder'" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_test_on_a_task_of_another_kind_is_one_sentence(trained: metareg.Run) -> None:
+    with pytest.raises(metareg.UsageError, match="cannot be run on the task 'sinusoid'"):
+        trained.evaluate(5, [1], "sinusoid")
