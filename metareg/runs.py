@@ -295,7 +295,7 @@ def _check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
     """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
     try:
         learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
-    except (RuntimeError, ValueError, IndexError) as error:
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
         raise UsageError(
             f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
         ) from error

@@ -36,7 +36,7 @@ def dgl() -> ModuleType:
 def _advice(error: Exception) -> str:
     install = "`pip install 'metareg[graph]'` brings dgl 1.1.3"
     if sys.version_info >= (3, 12):
-        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        python = ".".join(map(str, sys.version_info[:2]))
         install = f"it has no wheels for Python {python}: use Python 3.11, where {install}"
     missing = isinstance(error, ImportError) and error.name == "dgl"
     problem = "is not installed" if missing else f"cannot be imported ({type(error).__name__}: {error})"

@@ -20,7 +20,7 @@ __all__ = ["GCN", "SGC", "BlockNetwork", "GraphSAGE", "OnGraph"]
 class GraphModelConfig(PluginConfig):
     """Options of the graph models."""
 
-    hidden: int = Field(64, ge=1, description="Width of every layer, and number of features.")
+    hidden: int = Field(32, ge=1, description="Width of every layer, and number of features.")
     layers: int = Field(2, ge=1, le=4, description="Layers of propagation.")
 
 

@@ -195,9 +195,10 @@ class Inputs:
         return layers
 
     def _floor(self, layer: _Layer) -> int:
-        """A size that holds most tasks, at less than twice the mean."""
-        examples = layer.rows // len(layer.counts)
-        return min(4 * math.ceil(1.6 * examples * self._usual / 4), self._most)
+        """A size that holds most tasks, at less than twice what is to be expected."""
+        drawn = layer.rows / len(layer.counts) * self._usual
+        different = self._most * -math.expm1(-drawn / self._most)
+        return min(4 * math.ceil(1.6 * different / 4), self._most)
 
     def _dense(
         self, seeds: np.ndarray, layers: list[_Layer], tasks: np.ndarray, capacities: np.ndarray

@@ -60,14 +60,13 @@ class _GraphTask(Task):
     contract = 1
     loss = "cross_entropy"
     recommended: ClassVar[Mapping[str, Any]] = {
-        "steps": 300,
-        "meta_batch": 8,
+        "steps": 100,
+        "meta_batch": 4,
         "inner_steps": 5,
-        "inner_lr": 0.1,
-        "outer_lr": 3e-3,
-        "hidden": 32,
-        "eval_tasks": 100,
-        "test_tasks": 300,
+        "inner_lr": 0.5,
+        "outer_lr": 1e-3,
+        "eval_tasks": 50,
+        "test_tasks": 200,
         "log_every": 10,
     }
     config: GraphTaskConfig
@@ -335,13 +334,19 @@ class CSBM(_GraphTask):
 
     class Config(GraphTaskConfig):
         nodes: int = Field(100, ge=4, description="Nodes of a graph, in classes of equal size.")
-        features: int = Field(32, ge=1, description="Features of a node.")
+        features: int = Field(16, ge=1, description="Features of a node.")
         rank: int = Field(4, ge=1, description="Dimensions that hold the class means of all tasks.")
         signal: float = Field(2.0, ge=0, description="Length of a class mean; the noise has standard deviation 1.")
         degree: float = Field(6.0, gt=0, description="Mean number of neighbours.")
         homophily: float = Field(0.8, ge=0, le=1, description="Share of edges that stay within a class.")
 
-    recommended: ClassVar[Mapping[str, Any]] = {**_GraphTask.recommended, "steps": 1000}
+    recommended: ClassVar[Mapping[str, Any]] = {
+        **_GraphTask.recommended,
+        "steps": 500,
+        "meta_batch": 8,
+        "inner_lr": 0.1,
+        "outer_lr": 3e-3,
+    }
     config: Config
 
     def __init__(self, config: Config) -> None:

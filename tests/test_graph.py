@@ -1,0 +1,453 @@
+"""Graph tasks: the block path against full-graph DGL, episodes, padding, and modules on the DGL graph itself."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from reference import Net, difference, meta_gradient
+from torch import Tensor, nn
+from torch.func import functional_call
+
+import metareg
+from metareg import MetaLearner, PluginError, UsageError
+
+if sys.version_info >= (3, 12):
+    pytest.skip("DGL has no wheels for this Python", allow_module_level=True)
+
+from metareg_graph import CSBM, BlockNetwork, Cora, GraphData, GraphFolder, Inputs, OnGraph, Pools, Seeds
+from metareg_graph._dgl import dgl, opaque, twice_differentiable
+
+conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
+WAYS, SHOTS, QUERY, HIDDEN = 2, 2, 3, 5
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:
+    """All in float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of 90 nodes in 6 classes, one of them a hub, as npz."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("graph") / "small.npz"
+    labels = np.arange(90) % 6
+    adjacency = rng.random((90, 90)) < np.where(labels[:, None] == labels, 0.15, 0.02)
+    adjacency[0] |= rng.random(90) < 0.5
+    features = rng.normal(size=(90, 7)) + labels[:, None] * np.linspace(-0.5, 0.5, 7)
+    save_npz(path, adjacency, features, labels)
+    return path
+
+
+def save_npz(path: Path, adjacency: np.ndarray, features: np.ndarray, labels: np.ndarray) -> None:
+    rows, columns = adjacency.nonzero()
+    pointers = np.concatenate([[0], np.bincount(rows, minlength=len(labels)).cumsum()])
+    np.savez(path, adj_indptr=pointers, adj_indices=columns, features=features, labels=labels)
+
+
+def task_on(path: Path, **options: Any) -> GraphFolder:
+    return GraphFolder(
+        GraphFolder.Config(data=str(path), **{"ways": WAYS, "shots": SHOTS, "query": QUERY, "hops": 2, **options})
+    )
+
+
+class Convolutions(nn.Module):
+    """The layers of the GCN as DGL has them."""
+
+    def __init__(self, features: int, hidden: int = HIDDEN) -> None:
+        super().__init__()
+        self.first, self.second = conv.GraphConv(features, hidden), conv.GraphConv(hidden, hidden)
+
+    def forward(self, graph: Any, x: Tensor) -> Tensor:
+        return self.second(graph, self.first(graph, x).relu()).relu()
+
+
+def network(task: Any, inputs: str = "gcn", hidden: int = HIDDEN) -> BlockNetwork:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model = BlockNetwork(inputs, task.spec, hidden, task.config.hops).to(torch.get_default_dtype())
+        nn.init.normal_(model.body.layers[0].bias, std=0.1)
+    return model
+
+
+def full_graph(data: GraphData) -> Net:
+    """The GCN on the whole graph with `dgl.nn.GraphConv`, in the parameters' names of the block path; x are node numbers."""
+    graph = dgl().add_self_loop(data.graph)
+    modules = [conv.GraphConv(1, 1, weight=False, bias=False) for _ in range(2)]
+
+    def body(p: Any, nodes: Tensor) -> Tensor:
+        hidden = data.features
+        for number, module in enumerate(modules):
+            weight, bias = p[f"body.layers.{number}.weight"], p[f"body.layers.{number}.bias"]
+            hidden = torch.relu(module(graph, hidden @ weight.T) + bias)
+        return hidden[nodes]
+
+    def head(p: Any, features: Tensor) -> Tensor:
+        return features @ p["head.weight"].T + p["head.bias"]
+
+    def colearner(p: Any, features: Tensor) -> Tensor:
+        for layer in (0, 2):
+            features = torch.relu(features @ p[f"cml.colearner.{layer}.weight"].T + p[f"cml.colearner.{layer}.bias"])
+        return features @ p["cml.colearner.4.weight"].T + p["cml.colearner.4.bias"]
+
+    return Net(body, head, colearner, nn.functional.cross_entropy)
+
+
+def on_nodes(task: Any, indices: range, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The tasks with node numbers for inputs."""
+    episodes = type(task)(task.config.model_copy(update={"inputs": "nodes"})).episodes("train", indices, seed)
+    return [
+        (one.support_x["nodes"][row], one.support_y[row], one.query_x["nodes"][row], one.query_y[row])
+        for one in episodes
+        for row in range(len(one))
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ meta-gradients
+
+
+@pytest.mark.parametrize("augment", [[], ["cml"]], ids=["alone", "cml"])
+@pytest.mark.parametrize("algo", ["maml", "anil", "boil", "metasgd"])
+def test_meta_gradient_equals_full_graph_dgl(folder: Path, algo: str, augment: list[str]) -> None:
+    task = task_on(folder)
+    learner = MetaLearner(network(task), algo, augment, inner_steps=3, inner_lr=0.2, strategy="vectorized")
+    loss, grads = learner.meta_gradient(task.episodes("train", range(4), 0))
+    expected_loss, expected = meta_gradient(
+        full_graph(task.data), learner.meta_parameters, on_nodes(task, range(4)),
+        algo=algo, inner_lr=0.2, inner_steps=3, gamma=1.0 if augment else None,
+    )  # fmt: skip
+    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-10)
+    assert difference(grads, expected) < 1e-6
+
+
+def test_meta_gradient_equals_full_graph_dgl_on_cora(data_folder: Path) -> None:
+    task = Cora(Cora.Config(data=str(data_folder / "graphs" / "cora.npz"), shots=1, query=4))
+    learner = MetaLearner(network(task), "maml", ["cml"], inner_steps=2, inner_lr=0.5, strategy="vectorized")
+    _, grads = learner.meta_gradient(task.episodes("train", range(3), 0))
+    _, expected = meta_gradient(
+        full_graph(task.data), learner.meta_parameters, on_nodes(task, range(3)),
+        algo="maml", inner_lr=0.5, inner_steps=2, gamma=1.0,
+    )  # fmt: skip
+    assert difference(grads, expected) < 1e-6
+
+
+@pytest.mark.parametrize("algo", ["maml", "anil", "boil", "metasgd"])
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_module_on_the_graph_gives_the_gradient_of_the_blocks(folder: Path, algo: str, memory: str) -> None:
+    task, whole = task_on(folder), task_on(folder, inputs="nodes")
+    blocks = network(task)
+    module = OnGraph(Convolutions(7), nn.Linear(HIDDEN, WAYS))
+    names = {"body.layers.0": "body.module.first", "body.layers.1": "body.module.second", "head": "head"}
+
+    def renamed(name: str) -> str:
+        return next(name.replace(old, new) for old, new in names.items() if old in name)
+
+    with torch.no_grad():
+        for name, value in blocks.named_parameters():
+            transposed = value.T if name.startswith("body") and value.dim() == 2 else value
+            module.get_parameter(renamed(name)).copy_(transposed)
+    options: dict[str, Any] = {"inner_steps": 2, "inner_lr": 0.2}
+    _, fast = MetaLearner(blocks, algo, **options).meta_gradient(task.episodes("train", range(2), 0))
+    _, slow = MetaLearner(module, algo, strategy="serial", memory=memory, **options).meta_gradient(
+        whole.episodes("train", range(2), 0)
+    )
+    for name, value in fast.items():
+        other = slow[renamed(name)]
+        other = other.T if "body" in name and other.dim() == 2 else other
+        torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("inputs", ["sgc", "mean"])
+def test_sgc_and_graphsage_are_those_of_dgl(folder: Path, inputs: str) -> None:
+    task, whole = task_on(folder, inputs=inputs), task_on(folder, inputs="nodes")
+    model = network(task, inputs)
+    (episodes,), (nodes,) = task.episodes("train", range(2), 0), whole.episodes("train", range(2), 0)
+    first, *rest = model.body.layers
+    graph, x = task.data.graph, task.data.features
+    if inputs == "sgc":
+        layer = conv.SGConv(7, HIDDEN, k=2)
+        layer.fc.load_state_dict(first.state_dict())
+        expected = layer(dgl().add_self_loop(graph), x).relu()
+    else:
+        for linear in (first, *rest):
+            width = linear.in_features // 2
+            layer = conv.SAGEConv(width, HIDDEN, "mean")
+            with torch.no_grad():
+                layer.fc_self.weight.copy_(linear.weight[:, :width])
+                layer.fc_neigh.weight.copy_(linear.weight[:, width:])
+                layer.fc_self.bias.copy_(linear.bias)
+            x = layer(graph, x).relu()
+        expected = x
+    for row in range(2):
+        query = torch.utils._pytree.tree_map(lambda leaf, row=row: leaf[row], episodes.query_x)
+        torch.testing.assert_close(model.body(query), expected[nodes.query_x["nodes"][row]])
+
+
+@pytest.mark.parametrize("strategy", ["vectorized", "serial"])
+@pytest.mark.parametrize("inputs", ["gcn", "sgc", "mean"])
+def test_strategies_agree(folder: Path, inputs: str, strategy: str) -> None:
+    task = task_on(folder, inputs=inputs)
+    episodes = task.episodes("train", range(3), 0)
+    grads = [
+        MetaLearner(network(task, inputs), "maml", ["cml"], inner_steps=2, inner_lr=0.3, strategy=each).meta_gradient(
+            episodes
+        )[1]
+        for each in ("serial", strategy)
+    ]
+    assert difference(grads[1], grads[0]) < 1e-10
+
+
+def test_three_layers(folder: Path) -> None:
+    task = task_on(folder, hops=3)
+    model = network(task)
+    graph = dgl().add_self_loop(task.data.graph)
+    x = task.data.features
+    for layer in model.body.layers:
+        propagate = conv.GraphConv(1, 1, weight=False, bias=False)
+        x = layer(propagate(graph, x)).relu()
+    nodes = on_nodes(task, range(1))[0][0]
+    (episodes,) = task.episodes("train", range(1), 0)
+    support = torch.utils._pytree.tree_map(lambda leaf: leaf[0], episodes.support_x)
+    torch.testing.assert_close(model.body(support), x[nodes])
+
+
+# -------------------------------------------------------------------------------------------------- modules on the graph
+
+
+@pytest.mark.parametrize("layer", ["GraphConv", "SAGEConv", "GATConv", "DotGatConv", "GINConv"])
+def test_second_derivatives_of_dgl_layers(layer: str) -> None:
+    """Through `opaque`, inside torch.func, against ordinary autograd on the same layer and against differences."""
+    torch.manual_seed(0)
+    graph = dgl().add_self_loop(dgl().rand_graph(20, 60))
+    x = torch.randn(20, 4)
+    module = {
+        "GraphConv": lambda: conv.GraphConv(4, 3),
+        "SAGEConv": lambda: conv.SAGEConv(4, 3, "pool"),
+        "GATConv": lambda: conv.GATConv(4, 3, 2),
+        "DotGatConv": lambda: conv.DotGatConv(4, 3, 2),
+        "GINConv": lambda: conv.GINConv(nn.Linear(4, 3), "max"),
+    }[layer]().double()  # some of DGL's parameters are float32 whatever the default type
+    names, values = zip(*((name, value.detach()) for name, value in module.named_parameters()), strict=True)
+
+    def run(*values: Tensor) -> Tensor:
+        with twice_differentiable():
+            return functional_call(module, dict(zip(names, values, strict=True)), (graph, x))
+
+    def objective(values: tuple[Tensor, ...]) -> Tensor:
+        def loss(values: tuple[Tensor, ...]) -> Tensor:
+            return opaque(run, *values).tanh().square().sum()
+
+        grads = torch.func.grad(loss)(values)
+        return loss(tuple(value - 0.003 * grad for value, grad in zip(values, grads, strict=True)))
+
+    gradient = torch.func.grad(objective)(values)
+    direction = tuple(torch.randn_like(value) for value in values)
+    along = sum((one * other).sum() for one, other in zip(gradient, direction, strict=True))
+    step = 1e-6
+    ends = [
+        objective(tuple(value + sign * step * way for value, way in zip(values, direction, strict=True)))
+        for sign in (1, -1)
+    ]
+    assert along.item() == pytest.approx(((ends[0] - ends[1]) / (2 * step)).item(), rel=1e-5)
+
+
+def test_module_on_the_graph_trains_and_runs_serially(folder: Path) -> None:
+    task = task_on(folder, inputs="nodes")
+    assert not task.stackable
+    model = OnGraph(Convolutions(7), nn.Linear(HIDDEN, WAYS))
+    learner = MetaLearner(model, "maml", ["cml"], inner_lr=0.5, outer_lr=0.05)
+    batch = task.episodes("train", range(3), 0)
+    assert learner.choose_strategy(3, 10, task.stackable)[0] == "serial"
+    losses = [learner.step(batch).item() for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]
+    assert learner.evaluate(task, 2, inner_steps=(1,)).tasks == 2
+    with pytest.raises(UsageError, match="serial"):
+        MetaLearner(model, "maml", inner_lr=0.2, strategy="vectorized").step(task.episodes("train", range(2), 0))
+
+
+def test_wrong_inputs_are_told(folder: Path) -> None:
+    task = task_on(folder, inputs="sgc")
+    for model in (network(task_on(folder)), OnGraph(Convolutions(7), nn.Linear(HIDDEN, WAYS))):
+        with pytest.raises(UsageError, match=r"needs tasks with inputs='(gcn|nodes)'"):
+            MetaLearner(model, "maml").step(task.episodes("train", range(2), 0))
+
+
+# ------------------------------------------------------------------------------------------------------------- episodes
+
+
+def test_tasks_are_functions_of_seed_split_and_number(folder: Path) -> None:
+    task = task_on(folder)
+
+    def nodes(indices: Any, split: str = "train", seed: int = 0) -> np.ndarray:
+        return task._pool(split, seed).draw(split, indices, seed).query
+
+    np.testing.assert_array_equal(nodes(range(8))[5], nodes([5])[0])
+    assert not np.array_equal(nodes([5]), nodes([6]))
+    assert not np.array_equal(nodes(range(8)), nodes(range(8), seed=1))
+
+
+def test_episodes_have_different_nodes_of_disjoint_classes(folder: Path) -> None:
+    task = task_on(folder)
+    labels = task.data.labels.numpy()
+    classes = {}
+    for split in ("train", "validation", "test"):
+        seeds = task._pool(split, 3).draw(split, range(200), 3)
+        both = np.concatenate([seeds.support, seeds.query], 1)
+        assert all(len(set(row)) == len(row) for row in both)
+        of_support = labels[seeds.support].reshape(200, WAYS, SHOTS)
+        of_query = labels[seeds.query].reshape(200, WAYS, QUERY)
+        assert (of_support == of_support[:, :, :1]).all()
+        assert (of_query == of_support[:, :, :1]).all()
+        assert (of_support[:, 0, 0] != of_support[:, 1, 0]).all()
+        classes[split] = set(labels[both].ravel())
+    assert set.union(*classes.values()) == set(range(6))
+    assert sum(len(each) for each in classes.values()) == 6
+
+
+def test_nodes_are_drawn_uniformly() -> None:
+    pools = Pools([{0: np.arange(6), 1: np.arange(6, 12)}], "here", 2, 1, 2)
+    seeds = pools.draw("train", range(6000), 0)
+    for drawn, share in ((seeds.support, 1 / 12), (seeds.query, 1 / 12)):
+        counts = Counter(drawn.ravel().tolist())
+        assert all(count == pytest.approx(share * drawn.size, rel=0.15) for count in counts.values())
+        assert len(counts) == 12
+
+
+def test_padding_changes_nothing_and_less_than_doubles_the_rows(folder: Path) -> None:
+    task = task_on(folder)
+    inputs = task._inputs
+    model = network(task)
+    rows = padded = 0
+    for first in range(0, 160, 8):
+        stacks = task.episodes("train", range(first, first + 8), 0)
+        assert sum(len(stack) for stack in stacks) == 8
+        for stack in stacks:
+            for x in (stack.support_x, stack.query_x):
+                used = x["blocks"][0].abs().sum(1) > 0
+                rows, padded = rows + int(used.sum()), padded + used.numel()
+    assert padded <= 2 * rows
+    (stack, *_) = task.episodes("train", range(8), 0)
+    x = torch.utils._pytree.tree_map(lambda leaf: leaf[0], stack.query_x)
+    unpadded = x["blocks"][0].abs().sum(0) > 0
+    tight = {"x": x["x"][unpadded], "blocks": [x["blocks"][0][:, unpadded]]}
+    torch.testing.assert_close(model.body(x), model.body(tight), rtol=1e-14, atol=1e-14)
+    assert inputs.table.shape == (90, 7)
+
+
+def test_a_hub_gets_a_stack_of_its_own() -> None:
+    star = torch.zeros(200, dtype=torch.int64), torch.arange(1, 201)
+    data = GraphData.of(*star, torch.randn(220, 2), torch.zeros(220, dtype=torch.int64))
+    seeds = Seeds(np.array([[0, 1], [2, 3], [201, 202], [203, 204]]), np.arange(205, 213).reshape(4, 2))
+    targets = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
+    stacks = Inputs(data, "gcn", 2).episodes(seeds, targets, lambda count, label: np.zeros((4, count)))  # noqa: ARG005
+    assert sorted(len(stack) for stack in stacks) == [1, 3]
+    assert {stack.support_x["x"].shape[1] >= 201 for stack in stacks if len(stack) == 1} == {True}
+
+
+def test_fanout_bounds_neighbours_and_keeps_sums_right_on_average(folder: Path) -> None:
+    full, thinned = task_on(folder), task_on(folder, fanout=3)
+    hub = np.zeros((1, 1), dtype=np.int64)
+    targets = torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64)
+
+    def propagated(task: Any, number: int) -> Tensor:
+        (one,) = task._inputs.episodes(
+            Seeds(hub, hub), targets, lambda count, label: metareg.task_uniform(0, "train", [number], count, label)
+        )
+        block = one.support_x["blocks"][0][0]
+        assert task is full or int((block != 0).sum()) == 4
+        return block @ one.support_x["x"][0]
+
+    mean = torch.stack([propagated(thinned, number) for number in range(800)]).mean(0)
+    torch.testing.assert_close(mean, propagated(full, 0), rtol=0.1, atol=0.1)
+    assert torch.equal(propagated(thinned, 7), propagated(thinned, 7))
+
+
+def test_csbm_graphs_are_new_and_as_asked(folder: Path) -> None:  # noqa: ARG001
+    task = CSBM(CSBM.Config(nodes=60, degree=5.0, homophily=0.9))
+    data = task._graphs("test", range(40), 0)
+    source, destination = data.graph.edges()
+    assert (data.members[source] == data.members[destination]).all()
+    assert data.graph.num_edges() / data.graph.num_nodes() == pytest.approx(5.0, rel=0.1)
+    within = (data.labels[source] == data.labels[destination]).double().mean().item()
+    assert within == pytest.approx(0.9, abs=0.02)
+    one, two = (task._graphs(split, [0], 0).features for split in ("train", "test"))
+    assert not torch.allclose(one, two)
+    batch, alone = task.episodes("test", range(6), 0), task.episodes("test", [4], 0)
+    torch.testing.assert_close(
+        network(task).body(torch.utils._pytree.tree_map(lambda leaf: leaf[4], batch[0].query_x)),
+        network(task).body(torch.utils._pytree.tree_map(lambda leaf: leaf[0], alone[0].query_x)),
+    )
+
+
+def test_csbm_is_learned_and_drawn(tmp_path: Path) -> None:
+    torch.set_default_dtype(torch.float32)
+    run = metareg.train(
+        "maml",
+        ["cml"],
+        "csbm",
+        out=tmp_path / "run",
+        steps=60,
+        meta_batch=4,
+        eval_tasks=20,
+        test_tasks=50,
+        device="cpu",
+    )
+    assert run.evaluation is not None
+    assert run.evaluation.mean(5) > 0.75
+    assert {"confusion.png", "features.png", "learning-curve.png"} <= {path.name for path in run.plots}
+    again = metareg.Run.load(run.path).evaluate(20, (5,))
+    assert again.mean(5) == pytest.approx(run.evaluation.mean(5))
+
+
+@pytest.mark.parametrize(("model", "inputs"), [("sgc", "sgc"), ("graphsage", "mean"), ("gcn", "gcn")])
+def test_a_model_says_what_its_task_prepares(model: str, inputs: str) -> None:
+    from metareg.options import assemble
+
+    selection = assemble({"task": "csbm", "model": model}, {"layers": 3})
+    assert selection.config.task.config["inputs"] == inputs
+    assert selection.config.task.config["hops"] == 3
+    assert selection.task.instance.config.hops == 3
+
+
+# ---------------------------------------------------------------------------------------------------------- without DGL
+
+
+def test_without_dgl_the_module_imports_and_graph_tasks_say_what_to_install(data_folder: Path) -> None:
+    code = (
+        "import sys, metareg_graph\n"
+        "assert 'dgl' not in sys.modules\n"
+        "sys.modules['dgl'] = None\n"
+        "import metareg\n"
+        "for name in ('csbm', 'cora'):\n"
+        "    try: metareg.train('maml', task=name, steps=1)\n"
+        "    except metareg.PluginError as error: print(name, error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={"METAREG_DATA": str(data_folder), "PATH": "", "OMP_NUM_THREADS": "1"},
+        check=True,
+    )
+    for name, line in zip(("csbm", "cora"), done.stdout.splitlines(), strict=True):
+        assert line.startswith(f"{name} Graph tasks need DGL, which is not installed")
+        assert "metareg[graph]" in line
+
+
+def test_a_newer_python_is_told_that_there_are_no_wheels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "dgl", None)
+    monkeypatch.setattr("metareg_graph._dgl.sys.version_info", (3, 13))
+    with pytest.raises(PluginError, match=r"no wheels for Python 3.13: use Python 3.11"):
+        dgl()
