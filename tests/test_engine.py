@@ -406,7 +406,7 @@ def test_body_runs_once_per_support_set_where_only_the_head_adapts() -> None:
         ("mlp", "maml", 25, 10**6, False, "serial"),
         ("mlp", "maml", 1, 10**6, True, "vectorized"),
         ("conv", "maml", 4, 10**6, True, "serial"),
-        ("conv", "anil", 4, 10, True, "vectorized"),
+        ("conv", "anil", 4, 10**6, True, "serial"),
     ],
 )
 def test_auto_says_what_it_chose_and_why(

@@ -351,7 +351,7 @@ def test_a_hub_gets_a_stack_of_its_own() -> None:
     data = GraphData.of(*star, torch.randn(220, 2), torch.zeros(220, dtype=torch.int64))
     seeds = Seeds(np.array([[0, 1], [2, 3], [201, 202], [203, 204]]), np.arange(205, 213).reshape(4, 2))
     targets = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
-    stacks = Inputs(data, "gcn", 2).episodes(seeds, targets, lambda count, label: np.zeros((4, count)))  # noqa: ARG005
+    stacks = Inputs(data, "gcn", 2).episodes(seeds, targets, lambda count, label: np.zeros((4, count)))
     assert sorted(len(stack) for stack in stacks) == [1, 3]
     assert {stack.support_x["x"].shape[1] >= 201 for stack in stacks if len(stack) == 1} == {True}
 
