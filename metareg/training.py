@@ -6,6 +6,8 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
@@ -16,9 +18,9 @@ from metareg.config import PluginConfig
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError
 from metareg.evaluation import Evaluation
-from metareg.registry import Plugin, resolve
+from metareg.registry import resolve
 from metareg.sources import TaskSource
-from metareg.stages import plugin_manager
+from metareg.stages import Implementation, implementations, plugin_manager
 
 if TYPE_CHECKING:
     from metareg.learner import MetaLearner
@@ -56,8 +58,14 @@ class Keeper(Protocol):
 
 def observed(observers: Sequence[Any]) -> Any:
     """The hooks of some observers, objects or plugins, as one caller: ``observed([…]).on_step(step=…, logs=…)``."""
-    plugins = [each if isinstance(each, Plugin) else resolve("observers", each) for each in observers]
-    return plugin_manager(plugins)[0].hook
+    manager, named = plugin_manager([resolve("observers", each) for each in observers])
+
+    def tell(found: list[Implementation], **news: Any) -> None:
+        for each in found:
+            each(**news)
+
+    hooks = ("on_run_start", "on_step", "on_evaluation", "on_run_end")
+    return SimpleNamespace(**{hook: partial(tell, implementations(manager, named, hook)) for hook in hooks})
 
 
 class Progress:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import metareg
-from metareg import MetaregError
+from metareg import MetaregError, PluginError
 
 
 def trained(path: Path, observer: Any) -> metareg.Run:
@@ -79,3 +79,15 @@ def test_observers_take_no_part_where_there_is_no_run() -> None:
     learner = metareg.MetaLearner("mlp", spec=metareg.TaskSpec((1,), (1,)), loss="mse", strategy="vectorized")
     learner.fit("sinusoid", steps=2, log_every=1, observers=["jsonl", "tensorboard"])
     assert learner.steps_done == 2
+
+
+def test_a_failing_observer_is_named(tmp_path: Path) -> None:
+    class Broken:
+        @metareg.hookimpl
+        def on_step(self) -> None:
+            raise RuntimeError("the tracker is down")
+
+    with pytest.raises(
+        PluginError, match="observer 'broken' failed in its hook on_step: RuntimeError: the tracker is down"
+    ):
+        trained(tmp_path / "run", Broken())

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metareg import Field, PluginConfig, hookimpl
+from metareg import Field, PluginConfig, UsageError, hookimpl
 
 _WIDEST = 128
 
@@ -48,6 +48,11 @@ class CML:
 
     @hookimpl
     def init_meta(self, features: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+        if features.dim() not in (2, 4) or outputs.dim() != 2:
+            raise UsageError(
+                "CML needs features [examples, features] or [examples, channels, height, width] and outputs "
+                f"[examples, outputs]; the model gives {tuple(features.shape)} and {tuple(outputs.shape)}."
+            )
         shape, classes = tuple(features.shape[1:]), outputs.shape[-1]
         build = _on_maps if len(shape) == 3 else _on_vectors
         return {
