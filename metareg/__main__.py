@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 
 
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 2 wrong use, 1 anything else, 130 interrupted."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
     from metareg.cli import run
 
     sys.exit(run(sys.argv[1:]))
+
+
+def _leave(*_: object) -> None:
+    """End on Ctrl-C wherever no training is under way, which listens by itself (`metareg.interrupts`).
+
+    An exception would not do: torch imports NumPy without looking at errors, loses it, and goes on with half of NumPy.
+    """
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # a progress display had hidden the cursor
+    os._exit(130)
 
 
 if __name__ == "__main__":

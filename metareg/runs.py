@@ -185,12 +185,13 @@ def train(
         hint = f"; {_resume_command(out)} goes on with the run in it" if (out / "config.yaml").is_file() else ""
         raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
     selection = _completed(selection)
-    learner, source = _prepared(selection)
-    run = Run(_created(out, selection.config), selection.config, learner, source)
-    with locked(run.path):
-        if _is_taken(run.path):
-            raise UsageError(f"{run.path} was taken by another run just now; name another folder.")
-        _carry_out(run, selection, observers)
+    with stop_requests() as stop:
+        learner, source = _prepared(selection)
+        run = Run(_created(out, selection.config), selection.config, learner, source)
+        with locked(run.path):
+            if _is_taken(run.path):
+                raise UsageError(f"{run.path} was taken by another run just now; name another folder.")
+            _carry_out(run, selection, observers, stop)
     return run
 
 
@@ -216,7 +217,7 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
 
 
 def _gone_on(path: Path, selection: Selection, observers: Sequence[Any]) -> Run:
-    with locked(path):
+    with stop_requests() as stop, locked(path):
         stored = _stored_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
@@ -228,7 +229,7 @@ def _gone_on(path: Path, selection: Selection, observers: Sequence[Any]) -> Run:
             (path / FINAL).unlink(missing_ok=True)
         selection = dataclasses.replace(selection, config=wanted)
         run = Run(path, wanted, *_prepared(selection))
-        _carry_out(run, selection, observers)
+        _carry_out(run, selection, observers, stop)
     return run
 
 
@@ -319,7 +320,7 @@ def _created(out: Path | None, config: RunConfig) -> Path:
     raise AssertionError("unreachable")
 
 
-def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None:
+def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: StopRequest) -> None:
     """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
     config, learner, path = run.config, run.learner, run.path
     store = Checkpoints(path / "checkpoints", config.keep_checkpoints)
@@ -334,7 +335,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any]) -> None
     progress = Progress()
     metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
     every = [_LinesWriter(metrics, timing), *observers, *selection.observers]
-    with _threads(run), stop_requests() as stop:
+    with _threads(run):
         keeper = Keeper(
             store,
             learner,

@@ -570,6 +570,28 @@ def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in message
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.45, 0.6, 0.75, 0.9])
+def test_interrupts_while_the_command_starts(tmp_path: Path, share: float) -> None:
+    command = [sys.executable, "-m", "metareg", "train", "--strategy", "serial", "--out"]
+
+    def start(path: Path) -> subprocess.Popen[str]:
+        return subprocess.Popen([*command, str(path)], stderr=subprocess.PIPE, text=True, env=environment())
+
+    began = time.monotonic()
+    with start(tmp_path / "first") as process:
+        while not _checkpoint(tmp_path / "first", 0).is_file():
+            time.sleep(0.01)
+        duration = time.monotonic() - began
+        process.kill()
+    with start(tmp_path / "second") as process:
+        time.sleep(share * duration)
+        process.send_signal(signal.SIGINT)
+        _, message = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in message
+
+
 # ---------------------------------------------------------------------------------------------------------- divergence
 
 
