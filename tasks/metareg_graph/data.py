@@ -24,7 +24,7 @@ from torch import Tensor
 from metareg import MetaregError, UsageError
 from metareg_graph._dgl import dgl
 
-__all__ = ["GraphData", "Source", "load", "locate", "union"]
+__all__ = ["GraphData", "Source", "download", "home", "load", "locate", "present", "union"]
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
 
@@ -161,8 +161,27 @@ class Source:
     advice: str = ""
 
 
+def home(data: str | None) -> Path:
+    """The folder that holds the datasets, and that downloads go to: `data`, else ``METAREG_DATA``, else the cache."""
+    if data is not None:
+        return Path(data).expanduser()
+    if os.environ.get("METAREG_DATA"):
+        return Path(os.environ["METAREG_DATA"])
+    return _cache()
+
+
+def present(source: Source, data: str | None) -> Path | None:
+    """The file or folder of a dataset, where it is there: in `data`, else in ``METAREG_DATA`` or the cache."""
+    given = home(data)
+    if data is not None and given.is_file():
+        return given
+    roots = [given] if data is not None else [given, _cache()]
+    candidates = (root / folder / name for root in roots for folder in ("", "graphs") for name in source.names)
+    return next((path for path in candidates if path.exists()), None)
+
+
 def locate(name: str, source: Source, data: str | None) -> Path:
-    """The file or folder of a dataset: in `data`, else in ``METAREG_DATA``, else downloaded to the cache.
+    """The file or folder of a dataset, downloaded to the cache where it is not there and the user named no place.
 
     Args:
         name: the dataset's name.
@@ -173,52 +192,51 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         UsageError: it is not where the user said.
         MetaregError: it cannot be downloaded.
     """
+    found = present(source, data)
+    if found is not None:
+        return found
     if data is not None:
-        given = Path(data).expanduser()
+        given = home(data)
         if not given.exists():
             raise UsageError(f"There is no {given}, where --data says that the data of '{name}' is.")
-        if given.is_file():
-            return given
-        found = _within(given, source)
-        if found is None:
-            raise UsageError(f"{given} does not hold '{name}': none of {', '.join(source.names)} is there.")
-        return found
-    roots = [Path(os.environ["METAREG_DATA"])] if os.environ.get("METAREG_DATA") else []
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "metareg")
-    for root in [*roots, cache]:
-        found = _within(root, source)
-        if found is not None:
-            return found
+        raise UsageError(f"{given} does not hold '{name}': none of {', '.join(source.names)} is there.")
     if source.url is None:
         raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
-    return _downloaded(name, source.url, source.md5, cache / "graphs" / Path(source.url).name)
+    return download(name, source, _cache() / "graphs")
 
 
-def _within(root: Path, source: Source) -> Path | None:
-    candidates = [root / folder / name for folder in ("", "graphs") for name in source.names]
-    return next((path for path in candidates if path.exists()), None)
+def download(name: str, source: Source, folder: Path) -> Path:
+    """Fetch a dataset's file into a folder.
 
-
-def _downloaded(name: str, url: str, md5: str | None, path: Path) -> Path:
+    Raises:
+        MetaregError: that cannot be done, or the file is not the one that is known.
+    """
+    assert source.url is not None
+    path = folder / Path(source.url).name
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, partial.open("wb") as file:
+        with urllib.request.urlopen(source.url, timeout=60) as response, partial.open("wb") as file:
             shutil.copyfileobj(response, file)
         found = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
-        if md5 is not None and found != md5:
+        if source.md5 is not None and found != source.md5:
             raise MetaregError(
-                f"The download of '{name}' from {url} is damaged or changed: its MD5 is {found}, not {md5}."
+                f"The download of '{name}' from {source.url} is damaged or changed: its MD5 is {found}, not {source.md5}."
             )
         partial.replace(path)
     except (OSError, urllib.error.URLError) as error:
         reason = getattr(error, "reason", None) or error
         raise MetaregError(
-            f"'{name}' cannot be downloaded from {url} ({reason}); get the file by other means and name it with --data."
+            f"'{name}' cannot be downloaded from {source.url} ({reason}); get the file by other means and name it with "
+            "--data."
         ) from error
     finally:
         partial.unlink(missing_ok=True)
     return path
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "metareg")
 
 
 # -------------------------------------------------------------------------------------------------------- reading them

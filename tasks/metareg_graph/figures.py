@@ -48,6 +48,7 @@ def confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
 
 def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     """The adapted body's features of each task's query nodes on their first two principal components."""
+    names = sorted({name for _, labels in tasks for name in labels})
     figure = Figure(figsize=(9, 2.2 + 3 * ((len(tasks) + 1) // 2)), layout="constrained")
     grid = figure.subplots((len(tasks) + 1) // 2, 2, squeeze=False)
     for axes in list(grid.flat)[len(tasks) :]:
@@ -61,7 +62,7 @@ def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> 
         wrong = (outputs.argmax(-1) != truth).numpy()
         for label, name in enumerate(labels):
             here = truth.numpy() == label
-            axes.scatter(*points[here].T, s=28, color=f"C{label}", label=f"class {name}")
+            axes.scatter(*points[here].T, s=28, color=f"C{names.index(name)}", label=f"class {name}")
         axes.scatter(*points[wrong].T, s=90, facecolors="none", edgecolors="black", label="wrong")
         accuracy = 1 - wrong.mean()
         axes.set_title(f"test task {number}, accuracy {accuracy:.2f}", fontsize=10)

@@ -13,8 +13,19 @@ import torch
 from matplotlib.figure import Figure
 from pydantic import Field
 
-from metareg import Episodes, MetaLearner, PluginConfig, Task, TaskSpec, UsageError, derive_seed, hookimpl, task_uniform
-from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, load, locate
+from metareg import (
+    Dataset,
+    Episodes,
+    MetaLearner,
+    PluginConfig,
+    Task,
+    TaskSpec,
+    UsageError,
+    derive_seed,
+    hookimpl,
+    task_uniform,
+)
+from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, download, home, load, locate, present
 from metareg_graph.figures import confusion, features_in_two_dimensions
 from metareg_graph.sampling import Inputs, Pools, Seeds
 from metareg_graph.splits import SPLITS, ClassSplit, groups_of
@@ -122,6 +133,30 @@ class _FileTask(_GraphTask):
     @property
     def spec(self) -> TaskSpec:
         return TaskSpec((self.data.features.shape[1],), (self.config.ways,))
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """Where the graph is, and how to get it."""
+        source = self.source
+        found = present(source, self.config.data)
+        return Dataset(
+            location=found.parent if found is not None else home(self.config.data) / "graphs",
+            present=found is not None,
+            obtain=f"It comes from {source.url}." if source.url else f"{source.advice[:1].upper()}{source.advice[1:]}.",
+            download=self._download if source.url else None,
+            verify=self._described,
+        )
+
+    def _download(self) -> None:
+        download(self.name, self.source, home(self.config.data) / "graphs")
+
+    def _described(self) -> str:
+        data = self.data
+        classes = len(data.labels[data.labels >= 0].unique())
+        return (
+            f"{data.graph.num_nodes():,} nodes, {data.graph.num_edges():,} directed edges, {data.features.shape[1]:,} "
+            f"features, {classes} classes"
+        )
 
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
@@ -305,6 +340,14 @@ class GraphFolder(_FileTask):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.source = Source((), row_normalised=config.row_normalised)  # type: ignore[misc]
+
+    @property
+    def dataset(self) -> Dataset | None:
+        """What `data` names, if it names something."""
+        if self.config.data is None:
+            return None
+        path = self._path()
+        return Dataset(path, path.exists(), "It is your own: name its file or folder with --data.", None, self._described)
 
     def _path(self) -> Path:
         if self.config.data is None:
