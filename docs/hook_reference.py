@@ -1,4 +1,4 @@
-"""Writes hooks.md from metareg/hookspecs.py, and the tables of plugins/index.md; ``--check`` says whether they are current."""
+"""Writes hooks.md and the tables of plugins/index.md from the code; ``--check`` says whether they are current."""
 
 from __future__ import annotations
 

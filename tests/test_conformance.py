@@ -15,13 +15,17 @@ from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinat
 _SLOW = pytest.mark.slow
 
 
+def _is_slow(check: Check) -> bool:
+    return check.name == "strategies" or (check.subject.kind, check.name) == ("models", "trains")
+
+
 def _needs_data(entry: Entry) -> bool:
     return entry.kind == "tasks" and "data" in entry.load().Config.model_fields
 
 
 def _checks(*, with_data: bool) -> list[object]:
     return [
-        pytest.param(check, id=f"{entry.kind}-{entry.name}-{check}", marks=_SLOW if check.name == "strategies" else ())
+        pytest.param(check, id=f"{entry.kind}-{entry.name}-{check}", marks=_SLOW if _is_slow(check) else ())
         for entry in entries()
         if _needs_data(entry) == with_data
         for check in checks(entry.kind, entry.qualified)

@@ -27,6 +27,7 @@ __all__ = [
     "Bench",
     "Descent",
     "benches_for",
+    "built",
     "difference",
     "equal",
     "global_randomness",
@@ -77,7 +78,7 @@ def benches_for(algorithm: Plugin | type) -> list[Bench]:
     needed = getattr(algorithm.instance if isinstance(algorithm, Plugin) else algorithm, "default_model", None)
     vectors = _vectors()
     if needed is not None:
-        return [Bench("vectors", _built(needed, TaskSpec((3,), (2,))), vectors.episodes, vectors.loss)]
+        return [Bench("vectors", built(needed, TaskSpec((3,), (2,))), vectors.episodes, vectors.loss)]
     return [vectors, _images()]
 
 
@@ -117,7 +118,8 @@ class _Scaled(nn.Module):
         return x * self.scale
 
 
-def _built(model: str | type, spec: TaskSpec) -> nn.Module:
+def built(model: str | type, spec: TaskSpec) -> nn.Module:
+    """The model of a plugin, from its default options."""
     plugin = resolve("models", model)
     build = hook_of(plugin, "build")
     if build is None:

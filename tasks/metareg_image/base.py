@@ -50,6 +50,7 @@ class ImageTask(Task):
     Pixels are in [0, 1] and not standardised, as in the code of MAML's, BOIL's and CML's authors.
     """
 
+    contract = 1
     Config: ClassVar[type[ImageConfig]] = ImageConfig
     loss = "cross_entropy"
     default_model = "conv4"

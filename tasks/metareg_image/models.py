@@ -29,6 +29,9 @@ class Conv4:
         features and head is that of Shin, Han and Kim, UAI 2024, arXiv 2406.04639.
     """
 
+    contract = 1
+    example_spec = TaskSpec((1, 16, 16), (5,))
+
     class Config(PluginConfig):
         width: int = Field(64, ge=1, description="Channels of every block.")
         norm: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
@@ -60,6 +63,9 @@ class ResNet12:
         Oreshkin, Rodriguez and Lacoste, TADAM, NeurIPS 2018, arXiv 1805.10123, with the widths 64, 128, 256, 512;
         Lee et al., CVPR 2019, arXiv 1904.03758, takes 64, 160, 320, 640, and dropout, which the inner loop cannot have.
     """
+
+    contract = 1
+    example_spec = TaskSpec((1, 16, 16), (5,))
 
     class Config(PluginConfig):
         widths: list[int] = Field(
