@@ -347,7 +347,9 @@ class GraphFolder(_FileTask):
         if self.config.data is None:
             return None
         path = self._path()
-        return Dataset(path, path.exists(), "It is your own: name its file or folder with --data.", None, self._described)
+        return Dataset(
+            path, path.exists(), "It is your own: name its file or folder with --data.", None, self._described
+        )
 
     def _path(self) -> Path:
         if self.config.data is None:
