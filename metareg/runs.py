@@ -254,7 +254,10 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
         f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if key not in _MAY_CHANGE and old[key] != new[key]
     ]
     if changes:
-        raise UsageError(f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}.")
+        raise UsageError(
+            f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}. "
+            f"{_resume_command(path)} goes on with it as it is."
+        )
     if wanted.steps < stored.steps:
         raise UsageError(f"The run at {path} is one of {stored.steps} steps, which can be raised, not lowered.")
 
