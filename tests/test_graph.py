@@ -209,8 +209,9 @@ def test_strategies_agree(folder: Path, inputs: str, strategy: str) -> None:
     assert difference(grads[1], grads[0]) < 1e-10
 
 
-def test_three_layers(folder: Path) -> None:
-    task = task_on(folder, hops=3)
+@pytest.mark.parametrize("hops", [1, 3])
+def test_other_depths(folder: Path, hops: int) -> None:
+    task = task_on(folder, hops=hops)
     model = network(task)
     graph = dgl().add_self_loop(task.data.graph)
     x = task.data.features
@@ -398,10 +399,10 @@ def test_csbm_is_learned_and_drawn(tmp_path: Path) -> None:
         ["cml"],
         "csbm",
         out=tmp_path / "run",
-        steps=60,
+        steps=40,
         meta_batch=4,
-        eval_tasks=20,
-        test_tasks=50,
+        eval_tasks=10,
+        test_tasks=20,
         device="cpu",
     )
     assert run.evaluation is not None

@@ -342,3 +342,22 @@ def test_a_changed_file_is_read_anew(tmp_path: Path) -> None:
     assert folder_task(path).spec.input_shape == (2,)
     assert binary(tmp_path / "two.bin", 2).is_file()
     assert load(tmp_path / "two.bin").names == ("two-0", "two-1")
+
+
+def test_what_metareg_data_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("METAREG_DATA", str(tmp_path / "data"))
+    missing = Cora(Cora.Config()).dataset
+    assert missing is not None
+    assert (missing.present, missing.location) == (False, tmp_path / "data" / "graphs")
+    assert missing.download is not None
+    (tmp_path / "data" / "graphs").mkdir(parents=True)
+    npz(tmp_path / "data" / "graphs" / "cora.npz")
+    there = Cora(Cora.Config()).dataset
+    assert there is not None
+    assert (there.present, there.location) == (True, tmp_path / "data" / "graphs")
+    assert there.verify() == f"60 nodes, {len(simple(EDGES))} directed edges, 3 features, 6 classes"
+    assert GraphFolder(GraphFolder.Config()).dataset is None
+    arxiv = OgbnArxiv(OgbnArxiv.Config()).dataset
+    assert arxiv is not None
+    assert arxiv.download is None

@@ -119,7 +119,7 @@ class Inputs:
     ===========  =========================================================================================================
     ``gcn``      ``{"x": [tasks, rows, features], "blocks": [[tasks, examples, rows], …]}``: features after the first
                  propagation Â X, which depends on no parameter, and for each further layer the rows of Â that a task needs
-    ``sgc``      ``[tasks, examples, features]``: features after `hops` propagations
+    ``sgc``      ``[tasks, examples, features]``: features after `hops` propagations; so are the others' for a single layer
     ``mean``     as ``gcn``, with x = [X ‖ mean of the neighbours' X] and blocks that average over neighbours; a layer's
                  outputs are for the first rows of its inputs
     ``nodes``    ``{"edges": [tasks, 2, edges], "features": [tasks, nodes, features], "nodes": [tasks, examples]}``: the
@@ -169,11 +169,11 @@ class Inputs:
         """
         if self.kind == "nodes":
             return [Episodes(self._whole(seeds.support), targets[0], self._whole(seeds.query), targets[1])]
-        if self.kind == "sgc":
+        if self.kind == "sgc" or self.hops == 1:
             support, query = (self.table[torch.from_numpy(nodes)] for nodes in (seeds.support, seeds.query))
             return [Episodes(support, targets[0], query, targets[1])]
         parts = [self._layers(nodes, uniform, label) for nodes, label in ((seeds.support, "s"), (seeds.query, "q"))]
-        sizes = np.stack([layer.counts for layers in parts for layer in layers], 1).reshape(len(seeds.support), -1)
+        sizes = np.stack([layer.counts for layers in parts for layer in layers], 1)
         floors = [self._floor(layer) if not depth else 0 for layers in parts for depth, layer in enumerate(layers)]
         stacks = []
         for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most):
