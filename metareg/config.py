@@ -83,6 +83,11 @@ class LearnerConfig(PluginConfig):
     norm: Literal["transductive", "support"] = Field(
         "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
     )
+    precision: Literal["full", "bf16"] = Field(
+        "full",
+        description="Run the model in its own precision, or in bfloat16 (bf16); parameters, losses, gradients and updates "
+        "keep its own.",
+    )
     chunk: int | None = Field(None, ge=1, description="At most so many tasks at once; gradients accumulate.")
     device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")
 

@@ -51,6 +51,8 @@ class TaskFunctions:
         first_order: treat the inner gradient as a constant (Finn et al., 2017, §5.2).
         memory: ``"store"`` or ``"recompute"``.
         norm: ``"transductive"`` or ``"support"``.
+        precision: ``"full"`` or ``"bf16"``.
+        adapted_names: the parameters that the inner loop changes.
     """
 
     model: SplitModel
@@ -61,6 +63,7 @@ class TaskFunctions:
     first_order: bool
     memory: str
     norm: str
+    precision: str
     adapted_names: tuple[str, ...]
 
     @property
@@ -80,18 +83,18 @@ class TaskFunctions:
 
         The second part holds the query features where they come out of the same pass.
         """
-        support_x, _, query_x, _ = task
+        support_x, query_x = self._low(task[0]), task[2]
         if not self.head_only:
             return support_x, None
         if self.support_statistics:
-            return self.model.body_of_query(meta, support_x, query_x)
-        return self.model.body(meta, support_x), None
+            return self.model.body_of_query(self._low(meta), support_x, self._low(query_x))
+        return self.model.body(self._low(meta), support_x), None
 
     def support_loss(self, adapted: Tensors, meta: Tensors, support: Any, targets: Tensor) -> Tensor:
         """The loss on the support set; `support` is what `prepare` returned."""
-        params = {**meta, **adapted}
+        params = self._low({**meta, **adapted})
         features = support if self.head_only else self.model.body(params, support)
-        return self.loss(self.model.head(params, features), targets)
+        return self.loss(self._full(self.model.head(params, features), meta), targets)
 
     def inner_step(
         self, adapted: Tensors, meta: Tensors, support: Any, targets: Tensor, noise: Mapping[str, Any], step: int
@@ -122,14 +125,24 @@ class TaskFunctions:
         self, meta: Tensors, adapted: Tensors, support: Any, query_features: Tensor | None, task: Task
     ) -> tuple[Tensor, Tensor]:
         """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
-        support_x, _, query_x, _ = task
-        params = {**meta, **adapted}
+        support_x, query_x = self._low(task[0]), self._low(task[2])
+        params = self._low({**meta, **adapted})
         if not self.support_statistics:
             features = self.model.body(params, query_x)
-            return features, self.model.head(params, features)
+            return features, self._full(self.model.head(params, features), meta)
         if query_features is None:
             support, query_features = self.model.body_of_query(params, support_x, query_x)
-        return query_features, self.model.head_of_query(params, support, query_features)
+        return query_features, self._full(self.model.head_of_query(params, support, query_features), meta)
+
+    def _low(self, tree: Any) -> Any:
+        """Parameters or inputs in the precision that the model runs in."""
+        if self.precision == "full":
+            return tree
+        return pytree.tree_map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, tree)
+
+    def _full(self, outputs: Tensor, meta: Tensors) -> Tensor:
+        """Outputs in the precision of the meta-parameters, in which losses and metrics are computed."""
+        return outputs if self.precision == "full" else outputs.to(next(iter(meta.values())).dtype)
 
     def outer_loss(
         self,
@@ -151,7 +164,13 @@ class TaskFunctions:
                 f"{tuple(query_loss.shape)}."
             )
         extra, extra_logs = self.stages.augment_outer_loss(
-            meta, noise, features=features, outputs=outputs, targets=targets, loss=self.loss, metric=self.metric
+            self._low(meta),
+            noise,
+            features=features,
+            outputs=outputs,
+            targets=targets,
+            loss=lambda outputs, targets: self.loss(self._full(outputs, meta), targets),
+            metric=lambda outputs, targets: self.metric(self._full(outputs, meta), targets),
         )
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
         weighted = query_loss if weights is None else weights[-1] * query_loss
@@ -359,11 +378,11 @@ class Engine:
         chunk: int | None,
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
+        functions = self.plain
         if strategy == "serial":
             with torch.no_grad(), _memory_advice(1):
-                rows = [self.plain.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
+                rows = [functions.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
             return torch.stack(rows)
-        functions = self.plain
 
         def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
             return [vmap(lambda task: functions.scores(meta, task, inner_steps))(tasks)]

@@ -60,6 +60,8 @@ class MetaLearner:
         strategy: ``"auto"``, ``"serial"``, ``"vectorized"`` or ``"compiled"``; all give the same result to rounding.
         memory: ``"store"``, or ``"recompute"`` for a peak memory that does not grow with the inner steps.
         norm: whose statistics BatchNorm uses for query predictions, ``"transductive"`` or ``"support"``.
+        precision: ``"full"``, or ``"bf16"`` to run the model in bfloat16; parameters, losses, gradients and updates keep
+            the model's own precision.
         chunk: at most so many tasks at once.
         device: where to run; by default where the model is.
         seed: fixes what is drawn at random: a plugin's initial parameters, noise, the tasks of `fit`.
@@ -92,6 +94,7 @@ class MetaLearner:
         strategy: str = "auto",
         memory: str = "store",
         norm: str = "transductive",
+        precision: str = "full",
         chunk: int | None = None,
         device: str | torch.device | None = None,
         seed: int = 0,
@@ -107,7 +110,7 @@ class MetaLearner:
             {
                 "seed": seed, "inner_steps": inner_steps, "first_order": first_order, "outer_lr": outer_lr,
                 "reset_optimizer_every": reset_optimizer_every, "strategy": strategy, "memory": memory, "norm": norm,
-                "chunk": chunk,
+                "precision": precision, "chunk": chunk,
             },
             "MetaLearner",
         )  # fmt: skip
@@ -498,7 +501,7 @@ class MetaLearner:
         adapted = stages.adapted_parameters(model.names, model.body_names, model.head_names)
         return TaskFunctions(
             model, stages, self.loss, self.metric, config.inner_steps, config.first_order, config.memory, config.norm,
-            adapted,
+            config.precision, adapted,
         )  # fmt: skip
 
     def _features_by_the_head(self) -> Tensor:

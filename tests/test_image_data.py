@@ -81,6 +81,7 @@ def test_nested_folders_and_a_seeded_split(animals: Path) -> None:
     assert [len(names) for names in split_of(folder_task(animals, ratios=[1, 0, 1])).values()] == [5, 0, 5]
     batch = folder_task(animals).episodes("test", range(3), 0)
     assert batch.support_x.shape == (3, 2, 3, 16, 16)
+    assert batch.support_x[0].is_contiguous(memory_format=torch.channels_last)
     reds = (batch.query_x[..., 0, 0] * 255).round()[:, :, 0].reshape(3, 2, 2)
     assert ((reds // 20)[..., 0] == (reds // 20)[..., 1]).all()  # images of one class have one label
 
@@ -315,9 +316,10 @@ def test_a_torchvision_that_cannot_be_imported_costs_only_what_needs_it(monkeypa
     vision._imported.cache_clear()
 
 
-def test_torchvision_is_imported_by_nothing_that_does_not_need_it(cache: Path) -> None:
+def test_torchvision_is_imported_by_nothing_that_does_not_need_it(animals: Path, cache: Path) -> None:
     code = (
-        "import sys, metareg_image as m; m.Glyphs(m.Glyphs.Config(size=8)).episodes('train', [0], 0); "
+        "import sys; from metareg_image import ImageFolder; "
+        f"ImageFolder(ImageFolder.Config(data={str(animals)!r}, size=16, ways=2, query=2)).episodes('train', [0], 0); "
         "assert 'torchvision' not in sys.modules; from metareg_image.vision import torchvision_for; "
         "tv = torchvision_for('x'); assert tv.transforms.v2 and tv.datasets.CIFAR100"
     )

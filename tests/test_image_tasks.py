@@ -86,12 +86,6 @@ def test_no_image_is_in_support_and_query() -> None:
         assert len(images.unique(dim=0)) == len(images)
 
 
-def test_channels_are_last_in_memory() -> None:
-    batch = Glyphs(Glyphs.Config(channels=3, query=2)).episodes("train", [0], 0)
-    assert batch.support_x[0].is_contiguous(memory_format=torch.channels_last)
-    assert torch.equal(batch.support_x[:, :, 0], batch.support_x[:, :, 2])
-
-
 def test_rotations_are_further_classes() -> None:
     task = glyphs(rotations=True, ways=20, query=1)
     upright = {image.numpy().tobytes() for image in torch.from_numpy(np.array(task.store.pixels)).movedim(-1, 1)}
