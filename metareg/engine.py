@@ -415,7 +415,7 @@ class Engine:
 
     def _mapped_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
         """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
-        # Each task is differentiated inside the map, not the mapped mean: that costs the same, and outside it the batched
+        # Each task is differentiated inside the map, not the mapped mean: that costs little more, and outside it the batched
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
         grads, losses, logs = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))(tasks, noise)
