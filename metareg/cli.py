@@ -146,7 +146,7 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the run or of its plugins. Repeatable."),
     ] = None,
-    strategy: Annotated[str | None, typer.Option(help="auto, serial, vectorized or compiled [auto].")] = None,
+    strategy: Annotated[str | None, typer.Option(help="auto, serial, traced, vectorized or compiled [auto].")] = None,
     memory: Annotated[str | None, typer.Option(help="store or recompute [store].")] = None,
     norm: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
     precision: Annotated[str | None, typer.Option(help="full, or bf16 to run the model in bfloat16 [full].")] = None,

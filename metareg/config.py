@@ -74,7 +74,7 @@ class LearnerConfig(PluginConfig):
         ge=1,
         description="Forget the outer optimiser's moments every so many steps, as the CML authors' code does.",
     )
-    strategy: Literal["auto", "serial", "vectorized", "compiled"] = Field(
+    strategy: Literal["auto", "serial", "traced", "vectorized", "compiled"] = Field(
         "auto", description="How the tasks of a batch are run; the result is the same to rounding."
     )
     memory: Literal["store", "recompute"] = Field(

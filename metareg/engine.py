@@ -35,7 +35,8 @@ log = logging.getLogger("metareg")
 
 Tensors = dict[str, Tensor]
 Task = tuple[Any, Tensor, Any, Tensor]
-Strategy = Literal["serial", "vectorized", "compiled"]
+Strategy = Literal["serial", "traced", "vectorized", "compiled"]
+_ONE_BY_ONE = ("serial", "traced")
 
 
 @dataclass(frozen=True)
@@ -358,7 +359,7 @@ class Engine:
         result: Gradient | None = None
         done = 0
         for batch in batches:
-            for part in batch.chunks(1 if strategy == "serial" else chunk):
+            for part in batch.chunks(1 if strategy in _ONE_BY_ONE else chunk):
                 part_noise = noise[done : done + len(part)]
                 one = self._gradient_of_stack(meta, part, part_noise, strategy, weights)
                 done += len(part)
@@ -379,7 +380,7 @@ class Engine:
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
         functions = self.plain
-        if strategy == "serial":
+        if strategy in _ONE_BY_ONE:
             with torch.no_grad(), _memory_advice(1):
                 rows = [functions.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
             return torch.stack(rows)
@@ -418,8 +419,12 @@ class Engine:
         # Each task is differentiated inside the map, not the mapped mean: that costs little more, and outside it the batched
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
-        grads, losses, logs = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))(tasks, noise)
-        grads, loss, logs = _means(grads), losses.mean(), _means(logs)
+        if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
+            grads, loss, logs = self.training.gradient(meta, _only(tasks), _only(noise), weights)
+        else:
+            gradient = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))
+            grads, losses, logs = gradient(tasks, noise)
+            grads, loss, logs = _means(grads), losses.mean(), _means(logs)
         logs["grad_norm"] = _norm(grads)
         self._log_names = tuple(logs)
         return [*grads.values(), loss, *logs.values()]
@@ -557,7 +562,7 @@ def choose_strategy(
     if not stackable:
         return "serial", "the task's episodes do not stack"
     if device.type == "cpu" and any(p.dim() >= 4 for p in functions.model.module.parameters()):
-        return "serial", "convolutional tasks are slower in one batch than one by one on a CPU"
+        return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
     if tasks == 1:
         return "vectorized", "there is one task per batch"
     gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.inner_steps)

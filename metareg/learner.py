@@ -57,7 +57,8 @@ class MetaLearner:
         first_order: treat inner gradients as constants in the meta-gradient.
         outer_lr: step size of the outer Adam.
         reset_optimizer_every: forget Adam's moments every so many steps.
-        strategy: ``"auto"``, ``"serial"``, ``"vectorized"`` or ``"compiled"``; all give the same result to rounding.
+        strategy: ``"auto"``, ``"serial"``, ``"traced"``, ``"vectorized"`` or ``"compiled"``; all give the same result to
+            rounding.
         memory: ``"store"``, or ``"recompute"`` for a peak memory that does not grow with the inner steps.
         norm: whose statistics BatchNorm uses for query predictions, ``"transductive"`` or ``"support"``.
         precision: ``"full"``, or ``"bf16"`` to run the model in bfloat16; parameters, losses, gradients and updates keep

@@ -25,7 +25,7 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return ((flat_a - flat_b).norm() / flat_b.norm()).item()
 
 
-@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+@pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
 @pytest.mark.parametrize("norm", ["transductive", "support"])
 def test_bf16_is_close_to_full_precision(strategy: str, norm: str) -> None:
     full = gradient("full", strategy="serial", norm=norm)

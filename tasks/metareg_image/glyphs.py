@@ -62,7 +62,13 @@ class Glyphs(ImageTask):
     name = "glyphs"
     folder = "glyphs"
     obtain = "It is drawn from matplotlib's fonts at the first use."
-    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "steps": 3000, "inner_lr": 0.4, "width": 32}
+    recommended: ClassVar[Mapping[str, Any]] = {
+        **ImageTask.recommended,
+        "steps": 2000,
+        "inner_lr": 0.4,
+        "outer_lr": 3e-3,
+        "width": 32,
+    }
 
     def is_complete(self) -> bool:
         return True

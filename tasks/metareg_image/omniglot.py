@@ -85,7 +85,13 @@ class OmniglotSmall(_Characters):
     obtain = f"It is {' and '.join(_SMALL)} of the authors' repository (3 MB)."
     contents = (242, 4840)
     downloadable = True
-    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "steps": 3000, "inner_lr": 0.4, "width": 32}
+    recommended: ClassVar[Mapping[str, Any]] = {
+        **ImageTask.recommended,
+        "steps": 2000,
+        "inner_lr": 0.4,
+        "outer_lr": 3e-3,
+        "width": 32,
+    }
 
     def is_complete(self) -> bool:
         return all((self.location / name).is_file() for name in _SMALL)
