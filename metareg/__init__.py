@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from metareg.episodes import Episodes
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.evaluation import Evaluation
+    from metareg.files import cache_folder
     from metareg.hookspecs import hookimpl, hookspec
     from metareg.learner import MetaLearner
     from metareg.losses import Metric
@@ -40,6 +41,7 @@ _WHERE = {
     "hookspec": "hookspecs",
     "MetaLearner": "learner",
     "Metric": "losses",
+    "cache_folder": "files",
     "derive_seed": "randomness",
     "task_uniform": "randomness",
     "Run": "runs",
@@ -70,6 +72,7 @@ __all__ = [
     "UnknownNameError",
     "UsageError",
     "__version__",
+    "cache_folder",
     "derive_seed",
     "hookimpl",
     "hookspec",

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metareg import MetaregError, UsageError
+from metareg import MetaregError, UsageError, cache_folder
 from metareg_graph._dgl import dgl
 
 __all__ = ["GraphData", "Source", "download", "home", "load", "locate", "present", "union"]
@@ -167,7 +167,7 @@ def home(data: str | None) -> Path:
         return Path(data).expanduser()
     if os.environ.get("METAREG_DATA"):
         return Path(os.environ["METAREG_DATA"])
-    return _cache()
+    return cache_folder()
 
 
 def present(source: Source, data: str | None) -> Path | None:
@@ -175,7 +175,7 @@ def present(source: Source, data: str | None) -> Path | None:
     given = home(data)
     if data is not None and given.is_file():
         return given
-    roots = [given] if data is not None else [given, _cache()]
+    roots = [given] if data is not None else [given, cache_folder()]
     candidates = (root / folder / name for root in roots for folder in ("", "graphs") for name in source.names)
     return next((path for path in candidates if path.exists()), None)
 
@@ -202,7 +202,7 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         raise UsageError(f"{given} does not hold '{name}': none of {', '.join(source.names)} is there.")
     if source.url is None:
         raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
-    return download(name, source, _cache() / "graphs")
+    return download(name, source, cache_folder() / "graphs")
 
 
 def download(name: str, source: Source, folder: Path) -> Path:
@@ -233,10 +233,6 @@ def download(name: str, source: Source, folder: Path) -> Path:
     finally:
         partial.unlink(missing_ok=True)
     return path
-
-
-def _cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "metareg")
 
 
 # -------------------------------------------------------------------------------------------------------- reading them

@@ -15,11 +15,22 @@ from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
-from metareg import Dataset, Episodes, MetaLearner, PluginConfig, Task, TaskSpec, UsageError, hookimpl, task_uniform
+from metareg import (
+    Dataset,
+    Episodes,
+    MetaLearner,
+    PluginConfig,
+    Task,
+    TaskSpec,
+    UsageError,
+    cache_folder,
+    hookimpl,
+    task_uniform,
+)
 from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
-from metareg_image.store import UNREADABLE, ClassImages, ImageStore, SplitIndex, cache_folder, pixels
+from metareg_image.store import UNREADABLE, ClassImages, ImageStore, SplitIndex, pixels
 
 __all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask"]
 

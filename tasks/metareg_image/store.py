@@ -14,23 +14,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from PIL import Image, UnidentifiedImageError
 
-from metareg import MetaregError, UsageError
+from metareg import MetaregError, UsageError, cache_folder
 
 __all__ = [
-    "CACHE_VARIABLE",
     "SPLITS",
     "UNREADABLE",
     "ClassImages",
     "ImageStore",
     "SplitIndex",
-    "cache_folder",
     "pixels",
 ]
 
-CACHE_VARIABLE = "METAREG_CACHE"
 SPLITS = ("train", "validation", "test")
 
 UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -59,12 +55,6 @@ class SplitIndex:
     names: tuple[str, ...]
     starts: np.ndarray
     counts: np.ndarray
-
-
-def cache_folder() -> Path:
-    """Where decoded images and downloads are kept: METAREG_CACHE, or the user's cache folder of the system."""
-    given = os.environ.get(CACHE_VARIABLE)
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("metareg", appauthor=False))
 
 
 class ImageStore:
@@ -155,7 +145,7 @@ def _build(
                 raise
     except OSError as error:
         raise MetaregError(
-            f"The image cache {folder} cannot be written: {error.strerror or error}; {CACHE_VARIABLE} names another place."
+            f"The image cache {folder} cannot be written: {error.strerror or error}; METAREG_CACHE names another place."
         ) from error
     finally:
         if aside is not None:
