@@ -87,7 +87,7 @@ def sinusoid() -> Result:
     for strategy in ("compiled", "vectorized", "serial"):
         learner = checked_learner(model, tasks, expected, loss="mse", strategy=strategy, **SINUSOID)
         works[strategy] = by_metareg(learner)
-    steps = dict.fromkeys(works, 4) | {"compiled": 200, "vectorized": 50, "parallel-metalearn": 20}
+    steps = dict.fromkeys(works, 4) | {"compiled": 1000, "vectorized": 200, "parallel-metalearn": 20}
     for name, work in works.items():
         work(steps[name])
     times = interleaved(works, steps, rounds=30, seconds=30)
@@ -119,7 +119,7 @@ def hooks() -> Result:
     (tasks,) = sinusoid_batches(1)
     expected = FunctionalLoop(model, F.mse_loss, **SINUSOID).gradient(tasks)
     rows, raw = [], {}
-    for strategy, steps in (("vectorized", 25), ("compiled", 100)):
+    for strategy, steps in (("vectorized", 100), ("compiled", 500)):
         hand = TracedByHand(model, F.mse_loss, compiled=strategy == "compiled", **SINUSOID)
         check_same_gradient(f"by hand, {strategy}", hand.gradient(tasks), expected)
         learner = checked_learner(model, tasks, expected, loss="mse", strategy=strategy, **SINUSOID)

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim.adam import adam
+
+from metareg.engine import without_idle_operations
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -210,12 +213,13 @@ class ParallelMetalearn(Reference):
 
 
 class TracedByHand(Reference):
-    """What metareg does, written by hand for this one purpose: `torch.func`, traced once, maybe compiled.
+    """What metareg does, written by hand for this one purpose: `torch.func`, traced once, tidied, maybe compiled, and Adam
+    as a function.
 
     There are no plugins, no checks and no choices: one graph for one set of shapes.
 
     Args:
-        compiled: hand the graph to `torch.compile`.
+        compiled: hand the graph to the compiler.
     """
 
     def __init__(self, *args: Any, compiled: bool = False, **options: Any) -> None:
@@ -223,6 +227,8 @@ class TracedByHand(Reference):
         self.params = dict(self.model.named_parameters())
         self.compiled = compiled
         self.graph: Callable[..., list[Tensor]] | None = None
+        self.moments = [[torch.zeros_like(p) for p in self.params.values()] for _ in range(2)]
+        self.steps = [torch.zeros(()) for _ in self.params]
 
     def backward(self, tasks: Tasks) -> float:
         with torch.no_grad():
@@ -246,16 +252,24 @@ class TracedByHand(Reference):
             return support_loss(params, qx, qy)
 
         def meta_gradient(*leaves: Tensor) -> list[Tensor]:
-            def mean_loss(params: dict[str, Tensor]) -> Tensor:
-                return vmap(task_loss, in_dims=(None, 0, 0, 0, 0))(params, *leaves[len(names) :]).mean()
+            params = dict(zip(names, leaves, strict=False))
+            grads, losses = vmap(grad_and_value(task_loss), in_dims=(None, 0, 0, 0, 0))(params, *leaves[len(names) :])
+            return [*(value.mean(0) for value in grads.values()), losses.mean()]
 
-            grads, loss = grad_and_value(mean_loss)(dict(zip(names, leaves, strict=False)))
-            return [*grads.values(), loss]
+        leaves = [*self.params.values(), *tasks]
+        graph = without_idle_operations(make_fx(meta_gradient, tracing_mode="fake")(*leaves))
+        return torch._inductor.compile(graph, leaves) if self.compiled else graph.forward
 
-        graph = make_fx(meta_gradient)(*self.params.values(), *tasks)
-        if not self.compiled:
-            return graph.forward
-        return torch.compile(graph, fullgraph=True, dynamic=False)
+    def step(self, tasks: Tasks) -> float:
+        with torch.no_grad():
+            if self.graph is None:
+                self.graph = self._trace(tasks)
+            *grads, loss = self.graph(*self.params.values(), *tasks)
+            adam(
+                list(self.params.values()), grads, *self.moments, [], self.steps, fused=True, amsgrad=False, beta1=0.9,
+                beta2=0.999, lr=1e-3, weight_decay=0.0, eps=1e-8, maximize=False,
+            )  # fmt: skip
+        return loss.item()
 
 
 def _differentiable_clone(module: nn.Module) -> nn.Module:

@@ -486,7 +486,7 @@ class _Program:
 
         # With fake tensors, tracing takes neither memory nor arithmetic; the model's constants (frozen parameters, buffers)
         # are real.
-        graph = _without_idle_operations(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves))
+        graph = without_idle_operations(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves))
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced
@@ -508,7 +508,7 @@ _VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 
 
-def _without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The graph less the operations that give back what they were given.
 
     `torch.func` leaves many of them: views as the same shape, transpositions of transpositions, products with 1. Small

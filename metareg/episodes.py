@@ -107,6 +107,10 @@ class Episodes:
 
         return self._mapped(move)
 
+    def contiguous(self) -> Episodes:
+        """The same tasks in contiguous memory."""
+        return self._mapped(Tensor.contiguous)
+
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""
         return _unchecked(

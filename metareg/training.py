@@ -211,7 +211,8 @@ def _training_batches(
     one = drawn(first, 1)
     block = _batches_to_prefetch(one, size) if len(one) == 1 else 1
     for start in range(first - first % block, end, block):
-        stacks = drawn(start, min(block, end - start)) if block > 1 else []
+        # Contiguous once for many steps, and each step's slice of it is.
+        stacks = [stack.contiguous() for stack in drawn(start, min(block, end - start))] if block > 1 else []
         for batch in range(max(start, first), min(start + block, end)):
             if len(stacks) == 1:
                 yield [stacks[0][(batch - start) * size : (batch - start + 1) * size]]
