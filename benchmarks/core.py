@@ -191,8 +191,11 @@ def memory() -> Result:
         rows.append(Row(f"peak memory, 20 inner steps, {strategy}", "1 inner step", many, few, "MB", "ratio", 1.15))
         raw |= {f"{strategy}, recompute, 1 inner step": few, f"{strategy}, recompute, 20 inner steps": many}
         if strategy == "serial":
-            stored = raw["serial, store, 20 inner steps"] = memory_of(strategy, "store", 20)
-            rows.append(Row("peak memory, 20 inner steps, serial", "memory='store'", many, stored, "MB", "ratio"))
+            # Storing the graphs of 20 steps takes more than a machine of 24 GiB has.
+            stored = raw["serial, store, 5 inner steps"] = memory_of(strategy, "store", 5)
+            rows.append(
+                Row("peak memory, 20 inner steps, serial", "memory='store', 5 steps", many, stored, "MB", "ratio")
+            )
     return rows, {"megabytes_over_start": raw}
 
 
