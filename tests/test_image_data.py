@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 
 from metareg import MetaregError, UsageError
 from metareg.cli import run
@@ -369,13 +370,12 @@ def test_tieredimagenet_names_missing_classes(tmp_path: Path) -> None:
 
 
 def test_cars_are_cut_at_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    scipy_io = pytest.importorskip("scipy.io")
     names = every_class("cars")
     kind = [(name, "O") for name in ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2", "class", "fname")]
     rows = [(3, 2, 6, 5, number + 1, f"{number:05}.png") for number in range(len(names))]
     (tmp_path / "devkit").mkdir()
-    scipy_io.savemat(tmp_path / "devkit/cars_train_annos.mat", {"annotations": np.array(rows, dtype=kind)})
-    scipy_io.savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": np.array(names, dtype=object)})
+    savemat(tmp_path / "devkit/cars_train_annos.mat", {"annotations": np.array(rows, dtype=kind)})
+    savemat(tmp_path / "devkit/cars_meta.mat", {"class_names": np.array(names, dtype=object)})
     for *_, file in rows:
         picture = Image.new("RGB", (8, 8))
         picture.paste((255, 255, 255), (2, 1, 6, 5))

@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 from pydantic import Field
 
-from metareg import MetaregError, UnknownNameError, UsageError, task_uniform
+from metareg import UnknownNameError, UsageError, task_uniform
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
@@ -280,12 +280,8 @@ def _is_wordnet(name: str) -> bool:
 
 
 def _matlab(path: Path) -> Any:
-    try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise MetaregError(
-            "The task 'cars' needs scipy, which is not installed: pip install 'metareg[images]'."
-        ) from error
+    from scipy.io import loadmat
+
     try:
         return loadmat(path, squeeze_me=True)
     except (OSError, ValueError, NotImplementedError) as error:

@@ -1,0 +1,217 @@
+"""Statistics of a comparison: intervals over seeds and over tasks, paired differences, and what may be said of them.
+
+Two questions have two intervals. *Over seeds*: what would other seeds have given, that is other initial weights, training
+tasks and test tasks? *Over tasks*: what would other test tasks have given, with these very trained models? Only the first
+says something about a method; the second says how well the test measured the models that there are.
+
+Every function is pure. A number that does not exist (an interval of one value, a test of one pair) is NaN.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.special import stdtr, stdtrit
+
+__all__ = [
+    "ALPHA",
+    "LEVEL",
+    "Difference",
+    "Estimate",
+    "Verdict",
+    "compare",
+    "holm",
+    "over_seeds",
+    "over_tasks",
+    "verdict",
+]
+
+LEVEL, ALPHA = 0.95, 0.05
+"""The level of every interval, and what a corrected p value must be below."""
+
+Scores = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval, ``mean ± half``."""
+
+    mean: float
+    half: float
+    """Half the width of the interval; NaN where there are fewer than two values."""
+    count: int
+    """How many values."""
+
+    @property
+    def low(self) -> float:
+        """The interval's lower end."""
+        return self.mean - self.half
+
+    @property
+    def high(self) -> float:
+        """The interval's upper end."""
+        return self.mean + self.half
+
+
+class Verdict(enum.Enum):
+    """What may be said of an augmenter against none."""
+
+    BETTER = "better"
+    WORSE = "worse"
+    NOT_SHOWN = "no difference shown"
+    NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """An augmenter's score minus that without it, paired by seed and by test task."""
+
+    over_seeds: Estimate
+    over_tasks: Estimate
+    p: float
+    """Of the two-sided paired t test over seeds, uncorrected; NaN where `untested` says why there is none."""
+    in_favour: int
+    """Pairs in which the augmenter is better; one that diverged is not."""
+    pairs: int
+    """Seeds that both have."""
+    diverged: int
+    """Pairs in which a score is not finite; the intervals are those of the others."""
+    untested: str = ""
+    """Why there is no test; empty where there is one."""
+
+
+def over_seeds(values: Sequence[float] | Scores) -> Estimate:
+    """The mean of the finite values, one per seed, with Student's t interval."""
+    array = np.asarray(values, dtype=np.float64)
+    finite = array[np.isfinite(array)]
+    count = len(finite)
+    if count < 2:
+        return Estimate(float(finite[0]) if count else np.nan, np.nan, count)
+    error = _spread(finite) / np.sqrt(count)
+    return Estimate(float(np.mean(finite)), float(_quantile(count - 1) * error), count)
+
+
+def over_tasks(scores: Sequence[Scores]) -> Estimate:
+    """The mean over seeds of each seed's mean over tasks, with the interval that other test tasks would move it in.
+
+    The tasks of one seed are a sample of their own, so that the squared standard errors of the seeds' means add up; the
+    degrees of freedom are those of Welch and Satterthwaite. Of one seed it is the ordinary t interval.
+
+    Args:
+        scores: for each seed ``[tasks]``; seeds with a score that is not finite do not count.
+    """
+    samples = [each for each in scores if len(each) and np.isfinite(each).all()]
+    if not samples:
+        return Estimate(np.nan, np.nan, 0)
+    count = sum(len(each) for each in samples)
+    mean = float(np.mean([np.mean(each) for each in samples]))
+    if min(len(each) for each in samples) < 2:
+        return Estimate(mean, np.nan, count)
+    errors = np.array([_spread(each) / np.sqrt(len(each)) for each in samples])
+    largest = errors.max()
+    if largest == 0:
+        return Estimate(mean, 0.0, count)
+    shares = (errors / largest) ** 2
+    degrees = shares.sum() ** 2 / np.sum(shares**2 / np.array([len(each) - 1 for each in samples]))
+    error = largest * np.sqrt(shares.sum()) / len(samples)
+    return Estimate(mean, float(_quantile(degrees) * error), count)
+
+
+def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, higher_is_better: bool) -> Difference:
+    """The paired difference of an augmenter and none.
+
+    Only seeds that both have are paired. The test is not made where it would say more than it can: with fewer than two
+    pairs, where a pair diverged (the others would be a selection), and where every pair has the very same difference.
+
+    Args:
+        augmented: for each seed the scores ``[tasks]`` with the augmenter.
+        baseline: the same without it; a seed's tasks are the same ones in the same order.
+        higher_is_better: whether a larger score is better.
+
+    Raises:
+        ValueError: a seed has other numbers of tasks in the two.
+    """
+    seeds = sorted(augmented.keys() & baseline.keys())
+    for seed in seeds:
+        if len(augmented[seed]) != len(baseline[seed]):
+            raise ValueError(
+                f"seed {seed} has {len(augmented[seed])} tasks with the augmenter and {len(baseline[seed])} without it"
+            )
+    sign = 1 if higher_is_better else -1
+    finite = [seed for seed in seeds if np.isfinite(augmented[seed]).all() and np.isfinite(baseline[seed]).all()]
+    by_task = [augmented[seed] - baseline[seed] for seed in finite]
+    by_seed = np.array([np.mean(each) for each in by_task])
+    p, untested = np.nan, ""
+    if len(finite) < len(seeds):
+        untested = f"{len(seeds) - len(finite)} of {len(seeds)} pairs diverged"
+    elif len(seeds) < 2:
+        untested = "one pair of seeds" if seeds else "no pair of seeds"
+    else:
+        p, untested = _paired_t(by_seed, max(np.abs(baseline[seed]).max() for seed in seeds))
+    return Difference(
+        over_seeds=over_seeds(by_seed),
+        over_tasks=over_tasks(by_task),
+        p=p,
+        in_favour=int(np.sum(sign * by_seed > 0)),
+        pairs=len(seeds),
+        diverged=len(seeds) - len(finite),
+        untested=untested,
+    )
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's correction of the p values of a family: step-down Bonferroni, no smaller than `p` and in the same order.
+
+    The chance to call any difference real that is none is then at most 5 % over the whole family. NaN stays NaN and is
+    no member of the family.
+
+    Reference: S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
+    (1979), 65–70.
+    """
+    values = np.asarray(p, dtype=np.float64)
+    order = np.argsort(values, kind="stable")[: np.count_nonzero(~np.isnan(values))]
+    factors = np.arange(len(order), 0, -1)
+    corrected = np.full(values.shape, np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(values[order] * factors), 1)
+    return corrected.tolist()
+
+
+def verdict(difference: Difference, corrected: float, *, higher_is_better: bool) -> Verdict:
+    """The words for a difference: no more than its interval and the corrected test say.
+
+    Args:
+        difference: from `compare`.
+        corrected: its p value after `holm`.
+        higher_is_better: whether a larger score is better.
+    """
+    if difference.untested:
+        return Verdict.NOT_TESTED
+    if not corrected < ALPHA or difference.over_seeds.low <= 0 <= difference.over_seeds.high:
+        return Verdict.NOT_SHOWN
+    return Verdict.BETTER if (difference.over_seeds.mean > 0) == higher_is_better else Verdict.WORSE
+
+
+def _paired_t(differences: Scores, scale: float) -> tuple[float, str]:
+    """The p value of a two-sided t test against zero, or why there is none; `scale` is the size of the scores."""
+    if not differences.any():
+        return 1.0, ""
+    spread = _spread(differences)
+    # Equal to rounding is equal: differences that seeds do not move are no sample of a distribution.
+    if spread <= 1e-12 * scale:
+        return np.nan, "every seed gives exactly the same difference"
+    statistic = np.mean(differences) / (spread / np.sqrt(len(differences)))
+    return float(2 * stdtr(len(differences) - 1, -abs(statistic))), ""
+
+
+def _spread(values: Scores) -> float:
+    """The estimated standard deviation; exactly zero where all values are the same, and of any size without overflow."""
+    largest = np.abs(values).max()
+    return 0.0 if np.all(values == values[0]) else float(largest * np.std(values / largest, ddof=1))
+
+
+def _quantile(degrees: float) -> float:
+    return float(stdtrit(degrees, (1 + LEVEL) / 2))
