@@ -182,6 +182,7 @@ def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
 
 def plugin_page(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
+    from metareg.comparison.space import domain_text
     from metareg.stages import hooks_of
 
     parts: list[RenderableType] = [
@@ -192,11 +193,15 @@ def plugin_page(entry: Entry, cls: type) -> RenderableType:
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})
     if fields:
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-        for column in ("option", "default", "allowed", "what it is"):
+        searched = entry.kind in ("algorithms", "augmenters")
+        for column in ("option", "default", "allowed", *(("a search tries",) if searched else ()), "what it is"):
             table.add_column(column, overflow="fold")
         for name, field in fields.items():
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-            table.add_row(*map(escape, (name, default, _allowed(field), field.description or "")))
+            cells = [name, default, _allowed(field), field.description or ""]
+            if searched:
+                cells.insert(3, domain_text(f"{entry.kind.removesuffix('s')} '{entry.name}'", name, field) or "nothing")
+            table.add_row(*map(escape, cells))
         parts += [Text(), table]
     return Group(*parts)
 

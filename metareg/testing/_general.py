@@ -5,6 +5,7 @@ from __future__ import annotations
 import yaml
 from pydantic import ValidationError
 
+from metareg.comparison.space import domain_text
 from metareg.config import PluginConfig
 from metareg.hookspecs import CONTRACT_VERSION
 from metareg.stages import plugin_manager
@@ -38,6 +39,7 @@ def check_configuration(subject: Subject) -> None:
                 f"The option '{name}' of the {plugin.label} has no description.",
                 f"write {name}: … = Field(…, description='what it is, and its unit').",
             )
+        domain_text(plugin.label, name, field)  # refuses values to search that the option cannot have
     try:
         cls.model_validate({**subject.config, "no-such-option": 1})
     except ValidationError:

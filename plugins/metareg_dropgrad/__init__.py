@@ -24,7 +24,14 @@ class DropGrad:
     contract = 1
 
     class Config(PluginConfig):
-        rate: float = Field(0.1, ge=0, lt=1, description="Probability that an entry of the gradient is dropped.")
+        rate: float = Field(
+            0.1,
+            ge=0,
+            lt=1,
+            description="Probability that an entry of the gradient is dropped.",
+            # Beyond, what is left of the gradient is multiplied by more than 5.
+            json_schema_extra={"search": {"low": 0.0, "high": 0.8}},
+        )
         kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of the noise.")
 
     def __init__(self, config: Config) -> None:

@@ -28,7 +28,11 @@ class GradientNoise:
     class Config(PluginConfig):
         sigma: float = Field(0.1, ge=0, description="Standard deviation σ of the noise.")
         where: Literal["inner", "outer"] = Field("inner", description="Which gradient gets the noise.")
-        relative: bool = Field(True, description="Measure σ in units of the gradient's norm.")
+        relative: bool = Field(
+            True,
+            description="Measure σ in units of the gradient's norm.",
+            json_schema_extra={"search": False},  # what a good σ is depends on it
+        )
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -1,0 +1,555 @@
+"""Values to choose from: sweeps that a user writes, and ranges that the plugins' own options allow.
+
+Options are named as ``metareg train --set`` names them. One that the algorithm, an augmenter or the model of an arm does not
+have is none of that arm's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import UnionType
+from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, TypeAdapter, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from metareg.config import Field, PluginConfig, RunConfig, validated
+from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
+from metareg.options import Selection, parse_assignments
+from metareg.registry import Plugin, config_of
+
+__all__ = ["Dimension", "Range", "Tuning", "check", "dimensions", "domain_text", "split_assignments"]
+
+GRID: Final = "grid"
+
+_LARGEST_SWEEP = 1000
+_FACTOR = 10
+"""How far an option with an open bound is searched from its default, up and down."""
+_MARGIN = 0.01
+"""The part of a range that is left out at a bound which is itself not allowed."""
+_DECADES = 100
+"""Bounds that are further apart than this factor are searched on a logarithmic scale."""
+
+_OF_A_RUN = (
+    "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "reset_optimizer_every", "select",
+)  # fmt: skip
+"""Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
+
+
+class Range(PluginConfig):
+    """Numbers between two bounds, which are among them."""
+
+    low: float = Field(description="The least.")
+    high: float = Field(description="The greatest.")
+    log: bool = Field(False, description="Search on a logarithmic scale.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Range:
+        if not self.low < self.high:
+            raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
+        if self.log and self.low <= 0:
+            raise ValueError(f"a logarithmic scale begins above 0, not at low = {self.low:g}")
+        return self
+
+    def __str__(self) -> str:
+        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
+
+
+Domain = Range | list[Any]
+
+
+# -------------------------------------------------------------------------------------------------------------- sweeps
+
+
+def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """``["steps=300", "inner_lr=0.01,0.1"]`` as the options with one value, and those with several.
+
+    Commas outside of brackets and quotes part the values; ``linspace(A,B,N)``, ``geomspace(A,B,N)`` and
+    ``range(A,B[,STEP])`` stand for several. Whatever is in brackets is one value: ``hidden=[40,40]``.
+
+    Raises:
+        UsageError: one is malformed, or an option is given twice.
+    """
+    fixed: dict[str, Any] = {}
+    swept: dict[str, list[Any]] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key.strip():
+            raise UsageError(f"--set takes KEY=VALUE; got '{assignment}'.")
+        key = key.strip()
+        if key in fixed or key in swept:
+            raise UsageError(f"--set {key} is given twice; to choose among values, write {key}=VALUE,VALUE.")
+        parts = _parts(key, text)
+        if len(parts) == 1 and _call(parts[0]) is None:
+            fixed |= parse_assignments([f"{key}={text}"])
+        else:
+            swept[key] = _values(key, parts)
+    return fixed, swept
+
+
+def _parts(key: str, text: str) -> list[str]:
+    """`text` between its commas, those in brackets and quotes left alone."""
+    closing = {"(": ")", "[": "]", "{": "}"}
+    parts, expected, quote, begin = [], [], "", 0
+    for position, sign in enumerate(text):
+        if quote:
+            quote = "" if sign == quote else quote
+        elif sign in "\"'" and not text[begin:position].strip(" [{(,:"):
+            quote = sign  # inside a word it is an apostrophe
+        elif sign in closing:
+            expected.append(closing[sign])
+        elif expected and sign == expected[-1]:
+            expected.pop()
+        elif sign == "," and not expected:
+            parts.append(text[begin:position].strip())
+            begin = position + 1
+    parts.append(text[begin:].strip())
+    if len(parts) > 1 and "" in parts:
+        raise UsageError(f"--set {key}={text}: a value is missing beside a comma; write it as {key}=VALUE,VALUE.")
+    if quote or expected:
+        raise UsageError(f"--set {key}={text}: {quote or expected[-1]} is missing at the end.")
+    return parts
+
+
+def _call(text: str) -> tuple[str, str] | None:
+    """The name and the arguments of a function that stands for several values."""
+    found = re.fullmatch(r"([A-Za-z_]+)\s*\((.*)\)", text)
+    return (found[1], found[2]) if found and nearest(found[1], _FUNCTIONS) else None
+
+
+def _values(key: str, parts: Sequence[str]) -> list[Any]:
+    values: list[Any] = []
+    for part in parts:
+        call = _call(part)
+        values += [parse_assignments([f"{key}={part}"])[key]] if call is None else _called(key, *call)
+    return _distinct(key, values)
+
+
+def _called(key: str, name: str, arguments: str) -> list[Any]:
+    if name not in _FUNCTIONS:
+        raise UnknownNameError(f"function of values for '{key}'", name, _FUNCTIONS)
+    form, numbers, values = _FUNCTIONS[name]
+    where = f"{key}={name}({arguments})"
+    try:
+        given = [_number(argument) for argument in arguments.split(",")]
+    except ValueError:
+        raise UsageError(f"{where} cannot be used: its arguments are numbers, as in {form}.") from None
+    if len(given) not in numbers:
+        raise UsageError(f"{where} cannot be used: write {form}.")
+    try:
+        return values(*given)
+    except ValueError as error:
+        raise UsageError(f"{where} cannot be used: {error}.") from None
+
+
+def _number(text: str) -> int | float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError
+    return int(value) if re.fullmatch(r"\s*[-+]?\d+\s*", text) else value
+
+
+def _linspace(first: float, last: float, count: float) -> list[int | float]:
+    number = _count(count)
+    return _tidy([first + (last - first) * k / (number - 1) for k in range(number)], first, last)
+
+
+def _geomspace(first: float, last: float, count: float) -> list[int | float]:
+    if min(first, last) <= 0:
+        raise ValueError("a geometric sequence goes from one number above 0 to another")
+    number = _count(count)
+    return _tidy([first * (last / first) ** (k / (number - 1)) for k in range(number)], first, last)
+
+
+def _range(first: float, last: float, step: float = 1) -> list[int | float]:
+    if step == 0 or (last - first) / step <= 0:
+        raise ValueError(f"no step of {step:g} leads from {first:g} to {last:g}")
+    number = math.ceil((last - first) / step - 1e-9)
+    if number > _LARGEST_SWEEP:
+        raise ValueError(f"it has {number} values, more than {_LARGEST_SWEEP}")
+    return _tidy([first + step * k for k in range(number)], first, step)
+
+
+def _count(count: float) -> int:
+    if count != int(count) or not 2 <= count <= _LARGEST_SWEEP:
+        raise ValueError(f"the number of values is a whole one from 2 to {_LARGEST_SWEEP}")
+    return int(count)
+
+
+def _tidy(values: list[float], *given: float) -> list[int | float]:
+    """Without the last digits' rounding; whole where all of them and what was given are."""
+    rounded = [float(f"{value:.12g}") for value in values]
+    if all(isinstance(number, int) for number in given) and all(value.is_integer() for value in rounded):
+        return [int(value) for value in rounded]
+    return [*rounded]
+
+
+_FUNCTIONS: dict[str, tuple[str, tuple[int, ...], Any]] = {
+    "linspace": ("linspace(FIRST,LAST,HOW_MANY)", (3,), _linspace),
+    "geomspace": ("geomspace(FIRST,LAST,HOW_MANY)", (3,), _geomspace),
+    "range": ("range(FIRST,END) or range(FIRST,END,STEP), without the END itself", (2, 3), _range),
+}
+
+
+def _distinct(key: str, values: Sequence[Any]) -> list[Any]:
+    if not values:
+        raise UsageError(f"'{key}' has no values to choose from; write them as {key}: [VALUE, VALUE].")
+    texts = [json.dumps(value, default=str) for value in values]
+    twice = [text for text in texts if texts.count(text) > 1]
+    if twice:
+        raise UsageError(f"'{key}' is to be chosen from values of which {twice[0]} stands twice.")
+    return [*values]
+
+
+# ------------------------------------------------------------------------------------------------------- configuration
+
+
+def _domains(given: Any) -> Any:
+    return {str(key): _domain(str(key), value) for key, value in given.items()} if isinstance(given, Mapping) else given
+
+
+def _domain(key: str, value: Any) -> Domain:
+    """What a user wrote in a file: a list, a range, or a text as after ``--set``."""
+    if isinstance(value, Range):
+        return value
+    if isinstance(value, Mapping):
+        return validated(Range, value, f"the range of '{key}'")
+    if isinstance(value, list | tuple):
+        return _distinct(key, value)
+    parts = _parts(key, value) if isinstance(value, str) else []
+    if len(parts) > 1 or (parts and _call(parts[0])):
+        return _values(key, parts)
+    raise UsageError(
+        f"'{key}' is to be chosen from [VALUE, VALUE] or {{low: …, high: …}}; {value!r} is neither. An option with one "
+        "value belongs under 'options'."
+    )
+
+
+def _trials(given: Any) -> Any:
+    if given == GRID or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
+        return given
+    raise ValueError("it should be a number from 2 on (the first trial is the defaults), or grid")
+
+
+def _seeds(given: Any) -> Any:
+    return list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
+
+
+class Tuning(PluginConfig):
+    """How the settings of each arm of a comparison are chosen, on validation tasks."""
+
+    trials: Annotated[int | Literal["grid"], BeforeValidator(_trials)] = Field(
+        GRID, description="How many settings each arm tries, or grid: every combination of the values in 'space'."
+    )
+    seeds: Annotated[list[Annotated[int, Field(ge=0)]] | None, BeforeValidator(_seeds)] = Field(
+        None,
+        min_length=1,
+        description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
+    )
+    space: Annotated[dict[str, list[Any] | Range], BeforeValidator(_domains)] = Field(
+        {}, description="What to choose, and from which values: a list, or {low: …, high: …, log: true}."
+    )
+    over: list[str] = Field(
+        [],
+        description="What to choose beside 'space', from the plugins' own bounds. Where both are empty: whatever the "
+        "algorithm and the augmenters have bounds for.",
+    )
+    options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Tuning:
+        keys = [*self.space, *self.over]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ValueError(f"'{key}' stands twice in 'space' and 'over'")
+            if key in self.options:
+                raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
+        if self.trials == GRID and not keys:
+            raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
+        return self
+
+
+# --------------------------------------------------------------------------------------------------- an arm's options
+
+
+@dataclass(frozen=True)
+class Dimension:
+    """One option of an arm, and what it is chosen from."""
+
+    key: str
+    """As in ``--set``."""
+    domain: Domain
+    whole: bool
+    """Whether it takes whole numbers only."""
+    default: Any
+    """Its value where none is chosen: the comparison's, the task's or the plugin's."""
+
+    def __str__(self) -> str:
+        return f"{self.key}: {_text(self.domain)}"
+
+
+@dataclass(frozen=True)
+class _Option:
+    """An option where it belongs."""
+
+    owner: str
+    """The plugin's label; empty for the run itself."""
+    field: FieldInfo
+    name: str
+    default: Any
+
+    def recommended(self) -> Domain | None:
+        """The values to search that its plugin says or its bounds imply."""
+        declared = _declared(self.owner, self.name, self.field)
+        return _implied(self.field, self.default) if declared is None else declared or None
+
+    @property
+    def whole(self) -> bool:
+        return _number_type(self.field) is int
+
+
+def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
+    """Refuse what cannot be chosen, before anything is run.
+
+    Args:
+        tuning: how settings are chosen.
+        arms: what each arm runs before that, by its name.
+
+    Raises:
+        UsageError: an option that no arm has, that is not one of how an arm learns, or has no such values.
+    """
+    for key in (*tuning.space, *tuning.over):
+        if not any(_found(key, selection) for selection in arms.values()):
+            known = {name for selection in arms.values() for name, _ in _options(selection, "algo", "augment", "model")}
+            raise UnknownNameError("option to choose", key, {*known, *_OF_A_RUN})
+    for name, selection in arms.items():
+        try:
+            dimensions(tuning, selection)
+        except UsageError as error:
+            raise UsageError(f"{name}: {error}") from error
+
+
+def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
+    """What is chosen for an arm, the algorithm's options first.
+
+    Args:
+        tuning: how settings are chosen.
+        selection: what the arm runs before that.
+
+    Raises:
+        UsageError: an option has no such values, or two keys mean the same one.
+    """
+    if not tuning.space and not tuning.over:
+        own = ((key, option, option.recommended()) for key, option in _options(selection, "algo", "augment"))
+        return [Dimension(key, domain, option.whole, option.default) for key, option, domain in own if domain]
+    chosen: dict[tuple[str, str], tuple[str, _Option]] = {}
+    for key in (*tuning.space, *tuning.over):
+        for option in _found(key, selection):
+            place = option.owner, option.name
+            other = chosen.get(place, ("", option))[0]
+            if other and ("." in key) == ("." in other):
+                raise UsageError(f"'{other}' and '{key}' are one option; choose it by one of these names.")
+            if not other or "." in key:  # the key that names the plugin stands before the one that does not
+                chosen[place] = key, option
+    # `augment.rate` can mean options of two augmenters, which then get one value.
+    return [*{key: _dimension(key, option, tuning) for key, option in chosen.values()}.values()]
+
+
+def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
+    domain = tuning.space.get(key) or option.recommended() or _implied(option.field, option.default)
+    if domain is None:
+        raise UsageError(
+            f"'{key}' has no range of its own to search; give values, as --set {key}=VALUE,VALUE, or in a file as "
+            f"tune: {{space: {{{key}: {{low: …, high: …}}}}}}."
+        )
+    domain = _checked(key, option.field, domain)
+    if tuning.trials == GRID and isinstance(domain, Range):
+        steps = f"{'geom' if domain.log else 'lin'}space({domain.low:g},{domain.high:g},5)"
+        raise UsageError(
+            f"A grid needs values of '{key}', not a range; write {key}={steps}, or give a number of trials."
+        )
+    return Dimension(key, domain, option.whole, option.default)
+
+
+def _plugins(selection: Selection) -> list[tuple[str, Plugin]]:
+    augmenters = [("augment", plugin) for plugin in selection.augmenters]
+    return [("algo", selection.algorithm), *augmenters, ("model", selection.model), ("task", selection.task)]
+
+
+def _options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]]:
+    """The options of some plugins of an arm by the names that users give them: the algorithm's without its name."""
+    every = [option.name for _, plugin in _plugins(selection) for option in _options_of(plugin)]
+    for field, plugin in _plugins(selection):
+        for option in _options_of(plugin) if field in fields else ():
+            ambiguous = every.count(option.name) > 1 or option.name in RunConfig.model_fields
+            yield option.name if field == "algo" and not ambiguous else f"{plugin.name}.{option.name}", option
+
+
+def _options_of(plugin: Plugin) -> list[_Option]:
+    fields = config_of(plugin.instance).model_fields
+    return [_Option(plugin.label, field, name, getattr(plugin.config, name)) for name, field in fields.items()]
+
+
+def _found(key: str, selection: Selection) -> list[_Option]:
+    """The options of an arm that a key means; none where the arm has no such option.
+
+    Raises:
+        UsageError: it is none of how an arm learns.
+    """
+    owner, dot, name = key.partition(".")
+    if not dot and key in RunConfig.model_fields:
+        if key not in _OF_A_RUN:
+            raise _no_choice(key)
+        return [_Option("", RunConfig.model_fields[key], key, getattr(selection.config, key))]
+    found = [
+        (field, option)
+        for field, plugin in _plugins(selection)
+        if not dot or owner in (field, plugin.name)
+        for option in _options_of(plugin)
+        if option.name == (name if dot else key)
+    ]
+    if any(field == "task" for field, _ in found):
+        raise _no_choice(key)
+    if not dot and len({option.owner for _, option in found}) > 1:
+        raise UsageError(f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{key}.")
+    return [option for _, option in found]
+
+
+def _no_choice(key: str) -> UsageError:
+    return UsageError(
+        f"'{key}' cannot be chosen by validation: it is none of the options that say how an arm learns, which are those of "
+        f"its algorithm, augmenters and model, and {', '.join(_OF_A_RUN)}."
+    )
+
+
+# ------------------------------------------------------------------------------------------ what the plugins recommend
+
+
+def domain_text(plugin: str, name: str, field: FieldInfo) -> str:
+    """What a search chooses an option from, for a reader; empty where it leaves the option alone.
+
+    Args:
+        plugin: how messages name the plugin.
+        name: the option.
+        field: the option's field in the plugin's `Config`.
+    """
+    declared = _declared(plugin, name, field)
+    if declared is not None:
+        return _text(declared) if declared else ""
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    implied = _implied(field, default)
+    if isinstance(implied, Range) and not _closed(field):
+        return f"default ÷ {_FACTOR} to × {_FACTOR}, log"
+    return _text(implied) if implied else ""
+
+
+def _text(domain: Domain) -> str:
+    if isinstance(domain, Range):
+        return str(domain)
+    return ", ".join(value if isinstance(value, str) else json.dumps(value) for value in domain)
+
+
+def _declared(plugin: str, name: str, field: FieldInfo) -> Domain | None:
+    """What the field says in ``json_schema_extra={"search": …}``; empty where it is to be left alone."""
+    extra = field.json_schema_extra
+    declared = extra.get("search") if isinstance(extra, Mapping) else None
+    if declared is None:
+        return None
+    try:
+        return [] if declared is False else _checked(name, field, _domain(name, declared))
+    except UsageError as error:
+        raise PluginError(f"The option '{name}' of the {plugin} declares a search that cannot be: {error}") from error
+
+
+def _checked(key: str, field: FieldInfo, domain: Domain) -> Domain:
+    """The domain in the field's own type.
+
+    Raises:
+        UsageError: it holds a value that the option cannot have.
+    """
+    typed: Any = Annotated[field.annotation, field]  # with the bounds
+
+    def value(given: Any) -> Any:
+        try:
+            return TypeAdapter(typed).validate_python(given)
+        except ValidationError as error:
+            problem = error.errors()[0]["msg"].replace("Input should be", "it should be")
+            raise UsageError(f"{key} = {given!r} cannot be used: {problem[0].lower()}{problem[1:]}.") from error
+
+    if isinstance(domain, list):
+        return _distinct(key, [value(each) for each in domain])
+    if _number_type(field) is None:
+        raise UsageError(f"'{key}' is no number; it is chosen from a list, as [VALUE, VALUE].")
+    return domain.model_copy(update={"low": value(domain.low), "high": value(domain.high)})
+
+
+def _implied(field: FieldInfo, default: Any) -> Domain | None:
+    """What the type and the bounds of a field imply."""
+    kinds, _ = _unwrapped(field)
+    if len(kinds) == 1 and get_origin(kinds[0]) is Literal:
+        return [*get_args(kinds[0])]
+    if kinds == [bool]:
+        return [False, True]
+    kind = _number_type(field)
+    if kind is None:
+        return None
+    low, high = _bounds(field)
+    if _closed(field):
+        log = low > 0 and high / low >= _DECADES
+    elif isinstance(default, int | float) and default > 0:
+        low, high, log = max(low, default / _FACTOR), min(high, default * _FACTOR), True
+    else:
+        return None
+    if kind is int:
+        low, high = math.ceil(low), math.floor(high)
+    return Range(low=low, high=high, log=log) if low < high else None
+
+
+def _bounds(field: FieldInfo) -> tuple[float, float]:
+    """The least and the greatest value to try; infinite where there is no bound."""
+    given = {
+        sign: float(value)
+        for constraint in _unwrapped(field)[1]
+        for sign in ("gt", "ge", "lt", "le")
+        if (value := getattr(constraint, sign, None)) is not None
+    }
+    low, high = given.get("gt", given.get("ge", -math.inf)), given.get("lt", given.get("le", math.inf))
+
+    def margin(bound: float) -> float:
+        width = high - low
+        return 1 if _number_type(field) is int else _MARGIN * (width if math.isfinite(width) else abs(bound))
+
+    return low + (margin(low) if "gt" in given else 0), high - (margin(high) if "lt" in given else 0)
+
+
+def _closed(field: FieldInfo) -> bool:
+    return all(map(math.isfinite, _bounds(field)))
+
+
+def _number_type(field: FieldInfo) -> type[int] | type[float] | None:
+    kinds = {*_unwrapped(field)[0]}
+    if not kinds or kinds - {int, float}:
+        return None
+    return float if float in kinds else int
+
+
+def _unwrapped(field: FieldInfo) -> tuple[list[Any], list[Any]]:
+    """The types that a field takes beside None, and its constraints."""
+    kinds, constraints, waiting = [], [*field.metadata], [field.annotation]
+    while waiting:
+        kind = waiting.pop()
+        origin = get_origin(kind)
+        if origin in (Union, UnionType):
+            waiting += get_args(kind)
+        elif origin is Annotated:
+            inner, *metadata = get_args(kind)
+            waiting.append(inner)
+            for each in metadata:
+                constraints += each.metadata if isinstance(each, FieldInfo) else [each]
+        elif kind is not type(None):
+            kinds.append(kind)
+    return kinds, constraints
