@@ -351,6 +351,84 @@ def data(
         _output.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)
 
 
+# ---------------------------------------------------------------------------------------------------------- comparisons
+
+
+@app.command()
+def compare(
+    algo: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Algorithms, with commas [maml].", autocompletion=_names("algorithms")),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain [none].",
+            autocompletion=_names("augmenters"),
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Tasks, with commas [sinusoid].", autocompletion=_names("tasks"))
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas [1].")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
+    assignments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1), "
+            "linspace(A,B,N), geomspace(A,B,N) or range(A,B) are tried for each arm on validation tasks. Repeatable.",
+        ),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Choose each arm's settings by N trials on validation tasks (Optuna)."),
+    ] = None,
+    search_over: Annotated[
+        str | None,
+        typer.Option(metavar="KEYS", help="Which options to search [those of the algorithm and the augmenters]."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML with the whole comparison; options given here stand before it."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="The comparison's folder [one in comparisons/]; goes on with it.")
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time [one for every CPU core].")] = None,
+    launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    data: _DATA = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Compare algorithms and augmenters on tasks over seeds: [bold]metareg compare --augment none,cml --seeds 5[/].
+
+    The same seed gives every arm the same initial weights, training tasks and test tasks. Finished runs are kept: the same
+    command again goes on where it stopped, and tries again what broke.
+    """
+    _leave_out(no_plugin)
+    if data is not None:
+        os.environ["METAREG_DATA"] = str(data.absolute())
+    from metareg.comparison.flags import comparison_of
+    from metareg.comparison.runner import compare as carry_out
+    from metareg.display import ComparisonProgress, comparison_report
+
+    given = comparison_of(
+        config, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
+        search=search, search_over=search_over,
+    )  # fmt: skip
+    if out is None:
+        out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
+    with ComparisonProgress(_errors) as progress:
+        comparison = carry_out(given, out, jobs=jobs, launcher=launcher, watcher=progress)
+    comparison_report(comparison, _output)
+    if comparison.broken:
+        raise typer.Exit(1)
+
+
 # -------------------------------------------------------------------------------------------------------------- plugins
 
 

@@ -126,6 +126,9 @@ class RunConfig(LearnerConfig):
     )
     max_nonfinite: int = Field(10, ge=1, description="How often that may happen in a run before it stops.")
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+    test_split: Literal["test", "validation"] = Field(
+        "test", description="The split of these tasks; validation while settings are still being chosen."
+    )
     test_inner_steps: list[Annotated[int, Field(ge=0)]] = Field(
         [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."
     )

@@ -5,15 +5,19 @@ from __future__ import annotations
 import logging
 import os
 import platform
+import shlex
 import time
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.logging import RichHandler
 from rich.markup import escape
 from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +26,8 @@ from metareg.hookspecs import hookimpl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from metareg.comparison.pool import Outcome
+    from metareg.comparison.runner import Comparison
     from metareg.evaluation import Evaluation
     from metareg.registry import Entry
     from metareg.runs import Run
@@ -29,8 +35,10 @@ if TYPE_CHECKING:
     from metareg.testing import Check
 
 __all__ = [
+    "ComparisonProgress",
     "Progress",
     "check_line",
+    "comparison_report",
     "datasets_table",
     "doctor_page",
     "evaluation_table",
@@ -114,10 +122,94 @@ class Progress:
         self._console.print(escape(line), soft_wrap=True)
 
 
+class ComparisonProgress:
+    """Watches a comparison: a live table of what runs, what is left and when it ends.
+
+    Where the console is no terminal it prints a line for each run that ends.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._log = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+
+    def __enter__(self) -> ComparisonProgress:
+        logging.getLogger("metareg").addHandler(self._log)
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+        logging.getLogger("metareg").removeHandler(self._log)
+
+    def look(self, comparison: Comparison) -> None:
+        """Show where the comparison stands."""
+        if self._console.is_terminal:
+            self._live.update(self._table(comparison), refresh=True)
+
+    def ended(self, comparison: Comparison, outcome: Outcome) -> None:
+        """Say what a run that ended came to."""
+        done, left = comparison.finished, comparison.left
+        if outcome.error is not None:
+            self._console.print(f"[red]broken[/] {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
+        elif not self._console.is_terminal:
+            line = f"finished {outcome.run} ({done} of {done + left}{_time_left(comparison)})"
+            self._console.print(escape(line), soft_wrap=True)
+
+    def _table(self, comparison: Comparison) -> RenderableType:
+        from metareg.comparison.runner import progress_of
+
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("running", "seed", "step", "steps/s", "since"):
+            table.add_column(column, justify="left" if column == "running" else "right")
+        for run, began in comparison.running.values():
+            step, speed = progress_of(run)
+            chosen_by = "" if run.is_final else f" ({run.path.parent.name})"
+            table.add_row(
+                escape(f"{run.arm}{chosen_by}"), str(run.seed), str(step) if step else "…",
+                f"{speed:.0f}" if speed else "", _duration(time.monotonic() - began),
+            )  # fmt: skip
+        done, left, broken = comparison.finished, comparison.left, len(comparison.broken)
+        words = Text.assemble(
+            (f"{done} of {done + left + broken} runs", "bold"),
+            (f", {broken} broken" if broken else "", "red"),
+            _time_left(comparison),
+        )
+        return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+
+
+def _time_left(comparison: Comparison) -> str:
+    seconds = comparison.seconds_left
+    if not seconds:
+        return ""
+    end = datetime.now() + timedelta(seconds=seconds)
+    return f", about {_duration(seconds)} left, until {end:%H:%M}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
+
+
+def comparison_report(comparison: Comparison, console: Console) -> None:
+    """The end of a comparison: where it is, and what is missing."""
+    folder = shlex.quote(str(comparison.plan.folder))
+    console.print(f"[dim]comparison[/] {escape(folder)}", soft_wrap=True)
+    console.print(f"[dim]report    [/] metareg report {escape(folder)} --format html", soft_wrap=True)
+    for outcome in comparison.broken.values():
+        console.print(f"[red]broken[/]     {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
+    if comparison.broken:
+        console.print(f"`metareg compare --out {escape(folder)}` tries them again.", soft_wrap=True)
+
+
 def report(run: Run, console: Console) -> None:
     """The end of a training: the table of the test, and where everything is."""
     assert run.evaluation is not None
-    console.print(evaluation_table(run.evaluation))
+    console.print(evaluation_table(run.evaluation, run.config.test_split))
     for label, value in (
         ("run", run.path),
         ("results", run.path / "results.json"),
@@ -133,11 +225,13 @@ def check_line(check: Check, problem: str | None) -> Text:
     return Text.assemble(("failed  ", "red"), (f"{check.name:<20}", "bold"), problem)
 
 
-def evaluation_table(evaluation: Evaluation) -> Table:
+def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
     """The metric before and after each number of inner steps."""
     better = "higher" if evaluation.higher_is_better else "lower"
     norm = "" if evaluation.norm == "none" else f", BatchNorm {evaluation.norm}"
-    table = Table(title=f"Test over {evaluation.tasks} tasks ({better} is better{norm})", title_justify="left")
+    table = Table(
+        title=f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{norm})", title_justify="left"
+    )
     table.add_column("inner steps", justify="right")
     table.add_column(evaluation.metric, justify="right")
     table.add_column("95 % interval", justify="right")

@@ -46,7 +46,8 @@ def learning_curve(run: Run) -> Figure:
     figure, axes = _axes()
     train = [(line["step"], line[metric.name]) for line in lines if line["split"] == "train"]
     axes.plot(*zip(*train, strict=True), lw=1, alpha=0.55, color="C0", label="training")
-    validation = [line for line in lines if line["split"] == "validation"]
+    inner_steps = run.config.inner_steps
+    validation = [line for line in lines if line["split"] == "validation" and line["inner_steps"] == inner_steps]
     if validation:
         steps, means, widths = zip(*((v["step"], v[metric.name], v["ci95"]) for v in validation), strict=True)
         axes.errorbar(

@@ -53,7 +53,7 @@ class Run:
     config.yaml             the complete configuration; ``metareg train --config`` takes it
     environment.json        versions, device, strategy, plugins and their distributions
     metrics.jsonl           a line per report of the training and per validation; bit for bit the same for a resumed run
-    timing.jsonl            a line per report with the speed and the time of day
+    timing.jsonl            a line per report with the speed, the peak memory so far and the time of day
     checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
     plots/                  pictures (PNG)
     results.json            the test: mean, interval and every task's score after each number of inner steps; written last
@@ -100,21 +100,24 @@ class Run:
         inner_steps: Sequence[int],
         task: str | None = None,
         task_options: Mapping[str, Any] | None = None,
+        *,
+        split: str = "test",
     ) -> Evaluation:
         """Test the run's learner anew.
 
         Args:
-            tasks: how many test tasks.
+            tasks: how many tasks.
             inner_steps: numbers of inner steps.
             task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
                 `Task.carried` from the run's task.
             task_options: further options of the task.
+            split: the tasks' split.
         """
         source = self.source
         if task or task_options:
             source = self._other_source(task or self.config.task.name, task_options or {}, same=not task)
-            _check_fit(self.learner, source, "test")
-        return self.learner.evaluate(source, tasks, inner_steps=inner_steps, seed=self.config.seed)
+            _check_fit(self.learner, source, split)
+        return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
 
     def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
         own = self.config.task.config
@@ -186,7 +189,7 @@ def train(
         raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
     selection = _completed(selection)
     with stop_requests() as stop:
-        learner, source = _prepared(selection)
+        learner, source = prepared(selection)
         run = Run(_created(out, selection.config), selection.config, learner, source)
         with locked(run.path):
             if _is_taken(run.path):
@@ -228,7 +231,7 @@ def _gone_on(path: Path, selection: Selection, observers: Sequence[Any]) -> Run:
             (path / "results.json").unlink()
             (path / FINAL).unlink(missing_ok=True)
         selection = dataclasses.replace(selection, config=wanted)
-        run = Run(path, wanted, *_prepared(selection))
+        run = Run(path, wanted, *prepared(selection))
         _carry_out(run, selection, observers, stop)
     return run
 
@@ -277,8 +280,12 @@ def _completed(selection: Selection) -> Selection:
     return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
 
 
-def _prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
-    """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written."""
+def prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
+    """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written.
+
+    Raises:
+        UsageError: the parts do not fit each other, or the task's data is missing.
+    """
     config, task = selection.config, selection.task.instance
     learner = MetaLearner(
         selection.model,
@@ -337,7 +344,8 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
 
     progress = Progress()
     metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
-    every = [_LinesWriter(metrics, timing), *observers, *selection.observers]
+    environment.reset_peak_memory(learner.device)
+    every = [_LinesWriter(metrics, timing, learner.device), *observers, *selection.observers]
     with _threads(run):
         keeper = Keeper(
             store,
@@ -410,25 +418,27 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
         learner.load_state(store.load(progress.best_step)["learner"])
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
     learner.save(run.path / FINAL)
-    run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps)
-    hooks.on_evaluation(step=learner.steps_done, split="test", evaluation=run.evaluation)
+    run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps, split=config.test_split)
+    hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=run.evaluation)
     run.plots = plots.draw(run)
     weights = {"select": config.select, "step": learner.steps_done}
-    write_json(run.path / "results.json", {**run.evaluation.to_dict(), "weights": weights})
+    write_json(run.path / "results.json", {**run.evaluation.to_dict(), "split": config.test_split, "weights": weights})
 
 
 class _LinesWriter:
     """Writes metrics.jsonl, which a resumed run repeats bit for bit, and timing.jsonl, which it cannot."""
 
-    def __init__(self, metrics: LinesFile, timing: LinesFile) -> None:
+    def __init__(self, metrics: LinesFile, timing: LinesFile, device: torch.device) -> None:
         self._metrics = metrics
         self._timing = timing
+        self._device = device
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
         speed = {"steps_per_second": logs["steps_per_second"]}
         self._metrics.append({"step": step, "split": "train"} | {key: logs[key] for key in logs if key not in speed})
-        self._timing.append({"step": step, **speed, "time": datetime.now(UTC).isoformat(timespec="seconds")})
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self._timing.append({"step": step, **speed, "peak_bytes": environment.peak_memory(self._device), "time": now})
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:

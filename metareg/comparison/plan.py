@@ -1,0 +1,297 @@
+"""What a comparison consists of: its configuration, its arms, and the runs that they ask for."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
+
+from metareg.comparison.space import Tuning
+from metareg.config import PluginConfig, read_yaml, validated
+from metareg.errors import UnknownNameError, UsageError
+from metareg.files import write_text
+
+__all__ = ["Arm", "ArmRule", "ComparedTask", "ComparisonConfig", "Plan", "PlannedRun", "check"]
+
+NO_AUGMENTER = "none"
+FILE = "comparison.yaml"
+
+_NOT_OPTIONS = {
+    "algo": "'algo'", "augment": "'augment'", "task": "'tasks'", "seed": "'seeds'", "config": "'options'",
+    "test_split": "'tune'", "out": "the folder", "resume": "nothing: a comparison always goes on", "observers": "nothing",
+}  # fmt: skip
+
+
+def _listed(value: Any) -> Any:
+    """A list from a list, or from a text with commas."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _seeds(value: Any) -> Any:
+    """The seeds 0 … n−1 for a number n."""
+    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
+Names = Annotated[list[str], BeforeValidator(_listed)]
+Seeds = Annotated[list[NonNegativeInt], BeforeValidator(_seeds), Field(min_length=1)]
+Options = dict[str, Any]
+
+
+class ComparedTask(PluginConfig):
+    """One task of a comparison: a plugin with options. In YAML a bare name is enough."""
+
+    task: str = Field(description="The task plugin.")
+    label: str = Field("", description="How tables name it; the plugin's name where it is not given.")
+    options: Options = Field({}, description="Options of the run and its plugins, for this task.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _completed(cls, value: Any) -> Any:
+        value = {"task": value} if isinstance(value, str) else value
+        if isinstance(value, Mapping) and not value.get("label"):
+            value = {**value, "label": value.get("task", "")}
+        return value
+
+
+class ArmRule(PluginConfig):
+    """Options for the arms that it fits; a later rule stands before an earlier one."""
+
+    algo: str | None = Field(None, description="Only arms with this algorithm.")
+    augment: str | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
+    task: str | None = Field(None, description="Only arms on the task with this label.")
+    options: Options = Field(description="Options of the run and its plugins.")
+
+    def fits(self, arm: Arm) -> bool:
+        """Whether the rule is one for this arm."""
+        wanted = (self.algo, arm.algorithm), (self.augment, arm.augmenter), (self.task, arm.task)
+        return all(given is None or given == own for given, own in wanted)
+
+
+class ComparisonConfig(PluginConfig):
+    """A comparison: every algorithm with every augmenter on every task, for every seed.
+
+    Options are given by the names that ``metareg train --set`` takes. One that names its plugin, as ``cml.gamma``, is for
+    the arms that have that plugin.
+    """
+
+    title: str = Field("", description="The heading of its reports.")
+    notes: str = Field("", description="Markdown that its reports show below the heading.")
+    algo: Names = Field(["maml"], min_length=1, description="Algorithms.")
+    augment: Names = Field(
+        [NO_AUGMENTER], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
+    )
+    tasks: list[ComparedTask] = Field([ComparedTask(task="sinusoid")], min_length=1, description="Tasks.")
+    seeds: Seeds = Field([0], description="The seeds, or a number n for the seeds 0 to n − 1.")
+    options: Options = Field({}, description="Options of every run and its plugins.")
+    arms: list[ArmRule] = Field([], description="Options for some arms.")
+    tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ComparisonConfig:
+        labels = [each.label for each in self.tasks]
+        for what, names, hint in (
+            ("algorithm", self.algo, ""),
+            ("augmenter", self.augment, ""),
+            ("seed", [str(seed) for seed in self.seeds], ""),
+            ("task label", [_slug(label) for label in labels], "; give each of its tasks a label of its own"),
+        ):
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+        for known, given, what in (
+            (self.algo, [rule.algo for rule in self.arms], "algorithm of this comparison"),
+            (self.augment, [rule.augment for rule in self.arms], "augmenter of this comparison"),
+            (labels, [rule.task for rule in self.arms], "task label of this comparison"),
+        ):
+            for name in given:
+                if name is not None and name not in known:
+                    raise UnknownNameError(what, name, known)
+        every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
+        for key in (key for options in every for key in options if key in _NOT_OPTIONS):
+            raise ValueError(f"'{key}' is no option here; it is what {_NOT_OPTIONS[key]} is for")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> ComparisonConfig:
+        """The configuration in a YAML file.
+
+        Raises:
+            UsageError: it cannot be read, or something in it is wrong.
+        """
+        return validated(cls, read_yaml(path), str(path))
+
+    def to_yaml(self) -> str:
+        """What `read` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One algorithm with one augmenter on one task."""
+
+    algorithm: str
+    augmenter: str
+    """``"none"``, a name, or names with plus signs in the order in which they are chained."""
+    task: str
+    """The task's label."""
+
+    @property
+    def augmenters(self) -> list[str]:
+        """The chain."""
+        return [] if self.augmenter == NO_AUGMENTER else self.augmenter.split("+")
+
+    @property
+    def name(self) -> str:
+        """``maml+cml``; without an augmenter, ``maml``."""
+        return "+".join([self.algorithm, *self.augmenters])
+
+    @property
+    def folder(self) -> Path:
+        """Its folder below those of a comparison's runs."""
+        return Path(_slug(self.task), self.name.replace(":", "-"))
+
+    def __str__(self) -> str:
+        return f"{self.name} on {self.task}"
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison, carried out by ``metareg.train(config=config, out=path, resume=True, **options)``."""
+
+    arm: Arm
+    seed: int
+    path: Path
+    config: Options
+    options: Options
+
+    @property
+    def is_final(self) -> bool:
+        """Whether its test counts; a trial's is on validation tasks."""
+        return self.options.get("test_split", "test") == "test"
+
+    @property
+    def finished(self) -> bool:
+        """Whether its results are there."""
+        return (self.path / "results.json").is_file()
+
+    def __str__(self) -> str:
+        return f"{self.arm}, seed {self.seed}"
+
+
+class Plan:
+    """A comparison and its folder.
+
+    Args:
+        folder: the comparison's folder.
+        config: what is compared.
+    """
+
+    def __init__(self, folder: Path, config: ComparisonConfig) -> None:
+        self.folder = folder
+        self.config = config
+        self.arms = [
+            Arm(algorithm, augmenter, task.label)
+            for task, algorithm, augmenter in itertools.product(config.tasks, config.algo, config.augment)
+        ]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Plan:
+        """The plan of a comparison that was begun.
+
+        Raises:
+            UsageError: there is none, or its configuration is damaged.
+        """
+        folder = Path(folder)
+        if not (folder / FILE).is_file():
+            raise UsageError(f"There is no comparison at {folder}: it has no {FILE}.")
+        return cls(folder, ComparisonConfig.read(folder / FILE))
+
+    def write(self) -> None:
+        """Write the configuration into the folder."""
+        write_text(self.folder / FILE, self.config.to_yaml())
+
+    def runs(self, chosen: Mapping[Arm, Options] | None = None) -> list[PlannedRun]:
+        """The runs, whole tables seed after seed.
+
+        Args:
+            chosen: options that were chosen for some arms; they stand before those of the configuration.
+        """
+        return [
+            self.run(arm, seed, Path("runs", arm.folder, f"seed-{seed}"), (chosen or {}).get(arm, {}))
+            for seed in self.config.seeds
+            for arm in self.arms
+        ]
+
+    def run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
+        """A run of an arm.
+
+        Args:
+            arm: one of `arms`.
+            seed: fixes weights, tasks and noise: the same ones for every arm.
+            folder: relative to the comparison's.
+            options: stand before those of the configuration.
+        """
+        task = self.task(arm)
+        config = {
+            "algo": arm.algorithm,
+            "augment": arm.augmenters,
+            "task": task.task,
+            "seed": seed,
+        }
+        return PlannedRun(arm, seed, self.folder / folder, config, {**self.options(arm), **options})
+
+    def task(self, arm: Arm) -> ComparedTask:
+        """The task of an arm."""
+        return next(task for task in self.config.tasks if task.label == arm.task)
+
+    def options(self, arm: Arm) -> Options:
+        """The options that the configuration gives an arm, before any are chosen."""
+        rules = [rule.options for rule in self.config.arms if rule.fits(arm)]
+        merged: Options = {}
+        for options in (self.config.options, self.task(arm).options, *rules):
+            merged |= options
+        return {key: value for key, value in merged.items() if self.is_for(arm, key)}
+
+    def is_for(self, arm: Arm, key: str) -> bool:
+        """Whether an option concerns an arm: one that names a plugin of other arms does not."""
+        owner, dot, _ = key.partition(".")
+        return not dot or owner not in self._plugins() or owner in self._plugins([arm])
+
+    def _plugins(self, arms: Iterable[Arm] | None = None) -> set[str]:
+        def names() -> Iterator[str]:
+            for arm in self.arms if arms is None else arms:
+                yield from (arm.algorithm, *arm.augmenters, self.task(arm).task)
+
+        return {name.rpartition(":")[2] for name in names()}
+
+
+def check(plan: Plan) -> None:
+    """Put together every arm's run once, and draw tasks of each task, so that what is wrong is found before anything runs.
+
+    Raises:
+        UsageError: an unknown name or option, an impossible value, missing data, or a model that does not fit.
+    """
+    from metareg.options import assemble
+    from metareg.runs import prepared
+
+    seen = set()
+    for arm in plan.arms:
+        run = plan.run(arm, plan.config.seeds[0], Path("runs"), {})
+        try:
+            selection = assemble(run.config, run.options)
+            if arm.task not in seen:
+                prepared(selection)
+                seen.add(arm.task)
+        except UsageError as error:
+            raise UsageError(f"{arm}: {error}") from error
+
+
+def _slug(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"

@@ -1,0 +1,239 @@
+"""Who carries out the runs of a comparison: processes on this machine, which stay for many runs each."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import traceback
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from metareg.comparison.plan import Arm, PlannedRun
+from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
+from metareg.files import write_text
+
+__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out"]
+
+ERROR_FILE = "error.txt"
+_GRACE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended.
+
+    Args:
+        run: the run.
+        error: what went wrong; None where it finished.
+        again: whether a second try may end better: not after wrong use or a divergence, which repeat themselves.
+    """
+
+    run: PlannedRun
+    error: str | None = None
+    again: bool = False
+
+
+class Launcher(Protocol):
+    """Carries out runs, several at a time."""
+
+    capacity: int
+    """How many runs it takes at a time."""
+
+    def submit(self, run: PlannedRun) -> None:
+        """Begin a run, or go on with it where its folder holds a part of it."""
+        ...
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """The runs that ended since the last call; returns as soon as there is one, or after so many seconds."""
+        ...
+
+    def stop(self) -> None:
+        """Ask every run under way to stop with a checkpoint, and wait for that."""
+        ...
+
+    def close(self) -> None:
+        """End at once whatever is left."""
+        ...
+
+
+def carry_out(run: PlannedRun) -> Outcome:
+    """Carry out a run in this process; what goes wrong is written into its folder as error.txt."""
+    from metareg.runs import train
+
+    report = run.path / ERROR_FILE
+    try:
+        # Before all else: a folder with anything but a run in it is not taken for a new one.
+        report.unlink(missing_ok=True)
+        train(config=run.config, out=run.path, resume=True, **run.options)
+    except Interrupted:
+        raise
+    except Exception as error:
+        known = isinstance(error, MetaregError)
+        text = str(error) if known else f"{type(error).__name__}: {error}"
+        with suppress(MetaregError, OSError):
+            run.path.mkdir(parents=True, exist_ok=True)
+            write_text(report, text + "\n" if known else f"{text}\n\n{traceback.format_exc()}")
+        return Outcome(run, text, again=not isinstance(error, UsageError | DivergenceError))
+    return Outcome(run)
+
+
+class LocalPool:
+    """Processes on this machine. One that dies is replaced, and its run reported as broken.
+
+    Args:
+        jobs: how many.
+        threads: CPU threads of each.
+        log: where their output goes.
+    """
+
+    def __init__(self, jobs: int, threads: int, log: Path) -> None:
+        self.capacity = jobs
+        self._threads = threads
+        self._log = log
+        self._workers: list[_Worker] = []
+        self._ended: queue.Queue[Outcome] = queue.Queue()
+
+    def submit(self, run: PlannedRun) -> None:
+        """Give a run to an idle process, or to a new one."""
+        self._workers = [each for each in self._workers if each.run is not None or each.alive]
+        worker = next((each for each in self._workers if each.run is None), None)
+        if worker is None:
+            worker = _Worker(self._threads, self._log, self._ended)
+            self._workers.append(worker)
+        worker.begin(run)
+
+    def wait(self, seconds: float) -> list[Outcome]:
+        """The runs that ended."""
+        outcomes: list[Outcome] = []
+        with suppress(queue.Empty):
+            while True:
+                outcomes.append(self._ended.get(timeout=seconds) if not outcomes else self._ended.get_nowait())
+        return outcomes
+
+    def stop(self) -> None:
+        """Let every run write a checkpoint and end."""
+        for worker in self._workers:
+            worker.ask_to_stop()
+        for worker in self._workers:
+            worker.join(_GRACE_SECONDS)
+
+    def close(self) -> None:
+        """End every process."""
+        for worker in self._workers:
+            worker.kill()
+        self._workers.clear()
+
+
+class _Worker:
+    """One process, and the thread that hears of it."""
+
+    def __init__(self, threads: int, log: Path, ended: queue.Queue[Outcome]) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
+        with log.open("ab") as file:
+            # In a session of its own: Ctrl-C in a terminal reaches the comparison alone, which then asks for the stop.
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "metareg.comparison.pool"],
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True,
+            )  # fmt: skip
+        self.run: PlannedRun | None = None
+        self._lock = threading.Lock()
+        self._ended = ended
+        self._listener = threading.Thread(target=self._listen, daemon=True)
+        self._listener.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can take another run."""
+        return self._process.poll() is None
+
+    def begin(self, run: PlannedRun) -> None:
+        """Hand it a run."""
+        self.run = run
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write((json.dumps(_packed(run)) + "\n").encode())
+            self._process.stdin.flush()
+        except (OSError, ValueError):  # it has died: the pipe is broken, or closed
+            self._report_death()
+
+    def ask_to_stop(self) -> None:
+        """By SIGTERM, on which a training stops after its step."""
+        self._process.terminate()
+
+    def join(self, seconds: float) -> None:
+        """Wait for its end."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(seconds)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self._process.kill()
+        self._listener.join()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            for line in answers:
+                self._report(**json.loads(line))
+        assert self._process.stdin is not None
+        with suppress(OSError):
+            self._process.stdin.close()
+        self._report_death()
+
+    def _report_death(self) -> None:
+        code = self._process.wait()
+        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+        self._report(f"The process of the run {how}.", again=True)
+
+    def _report(self, error: str | None, again: bool) -> None:
+        with self._lock:
+            run, self.run = self.run, None
+        if run is not None:
+            self._ended.put(Outcome(run, error, again))
+
+
+def _packed(run: PlannedRun) -> dict[str, Any]:
+    return {**asdict(run), "path": str(run.path)}
+
+
+def _unpacked(content: dict[str, Any]) -> PlannedRun:
+    return PlannedRun(**{**content, "arm": Arm(**content["arm"]), "path": Path(content["path"])})
+
+
+def _work(answers: Any) -> None:
+    """What a worker's process does: a run for every line of its input, and the outcome as a line of its output."""
+    runs: queue.Queue[PlannedRun] = queue.Queue()
+
+    def read() -> None:
+        for line in sys.stdin:
+            runs.put(_unpacked(json.loads(line)))
+        # The comparison has ended, or was killed: whatever is under way can be gone on with.
+        os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        outcome = carry_out(runs.get())
+        answers.write(json.dumps({"error": outcome.error, "again": outcome.again}) + "\n")
+        answers.flush()
+
+
+def _main() -> int:
+    # What a plugin prints belongs into the log, not between the answers.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    try:
+        _work(answers)
+    except (Interrupted, KeyboardInterrupt):
+        return Interrupted.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(_main())

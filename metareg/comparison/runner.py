@@ -1,0 +1,276 @@
+"""Carries a comparison out: what is run next, what is tried again, and what is left at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shlex
+import time
+from collections import Counter
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
+from metareg.comparison.pool import Launcher, LocalPool, Outcome
+from metareg.config import validated
+from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.files import is_leftover, locked
+from metareg.interrupts import StopRequest, stop_requests
+
+if TYPE_CHECKING:
+    from metareg.comparison.tuning import Tuner  # type: ignore[import-not-found,unused-ignore]
+
+__all__ = ["LAUNCHERS", "Comparison", "Watcher", "compare"]
+
+log = logging.getLogger("metareg")
+
+LAUNCHERS = ("local", "ray")
+_TRIES = 2
+_SECONDS_BETWEEN_LOOKS = 0.5
+
+
+class Watcher(Protocol):
+    """Hears of a comparison while it is carried out."""
+
+    def look(self, comparison: Comparison) -> None:
+        """Something may have changed; called about twice a second."""
+        ...
+
+    def ended(self, comparison: Comparison, outcome: Outcome) -> None:
+        """A run has ended."""
+        ...
+
+
+class Comparison:
+    """A comparison that is carried out.
+
+    Args:
+        plan: what is compared, and where.
+        launcher: who carries out the runs.
+    """
+
+    def __init__(self, plan: Plan, launcher: Launcher) -> None:
+        self.plan = plan
+        self.broken: dict[Path, Outcome] = {}
+        """Runs that were given up, by their folder."""
+        self.running: dict[Path, tuple[PlannedRun, float]] = {}
+        """Runs under way and when they began (`time.monotonic`), by their folder."""
+        self.finished = 0
+        """Runs that are finished, trials included."""
+        self._launcher = launcher
+        self._tries: Counter[Path] = Counter()
+        self._seconds: dict[tuple[str, bool], list[float]] = {}
+        self._waiting: list[tuple[tuple[int, ...], PlannedRun]] = []
+        self._tuners: dict[Arm, Tuner] = {}
+        if plan.config.tune:
+            from metareg.comparison.tuning import Tuner
+
+            self._tuners = {arm: Tuner(plan, arm) for arm in plan.arms}
+        self._order = {arm: number for number, arm in enumerate(plan.arms)}
+        for arm in plan.arms:
+            self._queue_runs_of(arm)
+
+    @property
+    def left(self) -> int:
+        """Runs that are neither finished nor given up."""
+        undecided = [tuner for tuner in self._tuners.values() if not tuner.done]
+        to_come = sum(tuner.remaining for tuner in undecided) + len(undecided) * len(self.plan.config.seeds)
+        decided = {arm for arm in self.plan.arms if arm not in self._tuners or self._tuners[arm].done}
+        under_way = [run for run, _ in self.running.values()] + [run for _, run in self._waiting]
+        return to_come + sum(run.arm in decided for run in under_way)
+
+    @property
+    def seconds_left(self) -> float | None:
+        """About how long the rest takes; None before a first run has ended."""
+        known = [second for seconds in self._seconds.values() for second in seconds]
+        if not known:
+            return None
+        mean = sum(known) / len(known)
+
+        def expected(run: PlannedRun) -> float:
+            similar = self._seconds.get(_sort(run), [mean])
+            return sum(similar) / len(similar)
+
+        now = time.monotonic()
+        under_way = sum(max(0.0, expected(run) - (now - began)) for run, began in self.running.values())
+        waiting = sum(expected(run) for _, run in self._waiting)
+        unknown = self.left - len(self.running) - len(self._waiting)
+        return (under_way + waiting + unknown * mean) / self._launcher.capacity
+
+    def carry_out(self, stop: StopRequest, watcher: Watcher | None = None) -> None:
+        """Run until nothing is left; what cannot be finished is in `broken`.
+
+        Raises:
+            Interrupted: a signal asked for the end; all runs under way have written checkpoints.
+        """
+        while self._waiting or self.running:
+            while self._waiting and len(self.running) < self._launcher.capacity and not stop.asked:
+                _, run = self._waiting.pop(0)
+                self.running[run.path] = (run, time.monotonic())
+                self._tries[run.path] += 1
+                self._launcher.submit(run)
+            for outcome in self._launcher.wait(_SECONDS_BETWEEN_LOOKS):
+                self._take(outcome)
+                if watcher is not None:
+                    watcher.ended(self, outcome)
+            if stop.asked:
+                self._launcher.stop()
+                folder = shlex.quote(str(self.plan.folder))
+                raise Interrupted(f"Stopped. `metareg compare --out {folder}` goes on with the comparison.")
+            if watcher is not None:
+                watcher.look(self)
+
+    def _take(self, outcome: Outcome) -> None:
+        run = outcome.run
+        _, began = self.running.pop(run.path)
+        if outcome.error is not None and outcome.again and self._tries[run.path] < _TRIES:
+            log.warning("%s: %s It is tried again.", run, outcome.error)
+            self._queue(run)
+            return
+        if outcome.error is None:
+            self.finished += 1
+            self._seconds.setdefault(_sort(run), []).append(time.monotonic() - began)
+        else:
+            self.broken[run.path] = outcome
+        if self._tuners and not run.is_final:
+            self._queue_runs_of(run.arm)
+
+    def _queue_runs_of(self, arm: Arm) -> None:
+        """Queue the arm's trials, or the runs that count once its settings are chosen."""
+        tuner = self._tuners.get(arm)
+        if tuner is None or tuner.done:
+            wanted = [run for run in self.plan.runs({arm: tuner.chosen if tuner else {}}) if run.arm == arm]
+        else:
+            wanted = tuner.next_jobs()
+        known = {run.path for _, run in self._waiting} | self.running.keys() | self.broken.keys()
+        for run in wanted:
+            if run.finished:
+                self.finished += 1
+            elif run.path not in known:
+                self._queue(run)
+
+    def _queue(self, run: PlannedRun) -> None:
+        final = run.is_final
+        place = (
+            final,
+            self.plan.config.seeds.index(run.seed) if final else 0,
+            self._order[run.arm],
+            len(self._waiting),
+        )
+        self._waiting.append((place, run))
+        self._waiting.sort(key=lambda waiting: waiting[0])
+
+
+def compare(
+    config: ComparisonConfig | Mapping[str, Any] | str | Path | None = None,
+    out: str | Path = "comparison",
+    *,
+    jobs: int | None = None,
+    launcher: str = "local",
+    watcher: Watcher | None = None,
+) -> Comparison:
+    """Carry out a comparison, or go on with it, as ``metareg compare`` does.
+
+    Args:
+        config: what is compared: a `ComparisonConfig`, its values, or a YAML file with them; None goes on with the
+            comparison in `out`. Runs in `out` are kept where they are the same.
+        out: the comparison's folder.
+        jobs: how many runs at a time; one for every CPU core by default.
+        launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
+        watcher: hears of what happens.
+
+    Returns:
+        The comparison, all of its runs finished but those in `broken`.
+
+    Raises:
+        UsageError: something was asked for that cannot be; nothing was written or run.
+        Interrupted: Ctrl-C or SIGTERM ended it; calling it again goes on.
+    """
+    if jobs is not None and jobs < 1:
+        raise UsageError(f"--jobs takes a number of 1 or more; got {jobs}.")
+    if launcher not in LAUNCHERS:
+        raise UnknownNameError("launcher", launcher, LAUNCHERS)
+    folder = Path(out)
+    plan = _planned(folder, config, jobs)
+    check(plan)
+    with stop_requests() as stop:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
+        with locked(folder):
+            plan.write()
+            workers = _launcher(launcher, plan, jobs)
+            try:
+                comparison = Comparison(plan, workers)
+                comparison.carry_out(stop, watcher)
+            finally:
+                workers.close()
+    return comparison
+
+
+def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | Path | None, jobs: int | None) -> Plan:
+    """The plan, if it agrees with what the folder holds."""
+    begun = Plan.read(folder) if (folder / FILE).is_file() else None
+    if config is None:
+        if begun is None:
+            raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
+        return begun
+    if isinstance(config, str | Path):
+        config = ComparisonConfig.read(Path(config))
+    elif not isinstance(config, ComparisonConfig):
+        config = validated(ComparisonConfig, config, "the comparison")
+    # Threads can change the last bit of a result, so that their number is part of what is compared.
+    cores = os.cpu_count() or 1
+    threads = max(1, cores // (jobs or cores)) if begun is None else begun.config.options.get("threads")
+    plan = Plan(folder, config.model_copy(update={"options": {"threads": threads, **config.options}}))
+    if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
+        raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
+    if begun is not None:
+        _refuse_changes(begun, plan)
+    return plan
+
+
+def _refuse_changes(begun: Plan, plan: Plan) -> None:
+    """Raise a UsageError where a run that was begun would become another one."""
+    where = f"The comparison at {plan.folder} cannot go on as another one"
+    if begun.config.tune != plan.config.tune and (plan.folder / "tuning").is_dir():
+        raise UsageError(f"{where}: its settings were chosen in another way; name another folder with --out.")
+    old = {run.path: run for run in begun.runs()}
+    for run in plan.runs():
+        before = old.get(run.path)
+        if before is None or not (run.path / "config.yaml").is_file():
+            continue
+        was, now = {**before.config, **before.options}, {**run.config, **run.options}
+        for key in (*was, *now):
+            if was.get(key) != now.get(key):
+                raise UsageError(
+                    f"{where}: {key} of {run} was {was.get(key, 'not set')!r}, not {now.get(key, 'unset')!r}; name "
+                    "another folder with --out."
+                )
+
+
+def _launcher(name: str, plan: Plan, jobs: int | None) -> Launcher:
+    if name == "ray":
+        from metareg.comparison.ray_launcher import RayLauncher  # type: ignore[import-not-found,unused-ignore]
+
+        return RayLauncher(jobs)
+    threads = plan.config.options.get("threads") or 1
+    return LocalPool(jobs or os.cpu_count() or 1, int(threads), plan.folder / "workers.log")
+
+
+def progress_of(run: PlannedRun) -> tuple[int, float | None]:
+    """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
+    with suppress(OSError, ValueError, LookupError):
+        last = (run.path / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        line = json.loads(last)
+        return int(line["step"]), float(line["steps_per_second"])
+    return 0, None
+
+
+def _sort(run: PlannedRun) -> tuple[str, bool]:
+    """Runs of one sort take about the same time."""
+    return run.arm.task, run.is_final

@@ -1,0 +1,404 @@
+"""Comparisons: what is compared, that it is paired, what is tried again, and that a kill changes nothing."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from metareg import cli
+from metareg.comparison.flags import comparison_of
+from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
+from metareg.comparison.runner import Comparison, compare
+from metareg.config import validated
+from metareg.errors import Interrupted, MetaregError, UsageError
+from metareg.interrupts import StopRequest
+from metareg.options import assemble
+from metareg.runs import prepared
+
+TINY = {
+    "steps": 30,
+    "test_tasks": 4,
+    "eval_tasks": 2,
+    "test_inner_steps": [0, 1],
+    "strategy": "vectorized",
+    "meta_batch": 2,
+}
+
+
+def config_of(**values: Any) -> ComparisonConfig:
+    return validated(ComparisonConfig, values, "the comparison")
+
+
+def plan_of(folder: Path, **values: Any) -> Plan:
+    return Plan(folder, config_of(**{"options": TINY, **values}))
+
+
+# --------------------------------------------------------------------------------------------------------- configuration
+
+
+def test_every_algorithm_meets_every_augmenter_on_every_task_for_every_seed(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, algo="maml,anil", augment=["none", "dropgrad+cml"], tasks=["sinusoid", {"task": "harmonic"}], seeds=3
+    )
+
+    runs = plan.runs()
+
+    assert len({run.path for run in runs}) == len(runs) == 2 * 2 * 2 * 3
+    assert {run.arm for run in runs} == {
+        Arm(algorithm, augmenter, task)
+        for algorithm in ("maml", "anil")
+        for augmenter in ("none", "dropgrad+cml")
+        for task in ("sinusoid", "harmonic")
+    }
+    chained = next(run for run in runs if run.arm.augmenter == "dropgrad+cml")
+    assert chained.config["augment"] == ["dropgrad", "cml"]
+    assert chained.path == tmp_path / "runs" / "sinusoid" / "maml+dropgrad+cml" / "seed-0"
+    # Whole tables seed after seed: what is there early is a table already.
+    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+
+
+def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path,
+        algo=["maml", "boil"],
+        augment=["none", "cml"],
+        tasks=["sinusoid", {"task": "sinusoid", "label": "5-shot", "options": {"shots": 5, "inner_lr": 0.02}}],
+        options={"cml.gamma": 0.3, "inner_lr": 0.01},
+        arms=[
+            {"algo": "boil", "options": {"inner_lr": 0.5}},
+            {"algo": "boil", "augment": "cml", "task": "5-shot", "options": {"inner_lr": 0.7}},
+        ],
+    )
+
+    assert plan.options(Arm("maml", "none", "sinusoid")) == {"inner_lr": 0.01}
+    assert plan.options(Arm("maml", "cml", "5-shot")) == {"inner_lr": 0.02, "shots": 5, "cml.gamma": 0.3}
+    assert plan.options(Arm("boil", "none", "sinusoid")) == {"inner_lr": 0.5}
+    assert plan.options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"algo": ["maml", "maml"]}, "the algorithm 'maml' stands twice"),
+        ({"seeds": [1, 1]}, "the seed '1' stands twice"),
+        ({"tasks": ["sinusoid", "sinusoid"]}, "give each of its tasks a label of its own"),
+        ({"arms": [{"algo": "mml", "options": {}}]}, "did you mean 'maml'"),
+        ({"arms": [{"task": "sinusoids", "options": {}}]}, "did you mean 'sinusoid'"),
+        ({"options": {"seed": 3}}, "it is what 'seeds' is for"),
+        ({"seeds": 0}, "seeds"),
+        ({"seeds": [-1]}, "seeds"),
+        ({"algos": ["maml"]}, "did you mean 'algo'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_in_a_sentence(values: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        config_of(**values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--algo", "mmal"], "maml"),
+        (["--augment", "none,clm"], "cml"),
+        (["--set", "inner_ls=1"], "inner_lr"),
+        (["--set", "cml.gamma=1"], "cml"),
+        (["--set", "inner_lr=-1"], "greater than 0"),
+        (["--seeds", "many"], "--seeds takes a number"),
+        (["--jobs", "0"], "--jobs takes a number of 1 or more"),
+        (["--launcher", "slurm"], "There is no launcher named 'slurm'"),
+        (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    ],
+)
+def test_wrong_use_writes_nothing(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    assert cli.run(["compare", *arguments, "--out", "c"]) == 2
+
+    errors = capsys.readouterr().err
+    assert sentence in errors
+    assert "Traceback" not in errors
+    assert not (tmp_path / "c").exists()
+
+
+def test_flags_stand_before_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(yaml.safe_dump({"algo": ["anil"], "seeds": 2, "options": {"steps": 7, "inner_lr": 0.1}}))
+
+    config = comparison_of(file, algo="maml, boil", seeds="3,5", steps=9, assignments=["inner_lr=0.2"])
+
+    assert config is not None
+    assert (config.algo, config.seeds) == (["maml", "boil"], [3, 5])
+    assert config.options == {"steps": 9, "inner_lr": 0.2}
+    assert comparison_of(None) is None
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
+    plan = plan_of(
+        tmp_path, augment=["none", "cml"], seeds=2, notes="Über *alles*.", arms=[{"augment": "cml", "options": {}}]
+    )
+    plan.write()
+
+    assert Plan.read(tmp_path).config == plan.config
+    assert Plan.read(tmp_path).runs() == plan.runs()
+
+
+# --------------------------------------------------------------------------------------------------------------- pairing
+
+
+def test_the_same_seed_gives_every_arm_the_same_weights_and_tasks(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, algo=["maml", "metasgd"], augment=["none", "cml", "gradient-noise"], seeds=2)
+    weights: dict[int, list[dict[str, torch.Tensor]]] = {0: [], 1: []}
+    tasks: dict[tuple[int, str], list[torch.Tensor]] = {}
+    for run in plan.runs():
+        learner, source = prepared(assemble(run.config, run.options))
+        weights[run.seed].append(
+            {name: value for name, value in learner.meta_parameters.items() if name[:4] in ("body", "head")}
+        )
+        for split in ("train", "test"):
+            tasks.setdefault((run.seed, split), []).append(source.episodes(split, range(3), run.seed)[0].support_x)
+
+    for first, *others in weights.values():
+        assert len(first) == 6
+        assert all(torch.equal(first[name], other[name]) for other in others for name in first)
+    for inputs in tasks.values():
+        assert all(torch.equal(inputs[0], other) for other in inputs[1:])
+    name = next(iter(weights[0][0]))
+    assert not torch.equal(weights[0][0][name], weights[1][0][name])
+    assert not torch.equal(tasks[0, "test"][0], tasks[1, "test"][0])
+
+
+# ---------------------------------------------------------------------------------------------------------- what is run
+
+
+class Fake:
+    """A launcher whose runs end as they are told, one per look."""
+
+    capacity = 2
+
+    def __init__(self, ends: Callable[[PlannedRun, int], str | None], again: bool = True) -> None:
+        self.ends, self.again = ends, again
+        self.submitted: list[PlannedRun] = []
+        self._under_way: list[PlannedRun] = []
+        self.stopped = False
+
+    def submit(self, run: PlannedRun) -> None:
+        self.submitted.append(run)
+        self._under_way.append(run)
+        assert len(self._under_way) <= self.capacity
+
+    def wait(self, seconds: float) -> list[Outcome]:  # noqa: ARG002
+        if not self._under_way:
+            return []
+        run = self._under_way.pop(0)
+        error = self.ends(run, self.submitted.count(run))
+        if error is None:
+            run.path.mkdir(parents=True)
+            (run.path / "results.json").write_text("{}")
+        return [Outcome(run, error, self.again and error is not None)]
+
+    def stop(self) -> None:
+        self.stopped = True
+
+    def close(self) -> None:
+        pass
+
+
+def test_what_dies_is_tried_again_and_what_stays_broken_is_named(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, augment=["none", "cml"], seeds=3)
+    once, always = plan.runs()[1], plan.runs()[4]
+    launcher = Fake(lambda run, time: "it died" if run == always or (run == once and time == 1) else None)
+    comparison = Comparison(plan, launcher)
+    assert comparison.left == 6
+
+    comparison.carry_out(StopRequest())
+
+    assert list(comparison.broken) == [always.path]
+    assert launcher.submitted.count(always) == launcher.submitted.count(once) == 2
+    assert (comparison.finished, comparison.left) == (5, 0)
+
+    again = Fake(lambda run, time: None)
+    comparison = Comparison(plan, again)
+    comparison.carry_out(StopRequest())
+    assert again.submitted == [always]
+    assert (comparison.finished, comparison.broken) == (6, {})
+
+
+def test_what_repeats_itself_is_not_tried_again(tmp_path: Path) -> None:
+    launcher = Fake(lambda run, time: "it diverges", again=False)
+    comparison = Comparison(plan_of(tmp_path, seeds=2), launcher)
+
+    comparison.carry_out(StopRequest())
+
+    assert len(launcher.submitted) == len(comparison.broken) == 2
+
+
+def test_a_stop_reaches_the_runs(tmp_path: Path) -> None:
+    stop = StopRequest()
+
+    def ends(run: PlannedRun, _time: int) -> None:
+        stop.asked = run.seed == 1
+
+    launcher = Fake(ends)
+    with pytest.raises(Interrupted, match=r"metareg compare --out .* goes on"):
+        Comparison(plan_of(tmp_path, seeds=5), launcher).carry_out(stop)
+    assert launcher.stopped
+    assert len(launcher.submitted) <= 3
+
+
+def test_the_time_left_is_that_of_similar_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_of(tmp_path, tasks=["sinusoid", "harmonic"], seeds=3)
+    now = 0.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+
+    def ends(run: PlannedRun, _time: int) -> None:
+        nonlocal now
+        now += 10.0 if run.arm.task == "sinusoid" else 30.0
+
+    launcher = Fake(ends)
+    launcher.capacity = 1
+    seen = []
+
+    class Watch:
+        def look(self, comparison: Comparison) -> None:
+            pass
+
+        def ended(self, comparison: Comparison, _outcome: Outcome) -> None:
+            seen.append(comparison.seconds_left)
+
+    Comparison(plan, launcher).carry_out(StopRequest(), Watch())
+    assert seen == [50.0, 80.0, 70.0, 40.0, 30.0, 0.0]
+
+
+def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path / "c", seeds=1)
+    plan.write()
+    (plan.runs()[0].path).mkdir(parents=True)
+    (plan.runs()[0].path / "config.yaml").write_text("")
+
+    with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
+        compare(config_of(options={**TINY, "inner_lr": 0.5}), tmp_path / "c")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("")
+    with pytest.raises(UsageError, match="holds no comparison"):
+        compare(config_of(), tmp_path / "other")
+    with pytest.raises(UsageError, match="say what to compare"):
+        compare(None, tmp_path / "nothing")
+
+
+# ------------------------------------------------------------------------------------------------------------- processes
+
+
+def test_what_goes_wrong_in_a_run_is_kept_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = plan_of(tmp_path, options={**TINY, "inner_lr": 1e30, "steps": 3}).runs()[0]
+
+    diverged = carry_out(run)
+
+    assert diverged.error is not None
+    assert not diverged.again
+    assert (run.path / ERROR_FILE).read_text().startswith("Training diverged at step")
+
+    monkeypatch.setattr("metareg.runs.train", lambda **_: 1 / 0)
+    crashed = carry_out(run)
+    assert crashed.again
+    assert "Traceback" in (run.path / ERROR_FILE).read_text()
+
+    def full(**_: Any) -> None:
+        raise MetaregError("The disk is full.")
+
+    monkeypatch.setattr("metareg.runs.train", full)
+    assert carry_out(run) == Outcome(run, "The disk is full.", again=True)
+    monkeypatch.setattr("metareg.runs.train", lambda **_: None)
+    assert carry_out(run) == Outcome(run)
+    assert not (run.path / ERROR_FILE).exists()
+
+
+def outcomes(pool: LocalPool, count: int) -> list[Outcome]:
+    found: list[Outcome] = []
+    deadline = time.monotonic() + 60
+    while len(found) < count and time.monotonic() < deadline:
+        found += pool.wait(0.2)
+    return found
+
+
+def test_a_process_that_dies_is_reported_and_replaced(tmp_path: Path) -> None:
+    long = plan_of(tmp_path, options={**TINY, "steps": 1_000_000}).runs()[0]
+    pool = LocalPool(1, 1, tmp_path / "workers.log")
+    try:
+        pool.submit(long)
+        (worker,) = pool._workers
+        worker._process.kill()
+        assert outcomes(pool, 1) == [Outcome(long, "The process of the run was ended by SIGKILL.", again=True)]
+        short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).runs()[0]
+        pool.submit(short)
+        assert outcomes(pool, 1) == [Outcome(short)]
+        assert short.finished
+    finally:
+        pool.close()
+
+
+KILLED = {**TINY, "steps": 900, "log_every": 50, "checkpoint_every": 50, "threads": 1}
+
+
+def begin(folder: Path) -> subprocess.Popen[bytes]:
+    """The comparison in a process of its own, once its runs have got on."""
+    before = sum(path.stat().st_size for path in folder.rglob("timing.jsonl"))
+    options = [f"--set={key}={value}" for key, value in KILLED.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "metareg", "compare", "--augment=none,cml", "--jobs=2", *options, f"--out={folder}"],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 60
+    while sum(path.stat().st_size for path in folder.rglob("timing.jsonl")) == before:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.01)
+    return process
+
+
+def found(folder: Path) -> dict[str, Any]:
+    """The figures of a comparison."""
+    return {
+        str(path.relative_to(folder)): json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
+        for name in ("results.json", "metrics.jsonl")
+        for path in (folder / "runs").rglob(name)
+    }
+
+
+def test_a_comparison_that_is_killed_and_run_again_ends_the_same(tmp_path: Path) -> None:
+    config = config_of(augment=["none", "cml"], options=KILLED)
+    for run in Plan(tmp_path / "whole", config).runs():
+        assert carry_out(run).error is None
+    expected = found(tmp_path / "whole")
+    assert len(expected) == 4
+
+    killed = tmp_path / "killed"
+    process = begin(killed)
+    process.kill()
+    process.wait()
+    assert len(found(killed)) < 4
+    process = begin(killed)
+    process.send_signal(signal.SIGINT)
+    assert process.wait() == Interrupted.exit_code
+    assert found(killed) != expected
+
+    assert compare(None, killed, jobs=2).broken == {}
+    assert found(killed) == expected
