@@ -429,6 +429,34 @@ def compare(
         raise typer.Exit(1)
 
 
+@app.command("report")
+def report_comparison(
+    path: Annotated[
+        Path, typer.Argument(help="The comparison's folder, finished or not.", metavar="DIR", show_default=False)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="markdown, html, latex or csv [what --out ends in; markdown]."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Write there [html: report.html in DIR; the others: to the output]."),
+    ] = None,
+    inner_steps: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Compare after K inner steps [the last number that was tested after]."),
+    ] = None,
+) -> None:
+    """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
+    from metareg.reporting import format_of, report, write
+
+    chosen = format or format_of(out)
+    if out is None and chosen != "html":
+        print(report(path, chosen, inner_steps=inner_steps), end="")
+    else:
+        _output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- plugins
 
 

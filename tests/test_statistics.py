@@ -130,9 +130,10 @@ def test_identical_arms() -> None:
     assert verdict(found, 1.0, higher_is_better=True) is Verdict.NOT_SHOWN
 
 
-def test_unequal_tasks_are_refused() -> None:
-    with pytest.raises(ValueError, match="seed 1 has 3 tasks with the augmenter and 2 without it"):
-        compare(arm([1, 2], [1, 2, 3]), arm([1, 2], [1, 2]), higher_is_better=True)
+def test_of_unequal_numbers_of_tasks_the_first_are_paired() -> None:
+    found = compare(arm([1, 2], [1, 4, 9]), arm([0, 2, 7], [1, 2]), higher_is_better=True)
+    assert found.by_seed == (0.5, 1)
+    assert found.over_tasks.count == 4
 
 
 def test_numbers_of_any_size() -> None:

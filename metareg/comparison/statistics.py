@@ -80,6 +80,8 @@ class Difference:
     """Seeds that both have."""
     diverged: int
     """Pairs in which a score is not finite; the intervals are those of the others."""
+    by_seed: tuple[float, ...]
+    """Each pair's difference, those that diverged left out."""
     untested: str = ""
     """Why there is no test; empty where there is one."""
 
@@ -129,21 +131,15 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
 
     Args:
         augmented: for each seed the scores ``[tasks]`` with the augmenter.
-        baseline: the same without it; a seed's tasks are the same ones in the same order.
+        baseline: the same without it. A seed's tasks are the same ones in the same order; where one has more of them, the
+            first ones are those that both have.
         higher_is_better: whether a larger score is better.
-
-    Raises:
-        ValueError: a seed has other numbers of tasks in the two.
     """
     seeds = sorted(augmented.keys() & baseline.keys())
-    for seed in seeds:
-        if len(augmented[seed]) != len(baseline[seed]):
-            raise ValueError(
-                f"seed {seed} has {len(augmented[seed])} tasks with the augmenter and {len(baseline[seed])} without it"
-            )
+    pairs = [(augmented[seed][: len(baseline[seed])], baseline[seed][: len(augmented[seed])]) for seed in seeds]
     sign = 1 if higher_is_better else -1
-    finite = [seed for seed in seeds if np.isfinite(augmented[seed]).all() and np.isfinite(baseline[seed]).all()]
-    by_task = [augmented[seed] - baseline[seed] for seed in finite]
+    finite = [(with_it, without) for with_it, without in pairs if np.isfinite([with_it, without]).all()]
+    by_task = [with_it - without for with_it, without in finite]
     by_seed = np.array([np.mean(each) for each in by_task])
     p, untested = np.nan, ""
     if len(finite) < len(seeds):
@@ -151,7 +147,7 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
     elif len(seeds) < 2:
         untested = "one pair of seeds" if seeds else "no pair of seeds"
     else:
-        p, untested = _paired_t(by_seed, max(np.abs(baseline[seed]).max() for seed in seeds))
+        p, untested = _paired_t(by_seed, np.abs([without for _, without in pairs]).max())
     return Difference(
         over_seeds=over_seeds(by_seed),
         over_tasks=over_tasks(by_task),
@@ -159,6 +155,7 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
         in_favour=int(np.sum(sign * by_seed > 0)),
         pairs=len(seeds),
         diverged=len(seeds) - len(finite),
+        by_seed=tuple(by_seed.tolist()),
         untested=untested,
     )
 

@@ -1,0 +1,401 @@
+"""What a comparison has given so far: its folder as arrays, and what of it is missing."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from metareg.comparison.plan import Arm, Plan, PlannedRun
+from metareg.errors import UsageError
+from metareg.files import read_json
+from metareg.options import parse_assignments
+
+__all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "command_of", "read"]
+
+Array = NDArray[np.float64]
+
+_OF_ENVIRONMENT = ("metareg", "python", "platform", "processor", "torch", "torch_threads", "cuda", "device", "strategy")
+
+
+@dataclass(frozen=True)
+class Gap:
+    """A run of which something is missing."""
+
+    run: str
+    """For a reader: arm, task and seed."""
+    state: str
+    """``"broken"``, ``"unfinished"``, ``"not begun"``, or ``"damaged"``: it counts, without the file that is named."""
+    reason: str
+    path: Path
+    """The run's folder, relative to the comparison's."""
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """The validation of one run."""
+
+    steps: NDArray[np.int64]
+    """Training steps ``[n]``."""
+    values: Array
+    """The metric's means ``[n]``."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What tuning chose for an arm."""
+
+    options: Mapping[str, Any]
+    trials: int
+    """How many settings were tried."""
+
+
+@dataclass(frozen=True, eq=False)
+class ArmResults:
+    """The finished runs of an arm, in the order of `seeds`."""
+
+    arm: Arm
+    seeds: tuple[int, ...]
+    inner_steps: tuple[int, ...]
+    scores: Array
+    """``[seeds, inner_steps, tasks]``."""
+    curves: Mapping[int, Curve]
+    """By seed; a run that was never validated has none."""
+    seconds_per_step: Array
+    """``[seeds]``: each run's median over its reports; NaN where it has none."""
+    peak_bytes: Array
+    """``[seeds]``: the most memory; NaN where it is not known."""
+    planned: int
+    """How many seeds the comparison asks for."""
+    chosen: Chosen | None
+    """None without tuning, and before it has ended."""
+    command: str
+    """Trains one run of the arm; SEED stands for the seed."""
+
+    def by_seed(self, inner_steps: int) -> dict[int, Array]:
+        """The scores ``[tasks]`` of each seed after so many inner steps; empty where the arm was not tested after them."""
+        if inner_steps not in self.inner_steps:
+            return {}
+        column = self.inner_steps.index(inner_steps)
+        return {seed: self.scores[row, column] for row, seed in enumerate(self.seeds)}
+
+
+@dataclass(frozen=True, eq=False)
+class TaskResults:
+    """All arms on a task."""
+
+    label: str
+    metric: str
+    """Empty before a first run has finished."""
+    higher_is_better: bool
+    norms: tuple[str, ...]
+    """What BatchNorm saw, as results.json says it; one value in an ordinary comparison."""
+    arms: tuple[ArmResults, ...]
+
+    @property
+    def inner_steps(self) -> tuple[int, ...]:
+        """All numbers of inner steps after which an arm was tested, ascending."""
+        return tuple(sorted({number for each in self.arms for number in each.inner_steps}))
+
+    @property
+    def shared_inner_steps(self) -> tuple[int, ...]:
+        """Those after which every arm with a finished run was tested, ascending."""
+        tested = [set(each.inner_steps) for each in self.arms if each.seeds]
+        return tuple(sorted(set.intersection(*tested))) if tested else ()
+
+    @property
+    def baselines(self) -> dict[str, ArmResults]:
+        """The arms without an augmenter, by algorithm."""
+        return {each.arm.algorithm: each for each in self.arms if not each.arm.augmenters}
+
+
+@dataclass(frozen=True, eq=False)
+class Results:
+    """A comparison's results so far."""
+
+    plan: Plan
+    tasks: tuple[TaskResults, ...]
+    gaps: tuple[Gap, ...]
+    environment: Mapping[str, Counter[str]]
+    """For each fact of the environment: in how many finished runs it had which value."""
+
+    @property
+    def finished(self) -> int:
+        """How many runs count."""
+        return sum(len(each.seeds) for task in self.tasks for each in task.arms)
+
+    @property
+    def planned(self) -> int:
+        """How many the comparison asks for."""
+        return len(self.plan.arms) * len(self.plan.config.seeds)
+
+
+def read(folder: str | Path) -> Results:
+    """Read a comparison's folder.
+
+    Nothing that is missing or damaged is left out in silence: `Results.gaps` names it.
+
+    Raises:
+        UsageError: there is no comparison, or its configuration is damaged.
+    """
+    plan = Plan.read(folder)
+    gaps: list[Gap] = []
+    chosen = {arm: found for arm in plan.arms if (found := _chosen(plan, arm, gaps)) is not None}
+    runs: dict[Arm, list[PlannedRun]] = {arm: [] for arm in plan.arms}
+    for run in plan.runs({arm: dict(each.options) for arm, each in chosen.items()}):
+        runs[run.arm].append(run)
+    environment: dict[str, Counter[str]] = {}
+    tasks = []
+    for task in plan.config.tasks:
+        arms = [arm for arm in plan.arms if arm.task == task.label]
+        reader = _TaskReader(plan, gaps, environment)
+        results = tuple(reader.arm(arm, runs[arm], chosen.get(arm)) for arm in arms)
+        test = reader.test or _Test("", False, (), ())
+        tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.norms), results))
+    gaps += _broken_trials(plan)
+    return Results(plan, tuple(tasks), tuple(gaps), environment)
+
+
+def command_of(run: PlannedRun) -> str:
+    """The command that trains a run, with SEED for its seed."""
+    words = ["metareg", "train", "--algo", run.arm.algorithm]
+    if run.arm.augmenters:
+        words += ["--augment", ",".join(run.arm.augmenters)]
+    words += ["--task", str(run.config["task"])]
+    options = dict(run.options)
+    model = options.pop("model", None)
+    if isinstance(model, Mapping):
+        options |= {f"model.{key}": value for key, value in model.get("config", {}).items()}
+        model = model.get("name")
+    if model is not None:
+        words += ["--model", str(model)]
+    words += ["--seed", "SEED"]
+    for key, value in options.items():
+        words += ["--set", f"{key}={_as_yaml(value)}"]
+    return shlex.join(words)
+
+
+# ---------------------------------------------------------------------------------------------------------- one task's runs
+
+
+@dataclass(frozen=True, eq=False)
+class _Test:
+    """What a results.json holds."""
+
+    metric: str
+    higher_is_better: bool
+    inner_steps: tuple[int, ...]
+    scores: Sequence[Array]
+
+    @classmethod
+    def of(cls, content: Any) -> _Test:
+        """From the file's content.
+
+        Raises:
+            LookupError, TypeError, ValueError: it is not what metareg writes.
+        """
+        if content.get("split", "test") != "test":
+            raise ValueError(f"its tasks are of the split '{content['split']}'")
+        scores = [np.array(each["scores"], dtype=np.float64) for each in content["steps"]]
+        if not scores or any(each.ndim != 1 or len(each) != len(scores[0]) or not len(each) for each in scores):
+            raise ValueError("its scores are no lists of equal length")
+        inner_steps = tuple(int(each["inner_steps"]) for each in content["steps"])
+        return cls(str(content["metric"]), bool(content["higher_is_better"]), inner_steps, scores)
+
+    def differs_from(self, other: _Test, *, same_arm: bool) -> str:
+        """How it does not belong beside another of its task; empty where it does."""
+        if (self.metric, self.higher_is_better) != (other.metric, other.higher_is_better):
+            return f"its metric is '{self.metric}', where that of the runs before it is '{other.metric}'"
+        if same_arm and self.inner_steps != other.inner_steps:
+            numbers, others = (", ".join(map(str, each.inner_steps)) for each in (self, other))
+            return f"it was tested after {numbers} inner steps, those before it after {others}"
+        if same_arm and len(self.scores[0]) != len(other.scores[0]):
+            return f"it has {len(self.scores[0])} test tasks, those before it {len(other.scores[0])}"
+        return ""
+
+
+class _TaskReader:
+    """Reads the runs of one task, whose results must be of one metric."""
+
+    def __init__(self, plan: Plan, gaps: list[Gap], environment: dict[str, Counter[str]]) -> None:
+        self.test: _Test | None = None
+        """The first that was read."""
+        self.norms: dict[str, None] = {}
+        self._plan = plan
+        self._gaps = gaps
+        self._environment = environment
+
+    def arm(self, arm: Arm, runs: Sequence[PlannedRun], chosen: Chosen | None) -> ArmResults:
+        tests: dict[int, _Test] = {}
+        curves: dict[int, Curve] = {}
+        seconds, peaks = [], []
+        for run in runs:
+            test = self._tested(run, next(iter(tests.values()), None))
+            if test is None:
+                continue
+            tests[run.seed] = test
+            curve = self._curve(run, test.metric)
+            if curve is not None:
+                curves[run.seed] = curve
+            second, peak = self._cost(run)
+            seconds.append(second)
+            peaks.append(peak)
+            self._note_environment(run)
+        first = next(iter(tests.values()), None)
+        return ArmResults(
+            arm=arm,
+            seeds=tuple(tests),
+            inner_steps=first.inner_steps if first else (),
+            scores=np.array([test.scores for test in tests.values()]) if first else np.empty((0, 0, 0)),
+            curves=curves,
+            seconds_per_step=np.array(seconds),
+            peak_bytes=np.array(peaks),
+            planned=len(runs),
+            chosen=chosen,
+            command=command_of(runs[0]),
+        )
+
+    def _tested(self, run: PlannedRun, before: _Test | None) -> _Test | None:
+        """The run's test; None where it cannot count, which is then noted."""
+        if not run.finished:
+            self._gap(run, *self._unfinished(run, tuned=self._plan.config.tune is not None))
+            return None
+        try:
+            content = read_json(run.path / "results.json")
+            test = _Test.of(content)
+        except UsageError as error:
+            self._gap(run, "broken", str(error))
+            return None
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
+            return None
+        difference = (self.test and test.differs_from(self.test, same_arm=False)) or (
+            before and test.differs_from(before, same_arm=True)
+        )
+        if difference:
+            self._gap(run, "broken", difference)
+            return None
+        self.test = self.test or test
+        self.norms[str(content.get("norm", "none"))] = None
+        return test
+
+    def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
+        error = run.path / "error.txt"
+        if error.is_file():
+            with suppress(OSError):
+                return "broken", error.read_text(encoding="utf-8", errors="replace").strip() or "error.txt is empty"
+        if (run.path / "config.yaml").is_file():
+            return "unfinished", "it has begun and has no results.json yet"
+        if tuned and not (self._plan.folder / "tuning" / run.arm.folder / "chosen.json").is_file():
+            return "not begun", "the arm's settings are not chosen yet"
+        return "not begun", "there is nothing of it yet"
+
+    def _curve(self, run: PlannedRun, metric: str) -> Curve | None:
+        points: dict[int, float] = {}
+        try:
+            for line in _lines(run.path / "metrics.jsonl"):
+                # Training lines are many; only those of a validation need parsing.
+                if '"validation"' in line:
+                    content = json.loads(line)
+                    if content["split"] == "validation":
+                        points[int(content["step"])] = float(content[metric])
+        except (OSError, LookupError, TypeError, ValueError) as error:
+            self._gap(run, "damaged", f"metrics.jsonl cannot be read, so that it has no learning curve: {error}")
+            return None
+        steps = sorted(points)
+        return Curve(np.array(steps), np.array([points[step] for step in steps])) if points else None
+
+    def _cost(self, run: PlannedRun) -> tuple[float, float]:
+        """Seconds per training step and peak memory."""
+        try:
+            lines = [json.loads(line) for line in _lines(run.path / "timing.jsonl")]
+            speeds = [float(line["steps_per_second"]) for line in lines]
+            peaks = [float(line["peak_bytes"]) for line in lines if line.get("peak_bytes") is not None]
+        except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+            self._gap(
+                run, "damaged", f"timing.jsonl cannot be read, so that its time and memory are not known: {error}"
+            )
+            return np.nan, np.nan
+        seconds = [1 / speed for speed in speeds if speed > 0]
+        return float(np.median(seconds)) if seconds else np.nan, max(peaks, default=np.nan)
+
+    def _note_environment(self, run: PlannedRun) -> None:
+        try:
+            content = read_json(run.path / "environment.json")
+            facts = _facts(content)
+        except (UsageError, LookupError, TypeError, AttributeError) as error:
+            self._gap(run, "damaged", f"environment.json cannot be read: {error}")
+            return
+        for name, value in facts:
+            self._environment.setdefault(name, Counter())[value] += 1
+
+    def _gap(self, run: PlannedRun, state: str, reason: str) -> None:
+        self._gaps.append(Gap(str(run), state, reason, run.path.relative_to(self._plan.folder)))
+
+
+def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What an environment.json says that readers of a comparison want to know."""
+    for name in _OF_ENVIRONMENT:
+        if content.get(name) is not None:
+            yield name.replace("_", " "), str(content[name])
+    yield "GPUs", ", ".join(content.get("gpus") or []) or "none"
+    for name, version in content.get("libraries", {}).items():
+        yield name, str(version)
+    for plugin in content.get("plugins", []):
+        if plugin["distribution"] not in content:
+            yield f"{plugin['name']} from", f"{plugin['distribution']} {plugin['version']}"
+    for resumed in content.get("resumed", []):
+        for name, value in resumed["changed"].items():
+            yield name.replace("_", " "), f"{value} (after it was resumed)"
+
+
+# ------------------------------------------------------------------------------------------------------------------ tuning
+
+
+def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
+    path = plan.folder / "tuning" / arm.folder / "chosen.json"
+    if not path.is_file():
+        return None
+    try:
+        content = read_json(path)
+        return Chosen(dict(content["options"]), len(content["trials"]))
+    except (UsageError, LookupError, TypeError, ValueError) as error:
+        reason = f"chosen.json cannot be read, so that its settings are not known: {error}"
+        gaps.append(Gap(f"tuning of {arm}", "damaged", reason, path.parent.relative_to(plan.folder)))
+        return None
+
+
+def _broken_trials(plan: Plan) -> Iterator[Gap]:
+    for arm in plan.arms:
+        folder = plan.folder / "tuning" / arm.folder
+        for path in sorted(folder.glob("trial-*/seed-*/error.txt")):
+            with suppress(OSError):
+                name = " ".join(path.parent.relative_to(folder).parts).replace("-", " ")
+                reason = path.read_text(encoding="utf-8", errors="replace").strip()
+                yield Gap(f"{arm}, {name}", "broken", reason, path.parent.relative_to(plan.folder))
+
+
+# ------------------------------------------------------------------------------------------------------------------- text
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from file
+
+
+def _as_yaml(value: Any) -> str:
+    """A value as ``--set`` reads it."""
+    if isinstance(value, str):
+        with suppress(UsageError):
+            if parse_assignments([f"x={value}"])["x"] == value:
+                return value
+    return json.dumps(value, ensure_ascii=False)

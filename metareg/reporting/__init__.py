@@ -1,0 +1,51 @@
+"""Reports of a comparison: Markdown, one HTML page, LaTeX tables and CSV."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+from metareg.errors import UnknownNameError
+from metareg.files import write_text
+from metareg.reporting.analysis import analyse
+
+__all__ = ["FORMATS", "format_of", "report", "write"]
+
+FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv"}
+"""The formats, with the suffixes of their files."""
+
+_MODULES = {"csv": "tidy"}
+
+
+def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | None = None) -> str:
+    """The report of a comparison, finished or not.
+
+    Args:
+        folder: the comparison's.
+        format: one of `FORMATS`.
+        inner_steps: compare after so many inner steps; by default after the last number that all arms of a task were
+            tested after.
+
+    Raises:
+        UsageError: there is no comparison or no finished run in it, an unknown format, or no run was tested after
+            `inner_steps`.
+    """
+    if format not in FORMATS:
+        raise UnknownNameError("format of reports", format, FORMATS)
+    module = importlib.import_module(f"metareg.reporting.{_MODULES.get(format, format)}")
+    text: str = module.render(analyse(folder, inner_steps))
+    return text
+
+
+def format_of(out: Path | None) -> str:
+    """The format that a file's name asks for; Markdown where it asks for none."""
+    suffixes = {suffix: name for name, suffix in FORMATS.items()} | {".htm": "html"}
+    return suffixes.get(out.suffix.lower(), "markdown") if out else "markdown"
+
+
+def write(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
+    """Write a report into a file, ``report.md`` and its like in the comparison's folder by default; returns its path."""
+    text = report(folder, format, inner_steps=inner_steps)
+    path = Path(folder, f"report{FORMATS[format]}") if out is None else out
+    write_text(path, text)
+    return path

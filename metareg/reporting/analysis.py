@@ -1,0 +1,150 @@
+"""What a report says: the comparison's results with their statistics, whatever the format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from metareg.comparison import results
+from metareg.comparison.results import ArmResults, Results, TaskResults
+from metareg.comparison.statistics import (
+    Difference,
+    Estimate,
+    Verdict,
+    compare,
+    holm,
+    over_seeds,
+    over_tasks,
+    verdict,
+)
+from metareg.errors import UsageError
+from metareg.reporting.numbers import Scale
+
+__all__ = ["Pair", "Report", "analyse", "seed_interval", "task_interval"]
+
+
+@dataclass(frozen=True, eq=False)
+class Pair:
+    """An augmenter against none: one algorithm on one task."""
+
+    task: str
+    algorithm: str
+    augmenter: str
+    scale: Scale
+    difference: Difference
+    planned: int
+    """How many pairs the comparison asks for."""
+    corrected: float
+    """The p value after Holm's correction."""
+    verdict: Verdict
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """A comparison with its statistics."""
+
+    results: Results
+    headline: Mapping[str, int]
+    """For each task with results, the number of inner steps that pairs are compared after."""
+    pairs: Sequence[Pair]
+    """In the order of the tasks, algorithms and augmenters; those without a pair of seeds among them."""
+
+    @property
+    def title(self) -> str:
+        """The heading."""
+        config = self.results.plan.config
+        return " ".join(config.title.split()) or f"Comparison {self.results.plan.folder.resolve().name}"
+
+    @property
+    def tested(self) -> int:
+        """How many comparisons the correction covers."""
+        return sum(not pair.difference.untested for pair in self.pairs)
+
+    @property
+    def tasks(self) -> list[TaskResults]:
+        """The tasks with results."""
+        return [task for task in self.results.tasks if task.label in self.headline]
+
+    @property
+    def augmenters(self) -> list[str]:
+        """All of them in the comparison's order, ``none`` among them."""
+        return self.results.plan.config.augment
+
+
+def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
+    """Read a comparison and compare what it holds.
+
+    Args:
+        folder: the comparison's.
+        inner_steps: compare after so many inner steps; by default after the last number that all arms of a task were
+            tested after.
+
+    Raises:
+        UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
+    """
+    found = results.read(folder)
+    if not found.finished:
+        raise UsageError(
+            f"No run of the comparison at {folder} has finished ({_states(found)}); a report needs at least one."
+        )
+    headline = _headline(found, inner_steps)
+    pairs = [pair for task in found.tasks if task.label in headline for pair in _pairs(task, headline[task.label])]
+    corrected = holm([difference.p for *_, difference in pairs])
+    return Report(
+        found,
+        headline,
+        [
+            Pair(
+                task=task.label,
+                algorithm=each.arm.algorithm,
+                augmenter=each.arm.augmenter,
+                scale=Scale(task.metric, task.higher_is_better),
+                difference=difference,
+                planned=each.planned,
+                corrected=p,
+                verdict=verdict(difference, p, higher_is_better=task.higher_is_better),
+            )
+            for (task, each, difference), p in zip(pairs, corrected, strict=True)
+        ],
+    )
+
+
+def seed_interval(results: ArmResults, inner_steps: int) -> Estimate:
+    """The mean of an arm with its interval over seeds."""
+    return over_seeds([float(scores.mean()) for scores in results.by_seed(inner_steps).values()])
+
+
+def task_interval(results: ArmResults, inner_steps: int) -> Estimate:
+    """The mean of an arm with its interval over tasks."""
+    return over_tasks([*results.by_seed(inner_steps).values()])
+
+
+def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
+    baselines = {algorithm: arm.by_seed(inner_steps) for algorithm, arm in task.baselines.items()}
+    return [
+        (
+            task,
+            each,
+            compare(each.by_seed(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
+        )
+        for each in task.arms
+        if each.arm.augmenters and each.arm.algorithm in baselines
+    ]
+
+
+def _headline(found: Results, wanted: int | None) -> dict[str, int]:
+    tasks = [task for task in found.tasks if task.inner_steps]
+    if wanted is None:
+        # Arms that share no number have none to be compared after; their means are still worth a table.
+        return {task.label: (task.shared_inner_steps or task.inner_steps)[-1] for task in tasks}
+    known = sorted({number for task in tasks for number in task.inner_steps})
+    if wanted not in known:
+        numbers = ", ".join(map(str, known))
+        raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
+    return {task.label: wanted for task in tasks}
+
+
+def _states(found: Results) -> str:
+    counts = [(sum(gap.state == state for gap in found.gaps), state) for state in ("broken", "unfinished", "not begun")]
+    return ", ".join(f"{count} {state}" for count, state in counts if count)

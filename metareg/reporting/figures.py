@@ -1,0 +1,348 @@
+"""The figures of the HTML page: a panel for every algorithm or task, so that each is legible on a phone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+
+from metareg.comparison.results import ArmResults, TaskResults
+from metareg.comparison.statistics import Estimate, Verdict, over_seeds
+from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
+from metareg.reporting.numbers import MISSING, Scale, significant
+from metareg.reporting.svg import Axis, drawing, element, marker, path, shapes, text, tooltip
+from metareg.reporting.tables import verdict_text
+
+__all__ = ["STYLES", "costs", "differences", "inner_steps", "key", "learning_curves"]
+
+STYLES = 7
+"""How many colours and marks there are; further augmenters begin again with the first after that of none."""
+
+_WIDTH, _HEIGHT = 300.0, 208.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 14.0, 26.0, 34.0
+_ROW, _GROUP = 21.0, 22.0
+_LONGEST = 18
+"""Characters of an augmenter's name beside its row."""
+_FORWARD, _BACKWARD = "M0,-3.5L5,0L0,3.5z", "M0,-3.5L-5,0L0,3.5z"
+
+
+@dataclass(frozen=True)
+class _Point:
+    x: float
+    found: Estimate
+    tip: str
+
+
+@dataclass(frozen=True)
+class _Series:
+    """The points of one arm."""
+
+    augmenter: str
+    points: Sequence[_Point]
+
+
+def style(report: Report, augmenter: str) -> int:
+    """The number of an augmenter's colour and mark, the same in every figure; none has number 0."""
+    if augmenter == "none":
+        return 0
+    others = [name for name in report.augmenters if name != "none"]
+    return 1 + others.index(augmenter) % (STYLES - 1)
+
+
+def key(report: Report, augmenter: str) -> str:
+    """An augmenter's line and mark, for the legend."""
+    number = style(report, augmenter)
+    parts = [path([(2, 7), (26, 7)], f"line s{number}"), marker(shapes()[number], 14, 7, f"mark s{number}")]
+    return element("svg", "".join(parts), viewBox="0 0 28 14", class_="key", aria_hidden="true")
+
+
+# ---------------------------------------------------------------------------------------------------- curves over numbers
+
+
+def learning_curves(report: Report, task: TaskResults) -> list[str]:
+    """The metric in validation against training steps: the mean over seeds and its interval as a band."""
+    return _panels(
+        report, task, lambda each: _validations(each, Scale(task.metric, task.higher_is_better)), _curve_panel
+    )
+
+
+def inner_steps(report: Report, task: TaskResults) -> list[str]:
+    """The metric on test tasks against the number of inner steps."""
+    scale = Scale(task.metric, task.higher_is_better)
+    single = all(len(each.seeds) <= 1 for each in task.arms)
+
+    def points(each: ArmResults) -> Iterator[_Point]:
+        for number in each.inner_steps:
+            found = (task_interval if single else seed_interval)(each, number)
+            if math.isfinite(found.mean):
+                yield _Point(
+                    task.inner_steps.index(number), found, f"after {number} inner steps: {scale.estimate(found)}"
+                )
+
+    return _panels(report, task, points, _steps_panel)
+
+
+def _validations(each: ArmResults, scale: Scale) -> Iterator[_Point]:
+    curves = list(each.curves.values())
+    if not curves:
+        return
+    shared = set.intersection(*(set(curve.steps.tolist()) for curve in curves))
+    for step in sorted(shared):
+        found = over_seeds([float(curve.values[curve.steps == step][0]) for curve in curves])
+        if math.isfinite(found.mean):
+            yield _Point(step, found, f"step {step}: {scale.estimate(found)}, {_seeds(found.count)}")
+
+
+_Draw = Callable[[Report, TaskResults, str, Sequence[_Series], Axis], str]
+
+
+def _panels(
+    report: Report, task: TaskResults, points: Callable[[ArmResults], Iterator[_Point]], draw: _Draw
+) -> list[str]:
+    """A panel for every algorithm, all with the same vertical axis."""
+    algorithms: dict[str, list[_Series]] = {}
+    for each in task.arms:
+        series = _Series(each.arm.augmenter, list(points(each)))
+        if series.points:
+            algorithms.setdefault(each.arm.algorithm, []).append(series)
+    found = [point.found for every in algorithms.values() for series in every for point in series.points]
+    if not found:
+        return []
+    axis = _vertical(found, higher_is_better=task.higher_is_better)
+    return [draw(report, task, algorithm, series, axis) for algorithm, series in algorithms.items()]
+
+
+def _vertical(found: Sequence[Estimate], *, higher_is_better: bool) -> Axis:
+    """Room for all means, and for their intervals unless those are far larger than what the means differ by."""
+    means = np.array([each.mean for each in found])
+    halves = np.array([each.half if math.isfinite(each.half) else 0.0 for each in found])
+    margin = max(float(np.ptp(means)), float(np.median(halves)), 1e-3 * float(np.abs(means).max()), 1e-12)
+    low = max(float((means - halves).min()), float(means.min()) - margin)
+    high = min(float((means + halves).max()), float(means.max()) + margin)
+    begin, end = _HEIGHT - _BOTTOM, _TOP
+    if not higher_is_better and means.min() > 0 and means.max() > 5 * means.min():
+        lows = means - halves
+        lowest = float(min(means.min(), lows[lows > means.min() / 2].min(initial=np.inf)))
+        return Axis(lowest / 1.15, high * 1.1, begin, end, log=True)
+    room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
+    return Axis(low - room, high + room, begin, end)
+
+
+def _curve_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
+    xs = [point.x for series in every for point in series.points]
+    x = Axis(min(0.0, min(xs)), max(xs), _LEFT, _WIDTH - _RIGHT)
+    frame = _frame(algorithm, Scale(task.metric, task.higher_is_better), y)
+    ticks = [(x(tick), _tick(tick)) for tick in x.ticks(5)]
+    frame += _horizontal(ticks, "training step")
+    bands, lines, marks = [], [], []
+    for series in every:
+        number = style(report, series.augmenter)
+        banded = [point for point in series.points if math.isfinite(point.found.half)]
+        if len(banded) > 1:
+            upper = [(x(point.x), _clipped(y, point.found.high)) for point in banded]
+            lower = [(x(point.x), _clipped(y, point.found.low)) for point in reversed(banded)]
+            bands.append(path([*upper, *lower], f"band s{number}", closed=True))
+        lines.append(path([(x(point.x), y(point.found.mean)) for point in series.points], f"line s{number}"))
+        marks += [
+            marker(
+                shapes()[number],
+                x(point.x),
+                y(point.found.mean),
+                f"mark s{number}",
+                f"{series.augmenter}, {point.tip}",
+                size=0.72,
+            )
+            for point in series.points
+        ]
+    what = f"Learning curves of {algorithm} on {task.label}: {task.metric} in validation against training steps"
+    return drawing(_WIDTH, _HEIGHT, [*frame, *bands, *lines, *marks], f"{what}. {_last(task, every)}")
+
+
+def _steps_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
+    scale = Scale(task.metric, task.higher_is_better)
+    x = Axis(-0.45, len(task.inner_steps) - 0.55, _LEFT, _WIDTH - _RIGHT)
+    frame = _frame(algorithm, scale, y)
+    ticks = [(x(place), str(number)) for place, number in enumerate(task.inner_steps)]
+    frame += _horizontal(ticks, "inner steps")
+    parts = []
+    for place, series in enumerate(every):
+        number = style(report, series.augmenter)
+        aside = 7 * (place - (len(every) - 1) / 2)
+        spots = [(x(point.x) + aside, y(point.found.mean)) for point in series.points]
+        parts.append(path(spots, f"line thin s{number}"))
+        for (spot, height), point in zip(spots, series.points, strict=True):
+            if math.isfinite(point.found.half):
+                ends = [_clipped(y, point.found.low), _clipped(y, point.found.high)]
+                parts.append(path([(spot, ends[0]), (spot, ends[1])], f"whisker s{number}"))
+            parts.append(marker(shapes()[number], spot, height, f"mark s{number}", f"{series.augmenter}, {point.tip}"))
+    what = f"{algorithm} on {task.label}: {task.metric} on test tasks against the number of inner steps"
+    return drawing(_WIDTH, _HEIGHT, [*frame, *parts], f"{what}. {_last(task, every)}")
+
+
+def _frame(title: str, scale: Scale, y: Axis) -> list[str]:
+    parts = [
+        text(title, 0, 12, class_="title"),
+        text(scale.heading, _WIDTH - _RIGHT, 12, class_="unit", text_anchor="end"),
+    ]
+    for tick in y.ticks(4):
+        parts.append(path([(_LEFT, y(tick)), (_WIDTH - _RIGHT, y(tick))], "grid"))
+        parts.append(text(_tick(tick * scale.factor), _LEFT - 6, y(tick) + 3.5, text_anchor="end"))
+    return parts
+
+
+def _horizontal(ticks: Sequence[tuple[float, str]], label: str) -> list[str]:
+    base = _HEIGHT - _BOTTOM
+    parts = [path([(_LEFT, base), (_WIDTH - _RIGHT, base)], "axis")]
+    for place, name in ticks:
+        parts.append(path([(place, base), (place, base + 3)], "axis"))
+        parts.append(text(name, place, base + 14, text_anchor="middle"))
+    return [*parts, text(label, (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, text_anchor="middle", class_="unit")]
+
+
+def _last(task: TaskResults, every: Sequence[_Series]) -> str:
+    """The ends of the lines, for who cannot see them."""
+    scale = Scale(task.metric, task.higher_is_better)
+    ends = [f"{series.augmenter} {scale.value(series.points[-1].found.mean)}" for series in every]
+    return f"At the end, in {scale.heading}: {', '.join(ends)}."
+
+
+# -------------------------------------------------------------------------------------------------------- rows of an arm
+
+
+def differences(report: Report, task: TaskResults) -> str:
+    """The paired differences of a task with their intervals, a row for every pair; empty without one."""
+    pairs = [pair for pair in report.pairs if pair.task == task.label]
+    if not pairs:
+        return ""
+    scale = Scale(task.metric, task.higher_is_better)
+    left, right = _label_width([pair.augmenter for pair in pairs]), _WIDTH + 40 - _RIGHT
+    x = _differences_axis(pairs, left, right)
+    parts, height = _rows(
+        [(pair.algorithm, pair.augmenter, partial(_difference, report, pair, x)) for pair in pairs],
+        text(_cut(task.label, 44), 0, 12, class_="title"),
+    )
+    ticks = x.ticks(4)
+    grid = [path([(x(tick), 24), (x(tick), height)], "zero" if tick == 0 else "grid") for tick in ticks]
+    labels = [text(_tick(tick * scale.factor), x(tick), height + 14, text_anchor="middle") for tick in ticks]
+    side = (right, "end", "better →") if scale.higher_is_better else (left, "start", "← better")
+    labels += [
+        text(side[2], side[0], height + 30, text_anchor=side[1], class_="better"),
+        text(f"difference in {scale.difference.partition(' in ')[2] or scale.metric}", right if side[1] == "start" else left,
+             height + 30, text_anchor="end" if side[1] == "start" else "start", class_="unit"),
+    ]  # fmt: skip
+    told = "; ".join(
+        f"{pair.algorithm} {pair.augmenter} {scale.signed(pair.difference.over_seeds)} "
+        f"({scale.interval(pair.difference.over_seeds)}), {verdict_text(pair)}"
+        for pair in pairs
+    )
+    label = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}: {told}."
+    return drawing(_WIDTH + 40, height + 36, [*grid, *parts, *labels], label)
+
+
+def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
+    """Zero and every seed; intervals as far as they do not make the rest illegible."""
+    every = [0.0, *(value for pair in pairs for value in pair.difference.by_seed)]
+    low, high = min(every), max(every)
+    room = (high - low) or 1e-9
+    for pair in pairs:
+        over = pair.difference.over_seeds
+        over = pair.difference.over_tasks if len(pair.difference.by_seed) == 1 else over
+        if math.isfinite(over.half):
+            low, high = min(low, max(over.low, min(every) - room)), max(high, min(over.high, max(every) + room))
+    margin = 0.05 * (high - low) or 1e-9
+    return Axis(low - margin, high + margin, left, right)
+
+
+def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
+    number, found = style(report, pair.augmenter), pair.difference
+    over = found.over_seeds
+    if not found.by_seed:
+        return text("no pair", x(0) + 4, y + 3.5, class_="unit")
+    parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=f"seed s{number}") for value in found.by_seed]
+    single = len(found.by_seed) == 1
+    shown = found.over_tasks if single else over
+    if math.isfinite(shown.half):
+        ends = [min(max(end, x.low), x.high) for end in (shown.low, shown.high)]
+        parts.append(path([(x(end), y) for end in ends], f"whisker{' of-tasks' if single else ''} s{number}"))
+        for end, clipped, arrow in zip((shown.low, shown.high), ends, (_BACKWARD, _FORWARD), strict=True):
+            if end != clipped:
+                place = f"translate({x(clipped):.1f},{y:.1f})"
+                parts.append(element("path", d=arrow, class_=f"mark s{number}", transform=place))
+    told = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
+    tip = (
+        f"{pair.algorithm}, {pair.augmenter} minus none: {pair.scale.signed(over)} ({pair.scale.interval(over)}), "
+        f"{found.in_favour} of {found.pairs} seeds in favour: {verdict_text(pair)}"
+    )
+    parts.append(marker(shapes()[number], x(over.mean), y, f"mark s{number}{'' if told else ' hollow'}", tip))
+    return "".join(parts)
+
+
+def costs(report: Report, task: TaskResults) -> list[str]:
+    """Time per training step and peak memory of every arm; a panel each, none where nothing is known."""
+    of_time = [(each, 1000 * each.seconds_per_step) for each in task.arms]
+    of_memory = [(each, each.peak_bytes / 2**20) for each in task.arms]
+    panels = [_bars(report, task, of_time, "ms per step"), _bars(report, task, of_memory, "peak memory in MiB")]
+    return [panel for panel in panels if panel]
+
+
+def _bars(report: Report, task: TaskResults, arms: Sequence[tuple[ArmResults, np.ndarray]], what: str) -> str:
+    known = [(each, values[np.isfinite(values)]) for each, values in arms]
+    highest = max((float(values.max()) for _, values in known if values.size), default=0.0)
+    if highest <= 0:
+        return ""
+    left, right = _label_width([each.arm.augmenter for each, _ in known]), _WIDTH - _RIGHT - 36
+    x = Axis(0, highest, left, right)
+
+    def bar(each: ArmResults, values: np.ndarray, y: float) -> str:
+        if not values.size:
+            return text(MISSING, left + 4, y + 3.5)
+        number, mean = style(report, each.arm.augmenter), float(values.mean())
+        ends = f"{significant(values.min())} to {significant(values.max())} over seeds"
+        tip = f"{each.arm.name}: {significant(mean)} {what}, {ends}"
+        drawn = element("rect", x=left, y=y - 6, width=max(x(mean) - left, 1.0), height=12.0, class_=f"bar s{number}")
+        if len(values) > 1:
+            drawn += path([(x(values.min()), y), (x(values.max()), y)], "range")
+        label = text(significant(mean), max(x(values.max()), x(mean)) + 5, y + 3.5)
+        return element("g", drawn + label + tooltip(tip))
+
+    rows = [(each.arm.algorithm, each.arm.augmenter, partial(bar, each, values)) for each, values in known]
+    parts, height = _rows(rows, text(what, 0, 12, class_="title"))
+    axis = path([(left, 24), (left, height)], "axis")
+    told = "; ".join(f"{each.arm.name} {significant(values.mean())}" for each, values in known if values.size)
+    return drawing(_WIDTH, height + 4, [*parts, axis], f"{what} on {task.label}: {told}.")
+
+
+def _rows(rows: Sequence[tuple[str, str, Callable[[float], str]]], heading: str) -> tuple[list[str], float]:
+    """Rows below the names of their algorithms; returns the parts and how high they are."""
+    parts, height, before = [heading], 22.0, None
+    for algorithm, augmenter, draw in rows:
+        if algorithm != before:
+            parts.append(text(algorithm, 0, height + 15, class_="group"))
+            height += _GROUP
+        before = algorithm
+        parts += [text(_cut(augmenter, _LONGEST), 10, height + _ROW / 2 + 3.5), draw(height + _ROW / 2)]
+        height += _ROW
+    return parts, height + 4
+
+
+def _label_width(names: Sequence[str]) -> float:
+    return 22 + 6.2 * min(_LONGEST, max(len(name) for name in names))
+
+
+def _clipped(y: Axis, value: float) -> float:
+    return min(max(y(min(max(value, y.low), y.high)), y.end), y.begin)
+
+
+def _tick(value: float) -> str:
+    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
+
+
+def _cut(name: str, longest: int) -> str:
+    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"

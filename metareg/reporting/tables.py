@@ -1,0 +1,256 @@
+"""The tables of a report as text, which every format lays out in its own way."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from metareg.comparison.results import ArmResults, TaskResults
+from metareg.comparison.statistics import ALPHA, Verdict
+from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
+from metareg.reporting.numbers import MISSING, Scale, p_value, significant
+
+__all__ = ["Table", "costs", "differences", "environment", "gaps", "results", "settings", "verdict_text"]
+
+_LONGEST_REASON = 400
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells of plain text.
+
+    Args:
+        title: what it is about.
+        columns: their headings.
+        rows: cells, as many as columns.
+        note: what its numbers and every ± mean.
+        key: what is to be known of all tables of its kind; where several stand together, once is enough.
+        headers: how many columns, from the left, name the row.
+        texts: columns that hold sentences or lists, not numbers.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+    key: str = ""
+    headers: int = 2
+    texts: Sequence[int] = ()
+
+
+def results(report: Report, task: TaskResults) -> Table:
+    """The means of every arm of a task, after each number of inner steps."""
+    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
+    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
+    rows = [
+        [
+            each.arm.algorithm,
+            each.arm.augmenter,
+            _count(len(each.seeds), each.planned),
+            *(_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps),
+            *([] if of_tasks else [scale.half(task_interval(each, headline))]),
+        ]
+        for each in task.arms
+    ]
+    columns = ["algorithm", "augmenter", "seeds", *map(_steps, task.inner_steps)]
+    note = f"{_capital(scale.heading)} on the test tasks after so many inner steps, {scale.better}. "
+    if of_tasks:
+        note += (
+            "± is half the 95 % interval over test tasks (Student's t). With one seed there is no interval over seeds: "
+            "nothing here says what another seed would give."
+        )
+    else:
+        columns.append(f"± over tasks, {_steps(headline)}")
+        note += (
+            "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval that "
+            "other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
+        )
+    norms = [norm for norm in task.norms if norm != "none"]
+    note += f" BatchNorm: {', '.join(norms)}." if norms else ""
+    return Table(task.label, columns, rows, note)
+
+
+def differences(report: Report, task: TaskResults) -> Table | None:
+    """Every augmenter against none on a task; None where no pair of arms is there to be compared."""
+    pairs = [pair for pair in report.pairs if pair.task == task.label]
+    if not pairs:
+        return None
+    scale, steps = Scale(task.metric, task.higher_is_better), _steps(report.headline[task.label])
+    rows = [
+        [
+            pair.algorithm,
+            pair.augmenter,
+            scale.signed(pair.difference.over_seeds),
+            scale.interval(pair.difference.over_seeds),
+            scale.interval(pair.difference.over_tasks),
+            _favour(pair),
+            p_value(pair.difference.p),
+            p_value(pair.corrected),
+            verdict_text(pair),
+        ]
+        for pair in pairs
+    ]
+    columns = [
+        "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p", "p (Holm)",
+        "in words",
+    ]  # fmt: skip
+    note = f"Augmenter minus none after {steps} in {scale.difference}; {scale.better}."
+    key = (
+        "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's t): "
+        "over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test over "
+        f"seeds; Holm's correction covers {_tested(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no difference "
+        "shown' does not say that there is none."
+    )
+    return Table(task.label, columns, rows, note, key, texts=(8,))
+
+
+def costs(task: TaskResults) -> Table:
+    """Time and memory of every arm of a task."""
+    rows = []
+    for each in task.arms:
+        seconds, peak = _finite(each.seconds_per_step), _finite(each.peak_bytes)
+        baseline = task.baselines.get(each.arm.algorithm)
+        of_none = _finite(baseline.seconds_per_step) if baseline else np.array([])
+        rows.append(
+            [
+                each.arm.algorithm,
+                each.arm.augmenter,
+                significant(1000 * seconds.mean()) if seconds.size else MISSING,
+                f"{significant(1000 * seconds.min())} to {significant(1000 * seconds.max())}"
+                if seconds.size
+                else MISSING,
+                f"{seconds.mean() / of_none.mean():.2f}" if seconds.size and of_none.size else MISSING,
+                f"{peak.max() / 2**20:.0f}" if peak.size else MISSING,
+            ]
+        )
+    return Table(
+        task.label,
+        ["algorithm", "augmenter", "ms per step", "from seed to seed", "times none", "peak memory in MiB"],
+        rows,
+        "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is its "
+        "ratio to the same algorithm without an augmenter.",
+        "Memory is the most that a run took: on a GPU its tensors, otherwise the whole process. Runs that shared the "
+        "machine slowed each other down.",
+    )
+
+
+def settings(task: TaskResults) -> Table | None:
+    """What tuning chose for the arms of a task; None where nothing was tuned."""
+    tuned = [(each.arm, each.chosen) for each in task.arms if each.chosen]
+    if not tuned:
+        return None
+    rows = [
+        [
+            arm.algorithm,
+            arm.augmenter,
+            ", ".join(f"{key} = {_setting(value)}" for key, value in chosen.options.items()) or "the defaults",
+            str(chosen.trials),
+        ]
+        for arm, chosen in tuned
+    ]
+    return Table(
+        task.label,
+        ["algorithm", "augmenter", "settings", "tried"],
+        rows,
+        "",
+        "The best of so many settings that were tried on the validation split; test tasks had no part in it.",
+        texts=(2,),
+    )
+
+
+def environment(report: Report) -> Table:
+    """What the runs were made with."""
+    finished = report.results.finished
+    rows = [
+        [
+            name,
+            ", ".join(
+                value if count == finished else f"{value} ({count} runs)" for value, count in counts.most_common()
+            ),
+        ]
+        for name, counts in report.results.environment.items()
+    ]
+    return Table(
+        "Environment",
+        ["what", "value"],
+        rows,
+        f"What the {finished} finished runs were made with. Where they differ, a value says for how many runs it stands.",
+        headers=1,
+        texts=(1,),
+    )
+
+
+def gaps(report: Report) -> Table | None:
+    """What is missing; None where nothing is."""
+    if not report.results.gaps:
+        return None
+    rows = [[gap.run, gap.state, _shortened(gap.reason), str(gap.path)] for gap in report.results.gaps]
+    return Table(
+        "Missing and broken runs",
+        ["run", "state", "why", "folder"],
+        rows,
+        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. A "
+        "damaged run counts, but for the file that is named.",
+        headers=1,
+        texts=(1, 2, 3),
+    )
+
+
+def verdict_text(pair: Pair) -> str:
+    """The words for a pair, with the reason where it was not tested."""
+    if pair.verdict is Verdict.NOT_TESTED:
+        return f"{pair.verdict.value}: {pair.difference.untested}"
+    return pair.verdict.value
+
+
+def _tested(report: Report) -> str:
+    return (
+        "the one tested comparison of this report"
+        if report.tested == 1
+        else (f"all {report.tested} tested comparisons of this report")
+    )
+
+
+def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool) -> str:
+    scores = results.by_seed(inner_steps)
+    diverged = sum(not math.isfinite(each.mean()) for each in scores.values())
+    if scores and diverged == len(scores):
+        return "diverged"
+    text = scale.estimate((task_interval if of_tasks else seed_interval)(results, inner_steps))
+    return f"{text} ({diverged} diverged)" if diverged else text
+
+
+def _favour(pair: Pair) -> str:
+    found = pair.difference
+    if not found.pairs:
+        return f"0 of {pair.planned} there"
+    missing = "" if found.pairs == pair.planned else f" (of {pair.planned} planned)"
+    return f"{found.in_favour} of {found.pairs}{missing}"
+
+
+def _count(finished: int, planned: int) -> str:
+    return str(finished) if finished == planned else f"{finished} of {planned}"
+
+
+def _steps(number: int) -> str:
+    return "1 step" if number == 1 else f"{number} steps"
+
+
+def _setting(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _shortened(reason: str) -> str:
+    line = " ".join(reason.split())
+    return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
+
+
+def _capital(text: str) -> str:
+    return text if text == "mse" else text[:1].upper() + text[1:]
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    return values[np.isfinite(values)]

@@ -1,0 +1,119 @@
+"""Comparison folders that were never trained: scores, curves and times drawn at random, in the files that runs write."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
+
+INNER_STEPS = (0, 1, 5, 10)
+STEPS = 5000
+
+_GAIN = {"none": 0.0, "cml": 0.12, "dropgrad": -0.06}
+_COST = {"none": 1.0, "cml": 1.3, "dropgrad": 1.08}
+
+ENVIRONMENT = {
+    "metareg": "0.1.0", "python": "3.11.7", "platform": "Linux-6.8-x86_64", "processor": "x86_64", "torch": "2.13.0",
+    "torch_threads": 1, "cuda": None, "gpus": [], "libraries": {"numpy": "2.4.6"}, "device": "cpu", "strategy": "vectorized",
+    "plugins": [{"kind": "algorithms", "name": "maml", "distribution": "metareg", "version": "0.1.0"}],
+}  # fmt: skip
+
+DEMO: dict[str, Any] = {
+    "title": "Does cooperative meta-learning help?",
+    "notes": "Five paired seeds, *one machine*. See [the paper](https://arxiv.org/abs/2406.00001) and `inner_lr`.\n\n"
+    "- drawn at random, nothing was trained\n- <script>alert(1)</script>",
+    "algo": ["maml", "anil", "boil", "metasgd"],
+    "augment": ["none", "cml", "dropgrad"],
+    "tasks": [
+        {"task": "sinusoid", "label": "sinusoid, 10-shot", "options": {"shots": 10}},
+        {"task": "omniglot-small", "label": "omniglot-small, 5-way 1-shot", "options": {"ways": 5, "shots": 1}},
+    ],
+    "seeds": 5,
+    "options": {"steps": STEPS, "threads": 1},
+    "tune": {"trials": 8, "space": {"inner_lr": [0.01, 0.03, 0.1]}},
+}
+
+
+def write_comparison(folder: Path, config: dict[str, Any] | None = None, *, tasks: int = 100) -> Plan:
+    """A complete comparison, every run of which has finished."""
+    plan = Plan(folder, ComparisonConfig.model_validate(DEMO if config is None else config))
+    plan.write()
+    if plan.config.tune:
+        for number, arm in enumerate(plan.arms):
+            chosen = {"inner_lr": (0.01, 0.03, 0.1)[number % 3]} | ({"cml.gamma": 0.35} if "cml" in arm.name else {})
+            trials = [{"options": chosen, "score": 0.1 * each, "seeds": [0]} for each in range(8)]
+            path = folder / "tuning" / arm.folder / "chosen.json"
+            path.parent.mkdir(parents=True)
+            path.write_text(json.dumps({"options": chosen, "trials": trials}))
+    for run in plan.runs():
+        write_run(run, tasks)
+    return plan
+
+
+def write_run(
+    run: PlannedRun, tasks: int = 100, *, metric: str | None = None, steps: tuple[int, ...] = INNER_STEPS
+) -> None:
+    """One finished run. A seed's tasks are as hard, and its weights as good, for every arm."""
+    metric = metric or ("accuracy" if "omniglot" in run.arm.task else "mse")
+    shared = np.random.default_rng(zlib.crc32(f"{run.arm.task}/{run.seed}".encode()))
+    own = np.random.default_rng(zlib.crc32(f"{run}".encode()))
+    hardness, luck = shared.gamma(2, 0.5, tasks), shared.normal(0, 0.06)
+    gain = sum(_GAIN.get(each, 0.05) for each in run.arm.augmenters) * (1.6 if run.arm.algorithm == "metasgd" else 1)
+    level = 0.35 - gain + luck + own.normal(0, 0.02)
+    errors = [hardness * (0.12 + level + 2.2 * np.exp(-0.9 * k)) * own.lognormal(0, 0.2, tasks) for k in steps]
+    values = [np.round(20 * np.exp(-0.7 * each)) / 20 for each in errors] if metric == "accuracy" else errors
+    run.path.mkdir(parents=True, exist_ok=True)
+    results = {
+        "metric": metric,
+        "higher_is_better": metric == "accuracy",
+        "norm": "transductive" if metric == "accuracy" else "none",
+        "split": "test",
+        "steps": [
+            {
+                "inner_steps": k,
+                "mean": float(each.mean()),
+                "ci95": float(1.96 * each.std(ddof=1) / tasks**0.5),
+                "tasks": tasks,
+                "scores": each.tolist(),
+            }
+            for k, each in zip(steps, values, strict=True)
+        ],
+    }
+    (run.path / "results.json").write_text(json.dumps(results))
+    (run.path / "config.yaml").write_text("steps: 5000\n")
+    (run.path / "environment.json").write_text(json.dumps(ENVIRONMENT))
+    (run.path / "metrics.jsonl").write_text("".join(map(_line, _metrics(metric, level, own))))
+    (run.path / "timing.jsonl").write_text("".join(map(_line, _timing(run, own))))
+
+
+def _metrics(metric: str, level: float, own: np.random.Generator) -> list[dict[str, Any]]:
+    lines: list[dict[str, Any]] = []
+    for step in range(100, STEPS + 1, 100):
+        error = 0.12 + level + 3 * np.exp(-step / 700) + own.normal(0, 0.02)
+        value = float(np.exp(-0.7 * error) if metric == "accuracy" else error)
+        lines.append({"step": step, "split": "train", "loss": float(error), metric: value})
+        if step % 500 == 0:
+            lines.append({"step": step, "split": "validation", "inner_steps": 1, metric: value, "ci95": 0.05})
+    return lines
+
+
+def _timing(run: PlannedRun, own: np.random.Generator) -> list[dict[str, Any]]:
+    slow = np.prod([_COST.get(each, 1.2) for each in run.arm.augmenters]) * (8 if "omniglot" in run.arm.task else 1)
+    return [
+        {
+            "step": step,
+            "steps_per_second": float(220 / slow * own.normal(1, 0.03)),
+            "peak_bytes": int(400e6 * (1 + 0.1 * slow)),
+            "time": "2026-01-01T00:00:00+00:00",
+        }
+        for step in range(100, STEPS + 1, 100)
+    ]
+
+
+def _line(content: dict[str, Any]) -> str:
+    return json.dumps(content) + "\n"
