@@ -152,7 +152,9 @@ class ComparisonProgress:
         """Say what a run that ended came to."""
         done, left = comparison.finished, comparison.left
         if outcome.error is not None:
-            self._console.print(f"[red]broken[/] {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
+            gone = outcome.run.path in comparison.broken or outcome.again
+            how = "[red]broken[/]" if gone else "[yellow]diverged[/]"
+            self._console.print(f"{how} {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
         elif not self._console.is_terminal:
             line = f"finished {outcome.run} ({done} of {done + left}{_time_left(comparison)})"
             self._console.print(escape(line), soft_wrap=True)

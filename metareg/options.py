@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, validated
@@ -39,7 +40,7 @@ class _Selected:
         """The fields of its `Config`."""
         return config_of(self.loaded).model_fields
 
-    @property
+    @cached_property  # an installed plugin is looked for in the metadata of every distribution
     def loaded(self) -> type | object:
         """Its class, or the object that was given."""
         return find(_KIND_OF[self.field], self.plugin).load() if isinstance(self.plugin, str) else self.plugin

@@ -103,7 +103,8 @@ def find(kind: str, name: str) -> Entry:
         UsageError: it is installed but disabled.
         PluginError: two distributions claim the name.
     """
-    installed = [entry for entry in _installed(kind) if name in (entry.name, entry.qualified)]
+    candidates = _installed(kind, name.rpartition(":")[2])
+    installed = [entry for entry in candidates if name in (entry.name, entry.qualified)]
     left_out = _disabled()
     found = [entry for entry in installed if not {entry.name, entry.qualified} & left_out]
     if not found and installed:
@@ -184,10 +185,13 @@ def config_of(plugin: type | object) -> type[PluginConfig]:
     return config
 
 
-def _installed(kind: str | None) -> list[Entry]:
+def _installed(kind: str | None, name: str | None = None) -> list[Entry]:
+    """The entries of a kind, and of a name where one is given: reading their distributions' metadata takes time."""
     found: dict[tuple[str, str, str], Entry] = {}
     for each in KINDS if kind is None else (kind,):
         for point in importlib.metadata.entry_points(group=f"metareg.{each}"):
+            if name not in (None, point.name):
+                continue
             distribution = (point.dist.name if point.dist else None) or "unknown"
             version = (point.dist.version if point.dist else None) or "unknown"
             entry = Entry(each, point.name, distribution, version, point.value)

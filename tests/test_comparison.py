@@ -313,7 +313,7 @@ def test_what_goes_wrong_in_a_run_is_kept_with_it(tmp_path: Path, monkeypatch: p
 
     assert diverged.error is not None
     assert not diverged.again
-    assert (run.path / ERROR_FILE).read_text().startswith("Training diverged at step")
+    assert (run.path / ERROR_FILE).read_text().startswith("DivergenceError: Training diverged at step")
 
     monkeypatch.setattr("metareg.runs.train", lambda **_: 1 / 0)
     crashed = carry_out(run)

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import math
+import random
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import yaml
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
+from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
+from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
+from metareg.comparison.tuning import Tuner, proposal
 from metareg.config import validated
+from metareg.files import write_json, write_text
+from metareg.interrupts import StopRequest
 from metareg.options import Selection, assemble
 
 # ------------------------------------------------------------------------------------------------------ what is written
@@ -69,10 +83,9 @@ def tuning(**values: Any) -> Tuning:
 
 
 def test_tuning_survives_being_written() -> None:
-    written = tuning(
-        trials=5, seeds=2, space={"a": "0.1,geomspace(1,4,3)", "b": {"low": "1e-3", "high": 10, "log": True}}
-    )
-    assert written.space == {"a": [0.1, 1, 2, 4], "b": Range(low=0.001, high=10.0, log=True)}
+    space = {"a": "0.1,geomspace(1,4,3)", "b": {"low": "1e-3", "high": 10, "log": True}, "c": None}
+    written = tuning(trials=5, seeds=2, space=space)
+    assert written.space == {"a": [0.1, 1, 2, 4], "b": Range(low=0.001, high=10.0, log=True), "c": None}
     assert written.seeds == [0, 1]
     assert tuning(**written.model_dump(mode="json")) == written
 
@@ -87,7 +100,7 @@ def test_tuning_survives_being_written() -> None:
         ({"space": {"a": {"low": 2, "high": 1}}}, "low = 2 must be below high = 1"),
         ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "begins above 0"),
         ({"space": {"a": {"low": 0, "hihg": 1}}}, "did you mean 'high'"), ({"space": [1]}, "dictionary"),
-        ({"space": {"a": [1, 2]}, "over": ["a"]}, "'a' stands twice"), ({"trials": 3, "seeds": []}, "seeds"),
+        ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
         ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be chosen and has one value"),
     ],
 )  # fmt: skip
@@ -132,7 +145,7 @@ def test_what_the_shipped_plugins_have_searched(chosen: dict[str, Any], space: d
 
 
 def test_keys_that_the_user_names() -> None:
-    named = tuning(trials=5, over=["outer_lr", "first_order", "cml.width"], space={"mlp.hidden": [[4], [5]]})
+    named = tuning(trials=5, space={"mlp.hidden": [[4], [5]], "outer_lr": None, "first_order": None, "cml.width": None})
     expected = {"mlp.hidden": "[4], [5]", "outer_lr": "0.0001 to 0.01, log", "first_order": "false, true"}
     assert searched(named) == expected
     assert searched(named, augment="cml", **{"cml.width": 20}) == {**expected, "cml.width": "2 to 200, log"}
@@ -220,13 +233,14 @@ def two_arms() -> dict[str, Selection]:
         ({"space": {"inner_rl": [1, 2]}}, "no option to choose named 'inner_rl'; did you mean 'inner_lr'"),
         ({"space": {"cml.gama": [1, 2]}}, "did you mean 'cml.gamma'"),
         ({"space": {"dropgrad.rate": [0.1, 0.2]}}, "no option to choose named 'dropgrad.rate'"),
-        ({"trials": 4, "over": ["mlp.hiden"]}, "did you mean 'mlp.hidden'"),
+        ({"trials": 4, "space": {"mlp.hiden": None}}, "did you mean 'mlp.hidden'"),
         ({"space": {"inner_lr": [-1, 2]}}, "maml: inner_lr = -1 cannot be used: it should be greater than 0"),
         ({"trials": 4, "space": {"cml.gamma": {"low": -1, "high": 2}}}, r"maml\+cml: cml.gamma = -1.0 cannot be used"),
         ({"trials": 4, "space": {"inner_steps": {"low": 1.5, "high": 3}}}, "inner_steps = 1.5 cannot be used"),
         ({"trials": 4, "space": {"mlp.hidden": {"low": 1, "high": 3}}}, "'mlp.hidden' is no number"),
-        ({"trials": 4, "over": ["mlp.hidden"]}, "'mlp.hidden' has no range of its own"),
-        ({"trials": 4, "over": ["reset_optimizer_every"]}, "has no range of its own to search; give values"),
+        ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' has no range of its own"),
+        ({"trials": 4, "space": {"reset_optimizer_every": None}}, "has no range of its own to search; give values"),
+        ({"space": {"cml.gamma": None}}, r"write cml.gamma=geomspace\(0.005,10,5\)"),
         ({"space": {"cml.gamma": {"low": 0.1, "high": 10, "log": True}}}, r"write cml.gamma=geomspace\(0.1,10,5\)"),
         ({"space": {"shots": [1, 5]}}, "'shots' cannot be chosen by validation"),
         ({"space": {"task.shots": [1, 5]}}, "'task.shots' cannot be chosen by validation"),
@@ -257,3 +271,314 @@ def test_unknown_names_carry_the_known_ones() -> None:
     with pytest.raises(UnknownNameError) as caught:
         check(tuning(space={"zzz": [1, 2]}), {"maml": selection(augment="cml")})
     assert {"inner_lr", "cml.gamma", "outer_lr", "mlp.hidden"} <= set(caught.value.known)
+
+
+# -------------------------------------------------------------------------------------------------------------- choosing
+
+
+def tuner(folder: Path, augment: str = "cml", **tune: Any) -> Tuner:
+    options = {"steps": 7, "test_inner_steps": [0, 3]}
+    values = {"augment": ["none", augment], "options": options, "seeds": 5, "tune": tune}
+    plan = Plan(folder, validated(ComparisonConfig, values, "the comparison"))
+    return Tuner(plan, plan.arms[-1])
+
+
+def loss(run: PlannedRun) -> float:
+    """A made-up validation loss, least at step size 0.05 and γ = 0.5."""
+    gamma = run.options.get("cml.gamma", 0.05)
+    return abs(math.log10(run.options.get("inner_lr", 0.01) / 0.05)) + abs(math.log10(gamma / 0.5)) + 0.01 * run.seed
+
+
+def finish(run: PlannedRun, mean: float, *, split: str = "validation", higher_is_better: bool = False) -> None:
+    """What a run leaves that ended."""
+    steps = [{"inner_steps": 0, "mean": -100.0}, {"inner_steps": 3, "mean": mean}]
+    content = {"metric": "made-up", "higher_is_better": higher_is_better, "split": split, "steps": steps}
+    write_json(run.path / "results.json", content)
+
+
+def carried_out(tuner: Tuner, score: Callable[[PlannedRun], float] = loss) -> dict[str, Any]:
+    """All of a tuning, one run at a time; what chosen.json says in the end."""
+    while jobs := tuner.next_jobs():
+        finish(jobs[0], score(jobs[0]))
+    assert tuner.done
+    assert tuner.remaining == 0
+    (file,) = tuner.folder.glob("chosen.json")
+    return dict(json.loads(file.read_text()))
+
+
+def test_a_search_finds_the_best_and_says_so(tmp_path: Path) -> None:
+    chosen = carried_out(search := tuner(tmp_path, trials=20))
+
+    assert len(chosen["trials"]) == 20
+    assert chosen["trials"][0]["options"] == {}
+    scores = [trial["score"] for trial in chosen["trials"]]
+    assert chosen["options"] == chosen["trials"][scores.index(min(scores))]["options"] == search.chosen
+    assert min(scores) < 0.5 < scores[0]
+    assert (chosen["metric"], chosen["higher_is_better"], chosen["inner_steps"]) == ("made-up", False, 3)
+    assert chosen["space"] == {"inner_lr": "0.001 to 0.1, log", "cml.gamma": "0.005 to 10, log"}
+
+
+def test_a_search_is_better_than_chance(tmp_path: Path) -> None:
+    search = dimensions(tuning(**SEARCH), selection(augment="cml"))
+
+    def searched_for(rounds: int, seed: int, *, blind: bool) -> float:
+        tried: list[tuple[dict[str, Any], float]] = []
+        for number in range(rounds):
+            options = proposal(search, [] if blind or number < 5 else tried, 1000 * seed + number)
+            tried.append((options, loss(PlannedRun(Arm("maml", "cml", ""), 0, tmp_path, {}, options))))
+        return min(cost for _, cost in tried)
+
+    found, drawn = ([searched_for(25, seed, blind=blind) for seed in range(8)] for blind in (False, True))
+    assert statistics.mean(found) < 0.6 * statistics.mean(drawn)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"trials": 10, "seeds": 2}, {"space": {"inner_lr": [0.01, 0.1], "cml.gamma": [1, 2]}}]
+)
+def test_a_tuning_that_is_killed_tries_what_one_left_alone_tries(tmp_path: Path, settings: dict[str, Any]) -> None:
+    alone = carried_out(tuner(tmp_path / "alone", **settings))
+    dice = random.Random(3)
+    seen = set()
+    for _ in range(1000):
+        restarted = tuner(tmp_path / "killed", **settings)
+        jobs = restarted.next_jobs()
+        seen.add(restarted.remaining)
+        if restarted.done:
+            break
+        for job in dice.sample(jobs, dice.randint(0, len(jobs))):
+            finish(job, loss(job))
+    assert len(seen) > 3
+    assert json.loads((restarted.folder / "chosen.json").read_text()) == alone
+
+
+def test_what_is_proposed_is_a_function_of_what_was_tried(tmp_path: Path) -> None:
+    carried_out(tuner(tmp_path, trials=12))
+    files = sorted(tmp_path.rglob("trial.json"))
+    before = [file.read_text() for file in files]
+    for file in [*files, *tmp_path.rglob("chosen.json")]:
+        file.unlink()
+    carried_out(tuner(tmp_path, trials=12))
+    assert [file.read_text() for file in files] == before
+
+
+def test_arms_begin_with_the_same_step_sizes(tmp_path: Path) -> None:
+    with_cml, with_noise = (tuner(tmp_path, augment, trials=9).next_jobs() for augment in ("cml", "gradient-noise"))
+    assert [run.options.get("inner_lr") for run in with_cml] == [run.options.get("inner_lr") for run in with_noise]
+    assert len({run.options.get("inner_lr") for run in with_cml}) == 5
+
+
+def test_trials_are_on_validation_tasks_with_options_of_their_own(tmp_path: Path) -> None:
+    grid = tuner(tmp_path, space={"cml.gamma": [1, 2]}, options={"steps": 3, "cml.width": 4})
+    jobs = grid.next_jobs()
+    assert [run.seed for run in jobs] == [0, 0]
+    expected = {"steps": 3, "test_inner_steps": [0, 3], "cml.width": 4, "cml.gamma": 1.0, "test_split": "validation"}
+    assert jobs[0].options == expected
+    assert [run.path.relative_to(grid.folder).as_posix() for run in jobs] == ["trial-0/seed-0", "trial-1/seed-0"]
+    assert not any(run.is_final for run in jobs)
+
+
+def test_the_mean_over_seeds_decides(tmp_path: Path) -> None:
+    table = {(1.0, 0): 0.1, (1.0, 1): 0.9, (2.0, 0): 0.4, (2.0, 1): 0.4}
+    grid = tuner(tmp_path, seeds=2, space={"cml.gamma": [1, 2]})
+    assert carried_out(grid, lambda run: table[run.options["cml.gamma"], run.seed])["options"] == {"cml.gamma": 2.0}
+
+
+def test_the_greatest_is_chosen_where_higher_is_better(tmp_path: Path) -> None:
+    search = tuner(tmp_path, trials=20)
+    while jobs := search.next_jobs():
+        finish(jobs[0], -loss(jobs[0]), higher_is_better=True)
+    chosen = json.loads((search.folder / "chosen.json").read_text())
+    scores = [trial["score"] for trial in chosen["trials"]]
+    assert max(scores) > -0.5 > scores[0]
+    assert chosen["options"] == chosen["trials"][scores.index(max(scores))]["options"]
+
+
+def diverge(run: PlannedRun) -> None:
+    write_text(run.path / ERROR_FILE, "DivergenceError: Training diverged at step 3.\n")
+
+
+def test_trials_that_diverge_are_the_worst(tmp_path: Path) -> None:
+    search = tuner(tmp_path, trials=20)
+    while jobs := search.next_jobs():
+        for job in jobs:
+            if job.options.get("inner_lr", 1) > 0.02:  # the defaults included
+                diverge(job)
+            else:
+                finish(job, loss(job))
+    chosen = json.loads((search.folder / "chosen.json").read_text())
+    failed = [trial for trial in chosen["trials"] if trial["score"] is None]
+    assert 1 < len(failed) < 15
+    assert {trial["error"] for trial in failed} == {"Training diverged at step 3."}
+    assert search.chosen["inner_lr"] <= 0.02
+    late = [trial["options"]["inner_lr"] for trial in chosen["trials"][10:]]
+    assert sum(value <= 0.02 for value in late) > len(late) / 2
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf])
+def test_a_score_that_is_no_number_is_the_worst(tmp_path: Path, score: float) -> None:
+    grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
+    chosen = carried_out(grid, lambda run: 5.0 if run.options["cml.gamma"] == 2 else score)
+    assert chosen["options"] == {"cml.gamma": 2.0}
+
+
+def test_defaults_where_every_trial_fails(tmp_path: Path) -> None:
+    search = tuner(tmp_path, trials=8)
+    while jobs := search.next_jobs():
+        diverge(jobs[0])
+    assert search.done
+    assert search.chosen == {}
+
+
+def test_a_run_that_broke_is_not_taken_for_a_bad_one(tmp_path: Path) -> None:
+    grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
+    broken, good = grid.next_jobs()
+    write_text(broken.path / ERROR_FILE, "MetaregError: The disk is full.\n")
+    finish(good, 1.0)
+    assert grid.next_jobs() == [broken]
+    assert not grid.done
+    assert (grid.runs, grid.remaining) == (2, 1)
+
+
+def test_settings_that_cannot_be_together_are_the_worst(tmp_path: Path) -> None:
+    plan_values = {"algo": "metasgd", "tune": {"space": {"inner_lr": [0.1, 0.5], "inner_lr_max": [0.2, 0.6]}}}
+    plan = Plan(tmp_path, validated(ComparisonConfig, plan_values, "the comparison"))
+    grid = Tuner(plan, plan.arms[0])
+    chosen = carried_out(grid, lambda run: run.options["inner_lr_max"])
+    assert chosen["options"] == {"inner_lr": 0.1, "inner_lr_max": 0.2}
+    assert [trial["score"] is None for trial in chosen["trials"]] == [False, False, True, False]
+    assert "must not be below" in chosen["trials"][2]["error"]
+
+
+def test_the_same_settings_are_not_run_twice(tmp_path: Path) -> None:
+    search = tuner(tmp_path, "dropgrad", trials=12, space={"dropgrad.kind": None})
+    runs = []
+    while jobs := search.next_jobs():
+        runs.append(jobs[0].options.get("dropgrad.kind", "bernoulli"))
+        finish(jobs[0], float(len(runs)))
+    assert sorted(runs) == ["bernoulli", "gaussian"]
+    chosen = json.loads((search.folder / "chosen.json").read_text())
+    assert len(chosen["trials"]) == 12
+    assert {trial["score"] for trial in chosen["trials"]} == {1.0, 2.0}
+    assert chosen["options"] == {}
+
+
+def test_few_settings_are_all_tried(tmp_path: Path) -> None:
+    search = tuner(tmp_path, trials=7, space={"cml.gamma": [1, 2, 3], "inner_lr": [0.1, 0.2]})
+    tried = [tuple(trial["options"].values()) for trial in carried_out(search)["trials"]]
+    assert sorted(tried[1:]) == [(gamma, lr) for gamma in (1.0, 2.0, 3.0) for lr in (0.1, 0.2)]
+
+
+def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
+    plan_values = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [1, 2]}}}
+    plan = Plan(tmp_path, validated(ComparisonConfig, plan_values, "the comparison"))
+    alone = Tuner(plan, plan.arms[0])
+    assert (alone.trials, alone.remaining, alone.next_jobs(), alone.done, alone.chosen) == (0, 0, [], True, {})
+
+
+def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> None:
+    grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
+    for job in grid.next_jobs():
+        finish(job, 1.0, split="test")
+    with pytest.raises(UsageError, match="no result on validation tasks"):
+        grid.next_jobs()
+
+
+def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
+    carried_out(tuner(tmp_path, space={"cml.gamma": [1, 2]}))
+    assert tuner(tmp_path, space={"cml.gamma": [1, 2]}).done
+    with pytest.raises(UsageError, match="were chosen in another way"):
+        tuner(tmp_path, space={"cml.gamma": [1, 2, 3]})
+    with pytest.raises(UsageError, match="were chosen in another way"):
+        tuner(tmp_path, trials=2)
+
+
+def test_without_optuna_a_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    check(tuning(space={"inner_lr": [0.1, 0.2]}), {"maml": selection()})
+    with pytest.raises(UsageError, match=r"pip install 'metareg\[search\]'"):
+        check(tuning(trials=3), {"maml": selection()})
+
+
+def test_optuna_stays_silent_and_keeps_its_own_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.DEBUG)
+    try:
+        carried_out(tuner(tmp_path, trials=7))
+        assert optuna.logging.get_verbosity() == optuna.logging.DEBUG
+    finally:
+        optuna.logging.set_verbosity(before)
+    assert capfd.readouterr() == ("", "")
+
+
+class InThisProcess:
+    """A launcher that carries a run out as soon as it gets it."""
+
+    capacity = 1
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.submitted: list[PlannedRun] = []
+
+    def submit(self, run: PlannedRun) -> None:
+        self.submitted.append(run)
+        self.outcomes.append(carry_out(run))
+
+    def wait(self, _seconds: float) -> list[Outcome]:
+        ended, self.outcomes = self.outcomes, []
+        return ended
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Path) -> None:
+    config = {
+        "augment": ["none", "cml"],
+        "options": {
+            "steps": 5, "test_tasks": 4, "eval_tasks": 2, "test_inner_steps": [0, 1], "meta_batch": 2,
+            "strategy": "serial", "maml.inner_lr": 0.02,
+        },
+        "tune": {"space": {"inner_lr": [0.001, 0.03, 1e30]}},
+    }  # fmt: skip
+    plan = Plan(tmp_path, validated(ComparisonConfig, config, "the comparison"))
+    plan.write()
+    launcher = InThisProcess()
+    comparison = Comparison(plan, launcher)
+    comparison.carry_out(StopRequest())
+
+    assert comparison.broken == {}
+    assert (comparison.finished, comparison.left) == (8, 0)
+    for arm in plan.arms:
+        chosen = json.loads((plan.tuning_folder(arm) / "chosen.json").read_text())
+        tried = {trial["options"]["inner_lr"]: trial for trial in chosen["trials"]}
+        assert tried[1e30]["error"].startswith("Training diverged")
+        # The name of the comparison's own option is another one; what was chosen stands before it all the same.
+        for value in (0.001, 0.03):
+            score = Tuned(plan.trial(arm, chosen["trials"].index(tried[value]), 0, {}).path)
+            assert (score.split, score.inner_lr, score.mean) == ("validation", value, tried[value]["score"])
+        best = min((0.001, 0.03), key=lambda value: tried[value]["score"])
+        final = Tuned(tmp_path / "runs" / arm.folder / "seed-0")
+        assert (final.split, final.inner_lr) == ("test", best)
+    finals = [run for run in launcher.submitted if run.is_final]
+    assert launcher.submitted[-2:] == finals
+
+    again = InThisProcess()
+    comparison = Comparison(Plan.read(tmp_path), again)
+    comparison.carry_out(StopRequest())
+    assert (comparison.finished, comparison.left, again.submitted) == (8, 0, [])
+    for change in ({"tune": {**config["tune"], "trials": 4}}, {"options": {**config["options"], "steps": 6}}):
+        with pytest.raises(UsageError, match="cannot go on as another one"):
+            compare({**config, **change}, tmp_path)
+    assert Plan.read(tmp_path).config == plan.config
+
+
+class Tuned:
+    """What is in the folder of a run."""
+
+    def __init__(self, path: Path) -> None:
+        results = json.loads((path / "results.json").read_text())
+        self.split, self.mean = results["split"], results["steps"][-1]["mean"]
+        self.inner_lr = yaml.safe_load((path / "config.yaml").read_text())["algo"]["config"]["inner_lr"]

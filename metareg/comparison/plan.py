@@ -7,15 +7,19 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
 from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
 
 from metareg.comparison.space import Tuning
+from metareg.comparison.space import check as check_choices
 from metareg.config import PluginConfig, read_yaml, validated
 from metareg.errors import UnknownNameError, UsageError
 from metareg.files import write_text
+
+if TYPE_CHECKING:
+    from metareg.options import Selection
 
 __all__ = ["Arm", "ArmRule", "ComparedTask", "ComparisonConfig", "Plan", "PlannedRun", "check"]
 
@@ -113,6 +117,7 @@ class ComparisonConfig(PluginConfig):
                 if name is not None and name not in known:
                     raise UnknownNameError(what, name, known)
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
+        every += [self.tune.options] if self.tune else []
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
             raise ValueError(f"'{key}' is no option here; it is what {_NOT_OPTIONS[key]} is for")
         return self
@@ -244,7 +249,33 @@ class Plan:
             "task": task.task,
             "seed": seed,
         }
-        return PlannedRun(arm, seed, self.folder / folder, config, {**self.options(arm), **options})
+        # Of two names of one option, as inner_lr and maml.inner_lr, the last one counts.
+        others = {key: value for key, value in self.options(arm).items() if key not in options}
+        return PlannedRun(arm, seed, self.folder / folder, config, {**others, **options})
+
+    def trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
+        """A run on validation tasks, by which an arm's settings are chosen.
+
+        Args:
+            arm: one of `arms`.
+            number: the trial's.
+            seed: as in `run`.
+            options: what the trial tries.
+        """
+        assert self.config.tune is not None
+        own = {key: value for key, value in self.config.tune.options.items() if self.is_for(arm, key)}
+        folder = self.tuning_folder(arm).relative_to(self.folder) / f"trial-{number}" / f"seed-{seed}"
+        return self.run(arm, seed, folder, {**own, **options, "test_split": "validation"})
+
+    def tuning_folder(self, arm: Arm) -> Path:
+        """Where an arm's trials are."""
+        return self.folder / "tuning" / arm.folder
+
+    @property
+    def tuning_seeds(self) -> list[int]:
+        """The seeds of every trial."""
+        assert self.config.tune is not None
+        return self.config.tune.seeds or self.config.seeds[:1]
 
     def task(self, arm: Arm) -> ComparedTask:
         """The task of an arm."""
@@ -281,6 +312,7 @@ def check(plan: Plan) -> None:
     from metareg.runs import prepared
 
     seen = set()
+    trials: dict[str, Selection] = {}
     for arm in plan.arms:
         run = plan.run(arm, plan.config.seeds[0], Path("runs"), {})
         try:
@@ -288,8 +320,13 @@ def check(plan: Plan) -> None:
             if arm.task not in seen:
                 prepared(selection)
                 seen.add(arm.task)
+            if plan.config.tune:
+                trial = plan.trial(arm, 0, plan.tuning_seeds[0], {})
+                trials[str(arm)] = assemble(trial.config, trial.options)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
+    if plan.config.tune:
+        check_choices(plan.config.tune, trials)
 
 
 def _slug(text: str) -> str:

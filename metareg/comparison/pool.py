@@ -19,7 +19,7 @@ from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
 from metareg.files import write_text
 
-__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out"]
+__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "divergence"]
 
 ERROR_FILE = "error.txt"
 _GRACE_SECONDS = 20.0
@@ -75,13 +75,22 @@ def carry_out(run: PlannedRun) -> Outcome:
     except Interrupted:
         raise
     except Exception as error:
+        text = f"{type(error).__name__}: {error}"
         known = isinstance(error, MetaregError)
-        text = str(error) if known else f"{type(error).__name__}: {error}"
         with suppress(MetaregError, OSError):
             run.path.mkdir(parents=True, exist_ok=True)
             write_text(report, text + "\n" if known else f"{text}\n\n{traceback.format_exc()}")
-        return Outcome(run, text, again=not isinstance(error, UsageError | DivergenceError))
+        return Outcome(run, str(error) if known else text, again=not isinstance(error, UsageError | DivergenceError))
     return Outcome(run)
+
+
+def divergence(path: Path) -> str | None:
+    """What error.txt in a run's folder says where the run diverged; None where it did not."""
+    try:
+        kind, _, problem = (path / ERROR_FILE).read_text(encoding="utf-8").partition(": ")
+    except OSError:
+        return None
+    return problem.strip() if kind == DivergenceError.__name__ else None
 
 
 class LocalPool:

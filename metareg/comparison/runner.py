@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import Launcher, LocalPool, Outcome
+from metareg.comparison.pool import Launcher, LocalPool, Outcome, divergence
 from metareg.config import validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.files import is_leftover, locked
 from metareg.interrupts import StopRequest, stop_requests
 
 if TYPE_CHECKING:
-    from metareg.comparison.tuning import Tuner  # type: ignore[import-not-found,unused-ignore]
+    from metareg.comparison.tuning import Tuner
 
 __all__ = ["LAUNCHERS", "Comparison", "Watcher", "compare"]
 
@@ -58,8 +58,7 @@ class Comparison:
         """Runs that were given up, by their folder."""
         self.running: dict[Path, tuple[PlannedRun, float]] = {}
         """Runs under way and when they began (`time.monotonic`), by their folder."""
-        self.finished = 0
-        """Runs that are finished, trials included."""
+        self._finished = 0
         self._launcher = launcher
         self._tries: Counter[Path] = Counter()
         self._seconds: dict[tuple[str, bool], list[float]] = {}
@@ -72,6 +71,11 @@ class Comparison:
         self._order = {arm: number for number, arm in enumerate(plan.arms)}
         for arm in plan.arms:
             self._queue_runs_of(arm)
+
+    @property
+    def finished(self) -> int:
+        """Runs that are finished, trials included."""
+        return self._finished + sum(tuner.runs - tuner.remaining for tuner in self._tuners.values())
 
     @property
     def left(self) -> int:
@@ -131,9 +135,9 @@ class Comparison:
             self._queue(run)
             return
         if outcome.error is None:
-            self.finished += 1
+            self._finished += run.is_final
             self._seconds.setdefault(_sort(run), []).append(time.monotonic() - began)
-        else:
+        elif run.is_final or divergence(run.path) is None:  # a trial that diverged has told what it is good for
             self.broken[run.path] = outcome
         if self._tuners and not run.is_final:
             self._queue_runs_of(run.arm)
@@ -141,14 +145,13 @@ class Comparison:
     def _queue_runs_of(self, arm: Arm) -> None:
         """Queue the arm's trials, or the runs that count once its settings are chosen."""
         tuner = self._tuners.get(arm)
+        wanted = tuner.next_jobs() if tuner else []
         if tuner is None or tuner.done:
             wanted = [run for run in self.plan.runs({arm: tuner.chosen if tuner else {}}) if run.arm == arm]
-        else:
-            wanted = tuner.next_jobs()
         known = {run.path for _, run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
             if run.finished:
-                self.finished += 1
+                self._finished += 1
             elif run.path not in known:
                 self._queue(run)
 
@@ -239,8 +242,12 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
     where = f"The comparison at {plan.folder} cannot go on as another one"
     if begun.config.tune != plan.config.tune and (plan.folder / "tuning").is_dir():
         raise UsageError(f"{where}: its settings were chosen in another way; name another folder with --out.")
-    old = {run.path: run for run in begun.runs()}
-    for run in plan.runs():
+
+    def defaults(of: Plan) -> list[PlannedRun]:
+        return of.runs() + ([of.trial(arm, 0, of.tuning_seeds[0], {}) for arm in of.arms] if of.config.tune else [])
+
+    old = {run.path: run for run in defaults(begun)}
+    for run in defaults(plan):
         before = old.get(run.path)
         if before is None or not (run.path / "config.yaml").is_file():
             continue

@@ -6,6 +6,7 @@ have is none of that arm's.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import re
@@ -212,9 +213,9 @@ def _domains(given: Any) -> Any:
     return {str(key): _domain(str(key), value) for key, value in given.items()} if isinstance(given, Mapping) else given
 
 
-def _domain(key: str, value: Any) -> Domain:
-    """What a user wrote in a file: a list, a range, or a text as after ``--set``."""
-    if isinstance(value, Range):
+def _domain(key: str, value: Any) -> Domain | None:
+    """What a user wrote in a file: a list, a range, a text as after ``--set``, or nothing."""
+    if isinstance(value, Range | None):
         return value
     if isinstance(value, Mapping):
         return validated(Range, value, f"the range of '{key}'")
@@ -250,25 +251,18 @@ class Tuning(PluginConfig):
         min_length=1,
         description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
     )
-    space: Annotated[dict[str, list[Any] | Range], BeforeValidator(_domains)] = Field(
-        {}, description="What to choose, and from which values: a list, or {low: …, high: …, log: true}."
-    )
-    over: list[str] = Field(
-        [],
-        description="What to choose beside 'space', from the plugins' own bounds. Where both are empty: whatever the "
-        "algorithm and the augmenters have bounds for.",
+    space: Annotated[dict[str, list[Any] | Range | None], BeforeValidator(_domains)] = Field(
+        {},
+        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, or null for those that "
+        "the option's own bounds imply. Empty, whatever the algorithm and the augmenters have bounds for.",
     )
     options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
 
     @model_validator(mode="after")
     def _consistent(self) -> Tuning:
-        keys = [*self.space, *self.over]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ValueError(f"'{key}' stands twice in 'space' and 'over'")
-            if key in self.options:
-                raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
-        if self.trials == GRID and not keys:
+        for key in self.space.keys() & self.options.keys():
+            raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
+        if self.trials == GRID and not self.space:
             raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
         return self
 
@@ -322,7 +316,9 @@ def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
     Raises:
         UsageError: an option that no arm has, that is not one of how an arm learns, or has no such values.
     """
-    for key in (*tuning.space, *tuning.over):
+    if tuning.trials != GRID and importlib.util.find_spec("optuna") is None:
+        raise UsageError("A search needs Optuna, which is not installed: pip install 'metareg[search]'.")
+    for key in tuning.space:
         if not any(_found(key, selection) for selection in arms.values()):
             known = {name for selection in arms.values() for name, _ in _options(selection, "algo", "augment", "model")}
             raise UnknownNameError("option to choose", key, {*known, *_OF_A_RUN})
@@ -343,11 +339,11 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
     Raises:
         UsageError: an option has no such values, or two keys mean the same one.
     """
-    if not tuning.space and not tuning.over:
+    if not tuning.space:
         own = ((key, option, option.recommended()) for key, option in _options(selection, "algo", "augment"))
         return [Dimension(key, domain, option.whole, option.default) for key, option, domain in own if domain]
     chosen: dict[tuple[str, str], tuple[str, _Option]] = {}
-    for key in (*tuning.space, *tuning.over):
+    for key in tuning.space:
         for option in _found(key, selection):
             place = option.owner, option.name
             other = chosen.get(place, ("", option))[0]
@@ -460,7 +456,8 @@ def _declared(plugin: str, name: str, field: FieldInfo) -> Domain | None:
     if declared is None:
         return None
     try:
-        return [] if declared is False else _checked(name, field, _domain(name, declared))
+        domain = [] if declared is False else _domain(name, declared)
+        return _checked(name, field, domain) if domain else []
     except UsageError as error:
         raise PluginError(f"The option '{name}' of the {plugin} declares a search that cannot be: {error}") from error
 

@@ -1,0 +1,364 @@
+"""Chooses an arm's settings: trials on validation tasks, by a grid or by a search.
+
+A search proposes the settings of a trial as a function of the arm's trials before it, their scores and the trial's number,
+and of nothing else. It can therefore be killed at any moment: what it goes on with is what it would have tried anyway.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from metareg.comparison.plan import Arm, Plan, PlannedRun
+from metareg.comparison.pool import divergence
+from metareg.comparison.space import GRID, Dimension, Range, dimensions
+from metareg.errors import UsageError
+from metareg.files import read_json, write_json
+from metareg.options import assemble
+from metareg.randomness import derive_seed
+
+__all__ = ["CHOSEN_FILE", "Tuner", "proposal"]
+
+log = logging.getLogger("metareg")
+
+CHOSEN_FILE = "chosen.json"
+
+_RANDOM_TRIALS = 5
+"""So many trials, the defaults among them, are drawn without regard to others, and can run at once."""
+_DRAWS = 20
+"""How often other settings are drawn where those that a search proposes were tried before."""
+_DIGITS = 4
+"""Significant digits of a proposed number."""
+
+Settings = dict[str, Any]
+
+
+@dataclass
+class _Trial:
+    """One setting, and what is known of it."""
+
+    options: Settings
+    runs: list[PlannedRun]
+    twin: _Trial | None = None
+    """An earlier trial of the same settings, which is not repeated."""
+    score: float | None = None
+    error: str | None = None
+
+    @property
+    def ended(self) -> bool:
+        return self.score is not None or self.error is not None
+
+
+class Tuner:
+    """Chooses the settings of one arm.
+
+    The score of a trial is the mean validation metric after the largest of ``test_inner_steps``, over the seeds of trials.
+    A trial that diverges, or whose settings the arm cannot have, is worse than any other. The chosen settings are written to
+    chosen.json, which is final.
+
+    Args:
+        plan: the comparison, which has a `tune`.
+        arm: one of its arms.
+    """
+
+    def __init__(self, plan: Plan, arm: Arm) -> None:
+        assert plan.config.tune is not None
+        self._plan = plan
+        self._arm = arm
+        self._tuning = plan.config.tune
+        self._seeds = plan.tuning_seeds
+        self.folder = plan.tuning_folder(arm)
+        """Where its trials are."""
+        run = plan.trial(arm, 0, self._seeds[0], {})
+        self._dimensions = dimensions(self._tuning, assemble(run.config, run.options))
+        self._grid = _grid(self._dimensions) if self._tuning.trials == GRID else None
+        self._trials: list[_Trial] = []
+        self._measured: tuple[str, bool, int] | None = None
+        self._chosen = self._stored()
+
+    @property
+    def trials(self) -> int:
+        """How many settings are tried: none where there is nothing to choose from."""
+        if self._grid is not None:
+            return len(self._grid)
+        assert isinstance(self._tuning.trials, int)
+        return self._tuning.trials if self._dimensions else 0
+
+    @property
+    def runs(self) -> int:
+        """How many runs that takes."""
+        return self.trials * len(self._seeds)
+
+    @property
+    def remaining(self) -> int:
+        """How many of them are to come or under way."""
+        if self.done:
+            return 0
+        settled = sum(
+            len(self._seeds) if trial.ended else sum(run.finished for run in trial.runs) for trial in self._trials
+        )
+        return self.runs - settled
+
+    @property
+    def done(self) -> bool:
+        """Whether the settings are chosen, as of the last `next_jobs`."""
+        return self._chosen is not None
+
+    @property
+    def chosen(self) -> Settings:
+        """The chosen options; empty where the defaults are, or nothing is chosen yet."""
+        return dict(self._chosen or {})
+
+    def next_jobs(self) -> list[PlannedRun]:
+        """Take note of the runs that ended, and choose once all have.
+
+        Returns:
+            the runs that can be done now, those under way among them.
+
+        Raises:
+            UsageError: the arm's folder holds what is not of this comparison.
+        """
+        if self.done:
+            return []
+        if not self._trials and self.trials:
+            log.info("%s: %d trials of %s", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
+        while True:
+            for trial in self._trials:
+                self._look(trial)
+            if not self._may_begin():
+                break
+            self._trials.append(self._begun(len(self._trials)))
+        if len(self._trials) == self.trials and all(trial.ended for trial in self._trials):
+            self._choose()
+        return [run for trial in self._trials if not trial.ended for run in trial.runs if not run.finished]
+
+    # ---------------------------------------------------------------------------------------------------------- trials
+
+    def _may_begin(self) -> bool:
+        number = len(self._trials)
+        if number >= self.trials:
+            return False
+        return self._grid is not None or number < _RANDOM_TRIALS or all(trial.ended for trial in self._trials)
+
+    def _begun(self, number: int) -> _Trial:
+        """The trial of a number: as it was begun before, or with settings of its own."""
+        file = self.folder / f"trial-{number}" / "trial.json"
+        if not file.is_file():
+            options = self._proposed(number)
+            write_json(file, {"options": options, "error": self._objection(options)})
+        options = _content(file, "options")
+        runs = [self._plan.trial(self._arm, number, seed, options) for seed in self._seeds]
+        trial = _Trial(options, runs, error=_content(file, "error"))
+        trial.twin = next((each for each in self._trials if self._values(each.options) == self._values(options)), None)
+        return trial
+
+    def _objection(self, options: Settings) -> str | None:
+        """Why the arm cannot have such settings together."""
+        run = self._plan.trial(self._arm, 0, self._seeds[0], options)
+        try:
+            assemble(run.config, run.options)
+        except UsageError as error:
+            return str(error)
+        return None
+
+    def _values(self, options: Settings) -> Settings:
+        """All that is chosen, the defaults of what a trial leaves alone among it."""
+        return {each.key: options.get(each.key, each.default) for each in self._dimensions}
+
+    def _proposed(self, number: int) -> Settings:
+        if self._grid is not None:
+            return self._grid[number]
+        if number == 0:
+            return {}  # the defaults, so that a search never ends below them
+        known = self._trials if number >= _RANDOM_TRIALS else []
+        history = [(self._values(trial.options), self._cost(trial)) for trial in known]
+        # The seed is the same for every arm: they begin with the same step sizes.
+        options = proposal(self._dimensions, history, derive_seed(self._seeds[0], "tuning", number))
+        tried = [self._values(trial.options) for trial in self._trials]
+        for draw in range(_DRAWS):
+            if self._values(options) not in tried:
+                break
+            options = proposal(self._dimensions, [], derive_seed(self._seeds[0], "tuning", number, draw))
+        return options
+
+    def _look(self, trial: _Trial) -> None:
+        """Take note of how a trial's runs ended."""
+        if trial.ended:
+            return
+        if trial.twin is not None:
+            trial.score, trial.error = trial.twin.score, trial.twin.error
+            return
+        trial.error = next(filter(None, (divergence(run.path) for run in trial.runs)), None)
+        if trial.error is None and all(run.finished for run in trial.runs):
+            score = statistics.fmean(map(self._score, trial.runs))
+            if math.isfinite(score):
+                trial.score = score
+            else:
+                trial.error = f"Its score is {score}."
+        if trial.ended:
+            log.info("%s, %s: %s", self._arm, _named(trial.options), self._words(trial))
+
+    def _score(self, run: PlannedRun) -> float:
+        file = run.path / "results.json"
+        if _content(file, "split") != "validation":
+            raise UsageError(f"{file} is no result on validation tasks; the comparison needs a folder of its own.")
+        last = _content(file, "steps")[-1]
+        self._measured = _content(file, "metric"), _content(file, "higher_is_better"), last["inner_steps"]
+        return float(last["mean"])
+
+    def _cost(self, trial: _Trial) -> float:
+        """What a search makes as small as it can."""
+        if trial.score is None:
+            return math.inf
+        return -trial.score if self._measured and self._measured[1] else trial.score
+
+    def _words(self, trial: _Trial) -> str:
+        if trial.score is None or self._measured is None:
+            return trial.error or "no score"
+        return f"validation {self._measured[0]} {trial.score:.4g}"
+
+    # ---------------------------------------------------------------------------------------------------------- choice
+
+    def _choose(self) -> None:
+        best = min(self._trials, key=self._cost, default=None)
+        if best is not None and best.score is None:
+            log.warning("%s: none of its %d trials has a score; the defaults are taken.", self._arm, len(self._trials))
+        self._chosen = {} if best is None or best.score is None else best.options
+        metric, higher_is_better, inner_steps = self._measured or (None, None, None)
+        write_json(
+            self.folder / CHOSEN_FILE,
+            {
+                "options": self._chosen,
+                "metric": metric,
+                "higher_is_better": higher_is_better,
+                "inner_steps": inner_steps,
+                "split": "validation",
+                "space": self._space,
+                "trials": [
+                    {"options": trial.options, "score": trial.score, "seeds": self._seeds, "error": trial.error}
+                    for trial in self._trials
+                ],
+            },
+        )
+        if best is not None and best.score is not None:
+            log.info("%s: chosen %s, %s", self._arm, _named(self._chosen), self._words(best))
+
+    @property
+    def _space(self) -> dict[str, str]:
+        return {each.key: str(each).partition(": ")[2] for each in self._dimensions}
+
+    def _stored(self) -> Settings | None:
+        """What was chosen before.
+
+        Raises:
+            UsageError: it was chosen in another way.
+        """
+        file = self.folder / CHOSEN_FILE
+        if not file.is_file():
+            return None
+        options, space, trials = (_content(file, key) for key in ("options", "space", "trials"))
+        if space != self._space or len(trials) != self.trials:
+            raise UsageError(
+                f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
+            )
+        return dict(options)
+
+
+# -------------------------------------------------------------------------------------------------------------- search
+
+
+def _grid(space: Sequence[Dimension]) -> list[Settings]:
+    """Every combination; none where there is nothing to choose from."""
+    if not space:
+        return []
+    keys = [dimension.key for dimension in space]
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(each.domain for each in space))]
+
+
+def proposal(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]], seed: int) -> Settings:
+    """Settings to try next.
+
+    Without any history they are drawn at random, else by the tree-structured Parzen estimator of Optuna.
+
+    Args:
+        space: what there is to choose.
+        history: settings that were tried, and what is to be made small; infinite where a trial failed.
+        seed: fixes what is drawn.
+
+    Reference:
+        Bergstra, Bardenet, Bengio and Kégl, Algorithms for Hyper-Parameter Optimization, NeurIPS 2011, Section 4.
+    """
+    import optuna
+
+    distributions = {each.key: _distribution(each) for each in space}
+    seed %= 1 << 32  # NumPy's largest
+    sampler: Any = optuna.samplers.RandomSampler(seed)
+    if history:
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
+    with _quiet(optuna):
+        study = optuna.create_study(sampler=sampler)
+        for values, cost in history:
+            # A default can lie outside of what is searched, or be None; such a trial tells nothing of that option.
+            known = {each.key: _position(each, values[each.key]) for each in space}
+            params = {key: position for key, position in known.items() if position is not None}
+            tried = {key: distributions[key] for key in params}
+            study.add_trial(optuna.trial.create_trial(params=params, distributions=tried, value=cost))
+        drawn = study.ask(distributions).params
+    return {each.key: _value(each, drawn[each.key]) for each in space}
+
+
+def _distribution(dimension: Dimension) -> Any:
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    domain = dimension.domain
+    if isinstance(domain, Range):
+        kind = IntDistribution if dimension.whole else FloatDistribution
+        return kind(domain.low, domain.high, log=domain.log)  # type: ignore[arg-type]
+    return CategoricalDistribution(range(len(domain)))
+
+
+def _position(dimension: Dimension, value: Any) -> Any:
+    """A value as Optuna knows it; None where it is not among those that are searched."""
+    domain = dimension.domain
+    if isinstance(domain, list):
+        return domain.index(value) if value in domain else None
+    inside = isinstance(value, int | float) and domain.low <= value <= domain.high
+    return value if inside else None
+
+
+def _value(dimension: Dimension, position: Any) -> Any:
+    domain = dimension.domain
+    if isinstance(domain, list):
+        return domain[position]
+    if dimension.whole:
+        return int(position)
+    return min(max(float(f"{position:.{_DIGITS}g}"), domain.low), domain.high)
+
+
+@contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Optuna without its log of what it does."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _content(file: Any, key: str) -> Any:
+    content = read_json(file)
+    if not isinstance(content, Mapping) or key not in content:
+        raise UsageError(f"{file} is not what metareg wrote there: it has no '{key}'.")
+    return content[key]
+
+
+def _named(options: Settings) -> str:
+    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items()) or "the defaults"
