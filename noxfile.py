@@ -25,6 +25,7 @@ STRANGERS = os.environ.get(
     "METAREG_PLUGINS", "examples/metareg-reptile examples/metareg-mamlpp examples/metareg-cavia"
 ).split()
 RESULTS = ROOT / ".nox" / "matrix"
+COMPARISONS = ROOT / "benchmarks" / "comparisons"
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -44,8 +45,9 @@ def environment(session: nox.Session) -> str:
     editable = [part for path in folders for part in ("-e", path)]
     others = [name for name in STRANGERS if name not in folders]
     session.run(
-        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev]", *editable, *others, external=True
-    )
+        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev,graph,images]", *editable, *others,
+        external=True,
+    )  # fmt: skip
     stamp.write_text(state)
     return python
 
@@ -91,6 +93,27 @@ def package(session: nox.Session) -> None:
     session.chdir(folder)
     for arguments in (["plugins"], ["train", "--algo", "maml", "--augment", "cml", "--steps", "50", "--out", "run"]):
         session.run(python, "-m", "metareg", *arguments, external=True)
+
+
+@nox.session(default=False)
+@nox.parametrize("name", sorted(path.stem for path in COMPARISONS.glob("*.yaml")), ids=str)
+def results(session: nox.Session, name: str) -> None:
+    """A page of docs/results from its YAML: nox -s "results(cml-cora)"; runs that are finished are not run again."""
+    python = environment(session)
+    folder = f"comparisons/{name}"
+    session.run(
+        python,
+        "-m",
+        "metareg",
+        "compare",
+        "--config",
+        str(COMPARISONS / f"{name}.yaml"),
+        "--out",
+        folder,
+        external=True,
+    )
+    for suffix in ("md", "html"):
+        session.run(python, "-m", "metareg", "report", folder, "--out", f"docs/results/{name}.{suffix}", external=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- matrix
