@@ -96,7 +96,7 @@ def package(session: nox.Session) -> None:
 
 
 @nox.session(default=False)
-@nox.parametrize("name", sorted(path.stem for path in COMPARISONS.glob("*.yaml")), ids=str)
+@nox.parametrize("name", [nox.param(path.stem, id=path.stem) for path in sorted(COMPARISONS.glob("*.yaml"))])
 def results(session: nox.Session, name: str) -> None:
     """A page of docs/results from its YAML: nox -s "results(cml-cora)"; runs that are finished are not run again."""
     python = environment(session)
