@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from metareg.comparison.runner import Comparison
     from metareg.evaluation import Evaluation
     from metareg.registry import Entry
+    from metareg.reporting.tables import Table as ReportTable
     from metareg.runs import Run
     from metareg.tasks import Dataset
     from metareg.testing import Check
@@ -198,14 +199,40 @@ def _duration(seconds: float) -> str:
 
 
 def comparison_report(comparison: Comparison, console: Console) -> None:
-    """The end of a comparison: where it is, and what is missing."""
-    folder = shlex.quote(str(comparison.plan.folder))
-    console.print(f"[dim]comparison[/] {escape(folder)}", soft_wrap=True)
-    console.print(f"[dim]report    [/] metareg report {escape(folder)} --format html", soft_wrap=True)
+    """The end of a comparison: its tables, its page, and what is missing."""
+    from metareg.reporting import write
+    from metareg.reporting.analysis import analyse
+    from metareg.reporting.tables import overview
+
+    folder = comparison.plan.folder
+    rows: list[tuple[str, object]] = [("comparison", folder)]
+    if any(run.finished for run in comparison.plan.runs()):
+        analysis = analyse(folder)
+        for task in analysis.tasks:
+            console.print(_short_table(overview(analysis, task)))
+            console.print()
+        rows.append(("page", write(folder, "html")))
+    for label, value in rows:
+        console.print(f"[dim]{label:<12}[/]{escape(str(value))}", soft_wrap=True)
     for outcome in comparison.broken.values():
-        console.print(f"[red]broken[/]     {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
+        console.print(f"[red]broken[/]      {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
     if comparison.broken:
-        console.print(f"`metareg compare --out {escape(folder)}` tries them again.", soft_wrap=True)
+        again = f"`metareg compare --out {shlex.quote(str(folder))}` tries them again."
+        console.print(escape(again), soft_wrap=True)
+
+
+def _short_table(content: ReportTable) -> Table:
+    """A table of a report for the terminal."""
+    table = Table(
+        box=None, header_style="bold", pad_edge=False, title=content.title, title_justify="left",
+        caption=content.note, caption_justify="left",
+    )  # fmt: skip
+    for number, column in enumerate(content.columns):
+        words = number < content.headers or number in content.texts
+        table.add_column(column, justify="left" if words else "right", no_wrap=words)
+    for row in content.rows:
+        table.add_row(*map(escape, row))
+    return table
 
 
 def report(run: Run, console: Console) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
@@ -14,13 +15,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
+from comparisons import write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.runner import Comparison, compare
 from metareg.config import validated
+from metareg.display import comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.interrupts import StopRequest
 from metareg.options import assemble
@@ -301,6 +305,24 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
         compare(config_of(), tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
         compare(None, tmp_path / "nothing")
+
+
+def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path / "c")
+    lost = plan.runs()[5]
+    (lost.path / "results.json").unlink()
+    comparison = Comparison(plan, Fake(lambda _run, _time: "the disk is full", again=False))
+    comparison.carry_out(StopRequest())
+    shown = io.StringIO()
+
+    comparison_report(comparison, Console(file=shown, width=120))
+
+    text = shown.getvalue()
+    assert "sinusoid, 10-shot" in text
+    assert "omniglot-small, 5-way 1-shot" in text
+    assert text.count("better") >= 2
+    assert f"broken      {lost}: the disk is full" in text
+    assert (tmp_path / "c" / "report.html").is_file()
 
 
 # ------------------------------------------------------------------------------------------------------------- processes

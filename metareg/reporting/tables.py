@@ -13,7 +13,7 @@ from metareg.comparison.statistics import ALPHA, Verdict
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
-__all__ = ["Table", "costs", "differences", "environment", "gaps", "results", "settings", "verdict_text"]
+__all__ = ["Table", "costs", "differences", "environment", "gaps", "overview", "results", "settings", "verdict_text"]
 
 _LONGEST_REASON = 400
 
@@ -105,6 +105,36 @@ def differences(report: Report, task: TaskResults) -> Table | None:
         "shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
+
+
+def overview(report: Report, task: TaskResults) -> Table:
+    """The means and the differences to none of a task in few columns, for a terminal."""
+    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
+    pairs = {(pair.algorithm, pair.augmenter): pair for pair in report.pairs if pair.task == task.label}
+    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
+    rows = []
+    for each in task.arms:
+        pair = pairs.get((each.arm.algorithm, each.arm.augmenter))
+        rows.append(
+            [
+                each.arm.algorithm,
+                each.arm.augmenter,
+                _mean(each, scale, headline, of_tasks=of_tasks),
+                *(
+                    [""] * 3
+                    if pair is None
+                    else [scale.interval(pair.difference.over_seeds), p_value(pair.corrected), verdict_text(pair)]
+                ),
+            ]
+        )
+    seeds = "tasks (one seed)" if of_tasks else "seeds"
+    return Table(
+        task.label,
+        ["algorithm", "augmenter", f"{scale.heading} ({_steps(headline)})", "minus none", "p (Holm)", "in words"],
+        rows,
+        f"± and intervals are 95 % over {seeds}; {scale.better}.",
+        texts=(5,),
+    )
 
 
 def costs(task: TaskResults) -> Table:
