@@ -299,6 +299,8 @@ def prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
     )
     source = TaskSource(selection.task)
     _check_fit(learner, source, "train")
+    for split in {"validation", config.test_split}:
+        source.episodes(split, [0], config.seed)
     return learner, source
 
 

@@ -160,12 +160,30 @@ def test_the_cache_is_used_until_the_images_change(animals: Path, cache: Path) -
     ("options", "sentence"),
     [
         ({"shots": 5}, "has 6 images; 5 support and 2 query images need 7"),
-        ({"split_seed": 0, "ratios": [0.1, 0.1, 0.8]}, "has 1 train classes; 2-way tasks need 2"),
+        ({"ratios": [0.1, 0.1, 0.8]}, "has 1 train class; 2-way tasks need 2: ask for fewer ways, or give the split"),
     ],
 )
 def test_too_few_of_something(animals: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         folder_task(animals, **options).episodes("train", [0], 0)
+
+
+def test_a_split_that_is_needed_later_is_missed_before_anything_is_written(
+    animals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("size=16", "ways=2", "query=2", "eval_query=2", "model.width=4", "ratios=[0.8, 0.1, 0.1]")
+    given = [part for option in options for part in ("--set", option)]
+    arguments = ["train", "--task", "image-folder", "--data", str(animals), *given, "--out", str(tmp_path / "run")]
+    assert run(arguments) == 2
+    assert "has 1 validation class; 2-way tasks need 2" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_are_kept_absolute(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ImageFolder.Config(data="photos", split_file="~/split.yaml")
+    assert config.data == str(tmp_path / "photos")
+    assert config.split_file == str(Path("~/split.yaml").expanduser())
 
 
 def test_a_folder_without_images(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from metareg import MetaLearner, MetaregError, UsageError
+from metareg.registry import resolve
 from metareg_image import Glyphs, OmniglotSmall
 from metareg_image.sampling import draw_distinct
 
@@ -130,6 +131,11 @@ def test_flips_and_crops_change_training_images_only() -> None:
 def test_too_few_classes_or_images_is_one_sentence(options: dict[str, int], sentence: str) -> None:
     with pytest.raises(UsageError, match=sentence):
         glyphs(**options).episodes("train", [0], 0)
+
+
+def test_crops_must_be_smaller_than_the_image() -> None:
+    with pytest.raises(UsageError, match="crops = 28 must be less than the size, 28"):
+        resolve("tasks", "glyphs", {"crops": 28})
 
 
 # --------------------------------------------------------------------------------------------------------------- glyphs

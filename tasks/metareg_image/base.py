@@ -6,13 +6,13 @@ import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import Field
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
 from metareg import (
@@ -32,9 +32,20 @@ from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
 from metareg_image.store import UNREADABLE, ClassImages, ImageStore, SplitIndex, pixels
 
-__all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask"]
+__all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask", "PathText"]
 
 Channels = Literal[1, 3]
+
+
+def _absolute(path: str) -> str:
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError as error:  # ~NAME, and there is no user of that name
+        raise ValueError(f"{path} has no home folder to begin with") from error
+
+
+PathText = Annotated[str, AfterValidator(_absolute)]
+"""A path as text, made absolute, so that a run finds its data from wherever it is tested or resumed."""
 
 DATA_VARIABLE = "METAREG_DATA"
 _PICTURED = 3
@@ -47,12 +58,18 @@ class ImageConfig(PluginConfig):
     shots: int = Field(1, ge=1, description="Support images of each class.")
     query: int = Field(15, ge=1, description="Query images of each class in training.")
     eval_query: int = Field(15, ge=1, description="Query images of each class in validation and test.")
-    data: str | None = Field(None, description="Folder of the data set, or one that holds it under its name.")
+    data: PathText | None = Field(None, description="Folder of the data set, or one that holds it under its name.")
     size: int = Field(84, ge=8, description="Height and width of the images, in pixels.")
     channels: Channels = Field(3, description="1 for grey images, 3 for colour.")
     rotations: bool = Field(False, description="Every class turned by 90°, 180° and 270° is a further class.")
     flips: bool = Field(False, description="Mirror training images left to right at random.")
     crops: int = Field(0, ge=0, description="Pad training images by so many pixels, and crop at random.")
+
+    @model_validator(mode="after")
+    def _narrow_padding(self) -> ImageConfig:
+        if self.crops >= self.size:
+            raise ValueError(f"crops = {self.crops} must be less than the size, {self.size}: padding mirrors the image")
+        return self
 
 
 class ImageTask(Task):
@@ -84,6 +101,8 @@ class ImageTask(Task):
     """Classes and images of the complete data set; None where any number is right."""
     downloadable: ClassVar[bool] = False
     """Whether `download` can fetch it."""
+    too_few_classes: ClassVar[str] = "ask for fewer ways"
+    """What to do where a split has too few classes."""
     version: ClassVar[int] = 1
     """Raised when the task makes other pixels of the same data, so that older caches are not used."""
 
@@ -202,11 +221,12 @@ class ImageTask(Task):
                 f"The task '{self.name}' has no {split} classes: it is for testing what was trained on another task, "
                 f"with metareg eval RUN --task {self.name}."
                 if split == "train" and len(self.store.splits["test"].names)
-                else f"The task '{self.name}' has no {split} classes."
+                else f"The task '{self.name}' has no {split} classes: {self.too_few_classes}."
             )
         if available < ways:
             raise UsageError(
-                f"The task '{self.name}' has {available} {split} classes; {ways}-way tasks need {ways}: ask for fewer ways."
+                f"The task '{self.name}' has {available} {split} class{'es' * (available > 1)}; {ways}-way tasks need "
+                f"{ways}: {self.too_few_classes}."
             )
         least = int(index.counts.argmin())
         if index.counts[least] < self.config.shots + queries:
@@ -223,7 +243,7 @@ class ImageTask(Task):
     def location(self) -> Path:
         """The folder where the data is, or where a download puts it."""
         if self.config.data is not None:
-            given = Path(self.config.data).expanduser()
+            given = Path(self.config.data)
             if not given.is_dir():
                 raise UsageError(f"There is no folder {given}.")
             inside = given / self.folder

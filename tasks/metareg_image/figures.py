@@ -15,10 +15,12 @@ from metareg import Episodes, MetaLearner
 __all__ = ["draw_episodes"]
 
 _CLASSES, _SUPPORT, _QUERY = 5, 3, 5
+_GAP = 0.25
+"""Between support and query images, in widths of an image."""
 
 
 def draw_episodes(learner: MetaLearner, episodes: Episodes, names: Sequence[Sequence[str]]) -> Figure:
-    """A picture of a few tasks: one row a class, its support images on the left and its query images on the right.
+    """A picture of a few tasks: one row a class, its support images on the left and, after a gap, its query images.
 
     Over each query image stand the predicted class and the model's confidence after adaptation, in green where it is
     right and in red, with the true class, where it is wrong.
@@ -32,26 +34,29 @@ def draw_episodes(learner: MetaLearner, episodes: Episodes, names: Sequence[Sequ
     rows, shots = min(_CLASSES, ways), min(_SUPPORT, episodes.support_y.shape[1] // ways)
     queries = min(_QUERY, episodes.query_y.shape[1] // ways)
     height = 0.62 + 1.12 * rows
-    figure = Figure(figsize=(1.15 * (shots + queries) + 0.7, height * len(episodes)), layout="constrained")
+    figure = Figure(figsize=(1.15 * (shots + queries) + 1.0, height * len(episodes)), layout="constrained")
+    widths = [1.0] * shots + [_GAP] + [1.0] * queries
     for number, part in enumerate(figure.subfigures(len(episodes), 1, squeeze=False).flat):
         support_x, support_y, query_x, query_y = (each[number] for each in episodes.parts)
         with torch.no_grad():
             adapted = learner.adapt(support_x, support_y)
             confidence = adapted(query_x.to(learner.device)).softmax(-1).cpu()
         accuracy = (confidence.argmax(-1) == query_y).float().mean().item()
-        part.suptitle(f"test task {number}: {accuracy:.0%} of {len(query_y)} queries right", fontsize=10)
-        grid = part.subplots(rows, shots + queries, squeeze=False)
+        right = f"{accuracy:.0%} of {len(query_y)} queries right"
+        part.suptitle(f"test task {number}: {right} (over each: predicted class · confidence)", fontsize=9)
+        grid = part.subplots(rows, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
         for row, axes in enumerate(grid):
+            axes[shots].axis("off")
             for axis, image in zip(axes, support_x[support_y == row], strict=False):
                 _show(axis, image, "0.35")
             axes[0].set_ylabel(_label(row, names[number][row]), fontsize=6)
             mine = query_y == row
-            for axis, image, scores in zip(axes[shots:], query_x[mine], confidence[mine], strict=False):
+            for axis, image, scores in zip(axes[shots + 1 :], query_x[mine], confidence[mine], strict=False):
                 guess = int(scores.argmax())
-                right = guess == row
-                _show(axis, image, "tab:green" if right else "tab:red")
-                label = f"{guess} · {scores[guess]:.0%}" if right else f"{guess} · {scores[guess]:.0%} (is {row})"
-                axis.set_title(label, fontsize=7, pad=2, color="tab:green" if right else "tab:red")
+                colour = "tab:green" if guess == row else "tab:red"
+                _show(axis, image, colour)
+                truth = "" if guess == row else f" (is {row})"
+                axis.set_title(f"{guess} · {scores[guess]:.0%}{truth}", fontsize=7, pad=2, color=colour)
         grid[0][0].set_title("support", fontsize=7, pad=2)
     return figure
 

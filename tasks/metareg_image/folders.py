@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import Field
 
 from metareg import UnknownNameError, UsageError, task_uniform
-from metareg_image.base import ImageConfig, ImageTask
+from metareg_image.base import ImageConfig, ImageTask, PathText
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
 from metareg_image.standard import cut
@@ -30,7 +30,7 @@ _SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", 
 class ImageFolderConfig(ImageConfig):
     """Options of the image-folder task."""
 
-    split_file: str | None = Field(
+    split_file: PathText | None = Field(
         None,
         description="JSON or YAML {train: [class, …], validation: […], test: […]}, or CSV with lines class,split; without "
         "it the classes are split at random by the ratios.",
@@ -54,6 +54,7 @@ class ImageFolder(ImageTask):
     name = "image-folder"
     folder = "image-folder"
     obtain = "Put a folder of images for each class into it."
+    too_few_classes = "ask for fewer ways, or give the split more classes (ratios, split_file)"
     recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "steps": 5000}
 
     def __init__(self, config: ImageFolderConfig) -> None:
@@ -269,7 +270,7 @@ def _split_mapping(path: Path, text: str) -> dict[str, list[str]]:
 
 def _text(path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UsageError(f"The split file {path} cannot be read: {reason}.") from error
