@@ -132,10 +132,13 @@ class ComparisonProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._log = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+        self._log: logging.Handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
 
     def __enter__(self) -> ComparisonProgress:
+        if not self._console.is_terminal:
+            self._log = logging.StreamHandler(self._console.file)
         logging.getLogger("metareg").addHandler(self._log)
+        logging.getLogger("metareg.tuning").setLevel(logging.INFO)  # what is searched, and what was chosen
         if self._console.is_terminal:
             self._live.start()
         return self

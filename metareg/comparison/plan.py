@@ -186,7 +186,8 @@ class PlannedRun:
         return (self.path / "results.json").is_file()
 
     def __str__(self) -> str:
-        return f"{self.arm}, seed {self.seed}"
+        trial = "" if self.is_final else f"{self.path.parent.name}, "
+        return f"{self.arm}, {trial}seed {self.seed}"
 
 
 class Plan:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
+from metareg.comparison.pool import divergence
 from metareg.errors import UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
@@ -377,6 +378,8 @@ def _broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
         folder = plan.folder / "tuning" / arm.folder
         for path in sorted(folder.glob("trial-*/seed-*/error.txt")):
+            if divergence(path.parent) is not None:
+                continue  # the choice took note of it
             with suppress(OSError):
                 name = " ".join(path.parent.relative_to(folder).parts).replace("-", " ")
                 reason = path.read_text(encoding="utf-8", errors="replace").strip()

@@ -26,7 +26,7 @@ from metareg.randomness import derive_seed
 
 __all__ = ["CHOSEN_FILE", "Tuner", "proposal"]
 
-log = logging.getLogger("metareg")
+log = logging.getLogger("metareg.tuning")
 
 CHOSEN_FILE = "chosen.json"
 
@@ -128,7 +128,7 @@ class Tuner:
         if self.done:
             return []
         if not self._trials and self.trials:
-            log.info("%s: %d trials of %s", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
+            log.info("%s: %d trials of %s.", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
         while True:
             for trial in self._trials:
                 self._look(trial)
@@ -202,8 +202,6 @@ class Tuner:
                 trial.score = score
             else:
                 trial.error = f"Its score is {score}."
-        if trial.ended:
-            log.info("%s, %s: %s", self._arm, _named(trial.options), self._words(trial))
 
     def _score(self, run: PlannedRun) -> float:
         file = run.path / "results.json"
@@ -218,11 +216,6 @@ class Tuner:
         if trial.score is None:
             return math.inf
         return -trial.score if self._measured and self._measured[1] else trial.score
-
-    def _words(self, trial: _Trial) -> str:
-        if trial.score is None or self._measured is None:
-            return trial.error or "no score"
-        return f"validation {self._measured[0]} {trial.score:.4g}"
 
     # ---------------------------------------------------------------------------------------------------------- choice
 
@@ -248,7 +241,10 @@ class Tuner:
             },
         )
         if best is not None and best.score is not None:
-            log.info("%s: chosen %s, %s", self._arm, _named(self._chosen), self._words(best))
+            log.info(
+                "%s: chosen by %d trials: %s, with a validation %s of %.4g.",
+                self._arm, self.trials, _named(self._chosen), metric, best.score,
+            )  # fmt: skip
 
     @property
     def _space(self) -> dict[str, str]:
