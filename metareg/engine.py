@@ -525,7 +525,10 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
         if node.target in _TRANSPOSITIONS and source.target is node.target and source.args[1:] == node.args[1:]:
             node.replace_all_uses_with(source.args[0])
         elif node.target is _ATEN.detach.default or (
-            (node.target in _VIEWS or (node.target is _ATEN.mul.Scalar and node.args[1] == 1))
+            (
+                (node.target in _VIEWS and _has_one_layout(source.meta["val"]))
+                or (node.target is _ATEN.mul.Scalar and node.args[1] == 1)
+            )
             and _layout(node.meta["val"]) == _layout(source.meta["val"])
         ):
             node.replace_all_uses_with(source)
@@ -536,6 +539,15 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
 
 def _layout(value: Tensor) -> tuple[Any, ...]:
     return value.dtype, value.shape, value.stride()
+
+
+def _has_one_layout(value: Tensor) -> bool:
+    """Whether a view of the same shape has the same strides too.
+
+    A view sets that of a dimension of size 1 anew, which fake tensors do not show. No element's place depends on it, but
+    products choose their kernel by it, and so the last bit of their result.
+    """
+    return 1 not in value.shape or value.stride() == torch.empty(value.shape, device="meta").stride()
 
 
 class CompileError(MetaregError):

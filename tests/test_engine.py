@@ -132,6 +132,26 @@ def test_strides_do_not_matter() -> None:
     assert difference(learner.meta_gradient(strided)[1], grads) < 1e-12
 
 
+def test_a_traced_graph_gives_the_bits_of_the_function() -> None:
+    # A resumed run does not trace at the same calls: the first call of a shape runs the function itself.
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 1))
+    learner = MetaLearner(model, algo="maml", loss="mse", inner_lr=0.01, strategy="vectorized")
+    x = torch.rand(64, 20, 1, generator=torch.Generator().manual_seed(1))
+    source = Given(Episodes(x[:, :10], x[:, :10].sin(), x[:, 10:], x[:, 10:].sin()))
+    first, second = (learner.evaluate(source, 64, inner_steps=(1,)) for _ in range(2))
+    assert torch.equal(first.scores, second.scores)
+
+
+class Given:
+    """The tasks that it was given."""
+
+    def __init__(self, tasks: Episodes) -> None:
+        self.tasks = tasks
+
+    def episodes(self, indices: range) -> Episodes:
+        return self.tasks[indices.start : indices.stop]
+
+
 def test_compiled_graph_takes_other_strides() -> None:
     batch = episodes("mlp")
     strided = Episodes(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in batch.parts))
