@@ -401,6 +401,10 @@ def compare(
     ] = None,
     jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time [one for every CPU core].")] = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's [one is started]."),
+    ] = None,
     data: _DATA = None,
     no_plugin: _NO_PLUGIN = None,
 ) -> None:
@@ -423,7 +427,7 @@ def compare(
     if out is None:
         out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
     with ComparisonProgress(_errors) as progress:
-        comparison = carry_out(given, out, jobs=jobs, launcher=launcher, watcher=progress)
+        comparison = carry_out(given, out, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress)
     comparison_report(comparison, _output)
     if comparison.broken:
         raise typer.Exit(1)

@@ -43,8 +43,10 @@ class Outcome:
 class Launcher(Protocol):
     """Carries out runs, several at a time."""
 
-    capacity: int
-    """How many runs it takes at a time."""
+    @property
+    def capacity(self) -> int:
+        """How many runs it takes at a time."""
+        ...
 
     def submit(self, run: PlannedRun) -> None:
         """Begin a run, or go on with it where its folder holds a part of it."""
@@ -59,7 +61,7 @@ class Launcher(Protocol):
         ...
 
     def close(self) -> None:
-        """End at once whatever is left."""
+        """End at once whatever is left; a second call does nothing."""
         ...
 
 

@@ -9,7 +9,7 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -173,6 +173,7 @@ def compare(
     *,
     jobs: int | None = None,
     launcher: str = "local",
+    ray_address: str | None = None,
     watcher: Watcher | None = None,
 ) -> Comparison:
     """Carry out a comparison, or go on with it, as ``metareg compare`` does.
@@ -183,6 +184,7 @@ def compare(
         out: the comparison's folder.
         jobs: how many runs at a time; one for every CPU core by default.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
+        ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
         watcher: hears of what happens.
 
     Returns:
@@ -196,23 +198,26 @@ def compare(
         raise UsageError(f"--jobs takes a number of 1 or more; got {jobs}.")
     if launcher not in LAUNCHERS:
         raise UnknownNameError("launcher", launcher, LAUNCHERS)
+    if ray_address is not None and launcher != "ray":
+        raise UsageError("--ray-address is for --launcher ray.")
     folder = Path(out)
     plan = _planned(folder, config, jobs)
     check(plan)
-    with stop_requests() as stop:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
-        with locked(folder):
+    with stop_requests() as stop, closing(_launcher(launcher, plan, jobs, ray_address)) as workers:
+        _make(folder)
+        # What is left of the runs ends before another process may work on the folder.
+        with locked(folder), closing(workers):
             plan.write()
-            workers = _launcher(launcher, plan, jobs)
-            try:
-                comparison = Comparison(plan, workers)
-                comparison.carry_out(stop, watcher)
-            finally:
-                workers.close()
+            comparison = Comparison(plan, workers)
+            comparison.carry_out(stop, watcher)
     return comparison
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
 
 
 def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | Path | None, jobs: int | None) -> Plan:
@@ -260,13 +265,13 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
                 )
 
 
-def _launcher(name: str, plan: Plan, jobs: int | None) -> Launcher:
+def _launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) -> Launcher:
+    threads = int(plan.config.options.get("threads") or 1)
     if name == "ray":
-        from metareg.comparison.ray_launcher import RayLauncher  # type: ignore[import-not-found,unused-ignore]
+        from metareg.comparison.ray_launcher import RayLauncher
 
-        return RayLauncher(jobs)
-    threads = plan.config.options.get("threads") or 1
-    return LocalPool(jobs or os.cpu_count() or 1, int(threads), plan.folder / "workers.log")
+        return RayLauncher(jobs, threads, ray_address)
+    return LocalPool(jobs or os.cpu_count() or 1, threads, plan.folder / "workers.log")
 
 
 def progress_of(run: PlannedRun) -> tuple[int, float | None]:
