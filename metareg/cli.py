@@ -461,6 +461,57 @@ def report_comparison(
         _output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
 
 
+@app.command("reproduce")
+def reproduce_recipe(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe's name, or a YAML file of your own.", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas [the recipe's]."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where its runs are kept [one in reproductions/]; goes on with them."),
+    ] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time [one for every CPU core].")] = None,
+    data: _DATA = None,
+    device: _DEVICE = None,
+    no_plugin: _NO_PLUGIN = None,
+) -> None:
+    """Carry out a recipe, and say whether the value that it is expected to reach was reached; without a name, list them.
+
+    The exit code is 1 where the value was not reached.
+    """
+    _leave_out(no_plugin)
+    from metareg.reproduction import find_recipe, recipes, reproduce
+
+    if name is None:
+        if any(given is not None for given in (seeds, out, jobs, data, device)):
+            raise UsageError("Name a recipe; `metareg reproduce` lists them.")
+        from metareg.display import recipes_table
+
+        _output.print(recipes_table(recipes()))
+        return
+    recipe = find_recipe(name)
+    if data is not None:
+        os.environ["METAREG_DATA"] = str(data.absolute())
+    from metareg.comparison.flags import parse_seeds
+    from metareg.display import ComparisonProgress
+
+    for text in filter(None, (recipe.summary, recipe.notes)):
+        _errors.print(escape(text))
+    with ComparisonProgress(_errors) as progress:
+        verdict = reproduce(
+            recipe, out or Path("reproductions", recipe.name), seeds=parse_seeds(seeds) if seeds else None, jobs=jobs,
+            device=device, watcher=progress,
+        )  # fmt: skip
+    _output.print(escape(str(verdict)), soft_wrap=True)
+    if verdict.reached is False:
+        raise typer.Exit(1)
+
+
 # -------------------------------------------------------------------------------------------------------------- plugins
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from metareg.evaluation import Evaluation
     from metareg.registry import Entry
     from metareg.reporting.tables import Table as ReportTable
+    from metareg.reproduction import Recipe
     from metareg.runs import Run
     from metareg.tasks import Dataset
     from metareg.testing import Check
@@ -45,6 +46,7 @@ __all__ = [
     "evaluation_table",
     "plugin_page",
     "plugins_table",
+    "recipes_table",
     "report",
 ]
 
@@ -289,6 +291,30 @@ def datasets_table(rows: Sequence[tuple[str, Dataset | str]]) -> RenderableType:
             fetch = f" metareg data {name} --download puts it into" if dataset.download else " It belongs into"
             table.add_row(escape(name), "no", escape(f"{dataset.obtain}{fetch} {location}."))
     return table
+
+
+def recipes_table(recipes: Sequence[Recipe]) -> RenderableType:
+    """Recipes, one a row: what they need, what they are expected to reach, and about how long they take."""
+    table = Table(box=None, header_style="bold", pad_edge=False)
+    for column in ("recipe", "needs", "expected (95 %)", "on one CPU core"):
+        table.add_column(column, overflow="fold")
+    for recipe in recipes:
+        needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
+        expected = f"{recipe.metric} unknown"
+        if recipe.expected is not None:
+            value, interval = recipe.written(recipe.expected.mean), recipe.span(recipe.expected.interval)
+            expected = f"{recipe.metric} {value} ({interval})"
+        times = f"{len(recipe.seeds)} × " if len(recipe.seeds) > 1 else ""
+        table.add_row(*map(escape, (recipe.name, needs or "nothing", expected, times + _about(recipe.minutes))))
+    return table
+
+
+def _about(minutes: float) -> str:
+    if minutes < 1:
+        return f"{60 * minutes:.0f} s"
+    if minutes < 90:
+        return f"{minutes:.0f} min"
+    return f"{minutes / 60:.0f} h" if minutes < 60 * 48 else f"{minutes / 60 / 24:.1f} days"
 
 
 def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:

@@ -1,0 +1,244 @@
+"""Recipes: trainings with the value that they are expected to reach, and whether it was reached here."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import NonNegativeInt, model_validator
+
+from metareg.config import Field, PluginConfig, read_yaml, validated
+from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from metareg.comparison.plan import PlannedRun
+    from metareg.comparison.runner import Watcher
+
+__all__ = ["Expected", "Recipe", "Verdict", "find_recipe", "recipes", "reproduce"]
+
+FILE = "reproduction.json"
+
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+class Expected(PluginConfig):
+    """A value that was reached before."""
+
+    mean: float = Field(description="The value, in the metric's own unit: accuracies from 0 to 1.")
+    interval: tuple[float, float] = Field(description="Its 95 % interval.")
+    over: str = Field(description="What the interval is over, as '3 seeds' or '600 test tasks'.")
+    source: str = Field(description="Where it comes from.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Expected:
+        if not self.interval[0] <= self.mean <= self.interval[1]:
+            raise ValueError(f"the interval {list(self.interval)} does not hold the mean {self.mean}")
+        return self
+
+
+class Recipe(PluginConfig):
+    """A training, what it needs, and what it is expected to reach."""
+
+    name: str = Field("", description="The name of its file.")
+    summary: str = Field(description="One line.")
+    algo: str = Field(description="The algorithm.")
+    augment: str = Field("none", description="An augmenter, a chain of them as 'dropgrad+cml', or 'none'.")
+    task: str = Field(description="The task plugin.")
+    options: dict[str, Any] = Field({}, description="Further options, as `metareg train --set` takes them.")
+    seeds: list[NonNegativeInt] = Field(min_length=1, description="The seeds that are run.")
+    metric: str = Field(description="The metric that is judged.")
+    inner_steps: int = Field(ge=0, description="The number of inner steps at which it is judged.")
+    expected: Expected | None = Field(description="What it is expected to reach; null where no figure is known.")
+    unknown: str | None = Field(None, description="Why no figure is known.")
+    minutes: float = Field(gt=0, description="About how long one run takes.")
+    hardware: str = Field(description="On what it takes so long.")
+    data: str | None = Field(None, description="The data that it reads; null where nothing is needed.")
+    gpu: bool = Field(False, description="Whether it takes a GPU to end within a day.")
+    notes: str = Field("", description="What differs from the source's setting.")
+
+    @model_validator(mode="after")
+    def _explained(self) -> Recipe:
+        if (self.expected is None) != (self.unknown is not None):
+            raise ValueError("'unknown' says why there is no figure where 'expected' is null, and only there")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """A recipe from its YAML file.
+
+        Raises:
+            UsageError: it cannot be read, or something in it is wrong.
+        """
+        return validated(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
+
+    def comparison(self, seeds: Sequence[int] | None = None, device: str | None = None) -> dict[str, Any]:
+        """The recipe as a comparison of one arm, for `metareg.comparison.runner.compare`."""
+        return {
+            "title": self.name,
+            "notes": "\n\n".join(filter(None, [self.summary, self.notes])),
+            "algo": [self.algo],
+            "augment": [self.augment],
+            "tasks": [{"task": self.task}],
+            "seeds": list(seeds or self.seeds),
+            "options": self.options | ({} if device is None else {"device": device}),
+        }
+
+    def written(self, value: float) -> str:
+        """A value of the metric for a reader."""
+        return f"{100 * value:.2f} %" if self.metric == "accuracy" else f"{value:.4g}"
+
+    def span(self, interval: tuple[float, float]) -> str:
+        """An interval of the metric for a reader."""
+        low, high = map(self.written, interval)
+        return f"{low.removesuffix(' %')} to {high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What came out of a recipe, beside what was expected.
+
+    Args:
+        recipe: the recipe.
+        higher_is_better: whether a larger value is better.
+        by_seed: the mean over test tasks for each seed.
+        tasks: test tasks of each seed.
+        mean: over the seeds.
+        interval: of 95 %.
+        over: what that is over: the seeds, or the test tasks where there is one seed.
+        reached: whether the mean is at least as good as the worse end of the expected interval; None where nothing is
+            expected.
+    """
+
+    recipe: Recipe
+    higher_is_better: bool
+    by_seed: dict[int, float]
+    tasks: int
+    mean: float
+    interval: tuple[float, float]
+    over: str
+    reached: bool | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """What reproduction.json holds."""
+        recipe = self.recipe
+        return {
+            "recipe": recipe.name,
+            "reached": self.reached,
+            "sentence": str(self),
+            "metric": recipe.metric,
+            "higher_is_better": self.higher_is_better,
+            "inner_steps": recipe.inner_steps,
+            "found": {
+                "mean": self.mean,
+                "interval": list(self.interval),
+                "over": self.over,
+                "by_seed": self.by_seed,
+                "tasks": self.tasks,
+            },
+            "expected": None if recipe.expected is None else recipe.expected.model_dump(mode="json"),
+        }
+
+    def __str__(self) -> str:
+        recipe, expected = self.recipe, self.recipe.expected
+        after = f"after {recipe.inner_steps} inner step{'' if recipe.inner_steps == 1 else 's'}"
+        found = (
+            f"{recipe.metric} {after} is {recipe.written(self.mean)} ({recipe.span(self.interval)} over {self.over})"
+        )
+        if expected is None:
+            return f"Nothing to compare with: {found}. {recipe.unknown}"
+        bound, least = (expected.interval[0], "least") if self.higher_is_better else (expected.interval[1], "most")
+        return (
+            f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {recipe.written(bound)} was expected, for "
+            f"{recipe.written(expected.mean)} ({recipe.span(expected.interval)} over {expected.over}) was reached before: "
+            f"{expected.source}"
+        )
+
+
+def recipes() -> list[Recipe]:
+    """The shipped recipes, by name."""
+    return [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
+
+
+def find_recipe(name: str) -> Recipe:
+    """A shipped recipe by its name, or one of the user's by its file.
+
+    Raises:
+        UsageError: there is none, or its file is malformed.
+    """
+    if name.endswith((".yaml", ".yml")):
+        return Recipe.read(Path(name))
+    known = [path.stem for path in _FOLDER.glob("*.yaml")]
+    if name not in known:
+        raise UnknownNameError("recipe", name, known, "`metareg reproduce` lists them.")
+    return Recipe.read(_FOLDER / f"{name}.yaml")
+
+
+def reproduce(
+    recipe: Recipe,
+    out: Path,
+    *,
+    seeds: Sequence[int] | None = None,
+    jobs: int | None = None,
+    device: str | None = None,
+    watcher: Watcher | None = None,
+) -> Verdict:
+    """Carry a recipe out, or go on with it, and judge it; what came out is written into its folder.
+
+    Args:
+        recipe: the recipe.
+        out: its folder, that of a comparison.
+        seeds: other seeds than the recipe's.
+        jobs: runs at a time; one for every CPU core by default.
+        device: where to compute; a GPU where there is one by default.
+        watcher: hears of the runs.
+
+    Raises:
+        UsageError: something was asked for that cannot be, or data is missing; nothing was written.
+        MetaregError: a run could not be finished.
+        Interrupted: it was stopped; calling it again goes on.
+    """
+    from metareg.comparison.runner import compare
+
+    try:
+        comparison = compare(recipe.comparison(seeds, device), out, jobs=jobs, watcher=watcher)
+    except Interrupted as error:
+        raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
+    if comparison.broken:
+        outcome = next(iter(comparison.broken.values()))
+        raise MetaregError(
+            f"{len(comparison.broken)} of the runs of the recipe '{recipe.name}' could not be finished. {outcome.run}: "
+            f"{outcome.error}"
+        )
+    verdict = judge(recipe, comparison.plan.runs())
+    write_json(out / FILE, verdict.to_dict())
+    return verdict
+
+
+def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
+    """What finished runs of a recipe say.
+
+    Raises:
+        UsageError: a run has no results at the recipe's number of inner steps, or they are of another metric.
+    """
+    from metareg.comparison.statistics import over_seeds, over_tasks
+    from metareg.evaluation import Evaluation
+
+    found = {run.seed: Evaluation.from_dict(read_json(run.path / "results.json")) for run in runs}
+    one = next(iter(found.values()))
+    if one.metric != recipe.metric:
+        raise UsageError(f"The recipe '{recipe.name}' judges {recipe.metric}, but its runs are tested by {one.metric}.")
+    by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
+    estimate, over = over_seeds(list(by_seed.values())), f"{len(by_seed)} seeds"
+    if len(by_seed) == 1:
+        column = one.inner_steps.index(recipe.inner_steps)
+        estimate, over = over_tasks([one.scores[:, column].numpy()]), f"{one.tasks} test tasks"
+    # A score that is not finite is one of the mean, as it is none of the interval, and reaches nothing.
+    mean = sum(by_seed.values()) / len(by_seed)
+    reached = None
+    if recipe.expected is not None:
+        low, high = recipe.expected.interval
+        reached = mean >= low if one.higher_is_better else mean <= high
+    return Verdict(recipe, one.higher_is_better, by_seed, one.tasks, mean, (estimate.low, estimate.high), over, reached)

@@ -1,0 +1,295 @@
+"""Recipes: the shipped ones can be put together, and a verdict says what came out beside what was expected."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from metareg import MetaregError, UsageError, cli
+from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.pool import Outcome
+from metareg.config import validated
+from metareg.evaluation import Evaluation
+from metareg.files import write_json
+from metareg.options import assemble
+from metareg.reproduction import Recipe, find_recipe, judge, recipes, reproduce
+
+SHIPPED = {recipe.name: recipe for recipe in recipes()}
+
+TINY: dict[str, Any] = {
+    "summary": "Three steps on sine curves",
+    "algo": "maml",
+    "augment": "cml",
+    "task": "sinusoid",
+    "options": {"steps": 3, "eval_tasks": 2, "test_tasks": 4, "test_inner_steps": [0, 1], "strategy": "vectorized"},
+    "seeds": [0, 1],
+    "metric": "mse",
+    "inner_steps": 1,
+    "expected": {"mean": 4.0, "interval": [1.0, 50.0], "over": "2 seeds", "source": "a test"},
+    "minutes": 0.1,
+    "hardware": "any",
+}
+
+
+def recipe(**changes: Any) -> Recipe:
+    return validated(Recipe, {**TINY, "name": "tiny", **changes}, "the recipe")
+
+
+def runs_of(recipe: Recipe, folder: Path) -> list[PlannedRun]:
+    return Plan(folder, validated(ComparisonConfig, recipe.comparison(), "the comparison")).runs()
+
+
+# ------------------------------------------------------------------------------------------------------ shipped recipes
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_can_be_put_together(name: str, tmp_path: Path) -> None:
+    shipped = SHIPPED[name]
+    if shipped.task == "cora":
+        pytest.importorskip("dgl", reason="DGL is not installed")
+    runs = runs_of(shipped, tmp_path)
+    assert [run.seed for run in runs] == shipped.seeds
+    selection = assemble(runs[0].config, runs[0].options)
+    assert shipped.inner_steps in selection.config.test_inner_steps
+    assert selection.config.test_split == "test"
+    task = selection.task.instance
+    assert shipped.metric == (task.metric or {"cross_entropy": "accuracy"}.get(task.loss, task.loss))
+    given = {key.rpartition(".")[2]: value for key, value in shipped.options.items()}
+    for key in ("ways", "shots"):
+        if key in given and shipped.task != "sinusoid":
+            assert f"{given[key]}-{key.removesuffix('s')}" in name
+    reads = getattr(task, "dataset", None)
+    assert (shipped.data is not None) == (reads is not None and reads.location is not None)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if SHIPPED[name].data is not None])
+def test_missing_data_is_one_sentence_and_nothing_is_written(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if SHIPPED[name].task == "cora":
+        pytest.importorskip("dgl", reason="DGL is not installed")
+    monkeypatch.setenv("METAREG_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise urllib.error.URLError("there is no network here")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(MetaregError, match=rf"The data of the task '{SHIPPED[name].task}' is not in|no network here"):
+        reproduce(SHIPPED[name], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_where_no_figure_is_known_the_recipe_says_why() -> None:
+    assert SHIPPED["cml-miniimagenet-5-way-1-shot"].unknown
+    for changes in ({"expected": None}, {"unknown": "nobody measured it"}):
+        with pytest.raises(UsageError, match="'unknown' says why there is no figure"):
+            recipe(**changes)
+
+
+def test_an_interval_holds_its_mean() -> None:
+    with pytest.raises(UsageError, match=r"\[1.0, 2.0\] does not hold the mean 3.0"):
+        recipe(expected={**TINY["expected"], "mean": 3.0, "interval": [1.0, 2.0]})
+
+
+# ------------------------------------------------------------------------------------------------------------- verdicts
+
+
+def finished(
+    folder: Path, scores: list[list[float]], metric: str = "accuracy", higher: bool = True
+) -> list[PlannedRun]:
+    """Runs that ended with these scores after one inner step, a list for each seed."""
+    runs = []
+    for seed, listed in enumerate(scores):
+        run = PlannedRun(Arm("maml", "none", "task"), seed, folder / str(seed), {}, {})
+        columns = torch.tensor([[0.0] * len(listed), listed], dtype=torch.float64).T
+        write_json(run.path / "results.json", Evaluation(metric, higher, (0, 1), columns, "none").to_dict())
+        runs.append(run)
+    return runs
+
+
+def judged(low: float, high: float, metric: str = "accuracy") -> Recipe:
+    expected = {
+        "mean": (low + high) / 2,
+        "interval": [low, high],
+        "over": "600 test tasks",
+        "source": "Somebody, 2020.",
+    }
+    return recipe(metric=metric, expected=expected)
+
+
+@pytest.mark.parametrize(
+    ("higher", "low", "high", "reached"),
+    [
+        (True, 0.5, 0.7, True),
+        (True, 0.4, 0.45, True),  # better than expected
+        (True, 0.5001, 0.7, False),
+        (False, 0.3, 0.5, True),
+        (False, 0.6, 0.8, True),
+        (False, 0.3, 0.4999, False),
+    ],
+)
+def test_reached_is_as_good_as_the_worse_end(
+    higher: bool, low: float, high: float, reached: bool, tmp_path: Path
+) -> None:
+    runs = finished(tmp_path, [[0.2, 0.6], [0.5, 0.7]], higher=higher)  # 0.4 and 0.6
+    verdict = judge(judged(low, high), runs)
+    assert verdict.reached is reached
+    assert verdict.mean == pytest.approx(0.5)
+    assert verdict.by_seed == pytest.approx({0: 0.4, 1: 0.6})
+    # Student's t with one degree of freedom, 12.706, times the standard error 0.1
+    assert verdict.interval == pytest.approx((0.5 - 1.2706, 0.5 + 1.2706), abs=1e-4)
+    assert verdict.over == "2 seeds"
+
+
+def test_the_interval_of_one_seed_is_over_its_tasks(tmp_path: Path) -> None:
+    verdict = judge(judged(0.5, 0.7), finished(tmp_path, [[0.4, 0.6, 0.8]]))
+    half = 4.302653 * 0.2 / math.sqrt(3)
+    assert verdict.interval == pytest.approx((0.6 - half, 0.6 + half))
+    assert verdict.over == "3 test tasks"
+
+
+def test_a_seed_without_a_score_reaches_nothing(tmp_path: Path) -> None:
+    for higher in (True, False):
+        runs = finished(tmp_path / str(higher), [[0.6, 0.6], [math.nan, 0.6]], higher=higher)
+        assert judge(judged(0.5, 0.7), runs).reached is False
+
+
+def test_nothing_expected_is_no_verdict(tmp_path: Path) -> None:
+    verdict = judge(
+        recipe(metric="accuracy", expected=None, unknown="Nobody measured it."), finished(tmp_path, [[0.5, 0.5]])
+    )
+    assert verdict.reached is None
+    assert verdict.to_dict()["expected"] is None
+    assert str(verdict) == (
+        "Nothing to compare with: accuracy after 1 inner step is 50.00 % (50.00 to 50.00 % over 2 test tasks). Nobody "
+        "measured it."
+    )
+
+
+def test_the_sentence_says_the_numbers(tmp_path: Path) -> None:
+    sentence = str(judge(judged(0.45, 0.55), finished(tmp_path, [[0.5, 0.5]])))
+    assert sentence == (
+        "Reached: accuracy after 1 inner step is 50.00 % (50.00 to 50.00 % over 2 test tasks); at least 45.00 % was "
+        "expected, for 50.00 % (45.00 to 55.00 % over 600 test tasks) was reached before: Somebody, 2020."
+    )
+    runs = finished(tmp_path / "mse", [[0.5, 0.5]], "mse", higher=False)
+    assert "Not reached: mse after 1 inner step is 0.5 (0.5 to 0.5 over 2 test tasks); at most 0.4 was expected" in str(
+        judge(judged(0.2, 0.4, "mse"), runs)
+    )
+
+
+def test_another_metric_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="judges mse, but its runs are tested by accuracy"):
+        judge(recipe(), finished(tmp_path, [[0.5, 0.5]]))
+
+
+# -------------------------------------------------------------------------------------------------------------- command
+
+
+def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The exit code, and what was printed to stdout and stderr, each on one line."""
+    capsys.readouterr()
+    code = cli.run(["reproduce", *arguments])
+    return code, *(" ".join(text.split()) for text in capsys.readouterr())
+
+
+def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, output, _ = command(capsys)
+    assert code == 0
+    for name in SHIPPED:
+        assert name in output
+    assert "48.70 % (46.86 to 50.54 %)" in output
+    assert "GPU" in output
+
+
+def test_a_recipe_from_beginning_to_end(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
+    arguments = ("tiny.yaml", "--out", "out", "--jobs", "1")
+    code, output, _ = command(capsys, *arguments)
+    assert code == 0
+    written = json.loads(Path("out/reproduction.json").read_text())
+    assert written["reached"] is True
+    assert written["sentence"] in output
+    found = {
+        path.parent.name: json.loads(path.read_text())["steps"][1]["mean"]
+        for path in Path("out").glob("runs/sinusoid/maml+cml/*/results.json")
+    }
+    assert written["found"]["by_seed"] == {name.removeprefix("seed-"): mean for name, mean in found.items()}
+    assert sorted(found) == ["seed-0", "seed-1"]
+    # The finished runs are kept, whatever they are judged by.
+    stamps = {path: path.stat().st_mtime_ns for path in Path("out").rglob("results.json")}
+    unreachable = {**TINY["expected"], "mean": 1e-9, "interval": [0.0, 1e-8]}
+    Path("tiny.yaml").write_text(yaml.safe_dump({**TINY, "expected": unreachable}))
+    code, output, _ = command(capsys, *arguments)
+    assert code == 1
+    assert "Not reached" in output
+    assert json.loads(Path("out/reproduction.json").read_text())["reached"] is False
+    assert stamps == {path: path.stat().st_mtime_ns for path in Path("out").rglob("results.json")}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["sinusoid-5-shots"], "There is no recipe named 'sinusoid-5-shots'; did you mean 'sinusoid-5-shot'"),
+        (["nosuch.yaml"], "There is no configuration file nosuch.yaml"),
+        (["bad.yaml"], "did you mean 'summary'"),
+        (["sinusoid-5-shot", "--seeds", "x"], "--seeds"),
+        (["sinusoid-5-shot", "--device", "toaster"], "no device 'toaster'"),
+        (["--out", "out"], "Name a recipe"),
+    ],
+)
+def test_bad_use(
+    arguments: list[str],
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text(yaml.safe_dump({**TINY, "sumary": "misspelt"}))
+    code, _, errors = command(capsys, *arguments)
+    assert code == 2
+    assert sentence in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.yaml"]
+
+
+def test_a_run_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken, _ = runs_of(recipe(), tmp_path)
+    ended = SimpleNamespace(broken={broken.path: Outcome(broken, "The disk is full.")})
+    monkeypatch.setattr("metareg.comparison.runner.compare", lambda *_, **__: ended)
+    sentence = (
+        "1 of the runs of the recipe 'tiny' could not be finished. maml+cml on sinusoid, seed 0: The disk is full."
+    )
+    with pytest.raises(MetaregError, match=re.escape(sentence)):
+        reproduce(recipe(), tmp_path)
+    assert not (tmp_path / "reproduction.json").exists()
+
+
+def test_listing_imports_no_torch() -> None:
+    code = (
+        "import sys; from metareg.cli import run\n"
+        "assert run(['reproduce']) == 0\n"
+        "assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys(), sys.modules.keys()"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_names_are_those_of_the_files() -> None:
+    assert find_recipe("sinusoid-5-shot").name == "sinusoid-5-shot"
