@@ -17,7 +17,7 @@ import torch
 import yaml
 from rich.console import Console
 
-from comparisons import write_comparison
+from comparisons import DEMO, write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
@@ -308,7 +308,7 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
 
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
-    plan = write_comparison(tmp_path / "c")
+    plan = write_comparison(tmp_path / "c", {**DEMO, "tune": None})
     lost = plan.runs()[5]
     (lost.path / "results.json").unlink()
     comparison = Comparison(plan, Fake(lambda _run, _time: "the disk is full", again=False))
