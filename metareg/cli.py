@@ -79,14 +79,14 @@ _KIND = Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmente
 _NAME = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
 _DEVICE = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
 _DATA = Annotated[
-    Path | None, typer.Option("--data", metavar="DIR", help="Where the task's data is [the variable METAREG_DATA].")
+    Path | None, typer.Option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")
 ]
 _ON_NONFINITE = Annotated[
     str | None,
-    typer.Option(metavar="POLICY", help="At a loss or gradient that is not finite: stop, skip or rollback [stop]."),
+    typer.Option(metavar="POLICY", help="At a loss or gradient that is not finite: stop, skip or rollback (stop)."),
 ]
 _CHECKPOINT_EVERY = Annotated[
-    int | None, typer.Option(metavar="STEPS", help="Steps between two checkpoints [one every 2 minutes].")
+    int | None, typer.Option(metavar="STEPS", help="Steps between two checkpoints (one every 2 minutes).")
 ]
 _NO_PLUGIN = Annotated[
     list[str] | None, typer.Option("--no-plugin", metavar="NAME", help="Leave an installed plugin out. Repeatable.")
@@ -114,7 +114,7 @@ def _common(
 @app.command()
 def train(
     algo: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Algorithm [maml].", autocompletion=_names("algorithms"))
+        str | None, typer.Option(metavar="NAME", help="Algorithm (maml).", autocompletion=_names("algorithms"))
     ] = None,
     augment: Annotated[
         list[str] | None,
@@ -125,10 +125,10 @@ def train(
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Task [sinusoid].", autocompletion=_names("tasks"))
+        str | None, typer.Option(metavar="NAME", help="Task (sinusoid).", autocompletion=_names("tasks"))
     ] = None,
     model: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Model [the task's own].", autocompletion=_names("models"))
+        str | None, typer.Option(metavar="NAME", help="Model (the task's own).", autocompletion=_names("models"))
     ] = None,
     ways: Annotated[int | None, typer.Option(help="Classes per task.")] = None,
     shots: Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")] = None,
@@ -137,8 +137,8 @@ def train(
     meta_batch: Annotated[int | None, typer.Option(metavar="TASKS", help="Tasks per training step.")] = None,
     inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps in training.")] = None,
     first_order: Annotated[bool | None, typer.Option("--first-order", help="Inner gradients as constants.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Fixes everything that is drawn at random [0].")] = None,
-    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder [a new one in runs/].")] = None,
+    seed: Annotated[int | None, typer.Option(help="Fixes everything that is drawn at random (0).")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="The run's folder (a new one in runs/).")] = None,
     config: Annotated[
         Path | None, typer.Option(metavar="FILE", help="YAML with any of these; options given here stand before it.")
     ] = None,
@@ -146,10 +146,10 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Any other option of the run or of its plugins. Repeatable."),
     ] = None,
-    strategy: Annotated[str | None, typer.Option(help="auto, serial, traced, vectorized or compiled [auto].")] = None,
-    memory: Annotated[str | None, typer.Option(help="store or recompute [store].")] = None,
+    strategy: Annotated[str | None, typer.Option(help="auto, serial, traced, vectorized or compiled (auto).")] = None,
+    memory: Annotated[str | None, typer.Option(help="store or recompute (store).")] = None,
     norm: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
-    precision: Annotated[str | None, typer.Option(help="full, or bf16 to run the model in bfloat16 [full].")] = None,
+    precision: Annotated[str | None, typer.Option(help="full, or bf16 to run the model in bfloat16 (full).")] = None,
     chunk: Annotated[int | None, typer.Option(metavar="TASKS", help="At most so many tasks at once.")] = None,
     device: _DEVICE = None,
     data: _DATA = None,
@@ -239,7 +239,7 @@ def export(
         Path | None,
         typer.Option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first."),
     ] = None,
-    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps [those of training].")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps (those of training).")] = None,
     no_plugin: _NO_PLUGIN = None,
 ) -> None:
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
@@ -261,7 +261,7 @@ def predict(
     ],
     query: Annotated[Path, typer.Option(metavar="FILE", help="What to predict: a CSV file, or a folder of images.")],
     to: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
-    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps [those of training].")] = None,
+    inner_steps: Annotated[int | None, typer.Option(help="Adaptation steps (those of training).")] = None,
     device: _DEVICE = None,
     no_plugin: _NO_PLUGIN = None,
 ) -> None:
@@ -358,21 +358,21 @@ def data(
 def compare(
     algo: Annotated[
         str | None,
-        typer.Option(metavar="NAMES", help="Algorithms, with commas [maml].", autocompletion=_names("algorithms")),
+        typer.Option(metavar="NAMES", help="Algorithms, with commas (maml).", autocompletion=_names("algorithms")),
     ] = None,
     augment: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain [none].",
+            help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain (none).",
             autocompletion=_names("augmenters"),
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="Tasks, with commas [sinusoid].", autocompletion=_names("tasks"))
+        str | None, typer.Option(metavar="NAMES", help="Tasks, with commas (sinusoid).", autocompletion=_names("tasks"))
     ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas [1].")
+        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (1).")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Training steps of each run.")] = None,
     assignments: Annotated[
@@ -390,20 +390,20 @@ def compare(
     ] = None,
     search_over: Annotated[
         str | None,
-        typer.Option(metavar="KEYS", help="Which options to search [those of the algorithm and the augmenters]."),
+        typer.Option(metavar="KEYS", help="Which options to search (those of the algorithm and the augmenters)."),
     ] = None,
     config: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="YAML with the whole comparison; options given here stand before it."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="The comparison's folder [one in comparisons/]; goes on with it.")
+        Path | None, typer.Option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time [one for every CPU core].")] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's [one is started]."),
+        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (one is started)."),
     ] = None,
     data: _DATA = None,
     no_plugin: _NO_PLUGIN = None,
@@ -440,15 +440,15 @@ def report_comparison(
     ],
     format: Annotated[
         str | None,
-        typer.Option(metavar="FORMAT", help="markdown, html, latex or csv [what --out ends in; markdown]."),
+        typer.Option(metavar="FORMAT", help="markdown, html, latex or csv (what --out ends in; markdown)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Write there [html: report.html in DIR; the others: to the output]."),
+        typer.Option(metavar="FILE", help="Write there (html: report.html in DIR; the others: to the output)."),
     ] = None,
     inner_steps: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Compare after K inner steps [the last number that was tested after]."),
+        typer.Option(metavar="K", help="Compare after K inner steps (the last number that was tested after)."),
     ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
@@ -469,13 +469,13 @@ def reproduce_recipe(
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas [the recipe's]."),
+        typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (the recipe's)."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where its runs are kept [one in reproductions/]; goes on with them."),
+        typer.Option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time [one for every CPU core].")] = None,
+    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
     data: _DATA = None,
     device: _DEVICE = None,
     no_plugin: _NO_PLUGIN = None,

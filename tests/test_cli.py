@@ -57,6 +57,15 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_help_says_what_the_defaults_are(metareg: Command) -> None:
+    for command, default in (
+        ("train", "Algorithm (maml)."),
+        ("compare", "Tasks, with commas (sinusoid)."),
+        ("eval", "METAREG_DATA"),
+    ):
+        assert default in " ".join(metareg(command, "--help").output.replace("│", " ").split())
+
+
 # --------------------------------------------------------------------------------------------------------------- training
 
 
