@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import re
 import shlex
 import shutil
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -351,6 +353,20 @@ def test_markdown_shows_labels_as_they_are(tmp_path: Path) -> None:
     assert cells.count("cml") == cells.count("dropgrad+cml")
 
 
+@pytest.mark.parametrize("format", ["markdown", "latex", "html"])
+def test_every_table_says_what_its_numbers_mean(demo: Path, format: str) -> None:
+    found = analyse(demo)
+    text = report(demo, format)
+    plain = html.unescape(text) if format == "html" else re.sub(r"\\ensuremath\{\\pm\}", "±", text)
+    plain = plain.replace("\\<", "<").replace(r"\ensuremath{<}", "<").replace(r"\%", "%")
+    for task in found.tasks:
+        assert "±" in tables.results(found, task).note
+        for table in (tables.results(found, task), tables.differences(found, task), tables.costs(task)):
+            assert table is not None
+            assert table.note in plain
+            assert table.key in plain
+
+
 def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     text = report(hostile(tmp_path), "latex")
     bare = re.sub(r"\\[\\{}$&#%_]", "", text)
@@ -361,6 +377,16 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
         rows = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(tabular[0])}
     assert r"\ensuremath{\gamma}" in text
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no pdflatex")
+def test_latex_compiles(tmp_path: Path) -> None:
+    preamble = r"\documentclass{article}\usepackage{booktabs,graphicx}\begin{document}"
+    text = report(hostile(tmp_path), "latex")
+    (tmp_path / "a.tex").write_text(f"{preamble}\n{text}\\end{{document}}\n", encoding="utf-8")
+    done = subprocess.run(["pdflatex", "-halt-on-error", "a.tex"], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert b"Missing character" not in done.stdout
 
 
 # --------------------------------------------------------------------------------------------------------- the HTML page

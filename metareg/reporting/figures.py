@@ -227,12 +227,15 @@ def differences(report: Report, task: TaskResults) -> str:
     ticks = x.ticks(4)
     grid = [path([(x(tick), 24), (x(tick), height)], "zero" if tick == 0 else "grid") for tick in ticks]
     labels = [text(_tick(tick * scale.factor), x(tick), height + 14, text_anchor="middle") for tick in ticks]
-    side = (right, "end", "better →") if scale.higher_is_better else (left, "start", "← better")
+    # The better side's end says so; the unit stands at the other one.
+    places = [(right, "end"), (left, "start")]
+    better, other = places if scale.higher_is_better else places[::-1]
+    words = "better →" if scale.higher_is_better else "← better"
+    unit = "percentage points" if scale.percent else scale.metric
     labels += [
-        text(side[2], side[0], height + 30, text_anchor=side[1], class_="better"),
-        text(f"difference in {scale.difference.partition(' in ')[2] or scale.metric}", right if side[1] == "start" else left,
-             height + 30, text_anchor="end" if side[1] == "start" else "start", class_="unit"),
-    ]  # fmt: skip
+        text(words, better[0], height + 30, text_anchor=better[1], class_="better"),
+        text(unit, other[0], height + 30, text_anchor=other[1], class_="unit"),
+    ]
     told = "; ".join(
         f"{pair.algorithm} {pair.augmenter} {scale.signed(pair.difference.over_seeds)} "
         f"({scale.interval(pair.difference.over_seeds)}), {verdict_text(pair)}"

@@ -102,7 +102,9 @@ def _verdicts(report: Report) -> str:
         '<table class="verdicts"><caption class="unseen">Each augmenter against none</caption>'
         f'<thead><tr><th scope="col">algorithm</th>{head}</tr></thead>{body}</table>'
     )
-    note = "Each augmenter against none: the mean paired difference, and in brackets its 95 % interval over seeds."
+    note = (
+        "Each augmenter against none: the mean paired difference; in brackets its 95 % interval over two or more seeds."
+    )
     return f'{_box(table, "Verdicts")}<p class="note">{note}</p>'
 
 

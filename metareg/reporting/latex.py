@@ -49,7 +49,8 @@ def _table(table: Table, what: str, label: str) -> list[str]:
         r"\centering",
         rf"\caption{{{what}: {_escaped(f'{table.title}. {table.note} {table.key}')}}}",
         rf"\label{{{label}}}",
-        r"\small",
+        r"\medskip",
+        r"\small\setlength{\tabcolsep}{4pt}",
         # As wide as the text at most, whatever the number of columns.
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{''.join(columns)}}}",

@@ -39,14 +39,10 @@ def _section(title: str, parts: Sequence[Table | None]) -> list[str]:
     found = [table for table in parts if table is not None]
     lines = [f"## {title}", ""] if title and found else []
     for table in found:
-        lines += [
-            f"{'###' if title else '##'} {_escaped(table.title)}",
-            "",
-            *_table(table),
-            "",
-            _escaped(table.note),
-            "",
-        ]
+        lines += [f"{'###' if title else '##'} {_escaped(table.title)}", "", *_table(table), ""]
+        lines += [_escaped(table.note), ""] if table.note else []
+    for key in dict.fromkeys(table.key for table in found if table.key):
+        lines += [_escaped(key), ""]
     return lines
 
 
