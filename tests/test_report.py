@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -212,12 +213,17 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
     trial.mkdir(parents=True)
     (trial / "error.txt").write_text("MemoryError")
     (tmp_path / "tuning/sinusoid/anil/chosen.json").write_text("{}")
+    failed = tmp_path / "tuning/sinusoid/anil+cml/chosen.json"
+    content = json.loads(failed.read_text())
+    content["trials"][1]["score"] = None
+    failed.write_text(json.dumps(content))
     for seed in plan.config.seeds:
         shutil.rmtree(tmp_path / f"runs/sinusoid/maml+cml/seed-{seed}")
     gaps = {gap.run: (gap.state, gap.reason) for gap in read(tmp_path).gaps}
     assert gaps["maml+cml on sinusoid, seed 5"] == ("not begun", "the arm's settings are not chosen yet")
     assert gaps["maml+cml on sinusoid, trial 2 seed 0"] == ("broken", "MemoryError")
     assert gaps["tuning of anil on sinusoid"][0] == "damaged"
+    assert re.search(r"\| anil \| cml \| inner\\_lr = .*cml.gamma = 0.35 \| 8, 1 failed \|", report(tmp_path))
 
 
 # ------------------------------------------------------------------------------------------------------------- statistics
@@ -644,6 +650,16 @@ def test_the_command_prints_markdown(metareg: Command, small: Plan) -> None:
     code, output, errors = metareg("report", str(small.folder))
     assert (code, errors) == (0, "")
     assert output == report(small.folder, "markdown")
+
+
+def test_a_report_needs_no_torch(small: Plan) -> None:
+    code = "import sys; from metareg import cli; cli.run(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'"
+    for format in ("html", "latex"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", code, "report", str(small.folder), "--format", format],
+            capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.tex", "% "), ("a.csv", "task,"), ("a.md", "# "), ("a", "# ")])

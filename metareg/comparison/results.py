@@ -24,6 +24,9 @@ __all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "co
 
 Array = NDArray[np.float64]
 
+_CHOSEN = "chosen.json"
+"""What tuning.py writes, which is not imported for it: that would import torch, and a report needs none."""
+
 _OF_ENVIRONMENT = ("metareg", "python", "platform", "processor", "torch", "torch_threads", "cuda", "device", "strategy")
 
 
@@ -57,6 +60,8 @@ class Chosen:
     options: Mapping[str, Any]
     trials: int
     """How many settings were tried."""
+    failed: int
+    """How many of them have no score: training diverged, or the arm cannot have them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,7 +300,7 @@ class _TaskReader:
                 return "broken", error.read_text(encoding="utf-8", errors="replace").strip() or "error.txt is empty"
         if (run.path / "config.yaml").is_file():
             return "unfinished", "it has begun and has no results.json yet"
-        if tuned and not (self._plan.folder / "tuning" / run.arm.folder / "chosen.json").is_file():
+        if tuned and not (self._plan.tuning_folder(run.arm) / _CHOSEN).is_file():
             return "not begun", "the arm's settings are not chosen yet"
         return "not begun", "there is nothing of it yet"
 
@@ -362,12 +367,13 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
-    path = plan.folder / "tuning" / arm.folder / "chosen.json"
+    path = plan.tuning_folder(arm) / _CHOSEN
     if not path.is_file():
         return None
     try:
         content = read_json(path)
-        return Chosen(dict(content["options"]), len(content["trials"]))
+        trials = content["trials"]
+        return Chosen(dict(content["options"]), len(trials), sum(trial["score"] is None for trial in trials))
     except (UsageError, LookupError, TypeError, ValueError) as error:
         reason = f"chosen.json cannot be read, so that its settings are not known: {error}"
         gaps.append(Gap(f"tuning of {arm}", "damaged", reason, path.parent.relative_to(plan.folder)))
@@ -376,7 +382,7 @@ def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
 
 def _broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
-        folder = plan.folder / "tuning" / arm.folder
+        folder = plan.tuning_folder(arm)
         for path in sorted(folder.glob("trial-*/seed-*/error.txt")):
             if divergence(path.parent) is not None:
                 continue  # the choice took note of it

@@ -177,7 +177,7 @@ def settings(task: TaskResults) -> Table | None:
             arm.algorithm,
             arm.augmenter,
             ", ".join(f"{key} = {_setting(value)}" for key, value in chosen.options.items()) or "the defaults",
-            str(chosen.trials),
+            f"{chosen.trials}, {chosen.failed} failed" if chosen.failed else str(chosen.trials),
         ]
         for arm, chosen in tuned
     ]
@@ -186,7 +186,8 @@ def settings(task: TaskResults) -> Table | None:
         ["algorithm", "augmenter", "settings", "tried"],
         rows,
         "",
-        "The best of so many settings that were tried on the validation split; test tasks had no part in it.",
+        "The best of so many settings that were tried on the validation split; test tasks had no part in it. One fails "
+        "where training diverges or the arm cannot have it.",
         texts=(2,),
     )
 
