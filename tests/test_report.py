@@ -177,6 +177,7 @@ def test_a_run_that_does_not_count_is_named(small: Plan, how: str, state: str, r
         "runs/sinusoid/maml+cml/seed-1",
     )
     assert reason in gap.reason
+    assert str(small.folder) not in gap.reason
     assert found.tasks[0].arms[1].seeds == (0, 5)
     for name in ("markdown", "html"):
         assert "maml+cml on sinusoid, seed 1" in report(small.folder, name)
@@ -267,6 +268,7 @@ def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan) -> None:
     path.write_text(json.dumps(content))
     text = report(small.folder)
     assert re.search(r"\| anil \| cml \| 3 \|.*\(1 diverged\)", text)
+    assert "the mean is that of the other seeds" in text
     assert "not tested: 1 of 3 pairs diverged" in text
 
 
@@ -452,8 +454,14 @@ def test_the_page_has_everything(demo: Path) -> None:
     assert all(attributes["aria-label"] for attributes in drawings)
     assert sum(tag == "caption" for tag, _ in tags.found) == sum(tag == "table" for tag, _ in tags.found)
     assert all(attributes.get("scope") for tag, attributes in tags.found if tag == "th")
-    for words in ("cml.gamma = 0.35", "metareg train --algo maml --augment cml", "2.13.0", "vectorized"):
-        assert words in page
+    text = "".join(tags.text)
+    for words in (
+        "cml.gamma = 0.35",
+        "metareg train --algo maml --augment cml --task sinusoid",
+        "2.13.0",
+        "vectorized",
+    ):
+        assert words in text
     assert '<section id="missing"' not in page
 
 
@@ -654,12 +662,9 @@ def test_the_command_prints_markdown(metareg: Command, small: Plan) -> None:
 
 def test_a_report_needs_no_torch(small: Plan) -> None:
     code = "import sys; from metareg import cli; cli.run(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'"
-    for format in ("html", "latex"):
-        done = subprocess.run(
-            [sys.executable, "-W", "error", "-c", code, "report", str(small.folder), "--format", format],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert (done.returncode, done.stderr) == (0, "")
+    command = [sys.executable, "-W", "error", "-c", code, "report", str(small.folder), "--format", "html"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("name", "begins"), [("a.tex", "% "), ("a.csv", "task,"), ("a.md", "# "), ("a", "# ")])

@@ -87,7 +87,7 @@ class ArmResults:
     """Trains one run of the arm; SEED stands for the seed."""
 
     def by_seed(self, inner_steps: int) -> dict[int, Array]:
-        """The scores ``[tasks]`` of each seed after so many inner steps; empty where the arm was not tested after them."""
+        """The scores ``[tasks]`` of each seed after so many inner steps; empty where there was no such test."""
         if inner_steps not in self.inner_steps:
             return {}
         column = self.inner_steps.index(inner_steps)
@@ -189,7 +189,7 @@ def command_of(run: PlannedRun) -> str:
     return shlex.join(words)
 
 
-# ---------------------------------------------------------------------------------------------------------- one task's runs
+# ------------------------------------------------------------------------------------------------------ one task's runs
 
 
 @dataclass(frozen=True, eq=False)
@@ -344,6 +344,8 @@ class _TaskReader:
             self._environment.setdefault(name, Counter())[value] += 1
 
     def _gap(self, run: PlannedRun, state: str, reason: str) -> None:
+        # A report that is published need not say where on whose machine it was made.
+        reason = reason.replace(f"{self._plan.folder}/", "")
         self._gaps.append(Gap(str(run), state, reason, run.path.relative_to(self._plan.folder)))
 
 
@@ -363,7 +365,7 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield name.replace("_", " "), f"{value} (after it was resumed)"
 
 
-# ------------------------------------------------------------------------------------------------------------------ tuning
+# --------------------------------------------------------------------------------------------------------------- tuning
 
 
 def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
@@ -392,7 +394,7 @@ def _broken_trials(plan: Plan) -> Iterator[Gap]:
                 yield Gap(f"{arm}, {name}", "broken", reason, path.parent.relative_to(plan.folder))
 
 
-# ------------------------------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------------------------------- text
 
 
 def _lines(path: Path) -> Iterator[str]:

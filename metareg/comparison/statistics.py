@@ -1,8 +1,8 @@
 """Statistics of a comparison: intervals over seeds and over tasks, paired differences, and what may be said of them.
 
-Two questions have two intervals. *Over seeds*: what would other seeds have given, that is other initial weights, training
-tasks and test tasks? *Over tasks*: what would other test tasks have given, with these very trained models? Only the first
-says something about a method; the second says how well the test measured the models that there are.
+Two questions have two intervals. *Over seeds*: what would other seeds have given, that is other initial weights,
+training tasks and test tasks? *Over tasks*: what would other test tasks have given, with these very trained models?
+Only the first says something about a method; the second says how well the test measured the models that there are.
 
 Every function is pure. A number that does not exist (an interval of one value, a test of one pair) is NaN.
 """
@@ -131,8 +131,8 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
 
     Args:
         augmented: for each seed the scores ``[tasks]`` with the augmenter.
-        baseline: the same without it. A seed's tasks are the same ones in the same order; where one has more of them, the
-            first ones are those that both have.
+        baseline: the same without it. A seed's tasks are the same ones in the same order; where one has more of them,
+            the first ones are those that both have.
         higher_is_better: whether a larger score is better.
     """
     seeds = sorted(augmented.keys() & baseline.keys())
@@ -205,7 +205,7 @@ def _paired_t(differences: Scores, scale: float) -> tuple[float, str]:
 
 
 def _spread(values: Scores) -> float:
-    """The estimated standard deviation; exactly zero where all values are the same, and of any size without overflow."""
+    """The estimated standard deviation; exactly zero where all values are the same, and never an overflow."""
     largest = np.abs(values).max()
     return 0.0 if np.all(values == values[0]) else float(largest * np.std(values / largest, ddof=1))
 

@@ -44,7 +44,7 @@ def format_of(out: Path | None) -> str:
 
 
 def write(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
-    """Write a report into a file, ``report.md`` and its like in the comparison's folder by default; returns its path."""
+    """Write a report into a file, by default ``report.md`` and its like in the comparison's folder; return its path."""
     text = report(folder, format, inner_steps=inner_steps)
     path = Path(folder, f"report{FORMATS[format]}") if out is None else out
     write_text(path, text)

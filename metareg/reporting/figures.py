@@ -59,7 +59,7 @@ def key(report: Report, augmenter: str) -> str:
     return element("svg", "".join(parts), viewBox="0 0 28 14", class_="key", aria_hidden="true")
 
 
-# ---------------------------------------------------------------------------------------------------- curves over numbers
+# -------------------------------------------------------------------------------------------------- curves over numbers
 
 
 def learning_curves(report: Report, task: TaskResults) -> list[str]:
@@ -111,11 +111,11 @@ def _panels(
     found = [point.found for every in algorithms.values() for series in every for point in series.points]
     if not found:
         return []
-    axis = _vertical(found, higher_is_better=task.higher_is_better)
+    axis = _vertical(found, Scale(task.metric, task.higher_is_better))
     return [draw(report, task, algorithm, series, axis) for algorithm, series in algorithms.items()]
 
 
-def _vertical(found: Sequence[Estimate], *, higher_is_better: bool) -> Axis:
+def _vertical(found: Sequence[Estimate], scale: Scale) -> Axis:
     """Room for all means, and for their intervals unless those are far larger than what the means differ by."""
     means = np.array([each.mean for each in found])
     halves = np.array([each.half if math.isfinite(each.half) else 0.0 for each in found])
@@ -123,12 +123,13 @@ def _vertical(found: Sequence[Estimate], *, higher_is_better: bool) -> Axis:
     low = max(float((means - halves).min()), float(means.min()) - margin)
     high = min(float((means + halves).max()), float(means.max()) + margin)
     begin, end = _HEIGHT - _BOTTOM, _TOP
-    if not higher_is_better and means.min() > 0 and means.max() > 5 * means.min():
+    if not scale.higher_is_better and means.min() > 0 and means.max() > 5 * means.min():
         lows = means - halves
         lowest = float(min(means.min(), lows[lows > means.min() / 2].min(initial=np.inf)))
         return Axis(lowest / 1.15, high * 1.1, begin, end, log=True)
     room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
-    return Axis(low - room, high + room, begin, end)
+    low, high = low - room, high + room
+    return Axis(max(low, 0.0), min(high, 1.0), begin, end) if scale.percent else Axis(low, high, begin, end)
 
 
 def _curve_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
@@ -209,7 +210,7 @@ def _last(task: TaskResults, every: Sequence[_Series]) -> str:
     return f"At the end, in {scale.heading}: {', '.join(ends)}."
 
 
-# -------------------------------------------------------------------------------------------------------- rows of an arm
+# ------------------------------------------------------------------------------------------------------- rows of an arm
 
 
 def differences(report: Report, task: TaskResults) -> str:

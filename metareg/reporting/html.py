@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from html import escape
 from importlib.resources import files
@@ -19,7 +20,7 @@ __all__ = ["render"]
 _WORDS = {each.value: f'<b class="{each.value}">{each.value}</b>' for each in (Verdict.BETTER, Verdict.WORSE)}
 _SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
 
-# Text, links and code. No headings, which would disturb the page's own, no HTML, and no pictures, which would be fetched.
+# Text, links and code. No headings, which would disturb the page's own; no HTML; no pictures, which would be fetched.
 _NOTES = MarkdownIt("zero", {"html": False}).enable(
     ["escape", "entity", "backticks", "emphasis", "link", "autolink", "newline", "list", "fence", "code", "blockquote"]
 )
@@ -65,7 +66,7 @@ def render(report: Report) -> str:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- sections
+# ------------------------------------------------------------------------------------------------------------- sections
 
 
 def _summary(report: Report) -> str:
@@ -124,9 +125,9 @@ def _chip(verdict: Verdict, title: str = "") -> str:
 def _differences(report: Report) -> str:
     groups = [("", [panel for task in report.tasks if (panel := figures.differences(report, task))])]
     caption = (
-        "Augmenter minus none. Large mark: mean over seeds; line: its 95 % interval over seeds, with an arrow where it goes "
-        "on, or dashed the one over test tasks where there is one seed; dots below: the seeds. The mark is filled where the "
-        "corrected test calls the augmenter better or worse, hollow where it does not."
+        "Augmenter minus none. Large mark: mean over seeds; line: its 95 % interval over seeds, with an arrow where it "
+        "goes on, or dashed the one over test tasks where there is one seed; dots below: the seeds. The mark is filled "
+        "where the corrected test calls the augmenter better or worse, hollow where it does not."
     )
     legend = [name for name in report.augmenters if name != "none"]
     found = [tables.differences(report, task) for task in report.tasks]
@@ -136,8 +137,8 @@ def _differences(report: Report) -> str:
 def _inner_steps(report: Report) -> str:
     single = all(len(each.seeds) <= 1 for task in report.tasks for each in task.arms)
     caption = (
-        f"The metric on test tasks, with 95 % intervals over {'test tasks' if single else 'seeds'}. Numbers of inner steps "
-        "are evenly spaced."
+        f"The metric on test tasks, with 95 % intervals over {'test tasks' if single else 'seeds'}. Numbers of inner "
+        "steps are evenly spaced."
     )
     groups = [(task.label, figures.inner_steps(report, task)) for task in report.tasks]
     return _figure(report, groups, caption, report.augmenters)
@@ -160,13 +161,18 @@ def _commands(report: Report) -> str:
     parts = ["<p>Each trains one run of an arm; SEED stands for the seed.</p>"]
     for task in report.results.tasks:
         rows = "".join(
-            f"<dt>{escape(each.arm.name)}</dt><dd><code>{escape(each.command)}</code></dd>" for each in task.arms
+            f"<dt>{escape(each.arm.name)}</dt><dd><code>{_unbroken(each.command)}</code></dd>" for each in task.arms
         )
         parts.append(f'<h3>{escape(task.label)}</h3><dl class="commands">{rows}</dl>')
     return "".join(parts)
 
 
-# ---------------------------------------------------------------------------------------------------------------- elements
+# ------------------------------------------------------------------------------------------------------------- elements
+
+
+def _unbroken(command: str) -> str:
+    """A command whose lines break between options, not within one."""
+    return " ".join(f"<span>{escape(part)}</span>" for part in re.split(r" (?=--)", command))
 
 
 def _tables(found: Sequence[Table | None]) -> str:
@@ -218,7 +224,9 @@ def _figure(
     """Panels below the names of their tasks, between one legend and one caption; nothing without a panel."""
     kind = "panels wide" if wide else "panels"
     drawn = "".join(
-        f'<div class="group">{f"<h3>{escape(name)}</h3>" if name else ""}<div class="{kind}">{"".join(panels)}</div></div>'
+        '<div class="group">'
+        + (f"<h3>{escape(name)}</h3>" if name else "")
+        + f'<div class="{kind}">{"".join(panels)}</div></div>'
         for name, panels in groups
         if panels
     )

@@ -27,8 +27,8 @@ def overview(report: Report) -> str:
     seeds = len(config.seeds)
     return (
         f"{_plural(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_joined(config.augment)} on "
-        f"{_plural(len(config.tasks), 'task')}, {_plural(seeds, 'seed')} each: {found.finished} of {found.planned} runs "
-        f"{'has' if found.finished == 1 else 'have'} finished."
+        f"{_plural(len(config.tasks), 'task')}, {_plural(seeds, 'seed')} each: {found.finished} of {found.planned} "
+        f"runs {'has' if found.finished == 1 else 'have'} finished."
     )
 
 
@@ -56,13 +56,13 @@ def caveats(report: Report) -> str:
     after = f"{steps.pop()} inner steps" if len(steps) == 1 else "the last number of inner steps of each task's table"
     if not report.tested:
         return (
-            f"The scores are those after {after}. No pair could be tested: a test needs two seeds or more that both arms "
-            "have finished. An interval over test tasks says nothing about other seeds."
+            f"The scores are those after {after}. No pair could be tested: a test needs two seeds or more that both "
+            "arms have finished. An interval over test tasks says nothing about other seeds."
         )
     return (
-        f"The scores are those after {after}. Better and worse are what a paired t test over seeds shows at the 5 % level "
-        f"after Holm's correction over {_plural(report.tested, 'tested comparison')}; ranges are 95 % intervals over "
-        "seeds, each by itself. No difference shown does not say that there is none."
+        f"The scores are those after {after}. Better and worse are what a paired t test over seeds shows at the 5 % "
+        f"level after Holm's correction over {_plural(report.tested, 'tested comparison')}; ranges are 95 % intervals "
+        "over seeds, each by itself. No difference shown does not say that there is none."
     )
 
 

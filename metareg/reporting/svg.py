@@ -77,10 +77,9 @@ def drawing(width: float, height: float, parts: Sequence[str], label: str) -> st
 
 def element(name: str, content: str = "", /, **attributes: str | float) -> str:
     """An element; `content` is markup already. ``class_`` and ``aria_label`` stand for ``class`` and ``aria-label``."""
+    texts = {key: _number(value) if isinstance(value, float) else value for key, value in attributes.items()}
     written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(_number(value) if isinstance(value, float) else str(value))}"'
-        for key, value in attributes.items()
-        if value != ""
+        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for key, value in texts.items() if value
     )
     return f"<{name}{written}>{content}</{name}>" if content else f"<{name}{written}/>"
 

@@ -65,9 +65,11 @@ def results(report: Report, task: TaskResults) -> Table:
     else:
         columns.append(f"± over tasks, {_steps(headline)}")
         note += (
-            "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval that "
-            "other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
+            "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval "
+            "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
         )
+    if any("diverged" in cell for row in rows for cell in row):
+        note += " A seed has diverged where one of its scores is not finite; the mean is that of the other seeds."
     norms = [norm for norm in task.norms if norm != "none"]
     note += f" BatchNorm: {', '.join(norms)}." if norms else ""
     return Table(task.label, columns, rows, note)
@@ -94,15 +96,15 @@ def differences(report: Report, task: TaskResults) -> Table | None:
         for pair in pairs
     ]
     columns = [
-        "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p", "p (Holm)",
-        "in words",
+        "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
+        "p (Holm)", "in words",
     ]  # fmt: skip
     note = f"Augmenter minus none after {steps} in {scale.difference}; {scale.better}."
     key = (
-        "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's t): "
-        "over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test over "
-        f"seeds; Holm's correction covers {_tested(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no difference "
-        "shown' does not say that there is none."
+        "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
+        "t): over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test "
+        f"over seeds; Holm's correction covers {_tested(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
+        "difference shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
 
@@ -160,8 +162,9 @@ def costs(task: TaskResults) -> Table:
         task.label,
         ["algorithm", "augmenter", "ms per step", "from seed to seed", "times none", "peak memory in MiB"],
         rows,
-        "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is its "
-        "ratio to the same algorithm without an augmenter.",
+        "",
+        "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
+        "its ratio to the same algorithm without an augmenter. "
         "Memory is the most that a run took: on a GPU its tensors, otherwise the whole process. Runs that shared the "
         "machine slowed each other down.",
     )
@@ -208,7 +211,7 @@ def environment(report: Report) -> Table:
         "Environment",
         ["what", "value"],
         rows,
-        f"What the {finished} finished runs were made with. Where they differ, a value says for how many runs it stands.",
+        f"What the {finished} finished runs were made with. Where they differ, the runs of each value are counted.",
         headers=1,
         texts=(1,),
     )
