@@ -153,7 +153,7 @@ class Verdict:
         return (
             f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {recipe.written(bound)} was expected, for "
             f"{recipe.written(expected.mean)} ({recipe.span(expected.interval)} over {expected.over}) was reached before: "
-            f"{expected.source}"
+            f"{expected.source.rstrip('.')}."
         )
 
 

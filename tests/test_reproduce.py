@@ -20,6 +20,7 @@ from metareg import MetaregError, UsageError, cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
 from metareg.config import validated
+from metareg.errors import Interrupted
 from metareg.evaluation import Evaluation
 from metareg.files import write_json
 from metareg.options import assemble
@@ -279,6 +280,15 @@ def test_a_run_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(MetaregError, match=re.escape(sentence)):
         reproduce(recipe(), tmp_path)
     assert not (tmp_path / "reproduction.json").exists()
+
+
+def test_a_stopped_recipe_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any, **__: Any) -> None:
+        raise Interrupted("Stopped. `metareg compare --out …` goes on with the comparison.")
+
+    monkeypatch.setattr("metareg.comparison.runner.compare", stopped)
+    with pytest.raises(Interrupted, match="The same command goes on with the recipe in"):
+        reproduce(recipe(), tmp_path)
 
 
 def test_listing_imports_no_torch() -> None:
