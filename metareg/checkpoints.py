@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
+from metareg.distributed import Processes
+from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.files import LinesFile
 from metareg.interrupts import StopRequest
 from metareg.randomness import global_generators, restore_global_generators
@@ -119,6 +120,7 @@ class Keeper:
         every_steps: training steps between two checkpoints; None for no such rule.
         every_minutes: minutes between two; more where writing one takes longer than half a percent of that.
         stop: asked for by a signal.
+        processes: those that train the learner together, each with a keeper: the first writes and reads for all.
     """
 
     def __init__(
@@ -131,6 +133,7 @@ class Keeper:
         every_steps: int | None,
         every_minutes: float,
         stop: StopRequest,
+        processes: Processes | None = None,
     ) -> None:
         self.store = store
         self.last_saved: int | None = None
@@ -140,8 +143,10 @@ class Keeper:
         self._lines = lines
         self._every_steps = every_steps
         self._every_seconds = self._seconds_to_next = 60 * every_minutes
-        self._stop = stop
         self._saved_at = time.monotonic()
+        self._processes = processes or Processes()
+        self._processes.ask("stop", lambda: stop.asked)
+        self._processes.ask("save", lambda: time.monotonic() - self._saved_at >= self._seconds_to_next)
 
     def after_step(self, *, must: bool) -> None:
         """Write a checkpoint where one is due, or must be; stop where a signal asked for it.
@@ -151,9 +156,10 @@ class Keeper:
         """
         step = self._learner.steps_done
         due = self._every_steps is not None and step % self._every_steps == 0
-        if must or due or self._stop.asked or time.monotonic() - self._saved_at >= self._seconds_to_next:
+        stop = self._processes.answer("stop")
+        if must or due or stop or self._processes.answer("save"):
             self.save()
-        if self._stop.asked:
+        if stop:
             raise Interrupted(f"Stopped after step {step}.")
 
     def save(self) -> None:
@@ -168,13 +174,9 @@ class Keeper:
         if bad:
             raise DivergenceError(f"Training diverged: after step {step} the meta-parameter '{bad[0]}' is not finite.")
         try:
-            state = {
-                "learner": self._learner.state(),
-                "progress": self._progress.state(),
-                "lines": {file.path.name: file.mark() for file in self._lines},
-                "generators": global_generators(),
-            }
-            self.store.save(step, state, self._progress.best_step)
+            self._processes.first(self._write)
+        except LostProcessError:
+            raise
         except MetaregError as error:
             if self.last_saved is None:
                 raise
@@ -182,6 +184,15 @@ class Keeper:
         self.last_saved = step
         self._saved_at = time.monotonic()
         self._seconds_to_next = max(self._every_seconds, LEAST_RATIO * (self._saved_at - began))
+
+    def _write(self) -> None:
+        state = {
+            "learner": self._learner.state(),
+            "progress": self._progress.state(),
+            "lines": {file.path.name: file.mark() for file in self._lines},
+            "generators": global_generators(),
+        }
+        self.store.save(self._learner.steps_done, state, self._progress.best_step)
 
     def restore(self) -> bool:
         """Put the run back to its newest good checkpoint; without one, its files to the beginning.
@@ -192,7 +203,7 @@ class Keeper:
         Raises:
             UsageError: it is of another model.
         """
-        state = self.store.newest()
+        state = self._processes.first(self.store.newest)
         if state is None:
             for file in self._lines:
                 file.cut(None)
@@ -219,7 +230,7 @@ class Keeper:
         if best is None or best == step:
             return
         try:
-            self.store.load(best)
+            self._processes.first(lambda: bool(self.store.load(best)))
         except UsageError as error:
             log.warning("The best checkpoint so far, after step %d, is lost: %s A new best is looked for.", best, error)
             self._progress.best_step = self._progress.best_score = None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import threading
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +17,7 @@ from rich.markup import escape
 
 from metareg._version import __version__
 from metareg.errors import MetaregError, UnknownNameError, UsageError
+from metareg.launched import is_follower, place
 from metareg.registry import DISABLE_VARIABLE, KINDS, Entry, entries, find
 
 __all__ = ["app", "run"]
@@ -46,6 +50,23 @@ def run(arguments: Sequence[str]) -> int:
     Returns:
         The exit code: 0 done, 2 wrong use, 1 anything else, 130 interrupted.
     """
+    if not is_follower() or os.environ.get(TRACEBACK_VARIABLE):
+        return _carried_out(arguments)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        code = _carried_out(arguments)
+    if code:
+        _let_the_first_speak()
+    return code
+
+
+def _let_the_first_speak() -> None:
+    """Stay for a second, or until SIGTERM: once one has failed, torchrun ends all, the one with the message too."""
+    ended = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: ended.set())
+    ended.wait(1)
+
+
+def _carried_out(arguments: Sequence[str]) -> int:
     try:
         app(args=list(arguments))
     except SystemExit as exit:  # typer's way of ending, after printing its own errors
@@ -101,11 +122,17 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    context: typer.Context,
     _version: Annotated[
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
     """What every command has."""
+    if place().size > 1 and context.invoked_subcommand not in ("train", "resume"):
+        raise UsageError(
+            f"torchrun splits `metareg train` and `metareg resume`; `metareg {context.invoked_subcommand}` takes one "
+            "process."
+        )
 
 
 # ------------------------------------------------------------------------------------------------------------- training

@@ -54,6 +54,8 @@ def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "device": str(learner.device),
         "strategy": strategy,
         "strategy_reason": reason,
+        "processes": learner.processes.size,
+        "backend": learner.processes.backend(learner.device),
         "norm": learner.norm,
         "plugins": [
             {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}

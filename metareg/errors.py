@@ -12,6 +12,7 @@ from collections.abc import Iterable
 __all__ = [
     "DivergenceError",
     "Interrupted",
+    "LostProcessError",
     "MetaregError",
     "PluginError",
     "UnknownNameError",
@@ -55,6 +56,10 @@ class PluginError(UsageError):
 
 class DivergenceError(MetaregError):
     """Training produced a number that is not finite."""
+
+
+class LostProcessError(MetaregError):
+    """Another process of the same training ended or hangs."""
 
 
 class Interrupted(MetaregError):

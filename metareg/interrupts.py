@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -14,6 +15,8 @@ __all__ = ["StopRequest", "stop_requests"]
 log = logging.getLogger("metareg")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ECHO_SECONDS = 2.0
+"""A launcher passes on a signal that the terminal or the scheduler had sent to its processes already."""
 
 
 class StopRequest:
@@ -21,14 +24,22 @@ class StopRequest:
 
     The first signal sets `asked`, for the training to look at after each step; a second one, or any while `at_once` is
     set, raises KeyboardInterrupt where the program stands.
+
+    Args:
+        launched: whether a launcher passes on signals, so that one that soon follows another is the same.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launched: bool = False) -> None:
         self.asked = False
         self.at_once = False
         """Set where there is no step to wait for."""
+        self._echo_until = 0.0
+        self._echo_seconds = _ECHO_SECONDS if launched else 0.0
 
     def handle(self, number: int, _frame: FrameType | None) -> None:
+        if time.monotonic() < self._echo_until:
+            return
+        self._echo_until = time.monotonic() + self._echo_seconds
         if self.asked or self.at_once:
             raise KeyboardInterrupt
         self.asked = True
@@ -36,9 +47,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests() -> Iterator[StopRequest]:
-    """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing."""
-    stop = StopRequest()
+def stop_requests(launched: bool = False) -> Iterator[StopRequest]:
+    """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing.
+
+    Args:
+        launched: as in `StopRequest`.
+    """
+    stop = StopRequest(launched)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

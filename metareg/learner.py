@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from pydantic import Field, PositiveInt
@@ -17,10 +18,11 @@ from torch.optim.adam import adam
 from metareg import architecture
 from metareg._version import __version__
 from metareg.config import Choice, LearnerConfig, PluginConfig, validated
+from metareg.distributed import BatchSplit, Processes, digest, tasks_of
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
 from metareg.environment import find_device
 from metareg.episodes import Episodes
-from metareg.errors import DivergenceError, PluginError, UnknownNameError, UsageError
+from metareg.errors import DivergenceError, MetaregError, PluginError, UnknownNameError, UsageError
 from metareg.evaluation import Evaluation
 from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
@@ -142,6 +144,7 @@ class MetaLearner:
         self._split_checked = False
         self._adam: _Adam | None = None
         self._outer_state: dict[str, Any] = {}
+        self._split = BatchSplit(Processes())
         self._strategy: Strategy | None = None if strategy == "auto" else strategy  # type: ignore[assignment]
         self.steps_done = 0
         """Training steps taken so far."""
@@ -201,6 +204,36 @@ class MetaLearner:
             )
         self._meta = self._initial | {name: value.to(self.device, self._dtype) for name, value in extra.items()}
 
+    # ------------------------------------------------------------------------------------------------------ processes
+
+    @property
+    def processes(self) -> Processes:
+        """The processes that its batches and evaluations are split over."""
+        return self._split.processes
+
+    @contextmanager
+    def split_over(self, processes: Processes) -> Iterator[None]:
+        """Split batches and evaluations over processes for a block, in which all of them make the same calls.
+
+        Each is given all tasks and computes its share. All begin with the first one's parameters, and end with the same bits
+        in every process.
+
+        Args:
+            processes: those of `metareg.distributed.joined`.
+
+        Example:
+            >>> with joined() as processes, learner.split_over(processes):  # in a script that torchrun starts
+            ...     learner.fit(task_source, steps=1000)
+        """
+        before, self._split = self._split, BatchSplit(processes)
+        try:
+            if processes.size > 1:
+                whole = processes.first(self._whole)
+                processes.each(lambda: None if processes.leads else self._take_over(whole))
+            yield
+        finally:
+            self._split = before
+
     # ------------------------------------------------------------------------------------------------------- training
 
     def meta_gradient(self, episodes: Episodes | Sequence[Episodes]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -237,6 +270,10 @@ class MetaLearner:
         self._update(gradient.grads)
         self.steps_done += 1
         return gradient
+
+    def abandon_step(self, error: Exception) -> NoReturn:
+        """Raise an error that left this process without tasks; the processes that wait for its share hear of it."""
+        self._split.fail(error)
 
     def fit(
         self,
@@ -281,6 +318,8 @@ class MetaLearner:
         if self.config.strategy != "auto":
             self._strategy = self.config.strategy
             return self._strategy, "as asked for"
+        # One choice for all processes, so that a checkpoint holds what each of them ran.
+        tasks = self.processes.largest_share(tasks)
         at_once = tasks if self.config.chunk is None else min(tasks, self.config.chunk)
         self._strategy, reason = choose_strategy(self._engine.training, self.device, at_once, steps, stackable)
         return self._strategy, reason
@@ -312,14 +351,27 @@ class MetaLearner:
                 f"An evaluation needs at least 2 tasks and numbers of inner steps of 0 or more; got {tasks} tasks and "
                 f"inner steps {list(inner_steps)}."
             )
-        rows = []
         chunk = self.config.chunk or _EVALUATION_CHUNK
-        for start in range(0, tasks, _EVALUATION_CHUNK):
-            indices = range(start, min(start + _EVALUATION_CHUNK, tasks))
-            for batch in self._on_device(source.episodes(split, indices, self.config.seed if seed is None else seed)):
+        seed = self.config.seed if seed is None else seed
+
+        def scores(indices: range) -> list[Tensor]:
+            """Those of this process's share of some tasks."""
+            rows = []
+            drawn = source.episodes(split, indices, seed)
+            for batch in self._on_device(tasks_of(drawn, self.processes.share(len(indices)))):
                 self._ready(batch)
                 strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
                 rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
+            return rows
+
+        blocks = [range(start, min(start + _EVALUATION_CHUNK, tasks)) for start in range(0, tasks, _EVALUATION_CHUNK)]
+        shares = self.processes.gather(lambda: ([scores(indices) for indices in blocks], self._fingerprint()))
+        if len({fingerprint for _, fingerprint in shares}) > 1:
+            raise MetaregError(
+                f"After step {self.steps_done} the processes hold different meta-parameters: their machines or versions "
+                "differ, or a plugin draws random numbers of its own."
+            )
+        rows = [row for number in range(len(blocks)) for share, _ in shares for row in share[number]]
         return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, torch.cat(rows), self.norm)
 
     def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
@@ -523,6 +575,7 @@ class MetaLearner:
 
     def _ready(self, episodes: Episodes) -> None:
         if self._meta is None or not self._split_checked:
+            (episodes,) = self._on_device(episodes[:1])
             example = _unbatched(episodes.support_x)
             self._check_split(example)
             self.initialize(example)
@@ -533,41 +586,70 @@ class MetaLearner:
         self._split_checked = True
 
     def _on_device(self, episodes: Episodes | Sequence[Episodes]) -> list[Episodes]:
-        batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
-        if not batches:
-            raise UsageError("There is no task in the batch.")
+        batches = [episodes] if isinstance(episodes, Episodes) else episodes
         return [batch.to(self.device, self._dtype) for batch in batches]
 
     def _gradient(self, episodes: Episodes | Sequence[Episodes]) -> Gradient:
-        batches = self._on_device(episodes)
+        """The meta-gradient of a batch, the same in all processes that its tasks are split over."""
+        batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
+        if not batches:
+            raise UsageError("There is no task in the batch.")
         self._ready(batches[0])
         assert self._meta is not None
-        total = sum(len(batch) for batch in batches)
-        strategy = self._strategy or self.choose_strategy(total, 1)[0]
+        strategy = self._strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
+        if self.processes.size == 1:
+            gradient = self._mean_gradient(batches, 0, strategy)
+        else:
+            gradient = self._split.gradient(self._meta, batches, partial(self._mean_gradient, strategy=strategy))
+        if self.stages.has_outer_batch_gradient:
+            shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
+            noise = self.stages.draw_batch_noise(shapes, self.config.inner_steps, self.config.seed, self.steps_done)
+            augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, self._placed(noise))
+            norm = torch.nn.utils.get_total_norm(list(augmented.values()))
+            gradient = Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
+        return gradient
+
+    def _mean_gradient(self, batches: Sequence[Episodes], first: int, strategy: Strategy) -> Gradient:
+        """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
+        assert self._meta is not None
+        batches = self._on_device(batches)
         seed, steps = self.config.seed, self.config.inner_steps
         noise: list[dict[str, Any]] = []
         if self.stages.draws_noise:
             shapes = {name: tuple(self._meta[name].shape) for name in self._engine.training.adapted_names}
             noise = [
                 self._placed(self.stages.draw_task_noise(shapes, steps, seed, self.steps_done, task))
-                for task in range(total)
+                for task in range(first, first + sum(len(batch) for batch in batches))
             ]
         weights = self._outer_loss_weights()
         try:
-            gradient = self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk, weights)
+            return self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk, weights)
         except CompileError as error:
             if self.config.strategy != "auto":
                 raise
             log.warning("%s Going on with strategy vectorized.", error)
             self._strategy = "vectorized"
-            gradient = self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk, weights)
-        if self.stages.has_outer_batch_gradient:
-            shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
-            batch_noise = self._placed(self.stages.draw_batch_noise(shapes, steps, seed, self.steps_done))
-            augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, batch_noise)
-            norm = torch.nn.utils.get_total_norm(list(augmented.values()))
-            gradient = Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
-        return gradient
+            return self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk, weights)
+
+    def _whole(self) -> dict[str, Any]:
+        """All that a learner of the same arguments needs to be this one, on the CPU."""
+        whole = {
+            "initial": self._initial,
+            "constants": self.model.constants(),
+            "state": None if self._meta is None else self.state(),
+        }
+        return torch.utils._pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, whole)
+
+    def _take_over(self, whole: Mapping[str, Any]) -> None:
+        """Become the learner that `_whole` described."""
+        self._initial = {name: value.to(self.device) for name, value in whole["initial"].items()}
+        self.model.module.load_state_dict(whole["constants"], strict=False)
+        if whole["state"] is not None:
+            self.load_state(whole["state"])
+
+    def _fingerprint(self) -> str | None:
+        """A hash of the meta-parameters, where there is another process whose are to be the same."""
+        return None if self.processes.size == 1 else digest(self.meta_parameters)
 
     def _outer_loss_weights(self) -> Tensor | None:
         if self.stages.has_outer_gradient:

@@ -8,7 +8,7 @@ import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import torch
 from metareg import environment, plots
 from metareg.checkpoints import Checkpoints, Keeper
 from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
+from metareg.distributed import Processes, joined
 from metareg.environment import find_device
-from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
+from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.evaluation import Evaluation
 from metareg.files import LinesFile, is_leftover, locked, read_json, remove_leftovers, write_json, write_text
 from metareg.hookspecs import hookimpl
@@ -153,6 +154,9 @@ def train(
 ) -> Run:
     """Train, test and draw, as ``metareg train`` does.
 
+    In a program that torchrun started in several processes, all of which make this call, they share the work; process 0
+    alone writes and tells observers, and each gets the run.
+
     Args:
         algo: the algorithm: a name, a class, an object, or a pair ``(name or class, config)``; ``"maml"`` by default.
         augment: the augmenters, each given in the same way.
@@ -173,29 +177,30 @@ def train(
         DivergenceError: training produced a number that is not finite; the last good checkpoint is in the folder.
         Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
     """
-    base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
     named = [each for each in observers if isinstance(each, str)]
     observers = [each for each in observers if not isinstance(each, str)]
     given = {"algo": algo, "augment": augment, "task": task, "model": model, "observers": named or None}
-    base |= {name: value for name, value in given.items() if value is not None}
-    selection = assemble(base, options)
     out = Path(out) if out is not None else None
-    if resume and out is None:
-        raise UsageError("To resume a run, name its folder with --out.")
-    if out is not None and resume and (out / "config.yaml").is_file():
-        return _gone_on(out, selection, observers)
-    if out is not None and _is_taken(out):
-        hint = f"; {_resume_command(out)} goes on with the run in it" if (out / "config.yaml").is_file() else ""
-        raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
-    selection = _completed(selection)
-    with stop_requests() as stop:
-        learner, source = prepared(selection)
-        run = Run(_created(out, selection.config), selection.config, learner, source)
-        with locked(run.path):
-            if _is_taken(run.path):
-                raise UsageError(f"{run.path} was taken by another run just now; name another folder.")
-            _carry_out(run, selection, observers, stop)
-    return run
+
+    def assembled() -> Selection:
+        base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
+        selection = assemble(base | {name: value for name, value in given.items() if value is not None}, options)
+        if resume and out is None:
+            raise UsageError("To resume a run, name its folder with --out.")
+        return selection
+
+    with joined() as processes:
+        selection = processes.each(assembled)
+        if out is not None and processes.first(lambda: _goes_on(out, resume)):
+            return _gone_on(out, selection, observers, processes)
+        selection = _completed(selection)
+        with stop_requests(processes.size > 1) as stop:
+            learner, source = processes.each(lambda: prepared(selection, processes))
+            path = processes.first(lambda: _created(out, selection.config))
+            run = Run(path, selection.config, learner, source)
+            with _held(path, processes, new=True), learner.split_over(processes):
+                _carry_out(run, selection, observers, stop)
+        return run
 
 
 def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -> Run:
@@ -216,24 +221,68 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
         UsageError: there is no run, another process works on it, or an option would change its meaning.
     """
     path = Path(path)
-    return _gone_on(path, assemble(_stored_config(path).model_dump(), options), observers)
+    with joined() as processes:
+        stored = processes.first(lambda: _stored_config(path))
+        return _gone_on(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
 
 
-def _gone_on(path: Path, selection: Selection, observers: Sequence[Any]) -> Run:
-    with stop_requests() as stop, locked(path):
+def _goes_on(out: Path, resume: bool) -> bool:
+    """Whether there is a run in a folder to go on with.
+
+    Raises:
+        UsageError: there is something else, or going on was not asked for.
+    """
+    has_run = (out / "config.yaml").is_file()
+    if not (resume and has_run) and _is_taken(out):
+        hint = f"; {_resume_command(out)} goes on with the run in it" if has_run else ""
+        raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
+    return resume and has_run
+
+
+def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
+    def reopened() -> tuple[RunConfig, bool]:
+        """The configuration to go on with; and whether the run has ended with it already."""
         stored = _stored_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
         if (path / "results.json").is_file():
             if wanted.steps == stored.steps:
-                log.info("The run at %s has ended already.", path)
-                return Run.load(path, device=wanted.device)
+                return wanted, True
             (path / "results.json").unlink()
             (path / FINAL).unlink(missing_ok=True)
+        return wanted, False
+
+    with stop_requests(processes.size > 1) as stop, _held(path, processes):
+        wanted, ended = processes.first(reopened)
+        if ended:
+            log.info("The run at %s has ended already.", path)
+            return Run.load(path, device=wanted.device)
         selection = dataclasses.replace(selection, config=wanted)
-        run = Run(path, wanted, *prepared(selection))
-        _carry_out(run, selection, observers, stop)
+        learner, source = processes.each(lambda: prepared(selection, processes))
+        run = Run(path, wanted, learner, source)
+        with learner.split_over(processes):
+            _carry_out(run, selection, observers, stop)
     return run
+
+
+@contextmanager
+def _held(path: Path, processes: Processes, *, new: bool = False) -> Iterator[None]:
+    """A run's folder for these processes alone, for a block.
+
+    Args:
+        path: the folder.
+        processes: the first of them takes the lock.
+        new: whether the folder has to be empty.
+    """
+    with ExitStack() as stack:
+
+        def take() -> None:
+            stack.enter_context(locked(path))
+            if new and _is_taken(path):
+                raise UsageError(f"{path} was taken by another run just now; name another folder.")
+
+        processes.first(take)
+        yield
 
 
 def _stored_config(path: Path) -> RunConfig:
@@ -280,13 +329,19 @@ def _completed(selection: Selection) -> Selection:
     return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
 
 
-def prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
+def prepared(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
     """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written.
+
+    Args:
+        selection: what to prepare.
+        processes: those that will train the learner together; this one alone by default.
 
     Raises:
         UsageError: the parts do not fit each other, or the task's data is missing.
     """
     config, task = selection.config, selection.task.instance
+    processes = processes or Processes()
+    processes.check_batch(config.meta_batch)
     learner = MetaLearner(
         selection.model,
         selection.algorithm,
@@ -294,7 +349,7 @@ def prepared(selection: Selection) -> tuple[MetaLearner, TaskSource]:
         spec=task.spec,
         loss=task.loss,
         metric=getattr(task, "metric", None),
-        device=find_device(config.device),
+        device=processes.device(config.device),
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
     source = TaskSource(selection.task)
@@ -335,39 +390,50 @@ def _created(out: Path | None, config: RunConfig) -> Path:
 def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: StopRequest) -> None:
     """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
     config, learner, path = run.config, run.learner, run.path
+    processes = learner.processes
     store = Checkpoints(path / "checkpoints", config.keep_checkpoints)
-    # First of all: with it the folder is a run that can be resumed, without it one that can be begun.
-    write_text(path / "config.yaml", config.to_yaml())
-    try:
-        store.folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise MetaregError(f"{store.folder} cannot be made: {error.strerror}.") from error
-    remove_leftovers(path, store.folder, path / "plots")
+    processes.first(lambda: _opened(run, store))
 
     progress = Progress()
     metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
     environment.reset_peak_memory(learner.device)
-    every = [_LinesWriter(metrics, timing, learner.device), *observers, *selection.observers]
+    writer = _LinesWriter(metrics, timing, learner.device)
+    every = [writer, *observers, *selection.observers] if processes.leads else []
     with _threads(run):
         keeper = Keeper(
             store,
             learner,
             progress,
-            [metrics, timing],
+            [metrics, timing] if processes.leads else [],
             every_steps=config.checkpoint_every,
             every_minutes=config.checkpoint_minutes,
             stop=stop,
+            processes=processes,
         )
         try:
             _start(run, keeper)
-            hooks = observed(every)
+            hooks = observed(every, learner)
             hooks.on_run_start(run=run)
             _train(run, progress, keeper, every)
             _finish(run, progress, store, stop, hooks)
             hooks.on_run_end(run=run)
-        except (Interrupted, KeyboardInterrupt) as error:
+        except (Interrupted, KeyboardInterrupt, LostProcessError) as error:
             where = "its beginning" if keeper.last_saved is None else f"step {keeper.last_saved}"
-            raise Interrupted(f"Stopped. {_resume_command(path)} goes on from {where}.") from error
+            advice = f"{_resume_command(path)} goes on from {where}."
+            if isinstance(error, LostProcessError):
+                raise LostProcessError(f"{error} {advice}") from error
+            raise Interrupted(f"Stopped. {advice}") from error
+
+
+def _opened(run: Run, store: Checkpoints) -> None:
+    """Make the folder one of this run."""
+    # First of all: with it the folder is a run that can be resumed, without it one that can be begun.
+    write_text(run.path / "config.yaml", run.config.to_yaml())
+    try:
+        store.folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise MetaregError(f"{store.folder} cannot be made: {error.strerror}.") from error
+    remove_leftovers(run.path, store.folder, run.path / "plots")
 
 
 @contextmanager
@@ -391,7 +457,7 @@ def _start(run: Run, keeper: Keeper) -> None:
         if learner.strategy != strategy:
             strategy, reason = learner.strategy or strategy, "as before the run was resumed"
     log.info("Strategy %s: %s.", strategy, reason)
-    environment.write(run, strategy, reason, learner.steps_done)
+    learner.processes.first(lambda: environment.write(run, strategy, reason, learner.steps_done))
     if keeper.last_saved is None:
         keeper.save()
 
@@ -416,15 +482,23 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     """The test and the pictures; a run with results.json has ended."""
     stop.at_once = True
     config, learner = run.config, run.learner
-    if config.select == "best" and progress.best_step is not None:
-        learner.load_state(store.load(progress.best_step)["learner"])
+    processes = learner.processes
+    best = progress.best_step
+    if config.select == "best" and best is not None:
+        learner.load_state(processes.first(lambda: store.load(best)["learner"]))
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
-    learner.save(run.path / FINAL)
-    run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps, split=config.test_split)
-    hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=run.evaluation)
-    run.plots = plots.draw(run)
-    weights = {"select": config.select, "step": learner.steps_done}
-    write_json(run.path / "results.json", {**run.evaluation.to_dict(), "split": config.test_split, "weights": weights})
+    processes.first(lambda: learner.save(run.path / FINAL))
+    evaluation = run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps, split=config.test_split)
+
+    def concluded() -> list[Path]:
+        hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
+        with learner.split_over(Processes()):
+            drawn = plots.draw(run)
+        weights = {"select": config.select, "step": learner.steps_done}
+        write_json(run.path / "results.json", {**evaluation.to_dict(), "split": config.test_split, "weights": weights})
+        return drawn
+
+    run.plots = processes.first(concluded)
 
 
 class _LinesWriter:

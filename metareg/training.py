@@ -15,6 +15,7 @@ from pydantic import Field
 from torch.utils import _pytree as pytree
 
 from metareg.config import PluginConfig
+from metareg.distributed import Processes
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError
 from metareg.evaluation import Evaluation
@@ -56,13 +57,17 @@ class Keeper(Protocol):
     def restore(self) -> bool: ...
 
 
-def observed(observers: Sequence[Any]) -> Any:
-    """The hooks of some observers, objects or plugins, as one caller: ``observed([…]).on_step(step=…, logs=…)``."""
+def observed(observers: Sequence[Any], learner: MetaLearner) -> Any:
+    """The hooks of some observers, objects or plugins, as one caller: ``observed([…], learner).on_step(step=…, logs=…)``.
+
+    What they do with the learner they do alone, also where several processes train it.
+    """
     manager, named = plugin_manager([resolve("observers", each) for each in observers])
 
     def tell(found: list[Implementation], **news: Any) -> None:
-        for each in found:
-            each(**news)
+        with learner.split_over(Processes()):
+            for each in found:
+                each(**news)
 
     hooks = ("on_run_start", "on_step", "on_evaluation", "on_run_end")
     return SimpleNamespace(**{hook: partial(tell, implementations(manager, named, hook)) for hook in hooks})
@@ -133,7 +138,7 @@ def fit(
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
-    hooks = observed(observers)
+    hooks = observed(observers, learner)
     progress = progress or Progress()
     progress.window.start_clock()
 
@@ -205,7 +210,10 @@ def _training_batches(
     seed, size = learner.config.seed, schedule.meta_batch
 
     def drawn(batch: int, batches: int) -> list[Episodes]:
-        return source.episodes("train", range(batch * size, (batch + batches) * size), seed)
+        try:
+            return source.episodes("train", range(batch * size, (batch + batches) * size), seed)
+        except Exception as error:
+            learner.abandon_step(error)
 
     first, end = learner.steps_done + left_out, schedule.steps + left_out
     one = drawn(first, 1)

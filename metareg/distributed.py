@@ -1,0 +1,364 @@
+"""One training in several processes: each computes its share of every batch, and all take the same step.
+
+The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per step. A task is a
+function of its number, so that each process draws the whole batch and keeps its share, and noise is drawn by the task's
+number in the batch: the result is that of one process, to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from metareg.engine import Gradient
+from metareg.environment import find_device
+from metareg.episodes import Episodes
+from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
+from metareg.launched import Place, place
+
+__all__ = ["BatchSplit", "Processes", "digest", "joined", "tasks_of"]
+
+log = logging.getLogger("metareg")
+
+T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=10)
+"""How long the processes wait for one that does not answer. It bounds what the first one does alone: writing a checkpoint,
+observers, pictures. A process that ended is noticed at once."""
+
+_joins = itertools.count()
+
+
+class Processes:
+    """The processes that work on a training together, and this one's place among them.
+
+    All of them call the same methods in the same order; an error in one becomes an error in all.
+
+    Args:
+        rank: this process's number; number 0 leads: it alone writes files and tells observers.
+        size: how many there are.
+        local_rank: this process's number on its machine.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, local_rank: int = 0) -> None:
+        self.rank = rank
+        self.size = size
+        self._local_rank = local_rank
+        self._questions: dict[str, Callable[[], bool]] = {}
+        self._answers: dict[str, bool] = {}
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def share(self, count: int) -> range:
+        """Which of `count` things are this process's: as many as another's, or one more or less."""
+        return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def largest_share(self, count: int) -> int:
+        """How many of `count` things the process with most of them has."""
+        return -(-count // self.size)
+
+    def check_batch(self, tasks: int) -> None:
+        """Refuse a batch that would leave a process without a task.
+
+        Raises:
+            UsageError: it has fewer tasks than there are processes.
+        """
+        if tasks < self.size:
+            raise UsageError(
+                f"{self.size} processes cannot share a batch of {tasks}; start fewer of them, or take more tasks per step "
+                "(--meta-batch)."
+            )
+
+    def device(self, name: str) -> torch.device:
+        """The device that `name` means in this process: of several GPUs, each process of a machine has its own.
+
+        Raises:
+            UsageError: there is no such device, or not one for each.
+        """
+        device = find_device(name)
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if device.index is not None:
+            raise UsageError(f"{self.size} processes cannot share the GPU '{name}'; --device cuda gives each its own.")
+        gpus = torch.cuda.device_count()
+        if self._local_rank >= gpus:
+            raise UsageError(
+                f"There is no GPU for process {self._local_rank} of this machine, which has {gpus}; start one process per "
+                "GPU, or take --device cpu."
+            )
+        torch.cuda.set_device(self._local_rank)
+        return torch.device("cuda", self._local_rank)
+
+    def backend(self, device: torch.device) -> str | None:
+        """What adds up the gradients of a device: ``"gloo"`` or ``"nccl"``; None for a single process."""
+        return None if self.size == 1 else _backends().get(device.type, _backends().get("cpu"))
+
+    # ----------------------------------------------------------------------------------------------------- agreement
+
+    def each(self, produce: Callable[[], T]) -> T:
+        """What `produce` returns in this process, once it has succeeded in all.
+
+        Raises:
+            Exception: this process's own, or what another one's says.
+        """
+        value, error = _outcome(produce, self.size)
+        self._exchange(None, error)
+        return value  # type: ignore[return-value]
+
+    def gather(self, produce: Callable[[], T]) -> list[T]:
+        """What `produce` returns in each process, by their numbers: CPU tensors, and whatever can be pickled.
+
+        Raises:
+            Exception: as `each`.
+        """
+        value, error = _outcome(produce, self.size)
+        return self._exchange(value, error)
+
+    def first(self, produce: Callable[[], T]) -> T:
+        """What `produce` returns in process 0, the only one that calls it; in all of them, as in `gather`.
+
+        Raises:
+            Exception: process 0's own, or what it says.
+        """
+        value, error = _outcome(produce, self.size) if self.leads else (None, None)
+        if self.size == 1:
+            return value  # type: ignore[return-value]
+        told = [(value, _told(error))]
+        with _in_contact():
+            dist.broadcast_object_list(told, src=0)
+        if error is not None:
+            raise error
+        value, failure = told[0]
+        if failure is not None:
+            kind, text = failure
+            raise kind(text)
+        return value  # type: ignore[return-value]
+
+    def _exchange(self, value: Any, error: Exception | None) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        outcomes: list[Any] = [None] * self.size
+        with _in_contact():
+            dist.all_gather_object(outcomes, (value, _told(error)))
+        if error is not None:
+            raise error
+        for rank, (_, failure) in enumerate(outcomes):
+            if failure is not None:
+                kind, text = failure
+                raise kind(f"Process {rank} of {self.size}: {text}")
+        return [value for value, _ in outcomes]
+
+    # ---------------------------------------------------------------------------------------------------------- sums
+
+    def ask(self, name: str, question: Callable[[], bool]) -> None:
+        """Have a question answered with every sum; the answer is yes in all processes where it is in one."""
+        self._questions[name] = question
+
+    def answer(self, name: str) -> bool:
+        """The answer to a question that was asked, at the last sum; of a single process, as of now."""
+        return self._questions[name]() if self.size == 1 else self._answers.get(name, False)
+
+    def sum(self, values: Tensor, failed: bool) -> tuple[Tensor, bool]:
+        """The sum of the processes' `values` ``[numbers]``, the same bits in all; and whether one has failed."""
+        answers = [failed, *(question() for question in self._questions.values())]
+        total = torch.cat([values, torch.tensor(answers, dtype=values.dtype, device=values.device)])
+        if values.device.type not in _backends():
+            total = total.cpu()
+        with _in_contact():
+            dist.all_reduce(total)
+        failed, *agreed = (total[-len(answers) :] > 0).tolist()
+        self._answers = dict(zip(self._questions, agreed, strict=True))
+        return total[: -len(answers)].to(values.device), failed
+
+
+class BatchSplit:
+    """Meta-gradients of whole batches of which each process computes its share.
+
+    Args:
+        processes: who shares them.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._logged: tuple[str, ...] = ()
+        self._nothing: Tensor | None = None
+        """What a process without a share would add to the sum; unknown until there was a gradient."""
+
+    def gradient(
+        self,
+        meta: Mapping[str, Tensor],
+        batches: Sequence[Episodes],
+        compute: Callable[[Sequence[Episodes], int], Gradient],
+    ) -> Gradient:
+        """The mean meta-gradient of all tasks, the same bits in every process.
+
+        Args:
+            meta: every meta-parameter by name.
+            batches: all tasks of the batch, the same in every process.
+            compute: the mean meta-gradient of some tasks, given the number of the first of them in the batch.
+
+        Raises:
+            UsageError: there are fewer tasks than processes.
+            LostProcessError: a process does not answer any more.
+        """
+        tasks = sum(len(batch) for batch in batches)
+        self.processes.check_batch(tasks)
+        share = self.processes.share(tasks)
+
+        def computed() -> Gradient:
+            return compute(tasks_of(batches, share), share.start)
+
+        if self._nothing is None:
+            own = self.processes.each(computed)
+            self._logged = tuple(name for name in own.logs if name != "grad_norm")
+        else:
+            try:
+                own = computed()
+            except Exception as error:
+                self.fail(error)
+        values = [*(own.grads[name] for name in meta), own.loss, *(own.logs[name] for name in self._logged)]
+        flat = torch.cat([value.reshape(-1).to(own.loss.dtype) for value in values])
+        if self._nothing is None:
+            self._nothing = torch.zeros_like(flat)
+        total, failed = self.processes.sum(flat * (len(share) / tasks), failed=False)
+        if failed:
+            self.processes.each(lambda: None)
+        parts = total.split([value.numel() for value in values])
+        sums = [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+        grads = dict(zip(meta, sums, strict=False))
+        loss, *logs = sums[len(meta) :]
+        norm = torch.nn.utils.get_total_norm(list(grads.values()))
+        return Gradient(grads, loss, dict(zip(self._logged, logs, strict=True)) | {"grad_norm": norm})
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error here, and in the other processes where they wait for this one's share of a batch."""
+
+        def share() -> NoReturn:
+            raise error
+
+        if self._nothing is not None and self.processes.size > 1:
+            self.processes.sum(self._nothing, failed=True)
+        self.processes.each(share)
+        raise error
+
+
+def tasks_of(batches: Sequence[Episodes], which: range) -> list[Episodes]:
+    """Consecutive tasks of some stacks, numbered through them."""
+    chosen, first = [], 0
+    for batch in batches:
+        start, stop = max(which.start - first, 0), min(which.stop - first, len(batch))
+        if start < stop:
+            chosen.append(batch if stop - start == len(batch) else batch[start:stop])
+        first += len(batch)
+    return chosen
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of every bit of some tensors."""
+    whole = hashlib.sha256()
+    for value in tensors.values():
+        whole.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return whole.hexdigest()
+
+
+@contextmanager
+def joined() -> Iterator[Processes]:
+    """The processes that torchrun started together, in touch for a block; one where it started none.
+
+    Where the program has a process group of its own already, that is used. Only process 0 logs.
+
+    Raises:
+        MetaregError: they do not find each other.
+    """
+    here = place()
+    given = dist.is_available() and dist.is_initialized()
+    if given:
+        rank = dist.get_rank()
+        here = Place(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+    processes = Processes(here.rank, here.size, here.local_rank)
+    if processes.size == 1:
+        yield processes
+        return
+    if not given:
+        _join(processes)
+    silent_before, log.disabled = log.disabled, log.disabled or not processes.leads
+    try:
+        yield processes
+    finally:
+        log.disabled = silent_before
+        if not given:
+            dist.destroy_process_group()
+
+
+def _join(processes: Processes) -> None:
+    if not dist.is_available():
+        raise UsageError("This build of torch cannot work in several processes; start one.")
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    # Control messages go through gloo in any case: they are made on the CPU.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
+    try:
+        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
+        # The store lives on when torchrun restarts its processes: no group may find the addresses of one before it.
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"metareg-{attempt}-{next(_joins)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    except ValueError as error:
+        raise UsageError(f"The processes cannot find each other: {error}.") from error
+    except RuntimeError as error:
+        raise MetaregError(
+            f"The {processes.size} processes did not find each other ({str(error).splitlines()[0]})."
+        ) from error
+
+
+def _backends() -> dict[str, str]:
+    """What carries the tensors of each type of device, in the present group."""
+    pairs = (part.partition(":") for part in dist.get_backend_config().split(","))
+    return {device: backend for device, _, backend in pairs}
+
+
+def _outcome(produce: Callable[[], T], size: int) -> tuple[T | None, Exception | None]:
+    """The value or the error of a call; where nobody waits to hear of an error, it is raised."""
+    try:
+        return produce(), None
+    except LostProcessError:  # they are beyond hearing
+        raise
+    except Exception as error:
+        if size == 1:
+            raise
+        return None, error
+
+
+def _told(error: Exception | None) -> tuple[type[MetaregError], str] | None:
+    """What another process can make an error of the same kind from."""
+    if error is None:
+        return None
+    if not isinstance(error, MetaregError):
+        return MetaregError, f"{type(error).__name__}: {error}"
+    kinds = (UsageError, DivergenceError, MetaregError)
+    return next(kind for kind in kinds if isinstance(error, kind)), str(error)
+
+
+@contextmanager
+def _in_contact() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+        minutes = TIMEOUT.total_seconds() / 60
+        what = f"has not answered for {minutes:g} minutes" if silent else "has ended before its time"
+        raise LostProcessError(f"Another process of this training {what}.") from error

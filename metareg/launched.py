@@ -1,0 +1,53 @@
+"""This process's place among those that torchrun started together. Reads the environment only, and needs no torch."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from metareg.errors import UsageError
+
+__all__ = ["Place", "is_follower", "place"]
+
+
+@dataclass(frozen=True)
+class Place:
+    """One of some processes."""
+
+    rank: int = 0
+    """Its number."""
+    size: int = 1
+    """How many there are."""
+    local_rank: int = 0
+    """Its number among those of its machine."""
+
+
+def place() -> Place:
+    """The place that torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK give; the only one where they are not set.
+
+    Raises:
+        UsageError: they make no sense.
+    """
+    # Some schedulers set one of the two for purposes of their own; only both are an order to work together.
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return Place()
+    try:
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    except ValueError:
+        rank, size, local_rank = -1, 0, -1
+    if not 0 <= rank < size or local_rank < 0:
+        given = ", ".join(f"{name}={os.environ.get(name)!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        raise UsageError(
+            f"The environment says {given}, which is no place among several processes; torchrun sets them, and without "
+            "them there is one process."
+        )
+    return Place(rank, size, local_rank)
+
+
+def is_follower() -> bool:
+    """Whether another process speaks for this one too."""
+    try:
+        return place().rank > 0
+    except UsageError:
+        return False
