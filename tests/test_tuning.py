@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import random
@@ -13,14 +14,17 @@ from typing import Any, Literal
 
 import pytest
 import yaml
+from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
+from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.config import validated
+from metareg.display import ComparisonProgress
 from metareg.files import write_json, write_text
 from metareg.interrupts import StopRequest
 from metareg.options import Selection, assemble
@@ -541,15 +545,20 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
             "steps": 5, "test_tasks": 4, "eval_tasks": 2, "test_inner_steps": [0, 1], "meta_batch": 2,
             "strategy": "serial", "maml.inner_lr": 0.02,
         },
-        "tune": {"space": {"inner_lr": [0.001, 0.03, 1e30]}},
+        "tune": {"space": {"inner_lr": [0.001, 0.03, 1e30]}, "options": {"steps": 4}},
     }  # fmt: skip
     plan = Plan(tmp_path, validated(ComparisonConfig, config, "the comparison"))
     plan.write()
     launcher = InThisProcess()
     comparison = Comparison(plan, launcher)
-    comparison.carry_out(StopRequest())
+    output = io.StringIO()
+    with ComparisonProgress(Console(file=output)) as progress:
+        comparison.carry_out(StopRequest(), progress)
 
     assert comparison.broken == {}
+    assert "diverged maml+cml on sinusoid, trial-2, seed 0: Training diverged" in output.getvalue()
+    assert read(tmp_path).gaps == ()
+    assert "maml+cml on sinusoid: chosen by 3 trials: inner_lr = 0.0" in output.getvalue()
     assert (comparison.finished, comparison.left) == (4, 0)
     (arm,) = plan.arms
     chosen = json.loads((plan.tuning_folder(arm) / "chosen.json").read_text())
@@ -558,9 +567,11 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
     # The comparison names its own option in another way; what was chosen stands before it all the same.
     for value in (0.001, 0.03):
         score = Tuned(plan.trial(arm, chosen["trials"].index(tried[value]), 0, {}).path)
-        assert (score.split, score.inner_lr, score.mean) == ("validation", value, tried[value]["score"])
+        assert (score.split, score.steps, score.inner_lr) == ("validation", 4, value)
+        assert score.mean == tried[value]["score"]
     final = Tuned(tmp_path / "runs" / arm.folder / "seed-0")
-    assert (final.split, final.inner_lr) == ("test", min((0.001, 0.03), key=lambda value: tried[value]["score"]))
+    best = min((0.001, 0.03), key=lambda value: tried[value]["score"])
+    assert (final.split, final.steps, final.inner_lr) == ("test", 5, best)
     assert [run.is_final for run in launcher.submitted] == [False, False, False, True]
 
     again = InThisProcess()
@@ -579,4 +590,5 @@ class Tuned:
     def __init__(self, path: Path) -> None:
         results = json.loads((path / "results.json").read_text())
         self.split, self.mean = results["split"], results["steps"][-1]["mean"]
-        self.inner_lr = yaml.safe_load((path / "config.yaml").read_text())["algo"]["config"]["inner_lr"]
+        config = yaml.safe_load((path / "config.yaml").read_text())
+        self.steps, self.inner_lr = config["steps"], config["algo"]["config"]["inner_lr"]
