@@ -354,7 +354,7 @@ def prepared(selection: Selection, processes: Processes | None = None) -> tuple[
     )
     source = TaskSource(selection.task)
     _check_fit(learner, source, "train")
-    for split in {"validation", config.test_split}:
+    for split in dict.fromkeys(("validation", config.test_split)):
         source.episodes(split, [0], config.seed)
     return learner, source
 
