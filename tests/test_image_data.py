@@ -404,6 +404,12 @@ def test_cars_are_cut_at_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     task = Cars(Cars.Config(data=str(tmp_path), size=8))
     assert task.verified() == "98/49/49 classes (train/validation/test), 196 images"
     assert task.store.pixels.min() == 255
+    # A data set is verified where it is, though a cache of it is there.
+    damaged = tmp_path / "cars_train" / rows[7][-1]
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    assert task.store.pixels.min() == 255
+    with pytest.raises(UsageError, match=f"An image cannot be read: .*{damaged.name} "):
+        task.verified()
 
 
 # --------------------------------------------------------------------------------------------- downloads and the command

@@ -30,7 +30,7 @@ from metareg import (
 from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
-from metareg_image.store import UNREADABLE, ClassImages, ImageStore, SplitIndex, pixels
+from metareg_image.store import UNREADABLE, ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, pixels
 
 __all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask", "PathText"]
 
@@ -145,13 +145,12 @@ class ImageTask(Task):
     @functools.cached_property
     def store(self) -> ImageStore:
         """The decoded images, out of the cache or decoded now."""
-        decode = functools.partial(pixels, channels=self.config.channels, resize=self.resized)
         return ImageStore.cached(
             self.name,
             {"version": self.version, "source": self.fingerprint()},
             self._present_classes,
             (self.config.size, self.config.size, self.config.channels),
-            decode,
+            self._pixels,
             self._check_contents,
         )
 
@@ -169,7 +168,7 @@ class ImageTask(Task):
 
     def read_image(self, path: Path) -> Tensor:
         try:
-            image = pixels(path, self.config.channels, self.resized)
+            image = self._pixels(path)
         except UNREADABLE as error:
             raise UsageError(f"{path} cannot be read as an image: {error}.") from error
         return torch.from_numpy(image.copy()).movedim(-1, 0).to(torch.float32).div_(255)
@@ -262,11 +261,14 @@ class ImageTask(Task):
         )
 
     def verified(self) -> str:
-        """Read every image, and say what there is."""
-        splits = self.store.splits
-        classes = "/".join(str(len(splits[split].names)) for split in splits)
-        images = sum(int(index.counts.sum()) for index in splits.values())
+        """Read every image from its place, whatever the cache holds, and say what there is."""
+        splits = decode_all(self._present_classes(), self._pixels, self._check_contents)
+        classes = "/".join(str(len(listed)) for listed in splits.values())
+        images = sum(count for listed in splits.values() for _, count in listed)
         return f"{classes} classes ({'/'.join(splits)}), {images:,} images"
+
+    def _pixels(self, image: Source) -> np.ndarray:
+        return pixels(image, self.config.channels, self.resized)
 
     def _present_classes(self) -> Iterable[ClassImages]:
         if not self.is_complete():
@@ -277,7 +279,7 @@ class ImageTask(Task):
             )
         return self.classes()
 
-    def _check_contents(self, splits: Mapping[str, list[tuple[str, int]]]) -> None:
+    def _check_contents(self, splits: Splits) -> None:
         if self.contents is None:
             return
         counts = {name: count for listed in splits.values() for name, count in listed}

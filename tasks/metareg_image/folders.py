@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +18,7 @@ from metareg import UnknownNameError, UsageError, task_uniform
 from metareg_image.base import ImageConfig, ImageTask, PathText
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
-from metareg_image.standard import cut
-from metareg_image.store import SPLITS, ClassImages, Source
+from metareg_image.store import SPLITS, ClassImages, Cut, Source
 
 __all__ = ["CUB", "Cars", "ImageFolder", "MiniImageNet", "TieredImageNet"]
 
@@ -204,7 +202,7 @@ class Cars(_Benchmark):
             if path.is_file():
                 # Boxes count pixels from 1, both ends included.
                 box = (int(each["bbox_x1"]) - 1, int(each["bbox_y1"]) - 1, int(each["bbox_x2"]), int(each["bbox_y2"]))
-                found.setdefault(names[int(each["class"]) - 1], []).append(partial(cut, path, box))
+                found.setdefault(names[int(each["class"]) - 1], []).append(Cut(path, box))
         return found
 
     def _root(self) -> Path:

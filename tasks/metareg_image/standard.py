@@ -5,18 +5,16 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-from PIL import Image
 from pydantic import Field
 
 from metareg import MetaregError, UsageError
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.splits import read_splits
-from metareg_image.store import ClassImages, Source
+from metareg_image.store import ClassImages, Cut, Source
 from metareg_image.vision import torchvision_for
 
 __all__ = ["CIFARFS", "FC100", "SVHN", "Aircraft", "TorchvisionTask", "TrafficSign", "VGGFlower"]
@@ -147,7 +145,7 @@ class Aircraft(TorchvisionTask):
         found: dict[str, list[Source]] = {}
         for part in parts:
             for path, label in (part[number] for number in range(len(part))):
-                found.setdefault(part.classes[label], []).append(partial(cut, path, boxes[path.stem]))
+                found.setdefault(part.classes[label], []).append(Cut(path, boxes[path.stem]))
         return found
 
 
@@ -233,9 +231,3 @@ class SVHN(TorchvisionTask):
         (part,) = parts
         images = np.ascontiguousarray(part.data.transpose(0, 2, 3, 1))
         return {str(digit): list(images[part.labels == digit]) for digit in range(10)}
-
-
-def cut(path: Path, box: tuple[int, int, int, int]) -> Image.Image:
-    """The part of an image inside a box (left, top, right, bottom), right and bottom not included."""
-    with Image.open(path) as image:
-        return image.convert("RGB").crop(box)

@@ -22,8 +22,11 @@ __all__ = [
     "SPLITS",
     "UNREADABLE",
     "ClassImages",
+    "Cut",
     "ImageStore",
     "SplitIndex",
+    "Splits",
+    "decode_all",
     "pixels",
 ]
 
@@ -35,8 +38,25 @@ UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 _FORMAT = 1
 _INDEX, _PIXELS = "index.json", "pixels.u8"
 
+
+@dataclass(frozen=True)
+class Cut:
+    """The part of an image file inside a box (left, top, right, bottom), right and bottom not included."""
+
+    path: Path
+    box: tuple[int, int, int, int]
+
+    def __call__(self) -> Image.Image:
+        with Image.open(self.path) as image:
+            return image.convert("RGB").crop(self.box)
+
+
 Source = Path | Image.Image | np.ndarray | Callable[[], Image.Image]
 """An image file, a decoded image, pixels ``[height, width]`` or ``[height, width, 3]``, or a function that decodes one."""
+
+
+Splits = Mapping[str, list[tuple[str, int]]]
+"""The names of the classes and how many images each has, by split."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +104,7 @@ class ImageStore:
         classes: Callable[[], Iterable[ClassImages]],
         size: tuple[int, int, int],
         decode: Callable[[Source], np.ndarray],
-        check: Callable[[Mapping[str, list[tuple[str, int]]]], None] = lambda _: None,
+        check: Callable[[Splits], None],
     ) -> ImageStore:
         """The store of a data set, built if it is not in the cache.
 
@@ -114,27 +134,17 @@ def _build(
     classes: Iterable[ClassImages],
     size: tuple[int, int, int],
     decode: Callable[[Source], np.ndarray],
-    check: Callable[[Mapping[str, list[tuple[str, int]]]], None],
+    check: Callable[[Splits], None],
 ) -> None:
     """Write a store aside and rename it."""
     aside: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        found = sorted(classes, key=lambda each: SPLITS.index(each.split))
-        splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
-        unreadable: list[str] = []
         with (aside / _PIXELS).open("wb") as file:
-            for each in found:
-                count = 0
-                for image in _decoded(each.images, decode, unreadable):
-                    file.write(image.tobytes())
-                    count += 1
-                splits[each.split].append((each.name, count))
+            splits = decode_all(classes, decode, check, lambda image: file.write(image.tobytes()))
             file.flush()
             os.fsync(file.fileno())
-        _refuse_unreadable(unreadable)
-        check(splits)
         total = sum(count for listed in splits.values() for _, count in listed)
         index = {"shape": [total, *size], "splits": splits}
         (aside / _INDEX).write_text(json.dumps(index), encoding="utf-8")
@@ -153,6 +163,33 @@ def _build(
                 shutil.rmtree(aside)
 
 
+def decode_all(
+    classes: Iterable[ClassImages],
+    decode: Callable[[Source], np.ndarray],
+    check: Callable[[Splits], None],
+    keep: Callable[[np.ndarray], object] = lambda _: None,
+) -> Splits:
+    """Decode every image, split after split, and hand it to `keep`.
+
+    Returns:
+        The classes and image counts by split.
+
+    Raises:
+        UsageError: images cannot be read; the message names them. Or what `check` raises.
+    """
+    splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
+    unreadable: list[str] = []
+    for each in sorted(classes, key=lambda each: SPLITS.index(each.split)):
+        count = 0
+        for image in _decoded(each.images, decode, unreadable):
+            keep(image)
+            count += 1
+        splits[each.split].append((each.name, count))
+    _refuse_unreadable(unreadable)
+    check(splits)
+    return splits
+
+
 def _decoded(
     images: Iterable[Source], decode: Callable[[Source], np.ndarray], unreadable: list[str]
 ) -> Iterator[np.ndarray]:
@@ -160,10 +197,11 @@ def _decoded(
         try:
             yield decode(image)
         except UNREADABLE as error:
-            if not isinstance(image, Path):
+            path = image.path if isinstance(image, Cut) else image
+            if not isinstance(path, Path):
                 raise
             reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-            unreadable.append(f"{image} ({reason})")
+            unreadable.append(f"{path} ({reason})")
 
 
 def _refuse_unreadable(names: list[str]) -> None:
