@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UnknownNameError, UsageError
+from metareg.normalisation import with_cheap_second_derivative
 
 __all__ = ["SplitModel"]
 
@@ -50,6 +51,8 @@ class SplitModel:
         self._refuse_dropout()
         self.batch_norms = self._without_running_statistics()
         self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
+        if self.batch_norms:
+            self._body, self._head = (_replaced(part, _BatchNorm, _cheap) for part in (self._body, self._head))
         self._with_support_statistics: dict[int, tuple[nn.Module, nn.Module]] = {}
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -243,6 +246,12 @@ def _replaced(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
         if child is not None:
             shell._modules[name] = _replaced(child, kind, replacement)
     return shell
+
+
+def _cheap(layer: _BatchNorm) -> nn.Module:
+    """The layer with a cheap second derivative; a user's subclass, which may compute anything, as it is."""
+    plain = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return with_cheap_second_derivative(layer) if plain and layer.affine else layer
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -1,0 +1,141 @@
+"""BatchNorm on the statistics of the batch at hand, with a cheap second derivative.
+
+A meta-gradient of second order differentiates the backward pass of every layer. PyTorch composes that of BatchNorm of more
+than a hundred operations, some forty of which read or write the whole batch. Written out, most of it is the backward
+pass itself, once more; the rest is two products and a sum.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+
+__all__ = ["with_cheap_second_derivative"]
+
+_ATEN = torch.ops.aten
+
+
+def with_cheap_second_derivative(layer: nn.Module) -> nn.Module:
+    """A copy of a BatchNorm layer that computes the same; parameters are shared.
+
+    Args:
+        layer: with weight and bias, without running statistics.
+    """
+    shell, plain = copy.copy(layer), layer.forward
+
+    def forward(x: Tensor) -> Tensor:
+        if x.dim() < 2 or _count(x) == 1:
+            return plain(x)  # raises, and says why
+        outputs: Tensor = _Normalised.apply(x, shell.weight, shell.bias, shell.eps)[0]
+        return outputs
+
+    shell.forward = forward
+    return shell
+
+
+class _Normalised(Function):
+    """``(y, mean, rstd)`` with y = weight · x̂ + bias and x̂ = (x − mean) · rstd, of x ``[examples, channels, …]``."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, _, ctx.eps = inputs
+        ctx.save_for_backward(x, weight, *output[1:])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, weight, mean, rstd = ctx.saved_tensors
+        of_y, of_mean, of_rstd = grads
+        to_x = to_weight = to_bias = None
+        if of_y is not None:
+            to_x, to_weight, to_bias = _Gradients.apply(of_y, x, weight, mean, rstd, ctx.eps)
+        if of_mean is not None and of_rstd is not None:  # they are used in second derivatives only, and there together
+            n = _count(x)
+            slope = of_rstd * rstd**3 / -n
+            shift = _of_channels(of_mean / n - slope * mean, x)
+            to_x = torch.addcmul(shift if to_x is None else to_x + shift, _of_channels(slope, x), x)
+        return to_x, to_weight, to_bias, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _as_channels(_Normalised, info.batch_size, in_dims, inputs)
+
+
+class _Gradients(Function):
+    """The gradients of x, weight and bias from g, that of y; mean and rstd are arguments of their own.
+
+    With sums over the n numbers of a channel: to_bias = Σ g, to_weight = Σ g x̂ and
+    to_x = weight · rstd · (g − to_bias / n − x̂ · to_weight / n).
+    """
+
+    @staticmethod
+    def forward(
+        g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm_backward(
+            g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
+        )
+        return outputs
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.eps = inputs
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of Σ u · to_x + s · to_weight + t · to_bias."""
+        g, x, weight, mean, rstd, to_weight, to_bias = ctx.saved_tensors
+        u, s, t = grads
+        n = _count(x)
+        # to_x is linear in g and symmetric, so that its transpose is itself, with u in the place of g.
+        like_x, sum_ux, sum_u = _Gradients.apply(u, x, weight, mean, rstd, ctx.eps)
+        of_g = torch.addcmul(like_x + _of_channels(t - s * rstd * mean, x), _of_channels(s * rstd, x), x)  # + s x̂ + t
+        scale = weight * rstd
+        sum_ug = (u * g).sum([0, *range(2, x.dim())])
+        inner = sum_ug - (sum_u * to_bias + sum_ux * to_weight) / n
+        # The gradient of x̂ is by_u · u + by_g · g.
+        by_u, by_g = -scale * to_weight / n, s - scale * sum_ux / n
+        of_x = torch.addcmul(g * _of_channels(rstd * by_g, x), _of_channels(rstd * by_u, x), u)
+        of_mean = -rstd * (by_u * sum_u + by_g * to_bias)
+        of_rstd = weight * inner + (by_u * sum_ux + by_g * to_weight) / rstd
+        return of_g, of_x, rstd * inner, of_mean, of_rstd, None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
+        return _as_channels(_Gradients, info.batch_size, in_dims, inputs)
+
+
+def _count(x: Tensor) -> int:
+    """How many numbers a channel has."""
+    return x.numel() // x.shape[1]
+
+
+def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+    """One value a channel, in a shape that goes with x."""
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def _as_channels(
+    function: type[Function], tasks: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The function for many tasks at once: the channels of each are channels of their own."""
+    joined: list[Any] = []
+    for value, dim in zip(inputs, in_dims, strict=True):
+        if isinstance(value, Tensor):
+            stacked = value.expand(tasks, *value.shape) if dim is None else value.movedim(dim, 0)
+            joined.append(stacked.flatten() if stacked.dim() == 2 else stacked.movedim(0, 1).flatten(1, 2))
+        else:
+            joined.append(value)
+    results = function.apply(*joined)
+    dims = tuple(0 if each.dim() == 1 else 1 for each in results)
+    return tuple(each.unflatten(dim, (tasks, -1)) for each, dim in zip(results, dims, strict=True)), dims

@@ -1,0 +1,127 @@
+"""BatchNorm's derivatives, against those of the formula written with elementary operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from metareg import MetaLearner, TaskSpec
+from metareg.modules import SplitModel
+from metareg.normalisation import with_cheap_second_derivative
+
+Tensors = dict[str, Tensor]
+Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
+SHAPES = [(7, 3), (6, 3, 5), (4, 3, 3, 5)]
+
+
+def written_out(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    dims, shape = [0, *range(2, x.dim())], (1, -1, *[1] * (x.dim() - 2))
+    centred = x - x.mean(dims, keepdim=True)
+    normalised = centred / (centred.square().mean(dims, keepdim=True) + 1e-5).sqrt()
+    return normalised * weight.view(shape) + bias.view(shape)
+
+
+def as_function(layer: nn.Module) -> Layer:
+    return lambda x, weight, bias: functional_call(layer, {"weight": weight, "bias": bias}, (x,))
+
+
+def layer_for(shape: tuple[int, ...]) -> nn.Module:
+    return (nn.BatchNorm2d if len(shape) == 4 else nn.BatchNorm1d)(3, track_running_stats=False).double()
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def loss_of(layer: Layer) -> Callable[[Tensors, Tensor], Tensor]:
+    """The loss of two layers, each after a mixing of the channels; no output is like another."""
+
+    def loss(params: Tensors, x: Tensor) -> Tensor:
+        for nonlinear in (torch.tanh, torch.sin):
+            x = nonlinear(layer(torch.einsum("nc...,cd->nd...", x, params["mix"]), params["weight"], params["bias"]))
+        return (x * torch.arange(x.numel()).view(x.shape)).mean()
+
+    return loss
+
+
+def adapted_loss(loss: Callable[[Tensors, Tensor], Tensor], steps: int) -> Callable[[Tensors, Tensor, Tensor], Tensor]:
+    def outer(params: Tensors, x: Tensor, y: Tensor) -> Tensor:
+        for _ in range(steps):
+            gradient = grad(loss)(params, x)
+            params = {name: value - 0.1 * gradient[name] for name, value in params.items()}
+        return loss(params, y)
+
+    return outer
+
+
+def squared_gradient(function: Callable[[Tensors], Tensor]) -> Callable[[Tensors], Tensor]:
+    return lambda params: torch.stack([g.square().sum() for g in grad(function)(params).values()]).sum()
+
+
+PARAMS = {"weight": drawn(3).abs() + 0.5, "bias": drawn(3, seed=1), "mix": drawn(3, 3, seed=2)}
+
+
+def assert_same(given: Tensors, expected: Tensors) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(given[name], value, rtol=1e-8, atol=1e-11, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_first_second_and_third_derivative(shape: tuple[int, ...]) -> None:
+    layer = as_function(with_cheap_second_derivative(layer_for(shape)))
+    x, y = drawn(*shape, seed=3), drawn(*shape, seed=4)
+    for steps in (0, 1, 2):
+        given, expected = (grad(adapted_loss(loss_of(each), steps))(PARAMS, x, y) for each in (layer, written_out))
+        assert_same(given, expected)
+    third = [
+        grad(squared_gradient(squared_gradient(lambda params, each=each: loss_of(each)(params, x))))(PARAMS)
+        for each in (layer, written_out)
+    ]
+    assert_same(*third)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_tasks_differentiated_inside_and_outside_the_map(shape: tuple[int, ...]) -> None:
+    layer = as_function(with_cheap_second_derivative(layer_for(shape)))
+    x, y = drawn(2, *shape, seed=3), drawn(2, *shape, seed=4)
+    outer, reference = adapted_loss(loss_of(layer), 1), adapted_loss(loss_of(written_out), 1)
+    expected = grad(lambda params: (reference(params, x[0], y[0]) + reference(params, x[1], y[1])) / 2)(PARAMS)
+    inside = vmap(grad(outer), (None, 0, 0))(PARAMS, x, y)
+    assert_same({name: value.mean(0) for name, value in inside.items()}, expected)
+    assert_same(grad(lambda params: vmap(outer, (None, 0, 0))(params, x, y).mean())(PARAMS), expected)
+
+
+def test_the_second_derivative_takes_less_than_half_of_the_operations() -> None:
+    plain = layer_for((4, 3, 3, 5))
+    x, y = drawn(4, 3, 3, 5, seed=3), drawn(4, 3, 3, 5, seed=4)
+
+    def operations(layer: nn.Module) -> int:
+        graph = make_fx(grad(adapted_loss(loss_of(as_function(layer)), 1)), tracing_mode="fake")(PARAMS, x, y)
+        return sum(1 for node in graph.graph.nodes if x.shape == getattr(node.meta.get("val"), "shape", None))
+
+    assert operations(with_cheap_second_derivative(plain)) < operations(plain) / 2
+
+
+def test_one_number_a_channel_is_refused_as_ever() -> None:
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        with_cheap_second_derivative(layer_for((1, 3)))(torch.ones(1, 3, dtype=torch.float64))
+
+
+class Doubled(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_users_own_layer_stays_as_it_is() -> None:
+    model = nn.Sequential(Doubled(3), nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3), nn.Linear(3, 2))
+    split = SplitModel(model)
+    x = drawn(6, 3).float()
+    params = split.initial_parameters()
+    model.train()
+    torch.testing.assert_close(split.head(params, split.body(params, x)), model(x))
+    assert MetaLearner(model, "maml", spec=TaskSpec((3,), (2,))).norm == "transductive"
