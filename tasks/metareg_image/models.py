@@ -45,9 +45,8 @@ class Conv4:
         channels, height, breadth = _image_shape(spec, "conv4", 16)
         config, layers = self.config, []
         for block in range(4):
-            layers.append(_block(channels if block == 0 else config.width, config.width, config.norm))
-            if block < 3:
-                layers.append(_pool(config.pool))
+            layers.append(_convolution(channels if block == 0 else config.width, config.width, config.norm))
+            layers.append(_relu_and_pool(config.pool) if block < 3 else nn.ReLU())
         inputs = config.width * (height // 16) * (breadth // 16)
         head = nn.Sequential(_pool(config.pool), nn.Flatten(), nn.Linear(inputs, spec.output_shape[0]))
         return _BodyAndHead(nn.Sequential(*layers), head)
@@ -109,15 +108,21 @@ class _Residual(nn.Module):
             layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), _norm(norm, after), nn.LeakyReLU(0.1)]
         self.layers = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), _norm(norm, after))
-        self.out = nn.Sequential(nn.LeakyReLU(0.1), nn.MaxPool2d(2))
+        self.out = nn.Sequential(nn.MaxPool2d(2), nn.LeakyReLU(0.1))  # this order for the reason in `_relu_and_pool`
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.out(self.layers(x) + self.shortcut(x))
         return result
 
 
-def _block(before: int, after: int, norm: Norm) -> nn.Module:
-    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), _norm(norm, after), nn.ReLU())
+def _convolution(before: int, after: int, norm: Norm) -> nn.Module:
+    return nn.Sequential(nn.Conv2d(before, after, 3, padding=1), _norm(norm, after))
+
+
+def _relu_and_pool(kind: Pool) -> nn.Module:
+    """ReLU and 2×2 pooling. The largest of four numbers may be taken before ReLU: outputs and gradients are the same, and
+    ReLU has a quarter of the work."""
+    return nn.Sequential(_pool(kind), nn.ReLU()) if kind == "max" else nn.Sequential(nn.ReLU(), _pool(kind))
 
 
 def _norm(norm: Norm, channels: int) -> nn.Module:
