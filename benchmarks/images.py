@@ -6,44 +6,71 @@ Every two steps that are compared are first checked to give the same meta-gradie
 from __future__ import annotations
 
 import argparse
+import copy
+import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from harness import RESULTS, Row, check_same_gradient, interleaved, machine, paired, report
 from loops import ClonedModules
+from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.registry import resolve
 
-WAYS, SHOTS, QUERY, TASKS = 5, 1, 15, 4
+WAYS, SHOTS, QUERY = 5, 1, 15
+TASKS = {28: 4, 84: 2}
 INNER_LR = 0.4
+INNER_STEPS = {"maml": 1, "anil": 5, "boil": 1, "metasgd": 1}
 SPECS = {28: TaskSpec((1, 28, 28), (WAYS,)), 84: TaskSpec((3, 84, 84), (WAYS,))}
 
 
-def episodes(spec: TaskSpec) -> Episodes:
+Result = tuple[list[Row], dict[str, Any]]
+"""The rows of a part, and its raw times."""
+
+
+def episodes(spec: TaskSpec, shots: int = SHOTS) -> Episodes:
     """One meta-batch of random images, in memory as image tasks give them: the channels last."""
     draw = torch.Generator().manual_seed(0)
     channels, height, width = spec.input_shape
+    tasks = TASKS[height]
     parts: list[torch.Tensor] = []
-    for each in (SHOTS, QUERY):
-        images = torch.rand(TASKS, WAYS * each, height, width, channels, generator=draw)
-        parts += [images.movedim(-1, 2), torch.arange(WAYS).repeat_interleave(each).expand(TASKS, -1)]
+    for each in (shots, QUERY):
+        images = torch.rand(tasks, WAYS * each, height, width, channels, generator=draw)
+        parts += [images.movedim(-1, 2), torch.arange(WAYS).repeat_interleave(each).expand(tasks, -1)]
     return Episodes(*parts)
 
 
-def conv4(size: int, strategies: list[dict[str, Any]], rounds: int) -> tuple[list[Row], dict[str, Any]]:
+def as_published(model: nn.Module) -> nn.Module:
+    """Conv4 with ReLU before pooling, as everybody writes it; metareg's pools first, which is the same function."""
+    model = copy.deepcopy(model)
+    body: Any = model.body
+    for layer in (1, 3, 5):
+        body[layer] = nn.Sequential(*reversed(body[layer]))
+    return model
+
+
+def conv4(size: int, arguments: argparse.Namespace) -> Result:
     """Conv4 with 64 channels, MAML, one inner step: metareg against a loop over cloned modules."""
     spec = SPECS[size]
     batch = episodes(spec)
     model = resolve("models", "conv4").instance.build(spec)
-    loop = ClonedModules(model, F.cross_entropy, inner_lr=INNER_LR)
+    loop = ClonedModules(as_published(model), F.cross_entropy, inner_lr=INNER_LR)
     # The loop gets its images as data loaders give them: the channels first.
     tasks = tuple(part.clone(memory_format=torch.contiguous_format) for part in batch.parts)
     expected = loop.gradient(tasks)
     works: dict[str, Callable[[int], object]] = {"loop": _repeated(lambda: loop.step(tasks))}
+    strategies: list[dict[str, Any]] = [
+        {"strategy": "auto"},
+        {"strategy": "auto", "precision": "bf16"},
+        {"strategy": "vectorized"},
+        {"strategy": "serial"},
+        *[{"strategy": "compiled", "chunk": 1}] * arguments.compiled,
+    ]
     for options in strategies:
         learner = MetaLearner(model, "maml", inner_lr=INNER_LR, **options)
         name = " ".join(f"{key}={value}" for key, value in options.items())
@@ -52,7 +79,7 @@ def conv4(size: int, strategies: list[dict[str, Any]], rounds: int) -> tuple[lis
         for _ in range(2):  # the second call of a shape traces
             learner.step(batch)
         works[name] = _repeated(lambda learner=learner: learner.step(batch))
-    times = interleaved(works, dict.fromkeys(works, 1), rounds, seconds=400)
+    times = interleaved(works, dict.fromkeys(works, 1), arguments.rounds, seconds=400)
     rows = []
     for name in list(works)[1:]:
         target = None
@@ -68,21 +95,51 @@ def conv4(size: int, strategies: list[dict[str, Any]], rounds: int) -> tuple[lis
     return rows, {f"conv4-{size}": times}
 
 
-def data(size: int) -> tuple[list[Row], dict[str, Any]]:
+def auto(shots: int, arguments: argparse.Namespace) -> Result:
+    """For each algorithm, what `auto` chooses against the fastest of the other strategies; Conv4 with 32 channels."""
+    spec = SPECS[28]
+    batch = episodes(spec, shots)
+    model = resolve("models", "conv4", {"width": 32}).instance.build(spec)
+    rows, raw = [], {}
+    for algorithm, inner_steps in INNER_STEPS.items():
+        options: dict[str, Any] = {"inner_lr": INNER_LR, "inner_steps": inner_steps}
+        works: dict[str, Callable[[int], object]] = {}
+        for strategy in ("serial", "traced", "vectorized", *["compiled"] * arguments.compiled):
+            chunk = 1 if strategy == "compiled" else None
+            learner = MetaLearner(model, algorithm, strategy=strategy, chunk=chunk, **options)
+            for _ in range(2):
+                learner.step(batch)
+            works[strategy] = _repeated(lambda learner=learner: learner.step(batch))
+        chosen, _ = MetaLearner(model, algorithm, **options).choose_strategy(TASKS[28], steps=10_000)
+        times = interleaved(works, dict.fromkeys(works, 1), arguments.rounds, seconds=60)
+        best = min((name for name in works if name != chosen), key=lambda name: statistics.median(times[name]))
+        rows.append(
+            Row(
+                f"{algorithm}, Conv4-32, 28×28, {shots}-shot, auto: {chosen}", best,
+                *(1e3 * statistics.median(times[name]) for name in (chosen, best)), "ms", compare="ratio", target=1.05,
+                figure=paired(times[chosen], times[best]),
+            )
+        )  # fmt: skip
+        raw[algorithm] = times
+    return rows, {f"auto-{shots}-shot": raw}
+
+
+def data(size: int, _: argparse.Namespace) -> Result:
     """What drawing the tasks of a step takes of the step, on glyphs of the size."""
     task = resolve("tasks", "glyphs", {"size": size, "channels": 1 if size == 28 else 3}).instance
     learner = MetaLearner("conv4", "maml", spec=task.spec, inner_lr=INNER_LR)
-    task.episodes("train", range(TASKS), 0)
+    tasks = TASKS[size]
+    task.episodes("train", range(tasks), 0)
     drawing, stepping = [], []
     for number in range(1, 6):
         start = time.perf_counter()
-        batch = task.episodes("train", range(number * TASKS, (number + 1) * TASKS), 0)
+        batch = task.episodes("train", range(number * tasks, (number + 1) * tasks), 0)
         middle = time.perf_counter()
         learner.step(batch)
         drawing.append(middle - start)
         stepping.append(time.perf_counter() - middle)
     row = Row(
-        f"drawing {TASKS} tasks of {size}×{size} glyphs", "a Conv4-64 step on them", 1e3 * min(drawing),
+        f"drawing {tasks} tasks of {size}×{size} glyphs", "a Conv4-64 step on them", 1e3 * min(drawing),
         1e3 * min(stepping), "ms", compare="ratio", target=0.05,
     )  # fmt: skip
     return [row], {f"data-{size}": {"drawing": drawing, "step": stepping}}
@@ -96,9 +153,16 @@ def _repeated(step: Callable[[], object]) -> Callable[[int], None]:
     return run
 
 
+PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
+    "data-28": partial(data, 28), "data-84": partial(data, 84),
+    "conv4-28": partial(conv4, 28), "conv4-84": partial(conv4, 84),
+    "auto-1-shot": partial(auto, 1), "auto-5-shot": partial(auto, 5),
+}  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=["data-28", "data-84", "conv4-28", "conv4-84"], metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="NAME")
     parser.add_argument(
         "--compiled", action="store_true", help="also one compiled task at a time (compiling takes minutes)"
     )
@@ -107,19 +171,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     about = machine(arguments.threads)
-    strategies: list[dict[str, Any]] = [
-        {"strategy": "auto"},
-        {"strategy": "auto", "precision": "bf16"},
-        {"strategy": "vectorized"},
-        {"strategy": "serial"},
-    ]
-    if arguments.compiled:
-        strategies.append({"strategy": "compiled", "chunk": 1})
     rows: list[Row] = []
     raw: dict[str, Any] = {}
-    for name in arguments.only or ["data-28", "data-84", "conv4-28", "conv4-84"]:
-        kind, _, size = name.partition("-")
-        found = data(int(size)) if kind == "data" else conv4(int(size), strategies, arguments.rounds)
+    for name in arguments.only:
+        found = PARTS[name](arguments)
         rows += found[0]
         raw |= found[1]
     report(rows, about, raw, RESULTS / "images.json")
