@@ -6,11 +6,14 @@ import os
 import signal
 import sys
 
+from metareg.allocation import keep_freed_memory
+
 
 def main() -> None:
     """Run the command line and exit with its code: 0 done, 2 wrong use, 1 anything else, 130 interrupted."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+    keep_freed_memory()
     from metareg.cli import run
 
     sys.exit(run(sys.argv[1:]))

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from metareg.allocation import keep_freed_memory
 from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
 from metareg.files import write_text
@@ -236,6 +237,7 @@ def _work(answers: Any) -> None:
 
 
 def _main() -> int:
+    keep_freed_memory()
     # What a plugin prints belongs into the log, not between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
