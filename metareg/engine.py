@@ -23,7 +23,7 @@ from torch.func import grad, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes, stack_trees
+from metareg.episodes import Episodes, contiguous, stack_trees
 from metareg.errors import MetaregError, UsageError
 from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
@@ -462,9 +462,9 @@ class _Program:
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flattened(episodes.parts, extra)
-        # A graph is for contiguous tensors, and bits can depend on strides: every way of running gets contiguous ones.
-        inputs = [leaf.contiguous() for leaf in inputs]
-        key = (structure, *[(leaf.shape, leaf.dtype) for leaf in inputs])
+        # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one.
+        inputs = [contiguous(leaf) for leaf in inputs]
+        key = (structure, *[(leaf.shape, leaf.is_contiguous(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
             if graph is None:

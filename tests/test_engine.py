@@ -435,3 +435,24 @@ def test_auto_says_what_it_chose_and_why(
     strategy, reason = learner_of(net, algo, strategy="auto").choose_strategy(tasks, steps, stackable)
     assert strategy == expected
     assert len(reason) > 20
+
+
+def test_images_stay_channels_last() -> None:
+    """Pooling is several times faster so on a CPU; a graph that was traced for one layout is not taken for the other."""
+    images = torch.rand(2, 3, 6, 6, 4, dtype=torch.float64).movedim(-1, 2)
+    labels = torch.arange(3).expand(2, -1)
+    last = Episodes(images, labels, images + 0.1, labels)
+    first = Episodes(*(part.clone(memory_format=torch.contiguous_format) for part in last.parts))
+    assert last.contiguous().support_x.data_ptr() == images.data_ptr()
+    assert last[1:].contiguous().support_x.stride() == images.stride()
+    assert first.contiguous().support_x.is_contiguous()
+    assert Episodes(images[:, ::2], labels[:, ::2], images, labels).contiguous().support_x.is_contiguous()
+
+    model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 3)).double()
+    learner = MetaLearner(model, inner_lr=0.1, strategy="traced")
+    for _ in range(2):  # the second call of a shape traces
+        expected = learner.meta_gradient(first)[1]
+    for _ in range(2):
+        found = learner.meta_gradient(last)[1]
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-14)
