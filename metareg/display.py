@@ -297,7 +297,7 @@ def recipes_table(recipes: Sequence[Recipe]) -> RenderableType:
     """Recipes, one a row: what they need, what they are expected to reach, and about how long they take."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for column in ("recipe", "needs", "expected (95 %)", "on one CPU core"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "recipe")  # a name is to be copied
     for recipe in recipes:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"

@@ -100,6 +100,8 @@ class Progress:
         """Go back to what `state` returned, with sums on a device."""
         self.left_out, self.nonfinite = state["left_out"], state["nonfinite"]
         self.best_step, self.best_score = state["best_step"], state["best_score"]
+        if self.best_step is not None and type(self.best_step) is not int:
+            raise TypeError(f"best_step is a {type(self.best_step).__name__}")
         self.window.load_state(state["window"], device)
 
     def improves(self, evaluation: Evaluation, step: int) -> bool:

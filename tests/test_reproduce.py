@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 from metareg import MetaregError, UsageError, cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
@@ -207,7 +208,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.setattr(cli, "_output", Console(width=160, highlight=False))
     code, output, _ = command(capsys)
     assert code == 0
     for name in SHIPPED:
