@@ -14,6 +14,7 @@ from PIL import Image
 from metareg import MetaLearner, MetaregError, UsageError
 from metareg.registry import resolve
 from metareg_image import Glyphs, OmniglotSmall
+from metareg_image.figures import _label
 from metareg_image.sampling import draw_distinct
 
 
@@ -227,6 +228,19 @@ def test_figures_show_support_queries_labels_and_confidence() -> None:
         with torch.no_grad():
             guesses = adapted(batch.query_x[number]).argmax(-1)
         assert wrong == int((guesses != batch.query_y[number]).sum())
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("Japanese_(katakana)/character19 270°", "3 · Japanese_(katakana)\ncharacter19 270°"),
+        ("n/animals/a very long name of a dog", "3 · animals\na very long name of…"),
+        ("Greek small letter upsilon with hook", "3 · Greek small letter\nupsilon with hook"),
+        ("cat", "3 · cat"),
+    ],
+)
+def test_long_names_of_classes_are_shortened_legibly(name: str, label: str) -> None:
+    assert _label(3, name) == label
 
 
 def test_an_unwritable_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

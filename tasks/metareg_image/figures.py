@@ -15,6 +15,7 @@ from metareg import Episodes, MetaLearner
 __all__ = ["draw_episodes"]
 
 _CLASSES, _SUPPORT, _QUERY = 5, 3, 5
+_LETTERS = 20
 _GAP = 0.25
 """Between support and query images, in widths of an image."""
 
@@ -70,4 +71,6 @@ def _show(axis: Axes, image: Tensor, colour: str) -> None:
 
 
 def _label(number: int, name: str) -> str:
-    return "\n".join(textwrap.wrap(f"{number} · {name}", 20, max_lines=2, placeholder=" …"))
+    """A class's number and name in at most two lines: of a path its end, of a long name its beginning."""
+    lines = name.split("/")[-2:] if "/" in name else textwrap.wrap(name, _LETTERS)[:2]
+    return f"{number} · " + "\n".join(line if len(line) <= _LETTERS else f"{line[: _LETTERS - 1]}…" for line in lines)
