@@ -128,12 +128,13 @@ class TaskFunctions:
         """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
         support_x, query_x = self._low(task[0]), self._low(task[2])
         params = self._low({**meta, **adapted})
-        if not self.support_statistics:
-            features = self.model.body(params, query_x)
-            return features, self._full(self.model.head(params, features), meta)
+        if self.support_statistics:
+            if query_features is None:
+                support, query_features = self.model.body_of_query(params, support_x, query_x)
+            return query_features, self._full(self.model.head_of_query(params, support, query_features), meta)
         if query_features is None:
-            support, query_features = self.model.body_of_query(params, support_x, query_x)
-        return query_features, self._full(self.model.head_of_query(params, support, query_features), meta)
+            query_features = self.model.body(params, query_x)
+        return query_features, self._full(self.model.head(params, query_features), meta)
 
     def _low(self, tree: Any) -> Any:
         """Parameters or inputs in the precision that the model runs in."""
@@ -300,6 +301,10 @@ class TaskFunctions:
     def scores(self, meta: Tensors, task: Task, inner_steps: Sequence[int]) -> Tensor:
         """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
         support, query_features = self.prepare(meta, task)
+        if self.head_only and query_features is None:
+            query_features = self.model.body(
+                self._low(meta), self._low(task[2])
+            )  # once, not after each number of steps
         adapted = self.initial(meta)
         scores = []
         for step in range(inner_steps[-1] + 1):
@@ -380,17 +385,20 @@ class Engine:
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
         functions = self.plain
-        if strategy in _ONE_BY_ONE:
+        if strategy == "serial":
             with torch.no_grad(), _memory_advice(1):
                 rows = [functions.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
             return torch.stack(rows)
 
         def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
+            if strategy == "traced":
+                return [functions.scores(meta, _only(tasks), inner_steps)[None]]
             return [vmap(lambda task: functions.scores(meta, task, inner_steps))(tasks)]
 
         # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        program = self._program(("scores", inner_steps), mapped, "vectorized")
-        return torch.cat([program(meta, part, {})[0] for part in episodes.chunks(chunk)])
+        program = self._program(("scores", inner_steps), mapped, "traced" if strategy == "traced" else "vectorized")
+        parts = episodes.chunks(1 if strategy == "traced" else chunk)
+        return torch.cat([program(meta, part, {})[0] for part in parts])
 
     def _gradient_of_stack(
         self,

@@ -716,14 +716,29 @@ def test_interval_is_196_standard_errors_over_tasks() -> None:
         evaluation.mean(2)
 
 
+@pytest.mark.parametrize("algo", ["maml", "anil"])
 @pytest.mark.parametrize("net", MODELS)
-def test_evaluation_does_not_depend_on_how_it_is_run(net: str) -> None:
-    scores = [
-        MetaLearner(MODELS[net](), loss=LOSSES[net], inner_lr=0.1, **options).evaluate(Source(net), 12).scores
-        for options in ({"strategy": "serial"}, {"strategy": "vectorized"}, {"strategy": "vectorized", "chunk": 5})
-    ]
-    for other in scores[1:]:
-        torch.testing.assert_close(other, scores[0], rtol=1e-9, atol=1e-12)
+def test_evaluation_does_not_depend_on_how_it_is_run(net: str, algo: str) -> None:
+    def scores(**options: Any) -> Tensor:
+        learner = MetaLearner(MODELS[net](), algo, loss=LOSSES[net], inner_lr=0.1, **options)
+        return learner.evaluate(Source(net), 12).scores
+
+    serial = scores(strategy="serial")
+    assert scores(strategy="traced").equal(serial)
+    for options in ({"strategy": "vectorized"}, {"strategy": "vectorized", "chunk": 5}):
+        torch.testing.assert_close(scores(**options), serial, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("norm", ["transductive", "support"])
+def test_the_features_that_stay_are_computed_once_in_an_evaluation(norm: str) -> None:
+    model, seen = ConvNet(), []
+    learner = MetaLearner(model, "anil", strategy="serial", norm=norm)
+    learner.evaluate(Source("conv"), 3, inner_steps=[0])
+    next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    learner.evaluate(Source("conv"), 3, inner_steps=[0])
+    alone = len(seen)
+    learner.evaluate(Source("conv"), 3, inner_steps=[0, 1, 2, 5])
+    assert len(seen) == 2 * alone
 
 
 def test_evaluation_uses_no_augmenter() -> None:

@@ -17,7 +17,9 @@ import yaml
 from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
+from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.plan import check as check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
@@ -479,6 +481,52 @@ def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
     assert (alone.trials, alone.remaining, alone.next_jobs(), alone.done, alone.chosen) == (0, 0, [], True, {})
 
 
+def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
+    few = {"label": "few", "task": "sinusoid", "options": {"shots": 3}}
+    alone = {"seeds": [4, 5], "space": {"inner_lr": [0.5, 0.7]}, "options": {"steps": 7}}
+    values = {"tasks": ["sinusoid", {**few, "tune": alone}], "tune": {"space": {"inner_lr": [0.1, 0.2, 0.3]}}}
+    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    common, own = (Tuner(plan, arm) for arm in plan.arms)
+    assert (common.runs, own.runs) == (3, 4)
+    assert {run.options["inner_lr"] for run in common.next_jobs()} == {0.1, 0.2, 0.3}
+    jobs = own.next_jobs()
+    assert {(run.seed, run.options["inner_lr"], run.options["steps"]) for run in jobs} == {
+        (seed, rate, 7) for seed in (4, 5) for rate in (0.5, 0.7)
+    }
+    # What a flag says stands before both.
+    file = tmp_path / "comparison.yaml"
+    plan.write()
+    flagged = Plan(tmp_path, comparison_of(file, search=9, search_over="outer_lr") or ComparisonConfig())
+    assert [(each.trials, [*each.space]) for each in map(flagged.tuning, flagged.arms) if each] == [
+        (9, ["outer_lr"])
+    ] * 2
+    values["tasks"] = ["sinusoid", {**few, "tune": {"space": {"no_option": [1, 2]}}}]
+    with pytest.raises(UnknownNameError, match="no_option"):
+        check_plan(Plan(tmp_path, validated(ComparisonConfig, values, "the comparison")))
+
+
+def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
+    tuned = {"label": "few", "task": "sinusoid", "options": OPTIONS, "tune": {"space": {"inner_lr": [0.01, 0.02]}}}
+    values = {"tasks": [{"task": "sinusoid", "options": OPTIONS}, tuned]}
+    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    plan.write()
+    launcher = InThisProcess()
+    comparison = Comparison(plan, launcher)
+    assert comparison.left == 4
+    comparison.carry_out(StopRequest())
+    assert (comparison.finished, comparison.left, comparison.broken) == (4, 0, {})
+    assert [str(run) for run in launcher.submitted] == [
+        "maml on few, trial-0, seed 0", "maml on few, trial-1, seed 0", "maml on sinusoid, seed 0", "maml on few, seed 0",
+    ]  # fmt: skip
+    assert [arm.chosen is not None for task in read(tmp_path).tasks for arm in task.arms] == [False, True]
+    # Neither is chosen in another way once it has begun: its runs would not be what the table says.
+    other = {"space": {"inner_lr": [0.5, 0.6]}}
+    for number, label in enumerate(("sinusoid", "few")):
+        changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
+        with pytest.raises(UsageError, match=f"the settings of maml on {label} were to be chosen in another way"):
+            compare({**values, "tasks": changed}, tmp_path)
+
+
 def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> None:
     grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
     for job in grid.next_jobs():
@@ -516,6 +564,11 @@ def test_optuna_stays_silent_and_keeps_its_own_settings(tmp_path: Path, capfd: p
     assert capfd.readouterr() == ("", "")
 
 
+OPTIONS = {
+    "steps": 5, "test_tasks": 4, "eval_tasks": 2, "test_inner_steps": [0, 1], "meta_batch": 2, "strategy": "serial",
+}  # fmt: skip
+
+
 class InThisProcess:
     """A launcher that carries a run out as soon as it gets it."""
 
@@ -541,12 +594,9 @@ class InThisProcess:
 def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Path) -> None:
     config = {
         "augment": ["cml"],
-        "options": {
-            "steps": 5, "test_tasks": 4, "eval_tasks": 2, "test_inner_steps": [0, 1], "meta_batch": 2,
-            "strategy": "serial", "maml.inner_lr": 0.02,
-        },
+        "options": {**OPTIONS, "maml.inner_lr": 0.02},
         "tune": {"space": {"inner_lr": [0.001, 0.03, 1e30]}, "options": {"steps": 4}},
-    }  # fmt: skip
+    }
     plan = Plan(tmp_path, validated(ComparisonConfig, config, "the comparison"))
     plan.write()
     launcher = InThisProcess()

@@ -65,6 +65,9 @@ def comparison_of(
         raise UsageError("--search-over names what --search N varies; give the number of trials too.")
     if tune:
         values["tune"] = {**(values.get("tune") or {}), **tune}
+        for each in values.get("tasks") or ():
+            if isinstance(each, dict) and isinstance(each.get("tune"), dict):
+                each["tune"] = {**each["tune"], **tune}
     if not values:
         return None
     return validated(ComparisonConfig, values, str(file) if file else "the comparison")

@@ -53,6 +53,9 @@ class ComparedTask(PluginConfig):
     task: str = Field(description="The task plugin.")
     label: str = Field("", description="How tables name it; the plugin's name where it is not given.")
     options: Options = Field({}, description="Options of the run and its plugins, for this task.")
+    tune: Tuning | None = Field(
+        None, description="How settings are chosen on this task; as on all others where it is not given."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -117,7 +120,7 @@ class ComparisonConfig(PluginConfig):
                 if name is not None and name not in known:
                     raise UnknownNameError(what, name, known)
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
-        every += [self.tune.options] if self.tune else []
+        every += [tune.options for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
             raise ValueError(f"'{key}' is no option here; it is what {_NOT_OPTIONS[key]} is for")
         return self
@@ -263,8 +266,9 @@ class Plan:
             seed: as in `run`.
             options: what the trial tries.
         """
-        assert self.config.tune is not None
-        own = {key: value for key, value in self.config.tune.options.items() if self.is_for(arm, key)}
+        tuning = self.tuning(arm)
+        assert tuning is not None
+        own = {key: value for key, value in tuning.options.items() if self.is_for(arm, key)}
         folder = self.tuning_folder(arm).relative_to(self.folder) / f"trial-{number}" / f"seed-{seed}"
         return self.run(arm, seed, folder, {**own, **options, "test_split": "validation"})
 
@@ -272,11 +276,14 @@ class Plan:
         """Where an arm's trials are."""
         return self.folder / "tuning" / arm.folder
 
-    @property
-    def tuning_seeds(self) -> list[int]:
-        """The seeds of every trial."""
-        assert self.config.tune is not None
-        return self.config.tune.seeds or self.config.seeds[:1]
+    def tuning(self, arm: Arm) -> Tuning | None:
+        """How the settings of an arm are chosen; None where they are not."""
+        return self.task(arm).tune or self.config.tune
+
+    def tuning_seeds(self, arm: Arm) -> list[int]:
+        """The seeds of every trial of an arm."""
+        tuning = self.tuning(arm)
+        return (tuning and tuning.seeds) or self.config.seeds[:1]
 
     def task(self, arm: Arm) -> ComparedTask:
         """The task of an arm."""
@@ -313,7 +320,7 @@ def check(plan: Plan) -> None:
     from metareg.runs import prepared
 
     seen = set()
-    trials: dict[str, Selection] = {}
+    tuned: dict[str, tuple[Tuning, dict[str, Selection]]] = {}
     for arm in plan.arms:
         run = plan.run(arm, plan.config.seeds[0], Path("runs"), {})
         try:
@@ -321,13 +328,16 @@ def check(plan: Plan) -> None:
             if arm.task not in seen:
                 prepared(selection)
                 seen.add(arm.task)
-            if plan.config.tune:
-                trial = plan.trial(arm, 0, plan.tuning_seeds[0], {})
+            tuning = plan.tuning(arm)
+            if tuning:
+                trial = plan.trial(arm, 0, plan.tuning_seeds(arm)[0], {})
+                alike = arm.task if plan.task(arm).tune else ""  # an option to choose must be one of some arm there
+                trials = tuned.setdefault(alike, (tuning, {}))[1]
                 trials[str(arm)] = assemble(trial.config, trial.options)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
-    if plan.config.tune:
-        check_choices(plan.config.tune, trials)
+    for tuning, trials in tuned.values():
+        check_choices(tuning, trials)
 
 
 def _slug(text: str) -> str:

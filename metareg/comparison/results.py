@@ -272,7 +272,7 @@ class _TaskReader:
     def _tested(self, run: PlannedRun, before: _Test | None) -> _Test | None:
         """The run's test; None where it cannot count, which is then noted."""
         if not run.finished:
-            self._gap(run, *self._unfinished(run, tuned=self._plan.config.tune is not None))
+            self._gap(run, *self._unfinished(run, tuned=self._plan.tuning(run.arm) is not None))
             return None
         try:
             content = read_json(run.path / "results.json")

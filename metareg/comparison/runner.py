@@ -64,10 +64,11 @@ class Comparison:
         self._seconds: dict[tuple[str, bool], list[float]] = {}
         self._waiting: list[tuple[tuple[int, ...], PlannedRun]] = []
         self._tuners: dict[Arm, Tuner] = {}
-        if plan.config.tune:
+        tuned = [arm for arm in plan.arms if plan.tuning(arm)]
+        if tuned:
             from metareg.comparison.tuning import Tuner
 
-            self._tuners = {arm: Tuner(plan, arm) for arm in plan.arms}
+            self._tuners = {arm: Tuner(plan, arm) for arm in tuned}
         self._order = {arm: number for number, arm in enumerate(plan.arms)}
         for arm in plan.arms:
             self._queue_runs_of(arm)
@@ -139,7 +140,7 @@ class Comparison:
             self._seconds.setdefault(_sort(run), []).append(time.monotonic() - began)
         elif run.is_final or divergence(run.path) is None:  # a trial that diverged has told what it is good for
             self.broken[run.path] = outcome
-        if self._tuners and not run.is_final:
+        if not run.is_final:
             self._queue_runs_of(run.arm)
 
     def _queue_runs_of(self, arm: Arm) -> None:
@@ -245,11 +246,15 @@ def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | 
 def _refuse_changes(begun: Plan, plan: Plan) -> None:
     """Raise a UsageError where a run that was begun would become another one."""
     where = f"The comparison at {plan.folder} cannot go on as another one"
-    if begun.config.tune != plan.config.tune and (plan.folder / "tuning").is_dir():
-        raise UsageError(f"{where}: its settings were chosen in another way; name another folder with --out.")
+    for arm in (arm for arm in plan.arms if arm in begun.arms):
+        places = plan.tuning_folder(arm), plan.folder / "runs" / arm.folder
+        if begun.tuning(arm) != plan.tuning(arm) and any(place.is_dir() for place in places):
+            raise UsageError(
+                f"{where}: the settings of {arm} were to be chosen in another way; name another folder with --out."
+            )
 
     def defaults(of: Plan) -> list[PlannedRun]:
-        return of.runs() + ([of.trial(arm, 0, of.tuning_seeds[0], {}) for arm in of.arms] if of.config.tune else [])
+        return of.runs() + [of.trial(arm, 0, of.tuning_seeds(arm)[0], {}) for arm in of.arms if of.tuning(arm)]
 
     old = {run.path: run for run in defaults(begun)}
     for run in defaults(plan):

@@ -64,16 +64,17 @@ class Tuner:
     chosen.json, which is final.
 
     Args:
-        plan: the comparison, which has a `tune`.
-        arm: one of its arms.
+        plan: the comparison.
+        arm: one of its arms, on a task with a `tune`.
     """
 
     def __init__(self, plan: Plan, arm: Arm) -> None:
-        assert plan.config.tune is not None
+        tuning = plan.tuning(arm)
+        assert tuning is not None
         self._plan = plan
         self._arm = arm
-        self._tuning = plan.config.tune
-        self._seeds = plan.tuning_seeds
+        self._tuning = tuning
+        self._seeds = plan.tuning_seeds(arm)
         self.folder = plan.tuning_folder(arm)
         """Where its trials are."""
         run = plan.trial(arm, 0, self._seeds[0], {})
