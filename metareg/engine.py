@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import grad, grad_and_value, vjp, vmap
+from torch.func import functionalize, grad, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
@@ -494,7 +494,11 @@ class _Program:
 
         # With fake tensors, tracing takes neither memory nor arithmetic; the model's constants (frozen parameters, buffers)
         # are real.
-        graph = without_idle_operations(make_fx(flat, tracing_mode="fake", _allow_non_fake_inputs=True)(*leaves))
+        trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph = trace(flat)(*leaves)
+        if _writes(graph):
+            graph = trace(functionalize(graph))(*leaves)
+        graph = without_idle_operations(graph)
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced
@@ -523,8 +527,7 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
     tasks spend their time on the number of operations, not on arithmetic. A graph in which something is written in place
     stays as it is.
     """
-    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    if any(operation._schema.is_mutable for operation in operations):
+    if _writes(graph):
         return graph
     for node in graph.graph.nodes:
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -543,6 +546,12 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
     graph.graph.eliminate_dead_code()
     graph.recompile()
     return graph
+
+
+def _writes(graph: torch.fx.GraphModule) -> bool:
+    """Whether something is written in place."""
+    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    return any(operation._schema.is_mutable for operation in operations)
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ from samples import episodes, tasks_of
 from test_parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
 from torch import Tensor, nn
 
-from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
+from metareg import Episodes, MetaLearner, PluginConfig, engine, hookimpl
 
 CML = ("cml", {"gamma": GAMMA})
 STRATEGIES = ("serial", "traced", "vectorized")
@@ -140,6 +140,30 @@ def test_a_traced_graph_gives_the_bits_of_the_function() -> None:
     source = Given(Episodes(x[:, :10], x[:, :10].sin(), x[:, 10:], x[:, 10:].sin()))
     first, second = (learner.evaluate(source, 64, inner_steps=(1,)) for _ in range(2))
     assert torch.equal(first.scores, second.scores)
+
+
+@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize("inner_steps", [1, 2])
+def test_traced_training_has_no_idle_operations_and_the_bits_of_the_function(
+    monkeypatch: pytest.MonkeyPatch, net: str, inner_steps: int
+) -> None:
+    kept: list[torch.fx.Graph] = []
+    pruned = engine.without_idle_operations
+
+    def noted(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        graph = pruned(graph)
+        kept.append(graph.graph)
+        return graph
+
+    monkeypatch.setattr(engine, "without_idle_operations", noted)
+    batch = episodes(net)
+    learner = learner_of(net, "maml", inner_steps=inner_steps)
+    (_, plain), (_, traced) = (learner.meta_gradient(batch) for _ in range(2))
+    assert all(torch.equal(plain[name], traced[name]) for name in plain)
+    (graph,) = kept
+    operations = [node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
+    assert not any(operation._schema.is_mutable for operation in operations)
+    assert torch.ops.aten.detach.default not in operations
 
 
 class Given:
