@@ -26,6 +26,7 @@ STRANGERS = os.environ.get(
 ).split()
 RESULTS = ROOT / ".nox" / "matrix"
 COMPARISONS = ROOT / "benchmarks" / "comparisons"
+MAIN_RESULTS = "augmenters"
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -98,9 +99,10 @@ def package(session: nox.Session) -> None:
 @nox.session(default=False)
 @nox.parametrize("name", [nox.param(path.stem, id=path.stem) for path in sorted(COMPARISONS.glob("*.yaml"))])
 def results(session: nox.Session, name: str) -> None:
-    """A page of docs/results from its YAML: nox -s "results(cml-cora)"; runs that are finished are not run again."""
+    """A page of results from its YAML: nox -s "results(images)"; runs that are finished are not run again."""
     python = environment(session)
     folder = f"comparisons/{name}"
+    page = "docs/results" if name == MAIN_RESULTS else f"docs/results/{name}"
     session.run(
         python,
         "-m",
@@ -113,7 +115,7 @@ def results(session: nox.Session, name: str) -> None:
         external=True,
     )
     for suffix in ("md", "html"):
-        session.run(python, "-m", "metareg", "report", folder, "--out", f"docs/results/{name}.{suffix}", external=True)
+        session.run(python, "-m", "metareg", "report", folder, "--out", f"{page}.{suffix}", external=True)
 
 
 # --------------------------------------------------------------------------------------------------------------- matrix
