@@ -27,4 +27,7 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = {_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: 64 << 20}
-    return all(mallopt(parameter, value) for parameter, value in settings.items())
+    taken = {parameter: bool(mallopt(parameter, value)) for parameter, value in settings.items()}
+    if not taken[_MMAP_THRESHOLD]:  # older versions take half of a heap at most
+        taken[_MMAP_THRESHOLD] = bool(mallopt(_MMAP_THRESHOLD, 32 << 20))
+    return all(taken.values())

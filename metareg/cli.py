@@ -529,11 +529,10 @@ def reproduce_recipe(
 
     for text in filter(None, (recipe.summary, recipe.notes)):
         _errors.print(escape(text))
+    numbers = None if seeds is None else parse_seeds(seeds)
+    folder = out or Path("reproductions", recipe.name)
     with ComparisonProgress(_errors) as progress:
-        verdict = reproduce(
-            recipe, out or Path("reproductions", recipe.name), seeds=parse_seeds(seeds) if seeds else None, jobs=jobs,
-            device=device, watcher=progress,
-        )  # fmt: skip
+        verdict = reproduce(recipe, folder, seeds=numbers, jobs=jobs, device=device, watcher=progress)
     _output.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

@@ -286,6 +286,11 @@ def joined() -> Iterator[Processes]:
     here = place()
     given = dist.is_available() and dist.is_initialized()
     if given:
+        if "cpu" not in _backends():
+            raise UsageError(
+                f"The process group of this program carries {' and '.join(_backends())} tensors alone; metareg needs it for "
+                "the CPU's too: init_process_group('cpu:gloo,cuda:nccl')."
+            )
         rank = dist.get_rank()
         here = Place(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
     processes = Processes(here.rank, here.size, here.local_rank)

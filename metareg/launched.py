@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from metareg.errors import UsageError
 
-__all__ = ["Place", "is_follower", "place"]
+__all__ = ["Place", "is_follower", "launched", "place"]
 
 
 @dataclass(frozen=True)
@@ -22,14 +22,19 @@ class Place:
     """Its number among those of its machine."""
 
 
+def launched() -> bool:
+    """Whether a launcher started this process, be it as one of several or alone."""
+    # Some schedulers set one of the two for purposes of their own; only both are an order to work together.
+    return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
 def place() -> Place:
     """The place that torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK give; the only one where they are not set.
 
     Raises:
         UsageError: they make no sense.
     """
-    # Some schedulers set one of the two for purposes of their own; only both are an order to work together.
-    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    if not launched():
         return Place()
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -358,8 +358,8 @@ class MetaLearner:
             """Those of this process's share of some tasks."""
             rows = []
             drawn = source.episodes(split, indices, seed)
+            self._ready(drawn[0])  # also where none of the tasks are this process's
             for batch in self._on_device(tasks_of(drawn, self.processes.share(len(indices)))):
-                self._ready(batch)
                 strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
                 rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
             return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,7 +30,9 @@ class Expected(PluginConfig):
 
     mean: float = Field(description="The value, in the metric's own unit: accuracies from 0 to 1.")
     interval: tuple[float, float] = Field(description="Its 95 % interval.")
-    over: str = Field(description="What the interval is over, as '3 seeds' or '600 test tasks'.")
+    over: str | None = Field(
+        description="What the interval is over, as '3 seeds' or '600 test tasks'; null if unknown."
+    )
     source: str = Field(description="Where it comes from.")
 
     @model_validator(mode="after")
@@ -63,6 +66,8 @@ class Recipe(PluginConfig):
     def _explained(self) -> Recipe:
         if (self.expected is None) != (self.unknown is not None):
             raise ValueError("'unknown' says why there is no figure where 'expected' is null, and only there")
+        if self.metric == "accuracy" and self.expected is not None and self.expected.interval[1] > 1:
+            raise ValueError(f"accuracies are written from 0 to 1; {self.expected.interval[1]:g} is above it")
         return self
 
     @classmethod
@@ -82,7 +87,7 @@ class Recipe(PluginConfig):
             "algo": [self.algo],
             "augment": [self.augment],
             "tasks": [{"task": self.task}],
-            "seeds": list(seeds or self.seeds),
+            "seeds": list(self.seeds if seeds is None else seeds),
             "options": self.options | ({} if device is None else {"device": device}),
         }
 
@@ -149,10 +154,11 @@ class Verdict:
         )
         if expected is None:
             return f"Nothing to compare with: {found}. {recipe.unknown}"
+        over = f" over {expected.over}" if expected.over else ""
         bound, least = (expected.interval[0], "least") if self.higher_is_better else (expected.interval[1], "most")
         return (
             f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {recipe.written(bound)} was expected, for "
-            f"{recipe.written(expected.mean)} ({recipe.span(expected.interval)} over {expected.over}) was reached before: "
+            f"{recipe.written(expected.mean)} ({recipe.span(expected.interval)}{over}) was reached before: "
             f"{expected.source.rstrip('.')}."
         )
 
@@ -172,7 +178,9 @@ def find_recipe(name: str) -> Recipe:
         return Recipe.read(Path(name))
     known = [path.stem for path in _FOLDER.glob("*.yaml")]
     if name not in known:
-        raise UnknownNameError("recipe", name, known, "`metareg reproduce` lists them.")
+        raise UnknownNameError(
+            "recipe", name, known, "`metareg reproduce` lists them; one of your own is a file NAME.yaml."
+        )
     return Recipe.read(_FOLDER / f"{name}.yaml")
 
 
@@ -191,7 +199,7 @@ def reproduce(
         recipe: the recipe.
         out: its folder, that of a comparison.
         seeds: other seeds than the recipe's.
-        jobs: runs at a time; one for every CPU core by default.
+        jobs: runs at a time; by default one for every CPU core and no more than seeds, so that each gets its threads.
         device: where to compute; a GPU where there is one by default.
         watcher: hears of the runs.
 
@@ -202,8 +210,12 @@ def reproduce(
     """
     from metareg.comparison.runner import compare
 
+    values = recipe.comparison(seeds, device)
+    _check(recipe, values, out)
+    if jobs is None:
+        jobs = max(1, min(os.cpu_count() or 1, len(values["seeds"])))
     try:
-        comparison = compare(recipe.comparison(seeds, device), out, jobs=jobs, watcher=watcher)
+        comparison = compare(values, out, jobs=jobs, watcher=watcher)
     except Interrupted as error:
         raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
     if comparison.broken:
@@ -217,19 +229,38 @@ def reproduce(
     return verdict
 
 
-def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
-    """What finished runs of a recipe say.
+def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
+    """Raise a UsageError where the runs could not be judged, or the folder is another recipe's."""
+    from metareg.comparison.plan import ComparisonConfig, Plan
+    from metareg.losses import find_metric
+    from metareg.options import assemble
 
-    Raises:
-        UsageError: a run has no results at the recipe's number of inner steps, or they are of another metric.
-    """
+    if (out / FILE).is_file():
+        written = read_json(out / FILE)
+        other = written.get("recipe") if isinstance(written, dict) else None
+        if other != recipe.name:
+            raise UsageError(f"{out} holds what came out of the recipe '{other}'; name another folder with --out.")
+    run = Plan(out, validated(ComparisonConfig, values, f"the recipe {recipe.name}")).runs()[0]
+    selection = assemble(run.config, run.options)
+    tested = selection.config.test_inner_steps
+    if recipe.inner_steps not in tested:
+        raise UsageError(
+            f"The recipe '{recipe.name}' judges the score after {recipe.inner_steps} inner steps, but its runs are tested "
+            f"after {', '.join(map(str, tested))} (test_inner_steps)."
+        )
+    task = selection.task.instance
+    metric = find_metric(getattr(task, "metric", None), task.loss).name
+    if metric != recipe.metric:
+        raise UsageError(f"The recipe '{recipe.name}' judges {recipe.metric}, but its runs are tested by {metric}.")
+
+
+def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
+    """What finished runs of a recipe say."""
     from metareg.comparison.statistics import over_seeds, over_tasks
     from metareg.evaluation import Evaluation
 
     found = {run.seed: Evaluation.from_dict(read_json(run.path / "results.json")) for run in runs}
     one = next(iter(found.values()))
-    if one.metric != recipe.metric:
-        raise UsageError(f"The recipe '{recipe.name}' judges {recipe.metric}, but its runs are tested by {one.metric}.")
     by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
     estimate, over = over_seeds(list(by_seed.values())), f"{len(by_seed)} seeds"
     if len(by_seed) == 1:

@@ -25,6 +25,7 @@ from metareg.evaluation import Evaluation
 from metareg.files import LinesFile, is_leftover, locked, read_json, remove_leftovers, write_json, write_text
 from metareg.hookspecs import hookimpl
 from metareg.interrupts import StopRequest, stop_requests
+from metareg.launched import launched
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble
 from metareg.registry import find, resolve
@@ -194,7 +195,7 @@ def train(
         if out is not None and processes.first(lambda: _goes_on(out, resume)):
             return _gone_on(out, selection, observers, processes)
         selection = _completed(selection)
-        with stop_requests(processes.size > 1) as stop:
+        with stop_requests(launched() or processes.size > 1) as stop:
             learner, source = processes.each(lambda: prepared(selection, processes))
             path = processes.first(lambda: _created(out, selection.config))
             run = Run(path, selection.config, learner, source)
@@ -252,7 +253,7 @@ def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], process
             (path / FINAL).unlink(missing_ok=True)
         return wanted, False
 
-    with stop_requests(processes.size > 1) as stop, _held(path, processes):
+    with stop_requests(launched() or processes.size > 1) as stop, _held(path, processes):
         wanted, ended = processes.first(reopened)
         if ended:
             log.info("The run at %s has ended already.", path)
@@ -480,9 +481,12 @@ def _train(run: Run, progress: Progress, keeper: Keeper, observers: Sequence[Any
 
 def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest, hooks: Any) -> None:
     """The test and the pictures; a run with results.json has ended."""
-    stop.at_once = True
     config, learner = run.config, run.learner
     processes = learner.processes
+    stop.at_once = True
+    # Nobody looked since the last step: a signal may have come in the validation after it.
+    if any(processes.gather(lambda: stop.asked)):
+        raise Interrupted("Stopped before the test.")
     best = progress.best_step
     if config.select == "best" and best is not None:
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
@@ -490,8 +494,9 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     processes.first(lambda: learner.save(run.path / FINAL))
     evaluation = run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps, split=config.test_split)
 
+    hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
+
     def concluded() -> list[Path]:
-        hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
         with learner.split_over(Processes()):
             drawn = plots.draw(run)
         weights = {"select": config.select, "step": learner.steps_done}

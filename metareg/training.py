@@ -60,14 +60,18 @@ class Keeper(Protocol):
 def observed(observers: Sequence[Any], learner: MetaLearner) -> Any:
     """The hooks of some observers, objects or plugins, as one caller: ``observed([…], learner).on_step(step=…, logs=…)``.
 
-    What they do with the learner they do alone, also where several processes train it.
+    Where several processes train the learner, those of the first are told, what they do with it they do alone, and an error
+    of theirs is one in all processes.
     """
     manager, named = plugin_manager([resolve("observers", each) for each in observers])
 
     def tell(found: list[Implementation], **news: Any) -> None:
-        with learner.split_over(Processes()):
-            for each in found:
-                each(**news)
+        def alone() -> None:
+            with learner.split_over(Processes()):
+                for each in found:
+                    each(**news)
+
+        learner.processes.first(alone)
 
     hooks = ("on_run_start", "on_step", "on_evaluation", "on_run_end")
     return SimpleNamespace(**{hook: partial(tell, implementations(manager, named, hook)) for hook in hooks})

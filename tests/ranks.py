@@ -93,6 +93,7 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
         lambda: episodes("mlp", 6),
     ),
     "images": ({"algo": "metasgd", "augment": ["cml"], "strategy": "serial"}, "conv", lambda: episodes("conv", 3)),
+    "graphs": ({"algo": "anil", "augment": ["cml"], "strategy": "traced"}, "conv", lambda: episodes("conv", 4)),
     "whole gradient": (
         {"algo": "anil", "augment": ["gradient-noise", OuterNoise], "strategy": "serial"},
         "mlp",
@@ -233,6 +234,14 @@ class Listener:
         self.heard.append("end")
 
 
+class Failing:
+    """An observer that cannot do its work."""
+
+    @hookimpl
+    def on_step(self) -> None:
+        raise UsageError("The logbook is full.")
+
+
 def run_of(path: Path, accidents: Mapping[str, Any] | None = None, **options: Any) -> metareg.Run:
     return metareg.train(
         "maml", ["gradient-noise", "cml"], (Accidents, accidents or {}), model=DoubleMLP, out=path, **RUN | options
@@ -279,6 +288,7 @@ def main(folder: Path) -> dict[str, Any]:
     run_of(folder / "stopped", {"signal": 5 * 6 + 1}, resume=True)
     found["failure at first"] = _error(lambda: run_of(folder / "failed at first", {"failure": 1}))
     found["failure"] = _error(lambda: run_of(folder / "failed", {"failure": 5 * 9}))
+    found["observer"] = _error(lambda: run_of(folder / "told", observers=[Failing()]))
 
     metareg.cli._let_the_first_speak = lambda: None
     found["spoken"] = {

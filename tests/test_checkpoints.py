@@ -545,6 +545,24 @@ def test_signals_stop_cleanly(
     assert _results(path) == _results(finished)
 
 
+def test_a_signal_in_the_last_validation_stops_before_the_test(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    settings = SMALL | {"steps": 5, "eval_every": 10}
+    with pytest.raises(Interrupted, match="goes on from step 5"):
+        metareg.train(out=path, observers=[Signalling(signal.SIGTERM, "validation")], **settings)
+    assert not (path / "results.json").exists()
+    assert metareg.resume(path).evaluation is not None
+
+
+def test_a_launcher_repeats_the_signal_to_a_single_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(Interrupted, match="goes on from step 6"):
+        metareg.train(
+            "maml", "cml", "sinusoid", out=tmp_path / "run", observers=[Signalling(signal.SIGTERM, "step", 2)], **SMALL
+        )
+
+
 def test_outside_the_main_thread_runs_as_well(tmp_path: Path) -> None:
     runs: list[metareg.Run] = []
     settings = SMALL | {"steps": 2}

@@ -193,6 +193,10 @@ def test_an_error_in_one_is_raised_in_all(together: SimpleNamespace, when: str) 
     assert second == ("UsageError", "The disk of this machine is gone.")
 
 
+def test_an_error_of_an_observer_is_raised_in_all(together: SimpleNamespace) -> None:
+    assert [found["observer"] for found in together.ranks] == [("UsageError", "The logbook is full.")] * 2
+
+
 def test_a_process_that_ends_does_not_leave_the_others_waiting(together: SimpleNamespace) -> None:
     kind, text = together.ranks[0]["lost"]
     assert kind == "LostProcessError"

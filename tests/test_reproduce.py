@@ -88,7 +88,9 @@ def test_missing_data_is_one_sentence_and_nothing_is_written(
         raise urllib.error.URLError("there is no network here")
 
     monkeypatch.setattr("urllib.request.urlopen", offline)
-    with pytest.raises(MetaregError, match=rf"The data of the task '{SHIPPED[name].task}' is not in|no network here"):
+    task = SHIPPED[name].task
+    sentence = "no network here" if task == "cora" else f"The data of the task '{task}' is not in"
+    with pytest.raises(MetaregError, match=sentence):
         reproduce(SHIPPED[name], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -192,9 +194,54 @@ def test_the_sentence_says_the_numbers(tmp_path: Path) -> None:
     )
 
 
-def test_another_metric_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="judges mse, but its runs are tested by accuracy"):
-        judge(recipe(), finished(tmp_path, [[0.5, 0.5]]))
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"metric": "accuracy", "expected": None, "unknown": "new"}, "judges accuracy, but its runs are tested by mse"),
+        ({"inner_steps": 7}, r"after 7 inner steps, but its runs are tested after 0, 1 \(test_inner_steps\)"),
+    ],
+)
+def test_what_could_not_be_judged_is_not_run(changes: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        reproduce(recipe(**changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_is_of_one_recipe(tmp_path: Path) -> None:
+    write_json(tmp_path / "reproduction.json", {"recipe": "another"})
+    with pytest.raises(UsageError, match="holds what came out of the recipe 'another'"):
+        reproduce(recipe(), tmp_path)
+
+
+@pytest.mark.parametrize(("cores", "seeds", "jobs"), [(16, [0], 1), (16, [0, 1, 2], 3), (2, [0, 1, 2], 2)])
+def test_few_seeds_leave_the_cores_to_the_threads(
+    cores: int, seeds: list[int], jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+
+    def compared(*_: Any, jobs: int, **__: Any) -> None:
+        seen.append(jobs)
+        raise Interrupted("enough")
+
+    monkeypatch.setattr("metareg.comparison.runner.compare", compared)
+    with pytest.raises(Interrupted):
+        reproduce(recipe(), tmp_path, seeds=seeds)
+    assert seen == [jobs]
+
+
+def test_accuracies_are_no_percentages() -> None:
+    expected = {"mean": 48.7, "interval": [46.8, 50.5], "over": None, "source": "Somebody, 2020."}
+    with pytest.raises(UsageError, match=r"from 0 to 1; 50.5 is above it"):
+        recipe(metric="accuracy", expected=expected)
+
+
+def test_what_an_interval_is_over_may_be_unknown(tmp_path: Path) -> None:
+    known = judged(0.45, 0.55)
+    assert known.expected is not None
+    unknown = known.model_copy(update={"expected": known.expected.model_copy(update={"over": None})})
+    sentence = str(judge(unknown, finished(tmp_path, [[0.5, 0.5]])))
+    assert "for 50.00 % (45.00 to 55.00 %) was reached before" in sentence
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -249,6 +296,7 @@ def test_a_recipe_from_beginning_to_end(
     ("arguments", "sentence"),
     [
         (["sinusoid-5-shots"], "There is no recipe named 'sinusoid-5-shots'; did you mean 'sinusoid-5-shot'"),
+        (["./tiny"], "one of your own is a file NAME.yaml"),
         (["nosuch.yaml"], "There is no configuration file nosuch.yaml"),
         (["bad.yaml"], "did you mean 'summary'"),
         (["sinusoid-5-shot", "--seeds", "x"], "--seeds"),
