@@ -123,10 +123,16 @@ def test_the_command_of_an_arm_trains_its_runs(
     assert typed.config == assemble(run.config, run.options).config
 
 
+ERRORS = {
+    "diverged": "DivergenceError: Training diverged at step 7.\n",
+    "error": 'RuntimeError: {folder}/x is full\n\nTraceback (most recent call last):\n  File "/home/me/runs.py", line 3\n',
+}
+
+
 def break_run(path: Path, how: str) -> None:
-    if how == "error":
+    if how in ERRORS:
         (path / "results.json").unlink()
-        (path / "error.txt").write_text("DivergenceError: Training diverged at step 7.\n")
+        (path / "error.txt").write_text(ERRORS[how].format(folder=path))
     elif how == "unfinished":
         (path / "results.json").unlink()
     elif how == "gone":
@@ -148,7 +154,8 @@ def break_run(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "state", "reason"),
     [
-        ("error", "broken", "Training diverged at step 7"),
+        ("diverged", "diverged", "Training diverged at step 7."),
+        ("error", "broken", "RuntimeError: runs/sinusoid/maml+cml/seed-1/x is full"),
         ("unfinished", "unfinished", "has begun"),
         ("gone", "not begun", "nothing of it"),
         ("split", "broken", "split 'validation'"),
@@ -177,10 +184,27 @@ def test_a_run_that_does_not_count_is_named(small: Plan, how: str, state: str, r
         "runs/sinusoid/maml+cml/seed-1",
     )
     assert reason in gap.reason
-    assert str(small.folder) not in gap.reason
+    assert not re.search(f"{small.folder}|/home/me|Traceback", gap.reason)
     assert found.tasks[0].arms[1].seeds == (0, 5)
     for name in ("markdown", "html"):
-        assert "maml+cml on sinusoid, seed 1" in report(small.folder, name)
+        assert "maml+cml on sinusoid" in report(small.folder, name).partition("Missing")[2]
+
+
+def test_what_is_missing_for_one_reason_is_one_row(small: Plan) -> None:
+    for seed, how in ((0, "gone"), (1, "diverged"), (5, "gone")):
+        break_run(small.folder / f"runs/sinusoid/maml+cml/seed-{seed}", how)
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (small.folder / "runs/sinusoid/anil/seed-0" / name).write_text('"validation"\n')
+
+    table = tables.gaps(analyse(small.folder))
+
+    assert table is not None
+    assert [list(row) for row in table.rows[:2]] == [
+        ["maml+cml on sinusoid", "0, 5", "not begun", "there is nothing of it yet", "runs/sinusoid/maml+cml"],
+        ["maml+cml on sinusoid", "1", "diverged", "Training diverged at step 7.", "runs/sinusoid/maml+cml/seed-1"],
+    ]
+    assert len(table.rows) == 4
+    assert "4 runs missing, diverged, broken or damaged" in report(small.folder, "html")
 
 
 def test_other_test_tasks_or_steps_within_an_arm_do_not_count(small: Plan) -> None:
@@ -212,7 +236,7 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
     chosen.unlink()
     trial = chosen.parent / "trial-2" / "seed-0"
     trial.mkdir(parents=True)
-    (trial / "error.txt").write_text("MemoryError")
+    (trial / "error.txt").write_text(f"MemoryError: {tmp_path}/x\n\nTraceback …")
     (tmp_path / "tuning/sinusoid/anil/chosen.json").write_text("{}")
     failed = tmp_path / "tuning/sinusoid/anil+cml/chosen.json"
     content = json.loads(failed.read_text())
@@ -222,7 +246,7 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / f"runs/sinusoid/maml+cml/seed-{seed}")
     gaps = {gap.run: (gap.state, gap.reason) for gap in read(tmp_path).gaps}
     assert gaps["maml+cml on sinusoid, seed 5"] == ("not begun", "the arm's settings are not chosen yet")
-    assert gaps["maml+cml on sinusoid, trial 2 seed 0"] == ("broken", "MemoryError")
+    assert gaps["maml+cml on sinusoid, trial 2, seed 0"] == ("broken", "MemoryError: x")
     assert gaps["tuning of anil on sinusoid"][0] == "damaged"
     assert re.search(r"\| anil \| cml \| inner\\_lr = .*cml.gamma = 0.35 \| 8, 1 failed \|", report(tmp_path))
 
@@ -241,7 +265,7 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     assert pair.difference.over_seeds.half == pytest.approx(over_seeds(expected).half)
     table = tables.differences(found, found.tasks[0])
     assert table is not None
-    assert table.rows[0][5].endswith("of 2 (of 3 planned)")
+    assert table.rows[0][5].endswith("of 2 (3 planned)")
 
 
 def test_holm_covers_the_whole_table(demo: Path) -> None:
@@ -261,15 +285,46 @@ def test_the_number_of_inner_steps_can_be_chosen(demo: Path) -> None:
         analyse(demo, 3)
 
 
-def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan) -> None:
-    path = small.folder / "runs/sinusoid/anil+cml/seed-1/results.json"
-    content = json.loads(path.read_text())
-    content["steps"][-1]["scores"][2] = float("nan")
-    path.write_text(json.dumps(content))
+@pytest.mark.parametrize("how", ["training", "score"])
+@pytest.mark.parametrize("arm", ["anil", "anil+cml"])
+def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, how: str) -> None:
+    path = small.folder / f"runs/sinusoid/{arm}/seed-1"
+    if how == "training":
+        break_run(path, "diverged")
+    else:
+        content = json.loads((path / "results.json").read_text())
+        content["steps"][-1]["scores"][2] = float("nan")
+        (path / "results.json").write_text(json.dumps(content))
+
+    found = analyse(small.folder)
+
+    pair = next(each for each in found.pairs if (each.algorithm, each.augmenter) == ("anil", "cml"))
+    assert (pair.verdict, pair.difference.pairs, len(pair.difference.by_seed)) == (Verdict.NOT_TESTED, 3, 2)
+    assert re.fullmatch(r"\d of 2 \(1 diverged\)", tables.favour(pair))
     text = report(small.folder)
-    assert re.search(r"\| anil \| cml \| 3 \|.*\(1 diverged\)", text)
+    assert re.search(rf"\| anil \| {'cml' if 'cml' in arm else 'none'} \| (2 of )?3 \|.*\(1 diverged\)", text)
     assert "the mean is that of the other seeds" in text
     assert "not tested: 1 of 3 pairs diverged" in text
+
+
+def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) -> None:
+    for run in small.runs():
+        if run.arm.augmenter == "cml" or (run.arm.algorithm == "anil" and run.arm.augmenters):
+            break_run(run.path, "diverged")
+        elif run.arm.augmenters and run.seed:
+            break_run(run.path, "gone")
+
+    page = report(small.folder, "html")
+
+    text = "".join(Tags(page).text)
+    assert "No pair could be tested (3 of 3 pairs diverged, one pair of seeds)" in text
+    assert "no pair of this report could be tested" in text
+    assert "9 diverged" in text
+    assert page.count(">3 of 3 pairs diverged</text>") == 3
+    for run in small.runs():
+        if run.arm.augmenters and run.finished:
+            break_run(run.path, "diverged")
+    assert "Paired differences on" not in report(small.folder, "html")
 
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:

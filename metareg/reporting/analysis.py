@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,12 +122,12 @@ def task_interval(results: ArmResults, inner_steps: int) -> Estimate:
 
 
 def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
-    baselines = {algorithm: arm.by_seed(inner_steps) for algorithm, arm in task.baselines.items()}
+    baselines = {algorithm: arm.outcomes(inner_steps) for algorithm, arm in task.baselines.items()}
     return [
         (
             task,
             each,
-            compare(each.by_seed(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
+            compare(each.outcomes(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
         )
         for each in task.arms
         if each.arm.augmenters and each.arm.algorithm in baselines
@@ -146,5 +147,6 @@ def _headline(found: Results, wanted: int | None) -> dict[str, int]:
 
 
 def _states(found: Results) -> str:
-    counts = [(sum(gap.state == state for gap in found.gaps), state) for state in ("broken", "unfinished", "not begun")]
-    return ", ".join(f"{count} {state}" for count, state in counts if count)
+    counts = Counter(gap.state for gap in found.gaps)
+    states = ("diverged", "broken", "unfinished", "not begun")
+    return ", ".join(f"{counts[state]} {state}" for state in states if counts[state])

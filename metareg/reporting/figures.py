@@ -14,7 +14,7 @@ from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, significant
 from metareg.reporting.svg import Axis, drawing, element, marker, path, shapes, text, tooltip
-from metareg.reporting.tables import verdict_text
+from metareg.reporting.tables import favour, verdict_text
 
 __all__ = ["STYLES", "costs", "differences", "inner_steps", "key", "learning_curves"]
 
@@ -214,9 +214,9 @@ def _last(task: TaskResults, every: Sequence[_Series]) -> str:
 
 
 def differences(report: Report, task: TaskResults) -> str:
-    """The paired differences of a task with their intervals, a row for every pair; empty without one."""
+    """The paired differences of a task with their intervals, a row for every pair; empty without a difference."""
     pairs = [pair for pair in report.pairs if pair.task == task.label]
-    if not pairs:
+    if not any(pair.difference.by_seed for pair in pairs):
         return ""
     scale = Scale(task.metric, task.higher_is_better)
     left, right = _label_width([pair.augmenter for pair in pairs]), _WIDTH + 40 - _RIGHT
@@ -264,7 +264,7 @@ def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
     number, found = style(report, pair.augmenter), pair.difference
     over = found.over_seeds
     if not found.by_seed:
-        return text("no pair", x(0) + 4, y + 3.5, class_="unit")
+        return text(found.untested, x.begin + 4, y + 3.5, class_="unit")
     parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=f"seed s{number}") for value in found.by_seed]
     single = len(found.by_seed) == 1
     shown = found.over_tasks if single else over
@@ -278,7 +278,7 @@ def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
     told = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
     tip = (
         f"{pair.algorithm}, {pair.augmenter} minus none: {pair.scale.signed(over)} ({pair.scale.interval(over)}), "
-        f"{found.in_favour} of {found.pairs} seeds in favour: {verdict_text(pair)}"
+        f"seeds in favour {favour(pair)}: {verdict_text(pair)}"
     )
     parts.append(marker(shapes()[number], x(over.mean), y, f"mark s{number}{'' if told else ' hollow'}", tip))
     return "".join(parts)

@@ -72,9 +72,9 @@ def render(report: Report) -> str:
 def _summary(report: Report) -> str:
     parts = [f'<p class="lead">{escape(summary.overview(report))}</p>']
     if report.results.gaps:
-        count = len(report.results.gaps)
+        count = len({gap.path for gap in report.results.gaps})
         parts.append(
-            f'<p class="warning">{count} run{"" if count == 1 else "s"} missing, broken or damaged: '
+            f'<p class="warning">{count} run{"" if count == 1 else "s"} missing, diverged, broken or damaged: '
             '<a href="#missing">which, and why</a>.</p>'
         )
     parts.append(_verdicts(report))

@@ -25,10 +25,11 @@ def overview(report: Report) -> str:
     """What was compared, and how much of it is there."""
     found, config = report.results, report.results.plan.config
     seeds = len(config.seeds)
+    diverged = f"; {found.diverged} diverged" if found.diverged else ""
     return (
         f"{_plural(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_joined(config.augment)} on "
         f"{_plural(len(config.tasks), 'task')}, {_plural(seeds, 'seed')} each: {found.finished} of {found.planned} "
-        f"runs {'has' if found.finished == 1 else 'have'} finished."
+        f"runs {'has' if found.finished == 1 else 'have'} finished{diverged}."
     )
 
 
@@ -55,9 +56,11 @@ def caveats(report: Report) -> str:
     steps = {report.headline[pair.task] for pair in report.pairs}
     after = f"{steps.pop()} inner steps" if len(steps) == 1 else "the last number of inner steps of each task's table"
     if not report.tested:
+        reasons = dict.fromkeys(pair.difference.untested for pair in report.pairs)
         return (
-            f"The scores are those after {after}. No pair could be tested: a test needs two seeds or more that both "
-            "arms have finished. An interval over test tasks says nothing about other seeds."
+            f"The scores are those after {after}. No pair could be tested ({', '.join(reasons)}): a test needs two seeds "
+            "or more, with both arms finished and none diverged. An interval over test tasks says nothing about other "
+            "seeds."
         )
     return (
         f"The scores are those after {after}. Better and worse are what a paired t test over seeds shows at the 5 % "

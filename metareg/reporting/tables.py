@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metareg.comparison.results import ArmResults, TaskResults
+from metareg.comparison.results import ArmResults, Gap, TaskResults
 from metareg.comparison.statistics import ALPHA, Verdict
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
-__all__ = ["Table", "costs", "differences", "environment", "gaps", "overview", "results", "settings", "verdict_text"]
+__all__ = [
+    "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "verdict_text",
+]  # fmt: skip
 
 _LONGEST_REASON = 400
 
@@ -69,7 +71,10 @@ def results(report: Report, task: TaskResults) -> Table:
             "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
         )
     if any("diverged" in cell for row in rows for cell in row):
-        note += " A seed has diverged where one of its scores is not finite; the mean is that of the other seeds."
+        note += (
+            " A seed has diverged where its training did or one of its scores is not finite; the mean is that of the "
+            "other seeds."
+        )
     norms = [norm for norm in task.norms if norm != "none"]
     note += f" BatchNorm: {', '.join(norms)}." if norms else ""
     return Table(task.label, columns, rows, note)
@@ -88,7 +93,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
             scale.signed(pair.difference.over_seeds),
             scale.interval(pair.difference.over_seeds),
             scale.interval(pair.difference.over_tasks),
-            _favour(pair),
+            favour(pair),
             p_value(pair.difference.p),
             p_value(pair.corrected),
             verdict_text(pair),
@@ -103,7 +108,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
         "t): over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test "
-        f"over seeds; Holm's correction covers {_tested(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
+        f"over seeds; {_corrected(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
         "difference shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
@@ -218,18 +223,30 @@ def environment(report: Report) -> Table:
 
 
 def gaps(report: Report) -> Table | None:
-    """What is missing; None where nothing is."""
-    if not report.results.gaps:
+    """What is missing, a row for the seeds of an arm that share the reason; None where nothing is."""
+    alike: dict[tuple[str, str, str], list[Gap]] = {}
+    for gap in report.results.gaps:
+        alike.setdefault((gap.what, gap.state, gap.reason), []).append(gap)
+    if not alike:
         return None
-    rows = [[gap.run, gap.state, _shortened(gap.reason), str(gap.path)] for gap in report.results.gaps]
+    rows = [
+        [
+            what,
+            ", ".join(gap.seed for gap in found if gap.seed) or MISSING,
+            state,
+            _shortened(reason),
+            str(found[0].path if len(found) == 1 else found[0].path.parent),
+        ]
+        for (what, state, reason), found in alike.items()
+    ]
     return Table(
         "Missing and broken runs",
-        ["run", "state", "why", "folder"],
+        ["runs", "seeds", "state", "why", "folder"],
         rows,
-        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. A "
-        "damaged run counts, but for the file that is named.",
+        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. One "
+        "that diverged takes the verdict from its pair. A damaged run counts, but for the file that is named.",
         headers=1,
-        texts=(1, 2, 3),
+        texts=(1, 2, 3, 4),
     )
 
 
@@ -240,29 +257,29 @@ def verdict_text(pair: Pair) -> str:
     return pair.verdict.value
 
 
-def _tested(report: Report) -> str:
-    return (
-        "the one tested comparison of this report"
-        if report.tested == 1
-        else (f"all {report.tested} tested comparisons of this report")
-    )
+def favour(pair: Pair) -> str:
+    """How many seeds are in favour of an augmenter, of how many that say anything, and what became of the others."""
+    found = pair.difference
+    others = [f"{found.diverged} diverged"] if found.diverged else []
+    others += [f"{pair.planned} planned"] if found.pairs < pair.planned else []
+    count = f"{found.in_favour} of {len(found.by_seed)}" if found.by_seed else MISSING
+    return f"{count} ({', '.join(others)})" if others else count
+
+
+def _corrected(report: Report) -> str:
+    if not report.tested:
+        return "no pair of this report could be tested"
+    which = f"all {report.tested} tested comparisons" if report.tested > 1 else "the one tested comparison"
+    return f"Holm's correction covers {which} of this report"
 
 
 def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool) -> str:
-    scores = results.by_seed(inner_steps)
+    scores = results.outcomes(inner_steps)
     diverged = sum(not math.isfinite(each.mean()) for each in scores.values())
     if scores and diverged == len(scores):
         return "diverged"
     text = scale.estimate((task_interval if of_tasks else seed_interval)(results, inner_steps))
     return f"{text} ({diverged} diverged)" if diverged else text
-
-
-def _favour(pair: Pair) -> str:
-    found = pair.difference
-    if not found.pairs:
-        return f"0 of {pair.planned} there"
-    missing = "" if found.pairs == pair.planned else f" (of {pair.planned} planned)"
-    return f"{found.in_favour} of {found.pairs}{missing}"
 
 
 def _count(finished: int, planned: int) -> str:
