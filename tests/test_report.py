@@ -26,7 +26,7 @@ from comparisons import DEMO, INNER_STEPS, write_comparison, write_run
 from metareg import UsageError, cli
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.results import command_of, read
-from metareg.comparison.statistics import Verdict, over_seeds
+from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.options import assemble
 from metareg.reporting import FORMATS, report, tables
 from metareg.reporting.analysis import analyse
@@ -329,6 +329,12 @@ def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) ->
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     write_comparison(tmp_path, SMALL | {"seeds": [3]}, tasks=50)
+    found = analyse(tmp_path)
+    over_tasks = found.pairs[0].scale.interval(found.pairs[0].difference.over_tasks)
+    assert tables.overview(found, found.tasks[0]).rows[1][3] == over_tasks
+    page = report(tmp_path, "html")
+    assert page.count(f"({over_tasks} over test tasks, one seed)") == 2  # in the mark's tooltip and the figure's label
+    assert "(–" not in page
     text = report(tmp_path)
     assert "nothing here says what another seed would give" in text
     assert "not tested: one pair of seeds" in text
@@ -353,16 +359,16 @@ def test_without_a_baseline_there_is_no_difference(tmp_path: Path) -> None:
         (0.8126, 0.0123, "81.3 ± 1.2", "0.813 ± 0.012"),
         (0.10712, 0.0133, "10.7 ± 1.3", "0.107 ± 0.013"),
         (2.8366, 0.2181, "283.7 ± 21.8", "2.84 ± 0.22"),
-        (0.10712, 0.0004, "10.7 ± 0.0", "0.107 ± 0.0004"),
+        (0.10712, 0.0004, "10.71 ± 0.04", "0.1071 ± 0.0004"),
+        (1.2203, 0.0031, "122.0 ± 0.3", "1.220 ± 0.003"),
         (0.9996, 0.0, "100.0 ± 0.0", "1.00 ± 0.00"),
-        (1e-5, 2e-6, "0.0 ± 0.0", "1.00e−05 ± 2.00e−06"),
+        (1e-5, 2e-5, "0.001 ± 0.002", "1.00e−05 ± 2.00e−05"),
+        (5.0, 2e-6, "500.000 ± 0.000", "5.00 ± 2.00e−06"),
         (float("nan"), float("nan"), "–", "–"),
         (0.5, float("nan"), "50.0", "0.500"),
     ],
 )
 def test_numbers(mean: float, half: float, accuracy: str, mse: str) -> None:
-    from metareg.comparison.statistics import Estimate
-
     found = Estimate(mean, half, 5)
     assert Scale("accuracy", True).estimate(found) == accuracy
     assert Scale("mse", False).estimate(found) == mse
@@ -373,7 +379,26 @@ def test_signed_numbers() -> None:
     assert Scale("mse", False).signed(found) == "−0.0213"
     assert Scale("mse", False).interval(found) == "−0.0432 to +0.0006"
     assert Scale("accuracy", True).signed(over_seeds([0.012, 0.012])) == "+1.2"
-    assert Scale("accuracy", True).signed(over_seeds([-0.0001, 0.0])) == "0.0"
+    assert Scale("accuracy", True).signed(over_seeds([0.0, 0.0])) == "0.0"
+    assert Scale("accuracy", True).signed(Estimate(0.012, 0.012 - 1e-18, 5)) == "+1.2"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "accuracy", "mse"),
+    [
+        (0.0003, 0.0123, "+0.03 to +1.23", "+0.0003 to +0.0123"),
+        (-0.0123, -0.00001, "−1.230 to −0.001", "−0.01230 to −0.00001"),
+        (0.00021, 0.00036, "+0.02 to +0.04", "+0.000210 to +0.000360"),
+        (-0.3, 0.0006, "−30.0 to +0.1", "−0.300 to +0.001"),
+    ],
+)
+def test_rounding_does_not_hide_the_sign(low: float, high: float, accuracy: str, mse: str) -> None:
+    found = Estimate((low + high) / 2, (high - low) / 2, 5)
+    assert Scale("accuracy", True).interval(found) == accuracy
+    assert Scale("mse", False).interval(found) == mse
+
+
+def test_p_values_are_cut_not_rounded() -> None:
     assert [p_value(p) for p in (0.04999, 0.05, 0.0009, float("nan"))] == ["0.049", "0.050", "< 0.001", "–"]
 
 

@@ -40,6 +40,16 @@ class Pair:
     """The p value after Holm's correction."""
     verdict: Verdict
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one difference alone, which has no interval over seeds."""
+        return len(self.difference.by_seed) == 1
+
+    @property
+    def estimate(self) -> Estimate:
+        """The difference with its interval over seeds; of a single one, with that over test tasks."""
+        return self.difference.over_tasks if self.single else self.difference.over_seeds
+
 
 @dataclass(frozen=True, eq=False)
 class Report:

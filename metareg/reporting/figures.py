@@ -237,11 +237,7 @@ def differences(report: Report, task: TaskResults) -> str:
         text(words, better[0], height + 30, text_anchor=better[1], class_="better"),
         text(unit, other[0], height + 30, text_anchor=other[1], class_="unit"),
     ]
-    told = "; ".join(
-        f"{pair.algorithm} {pair.augmenter} {scale.signed(pair.difference.over_seeds)} "
-        f"({scale.interval(pair.difference.over_seeds)}), {verdict_text(pair)}"
-        for pair in pairs
-    )
+    told = "; ".join(f"{pair.algorithm} {pair.augmenter} {_told(pair)}, {verdict_text(pair)}" for pair in pairs)
     label = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}: {told}."
     return drawing(_WIDTH + 40, height + 36, [*grid, *parts, *labels], label)
 
@@ -252,8 +248,7 @@ def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
     low, high = min(every), max(every)
     room = (high - low) or 1e-9
     for pair in pairs:
-        over = pair.difference.over_seeds
-        over = pair.difference.over_tasks if len(pair.difference.by_seed) == 1 else over
+        over = pair.estimate
         if math.isfinite(over.half):
             low, high = min(low, max(over.low, min(every) - room)), max(high, min(over.high, max(every) + room))
     margin = 0.05 * (high - low) or 1e-9
@@ -261,27 +256,32 @@ def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
 
 
 def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
-    number, found = style(report, pair.augmenter), pair.difference
-    over = found.over_seeds
+    number, found, shown = style(report, pair.augmenter), pair.difference, pair.estimate
     if not found.by_seed:
         return text(found.untested, x.begin + 4, y + 3.5, class_="unit")
     parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=f"seed s{number}") for value in found.by_seed]
-    single = len(found.by_seed) == 1
-    shown = found.over_tasks if single else over
     if math.isfinite(shown.half):
         ends = [min(max(end, x.low), x.high) for end in (shown.low, shown.high)]
-        parts.append(path([(x(end), y) for end in ends], f"whisker{' of-tasks' if single else ''} s{number}"))
+        parts.append(path([(x(end), y) for end in ends], f"whisker{' of-tasks' if pair.single else ''} s{number}"))
         for end, clipped, arrow in zip((shown.low, shown.high), ends, (_BACKWARD, _FORWARD), strict=True):
             if end != clipped:
                 place = f"translate({x(clipped):.1f},{y:.1f})"
                 parts.append(element("path", d=arrow, class_=f"mark s{number}", transform=place))
     told = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
     tip = (
-        f"{pair.algorithm}, {pair.augmenter} minus none: {pair.scale.signed(over)} ({pair.scale.interval(over)}), "
-        f"seeds in favour {favour(pair)}: {verdict_text(pair)}"
+        f"{pair.algorithm}, {pair.augmenter} minus none: {_told(pair)}, seeds in favour {favour(pair)}: "
+        f"{verdict_text(pair)}"
     )
-    parts.append(marker(shapes()[number], x(over.mean), y, f"mark s{number}{'' if told else ' hollow'}", tip))
+    parts.append(marker(shapes()[number], x(shown.mean), y, f"mark s{number}{'' if told else ' hollow'}", tip))
     return "".join(parts)
+
+
+def _told(pair: Pair) -> str:
+    """A difference with its interval in words."""
+    if not pair.difference.by_seed:
+        return MISSING
+    over = " over test tasks, one seed" if pair.single else ""
+    return f"{pair.scale.signed(pair.estimate)} ({pair.scale.interval(pair.estimate)}{over})"
 
 
 def costs(report: Report, task: TaskResults) -> list[str]:

@@ -130,7 +130,11 @@ def overview(report: Report, task: TaskResults) -> Table:
                 *(
                     [""] * 3
                     if pair is None
-                    else [scale.interval(pair.difference.over_seeds), p_value(pair.corrected), verdict_text(pair)]
+                    else [
+                        scale.interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds),
+                        p_value(pair.corrected),
+                        verdict_text(pair),
+                    ]
                 ),
             ]
         )
