@@ -131,7 +131,7 @@ ERRORS = {
 
 def break_run(path: Path, how: str) -> None:
     if how in ERRORS:
-        (path / "results.json").unlink()
+        (path / "results.json").unlink(missing_ok=True)
         (path / "error.txt").write_text(ERRORS[how].format(folder=path))
     elif how == "unfinished":
         (path / "results.json").unlink()
@@ -266,6 +266,31 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     table = tables.differences(found, found.tasks[0])
     assert table is not None
     assert table.rows[0][5].endswith("of 2 (3 planned)")
+    # What is not finished does not read as final.
+    assert table.rows[0][8] == f"{pair.verdict.value} (2 of 3 seeds)"
+    assert table.rows[2][8] == found.pairs[2].verdict.value
+    page = report(small.folder, "html")
+    assert page.count('<span class="by ends">2 of 3 seeds</span>') == 2
+    assert "The comparison is not finished" in page
+    assert "The scores are those after 1 inner step." in report(small.folder, inner_steps=1)
+    break_run(small.folder / "runs/sinusoid/maml/seed-0", "diverged")
+    assert "The comparison is not finished" not in report(small.folder, "html")
+
+
+def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path, SMALL | {"tasks": ["sinusoid", "harmonic"]}, tasks=7)
+    for run in plan.runs():
+        if run.arm.task == "harmonic":
+            write_run(run, tasks=7, steps=(0, 5))
+
+    found = analyse(tmp_path, 1)
+
+    assert found.headline == {"sinusoid": 1, "harmonic": 5}
+    assert {pair.difference.pairs for pair in found.pairs} == {3}
+    assert (
+        "The scores are those after 1 inner step on sinusoid; 5 inner steps on harmonic. There are no results after "
+        "1 inner step on harmonic."
+    ) in report(tmp_path, inner_steps=1)
 
 
 def test_holm_covers_the_whole_table(demo: Path) -> None:
@@ -304,7 +329,8 @@ def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, h
     text = report(small.folder)
     assert re.search(rf"\| anil \| {'cml' if 'cml' in arm else 'none'} \| (2 of )?3 \|.*\(1 diverged\)", text)
     assert "the mean is that of the other seeds" in text
-    assert "not tested: 1 of 3 pairs diverged" in text
+    assert "not tested (1 of 3 pairs diverged)" in text
+    assert '<span class="by ends">1 of 3 pairs diverged</span>' in report(small.folder, "html")
 
 
 def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) -> None:
@@ -337,7 +363,7 @@ def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     assert "(–" not in page
     text = report(tmp_path)
     assert "nothing here says what another seed would give" in text
-    assert "not tested: one pair of seeds" in text
+    assert "not tested (one pair of seeds)" in text
     assert "better" not in text.partition("## Results")[0].replace("better and worse", "")
 
 

@@ -159,6 +159,11 @@ class Results:
         return sum(len(each.diverged) for task in self.tasks for each in task.arms)
 
     @property
+    def missing(self) -> int:
+        """How many have neither finished nor diverged, and may still do."""
+        return self.planned - self.finished - self.diverged
+
+    @property
     def planned(self) -> int:
         """How many the comparison asks for."""
         return len(self.plan.arms) * len(self.plan.config.seeds)

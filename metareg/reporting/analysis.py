@@ -56,6 +56,8 @@ class Report:
     """A comparison with its statistics."""
 
     results: Results
+    inner_steps: int | None
+    """The number of inner steps that was asked for."""
     headline: Mapping[str, int]
     """For each task with results, the number of inner steps that pairs are compared after."""
     pairs: Sequence[Pair]
@@ -88,8 +90,8 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
 
     Args:
         folder: the comparison's.
-        inner_steps: compare after so many inner steps; by default after the last number that all arms of a task were
-            tested after.
+        inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
+            after the last number that all its arms were tested after.
 
     Raises:
         UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
@@ -104,6 +106,7 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
     corrected = holm([difference.p for *_, difference in pairs])
     return Report(
         found,
+        inner_steps,
         headline,
         [
             Pair(
@@ -146,14 +149,15 @@ def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmRe
 
 def _headline(found: Results, wanted: int | None) -> dict[str, int]:
     tasks = [task for task in found.tasks if task.inner_steps]
-    if wanted is None:
-        # Arms that share no number have none to be compared after; their means are still worth a table.
-        return {task.label: (task.shared_inner_steps or task.inner_steps)[-1] for task in tasks}
     known = sorted({number for task in tasks for number in task.inner_steps})
-    if wanted not in known:
+    if wanted is not None and wanted not in known:
         numbers = ", ".join(map(str, known))
         raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
-    return {task.label: wanted for task in tasks}
+    return {
+        # Arms that share no number have none to be compared after; their means are still worth a table.
+        task.label: wanted if wanted in task.inner_steps else (task.shared_inner_steps or task.inner_steps)[-1]
+        for task in tasks
+    }
 
 
 def _states(found: Results) -> str:

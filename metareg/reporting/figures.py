@@ -14,7 +14,7 @@ from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, significant
 from metareg.reporting.svg import Axis, drawing, element, marker, path, shapes, text, tooltip
-from metareg.reporting.tables import favour, verdict_text
+from metareg.reporting.tables import favour, steps, verdict_text
 
 __all__ = ["STYLES", "costs", "differences", "inner_steps", "key", "learning_curves"]
 
@@ -78,9 +78,7 @@ def inner_steps(report: Report, task: TaskResults) -> list[str]:
         for number in each.inner_steps:
             found = (task_interval if single else seed_interval)(each, number)
             if math.isfinite(found.mean):
-                yield _Point(
-                    task.inner_steps.index(number), found, f"after {number} inner steps: {scale.estimate(found)}"
-                )
+                yield _Point(task.inner_steps.index(number), found, f"after {steps(number)}: {scale.estimate(found)}")
 
     return _panels(report, task, points, _steps_panel)
 

@@ -13,11 +13,10 @@ from metareg._version import __version__
 from metareg.comparison.statistics import Verdict
 from metareg.reporting import figures, summary, tables
 from metareg.reporting.analysis import Pair, Report
-from metareg.reporting.tables import Table, verdict_text
+from metareg.reporting.tables import Table, verdict_note
 
 __all__ = ["render"]
 
-_WORDS = {each.value: f'<b class="{each.value}">{each.value}</b>' for each in (Verdict.BETTER, Verdict.WORSE)}
 _SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
 
 # Text, links and code. No headings, which would disturb the page's own; no HTML; no pictures, which would be fetched.
@@ -104,22 +103,28 @@ def _verdicts(report: Report) -> str:
         f'<thead><tr><th scope="col">algorithm</th>{head}</tr></thead>{body}</table>'
     )
     note = (
-        "Each augmenter against none: the mean paired difference; in brackets its 95 % interval over two or more seeds."
+        "Each augmenter against none: the mean paired difference; in brackets its 95 % interval over two or more seeds, "
+        "each by itself."
     )
     return f'{_box(table, "Verdicts")}<p class="note">{note}</p>'
 
 
 def _verdict_cell(pair: Pair) -> str:
     over_seeds = pair.difference.over_seeds
-    by = pair.scale.signed(over_seeds) + (" points" if pair.scale.percent else "")
-    ends = f' <span class="ends">({pair.scale.interval(over_seeds)})</span>' if over_seeds.count > 1 else ""
-    return f'{_chip(pair.verdict, verdict_text(pair))}<span class="by">{by}{ends}</span>'
+    lines = []
+    if over_seeds.count:
+        by = pair.scale.signed(over_seeds) + (" points" if pair.scale.percent else "")
+        ends = f' <span class="ends">({pair.scale.interval(over_seeds)})</span>' if over_seeds.count > 1 else ""
+        lines.append(f'<span class="by">{by}{ends}</span>')
+    note = verdict_note(pair)
+    if note:
+        lines.append(f'<span class="by ends">{escape(note)}</span>')
+    return _chip(pair.verdict) + "".join(lines)
 
 
-def _chip(verdict: Verdict, title: str = "") -> str:
+def _chip(verdict: Verdict) -> str:
     name = verdict.name.lower().replace("_", "-")
-    hint = f' title="{escape(title)}"' if title not in ("", verdict.value) else ""
-    return f'<span class="chip {name}"{hint}><span aria-hidden="true">{_SIGNS[verdict]}</span> {verdict.value}</span>'
+    return f'<span class="chip {name}"><span aria-hidden="true">{_SIGNS[verdict]}</span> {verdict.value}</span>'
 
 
 def _differences(report: Report) -> str:
@@ -194,7 +199,7 @@ def _table(table: Table) -> str:
     for row in table.rows:
         new_group = table.headers > 1 and before not in (None, row[0])
         before = row[0]
-        cells = "".join(f"<td{kinds[place]}>{_WORDS.get(row[place], escape(row[place]))}</td>" for place in places)
+        cells = "".join(f"<td{kinds[place]}>{_words(row[place])}</td>" for place in places)
         name = f'<th scope="row">{_names(row[: table.headers])}</th>'
         rows.append(f"<tr{' class=next' if new_group else ''}>{name}{cells}</tr>")
     corner = f'<th scope="col">{_names(table.columns[: table.headers])}</th>'
@@ -202,6 +207,12 @@ def _table(table: Table) -> str:
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = f"<thead><tr>{corner}{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
     return _box(f'<table><caption class="unseen">{escape(table.title)}</caption>{body}</table>', table.title) + note
+
+
+def _words(text: str) -> str:
+    """A cell's text, with better and worse in their colours."""
+    words = f"{Verdict.BETTER.value}|{Verdict.WORSE.value}"
+    return re.sub(rf"^({words})(?= \(|$)", r'<b class="\1">\1</b>', escape(text))
 
 
 def _names(names: Sequence[str]) -> str:

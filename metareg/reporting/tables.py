@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
-from metareg.comparison.statistics import ALPHA, Verdict
+from metareg.comparison.statistics import ALPHA
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
 __all__ = [
-    "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "verdict_text",
+    "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
+    "verdict_note", "verdict_text",
 ]  # fmt: skip
 
 _LONGEST_REASON = 400
@@ -57,7 +58,7 @@ def results(report: Report, task: TaskResults) -> Table:
         ]
         for each in task.arms
     ]
-    columns = ["algorithm", "augmenter", "seeds", *map(_steps, task.inner_steps)]
+    columns = ["algorithm", "augmenter", "seeds", *map(steps, task.inner_steps)]
     note = f"{_capital(scale.heading)} on the test tasks after so many inner steps, {scale.better}. "
     if of_tasks:
         note += (
@@ -65,7 +66,7 @@ def results(report: Report, task: TaskResults) -> Table:
             "nothing here says what another seed would give."
         )
     else:
-        columns.append(f"± over tasks, {_steps(headline)}")
+        columns.append(f"± over tasks, {steps(headline)}")
         note += (
             "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval "
             "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
@@ -85,7 +86,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
     pairs = [pair for pair in report.pairs if pair.task == task.label]
     if not pairs:
         return None
-    scale, steps = Scale(task.metric, task.higher_is_better), _steps(report.headline[task.label])
+    scale, after = Scale(task.metric, task.higher_is_better), steps(report.headline[task.label])
     rows = [
         [
             pair.algorithm,
@@ -104,7 +105,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
         "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
         "p (Holm)", "in words",
     ]  # fmt: skip
-    note = f"Augmenter minus none after {steps} in {scale.difference}; {scale.better}."
+    note = f"Augmenter minus none after {after} in {scale.difference}; {scale.better}."
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
         "t): over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test "
@@ -141,7 +142,7 @@ def overview(report: Report, task: TaskResults) -> Table:
     seeds = "tasks (one seed)" if of_tasks else "seeds"
     return Table(
         task.label,
-        ["algorithm", "augmenter", f"{scale.heading} ({_steps(headline)})", "minus none", "p (Holm)", "in words"],
+        ["algorithm", "augmenter", f"{scale.heading} ({steps(headline)})", "minus none", "p (Holm)", "in words"],
         rows,
         f"± and intervals are 95 % over {seeds}; {scale.better}.",
         texts=(5,),
@@ -255,10 +256,20 @@ def gaps(report: Report) -> Table | None:
 
 
 def verdict_text(pair: Pair) -> str:
-    """The words for a pair, with the reason where it was not tested."""
-    if pair.verdict is Verdict.NOT_TESTED:
-        return f"{pair.verdict.value}: {pair.difference.untested}"
-    return pair.verdict.value
+    """The words for a pair, with what is to be known of them."""
+    note = verdict_note(pair)
+    return f"{pair.verdict.value} ({note})" if note else pair.verdict.value
+
+
+def verdict_note(pair: Pair) -> str:
+    """Why a pair was not tested, or that seeds are missing; empty where the words are final."""
+    missing = f"{pair.difference.pairs} of {pair.planned} seeds" if pair.difference.pairs < pair.planned else ""
+    return pair.difference.untested or missing
+
+
+def steps(number: int) -> str:
+    """A number of steps."""
+    return "1 step" if number == 1 else f"{number} steps"
 
 
 def favour(pair: Pair) -> str:
@@ -288,10 +299,6 @@ def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool
 
 def _count(finished: int, planned: int) -> str:
     return str(finished) if finished == planned else f"{finished} of {planned}"
-
-
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
 
 
 def _setting(value: object) -> str:
