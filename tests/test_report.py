@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import json
 import re
 import shlex
@@ -569,6 +570,80 @@ def test_the_page_has_everything(demo: Path) -> None:
     ):
         assert words in text
     assert '<section id="missing"' not in page
+
+
+def drawn(page: str, section: str) -> list[str]:
+    """The drawings of a section."""
+    content = page.partition(f'<section id="{section}"')[2].partition("</section>")[0]
+    return re.findall('<svg [^>]*role="img".*?</svg>', content)
+
+
+def test_an_interval_that_goes_on_beyond_its_axis_has_an_arrow(small: Plan) -> None:
+    path = small.folder / "runs/sinusoid/maml+cml/seed-0"
+    content = json.loads((path / "results.json").read_text())
+    for step in content["steps"]:
+        step["scores"] = [30 * score for score in step["scores"]]
+    (path / "results.json").write_text(json.dumps(content))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"mse": 30 * line["mse"]} for line in lines]
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    page = report(small.folder, "html")
+
+    up, down = "M-3.5,0L0,-5L3.5,0z", "M-3.5,0L0,5L3.5,0z"
+    for section in ("inner-steps", "curves"):
+        maml, anil = drawn(page, section)
+        assert (up in maml, down in maml, up in anil) == (True, True, False)
+        assert maml.count(">mse, log scale</text>") == maml.partition(">")[0].count(", log scale.") == 1
+    # One arrow for a stretch of a band, however many validations there are in it.
+    assert drawn(page, "curves")[0].count(up) == 1
+
+
+def test_what_is_tested_or_validated_once_is_no_line(small: Plan) -> None:
+    for run in small.runs():
+        write_run(run, tasks=7, steps=(1,))
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        (run.path / "metrics.jsonl").write_text(next(line for line in lines if "validation" in line))
+    page = report(small.folder, "html")
+    assert not re.search('id="(inner-steps|curves)"', page)
+
+
+def test_many_augmenters_can_be_told_apart(tmp_path: Path) -> None:
+    names = ["none", *("+".join(["gradient-noise"] * n + ["cml"] * m) for n in range(1, 7) for m in range(6))]
+    write_comparison(tmp_path, SMALL | {"augment": names, "seeds": [0]}, tasks=3)
+    page = report(tmp_path, "html")
+    keys = re.findall(
+        '<svg [^>]*class="key".*?</svg>', page.partition('id="inner-steps"')[2].partition("</section>")[0]
+    )
+    assert len(keys) == len(set(keys)) == 37
+    # Marks of one number of inner steps stay on its side of the next one's.
+    places = [float(x) for x in re.findall(r'translate\(([\d.]+),[\d.]+\)"><path d="M', drawn(page, "inner-steps")[0])]
+    by_number = [sorted(places[start :: len(INNER_STEPS)]) for start in range(len(INNER_STEPS))]
+    assert all(before[-1] < after[0] for before, after in itertools.pairwise(by_number))
+    rows = re.findall(r">(gradient-noi[^<]*)</text>", drawn(page, "differences")[0])
+    assert len(set(rows[6:10])) == 4  # chains that begin alike
+
+
+def test_every_figure_says_what_its_intervals_are_over(tmp_path: Path) -> None:
+    write_comparison(tmp_path, SMALL | {"tasks": ["sinusoid", "harmonic"]}, tasks=7)
+    for path in tmp_path.glob("runs/harmonic/*/seed-[15]"):
+        shutil.rmtree(path)
+    text = report(tmp_path, "html").partition('<section id="inner-steps"')[2]
+    assert "<h3>sinusoid (± over seeds)</h3>" in text
+    assert "<h3>harmonic (± over test tasks, one seed)</h3>" in text
+
+
+def test_memory_is_the_least_and_times_are_paired(small: Plan) -> None:
+    for number, (arm, speeds) in enumerate((("maml", (100, 50, 200)), ("maml+cml", (80, 50, 100)))):
+        for seed, speed in zip((0, 1, 5), speeds, strict=True):
+            line = {"steps_per_second": speed, "peak_bytes": (400 + 100 * number + 10 * seed) * 2**20}
+            (small.folder / f"runs/sinusoid/{arm}/seed-{seed}/timing.jsonl").write_text(json.dumps(line))
+
+    rows = tables.costs(analyse(small.folder).results.tasks[0]).rows
+
+    assert list(rows[0][2:]) == ["11.7", "5.00 to 20.0", "1.00", "400"]
+    assert list(rows[1][2:]) == ["14.2", "10.0 to 20.0", "1.00 to 2.00", "500"]
+    assert "maml+cml: 500 peak memory in MiB<" in report(small.folder, "html")
 
 
 def test_labels_and_notes_cannot_add_markup(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class ArmResults:
     seconds_per_step: Array
     """``[seeds]``: each run's median over its reports; NaN where it has none."""
     peak_bytes: Array
-    """``[seeds]``: the most memory; NaN where it is not known."""
+    """``[seeds]``: the most memory that each run took; NaN where it is not known."""
     planned: int
     """How many seeds the comparison asks for."""
     chosen: Chosen | None
@@ -131,6 +131,11 @@ class TaskResults:
         """Those after which every arm with a finished run was tested, ascending."""
         tested = [set(each.inner_steps) for each in self.arms if each.seeds]
         return tuple(sorted(set.intersection(*tested))) if tested else ()
+
+    @property
+    def single(self) -> bool:
+        """Whether no arm has more than one seed, so that there are no intervals over seeds."""
+        return all(len(each.seeds) <= 1 for each in self.arms)
 
     @property
     def baselines(self) -> dict[str, ArmResults]:

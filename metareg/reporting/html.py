@@ -140,23 +140,34 @@ def _differences(report: Report) -> str:
 
 
 def _inner_steps(report: Report) -> str:
-    single = all(len(each.seeds) <= 1 for task in report.tasks for each in task.arms)
     caption = (
-        f"The metric on test tasks, with 95 % intervals over {'test tasks' if single else 'seeds'}. Numbers of inner "
-        "steps are evenly spaced."
+        "The metric on test tasks. Bars: 95 % intervals, with an arrow where they go on. Numbers of inner steps are evenly "
+        "spaced."
     )
-    groups = [(task.label, figures.inner_steps(report, task)) for task in report.tasks]
+    groups = [
+        (
+            f"{task.label} (± over {'test tasks, one seed' if task.single else 'seeds'})",
+            figures.inner_steps(report, task),
+        )
+        for task in report.tasks
+    ]
     return _figure(report, groups, caption, report.augmenters)
 
 
 def _curves(report: Report) -> str:
-    caption = "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band."
+    caption = (
+        "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band, with an arrow where it "
+        "goes on."
+    )
     groups = [(task.label, figures.learning_curves(report, task)) for task in report.tasks]
     return _figure(report, groups, caption, report.augmenters)
 
 
 def _costs(report: Report) -> str:
-    caption = "Bars: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds."
+    caption = (
+        "Bars of time: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds. "
+        f"{tables.MEMORY}"
+    )
     groups = [(task.label, figures.costs(report, task)) for task in report.tasks]
     figure = _figure(report, groups, caption, [])
     return figure + _tables([tables.costs(task) for task in report.tasks]) if figure else ""

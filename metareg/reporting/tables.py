@@ -14,9 +14,16 @@ from metareg.reporting.analysis import Pair, Report, seed_interval, task_interva
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
 __all__ = [
+    "MEMORY",
     "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
     "verdict_note", "verdict_text",
 ]  # fmt: skip
+
+MEMORY = (
+    "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole process, "
+    "with what earlier runs in it left."
+)
+"""What the memory of an arm is."""
 
 _LONGEST_REASON = 400
 
@@ -46,8 +53,7 @@ class Table:
 
 def results(report: Report, task: TaskResults) -> Table:
     """The means of every arm of a task, after each number of inner steps."""
-    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
-    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
+    scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     rows = [
         [
             each.arm.algorithm,
@@ -117,9 +123,8 @@ def differences(report: Report, task: TaskResults) -> Table | None:
 
 def overview(report: Report, task: TaskResults) -> Table:
     """The means and the differences to none of a task in few columns, for a terminal."""
-    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
+    scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     pairs = {(pair.algorithm, pair.augmenter): pair for pair in report.pairs if pair.task == task.label}
-    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
     rows = []
     for each in task.arms:
         pair = pairs.get((each.arm.algorithm, each.arm.augmenter))
@@ -153,19 +158,15 @@ def costs(task: TaskResults) -> Table:
     """Time and memory of every arm of a task."""
     rows = []
     for each in task.arms:
-        seconds, peak = _finite(each.seconds_per_step), _finite(each.peak_bytes)
-        baseline = task.baselines.get(each.arm.algorithm)
-        of_none = _finite(baseline.seconds_per_step) if baseline else np.array([])
+        milliseconds, peak = 1000 * _finite(each.seconds_per_step), _finite(each.peak_bytes)
         rows.append(
             [
                 each.arm.algorithm,
                 each.arm.augmenter,
-                significant(1000 * seconds.mean()) if seconds.size else MISSING,
-                f"{significant(1000 * seconds.min())} to {significant(1000 * seconds.max())}"
-                if seconds.size
-                else MISSING,
-                f"{seconds.mean() / of_none.mean():.2f}" if seconds.size and of_none.size else MISSING,
-                f"{peak.max() / 2**20:.0f}" if peak.size else MISSING,
+                significant(milliseconds.mean()) if milliseconds.size else MISSING,
+                _range([significant(value) for value in np.sort(milliseconds)]),
+                _range([f"{ratio:.2f}" for ratio in np.sort(_times_none(task, each))]),
+                f"{peak.min() / 2**20:.0f}" if peak.size else MISSING,
             ]
         )
     return Table(
@@ -174,9 +175,9 @@ def costs(task: TaskResults) -> Table:
         rows,
         "",
         "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
-        "its ratio to the same algorithm without an augmenter. "
-        "Memory is the most that a run took: on a GPU its tensors, otherwise the whole process. Runs that shared the "
-        "machine slowed each other down.",
+        "the range, from seed to seed, of its ratio to the same algorithm and seed without an augmenter. Runs that shared "
+        "the machine slowed each other down: where the range is wide, that is what it shows. "
+        f"{MEMORY}",
     )
 
 
@@ -295,6 +296,19 @@ def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool
         return "diverged"
     text = scale.estimate((task_interval if of_tasks else seed_interval)(results, inner_steps))
     return f"{text} ({diverged} diverged)" if diverged else text
+
+
+def _times_none(task: TaskResults, results: ArmResults) -> np.ndarray:
+    """For each seed of an arm that ran without an augmenter too, the ratio of the times per step."""
+    baseline = task.baselines.get(results.arm.algorithm)
+    of_none = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
+    times = zip(results.seeds, results.seconds_per_step, strict=True)
+    return _finite(np.array([seconds / of_none[seed] for seed, seconds in times if seed in of_none]))
+
+
+def _range(ascending: Sequence[str]) -> str:
+    """The ends of a range; once where they are written alike."""
+    return " to ".join(dict.fromkeys([ascending[0], ascending[-1]])) if ascending else MISSING
 
 
 def _count(finished: int, planned: int) -> str:
