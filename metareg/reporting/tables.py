@@ -114,8 +114,8 @@ def differences(report: Report, task: TaskResults) -> Table | None:
     note = f"Augmenter minus none after {after} in {scale.difference}; {scale.better}."
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
-        "t): over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test "
-        f"over seeds; {_corrected(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
+        "t): over seeds, or where it says so over test tasks with these trained models given. p is that of the two-sided "
+        f"paired t test over seeds; {_corrected(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
         "difference shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
