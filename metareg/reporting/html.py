@@ -103,7 +103,7 @@ def _verdicts(report: Report) -> str:
         for name in down:
             found = [cells.get((task, other, name) if transposed else (task, name, other)) for other in across]
             row = "".join("<td></td>" if pair is None else f"<td>{_verdict_cell(pair)}</td>" for pair in found)
-            body += f'<tr><th scope="row">{escape(name)}</th>{row}</tr>'
+            body += f'<tr><th scope="row">{_name(name)}</th>{row}</tr>'
         body += "</tbody>"
     table = (
         '<table class="verdicts"><caption class="unseen">Each augmenter against none</caption>'
@@ -239,7 +239,12 @@ def _words(text: str) -> str:
 
 
 def _names(names: Sequence[str]) -> str:
-    return " ".join(f"<span>{escape(name)}</span>" for name in names)
+    return " ".join(f"<span>{_name(name)}</span>" for name in names)
+
+
+def _name(name: str) -> str:
+    """A name that breaks between the augmenters of a chain where there is no room for it."""
+    return escape(name).replace("+", "+<wbr>")
 
 
 def _box(table: str, label: str) -> str:
