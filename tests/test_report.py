@@ -771,7 +771,7 @@ def test_the_page_fits_its_window(browser: Any, pages: dict[str, Path], name: st
         heights = page.evaluate(
             "[...document.querySelectorAll('svg[role=img] text')].map(e => e.getBoundingClientRect().height)"
         )
-        assert min(heights) > 9
+        assert min(heights) > 12
 
 
 def test_the_tables_hold_the_numbers(browser: Any, pages: dict[str, Path], demo: Path) -> None:

@@ -172,8 +172,8 @@ def _curves(report: Report) -> str:
 
 def _costs(report: Report) -> str:
     caption = (
-        "Bars of time: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds. "
-        f"{tables.MEMORY}"
+        "Bars of time: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds. Bars of "
+        "memory: the least of the seeds."
     )
     groups = [(task.label, figures.costs(report, task)) for task in report.tasks]
     figure = _figure(report, groups, caption, [])

@@ -14,16 +14,9 @@ from metareg.reporting.analysis import Pair, Report, seed_interval, task_interva
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
 __all__ = [
-    "MEMORY",
     "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
     "verdict_note", "verdict_text",
 ]  # fmt: skip
-
-MEMORY = (
-    "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole process, "
-    "with what earlier runs in it left."
-)
-"""What the memory of an arm is."""
 
 _LONGEST_REASON = 400
 
@@ -177,7 +170,8 @@ def costs(task: TaskResults) -> Table:
         "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
         "the range, from seed to seed, of its ratio to the same algorithm and seed without an augmenter. Runs that shared "
         "the machine slowed each other down: where the range is wide, that is what it shows. "
-        f"{MEMORY}",
+        "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole "
+        "process, with what earlier runs in it left.",
     )
 
 
