@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import json
 import re
 import shlex
@@ -26,7 +27,7 @@ from comparisons import DEMO, INNER_STEPS, write_comparison, write_run
 from metareg import UsageError, cli
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.results import command_of, read
-from metareg.comparison.statistics import Verdict, over_seeds
+from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.options import assemble
 from metareg.reporting import FORMATS, report, tables
 from metareg.reporting.analysis import analyse
@@ -123,10 +124,16 @@ def test_the_command_of_an_arm_trains_its_runs(
     assert typed.config == assemble(run.config, run.options).config
 
 
+ERRORS = {
+    "diverged": "DivergenceError: Training diverged at step 7.\n",
+    "error": 'RuntimeError: {folder}/x is full\n\nTraceback (most recent call last):\n  File "/home/me/runs.py", line 3\n',
+}
+
+
 def break_run(path: Path, how: str) -> None:
-    if how == "error":
-        (path / "results.json").unlink()
-        (path / "error.txt").write_text("DivergenceError: Training diverged at step 7.\n")
+    if how in ERRORS:
+        (path / "results.json").unlink(missing_ok=True)
+        (path / "error.txt").write_text(ERRORS[how].format(folder=path))
     elif how == "unfinished":
         (path / "results.json").unlink()
     elif how == "gone":
@@ -148,7 +155,8 @@ def break_run(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("how", "state", "reason"),
     [
-        ("error", "broken", "Training diverged at step 7"),
+        ("diverged", "diverged", "Training diverged at step 7."),
+        ("error", "broken", "RuntimeError: runs/sinusoid/maml+cml/seed-1/x is full"),
         ("unfinished", "unfinished", "has begun"),
         ("gone", "not begun", "nothing of it"),
         ("split", "broken", "split 'validation'"),
@@ -177,10 +185,27 @@ def test_a_run_that_does_not_count_is_named(small: Plan, how: str, state: str, r
         "runs/sinusoid/maml+cml/seed-1",
     )
     assert reason in gap.reason
-    assert str(small.folder) not in gap.reason
+    assert not re.search(f"{small.folder}|/home/me|Traceback", gap.reason)
     assert found.tasks[0].arms[1].seeds == (0, 5)
     for name in ("markdown", "html"):
-        assert "maml+cml on sinusoid, seed 1" in report(small.folder, name)
+        assert "maml+cml on sinusoid" in report(small.folder, name).replace("<wbr>", "").rpartition("Missing")[2]
+
+
+def test_what_is_missing_for_one_reason_is_one_row(small: Plan) -> None:
+    for seed, how in ((0, "gone"), (1, "diverged"), (5, "gone")):
+        break_run(small.folder / f"runs/sinusoid/maml+cml/seed-{seed}", how)
+    for name in ("metrics.jsonl", "timing.jsonl"):
+        (small.folder / "runs/sinusoid/anil/seed-0" / name).write_text('"validation"\n')
+
+    table = tables.gaps(analyse(small.folder))
+
+    assert table is not None
+    assert [list(row) for row in table.rows[:2]] == [
+        ["maml+cml on sinusoid", "0, 5", "not begun", "there is nothing of it yet", "runs/sinusoid/maml+cml"],
+        ["maml+cml on sinusoid", "1", "diverged", "Training diverged at step 7.", "runs/sinusoid/maml+cml/seed-1"],
+    ]
+    assert len(table.rows) == 4
+    assert "4 runs missing, diverged, broken or damaged" in report(small.folder, "html")
 
 
 def test_other_test_tasks_or_steps_within_an_arm_do_not_count(small: Plan) -> None:
@@ -212,7 +237,7 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
     chosen.unlink()
     trial = chosen.parent / "trial-2" / "seed-0"
     trial.mkdir(parents=True)
-    (trial / "error.txt").write_text("MemoryError")
+    (trial / "error.txt").write_text(f"MemoryError: {tmp_path}/x\n\nTraceback …")
     (tmp_path / "tuning/sinusoid/anil/chosen.json").write_text("{}")
     failed = tmp_path / "tuning/sinusoid/anil+cml/chosen.json"
     content = json.loads(failed.read_text())
@@ -222,7 +247,7 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / f"runs/sinusoid/maml+cml/seed-{seed}")
     gaps = {gap.run: (gap.state, gap.reason) for gap in read(tmp_path).gaps}
     assert gaps["maml+cml on sinusoid, seed 5"] == ("not begun", "the arm's settings are not chosen yet")
-    assert gaps["maml+cml on sinusoid, trial 2 seed 0"] == ("broken", "MemoryError")
+    assert gaps["maml+cml on sinusoid, trial 2, seed 0"] == ("broken", "MemoryError: x")
     assert gaps["tuning of anil on sinusoid"][0] == "damaged"
     assert re.search(r"\| anil \| cml \| inner\\_lr = .*cml.gamma = 0.35 \| 8, 1 failed \|", report(tmp_path))
 
@@ -241,7 +266,32 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     assert pair.difference.over_seeds.half == pytest.approx(over_seeds(expected).half)
     table = tables.differences(found, found.tasks[0])
     assert table is not None
-    assert table.rows[0][5].endswith("of 2 (of 3 planned)")
+    assert table.rows[0][5].endswith("of 2 (3 planned)")
+    # What is not finished does not read as final.
+    assert table.rows[0][8] == f"{pair.verdict.value} (2 of 3 seeds)"
+    assert table.rows[2][8] == found.pairs[2].verdict.value
+    page = report(small.folder, "html")
+    assert page.count('<span class="by ends">2 of 3 seeds</span>') == 2
+    assert "The comparison is not finished" in page
+    assert "The scores are those after 1 inner step." in report(small.folder, inner_steps=1)
+    break_run(small.folder / "runs/sinusoid/maml/seed-0", "diverged")
+    assert "The comparison is not finished" not in report(small.folder, "html")
+
+
+def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path, SMALL | {"tasks": ["sinusoid", "harmonic"]}, tasks=7)
+    for run in plan.runs():
+        if run.arm.task == "harmonic":
+            write_run(run, tasks=7, steps=(0, 5))
+
+    found = analyse(tmp_path, 1)
+
+    assert found.headline == {"sinusoid": 1, "harmonic": 5}
+    assert {pair.difference.pairs for pair in found.pairs} == {3}
+    assert (
+        "The scores are those after 1 inner step on sinusoid; 5 inner steps on harmonic. There are no results after "
+        "1 inner step on harmonic."
+    ) in report(tmp_path, inner_steps=1)
 
 
 def test_holm_covers_the_whole_table(demo: Path) -> None:
@@ -261,22 +311,60 @@ def test_the_number_of_inner_steps_can_be_chosen(demo: Path) -> None:
         analyse(demo, 3)
 
 
-def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan) -> None:
-    path = small.folder / "runs/sinusoid/anil+cml/seed-1/results.json"
-    content = json.loads(path.read_text())
-    content["steps"][-1]["scores"][2] = float("nan")
-    path.write_text(json.dumps(content))
+@pytest.mark.parametrize("how", ["training", "score"])
+@pytest.mark.parametrize("arm", ["anil", "anil+cml"])
+def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, how: str) -> None:
+    path = small.folder / f"runs/sinusoid/{arm}/seed-1"
+    if how == "training":
+        break_run(path, "diverged")
+    else:
+        content = json.loads((path / "results.json").read_text())
+        content["steps"][-1]["scores"][2] = float("nan")
+        (path / "results.json").write_text(json.dumps(content))
+
+    found = analyse(small.folder)
+
+    pair = next(each for each in found.pairs if (each.algorithm, each.augmenter) == ("anil", "cml"))
+    assert (pair.verdict, pair.difference.pairs, len(pair.difference.by_seed)) == (Verdict.NOT_TESTED, 3, 2)
+    assert re.fullmatch(r"\d of 2 \(1 diverged\)", tables.favour(pair))
     text = report(small.folder)
-    assert re.search(r"\| anil \| cml \| 3 \|.*\(1 diverged\)", text)
+    assert re.search(rf"\| anil \| {'cml' if 'cml' in arm else 'none'} \| (2 of )?3 \|.*\(1 diverged\)", text)
     assert "the mean is that of the other seeds" in text
-    assert "not tested: 1 of 3 pairs diverged" in text
+    assert "not tested (1 of 3 pairs diverged)" in text
+    assert '<span class="by ends">1 of 3 pairs diverged</span>' in report(small.folder, "html")
+
+
+def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) -> None:
+    for run in small.runs():
+        if run.arm.augmenter == "cml" or (run.arm.algorithm == "anil" and run.arm.augmenters):
+            break_run(run.path, "diverged")
+        elif run.arm.augmenters and run.seed:
+            break_run(run.path, "gone")
+
+    page = report(small.folder, "html")
+
+    text = "".join(Tags(page).text)
+    assert "No pair could be tested (3 of 3 pairs diverged, one pair of seeds)" in text
+    assert "no pair of this report could be tested" in text
+    assert "9 diverged" in text
+    assert page.count(">3 of 3 pairs diverged</text>") == 3
+    for run in small.runs():
+        if run.arm.augmenters and run.finished:
+            break_run(run.path, "diverged")
+    assert "Paired differences on" not in report(small.folder, "html")
 
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     write_comparison(tmp_path, SMALL | {"seeds": [3]}, tasks=50)
+    found = analyse(tmp_path)
+    over_tasks = found.pairs[0].scale.interval(found.pairs[0].difference.over_tasks)
+    assert tables.overview(found, found.tasks[0]).rows[1][3] == over_tasks
+    page = report(tmp_path, "html")
+    assert page.count(f"({over_tasks} over test tasks, one seed)") == 2  # in the mark's tooltip and the figure's label
+    assert "(–" not in page
     text = report(tmp_path)
     assert "nothing here says what another seed would give" in text
-    assert "not tested: one pair of seeds" in text
+    assert "not tested (one pair of seeds)" in text
     assert "better" not in text.partition("## Results")[0].replace("better and worse", "")
 
 
@@ -298,16 +386,16 @@ def test_without_a_baseline_there_is_no_difference(tmp_path: Path) -> None:
         (0.8126, 0.0123, "81.3 ± 1.2", "0.813 ± 0.012"),
         (0.10712, 0.0133, "10.7 ± 1.3", "0.107 ± 0.013"),
         (2.8366, 0.2181, "283.7 ± 21.8", "2.84 ± 0.22"),
-        (0.10712, 0.0004, "10.7 ± 0.0", "0.107 ± 0.0004"),
+        (0.10712, 0.0004, "10.71 ± 0.04", "0.1071 ± 0.0004"),
+        (1.2203, 0.0031, "122.0 ± 0.3", "1.220 ± 0.003"),
         (0.9996, 0.0, "100.0 ± 0.0", "1.00 ± 0.00"),
-        (1e-5, 2e-6, "0.0 ± 0.0", "1.00e−05 ± 2.00e−06"),
+        (1e-5, 2e-5, "0.001 ± 0.002", "1.00e−05 ± 2.00e−05"),
+        (5.0, 2e-6, "500.000 ± 0.000", "5.00 ± 2.00e−06"),
         (float("nan"), float("nan"), "–", "–"),
         (0.5, float("nan"), "50.0", "0.500"),
     ],
 )
 def test_numbers(mean: float, half: float, accuracy: str, mse: str) -> None:
-    from metareg.comparison.statistics import Estimate
-
     found = Estimate(mean, half, 5)
     assert Scale("accuracy", True).estimate(found) == accuracy
     assert Scale("mse", False).estimate(found) == mse
@@ -318,7 +406,26 @@ def test_signed_numbers() -> None:
     assert Scale("mse", False).signed(found) == "−0.0213"
     assert Scale("mse", False).interval(found) == "−0.0432 to +0.0006"
     assert Scale("accuracy", True).signed(over_seeds([0.012, 0.012])) == "+1.2"
-    assert Scale("accuracy", True).signed(over_seeds([-0.0001, 0.0])) == "0.0"
+    assert Scale("accuracy", True).signed(over_seeds([0.0, 0.0])) == "0.0"
+    assert Scale("accuracy", True).signed(Estimate(0.012, 0.012 - 1e-18, 5)) == "+1.2"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "accuracy", "mse"),
+    [
+        (0.0003, 0.0123, "+0.03 to +1.23", "+0.0003 to +0.0123"),
+        (-0.0123, -0.00001, "−1.230 to −0.001", "−0.01230 to −0.00001"),
+        (0.00021, 0.00036, "+0.02 to +0.04", "+0.000210 to +0.000360"),
+        (-0.3, 0.0006, "−30.0 to +0.1", "−0.300 to +0.001"),
+    ],
+)
+def test_rounding_does_not_hide_the_sign(low: float, high: float, accuracy: str, mse: str) -> None:
+    found = Estimate((low + high) / 2, (high - low) / 2, 5)
+    assert Scale("accuracy", True).interval(found) == accuracy
+    assert Scale("mse", False).interval(found) == mse
+
+
+def test_p_values_are_cut_not_rounded() -> None:
     assert [p_value(p) for p in (0.04999, 0.05, 0.0009, float("nan"))] == ["0.049", "0.050", "< 0.001", "–"]
 
 
@@ -338,7 +445,7 @@ def test_csv_is_tidy(demo: Path) -> None:
     assert (row["metric"], row["higher_is_better"], row["tasks"]) == ("accuracy", "true", "100")
 
 
-HOSTILE = 'a|b_c & <b>50%</b> "γ" $x$ #1 {~^\\} *y* `z`'
+HOSTILE = 'a|b_c & <b>50%</b> "γ" $x$ #1 {~^\\} *y* `z` &lt; [é] ΩΒο≤≈ ą日'
 
 
 def hostile(folder: Path) -> Path:
@@ -384,7 +491,8 @@ def test_latex_is_balanced_and_escaped(tmp_path: Path) -> None:
     for tabular in re.findall(r"\\begin\{tabular\}\{([lr]+)\}\n(.*?)\\end\{tabular\}", text, re.DOTALL):
         rows = [line for line in tabular[1].splitlines() if line.endswith(r"\\")]
         assert {len(re.findall(r"(?<!\\)&", row)) + 1 for row in rows} == {len(tabular[0])}
-    assert r"\ensuremath{\gamma}" in text
+    for sign in (r"\ensuremath{\gamma}", r"\ensuremath{\Omega}Bo\ensuremath{\le}\ensuremath{\approx} [U+0105][U+65E5]"):
+        assert sign in text
 
 
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="there is no pdflatex")
@@ -397,13 +505,21 @@ def test_latex_compiles(tmp_path: Path) -> None:
     assert b"Missing character" not in done.stdout
 
 
+def test_latex_differences_are_few_columns_and_explained_once(demo: Path) -> None:
+    text = report(demo, "latex")
+    assert text.count("algorithm & augmenter & difference & 95 \\% & in favour & p (Holm) & in words") == 2
+    assert text.count("Pairs are those of the same seed") == 1
+    assert text.count(r"\ref{tab:differences-1}") == text.count(r"\ref{tab:costs-1}") == 1
+    assert r"\caption[{Results: sinusoid, 10-shot}]{Results: sinusoid, 10-shot." in text
+
+
 # --------------------------------------------------------------------------------------------------------- the HTML page
 
 
 class Tags(HTMLParser):
     """The elements of a page; fails where one is not closed."""
 
-    VOID = frozenset({"meta", "link", "br", "img", "hr"})
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "wbr"})
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -434,8 +550,8 @@ class Tags(HTMLParser):
 def test_the_page_needs_nothing_beside_itself(demo: Path) -> None:
     page = report(demo, "html")
     tags = Tags(page)
-    assert not {tag for tag, _ in tags.found} & {"script", "img", "iframe", "object", "embed", "style="}
-    assert tags.attributes("src") == []
+    assert not {tag for tag, _ in tags.found} & {"script", "img", "iframe", "object", "embed"}
+    assert tags.attributes("src") == tags.attributes("style") == []
     links = {link for link in tags.attributes("href") if not link.startswith("#")}
     assert links == {"data:,", "https://arxiv.org/abs/2406.00001"}
     assert "url(" not in page
@@ -443,6 +559,8 @@ def test_the_page_needs_nothing_beside_itself(demo: Path) -> None:
     assert not [name for _, attributes in tags.found for name in attributes if name.startswith("on")]
     ids = tags.attributes("id")
     assert len(ids) == len(set(ids))
+    regions = [attributes["aria-label"] for _, attributes in tags.found if attributes.get("role") == "region"]
+    assert len(regions) == len(set(regions)) == 2 + 4 * 2
     assert {link[1:] for link in tags.attributes("href") if link.startswith("#")} <= set(ids)
 
 
@@ -463,6 +581,82 @@ def test_the_page_has_everything(demo: Path) -> None:
     ):
         assert words in text
     assert '<section id="missing"' not in page
+
+
+def drawn(page: str, section: str) -> list[str]:
+    """The drawings of a section."""
+    content = page.partition(f'<section id="{section}"')[2].partition("</section>")[0]
+    return re.findall('<svg [^>]*role="img".*?</svg>', content)
+
+
+def test_an_interval_that_goes_on_beyond_its_axis_has_an_arrow(small: Plan) -> None:
+    path = small.folder / "runs/sinusoid/maml+cml/seed-0"
+    content = json.loads((path / "results.json").read_text())
+    for step in content["steps"]:
+        step["scores"] = [30 * score for score in step["scores"]]
+    (path / "results.json").write_text(json.dumps(content))
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    lines = [line | {"mse": 30 * line["mse"]} for line in lines]
+    (path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+
+    page = report(small.folder, "html")
+
+    up, down = "M-3.5,0L0,-5L3.5,0z", "M-3.5,0L0,5L3.5,0z"
+    for section in ("inner-steps", "curves"):
+        maml, anil = drawn(page, section)
+        assert (up in maml, down in maml, up in anil) == (True, True, False)
+        assert maml.count(">mse, log scale</text>") == maml.partition(">")[0].count(", log scale.") == 1
+    # One arrow for a stretch of a band, however many validations there are in it.
+    assert drawn(page, "curves")[0].count(up) == 1
+
+
+def test_what_is_tested_or_validated_once_is_no_line(small: Plan) -> None:
+    for run in small.runs():
+        write_run(run, tasks=7, steps=(1,))
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        (run.path / "metrics.jsonl").write_text(next(line for line in lines if "validation" in line))
+    page = report(small.folder, "html")
+    assert not re.search('id="(inner-steps|curves)"', page)
+
+
+def test_many_augmenters_can_be_told_apart(tmp_path: Path) -> None:
+    names = ["none", *("+".join(["gradient-noise"] * n + ["cml"] * m) for n in range(1, 7) for m in range(6))]
+    write_comparison(tmp_path, SMALL | {"augment": names, "seeds": [0]}, tasks=3)
+    page = report(tmp_path, "html")
+    keys = re.findall(
+        '<svg [^>]*class="key".*?</svg>', page.partition('id="inner-steps"')[2].partition("</section>")[0]
+    )
+    assert len(keys) == len(set(keys)) == 37
+    # They stand below each other, where there is room for them.
+    assert '<tr><th scope="col">augmenter</th><th scope="col">maml</th><th scope="col">anil</th></tr>' in page
+    # Marks of one number of inner steps stay on its side of the next one's.
+    places = [float(x) for x in re.findall(r'translate\(([\d.]+),[\d.]+\)"><path d="M', drawn(page, "inner-steps")[0])]
+    by_number = [sorted(places[start :: len(INNER_STEPS)]) for start in range(len(INNER_STEPS))]
+    assert all(before[-1] < after[0] for before, after in itertools.pairwise(by_number))
+    rows = re.findall(r">(gradient-noi[^<]*)</text>", drawn(page, "differences")[0])
+    assert len(set(rows[6:10])) == 4  # chains that begin alike
+
+
+def test_every_figure_says_what_its_intervals_are_over(tmp_path: Path) -> None:
+    write_comparison(tmp_path, SMALL | {"tasks": ["sinusoid", "harmonic"]}, tasks=7)
+    for path in tmp_path.glob("runs/harmonic/*/seed-[15]"):
+        shutil.rmtree(path)
+    text = report(tmp_path, "html").partition('<section id="inner-steps"')[2]
+    assert "<h3>sinusoid (± over seeds)</h3>" in text
+    assert "<h3>harmonic (± over test tasks, one seed)</h3>" in text
+
+
+def test_memory_is_the_least_and_times_are_paired(small: Plan) -> None:
+    for number, (arm, speeds) in enumerate((("maml", (100, 50, 200)), ("maml+cml", (80, 50, 100)))):
+        for seed, speed in zip((0, 1, 5), speeds, strict=True):
+            line = {"steps_per_second": speed, "peak_bytes": (400 + 100 * number + 10 * seed) * 2**20}
+            (small.folder / f"runs/sinusoid/{arm}/seed-{seed}/timing.jsonl").write_text(json.dumps(line))
+
+    rows = tables.costs(analyse(small.folder).results.tasks[0]).rows
+
+    assert list(rows[0][2:]) == ["11.7", "5.00 to 20.0", "1.00", "400"]
+    assert list(rows[1][2:]) == ["14.2", "10.0 to 20.0", "1.00 to 2.00", "500"]
+    assert "maml+cml: 500 peak memory in MiB<" in report(small.folder, "html")
 
 
 def test_labels_and_notes_cannot_add_markup(tmp_path: Path) -> None:
@@ -577,7 +771,7 @@ def test_the_page_fits_its_window(browser: Any, pages: dict[str, Path], name: st
         heights = page.evaluate(
             "[...document.querySelectorAll('svg[role=img] text')].map(e => e.getBoundingClientRect().height)"
         )
-        assert min(heights) > 9
+        assert min(heights) > 12
 
 
 def test_the_tables_hold_the_numbers(browser: Any, pages: dict[str, Path], demo: Path) -> None:
@@ -627,9 +821,11 @@ CONTRAST = """() => {
 }"""
 
 
+@pytest.mark.parametrize("name", ["demo", "odd"])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_light_and_dark_are_legible(browser: Any, pages: dict[str, Path], scheme: str) -> None:
-    with opened(browser, pages["odd"], color_scheme=scheme) as page:
+def test_light_and_dark_are_legible(browser: Any, pages: dict[str, Path], scheme: str, name: str) -> None:
+    with opened(browser, pages[name], color_scheme=scheme) as page:
+        assert (page.locator(".chip.better").count() > 0) == (name == "demo")
         found = page.evaluate(CONTRAST)
     red = int(re.findall(r"\d+", found["page"])[0])
     assert (red > 240) == (scheme == "light")
@@ -643,7 +839,10 @@ def test_the_page_prints(browser: Any, pages: dict[str, Path], name: str) -> Non
     with opened(browser, pages[name], 718, color_scheme="dark") as page:  # A4 without its margins
         page.emulate_media(media="print")
         needed, there = page.evaluate(WIDTHS)
-        assert needed <= there or name == "odd"
+        assert needed <= there
+        assert page.evaluate(
+            "[...document.querySelectorAll('table')].every(e => e.scrollWidth <= e.parentNode.clientWidth)"
+        )
         assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
         assert not page.locator("nav").is_visible()
         printed = page.pdf(format="A4", prefer_css_page_size=True)

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
-from metareg.comparison.pool import divergence
-from metareg.errors import UsageError
+from metareg.comparison.pool import ERROR_FILE
+from metareg.errors import DivergenceError, UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
 
@@ -34,13 +34,21 @@ _OF_ENVIRONMENT = ("metareg", "python", "platform", "processor", "torch", "torch
 class Gap:
     """A run of which something is missing."""
 
-    run: str
-    """For a reader: arm, task and seed."""
+    what: str
+    """For a reader: arm and task, of a trial its number too."""
+    seed: str
+    """Empty where it is about all of them."""
     state: str
-    """``"broken"``, ``"unfinished"``, ``"not begun"``, or ``"damaged"``: it counts, without the file that is named."""
+    """``"diverged"``, ``"broken"``, ``"unfinished"``, ``"not begun"``, or ``"damaged"``: it counts, without the file that
+    is named."""
     reason: str
     path: Path
     """The run's folder, relative to the comparison's."""
+
+    @property
+    def run(self) -> str:
+        """For a reader: arm, task and seed."""
+        return f"{self.what}, seed {self.seed}" if self.seed else self.what
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +78,8 @@ class ArmResults:
 
     arm: Arm
     seeds: tuple[int, ...]
+    diverged: tuple[int, ...]
+    """Seeds whose training diverged, so that there is nothing to score."""
     inner_steps: tuple[int, ...]
     scores: Array
     """``[seeds, inner_steps, tasks]``."""
@@ -78,7 +88,7 @@ class ArmResults:
     seconds_per_step: Array
     """``[seeds]``: each run's median over its reports; NaN where it has none."""
     peak_bytes: Array
-    """``[seeds]``: the most memory; NaN where it is not known."""
+    """``[seeds]``: the most memory that each run took; NaN where it is not known."""
     planned: int
     """How many seeds the comparison asks for."""
     chosen: Chosen | None
@@ -92,6 +102,11 @@ class ArmResults:
             return {}
         column = self.inner_steps.index(inner_steps)
         return {seed: self.scores[row, column] for row, seed in enumerate(self.seeds)}
+
+    def outcomes(self, inner_steps: int) -> dict[int, Array]:
+        """As `by_seed`, with a single NaN for each seed whose training diverged: a result as well, if not a score."""
+        scores = self.by_seed(inner_steps)
+        return {} if self.seeds and not scores else scores | dict.fromkeys(self.diverged, np.array([np.nan]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,6 +133,11 @@ class TaskResults:
         return tuple(sorted(set.intersection(*tested))) if tested else ()
 
     @property
+    def single(self) -> bool:
+        """Whether no arm has more than one seed, so that there are no intervals over seeds."""
+        return all(len(each.seeds) <= 1 for each in self.arms)
+
+    @property
     def baselines(self) -> dict[str, ArmResults]:
         """The arms without an augmenter, by algorithm."""
         return {each.arm.algorithm: each for each in self.arms if not each.arm.augmenters}
@@ -137,6 +157,16 @@ class Results:
     def finished(self) -> int:
         """How many runs count."""
         return sum(len(each.seeds) for task in self.tasks for each in task.arms)
+
+    @property
+    def diverged(self) -> int:
+        """How many have nothing to score since their training diverged."""
+        return sum(len(each.diverged) for task in self.tasks for each in task.arms)
+
+    @property
+    def missing(self) -> int:
+        """How many have neither finished nor diverged, and may still do."""
+        return self.planned - self.finished - self.diverged
 
     @property
     def planned(self) -> int:
@@ -259,6 +289,7 @@ class _TaskReader:
         return ArmResults(
             arm=arm,
             seeds=tuple(tests),
+            diverged=tuple(run.seed for run in runs if _diverged(run)),
             inner_steps=first.inner_steps if first else (),
             scores=np.array([test.scores for test in tests.values()]) if first else np.empty((0, 0, 0)),
             curves=curves,
@@ -294,10 +325,9 @@ class _TaskReader:
         return test
 
     def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
-        error = run.path / "error.txt"
-        if error.is_file():
-            with suppress(OSError):
-                return "broken", error.read_text(encoding="utf-8", errors="replace").strip() or "error.txt is empty"
+        failure = _failure(run.path)
+        if failure:
+            return failure
         if (run.path / "config.yaml").is_file():
             return "unfinished", "it has begun and has no results.json yet"
         if tuned and not (self._plan.tuning_folder(run.arm) / _CHOSEN).is_file():
@@ -344,9 +374,29 @@ class _TaskReader:
             self._environment.setdefault(name, Counter())[value] += 1
 
     def _gap(self, run: PlannedRun, state: str, reason: str) -> None:
-        # A report that is published need not say where on whose machine it was made.
-        reason = reason.replace(f"{self._plan.folder}/", "")
-        self._gaps.append(Gap(str(run), state, reason, run.path.relative_to(self._plan.folder)))
+        self._gaps.append(_gap(self._plan, str(run.arm), str(run.seed), state, reason, run.path))
+
+
+def _gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: Path) -> Gap:
+    # A report that is published need not say where on whose machine it was made.
+    reason = reason.replace(f"{plan.folder.resolve()}/", "").replace(f"{plan.folder}/", "")
+    return Gap(what, seed, state, reason, path.relative_to(plan.folder))
+
+
+def _diverged(run: PlannedRun) -> bool:
+    failure = _failure(run.path)
+    return not run.finished and failure is not None and failure[0] == "diverged"
+
+
+def _failure(folder: Path) -> tuple[str, str] | None:
+    """The state of a run that ended with an error, and the reason; None where it did not."""
+    with suppress(OSError):
+        text = (folder / ERROR_FILE).read_text(encoding="utf-8", errors="replace")
+        # The traceback of an unknown error is for the log: it names the files of the machine that it was made on.
+        text = text.partition("\n\nTraceback")[0].strip()
+        kind, _, problem = text.partition(": ")
+        return ("diverged", problem) if kind == DivergenceError.__name__ else ("broken", text or "error.txt is empty")
+    return None
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -378,20 +428,19 @@ def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
         return Chosen(dict(content["options"]), len(trials), sum(trial["score"] is None for trial in trials))
     except (UsageError, LookupError, TypeError, ValueError) as error:
         reason = f"chosen.json cannot be read, so that its settings are not known: {error}"
-        gaps.append(Gap(f"tuning of {arm}", "damaged", reason, path.parent.relative_to(plan.folder)))
+        gaps.append(_gap(plan, f"tuning of {arm}", "", "damaged", reason, path.parent))
         return None
 
 
 def _broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
         folder = plan.tuning_folder(arm)
-        for path in sorted(folder.glob("trial-*/seed-*/error.txt")):
-            if divergence(path.parent) is not None:
-                continue  # the choice took note of it
-            with suppress(OSError):
-                name = " ".join(path.parent.relative_to(folder).parts).replace("-", " ")
-                reason = path.read_text(encoding="utf-8", errors="replace").strip()
-                yield Gap(f"{arm}, {name}", "broken", reason, path.parent.relative_to(plan.folder))
+        for path in sorted(folder.glob("trial-*/seed-*")):
+            failure = _failure(path)
+            if failure is None or failure[0] == "diverged":
+                continue  # the choice took note of a divergence
+            trial, seed = path.parent.name.replace("-", " "), path.name.removeprefix("seed-")
+            yield _gap(plan, f"{arm}, {trial}", seed, *failure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- text

@@ -130,7 +130,7 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
     pairs, where a pair diverged (the others would be a selection), and where every pair has the very same difference.
 
     Args:
-        augmented: for each seed the scores ``[tasks]`` with the augmenter.
+        augmented: for each seed the scores ``[tasks]`` with the augmenter; a single NaN where its training diverged.
         baseline: the same without it. A seed's tasks are the same ones in the same order; where one has more of them,
             the first ones are those that both have.
         higher_is_better: whether a larger score is better.

@@ -23,8 +23,8 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
     Args:
         folder: the comparison's.
         format: one of `FORMATS`.
-        inner_steps: compare after so many inner steps; by default after the last number that all arms of a task were
-            tested after.
+        inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
+            after the last number that all its arms were tested after.
 
     Raises:
         UsageError: there is no comparison or no finished run in it, an unknown format, or no run was tested after

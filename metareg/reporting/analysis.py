@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +40,24 @@ class Pair:
     """The p value after Holm's correction."""
     verdict: Verdict
 
+    @property
+    def single(self) -> bool:
+        """Whether there is one difference alone, which has no interval over seeds."""
+        return len(self.difference.by_seed) == 1
+
+    @property
+    def estimate(self) -> Estimate:
+        """The difference with its interval over seeds; of a single one, with that over test tasks."""
+        return self.difference.over_tasks if self.single else self.difference.over_seeds
+
 
 @dataclass(frozen=True, eq=False)
 class Report:
     """A comparison with its statistics."""
 
     results: Results
+    inner_steps: int | None
+    """The number of inner steps that was asked for."""
     headline: Mapping[str, int]
     """For each task with results, the number of inner steps that pairs are compared after."""
     pairs: Sequence[Pair]
@@ -77,8 +90,8 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
 
     Args:
         folder: the comparison's.
-        inner_steps: compare after so many inner steps; by default after the last number that all arms of a task were
-            tested after.
+        inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
+            after the last number that all its arms were tested after.
 
     Raises:
         UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
@@ -93,6 +106,7 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
     corrected = holm([difference.p for *_, difference in pairs])
     return Report(
         found,
+        inner_steps,
         headline,
         [
             Pair(
@@ -121,12 +135,12 @@ def task_interval(results: ArmResults, inner_steps: int) -> Estimate:
 
 
 def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
-    baselines = {algorithm: arm.by_seed(inner_steps) for algorithm, arm in task.baselines.items()}
+    baselines = {algorithm: arm.outcomes(inner_steps) for algorithm, arm in task.baselines.items()}
     return [
         (
             task,
             each,
-            compare(each.by_seed(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
+            compare(each.outcomes(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
         )
         for each in task.arms
         if each.arm.augmenters and each.arm.algorithm in baselines
@@ -135,16 +149,18 @@ def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmRe
 
 def _headline(found: Results, wanted: int | None) -> dict[str, int]:
     tasks = [task for task in found.tasks if task.inner_steps]
-    if wanted is None:
-        # Arms that share no number have none to be compared after; their means are still worth a table.
-        return {task.label: (task.shared_inner_steps or task.inner_steps)[-1] for task in tasks}
     known = sorted({number for task in tasks for number in task.inner_steps})
-    if wanted not in known:
+    if wanted is not None and wanted not in known:
         numbers = ", ".join(map(str, known))
         raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
-    return {task.label: wanted for task in tasks}
+    return {
+        # Arms that share no number have none to be compared after; their means are still worth a table.
+        task.label: wanted if wanted in task.inner_steps else (task.shared_inner_steps or task.inner_steps)[-1]
+        for task in tasks
+    }
 
 
 def _states(found: Results) -> str:
-    counts = [(sum(gap.state == state for gap in found.gaps), state) for state in ("broken", "unfinished", "not begun")]
-    return ", ".join(f"{count} {state}" for count, state in counts if count)
+    counts = Counter(gap.state for gap in found.gaps)
+    states = ("diverged", "broken", "unfinished", "not begun")
+    return ", ".join(f"{counts[state]} {state}" for state in states if counts[state])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,19 +15,20 @@ from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, significant
 from metareg.reporting.svg import Axis, drawing, element, marker, path, shapes, text, tooltip
-from metareg.reporting.tables import verdict_text
+from metareg.reporting.tables import favour, steps, verdict_text
 
-__all__ = ["STYLES", "costs", "differences", "inner_steps", "key", "learning_curves"]
+__all__ = ["costs", "differences", "inner_steps", "key", "learning_curves"]
 
-STYLES = 7
-"""How many colours and marks there are; further augmenters begin again with the first after that of none."""
+_STYLES = 6
+"""How many colours and shapes there are beside those of none."""
 
 _WIDTH, _HEIGHT = 300.0, 208.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 14.0, 26.0, 34.0
 _ROW, _GROUP = 21.0, 22.0
-_LONGEST = 18
+_LONGEST = 26
 """Characters of an augmenter's name beside its row."""
 _FORWARD, _BACKWARD = "M0,-3.5L5,0L0,3.5z", "M0,-3.5L-5,0L0,3.5z"
+_UP, _DOWN = "M-3.5,0L0,-5L3.5,0z", "M-3.5,0L0,5L3.5,0z"
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,40 @@ class _Series:
     points: Sequence[_Point]
 
 
-def style(report: Report, augmenter: str) -> int:
-    """The number of an augmenter's colour and mark, the same in every figure; none has number 0."""
+@dataclass(frozen=True)
+class _Style:
+    """How an augmenter is drawn: a colour, and a shape of marks with the dashes of lines that go with it."""
+
+    colour: int
+    number: int
+
+    @property
+    def shape(self) -> str:
+        """The shape of its marks."""
+        return shapes()[self.number]
+
+    def of(self, kind: str) -> str:
+        """The classes of an element."""
+        return f"{kind} s{self.colour}"
+
+    @property
+    def line(self) -> str:
+        """The classes of a line."""
+        return f"{self.of('line')} d{self.number}"
+
+
+def _style(report: Report, augmenter: str) -> _Style:
+    """An augmenter's style, the same in every figure; each time that the colours begin again, the shapes are others."""
     if augmenter == "none":
-        return 0
-    others = [name for name in report.augmenters if name != "none"]
-    return 1 + others.index(augmenter) % (STYLES - 1)
+        return _Style(0, 0)
+    cycle, place = divmod([name for name in report.augmenters if name != "none"].index(augmenter), _STYLES)
+    return _Style(1 + place, 1 + (place + cycle) % _STYLES)
 
 
 def key(report: Report, augmenter: str) -> str:
     """An augmenter's line and mark, for the legend."""
-    number = style(report, augmenter)
-    parts = [path([(2, 7), (26, 7)], f"line s{number}"), marker(shapes()[number], 14, 7, f"mark s{number}")]
+    style = _style(report, augmenter)
+    parts = [path([(2, 7), (26, 7)], style.line), marker(style.shape, 14, 7, style.of("mark"))]
     return element("svg", "".join(parts), viewBox="0 0 28 14", class_="key", aria_hidden="true")
 
 
@@ -72,15 +96,12 @@ def learning_curves(report: Report, task: TaskResults) -> list[str]:
 def inner_steps(report: Report, task: TaskResults) -> list[str]:
     """The metric on test tasks against the number of inner steps."""
     scale = Scale(task.metric, task.higher_is_better)
-    single = all(len(each.seeds) <= 1 for each in task.arms)
 
     def points(each: ArmResults) -> Iterator[_Point]:
         for number in each.inner_steps:
-            found = (task_interval if single else seed_interval)(each, number)
+            found = (task_interval if task.single else seed_interval)(each, number)
             if math.isfinite(found.mean):
-                yield _Point(
-                    task.inner_steps.index(number), found, f"after {number} inner steps: {scale.estimate(found)}"
-                )
+                yield _Point(task.inner_steps.index(number), found, f"after {steps(number)}: {scale.estimate(found)}")
 
     return _panels(report, task, points, _steps_panel)
 
@@ -102,16 +123,16 @@ _Draw = Callable[[Report, TaskResults, str, Sequence[_Series], Axis], str]
 def _panels(
     report: Report, task: TaskResults, points: Callable[[ArmResults], Iterator[_Point]], draw: _Draw
 ) -> list[str]:
-    """A panel for every algorithm, all with the same vertical axis."""
+    """A panel for every algorithm, all with the same vertical axis; none where nothing but one number is across."""
     algorithms: dict[str, list[_Series]] = {}
     for each in task.arms:
         series = _Series(each.arm.augmenter, list(points(each)))
         if series.points:
             algorithms.setdefault(each.arm.algorithm, []).append(series)
-    found = [point.found for every in algorithms.values() for series in every for point in series.points]
-    if not found:
+    drawn = [point for every in algorithms.values() for series in every for point in series.points]
+    if len({point.x for point in drawn}) < 2:
         return []
-    axis = _vertical(found, Scale(task.metric, task.higher_is_better))
+    axis = _vertical([point.found for point in drawn], Scale(task.metric, task.higher_is_better))
     return [draw(report, task, algorithm, series, axis) for algorithm, series in algorithms.items()]
 
 
@@ -140,26 +161,29 @@ def _curve_panel(report: Report, task: TaskResults, algorithm: str, every: Seque
     frame += _horizontal(ticks, "training step")
     bands, lines, marks = [], [], []
     for series in every:
-        number = style(report, series.augmenter)
+        style = _style(report, series.augmenter)
         banded = [point for point in series.points if math.isfinite(point.found.half)]
+        upper = [(x(point.x), point.found.high) for point in banded]
+        lower = [(x(point.x), point.found.low) for point in banded]
+        outline = [(place, _clipped(y, value)) for place, value in [*upper, *reversed(lower)]]
         if len(banded) > 1:
-            upper = [(x(point.x), _clipped(y, point.found.high)) for point in banded]
-            lower = [(x(point.x), _clipped(y, point.found.low)) for point in reversed(banded)]
-            bands.append(path([*upper, *lower], f"band s{number}", closed=True))
-        lines.append(path([(x(point.x), y(point.found.mean)) for point in series.points], f"line s{number}"))
+            bands.append(path(outline, style.of("band"), closed=True))
+        bands += [*_beyond(y, upper, _UP, style), *_beyond(y, lower, _DOWN, style)]
+        lines.append(path([(x(point.x), y(point.found.mean)) for point in series.points], style.line))
         marks += [
             marker(
-                shapes()[number],
+                style.shape,
                 x(point.x),
                 y(point.found.mean),
-                f"mark s{number}",
+                style.of("mark"),
                 f"{series.augmenter}, {point.tip}",
                 size=0.72,
             )
             for point in series.points
         ]
     what = f"Learning curves of {algorithm} on {task.label}: {task.metric} in validation against training steps"
-    return drawing(_WIDTH, _HEIGHT, [*frame, *bands, *lines, *marks], f"{what}. {_last(task, every)}")
+    label = f"{what}{_logarithmic(y)}. {_last(task, every)}"
+    return drawing(_WIDTH, _HEIGHT, [*frame, *bands, *lines, *marks], label)
 
 
 def _steps_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
@@ -168,25 +192,53 @@ def _steps_panel(report: Report, task: TaskResults, algorithm: str, every: Seque
     frame = _frame(algorithm, scale, y)
     ticks = [(x(place), str(number)) for place, number in enumerate(task.inner_steps)]
     frame += _horizontal(ticks, "inner steps")
+    gap = min(7.0, 0.8 * (x(1) - x(0)) / len(every))
     parts = []
     for place, series in enumerate(every):
-        number = style(report, series.augmenter)
-        aside = 7 * (place - (len(every) - 1) / 2)
+        style = _style(report, series.augmenter)
+        aside = gap * (place - (len(every) - 1) / 2)
         spots = [(x(point.x) + aside, y(point.found.mean)) for point in series.points]
-        parts.append(path(spots, f"line thin s{number}"))
+        parts.append(path(spots, f"{style.line} thin"))
         for (spot, height), point in zip(spots, series.points, strict=True):
             if math.isfinite(point.found.half):
-                ends = [_clipped(y, point.found.low), _clipped(y, point.found.high)]
-                parts.append(path([(spot, ends[0]), (spot, ends[1])], f"whisker s{number}"))
-            parts.append(marker(shapes()[number], spot, height, f"mark s{number}", f"{series.augmenter}, {point.tip}"))
+                low, high = point.found.low, point.found.high
+                parts.append(path([(spot, _clipped(y, low)), (spot, _clipped(y, high))], style.of("whisker")))
+                parts += [*_beyond(y, [(spot, low)], _DOWN, style), *_beyond(y, [(spot, high)], _UP, style)]
+            parts.append(marker(style.shape, spot, height, style.of("mark"), f"{series.augmenter}, {point.tip}"))
     what = f"{algorithm} on {task.label}: {task.metric} on test tasks against the number of inner steps"
-    return drawing(_WIDTH, _HEIGHT, [*frame, *parts], f"{what}. {_last(task, every)}")
+    return drawing(_WIDTH, _HEIGHT, [*frame, *parts], f"{what}{_logarithmic(y)}. {_last(task, every)}")
+
+
+def _beyond(y: Axis, ends: Sequence[tuple[float, float]], shape: str, style: _Style) -> list[str]:
+    """An arrow in the middle of every stretch where intervals go on beyond the vertical axis.
+
+    Args:
+        y: the axis.
+        ends: for each interval the place across and the value of its end.
+        shape: of the arrow.
+        style: of the augmenter.
+    """
+    arrows = []
+    for inside, stretch in itertools.groupby(ends, lambda end: y.inside(end[1])):
+        if not inside:
+            places = [*stretch]
+            place, value = places[len(places) // 2]
+            arrows.append(_arrow(shape, place, _clipped(y, value), style))
+    return arrows
+
+
+def _arrow(shape: str, x: float, y: float, style: _Style) -> str:
+    return element("path", d=shape, class_=style.of("mark"), transform=f"translate({x:.1f},{y:.1f})")
+
+
+def _logarithmic(y: Axis) -> str:
+    return ", log scale" if y.log else ""
 
 
 def _frame(title: str, scale: Scale, y: Axis) -> list[str]:
     parts = [
         text(title, 0, 12, class_="title"),
-        text(scale.heading, _WIDTH - _RIGHT, 12, class_="unit", text_anchor="end"),
+        text(f"{scale.heading}{_logarithmic(y)}", _WIDTH - _RIGHT, 12, class_="unit", text_anchor="end"),
     ]
     for tick in y.ticks(4):
         parts.append(path([(_LEFT, y(tick)), (_WIDTH - _RIGHT, y(tick))], "grid"))
@@ -214,9 +266,9 @@ def _last(task: TaskResults, every: Sequence[_Series]) -> str:
 
 
 def differences(report: Report, task: TaskResults) -> str:
-    """The paired differences of a task with their intervals, a row for every pair; empty without one."""
+    """The paired differences of a task with their intervals, a row for every pair; empty without a difference."""
     pairs = [pair for pair in report.pairs if pair.task == task.label]
-    if not pairs:
+    if not any(pair.difference.by_seed for pair in pairs):
         return ""
     scale = Scale(task.metric, task.higher_is_better)
     left, right = _label_width([pair.augmenter for pair in pairs]), _WIDTH + 40 - _RIGHT
@@ -237,11 +289,7 @@ def differences(report: Report, task: TaskResults) -> str:
         text(words, better[0], height + 30, text_anchor=better[1], class_="better"),
         text(unit, other[0], height + 30, text_anchor=other[1], class_="unit"),
     ]
-    told = "; ".join(
-        f"{pair.algorithm} {pair.augmenter} {scale.signed(pair.difference.over_seeds)} "
-        f"({scale.interval(pair.difference.over_seeds)}), {verdict_text(pair)}"
-        for pair in pairs
-    )
+    told = "; ".join(f"{pair.algorithm} {pair.augmenter} {_told(pair)}, {verdict_text(pair)}" for pair in pairs)
     label = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}: {told}."
     return drawing(_WIDTH + 40, height + 36, [*grid, *parts, *labels], label)
 
@@ -252,8 +300,7 @@ def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
     low, high = min(every), max(every)
     room = (high - low) or 1e-9
     for pair in pairs:
-        over = pair.difference.over_seeds
-        over = pair.difference.over_tasks if len(pair.difference.by_seed) == 1 else over
+        over = pair.estimate
         if math.isfinite(over.half):
             low, high = min(low, max(over.low, min(every) - room)), max(high, min(over.high, max(every) + room))
     margin = 0.05 * (high - low) or 1e-9
@@ -261,33 +308,38 @@ def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
 
 
 def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
-    number, found = style(report, pair.augmenter), pair.difference
-    over = found.over_seeds
+    style, found, shown = _style(report, pair.augmenter), pair.difference, pair.estimate
     if not found.by_seed:
-        return text("no pair", x(0) + 4, y + 3.5, class_="unit")
-    parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=f"seed s{number}") for value in found.by_seed]
-    single = len(found.by_seed) == 1
-    shown = found.over_tasks if single else over
+        return text(found.untested, x.begin + 4, y + 3.5, class_="unit")
+    parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=style.of("seed")) for value in found.by_seed]
     if math.isfinite(shown.half):
         ends = [min(max(end, x.low), x.high) for end in (shown.low, shown.high)]
-        parts.append(path([(x(end), y) for end in ends], f"whisker{' of-tasks' if single else ''} s{number}"))
+        parts.append(path([(x(end), y) for end in ends], style.of(f"whisker{' of-tasks' if pair.single else ''}")))
         for end, clipped, arrow in zip((shown.low, shown.high), ends, (_BACKWARD, _FORWARD), strict=True):
             if end != clipped:
-                place = f"translate({x(clipped):.1f},{y:.1f})"
-                parts.append(element("path", d=arrow, class_=f"mark s{number}", transform=place))
+                parts.append(_arrow(arrow, x(clipped), y, style))
     told = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
     tip = (
-        f"{pair.algorithm}, {pair.augmenter} minus none: {pair.scale.signed(over)} ({pair.scale.interval(over)}), "
-        f"{found.in_favour} of {found.pairs} seeds in favour: {verdict_text(pair)}"
+        f"{pair.algorithm}, {pair.augmenter} minus none: {_told(pair)}, seeds in favour {favour(pair)}: "
+        f"{verdict_text(pair)}"
     )
-    parts.append(marker(shapes()[number], x(over.mean), y, f"mark s{number}{'' if told else ' hollow'}", tip))
+    parts.append(marker(style.shape, x(shown.mean), y, style.of(f"mark{'' if told else ' hollow'}"), tip))
     return "".join(parts)
+
+
+def _told(pair: Pair) -> str:
+    """A difference with its interval in words."""
+    if not pair.difference.by_seed:
+        return MISSING
+    over = " over test tasks, one seed" if pair.single else ""
+    return f"{pair.scale.signed(pair.estimate)} ({pair.scale.interval(pair.estimate)}{over})"
 
 
 def costs(report: Report, task: TaskResults) -> list[str]:
     """Time per training step and peak memory of every arm; a panel each, none where nothing is known."""
     of_time = [(each, 1000 * each.seconds_per_step) for each in task.arms]
-    of_memory = [(each, each.peak_bytes / 2**20) for each in task.arms]
+    # The process of a run may still hold what earlier runs in it took: the least is the least of that.
+    of_memory = [(each, np.sort(each.peak_bytes)[:1] / 2**20) for each in task.arms]
     panels = [_bars(report, task, of_time, "ms per step"), _bars(report, task, of_memory, "peak memory in MiB")]
     return [panel for panel in panels if panel]
 
@@ -303,12 +355,12 @@ def _bars(report: Report, task: TaskResults, arms: Sequence[tuple[ArmResults, np
     def bar(each: ArmResults, values: np.ndarray, y: float) -> str:
         if not values.size:
             return text(MISSING, left + 4, y + 3.5)
-        number, mean = style(report, each.arm.augmenter), float(values.mean())
-        ends = f"{significant(values.min())} to {significant(values.max())} over seeds"
-        tip = f"{each.arm.name}: {significant(mean)} {what}, {ends}"
-        drawn = element("rect", x=left, y=y - 6, width=max(x(mean) - left, 1.0), height=12.0, class_=f"bar s{number}")
+        style, mean = _style(report, each.arm.augmenter), float(values.mean())
+        tip = f"{each.arm.name}: {significant(mean)} {what}"
+        drawn = element("rect", x=left, y=y - 6, width=max(x(mean) - left, 1.0), height=12.0, class_=style.of("bar"))
         if len(values) > 1:
             drawn += path([(x(values.min()), y), (x(values.max()), y)], "range")
+            tip += f", {significant(values.min())} to {significant(values.max())} over seeds"
         label = text(significant(mean), max(x(values.max()), x(mean)) + 5, y + 3.5)
         return element("g", drawn + label + tooltip(tip))
 
@@ -345,7 +397,9 @@ def _tick(value: float) -> str:
 
 
 def _cut(name: str, longest: int) -> str:
-    return name if len(name) <= longest else f"{name[: longest - 1]}…"
+    """A name without its middle where it is too long: chains of augmenters begin alike."""
+    half = longest // 2
+    return name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}"
 
 
 def _seeds(count: int) -> str:

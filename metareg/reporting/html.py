@@ -13,11 +13,13 @@ from metareg._version import __version__
 from metareg.comparison.statistics import Verdict
 from metareg.reporting import figures, summary, tables
 from metareg.reporting.analysis import Pair, Report
-from metareg.reporting.tables import Table, verdict_text
+from metareg.reporting.tables import Table, verdict_note
 
 __all__ = ["render"]
 
-_WORDS = {each.value: f'<b class="{each.value}">{each.value}</b>' for each in (Verdict.BETTER, Verdict.WORSE)}
+_MOST_ACROSS = 4
+"""How many augmenters a page has room for side by side."""
+
 _SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
 
 # Text, links and code. No headings, which would disturb the page's own; no HTML; no pictures, which would be fetched.
@@ -32,14 +34,14 @@ def render(report: Report) -> str:
     sections = [
         ("summary", "Summary", _summary(report)),
         ("differences", "Paired differences", _differences(report)),
-        ("results", "Results", _tables([tables.results(report, task) for task in report.tasks])),
+        ("results", "Results", _tables("Results", [tables.results(report, task) for task in report.tasks])),
         ("inner-steps", "Inner steps", _inner_steps(report)),
         ("curves", "Learning curves", _curves(report)),
         ("costs", "Time and memory", _costs(report)),
-        ("settings", "Chosen settings", _tables([tables.settings(task) for task in report.results.tasks])),
-        ("missing", "Missing runs", _table(gaps) if gaps else ""),
+        ("settings", "Chosen settings", _tables("Settings", [tables.settings(task) for task in report.results.tasks])),
+        ("missing", "Missing runs", _table(gaps, gaps.title) if gaps else ""),
         ("commands", "Commands", _commands(report)),
-        ("environment", "Environment", _table(environment) if environment.rows else ""),
+        ("environment", "Environment", _table(environment, environment.title) if environment.rows else ""),
     ]
     present = [section for section in sections if section[2]]
     links = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _ in present)
@@ -72,9 +74,9 @@ def render(report: Report) -> str:
 def _summary(report: Report) -> str:
     parts = [f'<p class="lead">{escape(summary.overview(report))}</p>']
     if report.results.gaps:
-        count = len(report.results.gaps)
+        count = len({gap.path for gap in report.results.gaps})
         parts.append(
-            f'<p class="warning">{count} run{"" if count == 1 else "s"} missing, broken or damaged: '
+            f'<p class="warning">{count} run{"" if count == 1 else "s"} missing, diverged, broken or damaged: '
             '<a href="#missing">which, and why</a>.</p>'
         )
     parts.append(_verdicts(report))
@@ -85,41 +87,51 @@ def _summary(report: Report) -> str:
 
 
 def _verdicts(report: Report) -> str:
-    """Every pair's verdict at a glance: algorithms down, augmenters across."""
+    """Every pair's verdict at a glance: algorithms down, augmenters across, or many augmenters down."""
     if not report.pairs:
         return ""
-    augmenters = [name for name in report.augmenters if name != "none"]
     cells = {(pair.task, pair.algorithm, pair.augmenter): pair for pair in report.pairs}
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in augmenters)
+    down = list(dict.fromkeys(pair.algorithm for pair in report.pairs))
+    across = list(dict.fromkeys(pair.augmenter for pair in report.pairs))
+    transposed = len(across) > _MOST_ACROSS
+    if transposed:
+        down, across = across, down
+    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in across)
     body = ""
     for task in dict.fromkeys(pair.task for pair in report.pairs):
-        body += f'<tbody><tr class="task"><th scope="rowgroup" colspan="{len(augmenters) + 1}">{escape(task)}</th></tr>'
-        for algorithm in dict.fromkeys(pair.algorithm for pair in report.pairs if pair.task == task):
-            found = [cells.get((task, algorithm, name)) for name in augmenters]
+        body += f'<tbody><tr class="task"><th scope="rowgroup" colspan="{len(across) + 1}">{escape(task)}</th></tr>'
+        for name in down:
+            found = [cells.get((task, other, name) if transposed else (task, name, other)) for other in across]
             row = "".join("<td></td>" if pair is None else f"<td>{_verdict_cell(pair)}</td>" for pair in found)
-            body += f'<tr><th scope="row">{escape(algorithm)}</th>{row}</tr>'
+            body += f'<tr><th scope="row">{_name(name)}</th>{row}</tr>'
         body += "</tbody>"
     table = (
         '<table class="verdicts"><caption class="unseen">Each augmenter against none</caption>'
-        f'<thead><tr><th scope="col">algorithm</th>{head}</tr></thead>{body}</table>'
+        f'<thead><tr><th scope="col">{"augmenter" if transposed else "algorithm"}</th>{head}</tr></thead>{body}</table>'
     )
     note = (
-        "Each augmenter against none: the mean paired difference; in brackets its 95 % interval over two or more seeds."
+        "Each augmenter against none: the mean paired difference; in brackets its 95 % interval over two or more seeds, "
+        "each by itself."
     )
     return f'{_box(table, "Verdicts")}<p class="note">{note}</p>'
 
 
 def _verdict_cell(pair: Pair) -> str:
     over_seeds = pair.difference.over_seeds
-    by = pair.scale.signed(over_seeds) + (" points" if pair.scale.percent else "")
-    ends = f' <span class="ends">({pair.scale.interval(over_seeds)})</span>' if over_seeds.count > 1 else ""
-    return f'{_chip(pair.verdict, verdict_text(pair))}<span class="by">{by}{ends}</span>'
+    lines = []
+    if over_seeds.count:
+        by = pair.scale.signed(over_seeds) + (" points" if pair.scale.percent else "")
+        ends = f' <span class="ends">({pair.scale.interval(over_seeds)})</span>' if over_seeds.count > 1 else ""
+        lines.append(f'<span class="by">{by}{ends}</span>')
+    note = verdict_note(pair)
+    if note:
+        lines.append(f'<span class="by ends">{escape(note)}</span>')
+    return _chip(pair.verdict) + "".join(lines)
 
 
-def _chip(verdict: Verdict, title: str = "") -> str:
+def _chip(verdict: Verdict) -> str:
     name = verdict.name.lower().replace("_", "-")
-    hint = f' title="{escape(title)}"' if title not in ("", verdict.value) else ""
-    return f'<span class="chip {name}"{hint}><span aria-hidden="true">{_SIGNS[verdict]}</span> {verdict.value}</span>'
+    return f'<span class="chip {name}"><span aria-hidden="true">{_SIGNS[verdict]}</span> {verdict.value}</span>'
 
 
 def _differences(report: Report) -> str:
@@ -131,30 +143,41 @@ def _differences(report: Report) -> str:
     )
     legend = [name for name in report.augmenters if name != "none"]
     found = [tables.differences(report, task) for task in report.tasks]
-    return _figure(report, groups, caption, legend, wide=True) + _tables(found)
+    return _figure(report, groups, caption, legend, wide=True) + _tables("Paired differences", found)
 
 
 def _inner_steps(report: Report) -> str:
-    single = all(len(each.seeds) <= 1 for task in report.tasks for each in task.arms)
     caption = (
-        f"The metric on test tasks, with 95 % intervals over {'test tasks' if single else 'seeds'}. Numbers of inner "
-        "steps are evenly spaced."
+        "The metric on test tasks. Bars: 95 % intervals, with an arrow where they go on. Numbers of inner steps are evenly "
+        "spaced."
     )
-    groups = [(task.label, figures.inner_steps(report, task)) for task in report.tasks]
+    groups = [
+        (
+            f"{task.label} (± over {'test tasks, one seed' if task.single else 'seeds'})",
+            figures.inner_steps(report, task),
+        )
+        for task in report.tasks
+    ]
     return _figure(report, groups, caption, report.augmenters)
 
 
 def _curves(report: Report) -> str:
-    caption = "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band."
+    caption = (
+        "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band, with an arrow where it "
+        "goes on."
+    )
     groups = [(task.label, figures.learning_curves(report, task)) for task in report.tasks]
     return _figure(report, groups, caption, report.augmenters)
 
 
 def _costs(report: Report) -> str:
-    caption = "Bars: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds."
+    caption = (
+        "Bars of time: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds. Bars of "
+        "memory: the least of the seeds."
+    )
     groups = [(task.label, figures.costs(report, task)) for task in report.tasks]
     figure = _figure(report, groups, caption, [])
-    return figure + _tables([tables.costs(task) for task in report.tasks]) if figure else ""
+    return figure + _tables("Time and memory", [tables.costs(task) for task in report.tasks]) if figure else ""
 
 
 def _commands(report: Report) -> str:
@@ -175,18 +198,23 @@ def _unbroken(command: str) -> str:
     return " ".join(f"<span>{escape(part)}</span>" for part in re.split(r" (?=--)", command))
 
 
-def _tables(found: Sequence[Table | None]) -> str:
+def _tables(section: str, found: Sequence[Table | None]) -> str:
     """Tables below their titles, and once below them what all of them share."""
     present = [table for table in found if table]
     keys = dict.fromkeys(table.key for table in present if table.key)
     return "".join(
-        [f"<h3>{escape(table.title)}</h3>{_table(table)}" for table in present]
+        [f"<h3>{escape(table.title)}</h3>{_table(table, f'{section}: {table.title}')}" for table in present]
         + [f'<p class="note">{escape(key)}</p>' for key in keys]
     )
 
 
-def _table(table: Table) -> str:
-    """A table whose first cell names the row, so that it can stay in sight while the others are scrolled."""
+def _table(table: Table, label: str) -> str:
+    """A table whose first cell names the row, so that it can stay in sight while the others are scrolled.
+
+    Args:
+        table: the table.
+        label: what it is called without the headings above, unlike any other of the page.
+    """
     places = range(table.headers, len(table.columns))
     kinds = {place: ' class="text"' if place in table.texts else "" for place in places}
     head = "".join(f'<th scope="col"{kinds[place]}>{escape(table.columns[place])}</th>' for place in places)
@@ -194,18 +222,29 @@ def _table(table: Table) -> str:
     for row in table.rows:
         new_group = table.headers > 1 and before not in (None, row[0])
         before = row[0]
-        cells = "".join(f"<td{kinds[place]}>{_WORDS.get(row[place], escape(row[place]))}</td>" for place in places)
+        cells = "".join(f"<td{kinds[place]}>{_words(row[place])}</td>" for place in places)
         name = f'<th scope="row">{_names(row[: table.headers])}</th>'
         rows.append(f"<tr{' class=next' if new_group else ''}>{name}{cells}</tr>")
     corner = f'<th scope="col">{_names(table.columns[: table.headers])}</th>'
     # The note stays where it is while the table is scrolled; the caption is for those who do not see the heading above.
     note = f'<p class="note">{escape(table.note)}</p>' if table.note else ""
     body = f"<thead><tr>{corner}{head}</tr></thead><tbody>{''.join(rows)}</tbody>"
-    return _box(f'<table><caption class="unseen">{escape(table.title)}</caption>{body}</table>', table.title) + note
+    return _box(f'<table><caption class="unseen">{escape(label)}</caption>{body}</table>', label) + note
+
+
+def _words(text: str) -> str:
+    """A cell's text, with better and worse in their colours."""
+    words = f"{Verdict.BETTER.value}|{Verdict.WORSE.value}"
+    return re.sub(rf"^({words})(?= \(|$)", r'<b class="\1">\1</b>', escape(text))
 
 
 def _names(names: Sequence[str]) -> str:
-    return " ".join(f"<span>{escape(name)}</span>" for name in names)
+    return " ".join(f"<span>{_name(name)}</span>" for name in names)
+
+
+def _name(name: str) -> str:
+    """A name that breaks between the augmenters of a chain where there is no room for it."""
+    return escape(name).replace("+", "+<wbr>")
 
 
 def _box(table: str, label: str) -> str:

@@ -14,7 +14,7 @@ __all__ = ["render"]
 
 def render(report: Report) -> str:
     """The whole report; the notes of the comparison stand in it as they are."""
-    lines = [f"# {report.title}", ""]
+    lines = [f"# {_escaped(report.title)}", ""]
     notes = report.results.plan.config.notes.strip()
     if notes:
         lines += [notes, ""]
@@ -57,5 +57,5 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|#~])", r"\\\1", " ".join(text.split()))
+    """Text that Markdown shows as it is; GitHub takes dollars for formulas."""
+    return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))

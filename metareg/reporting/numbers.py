@@ -1,8 +1,12 @@
-"""How numbers are written: an accuracy in per cent with one decimal, anything else with three significant digits."""
+"""How numbers are written: an accuracy in per cent with one decimal, anything else with three significant digits.
+
+Where rounding would make a zero of half an interval, or hide on which side of zero one ends, there are more decimals.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from metareg.comparison.statistics import Estimate
@@ -13,6 +17,8 @@ MISSING = "–"
 """Stands for a number that does not exist."""
 
 _MINUS = "\N{MINUS SIGN}"
+_MORE = 2
+"""How many more decimals there are at most, so that what is nonzero does not show as zero."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,11 @@ class Scale:
             return MISSING
         if not math.isfinite(found.half):
             return self.value(found.mean)
-        return f"{self.value(found.mean)} ± {_fixed(found.half * self.factor, self._half_decimals(found))}"
+        decimals = self._decimals(found.mean)
+        shared = self._shared(decimals, found.half)
+        # With an exponent for one of them, each has its own.
+        mean = _fixed(found.mean * self.factor, decimals if shared is None else shared)
+        return f"{mean} ± {_fixed(found.half * self.factor, shared)}"
 
     def half(self, found: Estimate) -> str:
         """Half an interval alone, with the decimals of its mean."""
@@ -77,17 +87,18 @@ class Scale:
     def _decimals(self, number: float) -> int | None:
         return 1 if self.percent else _decimals(number, 3)
 
-    def _half_decimals(self, found: Estimate) -> int | None:
-        """Those of the mean, or as many as show one digit."""
-        mean, half = self._decimals(found.mean), _decimals(found.half, 1)
-        return mean if self.percent else None if mean is None or half is None else max(mean, half)
+    def _shared(self, decimals: int | None, half: float) -> int | None:
+        """So many decimals for a mean, or as many as show a digit of half its interval too."""
+        if self.percent:
+            return _telling([half * self.factor], 1)
+        own = _decimals(half, 1)
+        return None if decimals is None or own is None else max(decimals, own)
 
     def _common(self, found: Estimate) -> int | None:
         """Decimals for a difference and the ends of its interval alike."""
-        if self.percent:
-            return 1
         ends = [found.mean] if math.isnan(found.half) else [found.mean, found.low, found.high]
-        return _decimals(max(map(abs, ends)), 3)
+        fewest = self._decimals(max(map(abs, ends)))
+        return None if fewest is None else _telling([end * self.factor for end in ends], fewest)
 
 
 def significant(number: float, digits: int = 3) -> str:
@@ -111,10 +122,23 @@ def _decimals(number: float, digits: int) -> int | None:
     return None if exponent >= 4 or exponent < -4 else max(0, digits - 1 - exponent)
 
 
+def _telling(numbers: Sequence[float], fewest: int) -> int:
+    """How many decimals, not many more than `fewest`, show none of the numbers as zero that is not."""
+    largest = max(map(abs, numbers))
+    # What is left of a sum that should be zero is zero.
+    nonzero = [number for number in numbers if abs(number) > 1e-12 * largest]
+    most = fewest + _MORE
+    return next((each for each in range(fewest, most) if all(float(_plain(number, each)) for number in nonzero)), most)
+
+
+def _plain(number: float, decimals: int | None) -> str:
+    return f"{number:.2e}" if decimals is None else f"{number:.{decimals}f}"
+
+
 def _fixed(number: float, decimals: int | None) -> str:
     if not math.isfinite(number):
         return MISSING
-    text = f"{number:.2e}" if decimals is None else f"{number:.{decimals}f}"
+    text = _plain(number, decimals)
     if float(text) == 0:
         text = text.removeprefix("-")
     return text.replace("-", _MINUS)

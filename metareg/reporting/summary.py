@@ -25,10 +25,11 @@ def overview(report: Report) -> str:
     """What was compared, and how much of it is there."""
     found, config = report.results, report.results.plan.config
     seeds = len(config.seeds)
+    diverged = f"; {found.diverged} diverged" if found.diverged else ""
     return (
         f"{_plural(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_joined(config.augment)} on "
         f"{_plural(len(config.tasks), 'task')}, {_plural(seeds, 'seed')} each: {found.finished} of {found.planned} "
-        f"runs {'has' if found.finished == 1 else 'have'} finished."
+        f"runs {'has' if found.finished == 1 else 'have'} finished{diverged}."
     )
 
 
@@ -52,18 +53,43 @@ def caveats(report: Report) -> str:
     """How the words come about."""
     if not report.pairs:
         return "No algorithm was run both with an augmenter and without one, so that there is no difference to show."
-    steps = {report.headline[pair.task] for pair in report.pairs}
-    after = f"{steps.pop()} inner steps" if len(steps) == 1 else "the last number of inner steps of each task's table"
+    after = _after(report)
     if not report.tested:
+        reasons = dict.fromkeys(pair.difference.untested for pair in report.pairs)
         return (
-            f"The scores are those after {after}. No pair could be tested: a test needs two seeds or more that both "
-            "arms have finished. An interval over test tasks says nothing about other seeds."
+            f"{after} No pair could be tested ({', '.join(reasons)}): a test needs two seeds "
+            "or more, with both arms finished and none diverged. An interval over test tasks says nothing about other "
+            "seeds."
         )
-    return (
-        f"The scores are those after {after}. Better and worse are what a paired t test over seeds shows at the 5 % "
-        f"level after Holm's correction over {_plural(report.tested, 'tested comparison')}; ranges are 95 % intervals "
-        "over seeds, each by itself. No difference shown does not say that there is none."
+    unfinished = (
+        " The comparison is not finished: these words may change with the runs that are missing, and the 5 % hold for a "
+        "look at the end alone."
+        if report.results.missing
+        else ""
     )
+    return (
+        f"{after} Better and worse are what a paired t test over seeds shows at the 5 % level after Holm's correction "
+        f"over {_plural(report.tested, 'tested comparison')}. No difference shown does not say that there is none."
+        f"{unfinished}"
+    )
+
+
+def _after(report: Report) -> str:
+    """After how many inner steps pairs are compared, and on which tasks it could not be the number asked for."""
+    tasks: dict[int, list[str]] = {}
+    for task in dict.fromkeys(pair.task for pair in report.pairs):
+        tasks.setdefault(report.headline[task], []).append(task)
+    numbers = [
+        _plural(number, "inner step") + (f" on {_joined(labels)}" if len(tasks) > 1 else "")
+        for number, labels in tasks.items()
+    ]
+    others = [label for number, labels in tasks.items() if number != report.inner_steps for label in labels]
+    untested = (
+        f" There are no results after {_plural(report.inner_steps, 'inner step')} on {_joined(others)}."
+        if report.inner_steps is not None and others
+        else ""
+    )
+    return f"The scores are those after {'; '.join(numbers)}.{untested}"
 
 
 def _line(task: str, pairs: Sequence[Pair]) -> str:

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from metareg.comparison.results import ArmResults, TaskResults
-from metareg.comparison.statistics import ALPHA, Verdict
+from metareg.comparison.results import ArmResults, Gap, TaskResults
+from metareg.comparison.statistics import ALPHA
 from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
-__all__ = ["Table", "costs", "differences", "environment", "gaps", "overview", "results", "settings", "verdict_text"]
+__all__ = [
+    "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
+    "verdict_note", "verdict_text",
+]  # fmt: skip
 
 _LONGEST_REASON = 400
 
@@ -43,8 +46,7 @@ class Table:
 
 def results(report: Report, task: TaskResults) -> Table:
     """The means of every arm of a task, after each number of inner steps."""
-    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
-    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
+    scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     rows = [
         [
             each.arm.algorithm,
@@ -55,7 +57,7 @@ def results(report: Report, task: TaskResults) -> Table:
         ]
         for each in task.arms
     ]
-    columns = ["algorithm", "augmenter", "seeds", *map(_steps, task.inner_steps)]
+    columns = ["algorithm", "augmenter", "seeds", *map(steps, task.inner_steps)]
     note = f"{_capital(scale.heading)} on the test tasks after so many inner steps, {scale.better}. "
     if of_tasks:
         note += (
@@ -63,13 +65,16 @@ def results(report: Report, task: TaskResults) -> Table:
             "nothing here says what another seed would give."
         )
     else:
-        columns.append(f"± over tasks, {_steps(headline)}")
+        columns.append(f"± over tasks, {steps(headline)}")
         note += (
             "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval "
             "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
         )
     if any("diverged" in cell for row in rows for cell in row):
-        note += " A seed has diverged where one of its scores is not finite; the mean is that of the other seeds."
+        note += (
+            " A seed has diverged where its training did or one of its scores is not finite; the mean is that of the "
+            "other seeds."
+        )
     norms = [norm for norm in task.norms if norm != "none"]
     note += f" BatchNorm: {', '.join(norms)}." if norms else ""
     return Table(task.label, columns, rows, note)
@@ -80,7 +85,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
     pairs = [pair for pair in report.pairs if pair.task == task.label]
     if not pairs:
         return None
-    scale, steps = Scale(task.metric, task.higher_is_better), _steps(report.headline[task.label])
+    scale, after = Scale(task.metric, task.higher_is_better), steps(report.headline[task.label])
     rows = [
         [
             pair.algorithm,
@@ -88,7 +93,7 @@ def differences(report: Report, task: TaskResults) -> Table | None:
             scale.signed(pair.difference.over_seeds),
             scale.interval(pair.difference.over_seeds),
             scale.interval(pair.difference.over_tasks),
-            _favour(pair),
+            favour(pair),
             p_value(pair.difference.p),
             p_value(pair.corrected),
             verdict_text(pair),
@@ -99,11 +104,11 @@ def differences(report: Report, task: TaskResults) -> Table | None:
         "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
         "p (Holm)", "in words",
     ]  # fmt: skip
-    note = f"Augmenter minus none after {steps} in {scale.difference}; {scale.better}."
+    note = f"Augmenter minus none after {after} in {scale.difference}; {scale.better}."
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
-        "t): over seeds, and over test tasks with these trained models given. p is that of the two-sided paired t test "
-        f"over seeds; Holm's correction covers {_tested(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
+        "t): over seeds, or where it says so over test tasks with these trained models given. p is that of the two-sided "
+        f"paired t test over seeds; {_corrected(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
         "difference shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
@@ -111,9 +116,8 @@ def differences(report: Report, task: TaskResults) -> Table | None:
 
 def overview(report: Report, task: TaskResults) -> Table:
     """The means and the differences to none of a task in few columns, for a terminal."""
-    scale, headline = Scale(task.metric, task.higher_is_better), report.headline[task.label]
+    scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     pairs = {(pair.algorithm, pair.augmenter): pair for pair in report.pairs if pair.task == task.label}
-    of_tasks = all(len(each.seeds) <= 1 for each in task.arms)
     rows = []
     for each in task.arms:
         pair = pairs.get((each.arm.algorithm, each.arm.augmenter))
@@ -125,14 +129,18 @@ def overview(report: Report, task: TaskResults) -> Table:
                 *(
                     [""] * 3
                     if pair is None
-                    else [scale.interval(pair.difference.over_seeds), p_value(pair.corrected), verdict_text(pair)]
+                    else [
+                        scale.interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds),
+                        p_value(pair.corrected),
+                        verdict_text(pair),
+                    ]
                 ),
             ]
         )
     seeds = "tasks (one seed)" if of_tasks else "seeds"
     return Table(
         task.label,
-        ["algorithm", "augmenter", f"{scale.heading} ({_steps(headline)})", "minus none", "p (Holm)", "in words"],
+        ["algorithm", "augmenter", f"{scale.heading} ({steps(headline)})", "minus none", "p (Holm)", "in words"],
         rows,
         f"± and intervals are 95 % over {seeds}; {scale.better}.",
         texts=(5,),
@@ -143,19 +151,15 @@ def costs(task: TaskResults) -> Table:
     """Time and memory of every arm of a task."""
     rows = []
     for each in task.arms:
-        seconds, peak = _finite(each.seconds_per_step), _finite(each.peak_bytes)
-        baseline = task.baselines.get(each.arm.algorithm)
-        of_none = _finite(baseline.seconds_per_step) if baseline else np.array([])
+        milliseconds, peak = 1000 * _finite(each.seconds_per_step), _finite(each.peak_bytes)
         rows.append(
             [
                 each.arm.algorithm,
                 each.arm.augmenter,
-                significant(1000 * seconds.mean()) if seconds.size else MISSING,
-                f"{significant(1000 * seconds.min())} to {significant(1000 * seconds.max())}"
-                if seconds.size
-                else MISSING,
-                f"{seconds.mean() / of_none.mean():.2f}" if seconds.size and of_none.size else MISSING,
-                f"{peak.max() / 2**20:.0f}" if peak.size else MISSING,
+                significant(milliseconds.mean()) if milliseconds.size else MISSING,
+                _range([significant(value) for value in np.sort(milliseconds)]),
+                _range([f"{ratio:.2f}" for ratio in np.sort(_times_none(task, each))]),
+                f"{peak.min() / 2**20:.0f}" if peak.size else MISSING,
             ]
         )
     return Table(
@@ -164,9 +168,10 @@ def costs(task: TaskResults) -> Table:
         rows,
         "",
         "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
-        "its ratio to the same algorithm without an augmenter. "
-        "Memory is the most that a run took: on a GPU its tensors, otherwise the whole process. Runs that shared the "
-        "machine slowed each other down.",
+        "the range, from seed to seed, of its ratio to the same algorithm and seed without an augmenter. Runs that shared "
+        "the machine slowed each other down: where the range is wide, that is what it shows. "
+        "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole "
+        "process, with what earlier runs in it left.",
     )
 
 
@@ -218,38 +223,68 @@ def environment(report: Report) -> Table:
 
 
 def gaps(report: Report) -> Table | None:
-    """What is missing; None where nothing is."""
-    if not report.results.gaps:
+    """What is missing, a row for the seeds of an arm that share the reason; None where nothing is."""
+    alike: dict[tuple[str, str, str], list[Gap]] = {}
+    for gap in report.results.gaps:
+        alike.setdefault((gap.what, gap.state, gap.reason), []).append(gap)
+    if not alike:
         return None
-    rows = [[gap.run, gap.state, _shortened(gap.reason), str(gap.path)] for gap in report.results.gaps]
+    rows = [
+        [
+            what,
+            ", ".join(gap.seed for gap in found if gap.seed) or MISSING,
+            state,
+            _shortened(reason),
+            str(found[0].path if len(found) == 1 else found[0].path.parent),
+        ]
+        for (what, state, reason), found in alike.items()
+    ]
     return Table(
         "Missing and broken runs",
-        ["run", "state", "why", "folder"],
+        ["runs", "seeds", "state", "why", "folder"],
         rows,
-        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. A "
-        "damaged run counts, but for the file that is named.",
+        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. One "
+        "that diverged takes the verdict from its pair. A damaged run counts, but for the file that is named.",
         headers=1,
-        texts=(1, 2, 3),
+        texts=(2, 3, 4),
     )
 
 
 def verdict_text(pair: Pair) -> str:
-    """The words for a pair, with the reason where it was not tested."""
-    if pair.verdict is Verdict.NOT_TESTED:
-        return f"{pair.verdict.value}: {pair.difference.untested}"
-    return pair.verdict.value
+    """The words for a pair, with what is to be known of them."""
+    note = verdict_note(pair)
+    return f"{pair.verdict.value} ({note})" if note else pair.verdict.value
 
 
-def _tested(report: Report) -> str:
-    return (
-        "the one tested comparison of this report"
-        if report.tested == 1
-        else (f"all {report.tested} tested comparisons of this report")
-    )
+def verdict_note(pair: Pair) -> str:
+    """Why a pair was not tested, or that seeds are missing; empty where the words are final."""
+    missing = f"{pair.difference.pairs} of {pair.planned} seeds" if pair.difference.pairs < pair.planned else ""
+    return pair.difference.untested or missing
+
+
+def steps(number: int) -> str:
+    """A number of steps."""
+    return "1 step" if number == 1 else f"{number} steps"
+
+
+def favour(pair: Pair) -> str:
+    """How many seeds are in favour of an augmenter, of how many that say anything, and what became of the others."""
+    found = pair.difference
+    others = [f"{found.diverged} diverged"] if found.diverged else []
+    others += [f"{pair.planned} planned"] if found.pairs < pair.planned else []
+    count = f"{found.in_favour} of {len(found.by_seed)}" if found.by_seed else MISSING
+    return f"{count} ({', '.join(others)})" if others else count
+
+
+def _corrected(report: Report) -> str:
+    if not report.tested:
+        return "no pair of this report could be tested"
+    which = f"all {report.tested} tested comparisons" if report.tested > 1 else "the one tested comparison"
+    return f"Holm's correction covers {which} of this report"
 
 
 def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool) -> str:
-    scores = results.by_seed(inner_steps)
+    scores = results.outcomes(inner_steps)
     diverged = sum(not math.isfinite(each.mean()) for each in scores.values())
     if scores and diverged == len(scores):
         return "diverged"
@@ -257,20 +292,21 @@ def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
-def _favour(pair: Pair) -> str:
-    found = pair.difference
-    if not found.pairs:
-        return f"0 of {pair.planned} there"
-    missing = "" if found.pairs == pair.planned else f" (of {pair.planned} planned)"
-    return f"{found.in_favour} of {found.pairs}{missing}"
+def _times_none(task: TaskResults, results: ArmResults) -> np.ndarray:
+    """For each seed of an arm that ran without an augmenter too, the ratio of the times per step."""
+    baseline = task.baselines.get(results.arm.algorithm)
+    of_none = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
+    times = zip(results.seeds, results.seconds_per_step, strict=True)
+    return _finite(np.array([seconds / of_none[seed] for seed, seconds in times if seed in of_none]))
+
+
+def _range(ascending: Sequence[str]) -> str:
+    """The ends of a range; once where they are written alike."""
+    return " to ".join(dict.fromkeys([ascending[0], ascending[-1]])) if ascending else MISSING
 
 
 def _count(finished: int, planned: int) -> str:
     return str(finished) if finished == planned else f"{finished} of {planned}"
-
-
-def _steps(number: int) -> str:
-    return "1 step" if number == 1 else f"{number} steps"
 
 
 def _setting(value: object) -> str:
