@@ -20,12 +20,13 @@ from rich.console import Console
 from comparisons import DEMO, write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
-from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.runner import Comparison, compare
 from metareg.config import validated
 from metareg.display import comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
+from metareg.files import write_text
 from metareg.interrupts import StopRequest
 from metareg.options import assemble
 from metareg.runs import prepared
@@ -91,6 +92,62 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
     assert plan.options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
 
 
+def test_of_two_names_of_an_option_the_later_rule_counts(tmp_path: Path) -> None:
+    tasks = [{"task": "sinusoid", "options": {"maml.inner_lr": 0.02}}]
+    rules = [
+        {"augment": "cml", "options": {"inner_lr": 0.05, "augment.gamma": 0.3}},
+        {"options": {"augment.gamma": 0.4}},
+    ]
+    plan = plan_of(tmp_path, augment="none, cml", tasks=tasks, options={"inner_lr": 0.01}, arms=rules)
+
+    without, with_cml = (assemble(run.config, run.options) for run in plan.runs())
+
+    assert without.algorithm.config.inner_lr == 0.02
+    assert (with_cml.algorithm.config.inner_lr, with_cml.augmenters[0].config.gamma) == (0.05, 0.4)
+
+
+def test_names_and_seeds_can_be_written_as_texts() -> None:
+    config = config_of(algo="maml, anil", augment="none, dropgrad + cml", tasks="sinusoid, harmonic", seeds="0, 3")
+
+    assert (config.algo, config.augment, config.seeds) == (["maml", "anil"], ["none", "dropgrad+cml"], [0, 3])
+    assert [task.label for task in config.tasks] == ["sinusoid", "harmonic"]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"augment": "none,cml", "arms": [{"augment": "cml", "options": {"shots": 20}}]},
+            r"maml\+cml on sinusoid would not see the tasks of maml on sinusoid: shots is 20, not 10\. .* under 'tasks'",
+        ),
+        ({"algo": "maml,metareg:maml"}, "maml on sinusoid and metareg:maml on sinusoid are the same"),
+    ],
+)
+def test_arms_that_do_not_make_a_paired_comparison(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check(plan_of(tmp_path, **values))
+
+
+def test_a_model_can_have_its_tasks_prepared_in_its_own_way(tmp_path: Path) -> None:
+    rules = [{"augment": "cml", "options": {"model": "sgc", "sgc.layers": 1}}]
+    check(plan_of(tmp_path, augment="none,cml", tasks="csbm", options={"model": "sgc"}, arms=rules))
+
+
+def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
+    names = ["cml", "dropgrad", "gradient-noise"]
+    chains = ["none", *names, *(f"{one}+{other}" for one in names for other in names if one != other)]
+    tasks = [{"task": "sinusoid", "label": str(number)} for number in range(6)]
+    options = {**TINY, "cml.gamma": 1, "dropgrad.rate": 0.1, "gradient-noise.sigma": 1}
+    plan = plan_of(tmp_path, algo="maml,anil,boil", augment=chains, tasks=tasks, seeds=10, options=options)
+    assert len(plan.arms) == 180
+
+    began = time.process_time()
+    comparison = Comparison(plan, Fake(lambda _run, _time: None))
+
+    assert comparison.left == 1800
+    assert time.process_time() - began < 10
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -100,8 +157,19 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
         ({"arms": [{"algo": "mml", "options": {}}]}, "did you mean 'maml'"),
         ({"arms": [{"task": "sinusoids", "options": {}}]}, "did you mean 'sinusoid'"),
         ({"options": {"seed": 3}}, "it is what 'seeds' is for"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": 0}, "a number of seeds is one from 1 to 1000, not 0"),
         ({"seeds": [-1]}, "seeds"),
+        ({"seeds": [2**63]}, "seeds"),
+        ({"seeds": "many"}, "a number of seeds, as 5, or seeds with commas"),
+        ({"augment": "none,"}, "a name is missing"),
+        ({"augment": ["cml+"]}, "a name is missing"),
+        ({"augment": ["none+cml"]}, "'none' is no part of a chain"),
+        ({"tasks": "sinusoid,"}, "a name is missing"),
+        (
+            {"tasks": [{"task": "sinusoid", "label": label} for label in ("5-shot", "5 shot")]},
+            "share the folder '5-shot'",
+        ),
+        ({"options": {"observers": ["jsonl"]}}, "the runs of a comparison have none"),
         ({"algos": ["maml"]}, "did you mean 'algo'"),
     ],
 )
@@ -299,12 +367,41 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
 
     with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
         compare(config_of(options={**TINY, "inner_lr": 0.5}), tmp_path / "c")
+    with pytest.raises(UsageError, match="it has begun maml on sinusoid, seed 0, which this one leaves out"):
+        compare(config_of(seeds=[1]), tmp_path / "c")
+    assert Plan.read(tmp_path / "c").config == plan.config
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds no comparison"):
         compare(config_of(), tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
         compare(None, tmp_path / "nothing")
+
+
+def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_of(tmp_path).write()
+    extended = plan_of(tmp_path, augment="none,cml")
+
+    def extend(_plan: Plan) -> None:
+        extended.write()
+        write_text(extended.runs()[1].path / "config.yaml", "")
+
+    monkeypatch.setattr("metareg.comparison.runner.check", extend)
+    with pytest.raises(UsageError, match=r"it has begun maml\+cml on sinusoid, seed 0, which this one leaves out"):
+        compare(None, tmp_path)
+    assert Plan.read(tmp_path).config == extended.config
+
+
+def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Fake(lambda _run, _time: None)
+    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: launcher)
+
+    compare({"options": {**TINY, "device": Path("cpu")}}, tmp_path / "c")
+
+    assert launcher.submitted[0].options["device"] == "cpu"
+    with pytest.raises(UsageError, match="values that a file can hold"):
+        compare({"options": {"device": object()}}, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
 
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
