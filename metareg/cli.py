@@ -438,7 +438,8 @@ def compare(
     """Compare algorithms and augmenters on tasks over seeds: [bold]metareg compare --augment none,cml --seeds 5[/].
 
     The same seed gives every arm the same initial weights, training tasks and test tasks. Finished runs are kept: the same
-    command again goes on where it stopped, and tries again what broke.
+    command again goes on where it stopped, and tries again what broke. What is given with an --out that holds a comparison
+    changes that one: [bold]--out DIR --seeds 10[/] adds seeds.
     """
     _leave_out(no_plugin)
     if data is not None:
@@ -447,12 +448,12 @@ def compare(
     from metareg.comparison.runner import compare as carry_out
     from metareg.display import ComparisonProgress, comparison_report
 
-    given = comparison_of(
-        config, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
-        search=search, search_over=search_over,
-    )  # fmt: skip
     if out is None:
         out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
+    given = comparison_of(
+        config, out, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
+        search=search, search_over=search_over,
+    )  # fmt: skip
     with ComparisonProgress(_errors) as progress:
         comparison = carry_out(given, out, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress)
     comparison_report(comparison, _output)
@@ -529,11 +530,11 @@ def reproduce_recipe(
 
     for text in filter(None, (recipe.summary, recipe.notes)):
         _errors.print(escape(text))
+    wanted = None if seeds is None else parse_seeds(seeds)
     with ComparisonProgress(_errors) as progress:
         verdict = reproduce(
-            recipe, out or Path("reproductions", recipe.name), seeds=parse_seeds(seeds) if seeds else None, jobs=jobs,
-            device=device, watcher=progress,
-        )  # fmt: skip
+            recipe, out or Path("reproductions", recipe.name), seeds=wanted, jobs=jobs, device=device, watcher=progress
+        )
     _output.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

@@ -222,6 +222,69 @@ def test_flags_stand_before_the_file(tmp_path: Path) -> None:
     assert comparison_of(None) is None
 
 
+def test_flags_stand_before_whatever_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    own = {"trials": 9, "space": {"inner_lr": [0.1, 0.2]}, "options": {"steps": 3, "test_tasks": 5}}
+    content = {
+        "augment": "none, cml",
+        "tasks": ["harmonic", {"task": "sinusoid", "options": {"steps": 6, "maml.inner_lr": 0.3}, "tune": own}],
+        "arms": [{"augment": "cml", "options": {"steps": 5, "inner_lr": 0.4}}],
+        "tune": own,
+    }
+    file.write_text(json.dumps(content))
+
+    assignments = ["inner_lr=0.7", "threads=1", "test_inner_steps=[0,3]"]
+    config = comparison_of(file, steps=9, assignments=assignments, search=20)
+
+    assert config is not None
+    plan = Plan(tmp_path, config)
+    for arm in plan.arms:
+        assert plan.options(arm)["steps"] == plan.trial(arm, 0, 0, {}).options["steps"] == 9
+        assert assemble({"algo": "maml"}, plan.options(arm)).algorithm.config.inner_lr == 0.7
+        tuning = plan.tuning(arm)
+        assert tuning is not None
+        assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
+    assert config.options["threads"] == 1
+    # The same flags again find their own rule.
+    plan.write()
+    assert comparison_of(None, tmp_path, steps=9, assignments=assignments, search=20) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["options: [1]", "options: abc", "tasks: 5", "tasks: [5]", "arms: 5", "arms: [5]", "tune: 5", "tune: {options: 5}"],
+)
+def test_a_malformed_file_with_flags_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"c\.yaml, (options|tasks|arms|tune)"):
+        comparison_of(tmp_path / "c.yaml", steps=3, search=4)
+
+
+def test_flags_alone_change_what_a_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: None))
+    monkeypatch.setattr("metareg.display.comparison_report", lambda *_: None)
+    folder = tmp_path / "c"
+    options = [f"--set={key}={value}" for key, value in TINY.items()]
+
+    def carried_out(*arguments: str) -> int:
+        code = cli.run(["compare", *arguments, f"--out={folder}"])
+        for run in Plan.read(folder).runs():
+            write_text(run.path / "config.yaml", "")
+        return code
+
+    assert carried_out("--augment=none,cml", *options) == 0
+    assert carried_out("--seeds=2") == carried_out("--augment=none,cml,dropgrad") == 0
+    config = Plan.read(folder).config
+    assert (config.augment, config.seeds, config.options["steps"]) == (["none", "cml", "dropgrad"], [0, 1], 30)
+    assert carried_out("--augment=none,dropgrad") == 2
+    assert "it has begun maml+cml on sinusoid, seed 0, which this one leaves out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert Plan.read(folder).config == config
+
+
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, augment=["none", "cml"], seeds=2, notes="Über *alles*.", arms=[{"augment": "cml", "options": {}}]
