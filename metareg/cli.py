@@ -426,7 +426,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (one for each GPU, or CPU core).")
+    ] = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
@@ -503,7 +505,9 @@ def reproduce_recipe(
         Path | None,
         typer.Option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (one for each GPU, or CPU core).")
+    ] = None,
     data: _DATA = None,
     device: _DEVICE = None,
     no_plugin: _NO_PLUGIN = None,

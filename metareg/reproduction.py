@@ -191,7 +191,7 @@ def reproduce(
         recipe: the recipe.
         out: its folder, that of a comparison.
         seeds: other seeds than the recipe's.
-        jobs: runs at a time; one for every CPU core by default.
+        jobs: runs at a time; by default one for every GPU that they take, or for every CPU core.
         device: where to compute; a GPU where there is one by default.
         watcher: hears of the runs.
 

@@ -21,8 +21,8 @@ from comparisons import DEMO, write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
-from metareg.comparison.runner import Comparison, compare
+from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out, cpu_cores
+from metareg.comparison.runner import Comparison, _launcher, compare
 from metareg.config import validated
 from metareg.display import comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
@@ -520,20 +520,68 @@ def outcomes(pool: LocalPool, count: int) -> list[Outcome]:
     return found
 
 
-def test_a_process_that_dies_is_reported_and_replaced(tmp_path: Path) -> None:
+LEAVES_A_CHILD = """
+import os, time
+if os.fork() == 0:
+    {setsid}
+    time.sleep(30)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("setsid", ["", "os.setsid()"])
+def test_a_process_that_dies_is_reported_and_replaced(
+    setsid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What stands in the working directory is none of a run's business; what a process leaves behind keeps its output open.
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user')")
+    write_text(tmp_path / "path" / "sitecustomize.py", LEAVES_A_CHILD.format(setsid=setsid))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setattr("metareg.comparison.pool._SECONDS_TO_CLOSE", 1.0)
     long = plan_of(tmp_path, options={**TINY, "steps": 1_000_000}).runs()[0]
     pool = LocalPool(1, 1, tmp_path / "workers.log")
     try:
         pool.submit(long)
         (worker,) = pool._workers
         worker._process.kill()
-        assert outcomes(pool, 1) == [Outcome(long, "The process of the run was ended by SIGKILL.", again=True)]
+        sentence = f"The process of the run was ended by SIGKILL; {tmp_path / 'workers.log'} holds what it printed."
+        assert outcomes(pool, 1) == [Outcome(long, sentence, again=True)]
         short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).runs()[0]
         pool.submit(short)
         assert outcomes(pool, 1) == [Outcome(short)]
         assert short.finished
     finally:
+        began = time.monotonic()
         pool.close()
+    assert time.monotonic() - began < 20
+
+
+def test_each_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Worker:
+        alive, run = True, None
+
+        def __init__(self, _threads: int, _log: Path, _ended: Any, gpu: str | None) -> None:
+            self.gpu = gpu
+            given.append(gpu)
+
+        def begin(self, run: Any) -> None:
+            self.run = run
+
+    monkeypatch.setattr("metareg.comparison.pool._Worker", Worker)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    pool = _launcher("local", plan_of(tmp_path), None, None)
+    assert pool.capacity == 2
+    run = plan_of(tmp_path).runs()[0]
+    for _ in range(3):
+        pool.submit(run)
+    assert given == ["3", "5", "3"]
+    on_cpu = _launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
+    on_cpu.submit(run)
+    assert (on_cpu.capacity, given[-1]) == (cpu_cores(), None)
 
 
 KILLED = {**TINY, "steps": 900, "log_every": 50, "checkpoint_every": 50, "threads": 1}

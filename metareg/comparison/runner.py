@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import Launcher, LocalPool, Outcome, divergence
+from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
 from metareg.config import validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.files import is_leftover, locked
@@ -195,7 +195,7 @@ def compare(
         config: what is compared: a `ComparisonConfig`, its values, or a YAML file with them; None goes on with the
             comparison in `out`. Runs in `out` are kept where they are the same.
         out: the comparison's folder.
-        jobs: how many runs at a time; one for every CPU core by default.
+        jobs: how many runs at a time; by default one for every GPU that they take, or for every CPU core.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
         watcher: hears of what happens.
@@ -248,7 +248,7 @@ def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | 
         config = validated(ComparisonConfig, config, "the comparison")
     config = _storable(config)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
-    cores = os.cpu_count() or 1
+    cores = cpu_cores()
     threads = max(1, cores // (jobs or cores)) if begun is None else begun.config.options.get("threads")
     plan = Plan(folder, config.model_copy(update={"options": {"threads": threads, **config.options}}))
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
@@ -305,7 +305,19 @@ def _launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) 
         from metareg.comparison.ray_launcher import RayLauncher
 
         return RayLauncher(jobs, threads, ray_address)
-    return LocalPool(jobs or os.cpu_count() or 1, threads, plan.folder / "workers.log")
+    gpus = _gpus(plan)
+    return LocalPool(jobs or len(gpus) or cpu_cores(), threads, plan.folder / "workers.log", gpus)
+
+
+def _gpus(plan: Plan) -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where a run asks for a device of its own."""
+    if any(plan.options(arm).get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def progress_of(run: PlannedRun) -> tuple[int, float | None]:
