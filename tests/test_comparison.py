@@ -22,6 +22,7 @@ from metareg import cli
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out, cpu_cores
+from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, compare
 from metareg.config import validated
 from metareg.display import comparison_report
@@ -465,6 +466,17 @@ def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(UsageError, match="values that a file can hold"):
         compare({"options": {"device": object()}}, tmp_path / "d")
     assert not (tmp_path / "d").exists()
+
+
+def test_a_run_that_was_trained_for_longer_does_not_count(tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path, {**DEMO, "tune": None})
+    run = plan.runs()[3]
+    write_text(run.path / "config.yaml", "algo:\n  config:\n    steps: 5000\ninner_steps: 1\nsteps: 9000\n")
+
+    (gap,) = read(tmp_path).gaps
+
+    assert (gap.run, gap.state) == (str(run), "broken")
+    assert gap.reason == "it was trained for 9000 steps, the comparison asks for 5000"
 
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:

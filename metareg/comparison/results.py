@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
-from metareg.comparison.pool import divergence
+from metareg.comparison.pool import ERROR_FILE, divergence
 from metareg.errors import UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
@@ -283,8 +284,10 @@ class _TaskReader:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
             return None
-        difference = (self.test and test.differs_from(self.test, same_arm=False)) or (
-            before and test.differs_from(before, same_arm=True)
+        difference = (
+            _trained_otherwise(run)
+            or (self.test and test.differs_from(self.test, same_arm=False))
+            or (before and test.differs_from(before, same_arm=True))
         )
         if difference:
             self._gap(run, "broken", difference)
@@ -294,10 +297,10 @@ class _TaskReader:
         return test
 
     def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
-        error = run.path / "error.txt"
+        error = run.path / ERROR_FILE
         if error.is_file():
             with suppress(OSError):
-                return "broken", error.read_text(encoding="utf-8", errors="replace").strip() or "error.txt is empty"
+                return "broken", error.read_text(encoding="utf-8", errors="replace").strip() or f"{ERROR_FILE} is empty"
         if (run.path / "config.yaml").is_file():
             return "unfinished", "it has begun and has no results.json yet"
         if tuned and not (self._plan.tuning_folder(run.arm) / _CHOSEN).is_file():
@@ -349,6 +352,19 @@ class _TaskReader:
         self._gaps.append(Gap(str(run), state, reason, run.path.relative_to(self._plan.folder)))
 
 
+def _trained_otherwise(run: PlannedRun) -> str:
+    """How a run was gone on with beyond its plan, as ``metareg resume --steps`` does; empty where it was not."""
+    planned = run.options.get("steps")
+    found = None
+    with suppress(OSError):
+        # The line alone: to read the YAML of many runs takes longer than all else of a report.
+        text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^steps: (\d+)$", text, re.MULTILINE)
+    if not isinstance(planned, int | float) or found is None or int(found[1]) == planned:
+        return ""
+    return f"it was trained for {found[1]} steps, the comparison asks for {planned}"
+
+
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What an environment.json says that readers of a comparison want to know."""
     for name in _OF_ENVIRONMENT:
@@ -385,7 +401,7 @@ def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
 def _broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
         folder = plan.tuning_folder(arm)
-        for path in sorted(folder.glob("trial-*/seed-*/error.txt")):
+        for path in sorted(folder.glob(f"trial-*/seed-*/{ERROR_FILE}")):
             if divergence(path.parent) is not None:
                 continue  # the choice took note of it
             with suppress(OSError):
