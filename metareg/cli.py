@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -482,11 +483,18 @@ def report_comparison(
     ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
-    from metareg.reporting import format_of, report, write
+    from metareg.reporting import FORMATS, format_of, report, write
 
-    chosen = format or format_of(out)
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out takes a file; {out} is a folder.")
+    suffix = out.suffix.lower() if out else ""
+    if format is None and suffix not in ("", ".htm", *FORMATS.values()):
+        raise UsageError(
+            f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
+        )
+    chosen = format_of(out) if format is None else format
     if out is None and chosen != "html":
-        print(report(path, chosen, inner_steps=inner_steps), end="")
+        _write_out(report(path, chosen, inner_steps=inner_steps))
     else:
         _output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
 
@@ -628,6 +636,25 @@ def doctor() -> None:
     _output.print(doctor_page(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
+
+
+def _write_out(text: str) -> None:
+    """Write a text to the output.
+
+    Raises:
+        MetaregError: it cannot take it: a full disk, a reader that has gone, an encoding without one of the signs.
+    """
+    try:
+        print(text, end="", flush=True)
+    except UnicodeEncodeError as error:
+        sign = error.object[error.start]
+        raise MetaregError(
+            f"The output's encoding, {error.encoding}, has no '{sign}'; --out FILE writes UTF-8."
+        ) from error
+    except OSError as error:
+        # What is left would be tried again at the end of the process, and say more than this sentence.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MetaregError(f"The output cannot be written: {error.strerror}.") from error
 
 
 def _kind(given: str) -> str:

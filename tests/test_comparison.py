@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out, c
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, compare
 from metareg.config import validated
-from metareg.display import comparison_report
+from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.files import write_text
 from metareg.interrupts import StopRequest
@@ -364,9 +365,13 @@ def test_what_dies_is_tried_again_and_what_stays_broken_is_named(tmp_path: Path)
     comparison = Comparison(plan, launcher)
     assert comparison.left == 6
 
-    comparison.carry_out(StopRequest())
+    shown = io.StringIO()
+    comparison.carry_out(StopRequest(), ComparisonProgress(Console(file=shown, width=200)))
 
     assert list(comparison.broken) == [always.path]
+    lines = shown.getvalue().splitlines()
+    assert sum(line.startswith("failed") for line in lines) == 2
+    assert f"broken {always}: it died" in lines
     assert launcher.submitted.count(always) == launcher.submitted.count(once) == 2
     assert (comparison.finished, comparison.left) == (5, 0)
 
@@ -477,6 +482,47 @@ def test_a_run_that_was_trained_for_longer_does_not_count(tmp_path: Path) -> Non
 
     assert (gap.run, gap.state) == (str(run), "broken")
     assert gap.reason == "it was trained for 9000 steps, the comparison asks for 5000"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--out", "."], "--out takes a file; . is a folder."),
+        (["--out", "x.pdf"], "No format's files end in .pdf, but .md, .html, .tex, .csv; --format says which it is."),
+        (["--format", ""], "There is no format of reports named ''"),
+    ],
+)
+def test_a_report_that_cannot_be_is_not_written(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_comparison(tmp_path / "c", {"seeds": 2})
+
+    assert cli.run(["report", "c", *arguments]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "output", "sentence"),
+    [
+        ("latin-1", os.devnull, "Error: The output's encoding, latin-1, has no '\\u2013'; --out FILE writes UTF-8."),
+        ("utf-8", "/dev/full", "Error: The output cannot be written: No space left on device."),
+    ],
+)
+def test_an_output_that_cannot_take_a_report(encoding: str, output: str, sentence: str, tmp_path: Path) -> None:
+    if not Path(output).exists():
+        pytest.skip(f"there is no {output}")
+    write_comparison(tmp_path, {"title": "0–1", "seeds": 2})
+    with Path(output).open("w") as file:
+        command = [sys.executable, "-m", "metareg", "report", str(tmp_path)]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, env=environment, check=False, text=True)
+    assert (ended.returncode, ended.stderr.strip()) == (1, sentence)
 
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
