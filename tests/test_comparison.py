@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +23,7 @@ from comparisons import DEMO, write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out, cpu_cores
+from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, compare
 from metareg.config import validated
@@ -473,15 +474,16 @@ def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pyte
     assert not (tmp_path / "d").exists()
 
 
-def test_a_run_that_was_trained_for_longer_does_not_count(tmp_path: Path) -> None:
-    plan = write_comparison(tmp_path, {**DEMO, "tune": None})
+@pytest.mark.parametrize("options", [{"steps": 5000}, {}])  # the comparison's, or the task's
+def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any], tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path, {**DEMO, "tune": None, "options": options})
     run = plan.runs()[3]
     write_text(run.path / "config.yaml", "algo:\n  config:\n    steps: 5000\ninner_steps: 1\nsteps: 9000\n")
 
     (gap,) = read(tmp_path).gaps
 
     assert (gap.run, gap.state) == (str(run), "broken")
-    assert gap.reason == "it was trained for 9000 steps, the comparison asks for 5000"
+    assert gap.reason == "it was trained for 9000 steps, not for the 5000 of the comparison"
 
 
 @pytest.mark.parametrize(
@@ -615,7 +617,7 @@ def test_a_process_that_dies_is_reported_and_replaced(
     assert time.monotonic() - began < 20
 
 
-def test_each_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
     class Worker:
@@ -631,6 +633,7 @@ def test_each_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("metareg.comparison.pool._Worker", Worker)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {1, 4, 6}, raising=False)
     pool = _launcher("local", plan_of(tmp_path), None, None)
     assert pool.capacity == 2
     run = plan_of(tmp_path).runs()[0]
@@ -639,7 +642,19 @@ def test_each_process_gets_a_gpu_of_its_own(tmp_path: Path, monkeypatch: pytest.
     assert given == ["3", "5", "3"]
     on_cpu = _launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
     on_cpu.submit(run)
-    assert (on_cpu.capacity, given[-1]) == (cpu_cores(), None)
+    assert (on_cpu.capacity, given[-1]) == (3, None)
+
+
+def test_all_runs_have_the_same_time_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metareg.comparison.pool._GRACE_SECONDS", 0.3)
+    pool = LocalPool(3, 1, tmp_path / "workers.log")
+    stuck = SimpleNamespace(ask_to_stop=lambda: None, join=time.sleep)
+    monkeypatch.setattr(pool, "_workers", [stuck] * 3)
+
+    began = time.monotonic()
+    pool.stop()
+
+    assert 0.3 <= time.monotonic() - began < 0.6
 
 
 KILLED = {**TINY, "steps": 900, "log_every": 50, "checkpoint_every": 50, "threads": 1}

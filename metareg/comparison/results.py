@@ -244,8 +244,9 @@ class _TaskReader:
         tests: dict[int, _Test] = {}
         curves: dict[int, Curve] = {}
         seconds, peaks = [], []
+        steps = _planned_steps(runs)
         for run in runs:
-            test = self._tested(run, next(iter(tests.values()), None))
+            test = self._tested(run, steps, next(iter(tests.values()), None))
             if test is None:
                 continue
             tests[run.seed] = test
@@ -270,7 +271,7 @@ class _TaskReader:
             command=command_of(runs[0]),
         )
 
-    def _tested(self, run: PlannedRun, before: _Test | None) -> _Test | None:
+    def _tested(self, run: PlannedRun, steps: int | None, before: _Test | None) -> _Test | None:
         """The run's test; None where it cannot count, which is then noted."""
         if not run.finished:
             self._gap(run, *self._unfinished(run, tuned=self._plan.tuning(run.arm) is not None))
@@ -284,8 +285,11 @@ class _TaskReader:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
             return None
+        trained, longer = _steps(run), ""
+        if trained not in (None, steps):
+            longer = f"it was trained for {trained} steps, not for the {steps} of the comparison"
         difference = (
-            _trained_otherwise(run)
+            longer
             or (self.test and test.differs_from(self.test, same_arm=False))
             or (before and test.differs_from(before, same_arm=True))
         )
@@ -352,17 +356,23 @@ class _TaskReader:
         self._gaps.append(Gap(str(run), state, reason, run.path.relative_to(self._plan.folder)))
 
 
-def _trained_otherwise(run: PlannedRun) -> str:
-    """How a run was gone on with beyond its plan, as ``metareg resume --steps`` does; empty where it was not."""
-    planned = run.options.get("steps")
-    found = None
+def _planned_steps(runs: Sequence[PlannedRun]) -> int | None:
+    """For how many steps an arm's runs are to be trained; None before one has begun.
+
+    Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
+    """
+    begun = [steps for run in runs if (steps := _steps(run)) is not None]
+    given = runs[0].options.get("steps")
+    return int(given) if isinstance(given, int | float) else min(begun, default=None)
+
+
+def _steps(run: PlannedRun) -> int | None:
+    """The steps in a run's config.yaml; its line alone, for to parse the YAML of all runs takes longer than the report."""
     with suppress(OSError):
-        # The line alone: to read the YAML of many runs takes longer than all else of a report.
         text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^steps: (\d+)$", text, re.MULTILINE)
-    if not isinstance(planned, int | float) or found is None or int(found[1]) == planned:
-        return ""
-    return f"it was trained for {found[1]} steps, the comparison asks for {planned}"
+        return int(found[1]) if found else None
+    return None
 
 
 def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

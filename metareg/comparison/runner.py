@@ -193,7 +193,8 @@ def compare(
 
     Args:
         config: what is compared: a `ComparisonConfig`, its values, or a YAML file with them; None goes on with the
-            comparison in `out`. Runs in `out` are kept where they are the same.
+            comparison in `out`. Runs that were begun in `out` are gone on with; one that would change or leave them out is
+            refused.
         out: the comparison's folder.
         jobs: how many runs at a time; by default one for every GPU that they take, or for every CPU core.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
