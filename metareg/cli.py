@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -426,7 +427,9 @@ def compare(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
+    ] = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
@@ -438,7 +441,8 @@ def compare(
     """Compare algorithms and augmenters on tasks over seeds: [bold]metareg compare --augment none,cml --seeds 5[/].
 
     The same seed gives every arm the same initial weights, training tasks and test tasks. Finished runs are kept: the same
-    command again goes on where it stopped, and tries again what broke.
+    command again goes on where it stopped, and tries again what broke. What is given with an --out that holds a comparison
+    changes that one: [bold]--out DIR --seeds 10[/] adds seeds.
     """
     _leave_out(no_plugin)
     if data is not None:
@@ -447,12 +451,12 @@ def compare(
     from metareg.comparison.runner import compare as carry_out
     from metareg.display import ComparisonProgress, comparison_report
 
-    given = comparison_of(
-        config, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
-        search=search, search_over=search_over,
-    )  # fmt: skip
     if out is None:
         out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
+    given = comparison_of(
+        config, out, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
+        search=search, search_over=search_over,
+    )  # fmt: skip
     with ComparisonProgress(_errors) as progress:
         comparison = carry_out(given, out, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress)
     comparison_report(comparison, _output)
@@ -479,11 +483,18 @@ def report_comparison(
     ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
-    from metareg.reporting import format_of, report, write
+    from metareg.reporting import FORMATS, format_of, report, write
 
-    chosen = format or format_of(out)
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out takes a file; {out} is a folder.")
+    suffix = out.suffix.lower() if out else ""
+    if format is None and suffix not in ("", ".htm", *FORMATS.values()):
+        raise UsageError(
+            f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
+        )
+    chosen = format_of(out) if format is None else format
     if out is None and chosen != "html":
-        print(report(path, chosen, inner_steps=inner_steps), end="")
+        _write_out(report(path, chosen, inner_steps=inner_steps))
     else:
         _output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
 
@@ -502,7 +513,9 @@ def reproduce_recipe(
         Path | None,
         typer.Option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
     ] = None,
-    jobs: Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (one for every CPU core).")] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
+    ] = None,
     data: _DATA = None,
     device: _DEVICE = None,
     no_plugin: _NO_PLUGIN = None,
@@ -622,6 +635,25 @@ def doctor() -> None:
     _output.print(doctor_page(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
+
+
+def _write_out(text: str) -> None:
+    """Write a text to the output.
+
+    Raises:
+        MetaregError: it cannot take it: a full disk, a reader that has gone, an encoding without one of the signs.
+    """
+    try:
+        print(text, end="", flush=True)
+    except UnicodeEncodeError as error:
+        sign = error.object[error.start]
+        raise MetaregError(
+            f"The output's encoding, {error.encoding}, has no '{sign}'; --out FILE writes UTF-8."
+        ) from error
+    except OSError as error:
+        # What is left would be tried again at the end of the process, and say more than this sentence.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MetaregError(f"The output cannot be written: {error.strerror}.") from error
 
 
 def _kind(given: str) -> str:

@@ -99,7 +99,7 @@ class Progress:
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        numbers = f"loss {logs['loss']:.4g}{self._validation} · {logs['steps_per_second']:.0f} steps/s"
+        numbers = f"loss {logs['loss']:.4g}{self._validation} · {_speed(logs['steps_per_second'])} steps/s"
         if self._console.is_terminal:
             self._bar.update(self._task, completed=step, numbers=numbers)
         elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
@@ -158,8 +158,9 @@ class ComparisonProgress:
         """Say what a run that ended came to."""
         done, left = comparison.finished, comparison.left
         if outcome.error is not None:
-            gone = outcome.run.path in comparison.broken or outcome.again
-            how = "[red]broken[/]" if gone else "[yellow]diverged[/]"
+            how = "[yellow]failed[/]" if outcome.again else "[yellow]diverged[/]"
+            if outcome.run.path in comparison.broken:
+                how = "[red]broken[/]"
             self._console.print(f"{how} {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
         elif not self._console.is_terminal:
             line = f"finished {outcome.run} ({done} of {done + left}{_time_left(comparison)})"
@@ -176,7 +177,7 @@ class ComparisonProgress:
             chosen_by = "" if run.is_final else f" ({run.path.parent.name})"
             table.add_row(
                 escape(f"{run.arm}{chosen_by}"), str(run.seed), str(step) if step else "…",
-                f"{speed:.0f}" if speed else "", _duration(time.monotonic() - began),
+                _speed(speed) if speed else "", _duration(time.monotonic() - began),
             )  # fmt: skip
         done, left, broken = comparison.finished, comparison.left, len(comparison.broken)
         words = Text.assemble(
@@ -185,6 +186,10 @@ class ComparisonProgress:
             _time_left(comparison),
         )
         return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+
+
+def _speed(steps_per_second: float) -> str:
+    return f"{steps_per_second:.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
 
 
 def _time_left(comparison: Comparison) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -199,7 +198,7 @@ def reproduce(
         recipe: the recipe.
         out: its folder, that of a comparison.
         seeds: other seeds than the recipe's.
-        jobs: runs at a time; by default one for every CPU core and no more than seeds, so that each gets its threads.
+        jobs: runs at a time; by default as `metareg.comparison.runner.compare`.
         device: where to compute; a GPU where there is one by default.
         watcher: hears of the runs.
 
@@ -212,8 +211,6 @@ def reproduce(
 
     values = recipe.comparison(seeds, device)
     _check(recipe, values, out)
-    if jobs is None:
-        jobs = max(1, min(os.cpu_count() or 1, len(values["seeds"])))
     try:
         comparison = compare(values, out, jobs=jobs, watcher=watcher)
     except Interrupted as error:

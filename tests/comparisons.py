@@ -85,7 +85,7 @@ def write_run(
         ],
     }
     (run.path / "results.json").write_text(json.dumps(results))
-    (run.path / "config.yaml").write_text("steps: 5000\n")
+    (run.path / "config.yaml").write_text(f"steps: {run.options.get('steps', STEPS)}\n")
     (run.path / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (run.path / "metrics.jsonl").write_text("".join(map(_line, _metrics(metric, level, own))))
     (run.path / "timing.jsonl").write_text("".join(map(_line, _timing(run, own))))

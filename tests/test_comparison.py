@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,12 +22,14 @@ from rich.console import Console
 from comparisons import DEMO, write_comparison
 from metareg import cli
 from metareg.comparison.flags import comparison_of
-from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
-from metareg.comparison.runner import Comparison, compare
+from metareg.comparison.results import read
+from metareg.comparison.runner import Comparison, _launcher, _planned, compare
 from metareg.config import validated
-from metareg.display import comparison_report
+from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
+from metareg.files import write_text
 from metareg.interrupts import StopRequest
 from metareg.options import assemble
 from metareg.runs import prepared
@@ -91,6 +95,62 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
     assert plan.options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
 
 
+def test_of_two_names_of_an_option_the_later_rule_counts(tmp_path: Path) -> None:
+    tasks = [{"task": "sinusoid", "options": {"maml.inner_lr": 0.02}}]
+    rules = [
+        {"augment": "cml", "options": {"inner_lr": 0.05, "augment.gamma": 0.3}},
+        {"options": {"augment.gamma": 0.4}},
+    ]
+    plan = plan_of(tmp_path, augment="none, cml", tasks=tasks, options={"inner_lr": 0.01}, arms=rules)
+
+    without, with_cml = (assemble(run.config, run.options) for run in plan.runs())
+
+    assert without.algorithm.config.inner_lr == 0.02
+    assert (with_cml.algorithm.config.inner_lr, with_cml.augmenters[0].config.gamma) == (0.05, 0.4)
+
+
+def test_names_and_seeds_can_be_written_as_texts() -> None:
+    config = config_of(algo="maml, anil", augment="none, dropgrad + cml", tasks="sinusoid, harmonic", seeds="0, 3")
+
+    assert (config.algo, config.augment, config.seeds) == (["maml", "anil"], ["none", "dropgrad+cml"], [0, 3])
+    assert [task.label for task in config.tasks] == ["sinusoid", "harmonic"]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"augment": "none,cml", "arms": [{"augment": "cml", "options": {"shots": 20}}]},
+            r"maml\+cml on sinusoid would not see the tasks of maml on sinusoid: shots is 20, not 10\. .* under 'tasks'",
+        ),
+        ({"algo": "maml,metareg:maml"}, "maml on sinusoid and metareg:maml on sinusoid are the same"),
+    ],
+)
+def test_arms_that_do_not_make_a_paired_comparison(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=sentence):
+        check(plan_of(tmp_path, **values))
+
+
+def test_a_model_can_have_its_tasks_prepared_in_its_own_way(tmp_path: Path) -> None:
+    rules = [{"augment": "cml", "options": {"model": "sgc", "sgc.layers": 1}}]
+    check(plan_of(tmp_path, augment="none,cml", tasks="csbm", options={"model": "sgc"}, arms=rules))
+
+
+def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
+    names = ["cml", "dropgrad", "gradient-noise"]
+    chains = ["none", *names, *(f"{one}+{other}" for one in names for other in names if one != other)]
+    tasks = [{"task": "sinusoid", "label": str(number)} for number in range(6)]
+    options = {**TINY, "cml.gamma": 1, "dropgrad.rate": 0.1, "gradient-noise.sigma": 1}
+    plan = plan_of(tmp_path, algo="maml,anil,boil", augment=chains, tasks=tasks, seeds=10, options=options)
+    assert len(plan.arms) == 180
+
+    began = time.process_time()
+    comparison = Comparison(plan, Fake(lambda _run, _time: None))
+
+    assert comparison.left == 1800
+    assert time.process_time() - began < 10
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
@@ -100,8 +160,19 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
         ({"arms": [{"algo": "mml", "options": {}}]}, "did you mean 'maml'"),
         ({"arms": [{"task": "sinusoids", "options": {}}]}, "did you mean 'sinusoid'"),
         ({"options": {"seed": 3}}, "it is what 'seeds' is for"),
-        ({"seeds": 0}, "seeds"),
+        ({"seeds": 0}, "a number of seeds is one from 1 to 1000, not 0"),
         ({"seeds": [-1]}, "seeds"),
+        ({"seeds": [2**63]}, "seeds"),
+        ({"seeds": "many"}, "a number of seeds, as 5, or seeds with commas"),
+        ({"augment": "none,"}, "a name is missing"),
+        ({"augment": ["cml+"]}, "a name is missing"),
+        ({"augment": ["none+cml"]}, "'none' is no part of a chain"),
+        ({"tasks": "sinusoid,"}, "a name is missing"),
+        (
+            {"tasks": [{"task": "sinusoid", "label": label} for label in ("5-shot", "5 shot")]},
+            "share the folder '5-shot'",
+        ),
+        ({"options": {"observers": ["jsonl"]}}, "the runs of a comparison have none"),
         ({"algos": ["maml"]}, "did you mean 'algo'"),
     ],
 )
@@ -152,6 +223,69 @@ def test_flags_stand_before_the_file(tmp_path: Path) -> None:
     assert (config.algo, config.seeds) == (["maml", "boil"], [3, 5])
     assert config.options == {"steps": 9, "inner_lr": 0.2}
     assert comparison_of(None) is None
+
+
+def test_flags_stand_before_whatever_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "c.yaml"
+    own = {"trials": 9, "space": {"inner_lr": [0.1, 0.2]}, "options": {"steps": 3, "test_tasks": 5}}
+    content = {
+        "augment": "none, cml",
+        "tasks": ["harmonic", {"task": "sinusoid", "options": {"steps": 6, "maml.inner_lr": 0.3}, "tune": own}],
+        "arms": [{"augment": "cml", "options": {"steps": 5, "inner_lr": 0.4}}],
+        "tune": own,
+    }
+    file.write_text(json.dumps(content))
+
+    assignments = ["inner_lr=0.7", "threads=1", "test_inner_steps=[0,3]"]
+    config = comparison_of(file, steps=9, assignments=assignments, search=20)
+
+    assert config is not None
+    plan = Plan(tmp_path, config)
+    for arm in plan.arms:
+        assert plan.options(arm)["steps"] == plan.trial(arm, 0, 0, {}).options["steps"] == 9
+        assert assemble({"algo": "maml"}, plan.options(arm)).algorithm.config.inner_lr == 0.7
+        tuning = plan.tuning(arm)
+        assert tuning is not None
+        assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
+    assert config.options["threads"] == 1
+    # The same flags again find their own rule.
+    plan.write()
+    assert comparison_of(None, tmp_path, steps=9, assignments=assignments, search=20) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["options: [1]", "options: abc", "tasks: 5", "tasks: [5]", "arms: 5", "arms: [5]", "tune: 5", "tune: {options: 5}"],
+)
+def test_a_malformed_file_with_flags_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(content)
+    with pytest.raises(UsageError, match=r"c\.yaml, (options|tasks|arms|tune)"):
+        comparison_of(tmp_path / "c.yaml", steps=3, search=4)
+
+
+def test_flags_alone_change_what_a_folder_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: None))
+    monkeypatch.setattr("metareg.display.comparison_report", lambda *_: None)
+    folder = tmp_path / "c"
+    options = [f"--set={key}={value}" for key, value in TINY.items()]
+
+    def carried_out(*arguments: str) -> int:
+        code = cli.run(["compare", *arguments, f"--out={folder}"])
+        for run in Plan.read(folder).runs():
+            write_text(run.path / "config.yaml", "")
+        return code
+
+    assert carried_out("--augment=none,cml", *options) == 0
+    assert carried_out("--seeds=2") == carried_out("--augment=none,cml,dropgrad") == 0
+    config = Plan.read(folder).config
+    assert (config.augment, config.seeds, config.options["steps"]) == (["none", "cml", "dropgrad"], [0, 1], 30)
+    assert carried_out("--augment=none,dropgrad") == 2
+    assert "it has begun maml+cml on sinusoid, seed 0, which this one leaves out" in " ".join(
+        capsys.readouterr().err.split()
+    )
+    assert Plan.read(folder).config == config
 
 
 def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
@@ -232,9 +366,13 @@ def test_what_dies_is_tried_again_and_what_stays_broken_is_named(tmp_path: Path)
     comparison = Comparison(plan, launcher)
     assert comparison.left == 6
 
-    comparison.carry_out(StopRequest())
+    shown = io.StringIO()
+    comparison.carry_out(StopRequest(), ComparisonProgress(Console(file=shown, width=200)))
 
     assert list(comparison.broken) == [always.path]
+    lines = shown.getvalue().splitlines()
+    assert sum(line.startswith("failed") for line in lines) == 2
+    assert f"broken {always}: it died" in lines
     assert launcher.submitted.count(always) == launcher.submitted.count(once) == 2
     assert (comparison.finished, comparison.left) == (5, 0)
 
@@ -299,12 +437,94 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
 
     with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
         compare(config_of(options={**TINY, "inner_lr": 0.5}), tmp_path / "c")
+    with pytest.raises(UsageError, match="it has begun maml on sinusoid, seed 0, which this one leaves out"):
+        compare(config_of(seeds=[1]), tmp_path / "c")
+    assert Plan.read(tmp_path / "c").config == plan.config
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds no comparison"):
         compare(config_of(), tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
         compare(None, tmp_path / "nothing")
+
+
+def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan_of(tmp_path).write()
+    extended = plan_of(tmp_path, augment="none,cml")
+
+    def extend(_plan: Plan) -> None:
+        extended.write()
+        write_text(extended.runs()[1].path / "config.yaml", "")
+
+    monkeypatch.setattr("metareg.comparison.runner.check", extend)
+    with pytest.raises(UsageError, match=r"it has begun maml\+cml on sinusoid, seed 0, which this one leaves out"):
+        compare(None, tmp_path)
+    assert Plan.read(tmp_path).config == extended.config
+
+
+def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    launcher = Fake(lambda _run, _time: None)
+    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: launcher)
+
+    compare({"options": {**TINY, "device": Path("cpu")}}, tmp_path / "c")
+
+    assert launcher.submitted[0].options["device"] == "cpu"
+    with pytest.raises(UsageError, match="values that a file can hold"):
+        compare({"options": {"device": object()}}, tmp_path / "d")
+    assert not (tmp_path / "d").exists()
+
+
+@pytest.mark.parametrize("options", [{"steps": 5000}, {}])  # the comparison's, or the task's
+def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any], tmp_path: Path) -> None:
+    plan = write_comparison(tmp_path, {**DEMO, "tune": None, "options": options})
+    run = plan.runs()[3]
+    write_text(run.path / "config.yaml", "algo:\n  config:\n    steps: 5000\ninner_steps: 1\nsteps: 9000\n")
+
+    (gap,) = read(tmp_path).gaps
+
+    assert (gap.run, gap.state) == (str(run), "broken")
+    assert gap.reason == "it was trained for 9000 steps, not for the 5000 of the comparison"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--out", "."], "--out takes a file; . is a folder."),
+        (["--out", "x.pdf"], "No format's files end in .pdf, but .md, .html, .tex, .csv; --format says which it is."),
+        (["--format", ""], "There is no format of reports named ''"),
+    ],
+)
+def test_a_report_that_cannot_be_is_not_written(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_comparison(tmp_path / "c", {"seeds": 2})
+
+    assert cli.run(["report", "c", *arguments]) == 2
+    assert sentence in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "output", "sentence"),
+    [
+        ("latin-1", os.devnull, "Error: The output's encoding, latin-1, has no '\\u2013'; --out FILE writes UTF-8."),
+        ("utf-8", "/dev/full", "Error: The output cannot be written: No space left on device."),
+    ],
+)
+def test_an_output_that_cannot_take_a_report(encoding: str, output: str, sentence: str, tmp_path: Path) -> None:
+    if not Path(output).exists():
+        pytest.skip(f"there is no {output}")
+    write_comparison(tmp_path, {"title": "0–1", "seeds": 2})
+    with Path(output).open("w") as file:
+        command = [sys.executable, "-m", "metareg", "report", str(tmp_path)]
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        ended = subprocess.run(command, stdout=file, stderr=subprocess.PIPE, env=environment, check=False, text=True)
+    assert (ended.returncode, ended.stderr.strip()) == (1, sentence)
 
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
@@ -360,20 +580,111 @@ def outcomes(pool: LocalPool, count: int) -> list[Outcome]:
     return found
 
 
-def test_a_process_that_dies_is_reported_and_replaced(tmp_path: Path) -> None:
+LEAVES_A_CHILD = """
+import os, time
+if os.fork() == 0:
+    {setsid}
+    time.sleep(30)
+    os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("setsid", ["", "os.setsid()"])
+def test_a_process_that_dies_is_reported_and_replaced(
+    setsid: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What stands in the working directory is none of a run's business; what a process leaves behind keeps its output open.
+    (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user')")
+    write_text(tmp_path / "path" / "sitecustomize.py", LEAVES_A_CHILD.format(setsid=setsid))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+    monkeypatch.setattr("metareg.comparison.pool._SECONDS_TO_CLOSE", 1.0)
     long = plan_of(tmp_path, options={**TINY, "steps": 1_000_000}).runs()[0]
     pool = LocalPool(1, 1, tmp_path / "workers.log")
     try:
         pool.submit(long)
         (worker,) = pool._workers
         worker._process.kill()
-        assert outcomes(pool, 1) == [Outcome(long, "The process of the run was ended by SIGKILL.", again=True)]
+        sentence = f"The process of the run was ended by SIGKILL; {tmp_path / 'workers.log'} holds what it printed."
+        assert outcomes(pool, 1) == [Outcome(long, sentence, again=True)]
         short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).runs()[0]
         pool.submit(short)
         assert outcomes(pool, 1) == [Outcome(short)]
         assert short.finished
     finally:
+        began = time.monotonic()
         pool.close()
+    assert time.monotonic() - began < 20
+
+
+def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = []
+
+    class Worker:
+        alive, run = True, None
+
+        def __init__(self, _threads: int, _log: Path, _ended: Any, gpu: str | None) -> None:
+            self.gpu = gpu
+            given.append(gpu)
+
+        def begin(self, run: Any) -> None:
+            self.run = run
+
+    monkeypatch.setattr("metareg.comparison.pool._Worker", Worker)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {1, 4, 6}, raising=False)
+    pool = _launcher("local", plan_of(tmp_path), None, None)
+    assert pool.capacity == 2
+    run = plan_of(tmp_path).runs()[0]
+    for _ in range(3):
+        pool.submit(run)
+    assert given == ["3", "5", "3"]
+    on_cpu = _launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
+    on_cpu.submit(run)
+    assert (on_cpu.capacity, given[-1]) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("values", "jobs", "threads", "capacity"),
+    [
+        ({"seeds": 16}, None, 1, 16), ({"seeds": 1}, None, 16, 1), ({"seeds": 3}, None, 5, 3), ({"seeds": 3}, 2, 8, 2),
+        ({"seeds": 1, "options": {"threads": 4}}, None, 4, 4),
+        ({"seeds": 1, "tune": {"space": {"inner_lr": [0.1, 0.2]}}}, None, 1, 16),
+    ],
+)  # fmt: skip
+def test_few_runs_leave_the_cores_to_their_threads(
+    values: dict[str, Any],
+    jobs: int | None,
+    threads: int,
+    capacity: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
+    plan = _planned(tmp_path / "new", values, jobs)
+    assert plan.config.options["threads"] == threads
+    assert _launcher("local", plan, jobs, None).capacity == capacity
+
+
+def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="A comparison takes one process"):
+        compare({}, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_all_runs_have_the_same_time_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("metareg.comparison.pool._GRACE_SECONDS", 1.0)
+    pool = LocalPool(3, 1, tmp_path / "workers.log")
+    stuck = SimpleNamespace(ask_to_stop=lambda: None, join=time.sleep)
+    monkeypatch.setattr(pool, "_workers", [stuck] * 3)
+
+    began = time.monotonic()
+    pool.stop()
+
+    assert 1.0 <= time.monotonic() - began < 2.5
 
 
 KILLED = {**TINY, "steps": 900, "log_every": 50, "checkpoint_every": 50, "threads": 1}

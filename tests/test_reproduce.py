@@ -213,23 +213,6 @@ def test_a_folder_is_of_one_recipe(tmp_path: Path) -> None:
         reproduce(recipe(), tmp_path)
 
 
-@pytest.mark.parametrize(("cores", "seeds", "jobs"), [(16, [0], 1), (16, [0, 1, 2], 3), (2, [0, 1, 2], 2)])
-def test_few_seeds_leave_the_cores_to_the_threads(
-    cores: int, seeds: list[int], jobs: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-    monkeypatch.setattr("os.cpu_count", lambda: cores)
-
-    def compared(*_: Any, jobs: int, **__: Any) -> None:
-        seen.append(jobs)
-        raise Interrupted("enough")
-
-    monkeypatch.setattr("metareg.comparison.runner.compare", compared)
-    with pytest.raises(Interrupted):
-        reproduce(recipe(), tmp_path, seeds=seeds)
-    assert seen == [jobs]
-
-
 def test_accuracies_are_no_percentages() -> None:
     expected = {"mean": 48.7, "interval": [46.8, 50.5], "over": None, "source": "Somebody, 2020."}
     with pytest.raises(UsageError, match=r"from 0 to 1; 50.5 is above it"):

@@ -42,6 +42,12 @@ def test_a_paired_difference_by_hand() -> None:
     assert found.over_tasks.half == pytest.approx(math.tan(0.95 * math.pi / 2) / 3)
 
 
+def test_seeds_can_have_different_numbers_of_tasks() -> None:
+    found = compare(arm([1, 2], [2, 4, 9]), arm([0, 2, 7], [1, 2, 3]), higher_is_better=True)
+    # by seed (1 + 0)/2 and (1 + 2 + 6)/3
+    assert (found.by_seed, found.pairs, found.untested) == ((0.5, 3.0), 2, "")
+
+
 def test_holm_by_hand() -> None:
     assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.5, 0.9]) == [1, 1]

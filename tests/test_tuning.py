@@ -106,7 +106,8 @@ def test_tuning_survives_being_written() -> None:
         ({"space": {"a": {"low": 2, "high": 1}}}, "low = 2 must be below high = 1"),
         ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "begins above 0"),
         ({"space": {"a": {"low": 0, "hihg": 1}}}, "did you mean 'high'"), ({"space": [1]}, "dictionary"),
-        ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
+        ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "seeds": [0, 0]}, "the seed '0' stands twice"),
+        ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
         ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be chosen and has one value"),
     ],
 )  # fmt: skip
@@ -253,6 +254,10 @@ def two_arms() -> dict[str, Selection]:
         ({"space": {"seed": [1, 5]}}, "'seed' cannot be chosen by validation"),
         ({"space": {"test_inner_steps": [[1], [5]]}}, "cannot be chosen by validation"),
         ({"space": {"algo.inner_lr": [1, 2], "maml.inner_lr": [1, 2]}}, "are one option"),
+        (
+            {"space": {"inner_lr": "linspace(0.1,1,40)", "outer_lr": "linspace(0.1,1,40)"}},
+            "A grid of 1600 settings is larger than 1000",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_be_chosen(values: dict[str, Any], sentence: str, two_arms: dict[str, Selection]) -> None:
@@ -540,8 +545,9 @@ def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
     assert tuner(tmp_path, space={"cml.gamma": [1, 2]}).done
     with pytest.raises(UsageError, match="were chosen in another way"):
         tuner(tmp_path, space={"cml.gamma": [1, 2, 3]})
-    with pytest.raises(UsageError, match="were chosen in another way"):
-        tuner(tmp_path, trials=2)
+    for other in ({"trials": 2}, {"space": {"cml.gamma": [1, 2]}, "seeds": [1]}):
+        with pytest.raises(UsageError, match="were chosen in another way"):
+            tuner(tmp_path, **other)
 
 
 def test_without_optuna_a_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -589,6 +595,63 @@ class InThisProcess:
     def stop(self) -> None: ...
 
     def close(self) -> None: ...
+
+
+class LastFirst:
+    """A launcher of two runs at a time, of which the one that began last ends first."""
+
+    capacity = 2
+
+    def __init__(self, end: Callable[[PlannedRun], str | None]) -> None:
+        self.end = end
+        self.submitted: list[PlannedRun] = []
+        self.under_way: list[PlannedRun] = []
+
+    def submit(self, run: PlannedRun) -> None:
+        self.submitted.append(run)
+        self.under_way.append(run)
+
+    def wait(self, _seconds: float) -> list[Outcome]:
+        run = self.under_way.pop()
+        return [Outcome(run, self.end(run))]
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def test_runs_are_counted_once_where_a_trial_ends_before_its_last_seed(tmp_path: Path) -> None:
+    values = {"seeds": 4, "tune": {"space": {"inner_lr": [0.1, 0.2]}, "seeds": 3}}
+    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    totals = []
+
+    class Watch:
+        def look(self, comparison: Comparison) -> None: ...
+
+        def ended(self, comparison: Comparison, _outcome: Outcome) -> None:
+            totals.append(comparison.finished + comparison.left + len(comparison.broken))
+
+    def end(run: PlannedRun) -> str | None:
+        if (run.is_final, run.path.parent.name, run.seed) == (False, "trial-1", 1):
+            diverge(run)
+            return "Training diverged."
+        finish(run, 1.0)
+        return None
+
+    launcher = LastFirst(end)
+    comparison = Comparison(plan, launcher)
+    comparison.carry_out(StopRequest(), Watch())
+    assert (comparison.finished, comparison.left, comparison.broken, {*totals}) == (10, 0, {}, {10})
+    # The third seed of the trial that diverged was waiting, and is not needed.
+    assert len(launcher.submitted) == 9
+
+    def break_down(run: PlannedRun) -> str | None:
+        return "The disk is full." if run.seed == 2 else finish(run, 1.0)
+
+    comparison = Comparison(Plan(tmp_path / "broken", plan.config), LastFirst(break_down))
+    comparison.carry_out(StopRequest(), Watch())
+    assert len(comparison.broken) == 2
+    assert {*totals} == {10}
 
 
 def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Path) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metareg.comparison.plan import ComparisonConfig
-from metareg.comparison.space import split_assignments
+from metareg.comparison.plan import FILE, ComparisonConfig
+from metareg.comparison.space import seeds_of, split_assignments
 from metareg.config import read_yaml, validated
 from metareg.errors import UsageError
 
@@ -16,6 +16,7 @@ __all__ = ["comparison_of", "parse_seeds"]
 
 def comparison_of(
     file: Path | None,
+    folder: Path | None = None,
     *,
     algo: str | None = None,
     augment: str | None = None,
@@ -30,6 +31,7 @@ def comparison_of(
 
     Args:
         file: YAML with the fields of `ComparisonConfig`; the flags stand before it.
+        folder: the comparison's; without a file the flags stand before what was begun there.
         algo: algorithms, with commas.
         augment: augmenters or chains of them, with commas.
         task: tasks, with commas.
@@ -42,33 +44,28 @@ def comparison_of(
     Raises:
         UsageError: a flag or the file is malformed, or names what cannot be.
     """
-    values: dict[str, Any] = read_yaml(file) if file else {}
-    for key, given in (("algo", algo), ("augment", augment)):
+    source = file or (folder / FILE if folder and (folder / FILE).is_file() else None)
+    base = read_yaml(source) if source else {}
+    values = dict(base)
+    for key, given in (("algo", algo), ("augment", augment), ("tasks", task)):
         if given is not None:
             values[key] = given
-    if task is not None:
-        values["tasks"] = [name.strip() for name in task.split(",")]
     if seeds is not None:
         values["seeds"] = parse_seeds(seeds)
     fixed, swept = split_assignments(assignments)
     if steps is not None:
         fixed["steps"] = steps
-    if fixed:
-        values["options"] = {**(values.get("options") or {}), **fixed}
-    tune: dict[str, Any] = {}
-    if swept:
-        tune = {"trials": "grid", "space": swept}
+    tune: dict[str, Any] = {"trials": "grid", "space": swept} if swept else {}
     if search is not None:
         keys = [key.strip() for key in (search_over or "").split(",") if key.strip()]
-        tune = {"trials": search, "space": {**dict.fromkeys(keys), **swept}}
+        space = {**dict.fromkeys(keys), **swept}
+        tune = {"trials": search, **({"space": space} if space else {})}
     elif search_over is not None:
         raise UsageError("--search-over names what --search N varies; give the number of trials too.")
-    if tune:
-        values["tune"] = {**(values.get("tune") or {}), **tune}
-        for each in values.get("tasks") or ():
-            if isinstance(each, dict) and isinstance(each.get("tune"), dict):
-                each["tune"] = {**each["tune"], **tune}
-    if not values:
+    if fixed:
+        _set_options(values, fixed)
+    _set_tuning(values, tune, {*fixed, *swept})
+    if file is None and values == base:
         return None
     return validated(ComparisonConfig, values, str(file) if file else "the comparison")
 
@@ -80,9 +77,58 @@ def parse_seeds(text: str) -> list[int]:
         UsageError: it is neither.
     """
     try:
-        numbers = [int(part) for part in text.split(",")]
+        seeds: list[int] = seeds_of(text)
     except ValueError:
         raise UsageError(
-            f"--seeds takes a number of seeds, as 5, or seeds with commas, as 0,3,7; got '{text}'."
+            f"--seeds takes a number of seeds from 1 on, as 5, or seeds with commas, as 0,3,7; got '{text}'."
         ) from None
-    return list(range(numbers[0])) if "," not in text else numbers
+    return seeds
+
+
+# Whatever is no mapping or list is left as it is, for `validated` to refuse.
+
+
+def _set_options(values: dict[str, Any], options: dict[str, Any]) -> None:
+    """Give every run options that stand before all others in `values`."""
+    values["options"] = _merged(values.get("options"), options)
+    rules = values.get("arms") or []
+    if not isinstance(rules, list) or not any(
+        each.get("options") for each in _mappings(values.get("tasks")) + _mappings(rules)
+    ):
+        return
+    # A last rule for all arms stands before tasks and other rules; the same command finds it again and adds no other.
+    own: Mapping[str, Any] = {}
+    if _mappings(rules[-1:]) and not any(rules[-1].get(key) for key in ("algo", "augment", "task")):
+        *rules, own = rules
+    values["arms"] = [*rules, {**own, "options": _merged(own.get("options"), options)}]
+
+
+def _set_tuning(values: dict[str, Any], tune: Mapping[str, Any], flags: Collection[str]) -> None:
+    """Tune every task by what flags say; options that they name are none of the trials alone."""
+
+    def tuned(given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        options = given.get("options")
+        if isinstance(options, Mapping):
+            given = {**given, "options": {key: value for key, value in options.items() if key not in flags}}
+        return {**given, **tune}
+
+    if tune or values.get("tune"):
+        values["tune"] = tuned(values.get("tune") or {})
+    if isinstance(values.get("tasks"), list):
+        values["tasks"] = [
+            {**each, "tune": tuned(each["tune"])} if isinstance(each, Mapping) and each.get("tune") else each
+            for each in values["tasks"]
+        ]
+
+
+def _merged(given: Any, more: dict[str, Any]) -> Any:
+    """Options with more of them at the end, where of two names of one option the last counts."""
+    if not isinstance(given or {}, Mapping):
+        return given
+    return {key: value for key, value in (given or {}).items() if key not in more} | more
+
+
+def _mappings(listed: Any) -> list[Mapping[str, Any]]:
+    return [each for each in listed if isinstance(each, Mapping)] if isinstance(listed, list) else []

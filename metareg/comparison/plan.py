@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BeforeValidator, Field, NonNegativeInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
-from metareg.comparison.space import Tuning
+from metareg.comparison.space import Seeds, Tuning
 from metareg.comparison.space import check as check_choices
 from metareg.config import PluginConfig, read_yaml, validated
 from metareg.errors import UnknownNameError, UsageError
@@ -27,8 +27,10 @@ NO_AUGMENTER = "none"
 FILE = "comparison.yaml"
 
 _NOT_OPTIONS = {
-    "algo": "'algo'", "augment": "'augment'", "task": "'tasks'", "seed": "'seeds'", "config": "'options'",
-    "test_split": "'tune'", "out": "the folder", "resume": "nothing: a comparison always goes on", "observers": "nothing",
+    "algo": "it is what 'algo' is for", "augment": "it is what 'augment' is for", "task": "it is what 'tasks' is for",
+    "seed": "it is what 'seeds' is for", "config": "it is what 'options' is for", "test_split": "it is what 'tune' is for",
+    "out": "the comparison's folder says it", "resume": "a comparison always goes on",
+    "observers": "the runs of a comparison have none",
 }  # fmt: skip
 
 
@@ -37,20 +39,29 @@ def _listed(value: Any) -> Any:
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
-def _seeds(value: Any) -> Any:
-    """The seeds 0 … n−1 for a number n."""
-    return list(range(value)) if isinstance(value, int) and not isinstance(value, bool) else value
+def _name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a name is missing")
+    return text.strip()
 
 
-Names = Annotated[list[str], BeforeValidator(_listed)]
-Seeds = Annotated[list[NonNegativeInt], BeforeValidator(_seeds), Field(min_length=1)]
+def _chain(text: str) -> str:
+    """An augmenter or several in a chain, without blanks."""
+    parts = [_name(part) for part in text.split("+")]
+    if NO_AUGMENTER in parts and len(parts) > 1:
+        raise ValueError(f"'{NO_AUGMENTER}' is no part of a chain")
+    return "+".join(parts)
+
+
+Name = Annotated[str, AfterValidator(_name)]
+Chain = Annotated[str, AfterValidator(_chain)]
 Options = dict[str, Any]
 
 
 class ComparedTask(PluginConfig):
     """One task of a comparison: a plugin with options. In YAML a bare name is enough."""
 
-    task: str = Field(description="The task plugin.")
+    task: Name = Field(description="The task plugin.")
     label: str = Field("", description="How tables name it; the plugin's name where it is not given.")
     options: Options = Field({}, description="Options of the run and its plugins, for this task.")
     tune: Tuning | None = Field(
@@ -70,7 +81,7 @@ class ArmRule(PluginConfig):
     """Options for the arms that it fits; a later rule stands before an earlier one."""
 
     algo: str | None = Field(None, description="Only arms with this algorithm.")
-    augment: str | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
+    augment: Chain | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
     task: str | None = Field(None, description="Only arms on the task with this label.")
     options: Options = Field(description="Options of the run and its plugins.")
 
@@ -89,11 +100,13 @@ class ComparisonConfig(PluginConfig):
 
     title: str = Field("", description="The heading of its reports.")
     notes: str = Field("", description="Markdown that its reports show below the heading.")
-    algo: Names = Field(["maml"], min_length=1, description="Algorithms.")
-    augment: Names = Field(
+    algo: Annotated[list[Name], BeforeValidator(_listed)] = Field(["maml"], min_length=1, description="Algorithms.")
+    augment: Annotated[list[Chain], BeforeValidator(_listed)] = Field(
         [NO_AUGMENTER], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
     )
-    tasks: list[ComparedTask] = Field([ComparedTask(task="sinusoid")], min_length=1, description="Tasks.")
+    tasks: Annotated[list[ComparedTask], BeforeValidator(_listed)] = Field(
+        [ComparedTask(task="sinusoid")], min_length=1, description="Tasks."
+    )
     seeds: Seeds = Field([0], description="The seeds, or a number n for the seeds 0 to n − 1.")
     options: Options = Field({}, description="Options of every run and its plugins.")
     arms: list[ArmRule] = Field([], description="Options for some arms.")
@@ -105,12 +118,14 @@ class ComparisonConfig(PluginConfig):
         for what, names, hint in (
             ("algorithm", self.algo, ""),
             ("augmenter", self.augment, ""),
-            ("seed", [str(seed) for seed in self.seeds], ""),
-            ("task label", [_slug(label) for label in labels], "; give each of its tasks a label of its own"),
+            ("task label", labels, "; give each of its tasks a label of its own"),
         ):
             twice = [name for name in names if names.count(name) > 1]
             if twice:
                 raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+        for one, other in itertools.combinations(labels, 2):
+            if _slug(one) == _slug(other):
+                raise ValueError(f"the task labels '{one}' and '{other}' share the folder '{_slug(one)}'; change one")
         for known, given, what in (
             (self.algo, [rule.algo for rule in self.arms], "algorithm of this comparison"),
             (self.augment, [rule.augment for rule in self.arms], "augmenter of this comparison"),
@@ -122,7 +137,7 @@ class ComparisonConfig(PluginConfig):
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
         every += [tune.options for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
-            raise ValueError(f"'{key}' is no option here; it is what {_NOT_OPTIONS[key]} is for")
+            raise ValueError(f"'{key}' is no option here; {_NOT_OPTIONS[key]}")
         return self
 
     @classmethod
@@ -208,6 +223,9 @@ class Plan:
             Arm(algorithm, augmenter, task.label)
             for task, algorithm, augmenter in itertools.product(config.tasks, config.algo, config.augment)
         ]
+        self._tasks = {task.label: task for task in config.tasks}
+        self._plugins = {name for arm in self.arms for name in self._plugins_of(arm)}
+        self._options = {arm: self._given(arm) for arm in self.arms}
 
     @classmethod
     def read(cls, folder: str | Path) -> Plan:
@@ -231,11 +249,18 @@ class Plan:
         Args:
             chosen: options that were chosen for some arms; they stand before those of the configuration.
         """
-        return [
-            self.run(arm, seed, Path("runs", arm.folder, f"seed-{seed}"), (chosen or {}).get(arm, {}))
-            for seed in self.config.seeds
-            for arm in self.arms
-        ]
+        arms = [self.runs_of(arm, (chosen or {}).get(arm, {})) for arm in self.arms]
+        return [run for of_a_seed in zip(*arms, strict=True) for run in of_a_seed]
+
+    def runs_of(self, arm: Arm, chosen: Mapping[str, Any]) -> list[PlannedRun]:
+        """The runs of one arm, seed after seed.
+
+        Args:
+            arm: one of `arms`.
+            chosen: options that were chosen for it; they stand before those of the configuration.
+        """
+        folder = Path("runs", arm.folder)
+        return [self.run(arm, seed, folder / f"seed-{seed}", chosen) for seed in self.config.seeds]
 
     def run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
         """A run of an arm.
@@ -287,47 +312,51 @@ class Plan:
 
     def task(self, arm: Arm) -> ComparedTask:
         """The task of an arm."""
-        return next(task for task in self.config.tasks if task.label == arm.task)
+        return self._tasks[arm.task]
 
     def options(self, arm: Arm) -> Options:
         """The options that the configuration gives an arm, before any are chosen."""
-        rules = [rule.options for rule in self.config.arms if rule.fits(arm)]
-        merged: Options = {}
-        for options in (self.config.options, self.task(arm).options, *rules):
-            merged |= options
-        return {key: value for key, value in merged.items() if self.is_for(arm, key)}
+        return dict(self._options[arm])
 
     def is_for(self, arm: Arm, key: str) -> bool:
         """Whether an option concerns an arm: one that names a plugin of other arms does not."""
         owner, dot, _ = key.partition(".")
-        return not dot or owner not in self._plugins() or owner in self._plugins([arm])
+        if owner == "augment" and dot:
+            return bool(arm.augmenters)
+        return not dot or owner not in self._plugins or owner in self._plugins_of(arm)
 
-    def _plugins(self, arms: Iterable[Arm] | None = None) -> set[str]:
-        def names() -> Iterator[str]:
-            for arm in self.arms if arms is None else arms:
-                yield from (arm.algorithm, *arm.augmenters, self.task(arm).task)
+    def _given(self, arm: Arm) -> Options:
+        rules = [rule.options for rule in self.config.arms if rule.fits(arm)]
+        merged: Options = {}
+        for options in (self.config.options, self.task(arm).options, *rules):
+            # Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: a later rule's goes to the end.
+            merged = {key: value for key, value in merged.items() if key not in options} | options
+        return {key: value for key, value in merged.items() if self.is_for(arm, key)}
 
-        return {name.rpartition(":")[2] for name in names()}
+    def _plugins_of(self, arm: Arm) -> set[str]:
+        names = arm.algorithm, *arm.augmenters, self.task(arm).task
+        return {name.rpartition(":")[2] for name in names}
 
 
 def check(plan: Plan) -> None:
     """Put together every arm's run once, and draw tasks of each task, so that what is wrong is found before anything runs.
 
     Raises:
-        UsageError: an unknown name or option, an impossible value, missing data, or a model that does not fit.
+        UsageError: an unknown name or option, an impossible value, missing data, a model that does not fit, or arms of a
+            task that would not see the same tasks.
     """
     from metareg.options import assemble
     from metareg.runs import prepared
 
-    seen = set()
+    first: dict[str, tuple[Arm, Selection]] = {}
+    known: dict[tuple[Any, ...], Arm] = {}
     tuned: dict[str, tuple[Tuning, dict[str, Selection]]] = {}
     for arm in plan.arms:
         run = plan.run(arm, plan.config.seeds[0], Path("runs"), {})
         try:
             selection = assemble(run.config, run.options)
-            if arm.task not in seen:
+            if arm.task not in first:
                 prepared(selection)
-                seen.add(arm.task)
             tuning = plan.tuning(arm)
             if tuning:
                 trial = plan.trial(arm, 0, plan.tuning_seeds(arm)[0], {})
@@ -336,8 +365,28 @@ def check(plan: Plan) -> None:
                 trials[str(arm)] = assemble(trial.config, trial.options)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
+        # A plugin has two names, NAME and DIST:NAME.
+        plugins = (selection.algorithm, *selection.augmenters)
+        twin = known.setdefault((arm.task, *((each.distribution, each.name) for each in plugins)), arm)
+        if twin != arm:
+            raise UsageError(f"{twin} and {arm} are the same; leave one of them out.")
+        other, theirs = first.setdefault(arm.task, (arm, selection))
+        difference = _task_difference(selection, theirs)
+        if difference:
+            raise UsageError(
+                f"{arm} would not see the tasks of {other}: {difference}. Options of the task belong under 'tasks'."
+            )
     for tuning, trials in tuned.values():
         check_choices(tuning, trials)
+
+
+def _task_difference(own: Selection, other: Selection) -> str:
+    """How the options of a task differ between two runs of it, for a reader; empty where they do not."""
+    values, others = own.config.task.config, other.config.task.config
+    # What a model has the task prepare, as its layers' hops in a graph, leaves the examples that are drawn as they are.
+    prepared = {key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})}
+    different = [key for key in values if key not in prepared and values[key] != others[key]]
+    return ", ".join(f"{key} is {values[key]!r}, not {others[key]!r}" for key in different)
 
 
 def _slug(text: str) -> str:

@@ -9,7 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,10 +23,11 @@ from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
 from metareg.files import write_text
 
-__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "divergence"]
+__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "cpu_cores", "divergence"]
 
 ERROR_FILE = "error.txt"
 _GRACE_SECONDS = 20.0
+_SECONDS_TO_CLOSE = 5.0
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,13 @@ def divergence(path: Path) -> str | None:
     return problem.strip() if kind == DivergenceError.__name__ else None
 
 
+def cpu_cores() -> int:
+    """How many CPU cores this process may use: not all of the machine's where it is bound to some."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 class LocalPool:
     """Processes on this machine. One that dies is replaced, and its run reported as broken.
 
@@ -103,26 +114,31 @@ class LocalPool:
         jobs: how many.
         threads: CPU threads of each.
         log: where their output goes.
+        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them; each process sees one. Without any, all see what is there.
     """
 
-    def __init__(self, jobs: int, threads: int, log: Path) -> None:
+    def __init__(self, jobs: int, threads: int, log: Path, gpus: Sequence[str] = ()) -> None:
         self.capacity = jobs
         self._threads = threads
         self._log = log
+        self._gpus = gpus
         self._workers: list[_Worker] = []
         self._ended: queue.Queue[Outcome] = queue.Queue()
 
     def submit(self, run: PlannedRun) -> None:
         """Give a run to an idle process, or to a new one."""
-        self._workers = [each for each in self._workers if each.run is not None or each.alive]
+        self._bury()
         worker = next((each for each in self._workers if each.run is None), None)
         if worker is None:
-            worker = _Worker(self._threads, self._log, self._ended)
+            taken = Counter(each.gpu for each in self._workers)
+            gpu = min(self._gpus, key=taken.__getitem__, default=None)
+            worker = _Worker(self._threads, self._log, self._ended, gpu)
             self._workers.append(worker)
         worker.begin(run)
 
     def wait(self, seconds: float) -> list[Outcome]:
         """The runs that ended."""
+        self._bury()
         outcomes: list[Outcome] = []
         with suppress(queue.Empty):
             while True:
@@ -133,8 +149,9 @@ class LocalPool:
         """Let every run write a checkpoint and end."""
         for worker in self._workers:
             worker.ask_to_stop()
+        deadline = time.monotonic() + _GRACE_SECONDS
         for worker in self._workers:
-            worker.join(_GRACE_SECONDS)
+            worker.join(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
         """End every process."""
@@ -142,19 +159,30 @@ class LocalPool:
             worker.kill()
         self._workers.clear()
 
+    def _bury(self) -> None:
+        """Take leave of processes that have died, with all that they started."""
+        for worker in [each for each in self._workers if not each.alive]:
+            worker.kill()
+            self._workers.remove(worker)
+
 
 class _Worker:
     """One process, and the thread that hears of it."""
 
-    def __init__(self, threads: int, log: Path, ended: queue.Queue[Outcome]) -> None:
+    def __init__(self, threads: int, log: Path, ended: queue.Queue[Outcome], gpu: str | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("ab") as file:
             # In a session of its own: Ctrl-C in a terminal reaches the comparison alone, which then asks for the stop.
+            # Without the working directory on the path (-P), where a user's queue.py would stand before Python's.
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "metareg.comparison.pool"],
+                [sys.executable, "-P", "-m", "metareg.comparison.pool"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True,
             )  # fmt: skip
         self.run: PlannedRun | None = None
+        self.gpu = gpu
+        self._log = log
         self._lock = threading.Lock()
         self._ended = ended
         self._listener = threading.Thread(target=self._listen, daemon=True)
@@ -185,9 +213,11 @@ class _Worker:
             self._process.wait(seconds)
 
     def kill(self) -> None:
-        """End it at once."""
-        self._process.kill()
-        self._listener.join()
+        """End it at once, and what it started: a process that it leaves behind would keep its output open."""
+        with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._listener.join(_SECONDS_TO_CLOSE)
+        self._report_death()  # for a process in a session of its own, which keeps it open all the same
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -202,7 +232,7 @@ class _Worker:
     def _report_death(self) -> None:
         code = self._process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        self._report(f"The process of the run {how}.", again=True)
+        self._report(f"The process of the run {how}; {self._log} holds what it printed.", again=True)
 
     def _report(self, error: str | None, again: bool) -> None:
         with self._lock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
-from metareg.comparison.pool import ERROR_FILE
-from metareg.errors import DivergenceError, UsageError
+from metareg.comparison.pool import ERROR_FILE, divergence
+from metareg.errors import UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
 
@@ -273,8 +274,9 @@ class _TaskReader:
         tests: dict[int, _Test] = {}
         curves: dict[int, Curve] = {}
         seconds, peaks = [], []
+        steps = _planned_steps(runs)
         for run in runs:
-            test = self._tested(run, next(iter(tests.values()), None))
+            test = self._tested(run, steps, next(iter(tests.values()), None))
             if test is None:
                 continue
             tests[run.seed] = test
@@ -300,7 +302,7 @@ class _TaskReader:
             command=command_of(runs[0]),
         )
 
-    def _tested(self, run: PlannedRun, before: _Test | None) -> _Test | None:
+    def _tested(self, run: PlannedRun, steps: int | None, before: _Test | None) -> _Test | None:
         """The run's test; None where it cannot count, which is then noted."""
         if not run.finished:
             self._gap(run, *self._unfinished(run, tuned=self._plan.tuning(run.arm) is not None))
@@ -314,8 +316,13 @@ class _TaskReader:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
             return None
-        difference = (self.test and test.differs_from(self.test, same_arm=False)) or (
-            before and test.differs_from(before, same_arm=True)
+        trained, longer = _steps(run), ""
+        if trained not in (None, steps):
+            longer = f"it was trained for {trained} steps, not for the {steps} of the comparison"
+        difference = (
+            longer
+            or (self.test and test.differs_from(self.test, same_arm=False))
+            or (before and test.differs_from(before, same_arm=True))
         )
         if difference:
             self._gap(run, "broken", difference)
@@ -390,12 +397,32 @@ def _diverged(run: PlannedRun) -> bool:
 
 def _failure(folder: Path) -> tuple[str, str] | None:
     """The state of a run that ended with an error, and the reason; None where it did not."""
+    problem = divergence(folder)
+    if problem is not None:
+        return "diverged", problem
     with suppress(OSError):
         text = (folder / ERROR_FILE).read_text(encoding="utf-8", errors="replace")
         # The traceback of an unknown error is for the log: it names the files of the machine that it was made on.
-        text = text.partition("\n\nTraceback")[0].strip()
-        kind, _, problem = text.partition(": ")
-        return ("diverged", problem) if kind == DivergenceError.__name__ else ("broken", text or "error.txt is empty")
+        return "broken", text.partition("\n\nTraceback")[0].strip() or f"{ERROR_FILE} is empty"
+    return None
+
+
+def _planned_steps(runs: Sequence[PlannedRun]) -> int | None:
+    """For how many steps an arm's runs are to be trained; None before one has begun.
+
+    Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
+    """
+    begun = [steps for run in runs if (steps := _steps(run)) is not None]
+    given = runs[0].options.get("steps")
+    return int(given) if isinstance(given, int | float) else min(begun, default=None)
+
+
+def _steps(run: PlannedRun) -> int | None:
+    """The steps in a run's config.yaml; its line alone, for to parse the YAML of all runs takes longer than the report."""
+    with suppress(OSError):
+        text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        found = re.search(r"^steps: (\d+)$", text, re.MULTILINE)
+        return int(found[1]) if found else None
     return None
 
 

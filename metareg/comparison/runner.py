@@ -8,17 +8,20 @@ import os
 import shlex
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pydantic_core import PydanticSerializationError
+
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import Launcher, LocalPool, Outcome, divergence
+from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
 from metareg.config import validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.files import is_leftover, locked
 from metareg.interrupts import StopRequest, stop_requests
+from metareg.launched import place
 
 if TYPE_CHECKING:
     from metareg.comparison.tuning import Tuner
@@ -58,7 +61,7 @@ class Comparison:
         """Runs that were given up, by their folder."""
         self.running: dict[Path, tuple[PlannedRun, float]] = {}
         """Runs under way and when they began (`time.monotonic`), by their folder."""
-        self._finished = 0
+        self._finished: set[Path] = set()
         self._launcher = launcher
         self._tries: Counter[Path] = Counter()
         self._seconds: dict[tuple[str, bool], list[float]] = {}
@@ -76,16 +79,16 @@ class Comparison:
     @property
     def finished(self) -> int:
         """Runs that are finished, trials included."""
-        return self._finished + sum(tuner.runs - tuner.remaining for tuner in self._tuners.values())
+        return len(self._finished) + sum(tuner.runs - tuner.remaining for tuner in self._tuners.values())
 
     @property
     def left(self) -> int:
         """Runs that are neither finished nor given up."""
         undecided = [tuner for tuner in self._tuners.values() if not tuner.done]
         to_come = sum(tuner.remaining for tuner in undecided) + len(undecided) * len(self.plan.config.seeds)
-        decided = {arm for arm in self.plan.arms if arm not in self._tuners or self._tuners[arm].done}
         under_way = [run for run, _ in self.running.values()] + [run for _, run in self._waiting]
-        return to_come + sum(run.arm in decided for run in under_way)
+        broken_trials = sum(not outcome.run.is_final for outcome in self.broken.values())
+        return to_come + sum(run.is_final for run in under_way) - broken_trials
 
     @property
     def seconds_left(self) -> float | None:
@@ -102,7 +105,7 @@ class Comparison:
         now = time.monotonic()
         under_way = sum(max(0.0, expected(run) - (now - began)) for run, began in self.running.values())
         waiting = sum(expected(run) for _, run in self._waiting)
-        unknown = self.left - len(self.running) - len(self._waiting)
+        unknown = max(0, self.left - len(self.running) - len(self._waiting))
         return (under_way + waiting + unknown * mean) / self._launcher.capacity
 
     def carry_out(self, stop: StopRequest, watcher: Watcher | None = None) -> None:
@@ -134,10 +137,10 @@ class Comparison:
         if outcome.error is not None and outcome.again and self._tries[run.path] < _TRIES:
             log.warning("%s: %s It is tried again.", run, outcome.error)
             self._queue(run)
-            return
-        if outcome.error is None:
-            self._finished += run.is_final
+        elif outcome.error is None:
             self._seconds.setdefault(_sort(run), []).append(time.monotonic() - began)
+            if run.is_final:
+                self._finished.add(run.path)
         elif run.is_final or divergence(run.path) is None:  # a trial that diverged has told what it is good for
             self.broken[run.path] = outcome
         if not run.is_final:
@@ -148,13 +151,23 @@ class Comparison:
         tuner = self._tuners.get(arm)
         wanted = tuner.next_jobs() if tuner else []
         if tuner is None or tuner.done:
-            wanted = [run for run in self.plan.runs({arm: tuner.chosen if tuner else {}}) if run.arm == arm]
+            wanted = self.plan.runs_of(arm, tuner.chosen if tuner else {})
+        self._drop_trials(arm, but={run.path for run in wanted})
         known = {run.path for _, run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
             if run.finished:
-                self._finished += 1
+                self._finished.add(run.path)
             elif run.path not in known:
                 self._queue(run)
+
+    def _drop_trials(self, arm: Arm, but: Collection[Path]) -> None:
+        """Forget an arm's runs of trials that ended: of several seeds, one that diverges says all."""
+
+        def useless(run: PlannedRun) -> bool:
+            return run.arm == arm and not run.is_final and run.path not in but
+
+        self._waiting = [waiting for waiting in self._waiting if not useless(waiting[1])]
+        self.broken = {path: outcome for path, outcome in self.broken.items() if not useless(outcome.run)}
 
     def _queue(self, run: PlannedRun) -> None:
         final = run.is_final
@@ -181,9 +194,10 @@ def compare(
 
     Args:
         config: what is compared: a `ComparisonConfig`, its values, or a YAML file with them; None goes on with the
-            comparison in `out`. Runs in `out` are kept where they are the same.
+            comparison in `out`. Runs that were begun in `out` are gone on with; one that would change or leave them out is
+            refused.
         out: the comparison's folder.
-        jobs: how many runs at a time; one for every CPU core by default.
+        jobs: how many runs at a time; by default one for every GPU that they take, or as many as leave each run its threads.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
         watcher: hears of what happens.
@@ -195,6 +209,8 @@ def compare(
         UsageError: something was asked for that cannot be; nothing was written or run.
         Interrupted: Ctrl-C or SIGTERM ended it; calling it again goes on.
     """
+    if place().size > 1:
+        raise UsageError("A comparison takes one process, which starts others; torchrun is for `metareg train`.")
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs takes a number of 1 or more; got {jobs}.")
     if launcher not in LAUNCHERS:
@@ -208,6 +224,8 @@ def compare(
         _make(folder)
         # What is left of the runs ends before another process may work on the folder.
         with locked(folder), closing(workers):
+            if (folder / FILE).is_file():  # another process may have changed it since
+                _refuse_changes(Plan.read(folder), plan)
             plan.write()
             comparison = Comparison(plan, workers)
             comparison.carry_out(stop, watcher)
@@ -232,9 +250,9 @@ def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | 
         config = ComparisonConfig.read(Path(config))
     elif not isinstance(config, ComparisonConfig):
         config = validated(ComparisonConfig, config, "the comparison")
+    config = _storable(config)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
-    cores = os.cpu_count() or 1
-    threads = max(1, cores // (jobs or cores)) if begun is None else begun.config.options.get("threads")
+    threads = _threads(config, jobs) if begun is None else begun.config.options.get("threads")
     plan = Plan(folder, config.model_copy(update={"options": {"threads": threads, **config.options}}))
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
@@ -243,12 +261,30 @@ def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | 
     return plan
 
 
+def _threads(config: ComparisonConfig, jobs: int | None) -> int:
+    """How many threads each run gets: all cores are at work, also where there are fewer runs than cores."""
+    runs = len(config.algo) * len(config.augment) * len(config.tasks) * len(config.seeds)
+    tuned = config.tune or any(task.tune for task in config.tasks)
+    cores = cpu_cores()
+    return max(1, cores // (jobs or (cores if tuned else min(cores, runs))))
+
+
+def _storable(config: ComparisonConfig) -> ComparisonConfig:
+    """The same in values that a file can hold, as a text for a path."""
+    try:
+        values = config.model_dump(mode="json")
+    except PydanticSerializationError as error:
+        raise UsageError(f"A comparison is of values that a file can hold: {error}.") from error
+    return ComparisonConfig.model_validate(values)
+
+
 def _refuse_changes(begun: Plan, plan: Plan) -> None:
-    """Raise a UsageError where a run that was begun would become another one."""
+    """Raise a UsageError where a run that was begun would become another one, or be left out."""
     where = f"The comparison at {plan.folder} cannot go on as another one"
     for arm in (arm for arm in plan.arms if arm in begun.arms):
         places = plan.tuning_folder(arm), plan.folder / "runs" / arm.folder
-        if begun.tuning(arm) != plan.tuning(arm) and any(place.is_dir() for place in places):
+        ways = [(of.tuning(arm), of.tuning(arm) and of.tuning_seeds(arm)) for of in (begun, plan)]
+        if ways[0] != ways[1] and any(place.is_dir() for place in places):
             raise UsageError(
                 f"{where}: the settings of {arm} were to be chosen in another way; name another folder with --out."
             )
@@ -256,11 +292,15 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
     def defaults(of: Plan) -> list[PlannedRun]:
         return of.runs() + [of.trial(arm, 0, of.tuning_seeds(arm)[0], {}) for arm in of.arms if of.tuning(arm)]
 
-    old = {run.path: run for run in defaults(begun)}
-    for run in defaults(plan):
-        before = old.get(run.path)
-        if before is None or not (run.path / "config.yaml").is_file():
+    wanted = {run.path: run for run in defaults(plan)}
+    for before in defaults(begun):
+        if not (before.path / "config.yaml").is_file():
             continue
+        run = wanted.get(before.path)
+        if run is None:
+            raise UsageError(
+                f"{where}: it has begun {before}, which this one leaves out; name that too, or another folder with --out."
+            )
         was, now = {**before.config, **before.options}, {**run.config, **run.options}
         for key in (*was, *now):
             if was.get(key) != now.get(key):
@@ -276,7 +316,20 @@ def _launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) 
         from metareg.comparison.ray_launcher import RayLauncher
 
         return RayLauncher(jobs, threads, ray_address)
-    return LocalPool(jobs or os.cpu_count() or 1, threads, plan.folder / "workers.log")
+    gpus = _gpus(plan)
+    jobs = jobs or len(gpus) or max(1, cpu_cores() // threads)
+    return LocalPool(jobs, threads, plan.folder / "workers.log", gpus)
+
+
+def _gpus(plan: Plan) -> list[str]:
+    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where a run asks for a device of its own."""
+    if any(plan.options(arm).get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
+        return []
+    import torch
+
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
 def progress_of(run: PlannedRun) -> tuple[int, float | None]:

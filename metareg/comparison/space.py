@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from metareg.config import Field, PluginConfig, RunConfig, validated
@@ -23,11 +23,23 @@ from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
 from metareg.options import Selection, parse_assignments
 from metareg.registry import Plugin, config_of
 
-__all__ = ["Dimension", "Range", "Tuning", "check", "dimensions", "domain_text", "split_assignments"]
+__all__ = [
+    "Dimension",
+    "Range",
+    "Seeds",
+    "Tuning",
+    "check",
+    "dimensions",
+    "domain_text",
+    "seeds_of",
+    "split_assignments",
+]
 
 GRID: Final = "grid"
 
 _LARGEST_SWEEP = 1000
+_LARGEST_GRID = 1000
+_MOST_SEEDS = 1000
 _FACTOR = 10
 """How far an option with an open bound is searched from its default, up and down."""
 _MARGIN = 0.01
@@ -236,8 +248,33 @@ def _trials(given: Any) -> Any:
     raise ValueError("it should be a number from 2 on (the first trial is the defaults), or grid")
 
 
-def _seeds(given: Any) -> Any:
-    return list(range(given)) if isinstance(given, int) and not isinstance(given, bool) else given
+def seeds_of(given: Any) -> Any:
+    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything else as it is.
+
+    Raises:
+        ValueError: it is a text of anything else, or no number of seeds.
+    """
+    if isinstance(given, str):
+        if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", given):
+            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7")
+        numbers = [int(part) for part in given.split(",")]
+        given = numbers if "," in given else numbers[0]
+    if not isinstance(given, int) or isinstance(given, bool):
+        return given
+    if not 1 <= given <= _MOST_SEEDS:
+        raise ValueError(f"a number of seeds is one from 1 to {_MOST_SEEDS}, not {given}")
+    return list(range(given))
+
+
+def _different(seeds: list[int]) -> list[int]:
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ValueError(f"the seed '{twice[0]}' stands twice")
+    return seeds
+
+
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
+Seeds = Annotated[list[_Seed], BeforeValidator(seeds_of), Field(min_length=1), AfterValidator(_different)]
 
 
 class Tuning(PluginConfig):
@@ -246,9 +283,8 @@ class Tuning(PluginConfig):
     trials: Annotated[int | Literal["grid"], BeforeValidator(_trials)] = Field(
         GRID, description="How many settings each arm tries, or grid: every combination of the values in 'space'."
     )
-    seeds: Annotated[list[Annotated[int, Field(ge=0)]] | None, BeforeValidator(_seeds)] = Field(
+    seeds: Seeds | None = Field(
         None,
-        min_length=1,
         description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
     )
     space: Annotated[dict[str, list[Any] | Range | None], BeforeValidator(_domains)] = Field(
@@ -352,7 +388,14 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
             if not other or "." in key:  # the key that names the plugin stands before the one that does not
                 chosen[place] = key, option
     # `augment.rate` can mean options of two augmenters, which then get one value.
-    return [*{key: _dimension(key, option, tuning) for key, option in chosen.values()}.values()]
+    space = [*{key: _dimension(key, option, tuning) for key, option in chosen.values()}.values()]
+    if tuning.trials == GRID:
+        size = math.prod(len(each.domain) for each in space if isinstance(each.domain, list))
+        if size > _LARGEST_GRID:
+            raise UsageError(
+                f"A grid of {size} settings is larger than {_LARGEST_GRID}; give fewer values, or a number of trials."
+            )
+    return space
 
 
 def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:

@@ -147,7 +147,7 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
     elif len(seeds) < 2:
         untested = "one pair of seeds" if seeds else "no pair of seeds"
     else:
-        p, untested = _paired_t(by_seed, np.abs([without for _, without in pairs]).max())
+        p, untested = _paired_t(by_seed, max(np.abs(without).max() for _, without in pairs))
     return Difference(
         over_seeds=over_seeds(by_seed),
         over_tasks=over_tasks(by_task),

@@ -261,7 +261,7 @@ class Tuner:
         if not file.is_file():
             return None
         options, space, trials = (_content(file, key) for key in ("options", "space", "trials"))
-        if space != self._space or len(trials) != self.trials:
+        if space != self._space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
             raise UsageError(
                 f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
             )
