@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, get_args
 
 import torch
 from pydantic import Field, PositiveInt
@@ -524,6 +524,8 @@ class MetaLearner:
             self._adam.load_state(state["adam"])
         self._outer_state = torch.utils._pytree.tree_map(self._moved, state["outer_state"])
         if self.config.strategy == "auto":
+            if state["strategy"] not in (None, *get_args(Strategy)):
+                raise TypeError(f"{state['strategy']!r} is no strategy")
             self._strategy = state["strategy"]
         self.steps_done = state["steps_done"]
 

@@ -193,6 +193,14 @@ def test_made_up_checkpoints_are_refused_or_harmless(tmp_path: Path, data: st.Da
     learner.step(_EPISODES)
 
 
+@pytest.mark.parametrize("strategy", [[None], "fastest", 3])
+def test_a_made_up_strategy_is_refused(strategy: Any) -> None:
+    learner = _learner()
+    state = learner.state() | {"strategy": strategy}
+    with pytest.raises(TypeError, match="is no strategy"):
+        learner.load_state(state)
+
+
 def test_sizes_are_bounded_before_memory_is_taken(learner_file: tuple[Path, bytes], tmp_path: Path) -> None:
     path, good = learner_file
     path.write_bytes(good)
