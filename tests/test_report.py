@@ -574,6 +574,8 @@ def test_the_page_has_everything(demo: Path) -> None:
     assert all(attributes.get("scope") for tag, attributes in tags.found if tag == "th")
     text = "".join(tags.text)
     for words in (
+        "sinusoid, 10-shot mse, lower is better",
+        "omniglot-small, 5-way 1-shot accuracy, higher is better",
         "cml.gamma = 0.35",
         "metareg train --algo maml --augment cml --task sinusoid",
         "2.13.0",

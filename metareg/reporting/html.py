@@ -98,8 +98,10 @@ def _verdicts(report: Report) -> str:
         down, across = across, down
     head = "".join(f'<th scope="col">{escape(name)}</th>' for name in across)
     body = ""
-    for task in dict.fromkeys(pair.task for pair in report.pairs):
-        body += f'<tbody><tr class="task"><th scope="rowgroup" colspan="{len(across) + 1}">{escape(task)}</th></tr>'
+    for task, scale in {pair.task: pair.scale for pair in report.pairs}.items():
+        unit = f'<span class="ends">{escape(scale.metric)}, {scale.better}</span>'
+        title = f'<th scope="rowgroup" colspan="{len(across) + 1}">{escape(task)} {unit}</th>'
+        body += f'<tbody><tr class="task">{title}</tr>'
         for name in down:
             found = [cells.get((task, other, name) if transposed else (task, name, other)) for other in across]
             row = "".join("<td></td>" if pair is None else f"<td>{_verdict_cell(pair)}</td>" for pair in found)
