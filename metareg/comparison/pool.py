@@ -214,8 +214,11 @@ class _Worker:
 
     def kill(self) -> None:
         """End it at once, and what it started: a process that it leaves behind would keep its output open."""
-        with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
-            os.killpg(self._process.pid, signal.SIGKILL)
+        if hasattr(os, "killpg"):
+            with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:  # Windows has no groups of processes
+            self._process.kill()
         self._listener.join(_SECONDS_TO_CLOSE)
         self._report_death()  # for a process in a session of its own, which keeps it open all the same
 
