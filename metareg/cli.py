@@ -483,15 +483,10 @@ def report_comparison(
     ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
-    from metareg.reporting import FORMATS, format_of, report, write
+    from metareg.reporting import format_of, report, write
 
     if out is not None and out.is_dir():
         raise UsageError(f"--out takes a file; {out} is a folder.")
-    suffix = out.suffix.lower() if out else ""
-    if format is None and suffix not in ("", ".htm", *FORMATS.values()):
-        raise UsageError(
-            f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
-        )
     chosen = format_of(out) if format is None else format
     if out is None and chosen != "html":
         _write_out(report(path, chosen, inner_steps=inner_steps))

@@ -302,9 +302,8 @@ class TaskFunctions:
         """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
         support, query_features = self.prepare(meta, task)
         if self.head_only and query_features is None:
-            query_features = self.model.body(
-                self._low(meta), self._low(task[2])
-            )  # once, not after each number of steps
+            # Once, not after each number of steps.
+            query_features = self.model.body(self._low(meta), self._low(task[2]))
         adapted = self.initial(meta)
         scores = []
         for step in range(inner_steps[-1] + 1):
@@ -384,20 +383,19 @@ class Engine:
         chunk: int | None,
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
-        functions = self.plain
-        if strategy == "serial":
-            with torch.no_grad(), _memory_advice(1):
-                rows = [functions.scores(meta, _only(part.parts), inner_steps) for part in episodes.chunks(1)]
-            return torch.stack(rows)
+        one_by_one = strategy in _ONE_BY_ONE
+        parts = episodes.chunks(1 if one_by_one else chunk)
 
         def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
-            if strategy == "traced":
-                return [functions.scores(meta, _only(tasks), inner_steps)[None]]
-            return [vmap(lambda task: functions.scores(meta, task, inner_steps))(tasks)]
+            if one_by_one:
+                return [self.plain.scores(meta, _only(tasks), inner_steps)[None]]
+            return [vmap(lambda task: self.plain.scores(meta, task, inner_steps))(tasks)]
 
+        if strategy == "serial":
+            with torch.no_grad(), _memory_advice(1):
+                return torch.cat([mapped(meta, part.parts, {})[0] for part in parts])
         # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        program = self._program(("scores", inner_steps), mapped, "traced" if strategy == "traced" else "vectorized")
-        parts = episodes.chunks(1 if strategy == "traced" else chunk)
+        program = self._program(("scores", inner_steps), mapped, "vectorized" if strategy == "compiled" else strategy)
         return torch.cat([program(meta, part, {})[0] for part in parts])
 
     def _gradient_of_stack(

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metareg.comparison.plan import FILE, ComparisonConfig
+from metareg.comparison.plan import FILE, ComparisonConfig, stacked
 from metareg.comparison.space import seeds_of, split_assignments
 from metareg.config import read_yaml, validated
 from metareg.errors import UsageError
@@ -124,10 +124,7 @@ def _set_tuning(values: dict[str, Any], tune: Mapping[str, Any], flags: Collecti
 
 
 def _merged(given: Any, more: dict[str, Any]) -> Any:
-    """Options with more of them at the end, where of two names of one option the last counts."""
-    if not isinstance(given or {}, Mapping):
-        return given
-    return {key: value for key, value in (given or {}).items() if key not in more} | more
+    return stacked(given or {}, more) if isinstance(given or {}, Mapping) else given
 
 
 def _mappings(listed: Any) -> list[Mapping[str, Any]]:

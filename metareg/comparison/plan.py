@@ -21,7 +21,7 @@ from metareg.files import write_text
 if TYPE_CHECKING:
     from metareg.options import Selection
 
-__all__ = ["Arm", "ArmRule", "ComparedTask", "ComparisonConfig", "Plan", "PlannedRun", "check"]
+__all__ = ["Arm", "ArmRule", "ComparedTask", "ComparisonConfig", "Plan", "PlannedRun", "check", "stacked"]
 
 NO_AUGMENTER = "none"
 FILE = "comparison.yaml"
@@ -278,9 +278,7 @@ class Plan:
             "task": task.task,
             "seed": seed,
         }
-        # Of two names of one option, as inner_lr and maml.inner_lr, the last one counts.
-        others = {key: value for key, value in self.options(arm).items() if key not in options}
-        return PlannedRun(arm, seed, self.folder / folder, config, {**others, **options})
+        return PlannedRun(arm, seed, self.folder / folder, config, stacked(self._options[arm], options))
 
     def trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
         """A run on validation tasks, by which an arm's settings are chosen.
@@ -329,8 +327,7 @@ class Plan:
         rules = [rule.options for rule in self.config.arms if rule.fits(arm)]
         merged: Options = {}
         for options in (self.config.options, self.task(arm).options, *rules):
-            # Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: a later rule's goes to the end.
-            merged = {key: value for key, value in merged.items() if key not in options} | options
+            merged = stacked(merged, options)
         return {key: value for key, value in merged.items() if self.is_for(arm, key)}
 
     def _plugins_of(self, arm: Arm) -> set[str]:
@@ -387,6 +384,14 @@ def _task_difference(own: Selection, other: Selection) -> str:
     prepared = {key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})}
     different = [key for key in values if key not in prepared and values[key] != others[key]]
     return ", ".join(f"{key} is {values[key]!r}, not {others[key]!r}" for key in different)
+
+
+def stacked(options: Mapping[str, Any], later: Mapping[str, Any]) -> Options:
+    """Options with others that stand before them.
+
+    Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: all of `later` goes to the end.
+    """
+    return {**{key: value for key, value in options.items() if key not in later}, **later}
 
 
 def _slug(text: str) -> str:

@@ -274,9 +274,13 @@ class _TaskReader:
         tests: dict[int, _Test] = {}
         curves: dict[int, Curve] = {}
         seconds, peaks = [], []
-        steps = _planned_steps(runs)
+        trained = {run.seed: _steps(run) for run in runs}
+        planned = _planned_steps(runs, trained)
         for run in runs:
-            test = self._tested(run, steps, next(iter(tests.values()), None))
+            longer = ""
+            if trained[run.seed] not in (None, planned):
+                longer = f"it was trained for {trained[run.seed]} steps, not for the {planned} of the comparison"
+            test = self._tested(run, longer, next(iter(tests.values()), None))
             if test is None:
                 continue
             tests[run.seed] = test
@@ -291,7 +295,7 @@ class _TaskReader:
         return ArmResults(
             arm=arm,
             seeds=tuple(tests),
-            diverged=tuple(run.seed for run in runs if _diverged(run)),
+            diverged=tuple(run.seed for run in runs if not run.finished and divergence(run.path) is not None),
             inner_steps=first.inner_steps if first else (),
             scores=np.array([test.scores for test in tests.values()]) if first else np.empty((0, 0, 0)),
             curves=curves,
@@ -302,8 +306,14 @@ class _TaskReader:
             command=command_of(runs[0]),
         )
 
-    def _tested(self, run: PlannedRun, steps: int | None, before: _Test | None) -> _Test | None:
-        """The run's test; None where it cannot count, which is then noted."""
+    def _tested(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:
+        """The run's test; None where it cannot count, which is then noted.
+
+        Args:
+            run: the run.
+            longer: how it was trained for longer than it should; empty where it was not.
+            before: the first test of its arm.
+        """
         if not run.finished:
             self._gap(run, *self._unfinished(run, tuned=self._plan.tuning(run.arm) is not None))
             return None
@@ -316,9 +326,6 @@ class _TaskReader:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
             return None
-        trained, longer = _steps(run), ""
-        if trained not in (None, steps):
-            longer = f"it was trained for {trained} steps, not for the {steps} of the comparison"
         difference = (
             longer
             or (self.test and test.differs_from(self.test, same_arm=False))
@@ -390,11 +397,6 @@ def _gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: Path) 
     return Gap(what, seed, state, reason, path.relative_to(plan.folder))
 
 
-def _diverged(run: PlannedRun) -> bool:
-    failure = _failure(run.path)
-    return not run.finished and failure is not None and failure[0] == "diverged"
-
-
 def _failure(folder: Path) -> tuple[str, str] | None:
     """The state of a run that ended with an error, and the reason; None where it did not."""
     problem = divergence(folder)
@@ -407,14 +409,15 @@ def _failure(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _planned_steps(runs: Sequence[PlannedRun]) -> int | None:
+def _planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:
     """For how many steps an arm's runs are to be trained; None before one has begun.
 
     Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
     """
-    begun = [steps for run in runs if (steps := _steps(run)) is not None]
     given = runs[0].options.get("steps")
-    return int(given) if isinstance(given, int | float) else min(begun, default=None)
+    if isinstance(given, int | float):
+        return int(given)
+    return min((steps for steps in trained.values() if steps is not None), default=None)
 
 
 def _steps(run: PlannedRun) -> int | None:

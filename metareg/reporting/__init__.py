@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from metareg.errors import UnknownNameError
+from metareg.errors import UnknownNameError, UsageError
 from metareg.files import write_text
 from metareg.reporting.analysis import analyse
 
@@ -38,9 +38,18 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
 
 
 def format_of(out: Path | None) -> str:
-    """The format that a file's name asks for; Markdown where it asks for none."""
-    suffixes = {suffix: name for name, suffix in FORMATS.items()} | {".htm": "html"}
-    return suffixes.get(out.suffix.lower(), "markdown") if out else "markdown"
+    """The format that a file's name asks for; Markdown where it asks for none.
+
+    Raises:
+        UsageError: it asks for one that there is not.
+    """
+    suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
+    suffix = out.suffix.lower() if out else ""
+    if suffix not in suffixes:
+        raise UsageError(
+            f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
+        )
+    return suffixes[suffix]
 
 
 def write(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
