@@ -13,7 +13,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -23,8 +23,9 @@ from torch.func import functionalize, grad, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes, contiguous, stack_trees
+from metareg.episodes import Episodes, stack_trees
 from metareg.errors import MetaregError, UsageError
+from metareg.layout import channels_last_or_contiguous, like_parameters
 from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
 from metareg.stages import Stages
@@ -349,7 +350,7 @@ class Engine:
         chunk: int | None,
         weights: Tensor | None = None,
     ) -> Gradient:
-        """The mean meta-gradient over all tasks of `batches`.
+        """The mean meta-gradient over all tasks of `batches`, each tensor with the strides of its parameter.
 
         Args:
             meta: every meta-parameter by name.
@@ -359,6 +360,18 @@ class Engine:
             chunk: at most so many tasks at once.
             weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
         """
+        mean = self._mean_gradient(meta, batches, noise, strategy, chunk, weights)
+        return replace(mean, grads=like_parameters(mean.grads, meta))
+
+    def _mean_gradient(
+        self,
+        meta: Tensors,
+        batches: Sequence[Episodes],
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        chunk: int | None,
+        weights: Tensor | None,
+    ) -> Gradient:
         total = sum(len(batch) for batch in batches)
         result: Gradient | None = None
         done = 0
@@ -469,7 +482,7 @@ class _Program:
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flattened(episodes.parts, extra)
         # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one.
-        inputs = [contiguous(leaf) for leaf in inputs]
+        inputs = [channels_last_or_contiguous(leaf) for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.is_contiguous(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)

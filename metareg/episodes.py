@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UsageError
+from metareg.layout import channels_last_or_contiguous
 
 __all__ = ["Episodes"]
 
@@ -109,7 +110,7 @@ class Episodes:
 
     def contiguous(self) -> Episodes:
         """The same tasks in contiguous memory; what comes channels last stays so, as convolutions and pooling like it."""
-        return self._mapped(contiguous)
+        return self._mapped(channels_last_or_contiguous)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""
@@ -128,9 +129,3 @@ def _unchecked(support_x: Any, support_y: Tensor, query_x: Any, query_y: Tensor)
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Stack pytrees of equal structure and shapes along a new first dimension."""
     return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
-
-
-def contiguous(leaf: Tensor) -> Tensor:
-    """A tensor in contiguous memory: ``[…, C, H, W]`` channels last where it is so already, else in its shape's order."""
-    last = leaf.movedim(-3, -1) if leaf.dim() >= 4 else leaf
-    return leaf if last.is_contiguous() else leaf.contiguous()

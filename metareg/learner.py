@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from metareg import architecture
 from metareg._version import __version__
@@ -24,8 +23,10 @@ from metareg.environment import find_device
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, MetaregError, PluginError, UnknownNameError, UsageError
 from metareg.evaluation import Evaluation
+from metareg.layout import contiguous_copies
 from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
+from metareg.optimizer import Adam
 from metareg.randomness import seeded
 from metareg.registry import Plugin, config_of, find, resolve
 from metareg.sources import TaskSource
@@ -142,7 +143,7 @@ class MetaLearner:
         self._dtype = next(iter(self._initial.values())).dtype
         self._meta: dict[str, Tensor] | None = None
         self._split_checked = False
-        self._adam: _Adam | None = None
+        self._adam: Adam | None = None
         self._outer_state: dict[str, Any] = {}
         self._split = BatchSplit(Processes())
         self._strategy: Strategy | None = None if strategy == "auto" else strategy  # type: ignore[assignment]
@@ -515,12 +516,12 @@ class MetaLearner:
         """
         expected = self.meta_parameters
         _refuse_misfit(expected, {name: tuple(value.shape) for name, value in state["meta"].items()}, where)
-        self._meta = {
-            name: state["meta"][name].to(self.device, value.dtype).clone() for name, value in expected.items()
-        }
+        self._meta = contiguous_copies(
+            {name: state["meta"][name].to(self.device, value.dtype) for name, value in expected.items()}
+        )
         self._adam = None
         if state["adam"]:
-            self._adam = _Adam(self._meta, self.config.outer_lr)
+            self._adam = Adam(self._meta, self.config.outer_lr)
             self._adam.load_state(state["adam"])
         self._outer_state = torch.utils._pytree.tree_map(self._moved, state["outer_state"])
         if self.config.strategy == "auto":
@@ -677,10 +678,11 @@ class MetaLearner:
             self._adam, self._outer_state = None, {}
         with torch.no_grad():
             if self.stages.has_outer_update:
-                self._meta, self._outer_state = self.stages.outer_update(self._meta, grads, self._outer_state)
+                updated, self._outer_state = self.stages.outer_update(self._meta, grads, self._outer_state)
+                self._meta = {name: value.contiguous() for name, value in updated.items()}
                 return
             if self._adam is None:
-                self._adam = _Adam(self._meta, self.config.outer_lr)
+                self._adam = Adam(self._meta, self.config.outer_lr)
             self._adam.step(grads)
 
     def _divergence(self, gradient: Gradient) -> str:
@@ -707,50 +709,6 @@ class MetaLearner:
             str(file.path),
         )
         self.model.module.load_state_dict(constants, strict=False)
-
-
-class _Adam:
-    """`torch.optim.Adam` with its default coefficients, called as a function.
-
-    The bookkeeping of the optimiser's object takes longer than the update of a small model.
-
-    Args:
-        params: what it updates, in place.
-        lr: the step size.
-    """
-
-    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
-        self._params = dict(params)
-        self._lr = lr
-        self._moments = {
-            "exp_avg": [torch.zeros_like(value) for value in params.values()],
-            "exp_avg_sq": [torch.zeros_like(value) for value in params.values()],
-            "step": [torch.zeros((), dtype=torch.float32, device=value.device) for value in params.values()],
-        }
-        self._fused = all(value.device.type in ("cpu", "cuda") for value in params.values())
-
-    def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Update the parameters with their gradients."""
-        adam(
-            list(self._params.values()), [grads[name] for name in self._params],
-            self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
-            fused=self._fused, amsgrad=False, beta1=0.9, beta2=0.999, lr=self._lr, weight_decay=0.0, eps=1e-8,
-            maximize=False,
-        )  # fmt: skip
-
-    def state(self) -> dict[str, dict[str, Tensor]]:
-        """The moments and the number of steps of each parameter, by its name."""
-        columns = zip(*self._moments.values(), strict=True)
-        return {
-            name: dict(zip(self._moments, column, strict=True))
-            for name, column in zip(self._params, columns, strict=True)
-        }
-
-    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take over what `state` returned."""
-        for number, name in enumerate(self._params):
-            for key, column in self._moments.items():
-                column[number].copy_(state[name][key])
 
 
 _CONSTANT = "constant:"

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UnknownNameError, UsageError
+from metareg.layout import contiguous_copies
 from metareg.normalisation import with_cheap_second_derivative
 
 __all__ = ["SplitModel"]
@@ -87,8 +88,8 @@ class SplitModel:
         return self.head_prefix is not None
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """Copies of the trainable parameters by name."""
-        return {name: p.detach().clone() for name, p in self.module.named_parameters() if p.requires_grad}
+        """Contiguous copies of the trainable parameters by name."""
+        return contiguous_copies({name: p for name, p in self.module.named_parameters() if p.requires_grad})
 
     def constants(self) -> dict[str, Tensor]:
         """What is not passed as an argument, by name: buffers and frozen parameters."""

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from metareg import hookspecs
 from metareg.errors import MetaregError, PluginError, nearest
+from metareg.layout import contiguous_copies
 from metareg.randomness import generator_for, seeded
 from metareg.registry import Plugin
 
@@ -202,7 +203,7 @@ class Stages:
                 continue
             if not isinstance(created, dict) or not all(_is_real(value) for value in created.values()):
                 each.reject("it must return a dict of floating-point tensors by name")
-            meta |= {f"{each.name}.{name}": value.detach().clone() for name, value in created.items()}
+            meta |= {f"{each.name}.{name}": value for name, value in contiguous_copies(created).items()}
         return meta
 
     def adapted_parameters(
@@ -332,7 +333,7 @@ class Stages:
 
 
 def _like(expected: Tensors, given: Any, by: Implementation) -> Tensors:
-    """`given` in the order of `expected`, if it has its names and shapes."""
+    """`given` in the order of `expected`, if it has its names, shapes, types and devices."""
     if not isinstance(given, dict):
         by.reject(f"it must return a dict of tensors, not {_described(given)}")
     if given.keys() != expected.keys():
@@ -345,6 +346,11 @@ def _like(expected: Tensors, given: Any, by: Implementation) -> Tensors:
     for name, value in expected.items():
         if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
             by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_described(given[name])}")
+        if given[name].dtype != value.dtype or given[name].device != value.device:
+            by.reject(
+                f"'{name}' must be a tensor of {value.dtype} on {value.device}, not of {given[name].dtype} on "
+                f"{given[name].device}"
+            )
     return {name: given[name] for name in expected}
 
 

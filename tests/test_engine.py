@@ -13,6 +13,7 @@ from test_parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initializ
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, PluginConfig, engine, hookimpl
+from metareg_image.glyphs import Glyphs
 
 CML = ("cml", {"gamma": GAMMA})
 STRATEGIES = ("serial", "traced", "vectorized")
@@ -397,6 +398,25 @@ def test_default_outer_update_is_adam() -> None:
         optimizer.step()
         learner.step(batch)
     assert difference(learner.meta_parameters, meta) < TOLERANCE
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("algo", ALGORITHMS)
+def test_every_entry_is_moved_by_its_own_gradient(algo: str, strategy: str) -> None:
+    """On images as task plugins draw them, channels last, whose convolutions' gradients come channels last too."""
+    task = Glyphs(Glyphs.Config(query=5))
+    learner = MetaLearner(
+        "conv4", algo, ["cml"], spec=task.spec, model_options={"width": 8}, inner_lr=0.4, strategy=strategy
+    )
+    batch = task.episodes("train", range(1), 0)
+    _, grads = learner.meta_gradient(batch)
+    meta = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    assert [grads[name].stride() for name in grads] == [value.stride() for value in meta.values()]
+    for name, value in meta.items():
+        value.grad = grads[name]
+    torch.optim.Adam(meta.values(), foreach=False, fused=False).step()
+    learner.step(batch)
+    torch.testing.assert_close(learner.meta_parameters, meta, rtol=0, atol=2e-5)
 
 
 def test_reset_optimizer_every_forgets_the_moments() -> None:
