@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from pathlib import Path
+from typing import Any, ClassVar
 
 from metareg import Field, PluginConfig, declarations, hookimpl, hookspecs
 from metareg.testing import checks
@@ -95,6 +96,8 @@ def _declarations() -> str:
 
 class _Everything:
     """An algorithm or augmenter to which every check applies."""
+
+    recommended: ClassVar[dict[str, Any]] = {"steps": 100}
 
     class Config(PluginConfig):
         rate: float = Field(1.0, description="A number.")

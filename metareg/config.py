@@ -93,7 +93,7 @@ class LearnerConfig(PluginConfig):
 
 
 class RunConfig(LearnerConfig):
-    """All that determines a run. What a task recommends stands before these defaults; what the user says, before both."""
+    """All that determines a run. What its plugins recommend stands before these defaults, what the user says before both."""
 
     algo: Choice = Field(Choice(name="maml"), description="The algorithm.")
     augment: list[Choice] = Field([], description="Gradient augmenters, in the order in which they are chained.")

@@ -10,6 +10,10 @@ adapts             algorithms  what the inner loop changes: ``"all"`` (default),
                                pattern for parameter names, as ``"*context*"``
 step_examples      algorithms  worked examples of one inner step (`StepExample`)
 default_model      algorithms  the model that it needs, where any model will not do
+recommended        algorithms  options of the run and of its plugins that suit it, where neither the user nor a file says
+                               anything, each with its owner, as ``"algo.inner_lr"``; `metareg.Task` has the rule
+                   tasks
+                   models
 exact_gradient     algorithms  False where the meta-gradient treats as a constant what is none; True by default
                    augmenters
 affine_in_loss     augmenters  False where a term of the outer loss is no sum of weighted losses; True by default

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import time
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -360,7 +361,23 @@ def plugin_page(entry: Entry, cls: type) -> RenderableType:
                 cells.insert(3, domain_text(f"{entry.kind.removesuffix('s')} '{entry.name}'", name, field) or "nothing")
             table.add_row(*map(escape, cells))
         parts += [Text(), table]
+    wishes = getattr(cls, "recommended", {})
+    if wishes and isinstance(wishes, Mapping):
+        parts += [Text(), _recommended_table(wishes)]
     return Group(*parts)
+
+
+def _recommended_table(wishes: Mapping[str, Any]) -> Table:
+    """What a plugin recommends: options of the run, then those of each owner, then what is for one algorithm alone."""
+    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("recommends", "value", "for"):
+        table.add_column(column, overflow="fold")
+    alone = {name: value for name, value in wishes.items() if isinstance(value, Mapping)}
+    general = {key: value for key, value in wishes.items() if key not in alone}
+    for algorithm, options in (("", general), *alone.items()):
+        for key in sorted(options, key=lambda key: key.rpartition(".")[0]):
+            table.add_row(*map(escape, (key, str(options[key]), algorithm or "any algorithm")))
+    return table
 
 
 def doctor_page(rows: list[dict[str, Any]]) -> RenderableType:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, validated
-from metareg.errors import UnknownNameError, UsageError
-from metareg.registry import Plugin, config_of, find, resolve
+from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
+from metareg.registry import Plugin, config_of, find, installed_names, resolve
 
 __all__ = ["Selection", "assemble", "parse_assignments"]
 
@@ -34,6 +34,16 @@ class _Selected:
             return self.plugin.rpartition(":")[2]
         cls = self.plugin if isinstance(self.plugin, type) else type(self.plugin)
         return str(getattr(self.plugin, "name", cls.__name__.lower()))
+
+    @property
+    def label(self) -> str:
+        """How messages name it: ``augmenter 'cml'``."""
+        return f"{_KIND_OF[self.field].removesuffix('s')} '{self.name}'"
+
+    @property
+    def configurable(self) -> bool:
+        """Whether it is still to be built: an object has its options already."""
+        return isinstance(self.plugin, str | type)
 
     @property
     def options(self) -> Mapping[str, Any]:
@@ -93,21 +103,24 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     """Complete a run's configuration and load its plugins.
 
-    What the user says in `options` stands before `base`, that before what the task recommends, that before the defaults.
+    What the user says in `options` stands before `base`. Then comes what the plugins recommend: the task for this
+    algorithm, the algorithm, the task in general, the model. The defaults come last.
 
     Args:
         base: values by the field names of `RunConfig`, as in a configuration file; plugins may be given as names,
             classes, objects, or with their configuration.
         options: further options by name: fields of `RunConfig`, options of one of the plugins, or ``NAME.OPTION`` with a
-            plugin's name or ``algo``, ``task`` or ``model``.
+            plugin's name or ``algo``, ``augment``, ``task``, ``model`` or ``observers``.
 
     Raises:
-        UsageError: an unknown name or option, or an impossible value.
+        UsageError: an unknown name or option, one that several plugins have, or an impossible value.
+        PluginError: a plugin recommends an option that there is not, or that several plugins have.
     """
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
         raise UnknownNameError("run option", unknown[0], RunConfig.model_fields)
     base = {**base, **{key: value for key, value in options.items() if key in _CHOICES}}
+    given = {key: value for key, value in options.items() if key not in _CHOICES}
     values = {key: value for key, value in base.items() if key not in _CHOICES}
     chosen = {
         "algo": [_Selected.of("algo", base.get("algo", "maml"))],
@@ -117,79 +130,170 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
         "observers": [_Selected.of("observers", each) for each in _listed(base.get("observers"))],
     }
     everything = [each for field_name in _CHOICES for each in chosen[field_name]]
-    # A task names its model, and its own options can decide which: they are set before the others are looked at.
-    waiting = {key: value for key, value in options.items() if key not in _CHOICES}
-    for key in list(waiting):
-        owner, _, option = key.partition(".")
-        if owner in ("task", chosen["task"][0].name) and option:
-            chosen["task"][0].config[option] = waiting.pop(key)
-        elif key not in RunConfig.model_fields and _owners(key, everything) == chosen["task"]:
-            chosen["task"][0].config[key] = waiting.pop(key)
-    task = resolve("tasks", chosen["task"][0].plugin, chosen["task"][0].config)
+    (own_algorithm,), (own_task,) = chosen["algo"], chosen["task"]
+    # A task names its model, and its own options can decide which: they are set before it is known whose the others are.
+    for key, value in given.items():
+        if key not in RunConfig.model_fields and _meant(key, everything) == [own_task]:
+            own_task.config[_option(key)] = value
+    task = resolve("tasks", own_task.plugin, own_task.config)
     if not chosen["model"]:
         # An algorithm that needs models of its own kind names one, and that stands before the task's.
-        default = getattr(chosen["algo"][0].loaded, "default_model", None) or getattr(
-            task.instance, "default_model", None
-        )
+        default = getattr(own_algorithm.loaded, "default_model", None) or getattr(task.instance, "default_model", None)
         if default is None:
             raise UsageError(f"The {task.label} names no model of its own; choose one with --model.")
         chosen["model"] = [_Selected("model", default)]
         everything += chosen["model"]
-    for key, value in waiting.items():
-        _route(key, value, values, everything)
-    for key, value in getattr(task.instance, "recommended", {}).items():
-        if key in RunConfig.model_fields:
-            values.setdefault(key, value)
-        for each in _owners(key, everything):
-            if each.field != "task":
-                each.config.setdefault(key, value)
+    (own_model,) = chosen["model"]
+    for key, value in given.items():
+        owner = _owner(key, everything)
+        (values if owner is None else owner.config)[_option(key)] = value
 
-    algorithm = resolve("algorithms", chosen["algo"][0].plugin, chosen["algo"][0].config)
+    settled = dict(own_task.config)
+    for_algorithm, in_general = _parted(own_task, _wishes(own_task, task.instance), own_algorithm, everything)
+    _recommend(own_task, for_algorithm, values, everything)
+    _recommend(own_algorithm, _wishes(own_algorithm, own_algorithm.loaded), values, everything)
+    _recommend(own_task, in_general, values, everything)
+    model = resolve("models", own_model.plugin, own_model.config)
+    _recommend(own_model, _wishes(own_model, model.instance), values, everything)
+    if own_task.config != settled:
+        task = resolve("tasks", own_task.plugin, own_task.config)
+
+    algorithm = resolve("algorithms", own_algorithm.plugin, own_algorithm.config)
     augmenters = [resolve("augmenters", each.plugin, each.config) for each in chosen["augment"]]
-    model = resolve("models", chosen["model"][0].plugin, chosen["model"][0].config)
-    # A model says in turn what the task is to prepare for it.
-    selected_task, wishes = chosen["task"][0], getattr(model.instance, "recommended", {})
-    unset = {key: wishes[key] for key in wishes if key in selected_task.options and key not in selected_task.config}
-    if unset:
-        selected_task.config |= unset
-        task = resolve("tasks", selected_task.plugin, selected_task.config)
     observers = [resolve("observers", each.plugin, each.config) for each in chosen["observers"]]
     values |= {
-        "algo": _choice(chosen["algo"][0], algorithm),
+        "algo": _choice(own_algorithm, algorithm),
         "augment": [_choice(*pair) for pair in zip(chosen["augment"], augmenters, strict=True)],
-        "task": _choice(chosen["task"][0], task),
-        "model": _choice(chosen["model"][0], model),
+        "task": _choice(own_task, task),
+        "model": _choice(own_model, model),
         "observers": [_choice(*pair) for pair in zip(chosen["observers"], observers, strict=True)],
     }
     config = validated(RunConfig, values, "the run's options")
     return Selection(config, algorithm, augmenters, task, model, observers)
 
 
-def _route(key: str, value: Any, values: dict[str, Any], everything: Sequence[_Selected]) -> None:
-    """Put one option where it belongs."""
-    owner, dot, option = key.partition(".")
-    if dot:
-        named = [each for each in everything if owner in (each.name, each.field)]
-        if not named:
-            raise UnknownNameError("plugin of this run", owner, {each.name for each in everything})
-        for each in named:
-            each.config[option] = value
-        return
+# --------------------------------------------------------------------------------------------------- whose option it is
+
+
+def _option(key: str) -> str:
+    """An option's name without its owner's."""
+    return key.rpartition(".")[2]
+
+
+def _meant(key: str, everything: Sequence[_Selected]) -> list[_Selected]:
+    """The plugins that have the option; where a key names its owner and that has no such option, the owner."""
+    owner, dot, _ = key.rpartition(".")
+    named = [each for each in everything if not dot or owner in (each.name, each.field)]
+    return [each for each in named if _option(key) in each.options] or (named if dot else [])
+
+
+def _owner(key: str, everything: Sequence[_Selected]) -> _Selected | None:
+    """The one plugin whose option a key is; None where it is one of the run.
+
+    Raises:
+        UsageError: nothing has such an option, or several plugins.
+    """
     if key in RunConfig.model_fields:
-        values[key] = value
-        return
-    owners = _owners(key, everything)
-    if len(owners) > 1:
-        choices = " or ".join(f"'{each.name}.{key}'" for each in owners)
-        raise UsageError(f"'{key}' is an option of several plugins of this run; write {choices}.")
-    if not owners:
-        known = {*RunConfig.model_fields, *(option for each in everything for option in each.options)} - {*_CHOICES}
+        return None
+    owner, dot, option = key.rpartition(".")
+    meant = _meant(key, everything)
+    if not meant and dot:
+        raise UnknownNameError("plugin of this run", owner, {each.name for each in everything})
+    if not meant:
+        known = {*RunConfig.model_fields, *(name for each in everything for name in each.options)} - {*_CHOICES}
         raise UnknownNameError("option of this run", key, known)
-    owners[0].config[key] = value
+    if option not in meant[0].options:
+        labels = " or ".join(each.label for each in meant)
+        raise UnknownNameError(f"option of {labels}", option, {name for each in meant for name in each.options})
+    if len(meant) > 1:
+        by_name = len({each.name for each in meant}) == len(meant)
+        choices = " or ".join(f"'{each.name if by_name else each.field}.{option}'" for each in meant)
+        raise UsageError(f"'{key}' is an option of several plugins of this run; write {choices}.")
+    return meant[0]
 
 
-def _owners(key: str, everything: Sequence[_Selected]) -> list[_Selected]:
-    return [each for each in everything if key in each.options]
+# ------------------------------------------------------------------------------------------------ what plugins recommend
+
+
+def _wishes(selected: _Selected, plugin: Any) -> Mapping[str, Any]:
+    """What a plugin recommends.
+
+    Raises:
+        PluginError: it is no mapping.
+    """
+    wishes = getattr(plugin, "recommended", {})
+    if not isinstance(wishes, Mapping):
+        raise PluginError(
+            f"'recommended' of the {selected.label} is a {type(wishes).__name__}; it must be a mapping of options."
+        )
+    return wishes
+
+
+def _parted(
+    task: _Selected, wishes: Mapping[str, Any], algorithm: _Selected, everything: Sequence[_Selected]
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """What a task recommends for this algorithm, and for every one.
+
+    Raises:
+        PluginError: it misspells an algorithm's name.
+    """
+    for_algorithms = {
+        key: value
+        for key, value in wishes.items()
+        if isinstance(value, Mapping) and key not in RunConfig.model_fields and not _meant(key, everything)
+    }
+    for name in sorted(for_algorithms.keys() - {algorithm.name}):
+        known = installed_names("algorithms")
+        if _is_misspelt(name, known):
+            raise _fault(task, UnknownNameError("algorithm", name, known))
+    general = {key: value for key, value in wishes.items() if key not in for_algorithms}
+    return for_algorithms.get(algorithm.name, {}), general
+
+
+def _recommend(
+    source: _Selected, wishes: Mapping[str, Any], values: dict[str, Any], everything: Sequence[_Selected]
+) -> None:
+    """Set what a plugin recommends where nothing stands before it.
+
+    Raises:
+        PluginError: it is no option, or one of several plugins.
+    """
+    for key, value in reversed([*wishes.items()]):  # of two names of one option, the last one counts
+        if _is_for_others(key, everything):
+            continue
+        try:
+            owner = _owner(key, everything)
+        except UsageError as error:
+            raise _fault(source, error) from error
+        if key in _CHOICES:
+            raise _fault(
+                source, UsageError(f"'{key}' is no option but a choice of the user; an option of it is '{key}.OPTION'.")
+            )
+        if owner is None:
+            values.setdefault(key, value)
+        elif owner.configurable:
+            owner.config.setdefault(_option(key), value)
+
+
+def _is_for_others(key: str, everything: Sequence[_Selected]) -> bool:
+    """Whether a recommendation is for runs with other plugins: its owner is not in this one, or has no such option."""
+    owner, dot, option = key.rpartition(".")
+    if not dot:
+        return False
+    meant = _meant(key, everything)
+    if meant:
+        return option not in meant[0].options
+    return not _is_misspelt(owner, {*_KIND_OF, *installed_names(), *(each.name for each in everything)})
+
+
+def _is_misspelt(name: str, known: Collection[str]) -> bool:
+    """Whether a name is close to known ones and none of them; one far from all is that of a plugin not installed here."""
+    return name not in known and bool(nearest(name, known))
+
+
+def _fault(source: _Selected, error: UsageError) -> PluginError:
+    sentence = str(error)
+    return PluginError(f"What the {source.label} recommends cannot be used: {sentence[0].lower()}{sentence[1:]}")
 
 
 def _choice(selected: _Selected, plugin: Plugin) -> Choice:

@@ -19,7 +19,7 @@ from metareg.errors import PluginError, UnknownNameError, UsageError
 if TYPE_CHECKING:
     from metareg.config import PluginConfig
 
-__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "config_of", "entries", "find", "resolve"]
+__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "config_of", "entries", "find", "installed_names", "resolve"]
 
 KINDS = ("algorithms", "augmenters", "tasks", "models", "observers")
 DISABLE_VARIABLE = "METAREG_DISABLE_PLUGINS"
@@ -93,6 +93,16 @@ def entries(kind: str | None = None) -> list[Entry]:
     """
     left_out = _disabled()
     return [entry for entry in _installed(kind) if not {entry.name, entry.qualified} & left_out]
+
+
+def installed_names(kind: str | None = None) -> set[str]:
+    """The names of the installed plugins, those that are disabled among them.
+
+    Args:
+        kind: one of `KINDS`; None for all.
+    """
+    kinds = KINDS if kind is None else (kind,)
+    return {point.name for each in kinds for point in importlib.metadata.entry_points(group=f"metareg.{each}")}
 
 
 def find(kind: str, name: str) -> Entry:

@@ -59,7 +59,15 @@ class Task:
     stackable: bool = True
     """Whether `episodes` returns tasks of one size, which can be run together."""
     recommended: ClassVar[Mapping[str, Any]] = {}
-    """Run options (`metareg.RunConfig`) and plugin options that suit the task, where the user says nothing."""
+    """Options that suit the task, where neither the user nor a file says anything.
+
+    Options of the run (`metareg.RunConfig`) go by their names, ``"steps"``; those of plugins name their owner, by its part
+    in the run (``"algo.inner_lr"``, ``"model.width"``) or by its own name (``"cml.gamma"``). One whose owner is not in the
+    run or has no such option is left out. A mapping of the same form under an algorithm's name is for that algorithm
+    alone: ``{"steps": 2000, "anil": {"algo.inner_lr": 1.0}}``. Algorithms and models can have such a mapping too. What is
+    recommended for an algorithm on this task stands before what the algorithm itself recommends, that before the rest of
+    this mapping, that before what the model recommends.
+    """
     carried: ClassVar[tuple[str, ...]] = ()
     """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from metareg import PluginConfig, UnknownNameError, UsageError
+from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
 from metareg.config import RunConfig, read_yaml
 from metareg.options import assemble, parse_assignments
 
@@ -87,6 +87,222 @@ def test_option_of_two_plugins() -> None:
         assemble({"augment": ["dropgrad", Rated]}, {"rate": 0.5})
     selection = assemble({"augment": ["dropgrad", Rated]}, {"rated.rate": 0.5})
     assert [plugin.config.rate for plugin in selection.augmenters] == [0.1, 0.5]
+
+
+def test_option_of_two_plugins_with_one_part_in_the_run() -> None:
+    with pytest.raises(UsageError, match=r"'augment\.rate' is .* write 'dropgrad\.rate' or 'rated\.rate'"):
+        assemble({"augment": ["dropgrad", Rated]}, {"augment.rate": 0.5})
+    selection = assemble({"augment": [Rated, "cml"]}, {"augment.rate": 0.5, "augment.gamma": 0.2})
+    assert [plugin.config for plugin in selection.augmenters] == [
+        Rated.Config(rate=0.5),
+        selection.augmenters[1].config,
+    ]
+    assert selection.augmenters[1].config.gamma == 0.2
+
+
+def test_option_of_two_plugins_of_one_name() -> None:
+    class Twin(Rated):
+        name = "rated"
+
+    class Of(Wishing):
+        name = "rated"
+
+        class Config(PluginConfig):
+            rate: float = 0.3
+
+    with pytest.raises(UsageError, match=r"'rated\.rate' is .* write 'augment\.rate' or 'task\.rate'"):
+        assemble({"augment": [Twin], "task": Of}, {"rated.rate": 0.5})
+    selection = assemble({"augment": [Twin], "task": Of}, {"task.rate": 0.5})
+    assert (selection.task.config.rate, selection.augmenters[0].config.rate) == (0.5, 0.1)
+
+
+def test_option_of_the_task_and_of_the_model_that_it_names() -> None:
+    class Wide(Wishing):
+        class Config(PluginConfig):
+            hidden: int = 1
+
+    with pytest.raises(UsageError, match=r"write 'wide\.hidden' or 'mlp\.hidden'"):
+        assemble({"task": Wide}, {"hidden": 3})
+    assert assemble({"task": Wide}, {"task.hidden": 3}).task.config.hidden == 3
+
+
+# ------------------------------------------------------------------------------------------------------ recommendations
+
+
+class Wishing(Task):
+    """A task whose recommendations a test gives."""
+
+    default_model = "mlp"
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+
+    @property
+    def spec(self) -> TaskSpec:
+        return TaskSpec((1,), (1,))
+
+
+def wishing(**recommended: Any) -> type[Wishing]:
+    return type(
+        "Folk", (Wishing,), {"recommended": {key.replace("__", "."): each for key, each in recommended.items()}}
+    )
+
+
+class Careful:
+    """An algorithm with two options, and recommendations that a test gives."""
+
+    recommended: ClassVar[dict[str, Any]] = {}
+
+    class Config(PluginConfig):
+        inner_lr: float = 0.5
+        size: int = 1
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
+def careful(**recommended: Any) -> type[Careful]:
+    return type(
+        "Careful", (Careful,), {"recommended": {key.replace("__", "."): value for key, value in recommended.items()}}
+    )
+
+
+def test_the_order_of_all_that_say_something() -> None:
+    """Each layer alone decides what no layer before it does; lower layers always say something else."""
+
+    class Preparing:
+        recommended: ClassVar[dict[str, Any]] = {
+            "task.a": 6,
+            "task.b": 6,
+            "task.c": 6,
+            "task.d": 6,
+            "task.e": 6,
+            "task.f": 6,
+        }
+
+        def __init__(self, config: Any) -> None: ...
+
+    class Folk(Wishing):
+        recommended: ClassVar[dict[str, Any]] = {
+            "task.a": 5, "task.b": 5, "task.c": 5, "task.d": 5, "task.e": 5,
+            "careful": {"task.a": 3, "task.b": 3, "task.c": 3},
+        }  # fmt: skip
+
+        class Config(PluginConfig):
+            a: int = 7
+            b: int = 7
+            c: int = 7
+            d: int = 7
+            e: int = 7
+            f: int = 7
+            g: int = 7
+
+    algorithm = careful(task__a=4, task__b=4, task__c=4, task__d=4)
+    base = {"algo": algorithm, "task": (Folk, {"a": 2, "b": 2}), "model": Preparing}
+    found = assemble(base, {"task.a": 1}).task.config
+    assert found.model_dump() == {"a": 1, "b": 2, "c": 3, "d": 4, "e": 5, "f": 6, "g": 7}
+    other = assemble({**base, "algo": "maml"}, {}).task.config
+    assert other.model_dump() == {"a": 2, "b": 2, "c": 5, "d": 5, "e": 5, "f": 6, "g": 7}
+
+
+def test_an_algorithm_stands_before_the_task_in_general_for_options_of_the_run_and_its_own() -> None:
+    task = wishing(steps=20, inner_steps=1, algo__inner_lr=0.01, careful={"steps": 10})
+    algorithm = careful(steps=30, inner_steps=5, algo__inner_lr=0.2)
+    selection = assemble({"algo": algorithm, "task": task}, {})
+    assert (selection.config.steps, selection.config.inner_steps) == (10, 5)
+    assert selection.algorithm.config.inner_lr == 0.2
+
+
+def test_a_recommendation_reaches_its_owner_alone() -> None:
+    """An augmenter with an option of the model's name keeps its own default."""
+    selection = assemble({"task": wishing(model__hidden=[7]), "augment": [Hidden]}, {})
+    assert selection.model.config.hidden == [7]
+    assert selection.augmenters[0].config.hidden == 3
+    selection = assemble({"task": wishing(hidden__hidden=9), "augment": [Hidden]}, {})
+    assert selection.augmenters[0].config.hidden == 9
+
+
+class Hidden:
+    """An augmenter with an option that the model mlp has too."""
+
+    class Config(PluginConfig):
+        hidden: int = 3
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+
+def test_the_shipped_images_tasks_leave_the_co_learners_width_alone() -> None:
+    pytest.importorskip("metareg_image")
+    chosen = config({"task": "glyphs", "augment": "cml"}, **{"model.width": 16})
+    assert chosen.model is not None
+    assert (chosen.model.config["width"], chosen.augment[0].config["width"]) == (16, None)
+
+
+@pytest.mark.parametrize(
+    "recommended",
+    [
+        {"cml__gamma": 0.5},
+        {"augment__gamma": 0.5},
+        {"algo__gamma": 0.5},
+        {"model__width": 3},
+        {"anil": {"steps": 3}},
+        {"zyx__gamma": 3},
+        {"zyx": {"steps": 3}},
+    ],
+    ids=str,
+)
+def test_recommendations_for_other_runs_are_left_out(recommended: dict[str, Any]) -> None:
+    assert config({"task": wishing(**recommended)}).model_dump(exclude={"task"}) == config(
+        {"task": wishing()}
+    ).model_dump(exclude={"task"})
+
+
+def test_recommendations_are_for_what_is_still_to_be_built() -> None:
+    algorithm = Careful(Careful.Config(inner_lr=0.25))
+    assert assemble({"algo": algorithm, "task": wishing(algo__inner_lr=0.01)}, {}).algorithm.instance is algorithm
+
+
+def test_recommendations_for_a_plugin_that_is_disabled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAREG_DISABLE_PLUGINS", "anil,cml")
+    assert config({"task": wishing(anil={"steps": 3}, cml__gamma=0.5)}).steps == 10_000
+
+
+@pytest.mark.parametrize(
+    ("recommended", "sentence"),
+    [
+        ({"stepz": 3}, "there is no option of this run named 'stepz'; did you mean 'steps'"),
+        ({"inner_rl": 3}, "did you mean 'inner_lr'"),
+        ({"modle__hidden": 3}, "there is no plugin of this run named 'modle'"),
+        ({"size": 3}, r"'size' is an option of several plugins of this run; write 'careful\.size' or 'sized\.size'"),
+        ({"anill": {"steps": 3}}, "no algorithm named 'anill'; did you mean 'anil'"),
+        ({"careful": {"stepz": 3}}, "no option of this run named 'stepz'; did you mean 'steps'"),
+        ({"model": "mlp"}, r"'model' is no option but a choice of the user; an option of it is 'model\.OPTION'"),
+        ({"model": {"hidden": [3]}}, "'model' is no option but a choice of the user"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_recommendation(recommended: dict[str, Any], sentence: str) -> None:
+    class Sized(Rated):
+        class Config(PluginConfig):
+            size: int = 2
+
+    for source, base in (
+        ("task 'folk'", {"algo": careful(), "task": wishing(**recommended)}),
+        ("algorithm 'careful'", {"algo": careful(**recommended), "task": wishing()}),
+    ):
+        if source.startswith("algorithm") and any(isinstance(value, dict) for value in recommended.values()):
+            continue
+        with pytest.raises(PluginError, match=sentence) as error:
+            assemble({**base, "augment": [Sized]}, {})
+        assert str(error.value).startswith(f"What the {source} recommends cannot be used: ")
+
+
+def test_what_is_recommended_is_a_mapping() -> None:
+    algorithm = type("Careful", (Careful,), {"recommended": property(lambda self: {"steps": 3})})
+    with pytest.raises(
+        PluginError, match="'recommended' of the algorithm 'careful' is a property; it must be a mapping"
+    ):
+        assemble({"algo": algorithm}, {})
 
 
 @pytest.mark.parametrize(

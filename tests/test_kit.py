@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -474,6 +474,18 @@ class NoModel(Lines):
     default_model = None
 
 
+class RecommendsAMisspeltOption(Lines):
+    recommended: ClassVar[dict[str, Any]] = {"stepz": 100}
+
+
+class RecommendsAnImpossibleValue(Lines):
+    recommended: ClassVar[dict[str, Any]] = {"steps": 0}
+
+
+class RecommendsAnImpossibleValueForAnAlgorithm(Lines):
+    recommended: ClassVar[dict[str, Any]] = {"anil": {"algo.inner_lr": -1.0}}
+
+
 @pytest.mark.parametrize(
     ("plugin", "check"),
     [
@@ -483,6 +495,9 @@ class NoModel(Lines):
         (OtherSpec, "shapes"),
         (HoldsNaN, "shapes"),
         (NoModel, "trains"),
+        (RecommendsAMisspeltOption, "recommended"),
+        (RecommendsAnImpossibleValue, "recommended"),
+        (RecommendsAnImpossibleValueForAnAlgorithm, "recommended"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )

@@ -274,8 +274,17 @@ def test_an_option_of_two_plugins() -> None:
 
     with pytest.raises(UsageError, match=r"write it as PLUGIN\.rate"):
         dimensions(tuning(space={"rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
-    one_for_both = tuning(space={"augment.rate": [0.1, 0.2]})
-    assert searched(one_for_both, augment=["dropgrad", Rated]) == {"augment.rate": "0.1, 0.2"}
+    with pytest.raises(UsageError, match=r"'augment\.rate' is an option of several .* write it as PLUGIN\.rate"):
+        dimensions(tuning(space={"augment.rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
+
+
+def test_options_of_plugins_of_one_name_are_searched_each_by_itself() -> None:
+    class Twin(Many):
+        name = "dropgrad"
+
+    keys = searched(tuning(trials=2), algo=Twin, augment="dropgrad")
+    assert "dropgrad.rate" not in keys
+    assert "augment.rate" in keys
 
 
 def test_unknown_names_carry_the_known_ones() -> None:

@@ -381,7 +381,8 @@ def _task_difference(own: Selection, other: Selection) -> str:
     """How the options of a task differ between two runs of it, for a reader; empty where they do not."""
     values, others = own.config.task.config, other.config.task.config
     # What a model has the task prepare, as its layers' hops in a graph, leaves the examples that are drawn as they are.
-    prepared = {key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})}
+    wishes = [key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})]
+    prepared = {key.rpartition(".")[2] for key in wishes}
     different = [key for key in values if key not in prepared and values[key] != others[key]]
     return ", ".join(f"{key} is {values[key]!r}, not {others[key]!r}" for key in different)
 

@@ -387,8 +387,7 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
                 raise UsageError(f"'{other}' and '{key}' are one option; choose it by one of these names.")
             if not other or "." in key:  # the key that names the plugin stands before the one that does not
                 chosen[place] = key, option
-    # `augment.rate` can mean options of two augmenters, which then get one value.
-    space = [*{key: _dimension(key, option, tuning) for key, option in chosen.values()}.values()]
+    space = [_dimension(key, option, tuning) for key, option in chosen.values()]
     if tuning.trials == GRID:
         size = math.prod(len(each.domain) for each in space if isinstance(each.domain, list))
         if size > _LARGEST_GRID:
@@ -421,11 +420,14 @@ def _plugins(selection: Selection) -> list[tuple[str, Plugin]]:
 
 def _options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]]:
     """The options of some plugins of an arm by the names that users give them: the algorithm's without its name."""
-    every = [option.name for _, plugin in _plugins(selection) for option in _options_of(plugin)]
-    for field, plugin in _plugins(selection):
+    plugins = _plugins(selection)
+    every = [option.name for _, plugin in plugins for option in _options_of(plugin)]
+    named = [plugin.name for _, plugin in plugins]
+    for field, plugin in plugins:
+        owner = plugin.name if named.count(plugin.name) == 1 else field
         for option in _options_of(plugin) if field in fields else ():
             ambiguous = every.count(option.name) > 1 or option.name in RunConfig.model_fields
-            yield option.name if field == "algo" and not ambiguous else f"{plugin.name}.{option.name}", option
+            yield option.name if field == "algo" and not ambiguous else f"{owner}.{option.name}", option
 
 
 def _options_of(plugin: Plugin) -> list[_Option]:
@@ -453,8 +455,10 @@ def _found(key: str, selection: Selection) -> list[_Option]:
     ]
     if any(field == "task" for field, _ in found):
         raise _no_choice(key)
-    if not dot and len({option.owner for _, option in found}) > 1:
-        raise UsageError(f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{key}.")
+    if len(found) > 1:
+        raise UsageError(
+            f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{name if dot else key}."
+        )
     return [option for _, option in found]
 
 

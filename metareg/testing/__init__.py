@@ -65,6 +65,10 @@ def _always(_: Subject) -> bool:
     return True
 
 
+def _recommends(subject: Subject) -> bool:
+    return bool(subject.declared("recommended"))
+
+
 def _differentiable(subject: Subject) -> bool:
     return "outer_gradient" not in subject.hooks and bool(subject.declared("exact_gradient", True))
 
@@ -89,6 +93,7 @@ _OF_STAGES: dict[str, tuple[_Function, Callable[[Subject], bool]]] = {
 
 _OF_KIND: dict[str, dict[str, tuple[_Function, Callable[[Subject], bool]]]] = {
     "algorithms": {
+        "recommended": (_general.check_recommended, _recommends),
         "adapted": (_stages.check_adapted, _always),
         "step-examples": (_stages.check_step_examples, _always),
         **_OF_STAGES,
@@ -102,11 +107,13 @@ _OF_KIND: dict[str, dict[str, tuple[_Function, Callable[[Subject], bool]]]] = {
     "tasks": {
         "function": (_others.check_task_function, _always),
         "shapes": (_others.check_task_shapes, _always),
+        "recommended": (_general.check_recommended, _recommends),
         "trains": (_others.check_task_trains, _always),
     },
     "models": {
         "seed": (_others.check_model_seed, _always),
         "split": (_others.check_model_split, _always),
+        "recommended": (_general.check_recommended, _recommends),
         "trains": (_others.check_model_trains, _always),
     },
     "observers": {

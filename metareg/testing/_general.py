@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import yaml
 from pydantic import ValidationError
 
 from metareg.comparison.space import domain_text
-from metareg.config import PluginConfig
+from metareg.config import PluginConfig, RunConfig
+from metareg.errors import UsageError
 from metareg.hookspecs import CONTRACT_VERSION
+from metareg.options import assemble
+from metareg.registry import installed_names
 from metareg.stages import plugin_manager
 from metareg.testing._check import Subject, fail
 
-__all__ = ["check_configuration", "check_contract_stated"]
+__all__ = ["check_configuration", "check_contract_stated", "check_recommended"]
+
+_DEFAULT_TASK = RunConfig().task.name
 
 
 def check_contract_stated(subject: Subject) -> None:
@@ -56,3 +63,26 @@ def check_configuration(subject: Subject) -> None:
             "config.yaml would not repeat the run.",
             "use plain field types (numbers, texts, lists) and validators that leave a valid value as it is.",
         )
+
+
+def check_recommended(subject: Subject) -> None:
+    """What it recommends are options of runs with it, each of one plugin, and values that these options can have."""
+    own = subject.plugin, subject.config
+    runs: dict[str, list[dict[str, Any]]] = {
+        "algorithms": [{"algo": own}],
+        "models": [{"model": own, "task": subject.declared("example_task", _DEFAULT_TASK)}],
+        "tasks": [{"task": own}, *({"task": own, "algo": name} for name in _algorithms_named(subject))],
+    }
+    for run in runs[subject.kind]:
+        try:
+            assemble(run, {})
+        except UsageError as error:
+            fail(
+                f"A run with the {subject.label} and no other option cannot be put together. {error}",
+                "recommend options of the run by their names (steps), those of plugins with their owner (algo.inner_lr).",
+            )
+
+
+def _algorithms_named(subject: Subject) -> list[str]:
+    """The installed algorithms for which a task recommends something of its own."""
+    return sorted(installed_names("algorithms") & subject.declared("recommended", {}).keys())

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metareg.config import RunConfig, validated
 from metareg.episodes import Episodes
 from metareg.errors import MetaregError
 from metareg.hookspecs import hookimpl
@@ -132,13 +131,9 @@ def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part:
 
 
 def check_task_trains(subject: Subject) -> None:
-    """Its own model can be trained on it, in every strategy alike; its recommended options are valid."""
+    """Its own model can be trained on it, in every strategy alike."""
     plugin = subject.resolved()
     task = plugin.instance
-    recommended = dict(getattr(task, "recommended", {}))
-    validated(
-        RunConfig, {key: value for key, value in recommended.items() if key in RunConfig.model_fields}, plugin.label
-    )
     if task.default_model is None:
         fail(f"The {subject.label} names no model.", "set default_model to the name of a model that suits it.")
     source = TaskSource(plugin)
@@ -180,8 +175,8 @@ class _Example:
             x, y = (torch.randn(2, 3, 5, *shape, generator=draw) for shape in (spec.input_shape, spec.output_shape))
             return cls(spec, Episodes(x[0], y[0], x[1], y[1]).to("cpu", torch.float64), "mse")
         fields = type(resolve("tasks", named).config).model_fields
-        wishes = {key: value for key, value in subject.declared("recommended", {}).items() if key in fields}
-        plugin = resolve("tasks", named, wishes)
+        wishes = {key.rpartition(".")[2]: value for key, value in subject.declared("recommended", {}).items()}
+        plugin = resolve("tasks", named, {key: value for key, value in wishes.items() if key in fields})
         (episodes,) = TaskSource(plugin).episodes("train", range(3), 0)
         return cls(plugin.instance.spec, episodes.to("cpu", torch.float64), plugin.instance.loss)
 

@@ -36,7 +36,7 @@ class _GraphModel:
     @property
     def recommended(self) -> Mapping[str, Any]:
         """What the task must prepare for this model."""
-        return {"inputs": self.inputs, "hops": self.config.layers}
+        return {"task.inputs": self.inputs, "task.hops": self.config.layers}
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:

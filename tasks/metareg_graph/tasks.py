@@ -74,7 +74,7 @@ class _GraphTask(Task):
         "steps": 100,
         "meta_batch": 4,
         "inner_steps": 5,
-        "inner_lr": 0.5,
+        "algo.inner_lr": 0.5,
         "outer_lr": 1e-3,
         "eval_tasks": 50,
         "test_tasks": 200,
@@ -389,7 +389,7 @@ class CSBM(_GraphTask):
         **_GraphTask.recommended,
         "steps": 500,
         "meta_batch": 8,
-        "inner_lr": 0.1,
+        "algo.inner_lr": 0.1,
         "outer_lr": 3e-3,
     }
     config: Config

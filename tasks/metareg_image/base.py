@@ -86,7 +86,7 @@ class ImageTask(Task):
         "steps": 30_000,
         "meta_batch": 4,
         "inner_steps": 1,
-        "inner_lr": 0.5,
+        "algo.inner_lr": 0.5,
         "outer_lr": 1e-3,
     }
     carried = ("ways", "shots", "query", "eval_query", "size", "channels")

@@ -65,9 +65,9 @@ class Glyphs(ImageTask):
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
         "steps": 2000,
-        "inner_lr": 0.4,
+        "algo.inner_lr": 0.4,
         "outer_lr": 3e-3,
-        "width": 32,
+        "model.width": 32,
     }
 
     def is_complete(self) -> bool:

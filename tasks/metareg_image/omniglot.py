@@ -57,7 +57,7 @@ class Omniglot(_Characters, TorchvisionTask):
     obtain = "torchvision downloads it from the authors' repository (14 MB)."
     contents = (1623, 32_460)
     marker = "omniglot-py/images_evaluation"
-    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "inner_lr": 0.4}
+    recommended: ClassVar[Mapping[str, Any]] = {**ImageTask.recommended, "algo.inner_lr": 0.4}
 
     def parts(self, datasets: Any, root: Path, download: bool) -> Sequence[Any]:
         return [datasets.Omniglot(root, background=part, download=download, loader=Path) for part in (True, False)]
@@ -88,9 +88,9 @@ class OmniglotSmall(_Characters):
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
         "steps": 2000,
-        "inner_lr": 0.4,
+        "algo.inner_lr": 0.4,
         "outer_lr": 3e-3,
-        "width": 32,
+        "model.width": 32,
     }
 
     def is_complete(self) -> bool:

@@ -35,7 +35,7 @@ class _Curves(Task):
         "steps": 20_000,
         "meta_batch": 25,
         "inner_steps": 1,
-        "inner_lr": 0.01,
+        "algo.inner_lr": 0.01,
         "outer_lr": 1e-3,
     }
     numbers: ClassVar[int]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,8 @@ class CAVIA:
     contract = 1
     adapts = "*context"
     default_model = "context-mlp"
+    # A few context parameters that begin at zero need far larger steps than the weights that tasks have in mind.
+    recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 1.0}
     step_examples = (StepExample(param=2.0, grad=3.0, after=-1.0, config={"inner_lr": 1.0}),)
 
     class Config(PluginConfig):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
 from metareg import Field, PluginConfig, StepExample, hookimpl
@@ -21,6 +24,8 @@ class Reptile:
     """
 
     contract = 1
+    # With the one step that many tasks recommend it would be joint training; ten need a small step size.
+    recommended: ClassVar[Mapping[str, float]] = {"inner_steps": 10, "algo.inner_lr": 0.02}
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
