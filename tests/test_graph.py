@@ -22,7 +22,7 @@ from metareg import MetaLearner, PluginError, UsageError
 if sys.version_info >= (3, 12):
     pytest.skip("DGL has no wheels for this Python", allow_module_level=True)
 
-from metareg_graph import CSBM, BlockNetwork, Cora, GraphData, GraphFolder, Inputs, OnGraph, Pools, Seeds
+from metareg_graph import CSBM, BlockNetwork, CiteSeer, Cora, GraphData, GraphFolder, Inputs, OnGraph, Pools, Seeds
 from metareg_graph._dgl import dgl, opaque, twice_differentiable
 
 conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
@@ -169,30 +169,68 @@ def test_module_on_the_graph_gives_the_gradient_of_the_blocks(folder: Path, algo
         torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("inputs", ["sgc", "mean"])
-def test_sgc_and_graphsage_are_those_of_dgl(folder: Path, inputs: str) -> None:
-    task, whole = task_on(folder, inputs=inputs), task_on(folder, inputs="nodes")
+def layers_of_dgl(model: BlockNetwork, data: GraphData) -> Tensor:
+    """The features of every node of a graph by the layers of `dgl.nn` on the whole of it, with a model's weights."""
+    body, graph, x = model.body, data.graph, data.features
+    if body.inputs == "sgc":
+        layer = conv.SGConv(x.shape[1], HIDDEN, k=body.depth)
+        layer.fc.load_state_dict(body.layers[0].state_dict())
+        return layer(dgl().add_self_loop(graph), x).relu()
+    for linear in body.layers:
+        if body.inputs == "gcn":
+            propagated = conv.GraphConv(1, 1, weight=False, bias=False)(dgl().add_self_loop(graph), x)
+            x = linear(propagated).relu()
+            continue
+        width = linear.in_features // 2
+        layer = conv.SAGEConv(width, HIDDEN, "mean")
+        with torch.no_grad():
+            layer.fc_self.weight.copy_(linear.weight[:, :width])
+            layer.fc_neigh.weight.copy_(linear.weight[:, width:])
+            layer.fc_self.bias.copy_(linear.bias)
+        x = layer(graph, x).relu()
+    return x
+
+
+def assert_features_are_those_of_dgl(task: Any, inputs: str, tasks: int) -> None:
+    """Compare the features of the blocks of some tasks, each drawn alone."""
     model = network(task, inputs)
-    (episodes,), (nodes,) = task.episodes("train", range(2), 0), whole.episodes("train", range(2), 0)
-    first, *rest = model.body.layers
-    graph, x = task.data.graph, task.data.features
-    if inputs == "sgc":
-        layer = conv.SGConv(7, HIDDEN, k=2)
-        layer.fc.load_state_dict(first.state_dict())
-        expected = layer(dgl().add_self_loop(graph), x).relu()
-    else:
-        for linear in (first, *rest):
-            width = linear.in_features // 2
-            layer = conv.SAGEConv(width, HIDDEN, "mean")
-            with torch.no_grad():
-                layer.fc_self.weight.copy_(linear.weight[:, :width])
-                layer.fc_neigh.weight.copy_(linear.weight[:, width:])
-                layer.fc_self.bias.copy_(linear.bias)
-            x = layer(graph, x).relu()
-        expected = x
-    for row in range(2):
-        query = torch.utils._pytree.tree_map(lambda leaf, row=row: leaf[row], episodes.query_x)
-        torch.testing.assert_close(model.body(query), expected[nodes.query_x["nodes"][row]])
+    expected = layers_of_dgl(model, task.data)
+    for number, (support, _, query, _) in enumerate(on_nodes(task, range(tasks))):
+        (stack,) = task.episodes("train", [number], 0)
+        for given, nodes in ((stack.support_x, support), (stack.query_x, query)):
+            one = torch.utils._pytree.tree_map(lambda leaf: leaf[0], given)
+            torch.testing.assert_close(model.body(one), expected[nodes])
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A graph of few edges, as npz: one layer's neighbourhoods are often no larger than those of the layer before."""
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("graph") / "sparse.npz"
+    labels = np.arange(300) % 6
+    save_npz(path, np.triu(rng.random((300, 300)) < 0.006), rng.normal(size=(300, 7)), labels)
+    return path
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3, 4])
+@pytest.mark.parametrize("inputs", ["gcn", "sgc", "mean"])
+def test_models_of_any_depth_are_those_of_dgl(folder: Path, sparse: Path, inputs: str, hops: int) -> None:
+    for path in (folder, sparse):
+        assert_features_are_those_of_dgl(task_on(path, inputs=inputs, hops=hops), inputs, 30)
+
+
+@pytest.mark.parametrize("hops", [3, 4])
+@pytest.mark.parametrize("inputs", ["gcn", "mean"])
+@pytest.mark.parametrize("kind", [CiteSeer, Cora])
+def test_deep_models_train_on_published_graphs(data_folder: Path, kind: Any, inputs: str, hops: int) -> None:
+    task = kind(kind.Config(data=str(data_folder / "graphs"), inputs=inputs, hops=hops))
+    learner = MetaLearner(network(task, inputs), "maml", strategy="serial")
+    numbers = range(18, 22)  # among them one of which a deeper layer needs no more nodes
+    together, one_by_one = (
+        [learner.meta_gradient(batch)[0] for batch in batches]
+        for batches in ([task.episodes("train", numbers, 0)], [task.episodes("train", [n], 0) for n in numbers])
+    )
+    torch.testing.assert_close(together[0], torch.stack(one_by_one).mean())
 
 
 @pytest.mark.parametrize("strategy", ["vectorized", "serial"])
@@ -207,21 +245,6 @@ def test_strategies_agree(folder: Path, inputs: str, strategy: str) -> None:
         for each in ("serial", strategy)
     ]
     assert difference(grads[1], grads[0]) < 1e-10
-
-
-@pytest.mark.parametrize("hops", [1, 3])
-def test_other_depths(folder: Path, hops: int) -> None:
-    task = task_on(folder, hops=hops)
-    model = network(task)
-    graph = dgl().add_self_loop(task.data.graph)
-    x = task.data.features
-    for layer in model.body.layers:
-        propagate = conv.GraphConv(1, 1, weight=False, bias=False)
-        x = layer(propagate(graph, x)).relu()
-    nodes = on_nodes(task, range(1))[0][0]
-    (episodes,) = task.episodes("train", range(1), 0)
-    support = torch.utils._pytree.tree_map(lambda leaf: leaf[0], episodes.support_x)
-    torch.testing.assert_close(model.body(support), x[nodes])
 
 
 # -------------------------------------------------------------------------------------------------- modules on the graph

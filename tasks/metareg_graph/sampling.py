@@ -176,8 +176,8 @@ class Inputs:
         sizes = np.stack([layer.counts for layers in parts for layer in layers], 1)
         floors = [self._floor(layer) if not depth else 0 for layers in parts for depth, layer in enumerate(layers)]
         stacks = []
-        for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most):
-            split = len(parts[0])
+        split = self.hops - 1
+        for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most, split):
             support_x = self._dense(seeds.support, parts[0], tasks, capacities[:split])
             query_x = self._dense(seeds.query, parts[1], tasks, capacities[split:])
             stacks.append(Episodes(support_x, targets[0][tasks], query_x, targets[1][tasks]))
@@ -331,29 +331,33 @@ def _thinned(
     return rank < fanout + loops[owner], scale
 
 
-def _stacks(sizes: np.ndarray, floors: np.ndarray, most: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _stacks(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Groups of tasks that are padded together, and what to.
 
     Args:
         sizes: what each task needs ``[tasks, parts]``.
         floors: the least size of each part.
         most: what no task can exceed.
+        depth: so many parts at a time are the layers of one set.
     """
     tasks = np.arange(len(sizes))
-    together = _capacities(sizes.max(0, initial=0), floors, most)
+    together = _capacities(sizes.max(0, initial=0), floors, most, depth)
     if len(tasks) * together.sum() <= 2 * sizes.sum():
         return [(tasks, together)]
-    own = np.stack([_capacities(each, floors, most) for each in sizes])
+    own = np.stack([_capacities(each, floors, most, depth) for each in sizes])
     kinds, which = np.unique(own, axis=0, return_inverse=True)
     return [(tasks[which.reshape(-1) == number], kind) for number, kind in enumerate(kinds)]
 
 
-def _capacities(needed: np.ndarray, floors: np.ndarray, most: int) -> np.ndarray:
-    """The next of a few sizes for each part, each half again as large as the one before."""
+def _capacities(needed: np.ndarray, floors: np.ndarray, most: int, depth: int) -> np.ndarray:
+    """The next of a few sizes for each part, each half again as large as the one before.
+
+    A layer's own rows are its first columns, padding included: none is smaller than the one before it.
+    """
     found = []
     for need, floor in zip(needed.tolist(), floors.tolist(), strict=True):
         capacity = max(floor, 8)
         while capacity < need:
             capacity = 4 * math.ceil(1.5 * capacity / 4)
         found.append(min(capacity, max(most, 1)))
-    return np.array(found, dtype=np.int64)
+    return np.maximum.accumulate(np.array(found, dtype=np.int64).reshape(-1, depth), axis=1).reshape(-1)
