@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ class Episodes:
     support_y: Tensor
     query_x: Any
     query_y: Tensor
+    positions: tuple[int, ...] | None = field(default=None, init=False, repr=False)
+    """Which of the tasks that a source was asked for these are, in its order; None where nobody said so."""
 
     def __post_init__(self) -> None:
         tasks: int | None = None
@@ -72,12 +74,18 @@ class Episodes:
 
         Args:
             tasks: ``(support_x, support_y, query_x, query_y)`` of each task, without the task dimension.
+
+        Returns:
+            The stacks, each with the positions of its tasks in `tasks`.
         """
-        groups: dict[Any, list[Any]] = {}
-        for task in tasks:
+        groups: dict[Any, list[int]] = {}
+        for position, task in enumerate(tasks):
             leaves, structure = pytree.tree_flatten(tuple(task))
-            groups.setdefault((tuple(leaf.shape for leaf in leaves), str(structure)), []).append(tuple(task))
-        return [cls(*stack_trees(members)) for members in groups.values()]
+            groups.setdefault((tuple(leaf.shape for leaf in leaves), str(structure)), []).append(position)
+        return [
+            cls(*stack_trees([tuple(tasks[position]) for position in members])).placed(members)
+            for members in groups.values()
+        ]
 
     @property
     def parts(self) -> tuple[Any, Tensor, Any, Tensor]:
@@ -89,7 +97,23 @@ class Episodes:
 
     def __getitem__(self, which: slice) -> Episodes:
         """Some of the tasks."""
-        return self._mapped(lambda leaf: leaf[which])
+        some = self._mapped(lambda leaf: leaf[which])
+        return some if self.positions is None else some.placed(self.positions[which])
+
+    def placed(self, positions: Sequence[int]) -> Episodes:
+        """The same tasks as those at some positions of what a source was asked for.
+
+        A source that returns several stacks says with it which tasks they hold; `group` does so.
+
+        Args:
+            positions: one number from 0 on for each task.
+
+        Raises:
+            UsageError: there are more or fewer of them than tasks.
+        """
+        if len(positions) != len(self):
+            raise UsageError(f"Episodes: {len(positions)} positions are given for {len(self)} tasks.")
+        return _unchecked(self.parts, tuple(positions))
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:
         """The tasks in order, at most `size` at a time; all at once for None."""
@@ -97,8 +121,9 @@ class Episodes:
             yield self
             return
         leaves, structure = pytree.tree_flatten(self.parts)
-        for parts in zip(*(leaf.split(size) for leaf in leaves), strict=True):
-            yield _unchecked(*pytree.tree_unflatten(parts, structure))
+        for number, parts in enumerate(zip(*(leaf.split(size) for leaf in leaves), strict=True)):
+            positions = self.positions and self.positions[number * size : (number + 1) * size]
+            yield _unchecked(pytree.tree_unflatten(parts, structure), positions)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
@@ -115,14 +140,18 @@ class Episodes:
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""
         return _unchecked(
-            *[function(part) if type(part) is Tensor else pytree.tree_map(function, part) for part in self.parts]
+            [function(part) if type(part) is Tensor else pytree.tree_map(function, part) for part in self.parts],
+            self.positions,
         )
 
 
-def _unchecked(support_x: Any, support_y: Tensor, query_x: Any, query_y: Tensor) -> Episodes:
+def _unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -> Episodes:
     """Episodes of parts that are known to fit together."""
     episodes = object.__new__(Episodes)
-    episodes.__dict__.update(support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y)
+    support_x, support_y, query_x, query_y = parts
+    episodes.__dict__.update(
+        support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y, positions=positions
+    )
     return episodes
 
 

@@ -23,7 +23,7 @@ class Evaluation:
         metric: its name.
         higher_is_better: whether larger is better.
         inner_steps: the numbers of inner steps, ascending.
-        scores: ``[tasks, len(inner_steps)]``.
+        scores: ``[tasks, len(inner_steps)]``, in the order of the tasks' numbers.
         norm: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
     """
 

@@ -266,7 +266,9 @@ def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[E
         seed: the run's seed.
 
     Returns:
-        The tasks stacked in that order; or, where they are of unequal sizes, a list of stacks (`Episodes.group`).
+        The tasks stacked in that order; or, where they are of unequal sizes, a list of stacks that say which of them they
+        hold: `Episodes.group` makes such stacks, `Episodes.placed` says it of others. The tasks of any other list are drawn
+        one by one where their order matters, as it does for the scores of an evaluation.
     """
 
 

@@ -355,15 +355,15 @@ class MetaLearner:
         chunk = self.config.chunk or _EVALUATION_CHUNK
         seed = self.config.seed if seed is None else seed
 
-        def scores(indices: range) -> list[Tensor]:
-            """Those of this process's share of some tasks."""
+        def scores(indices: range) -> tuple[list[int], list[Tensor]]:
+            """Where in `indices` each task stands, and the scores of this process's share of them."""
             rows = []
-            drawn = source.episodes(split, indices, seed)
+            drawn, positions = source.placed_episodes(split, indices, seed)
             self._ready(drawn[0])  # also where none of the tasks are this process's
             for batch in self._on_device(tasks_of(drawn, self.processes.share(len(indices)))):
                 strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
                 rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
-            return rows
+            return positions, rows
 
         blocks = [range(start, min(start + _EVALUATION_CHUNK, tasks)) for start in range(0, tasks, _EVALUATION_CHUNK)]
         shares = self.processes.gather(lambda: ([scores(indices) for indices in blocks], self._fingerprint()))
@@ -372,8 +372,11 @@ class MetaLearner:
                 f"After step {self.steps_done} the processes hold different meta-parameters: their machines or versions "
                 "differ, or a plugin draws random numbers of its own."
             )
-        rows = [row for number in range(len(blocks)) for share, _ in shares for row in share[number]]
-        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, torch.cat(rows), self.norm)
+        ordered = []
+        for parts in zip(*[share for share, _ in shares], strict=True):  # a block's, of each process
+            positions = torch.tensor(parts[0][0])
+            ordered.append(torch.cat([row for _, rows in parts for row in rows])[positions.argsort()])
+        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, torch.cat(ordered), self.norm)
 
     def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
         """Adapt to one task.

@@ -6,6 +6,8 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch.utils import _pytree as pytree
+
 from metareg.episodes import Episodes
 from metareg.errors import PluginError, UsageError
 from metareg.registry import Plugin, resolve
@@ -35,7 +37,7 @@ class TaskSource:
         return source if isinstance(source, TaskSource) else cls(resolve("tasks", source))
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
-        """The tasks number `indices` of a split, as stacks of equal sizes."""
+        """The tasks number `indices` of a split, as stacks of equal sizes; several need not be in the order of `indices`."""
         given = self._episodes(split=split, indices=indices, seed=seed)
         batches = [given] if isinstance(given, Episodes) else given
         if not isinstance(batches, list) or not all(isinstance(batch, Episodes) for batch in batches):
@@ -46,7 +48,26 @@ class TaskSource:
         count = sum(len(batch) for batch in batches)
         if count != len(indices):
             raise PluginError(f"The {self.plugin.label} returned {count} tasks where {len(indices)} were asked for.")
-        return batches
+        return [batch for batch in batches if len(batch)]
+
+    def placed_episodes(self, split: str, indices: Sequence[int], seed: int) -> tuple[list[Episodes], list[int]]:
+        """`episodes`, and where in `indices` each task stands, counted through the stacks.
+
+        Where several stacks do not say it, their tasks are drawn once more, one by one.
+        """
+        batches = self.episodes(split, indices, seed)
+        if len(batches) == 1 and batches[0].positions is None:
+            return batches, list(range(len(indices)))
+        positions = [position for batch in batches for position in batch.positions or ()]
+        if sorted(positions) != list(range(len(indices))):
+            alone = [self.episodes(split, [index], seed)[0] for index in indices]
+            batches = Episodes.group([_only_task(task) for task in alone])
+            positions = [position for batch in batches for position in batch.positions or ()]
+        return batches, positions
+
+
+def _only_task(episodes: Episodes) -> tuple[Any, ...]:
+    return tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in episodes.parts)
 
 
 def _episodes_of(plugin: Plugin) -> Callable[..., Any]:

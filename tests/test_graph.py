@@ -27,6 +27,8 @@ from metareg_graph._dgl import dgl, opaque, twice_differentiable
 
 conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
 WAYS, SHOTS, QUERY, HIDDEN = 2, 2, 3, 5
+LOSS = metareg.Metric("loss", nn.functional.cross_entropy, higher_is_better=False)
+"""Unlike accuracies, hardly two tasks have the same."""
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +143,20 @@ def test_meta_gradient_equals_full_graph_dgl_on_cora(data_folder: Path) -> None:
         algo="maml", inner_lr=0.5, inner_steps=2, gamma=1.0,
     )  # fmt: skip
     assert difference(grads, expected) < 1e-6
+
+
+def test_scores_on_cora_are_in_the_order_of_the_tasks(data_folder: Path) -> None:
+    task = Cora(Cora.Config(data=str(data_folder / "graphs" / "cora.npz")))
+    learner = MetaLearner(network(task), "maml", inner_steps=1, inner_lr=0.5, strategy="vectorized", metric=LOSS)
+    assert len(task.episodes("test", range(100), 0)) > 1
+    scores = learner.evaluate(task, 100, inner_steps=[1]).scores
+    for number in range(0, 100, 9):
+        (one,) = task.episodes("test", [number], 0)
+        support, labels, query, targets = (
+            torch.utils._pytree.tree_map(lambda leaf: leaf[0], part) for part in one.parts
+        )
+        loss = nn.functional.cross_entropy(learner.adapt(support, labels)(query), targets)
+        assert scores[number, 0].item() == pytest.approx(loss.item())
 
 
 @pytest.mark.parametrize("algo", ["maml", "anil", "boil", "metasgd"])

@@ -459,6 +459,15 @@ class GlobalTasks(Lines):
         return self.stacked(np.random.rand(len(indices), 9))
 
 
+class InOtherPlaces(Lines):
+    stackable = False
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
+        drawn = super().episodes(split, sorted(indices), seed)
+        return Episodes.group([tuple(part[row, row % 2 :] for part in drawn.parts) for row in range(len(indices))])
+
+
 class OtherSpec(Lines):
     @property
     def spec(self) -> TaskSpec:
@@ -492,6 +501,7 @@ class RecommendsAnImpossibleValueForAnAlgorithm(Lines):
         (DependsOnTheOthers, "function"),
         (IgnoresTheSplit, "function"),
         (GlobalTasks, "function"),
+        (InOtherPlaces, "function"),
         (OtherSpec, "shapes"),
         (HoldsNaN, "shapes"),
         (NoModel, "trains"),

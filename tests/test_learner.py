@@ -755,6 +755,58 @@ def test_more_tasks_begin_with_the_same_tasks() -> None:
     torch.testing.assert_close(many[:7], few, rtol=1e-9, atol=0)
 
 
+class OfSeveralSizes:
+    """Every third task has fewer queries; they come in stacks as `arrange` makes them of the single tasks."""
+
+    def __init__(self, arrange: Callable[[list[Any]], list[Episodes]]) -> None:
+        self.arrange = arrange
+
+    def episodes(self, indices: Sequence[int]) -> list[Episodes]:
+        drawn = (episodes("mlp", 1, query=1 + (index % 3 > 0), seed=index) for index in indices)
+        return self.arrange([tasks_of(one)[0] for one in drawn])
+
+
+def backwards_and_silent(tasks: list[Any]) -> list[Episodes]:
+    return [Episodes(*stack.parts) for stack in Episodes.group(tasks)[::-1]]
+
+
+def in_two_groups(tasks: list[Any]) -> list[Episodes]:
+    """Positions that count from 0 in each half say nothing of the whole."""
+    return Episodes.group(tasks[: len(tasks) // 2]) + Episodes.group(tasks[len(tasks) // 2 :])
+
+
+def placed(tasks: list[Any]) -> list[Episodes]:
+    """One stack of each task, the last in front."""
+    alone = [Episodes(*(part[None] for part in task)).placed([place]) for place, task in enumerate(tasks)]
+    return alone[::-1]
+
+
+def cut(tasks: list[Any]) -> list[Episodes]:
+    return [part for stack in Episodes.group(tasks) for part in (stack[1:], stack[:1])]
+
+
+@pytest.mark.parametrize("arrange", [Episodes.group, backwards_and_silent, in_two_groups, placed, cut])
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+def test_scores_are_in_the_order_of_the_tasks(arrange: Any, strategy: str) -> None:
+    source = OfSeveralSizes(arrange)
+    learner = MetaLearner(MLP(), loss="mse", inner_lr=0.1, strategy=strategy)
+    scores = learner.evaluate(source, 130, inner_steps=[0, 2]).scores
+    for number in (*range(12), 99, 100, 101, 102, 129):
+        (task,) = (one for stack in source.episodes([number]) for one in tasks_of(stack))
+        for column, steps in enumerate((0, 2)):
+            outputs = learner.adapt(task[0], task[1], steps)(task[2])
+            assert scores[number, column].item() == pytest.approx(nn.functional.mse_loss(outputs, task[3]).item())
+
+
+def test_stacks_keep_the_positions_of_their_tasks() -> None:
+    stack = episodes("mlp", 5).placed([4, 2, 0, 1, 3])
+    assert stack.to("cpu").contiguous()[1:4].positions == (2, 0, 1)
+    assert [part.positions for part in stack.chunks(2)] == [(4, 2), (0, 1), (3,)]
+    assert episodes("mlp", 2)[:1].positions is None
+    with pytest.raises(UsageError, match="2 positions are given for 5 tasks"):
+        stack.placed([0, 1])
+
+
 def test_metric_of_ones_own() -> None:
     worst = Metric("worst", lambda outputs, targets: (outputs - targets).abs().max(), higher_is_better=False)
     learner = MetaLearner(MLP(), loss="mse", metric=worst)

@@ -40,20 +40,22 @@ def check_task_function(subject: Subject) -> None:
     first, second = TaskSource(subject.resolved()), TaskSource(subject.resolved())
     for split in SPLITS:
         with global_randomness() as moved:
-            together = first.episodes(split, [2, 0, 1], 0)
+            together, places = first.placed_episodes(split, [2, 0, 1], 0)
         if moved:
             fail(
                 f"The {subject.label} moves the global random state of {' and '.join(moved)}.",
                 "draw with metareg.task_uniform, or from a generator seeded by metareg.derive_seed(seed, split, index).",
             )
         alone = [second.episodes(split, [number], 0)[0] for number in (2, 0, 1)]
-        if len(together) == 1:
-            for place, number in enumerate((2, 0, 1)):
-                if not _same(subject, together[0][place : place + 1], alone[place]):
-                    fail(
-                        f"The {subject.label} gives another task number {number} of '{split}' alone than beside others.",
-                        "let nothing of a task depend on the other numbers that were asked for, nor on earlier calls.",
-                    )
+        beside = [stack[row : row + 1] for stack in together for row in range(len(stack))]
+        for place, task in zip(places, beside, strict=True):
+            number = (2, 0, 1)[place]
+            if not _same(subject, task, alone[place]):
+                fail(
+                    f"The {subject.label} gives another task number {number} of '{split}' alone than beside others.",
+                    "let nothing of a task depend on the other numbers that were asked for, nor on earlier calls, and say "
+                    "of several stacks which of the tasks they hold, in the order asked for (Episodes.placed).",
+                )
         for number, task in zip((2, 0, 1), alone, strict=True):
             if not equal(second.episodes(split, [number], 0)[0].parts, task.parts):
                 fail(

@@ -180,7 +180,7 @@ class Inputs:
         for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most, split):
             support_x = self._dense(seeds.support, parts[0], tasks, capacities[:split])
             query_x = self._dense(seeds.query, parts[1], tasks, capacities[split:])
-            stacks.append(Episodes(support_x, targets[0][tasks], query_x, targets[1][tasks]))
+            stacks.append(Episodes(support_x, targets[0][tasks], query_x, targets[1][tasks]).placed(tasks.tolist()))
         return stacks
 
     def _layers(self, seeds: np.ndarray, uniform: Uniform, label: str) -> list[_Layer]:

@@ -412,7 +412,7 @@ class CSBM(_GraphTask):
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
         if not self.stackable and len(indices) > 1:  # each task has a graph of its own
-            return [part for index in indices for part in self.episodes(split, [index], seed)]
+            return [self.episodes(split, [index], seed)[0].placed([place]) for place, index in enumerate(indices)]
         config, tasks = self.config, len(indices)
         inputs = Inputs(
             self._graphs(split, indices, seed), config.inputs, config.hops, config.fanout, degree=config.degree
