@@ -1,0 +1,261 @@
+"""What training adds: the defaults of each algorithm on each task beside the same learner untrained and two simpler rules.
+
+    METAREG_DATA=FOLDER python benchmarks/baselines.py --tasks cora citeseer --seeds 5   # train what is missing
+    python benchmarks/baselines.py --page                                                # docs/baselines.md from the results
+
+A cell is one seed of a task, alone for the rules or with an algorithm. `benchmarks/results/baselines.json` keeps the cells; one
+whose configuration has stayed the same is not computed again, and an interrupted run goes on from its last checkpoint. A
+change of the code is not noticed: `--again` takes the named tasks anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import RESULTS, machine
+from torch import Tensor
+
+from metareg import Episodes, RunConfig, train
+from metareg.comparison.statistics import Estimate, over_seeds
+from metareg.files import read_json, write_json, write_text
+from metareg.options import Selection, assemble
+from metareg.registry import Plugin, resolve
+from metareg.runs import prepared
+from metareg.sources import TaskSource
+
+STORE = RESULTS / "baselines.json"
+PAGE = Path(__file__).parent.parent / "docs" / "baselines.md"
+TASKS = ("sinusoid", "harmonic", "sinusoid-line", "csbm", "cora", "citeseer", "glyphs", "omniglot-small")
+ALGORITHMS = ("maml", "anil", "boil", "metasgd")
+OPTIONS: Mapping[str, Mapping[str, Any]] = {"omniglot-small": {"ways": 5, "shots": 1}}
+"""What a task's command says beside its name."""
+
+
+def selection_of(task: str, algorithm: str, seed: int) -> Selection:
+    """The defaults, tested after as many inner steps as in training and after those of the configuration."""
+    given = {"task": task, "algo": algorithm, "seed": seed}
+    config = assemble(given, OPTIONS.get(task, {})).config
+    tested = sorted({config.inner_steps, *config.test_inner_steps})
+    return assemble(given, {**OPTIONS.get(task, {}), "test_inner_steps": tested})
+
+
+def digest(*parts: Any) -> str:
+    """A short name for a configuration."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+# ---------------------------------------------------------------------------------------------------------------- rules
+
+
+def rules(selection: Selection) -> dict[str, float]:
+    """What rules without a model reach on the test tasks of a run: their mean over tasks."""
+    config, task = selection.config, selection.task.instance
+    source = TaskSource(_plain(selection))
+    sums: dict[str, float] = {}
+    for episodes in _blocks(source, config):
+        ways = task.spec.output_shape[0]
+        found = _constant_value(episodes) if task.loss == "mse" else _nearest_centroid(episodes, ways)
+        for name, scores in found.items():
+            sums[name] = sums.get(name, 0.0) + float(scores.double().sum())
+    return {name: total / config.test_tasks for name, total in sums.items()}
+
+
+def _plain(selection: Selection) -> Plugin:
+    """The task with inputs that are one row a node, where it is one on graphs; otherwise as it is."""
+    name, options = selection.config.task.name, selection.config.task.config
+    return resolve("tasks", name, {**options, "inputs": "sgc"} if "inputs" in options else options)
+
+
+def _blocks(source: TaskSource, config: RunConfig) -> Iterable[Episodes]:
+    for start in range(0, config.test_tasks, 50):
+        indices = range(start, min(start + 50, config.test_tasks))
+        yield from source.episodes(config.test_split, indices, config.seed)
+
+
+def _constant_value(episodes: Episodes) -> dict[str, Tensor]:
+    """The squared error of predicting zero, and of predicting the mean of the support targets ``[tasks]``."""
+    target, mean = episodes.query_y, episodes.support_y.mean(1, keepdim=True)
+    return {"constant": target.square().flatten(1).mean(1), "support": (target - mean).square().flatten(1).mean(1)}
+
+
+def _nearest_centroid(episodes: Episodes, ways: int) -> dict[str, Tensor]:
+    """The accuracy of chance, and of the class with the nearest mean of the inputs, as they are and of unit length."""
+    support, query = episodes.support_x.flatten(2), episodes.query_x.flatten(2)
+    found = {"constant": torch.full((len(support),), 1 / ways)}
+    for name, scaled in (("support", lambda x: x), ("support, unit length", lambda x: F.normalize(x, dim=-1))):
+        members = F.one_hot(episodes.support_y, ways).to(support)  # [tasks, support, ways]
+        means = torch.einsum("tsw,tsf->twf", members, scaled(support)) / members.sum(1).unsqueeze(-1)
+        nearest = torch.cdist(scaled(query), means).argmin(-1)
+        found[name] = (nearest == episodes.query_y).float().mean(1)
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------- learners
+
+
+def learners(selection: Selection, folder: Path) -> dict[str, Any]:
+    """The learner of a run before its training and after it: the mean over test tasks after each number of inner steps."""
+    config = selection.config
+    learner, source = prepared(selection)
+    untrained = learner.evaluate(
+        source, config.test_tasks, split=config.test_split, inner_steps=config.test_inner_steps
+    )
+    began = time.process_time()
+    run = train(config=config.model_dump(mode="json"), out=folder, resume=True)
+    evaluation = run.evaluation
+    assert evaluation is not None  # the run has ended
+    return {
+        "metric": evaluation.metric, "higher_is_better": evaluation.higher_is_better, "test_tasks": evaluation.tasks,
+        "steps": config.steps, "meta_batch": config.meta_batch, "trained_inner_steps": config.inner_steps,
+        "inner_steps": list(evaluation.inner_steps), "cpu_seconds": round(time.process_time() - began, 1),
+        "untrained": [untrained.mean(k) for k in evaluation.inner_steps],
+        "trained": [evaluation.mean(k) for k in evaluation.inner_steps],
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------- cells
+
+
+def fill(store: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """Compute the cells that are asked for and not there, and save after each."""
+    done = set()
+
+    def cell(key: str, mark: str, compute: Callable[[], dict[str, Any]]) -> None:
+        known = store["cells"].get(key)
+        if known is None or known["configuration"] != mark or arguments.again:
+            store["cells"][key] = {"configuration": mark, **compute()}
+            store["cells"] = dict(sorted(store["cells"].items()))
+            write_json(STORE, store)
+            print(key, store["cells"][key], flush=True)
+        done.add(key)
+
+    for task in arguments.tasks:
+        for seed in range(arguments.seeds):
+            for algorithm in arguments.algorithms:
+                selection = selection_of(task, algorithm, seed)
+                config = selection.config
+                mark = digest(config.task.model_dump(), config.test_tasks, config.test_split)
+                if f"{task}/rules/{seed}" not in done:
+                    cell(f"{task}/rules/{seed}", mark, lambda selection=selection: rules(selection))
+                mark = digest(config.to_yaml())
+                folder = arguments.runs / f"{task}-{algorithm}-{seed}-{mark}"
+                cell(
+                    f"{task}/{algorithm}/{seed}",
+                    mark,
+                    lambda selection=selection, folder=folder: learners(selection, folder),
+                )
+
+
+# ----------------------------------------------------------------------------------------------------------------- page
+
+
+INTRODUCTION = """\
+# What training adds
+
+`python benchmarks/baselines.py` trains every algorithm on each task with the defaults, that is
+`metareg train --algo NAME --task TASK`, and tests it on tasks that no choice was made with. On the same test tasks it
+computes
+
+- a *constant*: chance, or the error of predicting zero;
+- a *rule*: the class whose support examples have the nearest mean (of pixels; on graphs of the propagated features), or the
+  mean of the support targets; of unit length means that each example is scaled to length 1 first;
+- the same learner *untrained*: the initial weights of the seed, adapted by the algorithm's own inner loop.
+
+Training adds what the trained learner is better by than the untrained one, paired by seed. ± is half the 95 % interval of
+the mean over seeds (Student's t). A seed fixes initial weights, training tasks and test tasks; on cora and citeseer also
+which classes are for training and which for the test.
+"""
+
+
+def page(store: Mapping[str, Any]) -> str:
+    """The page of all tasks that have cells."""
+    tasks = [task for task in TASKS if any(key.startswith(f"{task}/") for key in store["cells"])]
+    return "\n".join([INTRODUCTION, *(_section(task, store["cells"]) for task in tasks)]).rstrip() + "\n"
+
+
+def _section(task: str, cells: Mapping[str, Any]) -> str:
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for key, cell in cells.items():
+        of_task, name, _ = key.split("/")
+        if of_task == task:
+            by_name.setdefault(name, []).append(cell)
+    rule_cells = by_name.pop("rules")
+    example = next(iter(by_name.values()))[0]
+    percent = example["metric"] == "accuracy"
+    figures = f"{example['metric']}{' in %' if percent else ''}, "
+    figures += f"{'higher' if example['higher_is_better'] else 'lower'} is better"
+    named = {
+        "constant": "chance" if percent else "predicting zero",
+        "support": "nearest mean" if percent else "mean of the support targets",
+        "support, unit length": "nearest mean, of unit length",
+    }
+    rules_said = "; ".join(
+        f"{named[name]} {_shown(over_seeds([cell[name] for cell in rule_cells]), percent)}"
+        for name in named
+        if name in rule_cells[0]
+    )
+    lines = [
+        f"## {task}",
+        "",
+        f"{figures[0].upper()}{figures[1:]}; {example['test_tasks']} test tasks. {rules_said[0].upper()}{rules_said[1:]}.",
+        "",
+        "| algorithm | seeds | training steps × tasks | inner steps | untrained | trained | training adds | seeds better |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    order = [*ALGORITHMS, *(name for name in by_name if name not in ALGORITHMS)]
+    for name in (each for each in order if each in by_name):
+        lines += [_row(name, by_name[name], steps, percent) for steps in _shown_steps(by_name[name][0])]
+    return "\n".join([*lines, ""])
+
+
+def _shown_steps(cell: Mapping[str, Any]) -> list[int]:
+    """As many inner steps as in training, and the most that were tested."""
+    return sorted({cell["trained_inner_steps"], cell["inner_steps"][-1]})
+
+
+def _row(name: str, cells: list[dict[str, Any]], inner_steps: int, percent: bool) -> str:
+    at = cells[0]["inner_steps"].index(inner_steps)
+    untrained, trained = (np.array([cell[kind][at] for cell in cells]) for kind in ("untrained", "trained"))
+    gain = (trained - untrained) * (1 if cells[0]["higher_is_better"] else -1)
+    figures = [_shown(over_seeds(values), percent) for values in (untrained, trained)]
+    training = f"{cells[0]['steps']:,} × {cells[0]['meta_batch']}"
+    gained = _shown(over_seeds(gain), percent, sign="+")
+    columns = [name, len(cells), training, inner_steps, *figures, gained, int((gain > 0).sum())]
+    return f"| {' | '.join(map(str, columns))} |"
+
+
+def _shown(found: Estimate, percent: bool, sign: str = "") -> str:
+    factor, decimals = (100, 1) if percent else (1, 3)
+    text = f"{factor * found.mean:{sign}.{decimals}f}".replace("-", "−")
+    constant = not np.isfinite(found.half) or found.half == 0
+    return text if constant else f"{text} ± {factor * found.half:.{decimals}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS, metavar="TASK")
+    parser.add_argument("--algorithms", nargs="+", default=ALGORITHMS, metavar="NAME", help="installed algorithms")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--runs", type=Path, default=Path("runs/baselines"), help="where the runs' folders are")
+    parser.add_argument("--again", action="store_true", help="compute also the cells that are there")
+    parser.add_argument("--page", action="store_true", help="only write docs/baselines.md")
+    arguments = parser.parse_args()
+    store = read_json(STORE) if STORE.is_file() else {"cells": {}}
+    if not arguments.page:
+        torch.set_num_threads(1)
+        store["machine"] = machine(1)
+        fill(store, arguments)
+    write_text(PAGE, page(store))
+    print(f"Written to {PAGE}")
+
+
+if __name__ == "__main__":
+    main()
