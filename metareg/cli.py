@@ -176,7 +176,7 @@ def train(
     ] = None,
     strategy: Annotated[str | None, typer.Option(help="auto, serial, traced, vectorized or compiled (auto).")] = None,
     memory: Annotated[str | None, typer.Option(help="store or recompute (store).")] = None,
-    norm: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
+    bn_statistics: Annotated[str | None, typer.Option(help="BatchNorm on queries: transductive or support.")] = None,
     precision: Annotated[str | None, typer.Option(help="full, or bf16 to run the model in bfloat16 (full).")] = None,
     chunk: Annotated[int | None, typer.Option(metavar="TASKS", help="At most so many tasks at once.")] = None,
     device: _DEVICE = None,
@@ -204,8 +204,8 @@ def train(
 
     flags = {
         "steps": steps, "meta_batch": meta_batch, "inner_steps": inner_steps, "first_order": first_order, "seed": seed,
-        "strategy": strategy, "memory": memory, "norm": norm, "precision": precision, "chunk": chunk, "device": device,
-        "on_nonfinite": on_nonfinite, "checkpoint_every": checkpoint_every,
+        "strategy": strategy, "memory": memory, "bn_statistics": bn_statistics, "precision": precision, "chunk": chunk,
+        "device": device, "on_nonfinite": on_nonfinite, "checkpoint_every": checkpoint_every,
         "task.ways": ways, "task.shots": shots, "task.query": query, "task.data": None if data is None else str(data),
     }  # fmt: skip
     options = parse_assignments(assignments or [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -11,7 +11,18 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["Choice", "Field", "LearnerConfig", "PluginConfig", "RunConfig", "parse_yaml", "read_yaml", "validated"]
+__all__ = [
+    "Choice",
+    "Field",
+    "LearnerConfig",
+    "PluginConfig",
+    "RunConfig",
+    "in_todays_words",
+    "parse_yaml",
+    "read_yaml",
+    "unknown_option",
+    "validated",
+]
 
 
 class PluginConfig(BaseModel):
@@ -33,11 +44,43 @@ def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Con
     """
     unknown = [key for key in values if key not in cls.model_fields]
     if unknown and cls.model_config.get("extra") == "forbid":
-        raise UnknownNameError(f"option of {where}", unknown[0], cls.model_fields)
+        raise unknown_option(f"option of {where}", unknown[0], cls.model_fields)
     try:
         return cls.model_validate(dict(values))
     except ValidationError as error:
         raise UsageError(f"In {where}, {'; '.join(_sentence(each) for each in error.errors())}.") from error
+
+
+def unknown_option(what: str, name: str, known: Iterable[str]) -> UsageError:
+    """The error for an option that there is not, or no longer.
+
+    Args:
+        what: what it should be one of.
+        name: what was written.
+        known: the names that there are.
+    """
+    if name == "norm":
+        return UsageError(
+            f"There is no {what} named 'norm' any more: 'bn_statistics' says whose statistics BatchNorm uses, 'norm_layer' "
+            "which normalisation conv4 and resnet12 are built with."
+        )
+    return UnknownNameError(what, name, known)
+
+
+def in_todays_words(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file of a run, a learner or results says, with an older file's names of options replaced by today's.
+
+    `norm` was an option of the run, now `bn_statistics`, and one of the image models, now `norm_layer`.
+    """
+    values = dict(stored)
+    if "norm" not in values or "bn_statistics" in values:
+        return values
+    values["bn_statistics"] = values.pop("norm")
+    match values.get("model"):
+        case {"name": str(name), "config": dict(config)} if "norm" in config and name.endswith(("conv4", "resnet12")):
+            config = {"norm_layer" if key == "norm" else key: value for key, value in config.items()}
+            values["model"] = {**values["model"], "config": config}
+    return values
 
 
 def _sentence(error: Any) -> str:
@@ -80,7 +123,7 @@ class LearnerConfig(PluginConfig):
     memory: Literal["store", "recompute"] = Field(
         "store", description="Keep every inner step's graph, or its parameters only and rebuild the graph."
     )
-    norm: Literal["transductive", "support"] = Field(
+    bn_statistics: Literal["transductive", "support"] = Field(
         "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
     )
     precision: Literal["full", "bf16"] = Field(

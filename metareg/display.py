@@ -268,9 +268,10 @@ def check_line(check: Check, problem: str | None) -> Text:
 def evaluation_table(evaluation: Evaluation, split: str = "test") -> Table:
     """The metric before and after each number of inner steps."""
     better = "higher" if evaluation.higher_is_better else "lower"
-    norm = "" if evaluation.norm == "none" else f", BatchNorm {evaluation.norm}"
+    statistics = "" if evaluation.bn_statistics == "none" else f", BatchNorm {evaluation.bn_statistics}"
     table = Table(
-        title=f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{norm})", title_justify="left"
+        title=f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics})",
+        title_justify="left",
     )
     table.add_column("inner steps", justify="right")
     table.add_column(evaluation.metric, justify="right")

@@ -52,7 +52,7 @@ class TaskFunctions:
         inner_steps: adaptation steps in training.
         first_order: treat the inner gradient as a constant (Finn et al., 2017, §5.2).
         memory: ``"store"`` or ``"recompute"``.
-        norm: ``"transductive"`` or ``"support"``.
+        bn_statistics: ``"transductive"`` or ``"support"``.
         precision: ``"full"`` or ``"bf16"``.
         adapted_names: the parameters that the inner loop changes.
     """
@@ -64,7 +64,7 @@ class TaskFunctions:
     inner_steps: int
     first_order: bool
     memory: str
-    norm: str
+    bn_statistics: str
     precision: str
     adapted_names: tuple[str, ...]
 
@@ -76,7 +76,7 @@ class TaskFunctions:
     @property
     def support_statistics(self) -> bool:
         """Whether query predictions use the support set's statistics."""
-        return self.norm == "support" and bool(self.model.batch_norms)
+        return self.bn_statistics == "support" and bool(self.model.batch_norms)
 
     # ------------------------------------------------------------------------------------------------------ inner loop
 

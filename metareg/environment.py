@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
+from metareg.config import in_todays_words
 from metareg.errors import UsageError
 from metareg.files import read_json, write_json
 from metareg.hookspecs import CONTRACT_VERSION
@@ -56,7 +57,7 @@ def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "strategy_reason": reason,
         "processes": learner.processes.size,
         "backend": learner.processes.backend(learner.device),
-        "norm": learner.norm,
+        "bn_statistics": learner.bn_statistics,
         "plugins": [
             {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
             for plugin in plugins
@@ -118,10 +119,10 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
     if not path.is_file():
         write_json(path, now)
         return
-    before = read_json(path)
     try:
+        before = in_todays_words(read_json(path))
         last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
-    except (LookupError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
     changed = {key: value for key, value in now.items() if last.get(key) != value and key != "strategy_reason"}
     if changed:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metareg.config import in_todays_words
 from metareg.errors import UsageError
 
 __all__ = ["Evaluation"]
@@ -24,14 +25,14 @@ class Evaluation:
         higher_is_better: whether larger is better.
         inner_steps: the numbers of inner steps, ascending.
         scores: ``[tasks, len(inner_steps)]``, in the order of the tasks' numbers.
-        norm: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
+        bn_statistics: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
     """
 
     metric: str
     higher_is_better: bool
     inner_steps: tuple[int, ...]
     scores: Tensor
-    norm: str
+    bn_statistics: str
 
     @property
     def tasks(self) -> int:
@@ -50,7 +51,7 @@ class Evaluation:
         return {
             "metric": self.metric,
             "higher_is_better": self.higher_is_better,
-            "norm": self.norm,
+            "bn_statistics": self.bn_statistics,
             "steps": [
                 {
                     "inner_steps": steps,
@@ -66,13 +67,14 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
         """The inverse of `to_dict`."""
+        content = in_todays_words(content)
         steps: Sequence[dict[str, Any]] = content["steps"]
         return cls(
             content["metric"],
             content["higher_is_better"],
             tuple(each["inner_steps"] for each in steps),
             torch.tensor([each["scores"] for each in steps], dtype=torch.float64).T,
-            content["norm"],
+            content["bn_statistics"],
         )
 
     def __str__(self) -> str:

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from metareg import architecture
 from metareg._version import __version__
-from metareg.config import Choice, LearnerConfig, PluginConfig, validated
+from metareg.config import Choice, LearnerConfig, PluginConfig, in_todays_words, unknown_option, validated
 from metareg.distributed import BatchSplit, Processes, digest, tasks_of
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
 from metareg.environment import find_device
 from metareg.episodes import Episodes
-from metareg.errors import DivergenceError, MetaregError, PluginError, UnknownNameError, UsageError
+from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
 from metareg.evaluation import Evaluation
 from metareg.layout import contiguous_copies
 from metareg.losses import Loss, Metric, find_loss, find_metric
@@ -63,7 +63,7 @@ class MetaLearner:
         strategy: ``"auto"``, ``"serial"``, ``"traced"``, ``"vectorized"`` or ``"compiled"``; all give the same result to
             rounding.
         memory: ``"store"``, or ``"recompute"`` for a peak memory that does not grow with the inner steps.
-        norm: whose statistics BatchNorm uses for query predictions, ``"transductive"`` or ``"support"``.
+        bn_statistics: whose statistics BatchNorm uses for query predictions, ``"transductive"`` or ``"support"``.
         precision: ``"full"``, or ``"bf16"`` to run the model in bfloat16; parameters, losses, gradients and updates keep
             the model's own precision.
         chunk: at most so many tasks at once.
@@ -97,7 +97,7 @@ class MetaLearner:
         reset_optimizer_every: int | None = None,
         strategy: str = "auto",
         memory: str = "store",
-        norm: str = "transductive",
+        bn_statistics: str = "transductive",
         precision: str = "full",
         chunk: int | None = None,
         device: str | torch.device | None = None,
@@ -113,8 +113,8 @@ class MetaLearner:
             LearnerConfig,
             {
                 "seed": seed, "inner_steps": inner_steps, "first_order": first_order, "outer_lr": outer_lr,
-                "reset_optimizer_every": reset_optimizer_every, "strategy": strategy, "memory": memory, "norm": norm,
-                "precision": precision, "chunk": chunk,
+                "reset_optimizer_every": reset_optimizer_every, "strategy": strategy, "memory": memory,
+                "bn_statistics": bn_statistics, "precision": precision, "chunk": chunk,
             },
             "MetaLearner",
         )  # fmt: skip
@@ -153,9 +153,9 @@ class MetaLearner:
         """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
 
     @property
-    def norm(self) -> str:
+    def bn_statistics(self) -> str:
         """Whose statistics BatchNorm layers use for query predictions; ``"none"`` where the model has no such layer."""
-        return self.config.norm if self.model.batch_norms else "none"
+        return self.config.bn_statistics if self.model.batch_norms else "none"
 
     @property
     def strategy(self) -> Strategy | None:
@@ -376,7 +376,9 @@ class MetaLearner:
         for parts in zip(*[share for share, _ in shares], strict=True):  # a block's, of each process
             positions = torch.tensor(parts[0][0])
             ordered.append(torch.cat([row for _, rows in parts for row in rows])[positions.argsort()])
-        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, torch.cat(ordered), self.norm)
+        return Evaluation(
+            self.metric.name, self.metric.higher_is_better, wanted, torch.cat(ordered), self.bn_statistics
+        )
 
     def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
         """Adapt to one task.
@@ -388,7 +390,7 @@ class MetaLearner:
 
         Returns:
             An ordinary module of the user's class, in evaluation mode, on the learner's device. Its BatchNorm layers use
-            the batch at hand, or with ``norm="support"`` the support set's statistics.
+            the batch at hand, or with ``bn_statistics="support"`` the support set's statistics.
         """
         steps = self.config.inner_steps if steps is None else steps
         if steps < 0:
@@ -461,7 +463,7 @@ class MetaLearner:
                 f"{path} has the file format {file.header.get('format')}, this metareg reads format {FILE_FORMAT}; "
                 "use the metareg version that wrote it."
             )
-        header = validated(_Header, file.header, str(path))
+        header = validated(_Header, in_todays_words(file.header), str(path))
         if algo is None and not header.installed:
             raise UsageError(f"{path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
         given_loss: str | Loss | None = header.loss if loss is None else loss
@@ -559,8 +561,8 @@ class MetaLearner:
         model, config = self.model, self.config
         adapted = stages.adapted_parameters(model.names, model.body_names, model.head_names)
         return TaskFunctions(
-            model, stages, self.loss, self.metric, config.inner_steps, config.first_order, config.memory, config.norm,
-            config.precision, adapted,
+            model, stages, self.loss, self.metric, config.inner_steps, config.first_order, config.memory,
+            config.bn_statistics, config.precision, adapted,
         )  # fmt: skip
 
     def _features_by_the_head(self) -> Tensor:
@@ -798,7 +800,7 @@ def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> N
                 "algo_config",
                 "augment",
             ]
-            raise UnknownNameError("option of MetaLearner or its algorithm", name, [*known, *mine])
+            raise unknown_option("option of MetaLearner or its algorithm", name, [*known, *mine])
 
 
 def _dumped(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, validated
+from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, unknown_option, validated
 from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry import Plugin, config_of, find, installed_names, resolve
 
@@ -118,7 +118,7 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     """
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
-        raise UnknownNameError("run option", unknown[0], RunConfig.model_fields)
+        raise unknown_option("run option", unknown[0], RunConfig.model_fields)
     base = {**base, **{key: value for key, value in options.items() if key in _CHOICES}}
     given = {key: value for key, value in options.items() if key not in _CHOICES}
     values = {key: value for key, value in base.items() if key not in _CHOICES}
@@ -201,10 +201,10 @@ def _owner(key: str, everything: Sequence[_Selected]) -> _Selected | None:
         raise UnknownNameError("plugin of this run", owner, {each.name for each in everything})
     if not meant:
         known = {*RunConfig.model_fields, *(name for each in everything for name in each.options)} - {*_CHOICES}
-        raise UnknownNameError("option of this run", key, known)
+        raise unknown_option("option of this run", key, known)
     if option not in meant[0].options:
         labels = " or ".join(each.label for each in meant)
-        raise UnknownNameError(f"option of {labels}", option, {name for each in meant for name in each.options})
+        raise unknown_option(f"option of {labels}", option, {name for each in meant for name in each.options})
     if len(meant) > 1:
         by_name = len({each.name for each in meant}) == len(meant)
         choices = " or ".join(f"'{each.name if by_name else each.field}.{option}'" for each in meant)

@@ -71,7 +71,7 @@ def write_run(
     results = {
         "metric": metric,
         "higher_is_better": metric == "accuracy",
-        "norm": "transductive" if metric == "accuracy" else "none",
+        "bn_statistics": "transductive" if metric == "accuracy" else "none",
         "split": "test",
         "steps": [
             {

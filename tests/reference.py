@@ -139,14 +139,14 @@ def meta_gradient(
     inner_steps: int,
     gamma: float | None = None,
     first_order: bool = False,
-    norm: str = "transductive",
+    bn_statistics: str = "transductive",
     change: Callable[[int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensors]:
     """The objective and the gradient for every meta-parameter, averaged over tasks.
 
     Args:
         gamma: the weight of the co-learner's loss; None without a co-learner.
-        norm: whose statistics BatchNorm uses for the query set, that set's own or ``"support"``.
+        bn_statistics: whose statistics BatchNorm uses for the query set, that set's own or ``"support"``.
         change: as in `inner_loop`, with the task's number in front.
     """
     meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
@@ -158,7 +158,7 @@ def meta_gradient(
             net, meta, task, algo=algo, inner_lr=inner_lr, inner_steps=inner_steps, first_order=first_order,
             change=of_task,
         )  # fmt: skip
-        if norm == "support":
+        if bn_statistics == "support":
             rows = len(support_x)
             both = net.body(params, torch.cat([support_x, query_x]), rows)
             features, outputs = both[rows:], net.head(params, both, rows)[rows:]

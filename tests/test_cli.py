@@ -143,7 +143,7 @@ BAD = [
     (["--chunk", "0"], "chunk = 0 cannot be used"),
     (["--strategy", "fast"], "strategy = 'fast' cannot be used"),
     (["--memory", "none"], "memory = 'none' cannot be used"),
-    (["--norm", "batch"], "norm = 'batch' cannot be used"),
+    (["--bn-statistics", "batch"], "bn_statistics = 'batch' cannot be used"),
     (["--device", "cuda:99"], "no device 'cuda:99' here"),
     (["--device", "toaster"], "no device 'toaster' here; there is cpu"),
     (["--set", "inner_lr=-1"], "inner_lr = -1 cannot be used"),

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.config import RunConfig, read_yaml
+from metareg.config import RunConfig, in_todays_words, read_yaml
 from metareg.options import assemble, parse_assignments
 
 
@@ -345,6 +345,28 @@ def test_mistakes_in_one_sentence(base: dict[str, Any], options: dict[str, Any],
     assert "  " not in text
     assert text[-1] in ".?"
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("base", "options"),
+    [({}, {"norm": "group"}), ({"norm": "support"}, {}), ({"algo": {"name": "maml", "config": {"norm": "group"}}}, {})],
+)
+def test_the_word_norm_is_told_its_successors(base: dict[str, Any], options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"'norm' any more: 'bn_statistics' says .*, 'norm_layer' which .*\.$"):
+        assemble(base, options)
+
+
+def test_the_word_norm_is_an_option_of_the_plugin_that_has_it() -> None:
+    class Normed(Rated):
+        class Config(PluginConfig):
+            norm: int = 2
+
+    assert assemble({"augment": [Normed]}, {"norm": 1}).augmenters[0].config.norm == 1
+    assert in_todays_words({"norm": "support", "augment": [{"name": "normed", "config": {"norm": 1}}]}) == {
+        "bn_statistics": "support", "augment": [{"name": "normed", "config": {"norm": 1}}],
+    }  # fmt: skip
+    stranger = {"bn_statistics": "support", "model": {"name": "conv4", "config": {"norm": 1}}}
+    assert in_todays_words(stranger) == stranger
 
 
 def test_assignments() -> None:

@@ -31,7 +31,7 @@ def test_first_order(net: str, algo: str, augment: str, memory: str) -> None:
 @pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_support_statistics(algo: str, memory: str) -> None:
-    check("conv", algo, "cml", 2, memory=memory, strategy="serial", norm="support")
+    check("conv", algo, "cml", 2, memory=memory, strategy="serial", bn_statistics="support")
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def shades(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A small run on images."""
     path = tmp_path_factory.mktemp("shades") / "run"
-    settings = SMALL | {"steps": 40, "inner_lr": 0.1, "norm": "support"}
+    settings = SMALL | {"steps": 40, "inner_lr": 0.1, "bn_statistics": "support"}
     return metareg.train("maml", task=Shades(), model=Net, out=path, **settings)
 
 

@@ -56,7 +56,7 @@ def test_resnet12() -> None:
 
 @pytest.mark.parametrize("plugin", [Conv4, ResNet12])
 def test_norms_and_pools_train_with_cml(plugin: type) -> None:
-    options: list[dict[str, Any]] = [{"norm": norm} for norm in ("batch", "group", "none")]
+    options: list[dict[str, Any]] = [{"norm_layer": norm} for norm in ("batch", "group", "none")]
     if plugin is Conv4:
         options = [each | {"width": 6} for each in [*options, {"pool": "average"}]]
     else:
@@ -67,7 +67,7 @@ def test_norms_and_pools_train_with_cml(plugin: type) -> None:
         _, grads = learner.meta_gradient(Episodes(x, y, x.flip(1), y.flip(1)))
         silent = {name for name, value in grads.items() if not value.abs().sum() > 0}
         assert not silent, each
-        assert learner.norm == ("transductive" if each.get("norm", "batch") == "batch" else "none")
+        assert learner.bn_statistics == ("transductive" if each.get("norm_layer", "batch") == "batch" else "none")
 
 
 def test_too_small_images_are_one_sentence() -> None:

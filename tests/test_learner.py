@@ -69,12 +69,12 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("net", MODELS)
-@pytest.mark.parametrize("norm", ["transductive", "support"])
-def test_the_users_module_never_changes(net: str, norm: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
+def test_the_users_module_never_changes(net: str, bn_statistics: str, tmp_path: Path) -> None:
     model = MODELS[net]()
     model.body[0].register_forward_hook(lambda *_: None)
     before = state(model)
-    learner = MetaLearner(model, "maml", AUGMENTERS, loss=LOSSES[net], norm=norm, inner_lr=0.1)
+    learner = MetaLearner(model, "maml", AUGMENTERS, loss=LOSSES[net], bn_statistics=bn_statistics, inner_lr=0.1)
     batch = episodes(net)
     learner.meta_gradient(batch)
     learner.step(batch)
@@ -117,9 +117,9 @@ def test_adapt_takes_the_steps_of_training_by_default() -> None:
     assert same(learner.adapt(x, y).state_dict(), learner.adapt(x, y, steps=2).state_dict())
 
 
-@pytest.mark.parametrize("norm", ["transductive", "support"])
-def test_adapted_module_predicts_what_evaluation_scores(norm: str) -> None:
-    learner = MetaLearner(ConvNet(), inner_lr=0.4, norm=norm)
+@pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
+def test_adapted_module_predicts_what_evaluation_scores(bn_statistics: str) -> None:
+    learner = MetaLearner(ConvNet(), inner_lr=0.4, bn_statistics=bn_statistics)
     source = Source("conv")
     evaluation = learner.evaluate(source, 5, inner_steps=[0, 2])
     for number, (x, y, query_x, query_y) in enumerate(tasks_of(source.episodes("test", range(5)))):
@@ -131,7 +131,9 @@ def test_adapted_module_predicts_what_evaluation_scores(norm: str) -> None:
 
 def test_support_statistics_do_not_depend_on_the_other_queries() -> None:
     batch = episodes("conv", tasks=1)
-    adapted = MetaLearner(ConvNet(), inner_lr=0.4, norm="support").adapt(batch.support_x[0], batch.support_y[0])
+    adapted = MetaLearner(ConvNet(), inner_lr=0.4, bn_statistics="support").adapt(
+        batch.support_x[0], batch.support_y[0]
+    )
     together = adapted(batch.query_x[0])
     torch.testing.assert_close(adapted(batch.query_x[0][:1]), together[:1])
     transductive = MetaLearner(ConvNet(), inner_lr=0.4).adapt(batch.support_x[0], batch.support_y[0])
@@ -151,8 +153,8 @@ def test_running_statistics_do_not_leak_between_tasks() -> None:
     learner.meta_gradient(batch)
     assert learner.adapt(x, y)(query_x).equal(alone)
     assert not any("running" in name for name, _ in learner.adapt(x, y).named_buffers())
-    assert learner.norm == "transductive"
-    assert MetaLearner(MLP(), loss="mse").norm == "none"
+    assert learner.bn_statistics == "transductive"
+    assert MetaLearner(MLP(), loss="mse").bn_statistics == "none"
 
 
 def test_buffers_of_the_model_are_used_and_kept() -> None:
@@ -229,7 +231,7 @@ def test_model_plugin_is_built_from_the_seed() -> None:
 @pytest.mark.parametrize("algo", ["maml", "anil", "boil", "metasgd"])
 def test_save_and_load(algo: str, tmp_path: Path) -> None:
     path = tmp_path / "learner.safetensors"
-    learner = MetaLearner(ConvNet(), algo, AUGMENTERS, inner_lr=0.3, inner_steps=2, norm="support", seed=4)
+    learner = MetaLearner(ConvNet(), algo, AUGMENTERS, inner_lr=0.3, inner_steps=2, bn_statistics="support", seed=4)
     learner.fit(Source("conv"), 2, meta_batch=2)
     learner.save(path)
     loaded = MetaLearner.load(path, ConvNet(seed=9))
@@ -593,7 +595,8 @@ def test_dropout_of_zero_is_not() -> None:
         ({"outer_lr": math.inf}, "outer_lr = inf cannot be used"),
         ({"strategy": "parallel"}, "strategy = 'parallel' cannot be used"),
         ({"memory": "none"}, "memory = 'none' cannot be used"),
-        ({"norm": "batch"}, "norm = 'batch' cannot be used"),
+        ({"norm": "support"}, "named 'norm' any more: 'bn_statistics' .* 'norm_layer'"),
+        ({"bn_statistics": "batch"}, "bn_statistics = 'batch' cannot be used"),
         ({"chunk": 0}, "chunk = 0 cannot be used"),
         ({"seed": -1}, "seed = -1 cannot be used"),
         ({"first_ordr": True}, "did you mean 'first_order'"),
@@ -729,10 +732,10 @@ def test_evaluation_does_not_depend_on_how_it_is_run(net: str, algo: str) -> Non
         torch.testing.assert_close(scores(**options), serial, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", ["transductive", "support"])
-def test_the_features_that_stay_are_computed_once_in_an_evaluation(norm: str) -> None:
+@pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
+def test_the_features_that_stay_are_computed_once_in_an_evaluation(bn_statistics: str) -> None:
     model, seen = ConvNet(), []
-    learner = MetaLearner(model, "anil", strategy="serial", norm=norm)
+    learner = MetaLearner(model, "anil", strategy="serial", bn_statistics=bn_statistics)
     learner.evaluate(Source("conv"), 3, inner_steps=[0])
     next(model.children()).register_forward_hook(lambda *_: seen.append(1))
     learner.evaluate(Source("conv"), 3, inner_steps=[0])

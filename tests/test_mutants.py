@@ -159,6 +159,6 @@ def test_broken_ones_are_caught(net: str, algo: str, algorithm: type, augmenter:
     assert compare(net, algo, algorithm, augmenter) > 1000 * TOLERANCE
 
 
-@pytest.mark.parametrize("option", [{"first_order": True}, {"norm": "support"}], ids=str)
+@pytest.mark.parametrize("option", [{"first_order": True}, {"bn_statistics": "support"}], ids=str)
 def test_options_that_change_the_gradient_are_seen(option: dict[str, Any]) -> None:
     assert compare("conv", "maml", MAML, None, **option) > 1000 * TOLERANCE

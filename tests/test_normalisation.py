@@ -124,4 +124,4 @@ def test_a_users_own_layer_stays_as_it_is() -> None:
     params = split.initial_parameters()
     model.train()
     torch.testing.assert_close(split.head(params, split.body(params, x)), model(x))
-    assert MetaLearner(model, "maml", spec=TaskSpec((3,), (2,))).norm == "transductive"
+    assert MetaLearner(model, "maml", spec=TaskSpec((3,), (2,))).bn_statistics == "transductive"

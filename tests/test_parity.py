@@ -36,7 +36,7 @@ def initialized(learner: MetaLearner, batch: Episodes) -> dict[str, Tensor]:
 
 @cache
 def expected(
-    net: str, algo: str, augment: str, inner_steps: int, first_order: bool = False, norm: str = "transductive"
+    net: str, algo: str, augment: str, inner_steps: int, first_order: bool = False, bn_statistics: str = "transductive"
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The written-out loop's answer, once for all strategies."""
     batch = episodes(net)
@@ -50,7 +50,7 @@ def expected(
         inner_steps=inner_steps,
         gamma=GAMMA if augment == "cml" else None,
         first_order=first_order,
-        norm=norm,
+        bn_statistics=bn_statistics,
     )
 
 
@@ -60,7 +60,7 @@ def check(net: str, algo: str, augment: str, inner_steps: int, calls: int = 1, *
     learner = learner_of(
         net, algo, [("cml", {"gamma": GAMMA})] if augment == "cml" else [], inner_steps=inner_steps, **options
     )
-    policy = {name: value for name, value in options.items() if name in ("first_order", "norm")}
+    policy = {name: value for name, value in options.items() if name in ("first_order", "bn_statistics")}
     expected_loss, expected_grads = expected(net, algo, augment, inner_steps, **policy)
     for _ in range(calls):
         loss, grads = learner.meta_gradient(batch)

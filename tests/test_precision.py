@@ -26,10 +26,10 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
 
 
 @pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
-@pytest.mark.parametrize("norm", ["transductive", "support"])
-def test_bf16_is_close_to_full_precision(strategy: str, norm: str) -> None:
-    full = gradient("full", strategy="serial", norm=norm)
-    rounded = gradient("bf16", strategy=strategy, norm=norm)
+@pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
+def test_bf16_is_close_to_full_precision(strategy: str, bn_statistics: str) -> None:
+    full = gradient("full", strategy="serial", bn_statistics=bn_statistics)
+    rounded = gradient("bf16", strategy=strategy, bn_statistics=bn_statistics)
     assert {value.dtype for value in rounded.values()} == {torch.float32}
     assert 1e-5 < distance(rounded, full) < 0.5
 

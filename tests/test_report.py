@@ -77,7 +77,7 @@ def test_everything_is_read(demo: Path) -> None:
     assert (found.finished, found.planned, found.gaps) == (120, 120, ())
     assert [task.metric for task in found.tasks] == ["mse", "accuracy"]
     sinusoid, omniglot = found.tasks
-    assert (omniglot.higher_is_better, omniglot.norms) == (True, ("transductive",))
+    assert (omniglot.higher_is_better, omniglot.bn_statistics) == (True, ("transductive",))
     arm = sinusoid.arms[1]
     assert arm.arm.name == "maml+cml"
     assert arm.seeds == (0, 1, 2, 3, 4)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, divergence
+from metareg.config import in_todays_words
 from metareg.errors import UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
@@ -118,7 +119,7 @@ class TaskResults:
     metric: str
     """Empty before a first run has finished."""
     higher_is_better: bool
-    norms: tuple[str, ...]
+    bn_statistics: tuple[str, ...]
     """What BatchNorm saw, as results.json says it; one value in an ordinary comparison."""
     arms: tuple[ArmResults, ...]
 
@@ -196,7 +197,7 @@ def read(folder: str | Path) -> Results:
         reader = _TaskReader(plan, gaps, environment)
         results = tuple(reader.arm(arm, runs[arm], chosen.get(arm)) for arm in arms)
         test = reader.test or _Test("", False, (), ())
-        tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.norms), results))
+        tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.bn_statistics), results))
     gaps += _broken_trials(plan)
     return Results(plan, tuple(tasks), tuple(gaps), environment)
 
@@ -265,7 +266,7 @@ class _TaskReader:
     def __init__(self, plan: Plan, gaps: list[Gap], environment: dict[str, Counter[str]]) -> None:
         self.test: _Test | None = None
         """The first that was read."""
-        self.norms: dict[str, None] = {}
+        self.bn_statistics: dict[str, None] = {}
         self._plan = plan
         self._gaps = gaps
         self._environment = environment
@@ -335,7 +336,7 @@ class _TaskReader:
             self._gap(run, "broken", difference)
             return None
         self.test = self.test or test
-        self.norms[str(content.get("norm", "none"))] = None
+        self.bn_statistics[str(in_todays_words(content).get("bn_statistics", "none"))] = None
         return test
 
     def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:

@@ -75,8 +75,8 @@ def results(report: Report, task: TaskResults) -> Table:
             " A seed has diverged where its training did or one of its scores is not finite; the mean is that of the "
             "other seeds."
         )
-    norms = [norm for norm in task.norms if norm != "none"]
-    note += f" BatchNorm: {', '.join(norms)}." if norms else ""
+    statistics = [each for each in task.bn_statistics if each != "none"]
+    note += f" BatchNorm: {', '.join(statistics)}." if statistics else ""
     return Table(task.label, columns, rows, note)
 
 

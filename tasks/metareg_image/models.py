@@ -34,7 +34,7 @@ class Conv4:
 
     class Config(PluginConfig):
         width: int = Field(64, ge=1, description="Channels of every block.")
-        norm: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
+        norm_layer: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
         pool: Pool = Field("max", description="2×2 pooling: max or average.")
 
     def __init__(self, config: Config) -> None:
@@ -45,7 +45,7 @@ class Conv4:
         channels, height, breadth = _image_shape(spec, "conv4", 16)
         config, layers = self.config, []
         for block in range(4):
-            layers.append(_convolution(channels if block == 0 else config.width, config.width, config.norm))
+            layers.append(_convolution(channels if block == 0 else config.width, config.width, config.norm_layer))
             layers.append(_relu_and_pool(config.pool) if block < 3 else nn.ReLU())
         inputs = config.width * (height // 16) * (breadth // 16)
         head = nn.Sequential(_pool(config.pool), nn.Flatten(), nn.Linear(inputs, spec.output_shape[0]))
@@ -70,7 +70,7 @@ class ResNet12:
         widths: list[int] = Field(
             [64, 128, 256, 512], min_length=4, max_length=4, description="Channels of the blocks."
         )
-        norm: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
+        norm_layer: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
 
     def __init__(self, config: Config) -> None:
         if any(width < 1 for width in config.widths):
@@ -82,7 +82,7 @@ class ResNet12:
         channels, *_ = _image_shape(spec, "resnet12", 16)
         widths = self.config.widths
         blocks = [
-            _Residual(before, after, self.config.norm)
+            _Residual(before, after, self.config.norm_layer)
             for before, after in zip([channels, *widths[:3]], widths, strict=True)
         ]
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], spec.output_shape[0]))
