@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from metareg.config import in_todays_words
 from metareg.errors import UsageError
+from metareg.intervals import half_width
 
 __all__ = ["Evaluation"]
 
@@ -43,8 +43,8 @@ class Evaluation:
         return self._column(inner_steps).mean().item()
 
     def ci95(self, inner_steps: int) -> float:
-        """Half the width of the 95 % interval of the mean: 1.96 standard errors over tasks."""
-        return 1.96 * self._column(inner_steps).std(correction=1).item() / math.sqrt(self.tasks)
+        """Half the width of the 95 % interval of the mean over tasks, by Student's t; NaN where a score is not finite."""
+        return half_width(self._column(inner_steps).numpy())
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
+from metareg.intervals import half_width
 
 INNER_STEPS = (0, 1, 5, 10)
 STEPS = 5000
@@ -77,7 +78,7 @@ def write_run(
             {
                 "inner_steps": k,
                 "mean": float(each.mean()),
-                "ci95": float(1.96 * each.std(ddof=1) / tasks**0.5),
+                "ci95": half_width(each),
                 "tasks": tasks,
                 "scores": each.tolist(),
             }

@@ -16,6 +16,7 @@ import torch
 from reference import NETS, difference, inner_loop
 from safetensors.torch import save_file
 from samples import LOSSES, MLP, MODELS, ConvNet, episodes, tasks_of
+from scipy import stats
 from torch import Tensor, nn
 
 from metareg import (
@@ -707,13 +708,13 @@ def test_an_augmenter_that_returns_nan_is_found_before_the_update() -> None:
 # ----------------------------------------------------------------------------------------------------------- evaluation
 
 
-def test_interval_is_196_standard_errors_over_tasks() -> None:
+def test_the_interval_is_students_over_tasks() -> None:
     evaluation = MetaLearner(MLP(), loss="mse", inner_lr=0.1).evaluate(Source(), 30, inner_steps=[3, 0, 1, 1])
     assert evaluation.inner_steps == (0, 1, 3)
     assert evaluation.scores.shape == (30, 3)
     scores = evaluation.scores[:, 2].numpy()
     assert evaluation.mean(3) == pytest.approx(scores.mean(), rel=1e-12)
-    assert evaluation.ci95(3) == pytest.approx(1.96 * scores.std(ddof=1) / 30**0.5, rel=1e-12)
+    assert evaluation.ci95(3) == pytest.approx(stats.t.interval(0.95, 29, 0, stats.sem(scores))[1], rel=1e-12)
     assert "after inner steps 0: " in str(evaluation)
     with pytest.raises(UsageError, match="no scores after 2 inner steps; there are some after 0, 1, 3"):
         evaluation.mean(2)

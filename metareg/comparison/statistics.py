@@ -15,11 +15,12 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.special import stdtr, stdtrit
+from scipy.special import stdtr
+
+from metareg.intervals import half_width, quantile, spread
 
 __all__ = [
     "ALPHA",
-    "LEVEL",
     "Difference",
     "Estimate",
     "Verdict",
@@ -30,8 +31,8 @@ __all__ = [
     "verdict",
 ]
 
-LEVEL, ALPHA = 0.95, 0.05
-"""The level of every interval, and what a corrected p value must be below."""
+ALPHA = 0.05
+"""What a corrected p value must be below."""
 
 Scores = NDArray[np.float64]
 
@@ -90,11 +91,7 @@ def over_seeds(values: Sequence[float] | Scores) -> Estimate:
     """The mean of the finite values, one per seed, with Student's t interval."""
     array = np.asarray(values, dtype=np.float64)
     finite = array[np.isfinite(array)]
-    count = len(finite)
-    if count < 2:
-        return Estimate(float(finite[0]) if count else np.nan, np.nan, count)
-    error = _spread(finite) / np.sqrt(count)
-    return Estimate(float(np.mean(finite)), float(_quantile(count - 1) * error), count)
+    return Estimate(float(np.mean(finite)) if len(finite) else np.nan, half_width(finite), len(finite))
 
 
 def over_tasks(scores: Sequence[Scores]) -> Estimate:
@@ -111,16 +108,18 @@ def over_tasks(scores: Sequence[Scores]) -> Estimate:
         return Estimate(np.nan, np.nan, 0)
     count = sum(len(each) for each in samples)
     mean = float(np.mean([np.mean(each) for each in samples]))
+    if len(samples) == 1:
+        return Estimate(mean, half_width(samples[0]), count)
     if min(len(each) for each in samples) < 2:
         return Estimate(mean, np.nan, count)
-    errors = np.array([_spread(each) / np.sqrt(len(each)) for each in samples])
+    errors = np.array([spread(each) / np.sqrt(len(each)) for each in samples])
     largest = errors.max()
     if largest == 0:
         return Estimate(mean, 0.0, count)
     shares = (errors / largest) ** 2
     degrees = shares.sum() ** 2 / np.sum(shares**2 / np.array([len(each) - 1 for each in samples]))
     error = largest * np.sqrt(shares.sum()) / len(samples)
-    return Estimate(mean, float(_quantile(degrees) * error), count)
+    return Estimate(mean, float(quantile(degrees) * error), count)
 
 
 def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, higher_is_better: bool) -> Difference:
@@ -196,19 +195,9 @@ def _paired_t(differences: Scores, scale: float) -> tuple[float, str]:
     """The p value of a two-sided t test against zero, or why there is none; `scale` is the size of the scores."""
     if not differences.any():
         return 1.0, ""
-    spread = _spread(differences)
+    deviation = spread(differences)
     # Equal to rounding is equal: differences that seeds do not move are no sample of a distribution.
-    if spread <= 1e-12 * scale:
+    if deviation <= 1e-12 * scale:
         return np.nan, "every seed gives exactly the same difference"
-    statistic = np.mean(differences) / (spread / np.sqrt(len(differences)))
+    statistic = np.mean(differences) / (deviation / np.sqrt(len(differences)))
     return float(2 * stdtr(len(differences) - 1, -abs(statistic))), ""
-
-
-def _spread(values: Scores) -> float:
-    """The estimated standard deviation; exactly zero where all values are the same, and never an overflow."""
-    largest = np.abs(values).max()
-    return 0.0 if np.all(values == values[0]) else float(largest * np.std(values / largest, ddof=1))
-
-
-def _quantile(degrees: float) -> float:
-    return float(stdtrit(degrees, (1 + LEVEL) / 2))

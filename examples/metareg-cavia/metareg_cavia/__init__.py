@@ -26,7 +26,7 @@ class CAVIA:
     contract = 1
     adapts = "*context"
     default_model = "context-mlp"
-    # A few context parameters that begin at zero need far larger steps than the weights that tasks have in mind.
+    # The paper's step size for curves: what tasks recommend is meant for weights, not for context.
     recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 1.0}
     step_examples = (StepExample(param=2.0, grad=3.0, after=-1.0, config={"inner_lr": 1.0}),)
 
