@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -17,9 +17,9 @@ __all__ = [
     "LearnerConfig",
     "PluginConfig",
     "RunConfig",
-    "in_todays_words",
     "parse_yaml",
     "read_yaml",
+    "under_present_names",
     "unknown_option",
     "validated",
 ]
@@ -29,6 +29,9 @@ class PluginConfig(BaseModel):
     """Base of a plugin's `Config`: unknown keys, infinities and NaN are refused; instances do not change."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Names that options once had, and those they have today; a stored configuration may have either."""
 
 
 _LONGEST_YAML = 1 << 20
@@ -42,45 +45,35 @@ def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Con
     Raises:
         UsageError: one sentence that names each bad key, what it holds, what is allowed and the nearest valid key.
     """
+    values = under_present_names(cls, values)
     unknown = [key for key in values if key not in cls.model_fields]
     if unknown and cls.model_config.get("extra") == "forbid":
-        raise unknown_option(f"option of {where}", unknown[0], cls.model_fields)
+        raise UnknownNameError(f"option of {where}", unknown[0], cls.model_fields)
     try:
-        return cls.model_validate(dict(values))
+        return cls.model_validate(values)
     except ValidationError as error:
         raise UsageError(f"In {where}, {'; '.join(_sentence(each) for each in error.errors())}.") from error
 
 
-def unknown_option(what: str, name: str, known: Iterable[str]) -> UsageError:
+def under_present_names(cls: type[BaseModel], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration of a class with today's names of its options in the place of former ones."""
+    former: Mapping[str, str] = getattr(cls, "former_names", {})
+    return {key if former.get(key, key) in stored else former[key]: value for key, value in stored.items()}
+
+
+def unknown_option(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
     """The error for an option that there is not, or no longer.
 
     Args:
         what: what it should be one of.
         name: what was written.
         known: the names that there are.
+        present_names: those of options that once had this name.
     """
-    if name == "norm":
-        return UsageError(
-            f"There is no {what} named 'norm' any more: 'bn_statistics' says whose statistics BatchNorm uses, 'norm_layer' "
-            "which normalisation conv4 and resnet12 are built with."
-        )
+    if present_names:
+        present = " or ".join(f"'{each}'" for each in present_names)
+        return UsageError(f"There is no {what} named '{name}' any more: it is {present} now.")
     return UnknownNameError(what, name, known)
-
-
-def in_todays_words(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """What the file of a run, a learner or results says, with an older file's names of options replaced by today's.
-
-    `norm` was an option of the run, now `bn_statistics`, and one of the image models, now `norm_layer`.
-    """
-    values = dict(stored)
-    if "norm" not in values or "bn_statistics" in values:
-        return values
-    values["bn_statistics"] = values.pop("norm")
-    match values.get("model"):
-        case {"name": str(name), "config": dict(config)} if "norm" in config and name.endswith(("conv4", "resnet12")):
-            config = {"norm_layer" if key == "norm" else key: value for key, value in config.items()}
-            values["model"] = {**values["model"], "config": config}
-    return values
 
 
 def _sentence(error: Any) -> str:
@@ -107,6 +100,8 @@ class Choice(PluginConfig):
 
 class LearnerConfig(PluginConfig):
     """What a `MetaLearner` is told beside its model, algorithm, augmenters and loss."""
+
+    former_names = {"norm": "bn_statistics"}
 
     seed: int = Field(0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks.")
     inner_steps: int = Field(1, ge=1, description="Adaptation steps on the support set in training.")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
-from metareg.config import in_todays_words
+from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
 from metareg.files import read_json, write_json
 from metareg.hookspecs import CONTRACT_VERSION
@@ -120,7 +120,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         write_json(path, now)
         return
     try:
-        before = in_todays_words(read_json(path))
+        before = under_present_names(LearnerConfig, read_json(path))
         last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error

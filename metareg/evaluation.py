@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metareg.config import in_todays_words
+from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
 from metareg.intervals import half_width
 
@@ -67,7 +67,7 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
         """The inverse of `to_dict`."""
-        content = in_todays_words(content)
+        content = under_present_names(LearnerConfig, content)
         steps: Sequence[dict[str, Any]] = content["steps"]
         return cls(
             content["metric"],

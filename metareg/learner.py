@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metareg import architecture
 from metareg._version import __version__
-from metareg.config import Choice, LearnerConfig, PluginConfig, in_todays_words, unknown_option, validated
+from metareg.config import Choice, LearnerConfig, PluginConfig, unknown_option, validated
 from metareg.distributed import BatchSplit, Processes, digest, tasks_of
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
 from metareg.environment import find_device
@@ -463,7 +463,7 @@ class MetaLearner:
                 f"{path} has the file format {file.header.get('format')}, this metareg reads format {FILE_FORMAT}; "
                 "use the metareg version that wrote it."
             )
-        header = validated(_Header, in_todays_words(file.header), str(path))
+        header = validated(_Header, file.header, str(path))
         if algo is None and not header.installed:
             raise UsageError(f"{path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
         given_loss: str | Loss | None = header.loss if loss is None else loss
@@ -800,7 +800,8 @@ def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> N
                 "algo_config",
                 "augment",
             ]
-            raise unknown_option("option of MetaLearner or its algorithm", name, [*known, *mine])
+            present = [LearnerConfig.former_names[name]] if name in LearnerConfig.former_names else []
+            raise unknown_option("option of MetaLearner or its algorithm", name, [*known, *mine], present)
 
 
 def _dumped(config: Any) -> dict[str, Any]:

@@ -8,11 +8,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.config import Choice, PluginConfig, RunConfig, parse_yaml, unknown_option, validated
-from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
+from metareg.config import (
+    Choice,
+    PluginConfig,
+    RunConfig,
+    parse_yaml,
+    under_present_names,
+    unknown_option,
+    validated,
+)
+from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry import Plugin, config_of, find, installed_names, resolve
 
-__all__ = ["Selection", "assemble", "parse_assignments"]
+__all__ = ["Selection", "assemble", "parse_assignments", "with_present_names"]
 
 _CHOICES = ("algo", "augment", "task", "model", "observers")
 _KIND_OF = {
@@ -49,6 +57,11 @@ class _Selected:
     def options(self) -> Mapping[str, Any]:
         """The fields of its `Config`."""
         return config_of(self.loaded).model_fields
+
+    @property
+    def former_names(self) -> Mapping[str, str]:
+        """Names that its options once had, and those they have today."""
+        return config_of(self.loaded).former_names
 
     @cached_property  # an installed plugin is looked for in the metadata of every distribution
     def loaded(self) -> type | object:
@@ -118,7 +131,8 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     """
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
-        raise unknown_option("run option", unknown[0], RunConfig.model_fields)
+        present = _present_names(unknown[0], [])
+        raise unknown_option("run option", unknown[0], RunConfig.model_fields, present)
     base = {**base, **{key: value for key, value in options.items() if key in _CHOICES}}
     given = {key: value for key, value in options.items() if key not in _CHOICES}
     values = {key: value for key, value in base.items() if key not in _CHOICES}
@@ -172,6 +186,24 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     return Selection(config, algorithm, augmenters, task, model, observers)
 
 
+def with_present_names(stored: RunConfig) -> RunConfig:
+    """A stored configuration whose plugins' options have the names of today; that of a plugin that is missing as it is."""
+
+    def renamed(field: str, choice: Choice) -> Choice:
+        try:
+            cls = config_of(_Selected.of(field, choice).loaded)
+        except MetaregError:
+            return choice
+        return Choice(name=choice.name, config=under_present_names(cls, choice.config))
+
+    choices = {field: getattr(stored, field) for field in _CHOICES}
+    update = {
+        field: [renamed(field, each) for each in given] if isinstance(given, list) else given and renamed(field, given)
+        for field, given in choices.items()
+    }
+    return stored.model_copy(update=update)
+
+
 # --------------------------------------------------------------------------------------------------- whose option it is
 
 
@@ -201,15 +233,23 @@ def _owner(key: str, everything: Sequence[_Selected]) -> _Selected | None:
         raise UnknownNameError("plugin of this run", owner, {each.name for each in everything})
     if not meant:
         known = {*RunConfig.model_fields, *(name for each in everything for name in each.options)} - {*_CHOICES}
-        raise unknown_option("option of this run", key, known)
+        raise unknown_option("option of this run", key, known, _present_names(key, everything))
     if option not in meant[0].options:
         labels = " or ".join(each.label for each in meant)
-        raise unknown_option(f"option of {labels}", option, {name for each in meant for name in each.options})
+        known = {name for each in meant for name in each.options}
+        raise unknown_option(f"option of {labels}", option, known, _present_names(key, meant)[-1:])
     if len(meant) > 1:
         by_name = len({each.name for each in meant}) == len(meant)
         choices = " or ".join(f"'{each.name if by_name else each.field}.{option}'" for each in meant)
         raise UsageError(f"'{key}' is an option of several plugins of this run; write {choices}.")
     return meant[0]
+
+
+def _present_names(key: str, plugins: Sequence[_Selected]) -> list[str]:
+    """The names that options of the run and of some plugins have today which once had that of a key."""
+    option = _option(key)
+    of_run = [RunConfig.former_names[option]] if option in RunConfig.former_names else []
+    return of_run + [f"{each.name}.{each.former_names[option]}" for each in plugins if option in each.former_names]
 
 
 # ------------------------------------------------------------------------------------------------ what plugins recommend

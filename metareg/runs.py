@@ -17,7 +17,7 @@ import torch
 
 from metareg import environment, plots
 from metareg.checkpoints import Checkpoints, Keeper
-from metareg.config import LearnerConfig, RunConfig, in_todays_words, read_yaml, validated
+from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
 from metareg.distributed import Processes, joined
 from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
@@ -27,7 +27,7 @@ from metareg.hookspecs import hookimpl
 from metareg.interrupts import StopRequest, stop_requests
 from metareg.launched import launched
 from metareg.learner import MetaLearner
-from metareg.options import Selection, assemble
+from metareg.options import Selection, assemble, with_present_names
 from metareg.registry import find, resolve
 from metareg.sources import TaskSource
 from metareg.training import Progress, Schedule, fit, observed
@@ -290,7 +290,7 @@ def _stored_config(path: Path) -> RunConfig:
     file = path / "config.yaml"
     if not file.is_file():
         raise UsageError(f"There is no run at {path}: it has no config.yaml.")
-    return validated(RunConfig, in_todays_words(read_yaml(file)), str(file))
+    return with_present_names(validated(RunConfig, read_yaml(file), str(file)))
 
 
 def _stored_evaluation(path: Path) -> Evaluation:

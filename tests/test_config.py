@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.config import RunConfig, in_todays_words, read_yaml
+from metareg.config import LearnerConfig, RunConfig, read_yaml, under_present_names
 from metareg.options import assemble, parse_assignments
 
 
@@ -348,25 +348,33 @@ def test_mistakes_in_one_sentence(base: dict[str, Any], options: dict[str, Any],
 
 
 @pytest.mark.parametrize(
-    ("base", "options"),
-    [({}, {"norm": "group"}), ({"norm": "support"}, {}), ({"algo": {"name": "maml", "config": {"norm": "group"}}}, {})],
+    ("base", "options", "names"),
+    [
+        ({}, {"norm": "group"}, "'bn_statistics' now"),
+        ({"norm": "support"}, {}, "'bn_statistics' now"),
+        ({"task": "glyphs"}, {"norm": "group"}, "'bn_statistics' or 'conv4.norm_layer' now"),
+        ({"task": "glyphs"}, {"model.norm": "group"}, "'conv4.norm_layer' now"),
+    ],
 )
-def test_the_word_norm_is_told_its_successors(base: dict[str, Any], options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match=r"'norm' any more: 'bn_statistics' says .*, 'norm_layer' which .*\.$"):
+def test_a_former_name_is_told_its_successors(base: dict[str, Any], options: dict[str, Any], names: str) -> None:
+    with pytest.raises(UsageError, match=f"norm' any more: it is {names}"):
         assemble(base, options)
 
 
-def test_the_word_norm_is_an_option_of_the_plugin_that_has_it() -> None:
+def test_stored_options_are_read_under_their_present_names() -> None:
     class Normed(Rated):
         class Config(PluginConfig):
             norm: int = 2
 
     assert assemble({"augment": [Normed]}, {"norm": 1}).augmenters[0].config.norm == 1
-    assert in_todays_words({"norm": "support", "augment": [{"name": "normed", "config": {"norm": 1}}]}) == {
+    stored = {"norm": "support", "augment": [{"name": "normed", "config": {"norm": 1}}]}
+    assert under_present_names(LearnerConfig, stored) == {
         "bn_statistics": "support", "augment": [{"name": "normed", "config": {"norm": 1}}],
     }  # fmt: skip
-    stranger = {"bn_statistics": "support", "model": {"name": "conv4", "config": {"norm": 1}}}
-    assert in_todays_words(stranger) == stranger
+    model = {"name": "conv4", "config": {"norm": "group"}}
+    assert assemble({"task": "glyphs", "model": model}, {}).config.model.config["norm_layer"] == "group"  # type: ignore[union-attr]
+    both = {"norm": 1, "bn_statistics": "support"}
+    assert under_present_names(LearnerConfig, both) == both
 
 
 def test_assignments() -> None:

@@ -596,7 +596,7 @@ def test_dropout_of_zero_is_not() -> None:
         ({"outer_lr": math.inf}, "outer_lr = inf cannot be used"),
         ({"strategy": "parallel"}, "strategy = 'parallel' cannot be used"),
         ({"memory": "none"}, "memory = 'none' cannot be used"),
-        ({"norm": "support"}, "named 'norm' any more: 'bn_statistics' .* 'norm_layer'"),
+        ({"norm": "support"}, "named 'norm' any more: it is 'bn_statistics' now"),
         ({"bn_statistics": "batch"}, "bn_statistics = 'batch' cannot be used"),
         ({"chunk": 0}, "chunk = 0 cannot be used"),
         ({"seed": -1}, "seed = -1 cannot be used"),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, divergence
-from metareg.config import in_todays_words
+from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
 from metareg.files import read_json
 from metareg.options import parse_assignments
@@ -336,7 +336,8 @@ class _TaskReader:
             self._gap(run, "broken", difference)
             return None
         self.test = self.test or test
-        self.bn_statistics[str(in_todays_words(content).get("bn_statistics", "none"))] = None
+        content = under_present_names(LearnerConfig, content)
+        self.bn_statistics[str(content.get("bn_statistics", "none"))] = None
         return test
 
     def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:

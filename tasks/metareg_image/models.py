@@ -33,6 +33,8 @@ class Conv4:
     example_spec = TaskSpec((1, 16, 16), (5,))
 
     class Config(PluginConfig):
+        former_names = {"norm": "norm_layer"}  # noqa: RUF012
+
         width: int = Field(64, ge=1, description="Channels of every block.")
         norm_layer: Norm = Field("batch", description="Normalisation: batch, group (of at most 8 groups) or none.")
         pool: Pool = Field("max", description="2×2 pooling: max or average.")
@@ -67,6 +69,8 @@ class ResNet12:
     example_spec = TaskSpec((1, 16, 16), (5,))
 
     class Config(PluginConfig):
+        former_names = {"norm": "norm_layer"}  # noqa: RUF012
+
         widths: list[int] = Field(
             [64, 128, 256, 512], min_length=4, max_length=4, description="Channels of the blocks."
         )
