@@ -25,7 +25,7 @@ from torch.utils import _pytree as pytree
 
 from metareg.episodes import Episodes, stack_trees
 from metareg.errors import MetaregError, UsageError
-from metareg.layout import channels_last_or_contiguous, like_parameters
+from metareg.layout import channels_last_or_contiguous, contiguous, like_parameters
 from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
 from metareg.stages import Stages
@@ -481,9 +481,11 @@ class _Program:
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flattened(episodes.parts, extra)
-        # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one.
-        inputs = [channels_last_or_contiguous(leaf) for leaf in inputs]
-        key = (structure, *[(leaf.shape, leaf.is_contiguous(), leaf.dtype) for leaf in inputs])
+        # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one. A map over
+        # tasks takes nothing channels last: the second derivative of max-pooling has no batching rule there.
+        settled = channels_last_or_contiguous if len(episodes) == 1 else contiguous
+        inputs = [settled(leaf) for leaf in inputs]
+        key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), _memory_advice(len(episodes)):
             graph = self._graphs.get(key)
             if graph is None:

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["channels_last_or_contiguous", "contiguous_copies", "like_parameters"]
+__all__ = ["channels_last_or_contiguous", "contiguous", "contiguous_copies", "like_parameters"]
+
+
+def contiguous(leaf: Tensor) -> Tensor:
+    """A tensor in contiguous memory in its shape's order, dimensions of size 1 included."""
+    strides, _ = _settled_strides(leaf.shape)
+    if leaf.stride() == strides:
+        return leaf
+    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1, and leaves it as it is. By these
+    # convolutions tell whether grey images lie channels last.
+    return leaf.as_strided(leaf.shape, strides) if leaf.is_contiguous() else leaf.contiguous()
 
 
 def channels_last_or_contiguous(leaf: Tensor) -> Tensor:
     """A tensor in contiguous memory: ``[…, C, H, W]`` channels last where it is so already, else in its shape's order."""
-    last = leaf.movedim(-3, -1) if leaf.dim() >= 4 else leaf
-    return leaf if last.is_contiguous() else leaf.contiguous()
+    strides, channels_last = _settled_strides(leaf.shape)
+    if leaf.stride() in (strides, channels_last):
+        return leaf
+    if leaf.dim() >= 4 and leaf.stride(-3) == 1 and leaf.movedim(-3, -1).is_contiguous():
+        return leaf.as_strided(leaf.shape, channels_last)
+    return contiguous(leaf)
+
+
+@lru_cache(maxsize=1024)
+def _settled_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The strides of a contiguous tensor, and of one that lies channels last where it can."""
+    strides = torch.empty(shape, device="meta").stride()
+    if len(shape) < 4:
+        return strides, strides
+    *others, channels, height, width = shape
+    return strides, torch.empty(*others, height, width, channels, device="meta").movedim(-1, -3).stride()
 
 
 def contiguous_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

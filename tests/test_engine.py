@@ -56,6 +56,20 @@ def test_normalisation_layers_agree_between_strategies(layer: nn.Module) -> None
     assert all(difference(first, other) < TOLERANCE for other in others)
 
 
+@pytest.mark.parametrize("strategy", ["traced", "vectorized"])
+def test_a_graph_is_for_one_layout_of_grey_images(strategy: str) -> None:
+    """PyTorch calls images of one channel contiguous in either order of channels and pixels."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).double()
+    first = episodes("conv", 2)
+    x = first.support_x.movedim(-3, -1)
+    last = Episodes(x.clone(memory_format=torch.contiguous_format).movedim(-1, -3), *first.parts[1:])
+    assert last.support_x.is_contiguous()
+    assert last.support_x.stride() != first.support_x.stride()
+    learner = MetaLearner(model, inner_lr=0.4, strategy=strategy)
+    grads = [learner.meta_gradient(batch)[1] for batch in (first, first, last, last, first)]
+    assert all(difference(each, grads[0]) < TOLERANCE for each in grads)
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_finite_differences(algo: str) -> None:
     """The meta-gradient is the derivative of the reported objective, in a random direction of all meta-parameters."""

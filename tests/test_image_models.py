@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, TaskSpec, UsageError
 from metareg_image import Conv4, ResNet12
@@ -68,6 +69,51 @@ def test_norms_and_pools_train_with_cml(plugin: type) -> None:
         silent = {name for name, value in grads.items() if not value.abs().sum() > 0}
         assert not silent, each
         assert learner.bn_statistics == ("transductive" if each.get("norm_layer", "batch") == "batch" else "none")
+
+
+def small(name: str, channels: int) -> nn.Module:
+    """A small model in float64: ``conv4-batch``, ``resnet12-none``, …, or one with InstanceNorm."""
+    kind, _, norm = name.partition("-")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        if kind == "instance":
+            body = nn.Sequential(
+                nn.Conv2d(channels, 4, 3, padding=1), nn.InstanceNorm2d(4, affine=True), nn.MaxPool2d(2), nn.Tanh()
+            )
+            return nn.Sequential(OrderedDict(body=body, head=nn.Sequential(nn.Flatten(), nn.Linear(256, 5)))).double()
+        width = {"width": 4} if kind == "conv4" else {"widths": [4, 4, 4, 4]}
+        return built(Conv4 if kind == "conv4" else ResNet12, 16, channels, norm=norm, **width).double()
+
+
+def trained(strategy: str, name: str, channels: int) -> Tensors:
+    """The meta-parameters after three steps of second order on images that lie channels last."""
+    learner = MetaLearner(small(name, channels), "maml", inner_lr=0.2, strategy=strategy)
+    draw = torch.Generator().manual_seed(0)
+    labels = torch.arange(5).repeat(2).expand(3, 10)
+    for _ in range(3):
+        support, query = torch.rand(2, 3, 10, 16, 16, channels, dtype=torch.float64, generator=draw).movedim(-1, -3)
+        learner.step(Episodes(support, labels, query, labels))
+    return learner.meta_parameters
+
+
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        ("conv4-batch", 1), ("conv4-batch", 3), ("conv4-group", 1), ("conv4-group", 3), ("conv4-none", 1), ("conv4-none", 3),
+        pytest.param("resnet12-group", 3, marks=pytest.mark.slow),
+        pytest.param("resnet12-none", 3, marks=pytest.mark.slow), ("instance", 1), ("instance", 3),
+    ],
+)  # fmt: skip
+def test_trainings_agree_between_strategies(name: str, channels: int) -> None:
+    serial = trained("serial", name, channels)
+    for strategy in ("traced", "vectorized"):
+        torch.testing.assert_close(trained(strategy, name, channels), serial, rtol=0, atol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conv4-group", "conv4-none", "instance"])
+def test_compiled_trainings_are_the_serial_ones(name: str) -> None:
+    torch.testing.assert_close(trained("compiled", name, 3), trained("serial", name, 3), rtol=0, atol=1e-9)
 
 
 def test_too_small_images_are_one_sentence() -> None:
