@@ -81,6 +81,8 @@ class _Gradients(Function):
     def forward(
         g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
+        # The kernel of a CPU for vectors and channels-last maps reads these three side by side, whatever their strides.
+        weight, mean, rstd = (values.contiguous() for values in (weight, mean, rstd))
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm_backward(
             g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
         )

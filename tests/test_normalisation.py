@@ -96,6 +96,60 @@ def test_many_tasks_differentiated_inside_and_outside_the_map(shape: tuple[int, 
     assert_same(grad(lambda params: vmap(outer, (None, 0, 0))(params, x, y).mean())(PARAMS), expected)
 
 
+def second_derivative(layer: Layer) -> Callable[..., tuple[Tensor, ...]]:
+    """That of a function of all arguments, for x, weight, bias and the weights of the outputs."""
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> Tensor:
+        return (torch.sin(layer(x, weight, bias)) * u).sum()
+
+    def outer(*arguments: Tensor) -> Tensor:
+        of_x, of_weight, of_bias = grad(loss, argnums=(0, 1, 2))(*arguments)
+        return (of_x * torch.cos(of_x)).sum() + (of_weight * of_weight + of_weight * of_bias).sum()
+
+    return grad(outer, argnums=(0, 1, 2, 3))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "channels last": lambda x: x.movedim(2, -1).contiguous().movedim(-1, 2),
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second": lambda x: torch.stack([x, x.sin()], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "shape", [(7, 3), (1, 3, 5), (4, 3, 3, 5), (2, 3, 2, 3, 2), (5, 1), (3, 1, 2, 2), (5, 1, 1, 1)]
+)
+def test_any_layout_in_memory_and_any_part_of_a_map(shape: tuple[int, ...], layout: str) -> None:
+    """Kernels read some of their arguments side by side in memory, as if these were contiguous."""
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    layer = as_function(with_cheap_second_derivative(kind(shape[1], track_running_stats=False).double()))
+    lay, channels = LAYOUTS[layout], shape[1]
+    inputs = [
+        lay(drawn(2, *shape, seed=3)), drawn(channels, 2, seed=4).abs().T + 0.5, drawn(channels, 2, seed=5).T,
+        lay(drawn(2, *shape, seed=6)),
+    ]  # fmt: skip
+    for in_dims in ((None,) * 4, (0, None, None, 0), (0, 0, 0, 0), (None, 0, None, None), (0, None, 0, None)):
+        chosen = [each if dim == 0 else each[1] for each, dim in zip(inputs, in_dims, strict=True)]
+        given, expected = (
+            (second if set(in_dims) == {None} else vmap(second, in_dims))(*chosen)
+            for second in (second_derivative(layer), second_derivative(written_out))
+        )
+        for one, other in zip(given, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_other_precisions_keep_their_type(dtype: torch.dtype) -> None:
+    layer = as_function(with_cheap_second_derivative(layer_for((4, 3, 3, 5)).to(dtype)))
+    inputs = [drawn(16, 3, 3, 5, seed=3), drawn(3).abs() + 0.5, drawn(3, seed=1), drawn(16, 3, 3, 5, seed=6)]
+    given = second_derivative(layer)(*(each.to(dtype) for each in inputs))
+    for one, other in zip(given, second_derivative(written_out)(*inputs), strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() < 20 * torch.finfo(dtype).eps * other.norm()
+
+
 def test_the_second_derivative_takes_less_than_half_of_the_operations() -> None:
     plain = layer_for((4, 3, 3, 5))
     x, y = drawn(4, 3, 3, 5, seed=3), drawn(4, 3, 3, 5, seed=4)
