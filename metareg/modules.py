@@ -144,6 +144,8 @@ class SplitModel:
         """
         if type(self.module).forward is nn.Module.forward:
             return
+        # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.normalisation).
+        x = pytree.tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
             whole = functional_call(self.module, {name: params[name] for name in self.names}, (x,))
             try:

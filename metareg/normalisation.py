@@ -42,6 +42,12 @@ class _Normalised(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        if _is_summed_naively(x):
+            dims = [0, *range(2, x.dim())]
+            mean = x.mean(dims)
+            centred = x - _of_channels(mean, x)
+            rstd = torch.rsqrt(centred.square().mean(dims) + eps)
+            return torch.addcmul(_of_channels(bias, x), _of_channels(weight * rstd, x), centred), mean, rstd
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         return outputs
 
@@ -115,6 +121,14 @@ class _Gradients(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         return _as_channels(_Gradients, info.batch_size, in_dims, inputs)
+
+
+def _is_summed_naively(x: Tensor) -> bool:
+    """Whether PyTorch's kernel adds up a channel in one float32 number after the other, as for channels last on a CPU.
+
+    For 75 images of 84×84 pixels, bright on dark, its outputs are wrong by 1e-2; a sum in parts by 1e-6.
+    """
+    return x.device.type == "cpu" and x.dim() > 2 and not x.is_contiguous()
 
 
 def _count(x: Tensor) -> int:

@@ -1,13 +1,15 @@
-"""Meta-gradients written out by hand, to compare metareg with: plain loops over tasks, steps and layers.
+"""Meta-gradients and trainings written out by hand, to compare metareg with: plain loops over tasks, steps and layers.
 
 Nothing of metareg and nothing of torch.func is used here; the second derivative is `torch.autograd.grad` through
-`create_graph`. The networks take their parameters as dicts with the names that the modules of `conftest` have.
+`create_graph`. The networks take their parameters as dicts with the names that the modules of `samples` have; those of the
+shipped models are in `networks`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,11 +44,11 @@ def _mlp_body(p: Mapping[str, Tensor], x: Tensor, *_: Any) -> Tensor:
     return torch.relu(hidden @ p["body.2.weight"].T + p["body.2.bias"])
 
 
-def _linear_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
+def linear_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
     return f @ p["head.weight"].T + p["head.bias"]
 
 
-def _mlp_colearner(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
+def colearner_on_vectors(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
     for layer in (0, 2):
         f = torch.relu(f @ p[f"cml.colearner.{layer}.weight"].T + p[f"cml.colearner.{layer}.bias"])
     return f @ p["cml.colearner.4.weight"].T + p["cml.colearner.4.bias"]
@@ -65,26 +67,31 @@ def _conv_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
     return F.max_pool2d(f, 2).flatten(1) @ p["head.2.weight"].T + p["head.2.bias"]
 
 
-def _conv_colearner(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
-    """A block without pooling, a block with pooling, a linear layer (the authors' co-learner for images)."""
+def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
+    """A block without pooling, a block with pooling, a linear layer (the authors' co-learner for images).
+
+    There is nothing to pool in a map of one row or column.
+    """
     for layer in (0, 3):
         f = F.conv2d(f, p[f"cml.colearner.{layer}.weight"], p[f"cml.colearner.{layer}.bias"], padding=1)
         f = torch.relu(batch_norm(f, p[f"cml.colearner.{layer + 1}.weight"], p[f"cml.colearner.{layer + 1}.bias"]))
-    return F.max_pool2d(f, 2).flatten(1) @ p["cml.colearner.8.weight"].T + p["cml.colearner.8.bias"]
+    if min(f.shape[-2:]) > 1:
+        f = F.max_pool2d(f, 2)
+    return f.flatten(1) @ p["cml.colearner.8.weight"].T + p["cml.colearner.8.bias"]
 
 
-def _mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
+def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
     return ((outputs - targets) ** 2).mean()
 
 
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+def cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
     chosen = outputs.gather(1, targets[:, None]).squeeze(1)
     return (torch.logsumexp(outputs, 1) - chosen).mean()
 
 
 NETS = {
-    "mlp": Net(_mlp_body, _linear_head, _mlp_colearner, _mean_squared_error),
-    "conv": Net(_conv_body, _conv_head, _conv_colearner, _cross_entropy),
+    "mlp": Net(_mlp_body, linear_head, colearner_on_vectors, mean_squared_error),
+    "conv": Net(_conv_body, _conv_head, colearner_on_maps, cross_entropy),
 }
 
 ADAPTED = {
@@ -173,8 +180,34 @@ def meta_gradient(
     return total.detach(), dict(zip(meta, grads, strict=True))
 
 
+def train(
+    net: Net,
+    meta: Mapping[str, Tensor],
+    batches: list[list[Task]],
+    *,
+    outer_lr: float,
+    change: Callable[[int, int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
+    **options: Any,
+) -> Tensors:
+    """The meta-parameters after one step of `torch.optim.Adam` for each batch of tasks.
+
+    Args:
+        change: as in `meta_gradient`, with the training step's number in front.
+        options: of `meta_gradient`.
+    """
+    meta = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in meta.items()}
+    optimizer = torch.optim.Adam(meta.values(), lr=outer_lr, foreach=False, fused=False)
+    for number, tasks in enumerate(batches):
+        of_step = None if change is None else partial(change, number)
+        _, grads = meta_gradient(net, meta, tasks, change=of_step, **options)
+        for name, value in meta.items():
+            value.grad = grads[name].contiguous()
+        optimizer.step()
+    return meta
+
+
 def difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of one parameter's gradient, in the Euclidean norm.
+    """The largest relative difference of one tensor, in the Euclidean norm: of gradients, or of parameters.
 
     A gradient that is zero but for rounding (that of a bias in front of BatchNorm) is measured against a thousandth of
     the whole gradient's norm.

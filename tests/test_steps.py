@@ -1,0 +1,278 @@
+"""Whole training steps: after some steps of `fit` the parameters are those of a plain loop with `torch.optim.Adam`.
+
+The loop is in `reference`, its networks in `networks`; nothing of the engine is in them. Tasks, initial parameters and
+dropgrad's noise come from the plugins themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import combinations, product
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from networks import SHIPPED, without_effect
+from reference import Task, Tensors, difference, train
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from metareg import Episodes, MetaLearner, TaskSpec
+from metareg.engine import find_compiler
+from metareg.randomness import generator_for
+from metareg_dropgrad import DropGrad
+from metareg_graph import CSBM, GCN, SGC, Cora, GraphSAGE
+from metareg_image.glyphs import Glyphs
+from metareg_image.models import Conv4, ResNet12
+from metareg_image.omniglot import OmniglotSmall
+from metareg_regression import MLP, Sinusoid
+
+STEPS, TASKS, INNER_STEPS, SEED = 3, 3, 2, 5
+OUTER_LR, GAMMA, RATE = 0.01, 0.7, 0.3
+TOLERANCE = 1e-6
+
+
+class UnequalSinusoids:
+    """Every third task has more support points, so that a batch of three comes in two stacks."""
+
+    loss = "mse"
+    spec = TaskSpec((1,), (1,))
+
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
+        drawn = [
+            Sinusoid(Sinusoid.Config(shots=5 if n % 3 == 1 else 3, query=4)).episodes(split, [n], seed) for n in indices
+        ]
+        return Episodes.group([tasks_of(each)[0] for each in drawn])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A task with a model for it; the inner step size is a power of two, the same number in every precision."""
+
+    task: Callable[[], Any]
+    model: Any
+    net: str
+    inner_lr: float
+    needs: tuple[str, ...] = ()
+    """``"data"``, ``"dgl"``."""
+
+
+def images(kind: Any, size: int, channels: int) -> Callable[[], Any]:
+    return lambda: kind(kind.Config(ways=3, query=2, size=size, channels=channels))
+
+
+def nodes(kind: Any, inputs: str) -> Callable[[], Any]:
+    return lambda: kind(kind.Config(query=3, inputs=inputs))
+
+
+CONV4, RESNET12 = Conv4(Conv4.Config(width=8)), ResNet12(ResNet12.Config(widths=[4, 4, 6, 8]))
+SETTINGS = {
+    "sinusoid": Setting(
+        lambda: Sinusoid(Sinusoid.Config(shots=5, query=4)), MLP(MLP.Config(hidden=[6, 5])), "mlp", 2**-4
+    ),
+    "unequal": Setting(UnequalSinusoids, MLP(MLP.Config(hidden=[6, 5])), "mlp", 2**-4),
+    "csbm": Setting(nodes(CSBM, "gcn"), GCN(GCN.Config(hidden=6)), "gcn", 2**-2, ("dgl",)),
+    "cora-gcn": Setting(nodes(Cora, "gcn"), GCN(GCN.Config(hidden=6)), "gcn", 2**-1, ("dgl", "data")),
+    "cora-sgc": Setting(nodes(Cora, "sgc"), SGC(SGC.Config(hidden=6)), "sgc", 2**-1, ("dgl", "data")),
+    "cora-graphsage": Setting(
+        nodes(Cora, "mean"), GraphSAGE(GraphSAGE.Config(hidden=6)), "graphsage", 2**-1, ("dgl", "data")
+    ),
+    "glyphs": Setting(images(Glyphs, 28, 1), CONV4, "conv4", 2**-6),
+    "glyphs-colour": Setting(images(Glyphs, 32, 3), CONV4, "conv4", 2**-6),
+    "glyphs-resnet12": Setting(images(Glyphs, 32, 1), RESNET12, "resnet12", 2**-6),
+    "omniglot": Setting(images(OmniglotSmall, 28, 1), CONV4, "conv4", 2**-6, ("data",)),
+    "omniglot-84": Setting(images(OmniglotSmall, 84, 3), CONV4, "conv4", 2**-6, ("data",)),
+}
+
+
+class Case(NamedTuple):
+    """A value of each factor."""
+
+    setting: str
+    algo: str
+    augment: str
+    strategy: str
+    memory: str
+    chunk: int | None
+    dtype: torch.dtype
+
+    @property
+    def id(self) -> str:
+        return "-".join(str(value).removeprefix("torch.") for value in self if value is not None)
+
+
+CASES = [
+    Case(*values)
+    for values in product(
+        SETTINGS,
+        ("anil", "maml", "boil", "metasgd"),
+        ("none", "cml", "dropgrad"),
+        ("serial", "traced", "vectorized", "compiled"),
+        ("store", "recompute"),
+        (None, 2),
+        (torch.float32, torch.float64),
+    )
+]
+
+
+def pairs(case: Case) -> set[Any]:
+    """Its pairs of two factors' values."""
+    return set(combinations(enumerate(case), 2))
+
+
+def covering(cases: Sequence[Case], wanted: Iterable[Any]) -> list[Case]:
+    """Cases that hold all wanted pairs, each the first of those that hold most of the pairs that are missing."""
+    missing, chosen = set(wanted), []
+    of_case = {case: pairs(case) & missing for case in cases}
+    while missing:
+        chosen.append(max(cases, key=lambda case: len(of_case[case] & missing)))
+        missing -= of_case[chosen[-1]]
+    return chosen
+
+
+def chosen_cases() -> list[Case]:
+    """Every pair of two factors' values at least once, in as few compiled cases as can be: compiling takes longest."""
+    every = {pair for case in CASES for pair in pairs(case)}
+    strategy = (Case._fields.index("strategy"), "compiled")
+    compiled = covering(
+        [case for case in CASES if case.strategy == "compiled"], {pair for pair in every if strategy in pair}
+    )
+    others = [case for case in CASES if case.strategy != "compiled"]
+    return compiled + covering(others, every - {pair for case in compiled for pair in pairs(case)})
+
+
+DEFAULT = chosen_cases()
+
+
+def tasks_of(episodes: Episodes | list[Episodes], dtype: torch.dtype | None = None) -> list[Task]:
+    """The tasks of one stack or several, one by one and in that order."""
+
+    def of(part: Any, number: int) -> Any:
+        return pytree.tree_map(lambda leaf: leaf[number].to(dtype if leaf.is_floating_point() else None), part)
+
+    stacks = [episodes] if isinstance(episodes, Episodes) else episodes
+    return [tuple(of(part, number) for part in stack.parts) for stack in stacks for number in range(len(stack))]
+
+
+def batches_of(task: Any) -> list[Any]:
+    """What the training steps take."""
+    return [task.episodes("train", range(TASKS * step, TASKS * (step + 1)), SEED) for step in range(STEPS)]
+
+
+def learner_of(case: Case, task: Any) -> MetaLearner:
+    setting = SETTINGS[case.setting]
+    augment = {"none": [], "cml": [("cml", {"gamma": GAMMA})], "dropgrad": [("dropgrad", {"rate": RATE})]}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model: nn.Module = setting.model.build(spec=task.spec).to(case.dtype)
+    return MetaLearner(
+        model, case.algo, augment[case.augment], loss=task.loss, inner_lr=setting.inner_lr, inner_steps=INNER_STEPS,
+        outer_lr=OUTER_LR, seed=SEED, strategy=case.strategy, memory=case.memory, chunk=case.chunk,
+    )  # fmt: skip
+
+
+def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
+    """What dropgrad makes of a task's gradients in an inner step, by the noise that it draws for them."""
+    generator = generator_for(SEED, "noise", "task", "dropgrad", step, task)
+    shapes = {name: tuple(value.shape) for name, value in grads.items()}
+    noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)
+    return {name: value * noise[inner_step][name] for name, value in grads.items()}
+
+
+@cache
+def expected(name: str, algo: str, augment: str) -> tuple[Tensors, Tensors]:
+    """The meta-parameters before and after the plain loop in float64, which is the same for all ways to run it."""
+    setting = SETTINGS[name]
+    task = setting.task()
+    learner = learner_of(Case(name, algo, augment, "serial", "store", None, torch.float64), task)
+    batches = [tasks_of(batch, torch.float64) for batch in batches_of(task)]
+    learner.initialize(batches[0][0][0])
+    after = train(
+        SHIPPED[setting.net], learner.meta_parameters, batches, algo=algo, inner_lr=setting.inner_lr,
+        inner_steps=INNER_STEPS, outer_lr=OUTER_LR, gamma=GAMMA if augment == "cml" else None,
+        change=drop if augment == "dropgrad" else None,
+    )  # fmt: skip
+    return learner.meta_parameters, after
+
+
+def share_elsewhere(found: Tensors, where: Tensors) -> float:
+    """The share of entries that are more than a tenth of a step from where they belong."""
+    far = torch.cat([(found[name] - value).abs().flatten() > 0.1 * OUTER_LR for name, value in where.items()])
+    return far.double().mean().item()
+
+
+def check(learner: MetaLearner, case: Case) -> None:
+    """Compare with the plain loop: entry by entry, and in float32, where kinks of ReLU can flip, nearly all entries."""
+    net = SETTINGS[case.setting].net
+    before, after = (
+        {name: value for name, value in each.items() if not without_effect(net, name)} for each in expected(*case[:3])
+    )
+    found = learner.meta_parameters
+    found = {name: found[name] for name in after}
+    if case.dtype == torch.float64:
+        assert difference(found, after) < TOLERANCE
+    else:
+        assert share_elsewhere(found, after) < 0.01
+    assert share_elsewhere(found, before) > 0.5
+    assert learner.steps_done == STEPS
+
+
+@pytest.fixture
+def task_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], Any]:
+    """The task of a case; the test is skipped where its data or DGL is missing, or the compiler."""
+
+    def of(case: Case) -> Any:
+        setting = SETTINGS[case.setting]
+        if case.strategy == "compiled" and find_compiler() is None:
+            pytest.skip("no C++ compiler")
+        if "dgl" in setting.needs:
+            pytest.importorskip("dgl", reason="DGL is not installed")
+        if "data" in setting.needs:
+            monkeypatch.setenv("METAREG_DATA", str(request.getfixturevalue("data_folder")))
+        return setting.task()
+
+    return of
+
+
+@pytest.mark.parametrize(
+    "case",
+    [pytest.param(case, id=case.id, marks=() if case in DEFAULT else pytest.mark.slow) for case in CASES],
+)
+def test_fit_equals_a_plain_loop(case: Case, task_of: Callable[[Case], Any]) -> None:
+    task = task_of(case)
+    learner = learner_of(case, task)
+    learner.fit(task, STEPS, meta_batch=TASKS)
+    check(learner, case)
+
+
+def test_every_pair_of_values_is_in_the_default_suite() -> None:
+    assert {pair for case in DEFAULT for pair in pairs(case)} == {pair for case in CASES for pair in pairs(case)}
+    assert len([case for case in DEFAULT if case.strategy == "compiled"]) == len(SETTINGS)
+
+
+GLYPHS = Case("glyphs", "maml", "cml", "traced", "store", None, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["step", "take_step"])
+def test_steps_one_by_one_equal_a_plain_loop(method: str) -> None:
+    task = SETTINGS["glyphs"].task()
+    learner = learner_of(GLYPHS, task)
+    for batch in batches_of(task):
+        getattr(learner, method)(batch)
+    check(learner, GLYPHS)
+
+
+def test_training_goes_on_from_a_state_with_the_same_bits() -> None:
+    task = SETTINGS["glyphs"].task()
+    learner = learner_of(GLYPHS, task).fit(task, STEPS - 1, meta_batch=TASKS)
+    state = copy.deepcopy(learner.state())
+    resumed = learner_of(GLYPHS, task)
+    resumed.initialize(tasks_of(batches_of(task)[0])[0][0])
+    resumed.load_state(state)
+    for each in (learner, resumed):
+        each.fit(task, 1, meta_batch=TASKS)
+        check(each, GLYPHS)
+    assert all(value.equal(resumed.meta_parameters[name]) for name, value in learner.meta_parameters.items())
