@@ -14,7 +14,19 @@ from pydantic import ConfigDict, field_validator
 from torch import Tensor, nn
 from torch.func import grad
 
-from metareg import Episodes, Field, MetaregError, PluginConfig, StepExample, Task, TaskSpec, hookimpl, task_uniform
+from metareg import (
+    Episodes,
+    Field,
+    MetaregError,
+    PluginConfig,
+    StepExample,
+    Task,
+    TaskSpec,
+    engine,
+    hookimpl,
+    optimizer,
+    task_uniform,
+)
 from metareg.testing import CheckFailed, checks
 
 Tensors = dict[str, Tensor]
@@ -243,6 +255,20 @@ class AloneOnly(Plain):
         return {name: meta[name] - value for name, value in adapted.items()}
 
 
+class ScheduleOnSelf(Plain):
+    """Its step size falls from training step to training step, which a traced graph does not see."""
+
+    rate = 1.0
+
+    @hookimpl
+    def outer_loss_weights(self, training_step: int) -> None:
+        self.rate = 1 / (1 + training_step)
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
+        return super().inner_update(params, {name: self.rate * value for name, value in grads.items()})
+
+
 @pytest.mark.parametrize(
     ("plugin", "check"),
     [
@@ -270,6 +296,8 @@ class AloneOnly(Plain):
         (LosesOne, "shapes"),
         (Forgiving, "wrong-shapes"),
         (DataDependent, "strategies"),
+        (DataDependent, "whole-steps"),
+        (ScheduleOnSelf, "whole-steps"),
         (DrawsFromTheClock, "determinism"),
         (MomentumOnSelf, "resume"),
         (UphillReptile, "learns"),
@@ -392,6 +420,31 @@ class NumpyNoise:
         return {name: value * noise[step][name] for name, value in grads.items()}
 
 
+class BodyAndHeadInTurn:
+    """Trains one part in the even steps and another in the odd ones, by what it keeps on itself."""
+
+    contract = 1
+    odd = True
+
+    @hookimpl
+    def draw_noise(self) -> None:
+        self.odd = not self.odd
+
+    @hookimpl
+    def augment_outer_gradient(self, grads: Tensors) -> Tensors:
+        return {name: value * (name.startswith("head.") == self.odd) for name, value in grads.items()}
+
+
+class FirstGradientForever:
+    contract = 1
+    first: Tensors | None = None
+
+    @hookimpl
+    def augment_outer_gradient(self, grads: Tensors) -> Tensors:
+        self.first = self.first or grads
+        return self.first
+
+
 @pytest.mark.parametrize(
     ("plugin", "check"),
     [
@@ -406,6 +459,8 @@ class NumpyNoise:
         (NoiseOfItsOwn, "purity"),
         (NumpyNoise, "purity"),
         (NumpyNoise, "determinism"),
+        (BodyAndHeadInTurn, "whole-steps"),
+        (FirstGradientForever, "whole-steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -415,6 +470,63 @@ def test_broken_augmenter_fails(plugin: type, check: str) -> None:
 
 def test_sound_augmenter_passes() -> None:
     for check in checks("augmenters", CoLearner):
+        check()
+
+
+# ---------------------------------------------------------------------------------------------------------- whole steps
+
+
+class Transposed:
+    """What it returns is right, and lies in memory in another order: it passes."""
+
+    contract = 1
+
+    @hookimpl
+    def augment_outer_gradient(self, grads: Tensors) -> Tensors:
+        return {name: value.T.contiguous().T if value.dim() == 2 else value for name, value in grads.items()}
+
+
+def as_they_come(grads: Tensors, params: Tensors) -> Tensors:
+    """In the place of `like_parameters`: gradients in any layout."""
+    return {name: grads[name] for name in params}
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin", "config"),
+    [
+        ("algorithms", Plain, {}),
+        ("augmenters", CoLearner, {}),
+        ("tasks", "glyphs", {"query": 5}),
+        ("models", "conv4", {"width": 8}),
+    ],
+    ids=["algorithm", "augmenter", "task", "model"],
+)
+def test_an_entry_moved_by_the_gradient_of_another_is_noticed(
+    monkeypatch: pytest.MonkeyPatch, kind: str, plugin: Any, config: dict[str, Any]
+) -> None:
+    for module in (engine, optimizer):
+        monkeypatch.setattr(module, "like_parameters", as_they_come)
+    (check,) = [each for each in checks(kind, plugin, config) if each.name == "whole-steps"]
+    with pytest.raises(CheckFailed, match="end elsewhere"):
+        check()
+
+
+def test_an_optimiser_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    step = optimizer.Adam.step
+
+    def forgetful(self: optimizer.Adam, grads: Tensors) -> None:
+        self._moments = optimizer.Adam(self._params, self._lr)._moments
+        step(self, grads)
+
+    monkeypatch.setattr(optimizer.Adam, "step", forgetful)
+    failing("algorithms", Plain, "whole-steps")
+
+
+def test_gradients_may_lie_in_memory_as_they_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    (check,) = [each for each in checks("augmenters", Transposed) if each.name == "whole-steps"]
+    check()
+    monkeypatch.setattr(optimizer, "like_parameters", as_they_come)
+    with pytest.raises(CheckFailed):
         check()
 
 
@@ -495,6 +607,25 @@ class RecommendsAnImpossibleValueForAnAlgorithm(Lines):
     recommended: ClassVar[dict[str, Any]] = {"anil": {"algo.inner_lr": -1.0}}
 
 
+class OtherAfterAWhile(Lines):
+    """As from a cache that is filled anew when it was used up."""
+
+    calls = 0
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
+        self.calls += split == "train"
+        return self.stacked(task_uniform(seed, split, indices, 9, "again" if self.calls > 6 else ""))
+
+
+class OtherInBlocks(Lines):
+    """A faster way for many tasks, which is another one."""
+
+    @hookimpl
+    def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
+        return self.stacked(task_uniform(seed, split, indices, 9, "many" if len(indices) > 5 else ""))
+
+
 @pytest.mark.parametrize(
     ("plugin", "check"),
     [
@@ -508,6 +639,8 @@ class RecommendsAnImpossibleValueForAnAlgorithm(Lines):
         (RecommendsAMisspeltOption, "recommended"),
         (RecommendsAnImpossibleValue, "recommended"),
         (RecommendsAnImpossibleValueForAnAlgorithm, "recommended"),
+        (OtherAfterAWhile, "whole-steps"),
+        (OtherInBlocks, "whole-steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -612,6 +745,19 @@ class CountsForwards(Model):
         return network
 
 
+class _Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() < 1e6 else -x
+
+
+class Branches(Model):
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(spec)
+        network.body = nn.Sequential(_Branching(), network.body)
+        return network
+
+
 class Unused(Model):
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
@@ -631,6 +777,7 @@ class Unused(Model):
         (AnySize, "split"),
         (CountsForwards, "trains"),
         (Unused, "trains"),
+        (Branches, "whole-steps"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
@@ -641,6 +788,16 @@ def test_broken_model_fails(plugin: type, check: str) -> None:
 def test_sound_task_and_model_pass() -> None:
     for check in (*checks("tasks", Lines), *checks("models", Model)):
         check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "plugin"),
+    [("algorithms", ScheduleOnSelf), ("tasks", OtherAfterAWhile), ("tasks", OtherInBlocks)],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_only_whole_steps_tell(kind: str, plugin: type) -> None:
+    problems = {check.name: check.problem() for check in checks(kind, plugin)}
+    assert [name for name, problem in problems.items() if problem] == ["whole-steps"]
 
 
 # ------------------------------------------------------------------------------------------------------------- observers

@@ -21,7 +21,7 @@ from typing import Any
 
 from metareg.errors import UnknownNameError
 from metareg.registry import KINDS
-from metareg.testing import _general, _others, _stages
+from metareg.testing import _general, _others, _stages, _steps
 from metareg.testing._check import Check, CheckFailed, Subject
 from metareg.testing._matrix import NOT_APPLICABLE, Combination, combinations
 
@@ -84,11 +84,12 @@ _OF_STAGES: dict[str, tuple[_Function, Callable[[Subject], bool]]] = {
     "model-unchanged": (_stages.check_model_unchanged, _always),
     "finite-differences": (_stages.check_finite_differences, _differentiable),
     "strategies": (_stages.check_strategies, _always),
+    "whole-steps": (_steps.check_steps, _always),
     "determinism": (_stages.check_determinism, _always),
     "resume": (_stages.check_resume, _always),
     "learns": (_stages.check_learns, _always),
     "composition": (_stages.check_composition, _always),
-    "compiled": (_stages.check_compiled, _always),
+    "compiled": (_steps.check_compiled, _always),
 }
 
 _OF_KIND: dict[str, dict[str, tuple[_Function, Callable[[Subject], bool]]]] = {
@@ -109,12 +110,14 @@ _OF_KIND: dict[str, dict[str, tuple[_Function, Callable[[Subject], bool]]]] = {
         "shapes": (_others.check_task_shapes, _always),
         "recommended": (_general.check_recommended, _recommends),
         "trains": (_others.check_task_trains, _always),
+        "whole-steps": (_steps.check_task_steps, _always),
     },
     "models": {
         "seed": (_others.check_model_seed, _always),
         "split": (_others.check_model_split, _always),
         "recommended": (_general.check_recommended, _recommends),
         "trains": (_others.check_model_trains, _always),
+        "whole-steps": (_steps.check_model_steps, _always),
     },
     "observers": {
         "run": (_others.check_observer, _always),

@@ -11,9 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metareg.config import PluginConfig
 from metareg.episodes import Episodes
 from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
@@ -26,8 +28,10 @@ from metareg.testing._check import fail
 __all__ = [
     "Bench",
     "Descent",
+    "Given",
     "benches_for",
     "built",
+    "channels_last",
     "difference",
     "equal",
     "global_randomness",
@@ -42,9 +46,26 @@ class Descent:
 
     name = "descent"
 
+    class Config(PluginConfig):
+        inner_lr: float = Field(0.1, gt=0, description="Step size of the inner loop.")
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
     @hookimpl
     def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value - 0.1 * grads[name] for name, value in params.items()}
+        return {name: value - self.config.inner_lr * grads[name] for name, value in params.items()}
+
+
+@dataclass(frozen=True)
+class Given:
+    """Tasks in a row as a task source, which begins again after the last."""
+
+    tasks: Episodes
+
+    def episodes(self, indices: Sequence[int]) -> Episodes:
+        which = [index % len(self.tasks) for index in indices]
+        return Episodes(*pytree.tree_map(lambda leaf: leaf[which], self.tasks.parts))
 
 
 @dataclass(frozen=True)
@@ -73,7 +94,7 @@ class Bench:
 def benches_for(algorithm: Plugin | type) -> list[Bench]:
     """The benches on which an algorithm runs: the model that it needs, or vectors and images.
 
-    Vectors with a smooth activation, for finite differences; images with BatchNorm and feature maps.
+    Vectors for finite differences, images with BatchNorm and feature maps.
     """
     needed = getattr(algorithm.instance if isinstance(algorithm, Plugin) else algorithm, "default_model", None)
     vectors = _vectors()
@@ -96,13 +117,24 @@ def _vectors() -> Bench:
 
 
 def _images() -> Bench:
+    """Images as task plugins draw them, channels last, and large enough for the gradients of convolutions to come so too.
+
+    The model is smooth: a unit that rounding in float32 switches on or off would change gradients by some percent.
+    """
     with seeded(0, "testing", "images") as generator:
         model = nn.Sequential()
-        model.add_module("body", nn.Sequential(_Scaled(), nn.Conv2d(1, 3, 3, padding=1), nn.BatchNorm2d(3), nn.ReLU()))
-        model.add_module("head", nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)))
-        xs = [torch.randn(TASKS, n, 1, 4, 4, generator=generator, dtype=torch.float64) for n in (SUPPORT, QUERY)]
+        model.add_module("body", nn.Sequential(_Scaled(), *_block(3, 8), nn.AvgPool2d(2), *_block(8, 8)))
+        model.add_module("head", nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 49, 2)))
+        xs = [
+            channels_last(torch.randn(TASKS, n, 3, 28, 28, generator=generator, dtype=torch.float64))
+            for n in (SUPPORT, QUERY)
+        ]
     ys = [torch.arange(n).remainder(2).expand(TASKS, n).clone() for n in (SUPPORT, QUERY)]
     return Bench("images", model, Episodes(xs[0], ys[0], xs[1], ys[1]), "cross_entropy")
+
+
+def _block(before: int, after: int) -> Sequence[nn.Module]:
+    return nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.SiLU()
 
 
 class _Scaled(nn.Module):
@@ -118,8 +150,13 @@ class _Scaled(nn.Module):
         return x * self.scale
 
 
-def built(model: str | type, spec: TaskSpec) -> nn.Module:
-    """The model of a plugin, from its default options."""
+def channels_last(images: Tensor) -> Tensor:
+    """Images ``[…, channels, height, width]`` with the memory layout that task plugins give them."""
+    return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
+
+
+def built(model: str | type | Plugin, spec: TaskSpec) -> nn.Module:
+    """The model of a plugin, the same each time."""
     plugin = resolve("models", model)
     build = hook_of(plugin, "build")
     if build is None:

@@ -8,6 +8,7 @@ from metareg.errors import MetaregError
 from metareg.registry import entries, resolve
 from metareg.testing._check import CheckFailed
 from metareg.testing._stages import Pair, determinism, finite_differences, strategies
+from metareg.testing._steps import whole_steps
 
 __all__ = ["NOT_APPLICABLE", "Combination", "combinations"]
 
@@ -34,8 +35,9 @@ class Combination:
     def check(self) -> dict[str, str | None]:
         """What each check of the combination found: None where it passed, or the problem.
 
-        The strategies and memories agree; the meta-gradient is the objective's derivative, where both plugins say that it
-        is; a training repeats itself. `NOT_APPLICABLE` stands where a plugin declares otherwise.
+        The strategies and memories agree, in one gradient and over whole steps; the meta-gradient is the objective's
+        derivative, where both plugins say that it is; a training repeats itself. `NOT_APPLICABLE` stands where a plugin
+        declares otherwise.
         """
         pair = self.pair()
         plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
@@ -45,6 +47,7 @@ class Combination:
         found: dict[str, str | None] = {}
         for name, run in (
             ("strategies", lambda: strategies(pair)),
+            ("whole steps", lambda: whole_steps(self.pair)),
             ("finite differences", lambda: finite_differences(pair) if exact else None),
             ("determinism", lambda: determinism(pair, self.pair())),
         ):

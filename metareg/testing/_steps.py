@@ -1,0 +1,205 @@
+"""Whole training steps: where fit ends in every strategy, beside the same steps written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metareg.errors import MetaregError
+from metareg.learner import MetaLearner
+from metareg.options import assemble
+from metareg.sources import TaskSource
+from metareg.testing._bench import Bench, Descent, Given, built
+from metareg.testing._check import Subject, fail
+from metareg.testing._others import Example
+from metareg.testing._plain import Training, trained
+from metareg.testing._stages import Pair
+
+__all__ = ["check_compiled", "check_model_steps", "check_steps", "check_task_steps", "whole_steps"]
+
+STEPS, META_BATCH = 3, 2
+"""The first call of a strategy runs Python, the second is traced, and the third replays the graph."""
+
+Options = Mapping[str, Any]
+
+_STRATEGIES: Sequence[Options] = ({"strategy": "serial"}, {"strategy": "traced"}, {"strategy": "vectorized"})
+_EVERY_WAY: Sequence[Options] = (
+    *_STRATEGIES,
+    {"strategy": "vectorized", "chunk": 1},
+    {"strategy": "serial", "memory": "recompute"},
+    {"strategy": "vectorized", "memory": "recompute"},
+)
+_FIRST_ORDER: Sequence[Options] = ({"strategy": "vectorized", "memory": "recompute", "first_order": True},)
+_COMPILED: Sequence[Options] = ({"strategy": "compiled"},)
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How far two ways of summation may take parameters apart.
+
+    Adam makes a whole step of every gradient, also of one that is rounding alone, as that of a bias in front of BatchNorm:
+    such entries are not compared.
+    """
+
+    dtype: torch.dtype
+    rounding: float
+    """An entry of a gradient may be rounding where it is so small beside the largest."""
+    tolerance: float
+    """How far a parameter may be from where it should be, in units of the way that it went."""
+
+    def __str__(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+
+DOUBLE = Precision(torch.float64, rounding=1e-8, tolerance=1e-5)
+# A unit of a ReLU network that rounding switches on or off changes gradients by some percent. What other kernels than those
+# of float64 do wrong, such as reading a tensor in another layout, takes a parameter as far away as it went.
+SINGLE = Precision(torch.float32, rounding=1e-3, tolerance=0.5)
+
+
+def check_steps(subject: Subject) -> None:
+    """A few steps of fit end, in every strategy, where the steps written out by hooks and `torch.optim.Adam` end."""
+    whole_steps(lambda: Pair.of(subject))
+
+
+def check_compiled(subject: Subject) -> None:
+    """A few steps of fit with `torch.compile` end there too."""
+    _compare_pair(lambda: Pair.of(subject), Pair.of(subject).benches[0], DOUBLE, _COMPILED)
+
+
+def whole_steps(new_pair: Callable[[], Pair]) -> None:
+    """Compare trainings of a pair with the steps written out.
+
+    Args:
+        new_pair: builds its plugins anew.
+    """
+    for bench in new_pair().benches:
+        if bench.name == "images":
+            _compare_pair(new_pair, bench, SINGLE, _STRATEGIES)
+        else:
+            _compare_pair(new_pair, bench, DOUBLE, _EVERY_WAY)
+            _compare_pair(new_pair, bench, DOUBLE, _FIRST_ORDER)
+
+
+def _compare_pair(new_pair: Callable[[], Pair], bench: Bench, precision: Precision, ways: Sequence[Options]) -> None:
+    def new_learner(**options: Any) -> MetaLearner:
+        return new_pair().learner(bench, dtype=precision.dtype, **options)
+
+    _compare(
+        new_learner,
+        TaskSource.of(Given(bench.episodes)),
+        precision,
+        ways,
+        f"{new_pair().label} on the kit's {bench.name}",
+        "let every hook compute its result from its arguments alone, by operations that torch.func.vmap knows. The steps "
+        "written out have a new plugin each, and a traced graph keeps what it was traced with. What an outer optimiser "
+        "remembers is the state that outer_update returns.",
+    )
+
+
+def check_task_steps(subject: Subject) -> None:
+    """A few steps of fit on its own episodes, with its model and recommended options, end alike in every strategy."""
+    selection = assemble({"algo": Descent, "task": (subject.plugin, subject.config)}, {})
+    task, source = selection.task.instance, TaskSource(selection.task)
+    of_step = selection.config.model_dump(include={"inner_steps", "first_order", "outer_lr", "reset_optimizer_every"})
+    for precision in (DOUBLE, SINGLE):
+
+        def new_learner(dtype: torch.dtype = precision.dtype, **options: Any) -> MetaLearner:
+            model = built(selection.model, task.spec).to(dtype)
+            metric = getattr(task, "metric", None)
+            return MetaLearner(model, selection.algorithm, loss=task.loss, metric=metric, **of_step, **options)
+
+        _compare(
+            new_learner,
+            source,
+            precision,
+            _STRATEGIES if source.stackable else _STRATEGIES[:1],
+            f"the {selection.model.label} on the {subject.label}",
+            "return the same episodes for a number in every call, alone or in a block of numbers, with the task dimension "
+            f"in front; where that is so, see what `metareg check-plugin models {selection.model.name}` says of the model.",
+        )
+
+
+def check_model_steps(subject: Subject) -> None:
+    """A few steps of fit with it end alike in every strategy, in float32 and float64."""
+    example = Example.of(subject)
+    for precision in (DOUBLE, SINGLE):
+
+        def new_learner(dtype: torch.dtype = precision.dtype, **options: Any) -> MetaLearner:
+            return MetaLearner(built(subject.resolved(), example.spec).to(dtype), Descent, loss=example.loss, **options)
+
+        _compare(
+            new_learner,
+            TaskSource.of(Given(example.episodes)),
+            precision,
+            _STRATEGIES,
+            f"the {subject.label}",
+            "let forward compute outputs from its inputs and parameters alone, change nothing, and use operations that "
+            "torch.func.vmap knows.",
+        )
+
+
+def _compare(
+    new_learner: Callable[..., MetaLearner],
+    source: TaskSource,
+    precision: Precision,
+    ways: Sequence[Options],
+    label: str,
+    remedy: str,
+) -> None:
+    """Train on the first tasks of a source in each way, beside the same steps written out.
+
+    Args:
+        new_learner: makes a learner, plugins included, from options of `MetaLearner`.
+        source: the tasks.
+        precision: that of the learners.
+        ways: the options; all of them are ways to the same result.
+        label: what is trained, for the message.
+        remedy: what to do where they do not end alike.
+
+    Raises:
+        CheckFailed: one of the trainings ends elsewhere than the steps written out.
+    """
+    numbers = [range(step * META_BATCH, (step + 1) * META_BATCH) for step in range(STEPS)]
+    batches = [[stack.to("cpu", precision.dtype) for stack in source.episodes("train", each, 0)] for each in numbers]
+    example = pytree.tree_map(lambda leaf: leaf[0], batches[0][0].support_x)
+
+    def initialized(way: Options) -> MetaLearner:
+        learner = new_learner(**way)
+        learner.initialize(example)
+        return learner
+
+    plain = trained(lambda: initialized(ways[0]), batches)
+    for way in ways:
+        described = ", ".join([str(precision), *(f"{key}={value}" for key, value in way.items())])
+        try:
+            learner = initialized(way).fit(source, STEPS, meta_batch=META_BATCH)
+        except (MetaregError, RuntimeError) as error:
+            fail(f"Training {label} fails ({described}): {error}.", remedy)
+        off, name = _deviation(learner.meta_parameters, plain, precision)
+        if not off <= precision.tolerance:
+            fail(
+                f"{STEPS} steps of fit with {label} ({described}) end elsewhere than the same steps written out as a plain "
+                f"loop: '{name}' is off by {off:.1e} of the way that it went.",
+                remedy,
+            )
+
+
+def _deviation(found: Mapping[str, Tensor], plain: Training, precision: Precision) -> tuple[float, str]:
+    """The largest error of a parameter, in units of the way that it went, and the parameter's name."""
+    off = dict.fromkeys(plain.end, 0.0)
+    certain = {name: torch.ones_like(end, dtype=torch.bool) for name, end in plain.end.items()}
+    for grads in plain.gradients:
+        least = precision.rounding * max(value.abs().max().item() for value in grads.values())
+        certain = {name: certain[name] & (value.abs() > least) for name, value in grads.items()}
+    for name, where in certain.items():
+        if where.any():
+            error, way = (found[name] - plain.end[name])[where], (plain.end[name] - plain.start[name])[where]
+            off[name] = (error.norm() / way.norm()).item()
+    worst = max(off, key=lambda name: off[name] if off[name] == off[name] else float("inf"))
+    return off[worst], worst
