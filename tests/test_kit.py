@@ -495,11 +495,10 @@ def as_they_come(grads: Tensors, params: Tensors) -> Tensors:
     ("kind", "plugin", "config"),
     [
         ("algorithms", Plain, {}),
-        ("augmenters", CoLearner, {}),
         ("tasks", "glyphs", {"query": 5}),
         ("models", "conv4", {"width": 8}),
     ],
-    ids=["algorithm", "augmenter", "task", "model"],
+    ids=["algorithm", "task", "model"],
 )
 def test_an_entry_moved_by_the_gradient_of_another_is_noticed(
     monkeypatch: pytest.MonkeyPatch, kind: str, plugin: Any, config: dict[str, Any]

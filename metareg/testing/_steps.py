@@ -23,7 +23,7 @@ from metareg.testing._stages import Pair
 __all__ = ["check_compiled", "check_model_steps", "check_steps", "check_task_steps", "whole_steps"]
 
 STEPS, META_BATCH = 3, 2
-"""The first call of a strategy runs Python, the second is traced, and the third replays the graph."""
+"""The first call of a strategy runs Python, the second traces and runs the graph, and the third runs it again."""
 
 Options = Mapping[str, Any]
 
@@ -141,6 +141,7 @@ def check_model_steps(subject: Subject) -> None:
             f"the {subject.label}",
             "let forward compute outputs from its inputs and parameters alone, change nothing, and use operations that "
             "torch.func.vmap knows.",
+            steps=2,
         )
 
 
@@ -151,6 +152,7 @@ def _compare(
     ways: Sequence[Options],
     label: str,
     remedy: str,
+    steps: int = STEPS,
 ) -> None:
     """Train on the first tasks of a source in each way, beside the same steps written out.
 
@@ -161,11 +163,12 @@ def _compare(
         ways: the options; all of them are ways to the same result.
         label: what is trained, for the message.
         remedy: what to do where they do not end alike.
+        steps: how many training steps.
 
     Raises:
         CheckFailed: one of the trainings ends elsewhere than the steps written out.
     """
-    numbers = [range(step * META_BATCH, (step + 1) * META_BATCH) for step in range(STEPS)]
+    numbers = [range(step * META_BATCH, (step + 1) * META_BATCH) for step in range(steps)]
     batches = [[stack.to("cpu", precision.dtype) for stack in source.episodes("train", each, 0)] for each in numbers]
     example = pytree.tree_map(lambda leaf: leaf[0], batches[0][0].support_x)
 
@@ -178,13 +181,13 @@ def _compare(
     for way in ways:
         described = ", ".join([str(precision), *(f"{key}={value}" for key, value in way.items())])
         try:
-            learner = initialized(way).fit(source, STEPS, meta_batch=META_BATCH)
+            learner = initialized(way).fit(source, steps, meta_batch=META_BATCH)
         except (MetaregError, RuntimeError) as error:
             fail(f"Training {label} fails ({described}): {error}.", remedy)
         off, name = _deviation(learner.meta_parameters, plain, precision)
         if not off <= precision.tolerance:
             fail(
-                f"{STEPS} steps of fit with {label} ({described}) end elsewhere than the same steps written out as a plain "
+                f"{steps} steps of fit with {label} ({described}) end elsewhere than the same steps written out as a plain "
                 f"loop: '{name}' is off by {off:.1e} of the way that it went.",
                 remedy,
             )
