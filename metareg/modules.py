@@ -73,6 +73,8 @@ class SplitModel:
         in_body = {name: first for name, first in everywhere.items() if name not in in_head}
         self.body_names = tuple(name for name in trainable if name in in_body.values())
         self.head_names = tuple(name for name in trainable if name not in self.body_names)
+        self._in_module = _each_place_once(self.module, everywhere)
+        in_body, in_head = (_each_place_once(self.module, part) for part in (in_body, in_head))
         self._in_body = {name[len(self.body_prefix) :]: first for name, first in in_body.items()}
         self._in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
@@ -98,18 +100,18 @@ class SplitModel:
 
     def body(self, params: Params, x: Any) -> Tensor:
         """Features ``[examples, …]`` of inputs ``[examples, …]``."""
-        return functional_call(self._body, _chosen(params, self._in_body), (x,))
+        return _called(self._body, params, self._in_body, x)
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
-        return functional_call(self._head, _chosen(params, self._in_head), (features,))
+        return _called(self._head, params, self._in_head, features)
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
         examples = _examples(support_x)
         body, _ = self._support_statistics(examples)
         both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
-        features = functional_call(body, _chosen(params, self._in_body), (both,))
+        features = _called(body, params, self._in_body, both)
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
@@ -117,8 +119,7 @@ class SplitModel:
         examples = support_features.shape[0]
         _, head = self._support_statistics(examples)
         both = torch.cat([support_features, query_features])
-        outputs: Tensor = functional_call(head, _chosen(params, self._in_head), (both,))
-        return outputs[examples:]
+        return _called(head, params, self._in_head, both)[examples:]
 
     def adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
         """An ordinary module of the user's own class with these parameters, in evaluation mode.
@@ -147,7 +148,7 @@ class SplitModel:
         # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.normalisation).
         x = pytree.tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
-            whole = functional_call(self.module, {name: params[name] for name in self.names}, (x,))
+            whole = _called(self.module, params, self._in_module, x)
             try:
                 parts = self.head(params, self.body(params, x))
             except (RuntimeError, IndexError):
@@ -281,9 +282,25 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
         layer.track_running_stats = True
 
 
-def _chosen(params: Params, names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Parameters under a submodule's own names."""
-    return {own: params[name] for own, name in names.items()}
+def _each_place_once(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+    """The names of parameters less those that are another name of the same place: of a submodule that stands in several.
+
+    `functional_call` puts values into places and then what was there back. Where it is given a place twice it takes the
+    first value for what was there before the second one, and leaves it there.
+    """
+    places: dict[tuple[int, str], str] = {}
+    for name in names:
+        owner, _, attribute = name.rpartition(".")
+        places.setdefault((id(module.get_submodule(owner)), attribute), name)
+    return {name: names[name] for name in places.values()}
+
+
+def _called(module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
+    """A submodule's outputs with parameters, which `names` gives by their places in it."""
+    values = {place: params[name] for place, name in names.items()}
+    # Every place of a tied weight is among the names. Looking for others would find those of a submodule that stands twice.
+    outputs: Tensor = functional_call(module, values, (x,), tie_weights=False)
+    return outputs
 
 
 def _examples(x: Any) -> int:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from samples import LOSSES, MLP, MODELS, ConvNet, episodes, tasks_of
 from scipy import stats
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metareg import (
     DivergenceError,
@@ -543,6 +544,46 @@ def test_weights_tied_within_the_body(tmp_path: Path) -> None:
     learner.save(tmp_path / "x")
     loaded = MetaLearner.load(tmp_path / "x", TiedBody())
     assert loaded.evaluate(Source(), 3).scores.equal(learner.evaluate(Source(), 3).scores)
+
+
+class Again(nn.Module):
+    """The body uses one layer twice, and the head is built around the same one."""
+
+    def __init__(self, norm: type[nn.Module] = nn.Identity) -> None:
+        super().__init__()
+        layer = nn.Sequential(nn.Linear(2, 2), norm(2))
+        self.body = nn.Sequential(layer, nn.Tanh(), layer)
+        self.head = nn.Sequential(nn.Tanh(), layer)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+@pytest.mark.parametrize("norm", [nn.Identity, nn.BatchNorm1d])
+@pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
+def test_a_layer_that_stands_in_several_places(strategy: str, norm: type[nn.Module]) -> None:
+    model = Again(norm)
+    drawn = episodes("mlp")
+    batch = Episodes(drawn.support_x, drawn.support_x, drawn.query_x, drawn.query_x)
+    learner = MetaLearner(model, loss="mse", inner_lr=0.1, strategy=strategy)
+    places = {name: id(p) for name, p in learner.model.module.named_parameters(remove_duplicate=False)}
+    expected = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    adam = torch.optim.Adam(list(expected.values()))
+    for _ in range(3):
+        learner.step(batch)
+        adam.zero_grad()
+        for support, _, query, _ in tasks_of(batch):
+            inner = nn.functional.mse_loss(functional_call(model, expected, (support,)), support)
+            grads = torch.autograd.grad(inner, list(expected.values()), create_graph=True)
+            adapted = {name: p - 0.1 * g for (name, p), g in zip(expected.items(), grads, strict=True)}
+            (nn.functional.mse_loss(functional_call(model, adapted, (query,)), query) / len(batch)).backward()
+        adam.step()
+    for name, value in expected.items():
+        torch.testing.assert_close(learner.meta_parameters[name], value.detach(), rtol=0, atol=1e-8)
+    adapted_module = learner.adapt(batch.support_x[0], batch.support_x[0])
+    assert adapted_module.head[1] is adapted_module.body[0]
+    assert {name: id(p) for name, p in learner.model.module.named_parameters(remove_duplicate=False)} == places
 
 
 def test_frozen_parameters_stay() -> None:
