@@ -41,7 +41,8 @@ class SplitModel:
 
     Raises:
         UnknownNameError: `model` has no submodule of the name `head`.
-        UsageError: the model draws random numbers (dropout), or has trainable parameters outside body and head.
+        UsageError: the model draws random numbers (dropout), or has trainable parameters outside body and head, or of
+            several types.
     """
 
     def __init__(self, model: nn.Module, head: str | None = None) -> None:
@@ -59,6 +60,7 @@ class SplitModel:
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trainable:
             raise UsageError(f"The model {type(model).__name__} has no trainable parameter.")
+        _refuse_types(trainable)
         self.names = tuple(trainable)
         # Tied weights have several names and are one parameter, under the first of them. One that body and head share
         # counts as the body's.
@@ -209,6 +211,19 @@ class _SupportNorm(nn.Module):
             return normalised
         shape = (1, -1, *[1] * (x.dim() - 2))
         return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _refuse_types(trainable: Mapping[str, Tensor]) -> None:
+    """Batches, noise and plugins' parameters come in the model's type: there must be one, of real numbers."""
+    first = next(iter(trainable))
+    dtype = trainable[first].dtype
+    for name, p in trainable.items():
+        if p.dtype != dtype or not p.is_floating_point():
+            other = f", while '{first}' is {dtype}" if p.dtype != dtype else ""
+            raise UsageError(
+                f"The model's parameter '{name}' is {p.dtype}{other}; all trainable parameters must have one floating-point "
+                "type: model.float() or model.double() gives them one."
+            )
 
 
 def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, str, str | None]:

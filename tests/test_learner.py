@@ -599,6 +599,31 @@ def test_frozen_parameters_stay() -> None:
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
+def test_parameters_of_several_types() -> None:
+    model = MLP()
+    model.head.float()
+    with pytest.raises(UsageError, match=r"'head.weight' is torch.float32, while 'body.0.weight' is torch.float64"):
+        MetaLearner(model)
+    model.head.weight.requires_grad_(False)
+    model.head.bias = None
+    MetaLearner(model)
+    with pytest.raises(UsageError, match=r"parameter '0.weight' is torch.complex64; all"):
+        MetaLearner(nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64)))
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+def test_autocast(strategy: str) -> None:
+    learner, batch = MetaLearner(MLP(), loss="mse", strategy=strategy), episodes("mlp")
+    with torch.autocast("cpu", torch.bfloat16):
+        for call in (
+            lambda: learner.step(batch),
+            lambda: learner.evaluate(Source(), 2),
+            lambda: learner.adapt(batch.support_x[0], batch.support_y[0]),
+        ):
+            with pytest.raises(UsageError, match="precision='bf16'"):
+                call()
+
+
 @pytest.mark.parametrize(
     "layer",
     [nn.Dropout(0.1), nn.Dropout2d(0.3), nn.LSTM(2, 2, 2, dropout=0.2), nn.MultiheadAttention(2, 1, 0.1)],
