@@ -47,17 +47,20 @@ def contiguous_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def like_parameters(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients with the strides of their parameters.
+    """Gradients with the strides of their parameters, in memory of their own.
 
     The gradient of a convolution's weight comes channels last where its images do. Fused kernels walk through parameter,
     gradient and moments side by side in memory and never look at strides: an entry of one would be moved by another's
     gradient.
 
     Args:
-        grads: gradients by name; the ones that lie otherwise are copied.
+        grads: gradients by name; the ones that lie otherwise are copied, and so are parameters themselves, which a plugin may
+            give for gradients: the next step would change what the last one returned.
         params: contiguous parameters of the same names, shapes, types and devices.
     """
     return {
-        name: grads[name] if grads[name].stride() == value.stride() else torch.empty_like(value).copy_(grads[name])
+        name: grad
+        if (grad := grads[name]).stride() == value.stride() and grad.data_ptr() != value.data_ptr()
+        else torch.empty_like(value).copy_(grad)
         for name, value in params.items()
     }

@@ -70,6 +70,28 @@ def test_a_graph_is_for_one_layout_of_grey_images(strategy: str) -> None:
     assert all(difference(each, grads[0]) < TOLERANCE for each in grads)
 
 
+class Decay:
+    """The adapted parameters' gradient is the meta-parameters themselves."""
+
+    @hookimpl
+    def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+    @hookimpl
+    def outer_gradient(self, meta: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: meta[name] for name in meta}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_step_does_not_change_the_gradients_before_it(strategy: str) -> None:
+    learner = MetaLearner(nn.Linear(2, 1).double(), Decay, loss="mse", strategy=strategy)
+    for _ in range(3):
+        _, grads = learner.meta_gradient(episodes("mlp", 1))
+        kept = {name: value.clone() for name, value in grads.items()}
+        learner.step(episodes("mlp", 1))
+        assert all(value.equal(kept[name]) for name, value in grads.items())
+
+
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_finite_differences(algo: str) -> None:
     """The meta-gradient is the derivative of the reported objective, in a random direction of all meta-parameters."""
