@@ -54,8 +54,8 @@ def like_parameters(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -
     gradient.
 
     Args:
-        grads: gradients by name; the ones that lie otherwise are copied, and so are parameters themselves, which a plugin may
-            give for gradients: the next step would change what the last one returned.
+        grads: gradients by name; the ones that lie otherwise are copied, and so are parameters themselves, which a plugin
+            may give for gradients: the next step would change what the last one returned.
         params: contiguous parameters of the same names, shapes, types and devices.
     """
     return {

@@ -584,8 +584,8 @@ class MetaLearner:
     def _ready(self, episodes: Episodes) -> None:
         if torch.is_autocast_enabled(self.device.type):
             raise UsageError(
-                "torch.autocast would change the types of gradients and scores, in a traced graph for good; leave its context "
-                "and take MetaLearner(precision='bf16')."
+                "torch.autocast would change the types of gradients and scores, in a traced graph for good; leave its "
+                "context and take MetaLearner(precision='bf16')."
             )
         if self._meta is None or not self._split_checked:
             (episodes,) = self._on_device(episodes[:1])
