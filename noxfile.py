@@ -59,6 +59,13 @@ def tests(session: nox.Session) -> None:
     session.run(environment(session), "-m", "pytest", *session.posargs, external=True)
 
 
+@nox.session(default=False)
+def steps(session: nox.Session) -> None:
+    """Whole training steps in all combinations, a day's work; -k "not compiled" leaves the hour without a compiler."""
+    arguments = ("-m", "slow or not slow", "tests/test_steps.py", *session.posargs)
+    session.run(environment(session), "-m", "pytest", *arguments, external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style: ruff."""

@@ -43,11 +43,9 @@ class _Normalised(Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         if _is_summed_naively(x):
-            dims = [0, *range(2, x.dim())]
-            mean = x.mean(dims)
-            centred = x - _of_channels(mean, x)
-            rstd = torch.rsqrt(centred.square().mean(dims) + eps)
-            return torch.addcmul(_of_channels(bias, x), _of_channels(weight * rstd, x), centred), mean, rstd
+            mean, variance = _statistics_in_parts(x)
+            y = _ATEN.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
+            return y, mean, torch.rsqrt(variance + eps)
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
         return outputs
 
@@ -124,11 +122,19 @@ class _Gradients(Function):
 
 
 def _is_summed_naively(x: Tensor) -> bool:
-    """Whether PyTorch's kernel adds up a channel in one float32 number after the other, as for channels last on a CPU.
+    """Whether PyTorch's kernel adds up all numbers of a channel one after the other in float32: channels last, on a CPU.
 
-    For 75 images of 84×84 pixels, bright on dark, its outputs are wrong by 1e-2; a sum in parts by 1e-6.
+    Of 75 images of 84×84 pixels, bright on dark, it then gives outputs that are wrong by 1e-2.
     """
-    return x.device.type == "cpu" and x.dim() > 2 and not x.is_contiguous()
+    return x.device.type == "cpu" and x.dim() == 4 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def _statistics_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance of each channel of images that lie channels last: first of each column, then of all columns."""
+    columns = x.movedim(1, -1).flatten(2).flatten(0, 1)
+    mean, variance = (each.view(-1, x.shape[1]) for each in torch.batch_norm_update_stats(columns, None, None, 0.0))
+    whole = mean.mean(0)
+    return whole, variance.mean(0) + (mean - whole).square().mean(0)
 
 
 def _count(x: Tensor) -> int:

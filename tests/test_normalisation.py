@@ -161,6 +161,19 @@ def test_the_second_derivative_takes_less_than_half_of_the_operations() -> None:
     assert operations(with_cheap_second_derivative(plain)) < operations(plain) / 2
 
 
+def test_images_that_lie_channels_last_are_normalised_precisely() -> None:
+    """PyTorch's own kernel adds up a channel number after number: 1e-3 off on these images, bright on dark."""
+    generator = torch.Generator().manual_seed(0)
+    ink = torch.rand(75, 1, 84, 84, generator=generator) - 0.85
+    weight = torch.randn(8, 1, 3, 3, generator=generator)
+    x = nn.functional.conv2d(ink.clamp(min=0) * 5, weight, torch.full((8,), 0.3), padding=1)
+    layer = nn.BatchNorm2d(8, track_running_stats=False)
+    expected = written_out(x.double(), torch.ones(8).double(), torch.zeros(8).double())
+    found = with_cheap_second_derivative(layer)(x.contiguous(memory_format=torch.channels_last))
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert (found - expected).abs().max() < 2e-4
+
+
 def test_one_number_a_channel_is_refused_as_ever() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         with_cheap_second_derivative(layer_for((1, 3)))(torch.ones(1, 3, dtype=torch.float64))

@@ -30,7 +30,7 @@ from metareg_image.models import Conv4, ResNet12
 from metareg_image.omniglot import OmniglotSmall
 from metareg_regression import MLP, Sinusoid
 
-STEPS, TASKS, INNER_STEPS, SEED = 3, 3, 2, 5
+STEPS, TASKS, INNER_STEPS, SEED = 3, 3, 2, 6
 OUTER_LR, GAMMA, RATE = 0.01, 0.7, 0.3
 TOLERANCE = 1e-6
 
@@ -42,10 +42,10 @@ class UnequalSinusoids:
     spec = TaskSpec((1,), (1,))
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
-        drawn = [
-            Sinusoid(Sinusoid.Config(shots=5 if n % 3 == 1 else 3, query=4)).episodes(split, [n], seed) for n in indices
-        ]
-        return Episodes.group([tasks_of(each)[0] for each in drawn])
+        sizes = [Sinusoid(Sinusoid.Config(shots=5 if index % 3 == 1 else 3, query=4)) for index in indices]
+        return Episodes.group(
+            [tasks_of(each.episodes(split, [index], seed))[0] for each, index in zip(sizes, indices, strict=True)]
+        )
 
 
 @dataclass(frozen=True)
