@@ -3,8 +3,8 @@
     METAREG_DATA=FOLDER python benchmarks/baselines.py --tasks cora citeseer --seeds 5   # train what is missing
     python benchmarks/baselines.py --page                                                # docs/baselines.md from the results
 
-A cell is one seed of a task, alone for the rules or with an algorithm. `benchmarks/results/baselines.json` keeps the cells; one
-whose configuration has stayed the same is not computed again, and an interrupted run goes on from its last checkpoint. A
+A cell is one seed of a task, alone for the rules or with an algorithm. `benchmarks/results/baselines.json` keeps the cells;
+one whose configuration has stayed the same is not computed again, and an interrupted run goes on from its last checkpoint. A
 change of the code is not noticed: `--again` takes the named tasks anew.
 """
 
@@ -27,7 +27,7 @@ from metareg import Episodes, RunConfig, train
 from metareg.comparison.statistics import Estimate, over_seeds
 from metareg.files import read_json, write_json, write_text
 from metareg.options import Selection, assemble
-from metareg.registry import Plugin, resolve
+from metareg.registry import resolve
 from metareg.runs import prepared
 from metareg.sources import TaskSource
 
@@ -58,7 +58,17 @@ def digest(*parts: Any) -> str:
 def rules(selection: Selection) -> dict[str, float]:
     """What rules without a model reach on the test tasks of a run: their mean over tasks."""
     config, task = selection.config, selection.task.instance
-    source = TaskSource(_plain(selection))
+    name, options = config.task.name, config.task.config
+    if "standardised" not in options:
+        return _means(TaskSource(selection.task), config, task)
+    raw, standardised = (
+        _means(TaskSource(resolve("tasks", name, {**options, "inputs": "sgc", "standardised": each})), config, task)
+        for each in (False, True)
+    )
+    return {**raw, "support, standardised": standardised["support"]}
+
+
+def _means(source: TaskSource, config: RunConfig, task: Any) -> dict[str, float]:
     sums: dict[str, float] = {}
     for episodes in _blocks(source, config):
         ways = task.spec.output_shape[0]
@@ -66,12 +76,6 @@ def rules(selection: Selection) -> dict[str, float]:
         for name, scores in found.items():
             sums[name] = sums.get(name, 0.0) + float(scores.double().sum())
     return {name: total / config.test_tasks for name, total in sums.items()}
-
-
-def _plain(selection: Selection) -> Plugin:
-    """The task with inputs that are one row a node, where it is one on graphs; otherwise as it is."""
-    name, options = selection.config.task.name, selection.config.task.config
-    return resolve("tasks", name, {**options, "inputs": "sgc"} if "inputs" in options else options)
 
 
 def _blocks(source: TaskSource, config: RunConfig) -> Iterable[Episodes]:
@@ -165,8 +169,9 @@ INTRODUCTION = """\
 computes
 
 - a *constant*: chance, or the error of predicting zero;
-- a *rule*: the class whose support examples have the nearest mean (of pixels; on graphs of the propagated features), or the
-  mean of the support targets; of unit length means that each example is scaled to length 1 first;
+- a *rule*: the class whose support examples have the nearest mean (of pixels; on graphs of the features after two
+  propagations, as they are or standardised as the task does it for the model), or the mean of the support targets; of unit
+  length means that each example is scaled to length 1 first;
 - the same learner *untrained*: the initial weights of the seed, adapted by the algorithm's own inner loop.
 
 Training adds what the trained learner is better by than the untrained one, paired by seed. ± is half the 95 % interval of
@@ -196,6 +201,7 @@ def _section(task: str, cells: Mapping[str, Any]) -> str:
         "constant": "chance" if percent else "predicting zero",
         "support": "nearest mean" if percent else "mean of the support targets",
         "support, unit length": "nearest mean, of unit length",
+        "support, standardised": "nearest mean, standardised as for the model",
     }
     rules_said = "; ".join(
         f"{named[name]} {_shown(over_seeds([cell[name] for cell in rule_cells]), percent)}"

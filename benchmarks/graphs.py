@@ -64,7 +64,7 @@ class FullGraph(nn.Module):
 
 
 def speed(repeats: int) -> dict[str, Any]:
-    task = Cora(Cora.Config(shots=SHOTS, query=QUERY))
+    task = Cora(Cora.Config(inputs="gcn", shots=SHOTS, query=QUERY, standardised=False))
     episodes = task.episodes("train", range(TASKS), 0)
     blocks = BlockNetwork("gcn", task.spec, HIDDEN, 2)
     learner = MetaLearner(blocks, "maml", inner_steps=INNER_STEPS, inner_lr=INNER_LR, strategy="vectorized")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 import metareg
-from metareg import MetaLearner, PluginError, UsageError
+from metareg import MetaLearner, PluginError, UsageError, train
 
 if sys.version_info >= (3, 12):
     pytest.skip("DGL has no wheels for this Python", allow_module_level=True)
@@ -61,7 +61,18 @@ def save_npz(path: Path, adjacency: np.ndarray, features: np.ndarray, labels: np
 
 def task_on(path: Path, **options: Any) -> GraphFolder:
     return GraphFolder(
-        GraphFolder.Config(data=str(path), **{"ways": WAYS, "shots": SHOTS, "query": QUERY, "hops": 2, **options})
+        GraphFolder.Config(
+            data=str(path),
+            **{
+                "ways": WAYS,
+                "shots": SHOTS,
+                "query": QUERY,
+                "inputs": "gcn",
+                "hops": 2,
+                "standardised": False,
+                **options,
+            },
+        )
     )
 
 
@@ -135,7 +146,8 @@ def test_meta_gradient_equals_full_graph_dgl(folder: Path, algo: str, augment: l
 
 
 def test_meta_gradient_equals_full_graph_dgl_on_cora(data_folder: Path) -> None:
-    task = Cora(Cora.Config(data=str(data_folder / "graphs" / "cora.npz"), shots=1, query=4))
+    path = str(data_folder / "graphs" / "cora.npz")
+    task = Cora(Cora.Config(data=path, inputs="gcn", shots=1, query=4, standardised=False))
     learner = MetaLearner(network(task), "maml", ["cml"], inner_steps=2, inner_lr=0.5, strategy="vectorized")
     _, grads = learner.meta_gradient(task.episodes("train", range(3), 0))
     _, expected = meta_gradient(
@@ -146,7 +158,7 @@ def test_meta_gradient_equals_full_graph_dgl_on_cora(data_folder: Path) -> None:
 
 
 def test_scores_on_cora_are_in_the_order_of_the_tasks(data_folder: Path) -> None:
-    task = Cora(Cora.Config(data=str(data_folder / "graphs" / "cora.npz")))
+    task = Cora(Cora.Config(data=str(data_folder / "graphs" / "cora.npz"), inputs="gcn"))
     learner = MetaLearner(network(task), "maml", inner_steps=1, inner_lr=0.5, strategy="vectorized", metric=LOSS)
     assert len(task.episodes("test", range(100), 0)) > 1
     scores = learner.evaluate(task, 100, inner_steps=[1]).scores
@@ -491,3 +503,40 @@ def test_a_newer_python_is_told_that_there_are_no_wheels(monkeypatch: pytest.Mon
     monkeypatch.setattr("metareg_graph._dgl.sys.version_info", (3, 13))
     with pytest.raises(PluginError, match=r"no wheels for Python 3.13: use Python 3.11"):
         dgl()
+
+
+@pytest.mark.parametrize("inputs", ["gcn", "sgc", "mean"])
+def test_standardised_rows_are_centred_in_each_graph_and_of_one_length(inputs: str) -> None:
+    task = CSBM(CSBM.Config(nodes=30, standardised=False))
+    data = task._graphs("test", range(3), 0)
+    raw, standardised = (Inputs(data, inputs, 2, standardised=each).table for each in (False, True))
+    for number in range(3):
+        rows = raw[data.members == number]
+        expected = nn.functional.normalize(rows - rows.mean(0), dim=1) * Inputs.LENGTH
+        torch.testing.assert_close(standardised[data.members == number], expected)
+
+
+@pytest.mark.parametrize("hops", [1, 2, 3])
+def test_skip_shows_the_head_the_propagated_inputs(folder: Path, hops: int) -> None:
+    tasks = {inputs: task_on(folder, inputs=inputs, hops=hops) for inputs in ("gcn", "sgc")}
+    x, smoothed = (
+        torch.utils._pytree.tree_map(lambda leaf: leaf[0], task.episodes("test", [0], 0)[0].query_x)
+        for task in tasks.values()
+    )
+    model = BlockNetwork("gcn", tasks["gcn"].spec, HIDDEN, hops, skip=True)
+    features = model.to(torch.get_default_dtype()).body(x)
+    assert features.shape[1] == model.head.in_features
+    torch.testing.assert_close(features[:, HIDDEN:], smoothed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algo", ["maml", "anil", "boil", "metasgd"])
+def test_every_algorithm_learns_by_the_defaults_of_generated_graphs(tmp_path: Path, algo: str) -> None:
+    def accuracy(**options: Any) -> float:
+        run = train(algo, task="csbm", out=tmp_path / str(options), test_inner_steps=[5], threads=1, **options)
+        assert run.evaluation is not None
+        return run.evaluation.mean(5)
+
+    trained, hardly = accuracy(), accuracy(steps=1, outer_lr=1e-9)
+    assert trained > 0.93  # the nearest mean of propagated features has 0.924
+    assert trained > hardly + 0.003

@@ -22,6 +22,9 @@ class GraphModelConfig(PluginConfig):
 
     hidden: int = Field(32, ge=1, description="Width of every layer, and number of features.")
     layers: int = Field(2, ge=1, le=4, description="Layers of propagation.")
+    skip: bool = Field(
+        True, description="The head sees, beside the last layer, what the layers propagate without their weights."
+    )
 
 
 class _GraphModel:
@@ -40,7 +43,8 @@ class _GraphModel:
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
-        return BlockNetwork(self.inputs, spec, self.config.hidden, self.config.layers)
+        config = self.config
+        return BlockNetwork(self.inputs, spec, config.hidden, config.layers, skip=config.skip)
 
 
 class GCN(_GraphModel):
@@ -77,19 +81,24 @@ class GraphSAGE(_GraphModel):
 
 
 class BlockNetwork(nn.Module):
-    """Inputs of the kind that `metareg_graph.Inputs` describes → features ``[examples, hidden]`` → ``[examples, ways]``.
+    """Inputs of the kind that `metareg_graph.Inputs` describes → features ``[examples, width]`` → ``[examples, ways]``.
+
+    The width is `hidden`, and with `skip` more by that of the inputs: a head on a few random directions of bags of words
+    cannot tell unseen classes apart, one that also sees the propagated inputs can from the start.
 
     Args:
         inputs: ``"gcn"``, ``"sgc"`` or ``"mean"``.
         spec: a node's features and the classes of a task.
         hidden: width of every layer.
         layers: how many.
+        skip: the features are the last layer's outputs beside the inputs that the layers propagate without their weights,
+            as in jumping knowledge networks (Xu et al., ICML 2018, arXiv 1806.03536).
     """
 
-    def __init__(self, inputs: str, spec: TaskSpec, hidden: int, layers: int) -> None:
+    def __init__(self, inputs: str, spec: TaskSpec, hidden: int, layers: int, *, skip: bool = False) -> None:
         super().__init__()
-        self.body = _Blocks(inputs, spec.input_shape[0], hidden, layers)
-        self.head = nn.Linear(hidden, spec.output_shape[0])
+        self.body = _Blocks(inputs, spec.input_shape[0], hidden, layers, skip)
+        self.head = nn.Linear(hidden + (self.body.layers[0].in_features if skip else 0), spec.output_shape[0])
 
     def forward(self, x: Any) -> Tensor:
         outputs: Tensor = self.head(self.body(x))
@@ -97,9 +106,11 @@ class BlockNetwork(nn.Module):
 
 
 class _Blocks(nn.Module):
-    def __init__(self, inputs: str, features: int, hidden: int, layers: int) -> None:
+    layers: nn.ModuleList
+
+    def __init__(self, inputs: str, features: int, hidden: int, layers: int, skip: bool) -> None:
         super().__init__()
-        self.inputs, self.depth = inputs, layers
+        self.inputs, self.depth, self.skip = inputs, layers, skip
         copies = 2 if inputs == "mean" else 1  # a node's own and its neighbours'
         widths = [features, *[hidden] * (1 if inputs == "sgc" else layers)]
         linear = [nn.Linear(copies * before, after) for before, after in pairwise(widths)]
@@ -117,7 +128,8 @@ class _Blocks(nn.Module):
             if self.inputs == "mean":
                 near = torch.cat([hidden[: near.shape[0]], near], 1)
             hidden = layer(near).relu()
-        return hidden
+            rows = block @ rows
+        return torch.cat([hidden, rows], 1) if self.skip else hidden
 
     def _unpacked(self, x: Any) -> tuple[Tensor, list[Tensor]]:
         if isinstance(x, Tensor):

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from metareg import Episodes, UsageError, task_uniform
@@ -139,12 +140,24 @@ class Inputs:
         fanout: at most so many neighbours of a node in a block, drawn anew for each task; all for None. The weights of
             those that are drawn make up for the others, so that sums are right on average.
         degree: the mean number of neighbours, where it is known beforehand.
+        standardised: subtract the mean of a graph's rows from each row of `table`, and give it the length `LENGTH`. The
+            length of a sum over neighbours says how many there are, and hides the class.
     """
 
+    LENGTH = 4.0
+    """Of standardised rows: long enough for the inner loops of heads and layers to take the same step size."""
+
     def __init__(
-        self, data: GraphData, kind: str, hops: int, fanout: int | None = None, degree: float | None = None
+        self,
+        data: GraphData,
+        kind: str,
+        hops: int,
+        fanout: int | None = None,
+        degree: float | None = None,
+        *,
+        standardised: bool = False,
     ) -> None:
-        self.data, self.kind, self.hops, self.fanout = data, kind, hops, fanout
+        self.data, self.kind, self.hops, self.fanout, self.standardised = data, kind, hops, fanout, standardised
         self._near = _Neighbourhoods(data, loops=kind != "mean")
         self._usual = 1 + (data.graph.num_edges() / data.graph.num_nodes() if degree is None else degree)
         self._most = int(torch.bincount(data.members).max())
@@ -154,10 +167,11 @@ class Inputs:
         """Each node's features before the first layer that has parameters ``[nodes, …]``."""
         x = self.data.features
         if self.kind == "mean":
-            return torch.cat([x, self._near.propagated(x)], 1)
-        for _ in range(self.hops if self.kind == "sgc" else 1):
-            x = self._near.propagated(x)
-        return x
+            x = torch.cat([x, self._near.propagated(x)], 1)
+        else:
+            for _ in range(self.hops if self.kind == "sgc" else 1):
+                x = self._near.propagated(x)
+        return _standardised(x, self.data.members, self.LENGTH) if self.standardised else x
 
     def episodes(self, seeds: Seeds, targets: tuple[Tensor, Tensor], uniform: Uniform) -> list[Episodes]:
         """The tasks as stacks of equal shapes, most often one.
@@ -229,6 +243,13 @@ class Inputs:
             "features": features.expand(len(nodes), *features.shape),
             "nodes": torch.from_numpy(nodes),
         }
+
+
+def _standardised(x: Tensor, members: Tensor, length: float) -> Tensor:
+    """Rows less the mean row of their graph, all of one length ``[nodes, …]``."""
+    sums = x.new_zeros(int(members.max()) + 1, x.shape[1]).index_add_(0, members, x)
+    means = sums / torch.bincount(members, minlength=len(sums)).unsqueeze(1)
+    return length * F.normalize(x - means[members], dim=1)
 
 
 @dataclass(frozen=True)

@@ -93,6 +93,9 @@ class Harmonic(_Curves):
         random centre and with noise; here on the interval of the sinusoid task and without).
     """
 
+    # One inner step cannot tell five numbers: after 5,000 steps of training with one, MAML's error on validation tasks is
+    # 1.12, with five 0.87; zero has 1.2.
+    recommended: ClassVar[Mapping[str, Any]] = {**_Curves.recommended, "steps": 10_000, "inner_steps": 5}
     numbers = 5
 
     def curve(self, u: np.ndarray, x: np.ndarray) -> np.ndarray:
