@@ -98,7 +98,7 @@ class BlockNetwork(nn.Module):
     def __init__(self, inputs: str, spec: TaskSpec, hidden: int, layers: int, *, skip: bool = False) -> None:
         super().__init__()
         self.body = _Blocks(inputs, spec.input_shape[0], hidden, layers, skip)
-        self.head = nn.Linear(hidden + (self.body.layers[0].in_features if skip else 0), spec.output_shape[0])
+        self.head = nn.Linear(self.body.width, spec.output_shape[0])
 
     def forward(self, x: Any) -> Tensor:
         outputs: Tensor = self.head(self.body(x))
@@ -106,12 +106,11 @@ class BlockNetwork(nn.Module):
 
 
 class _Blocks(nn.Module):
-    layers: nn.ModuleList
-
     def __init__(self, inputs: str, features: int, hidden: int, layers: int, skip: bool) -> None:
         super().__init__()
         self.inputs, self.depth, self.skip = inputs, layers, skip
         copies = 2 if inputs == "mean" else 1  # a node's own and its neighbours'
+        self.width = hidden + copies * features * skip
         widths = [features, *[hidden] * (1 if inputs == "sgc" else layers)]
         linear = [nn.Linear(copies * before, after) for before, after in pairwise(widths)]
         self.layers = nn.ModuleList(linear)
