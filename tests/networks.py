@@ -1,4 +1,7 @@
-"""The shipped models written out, as functions of their parameters under the names that the modules have."""
+"""The shipped models written out, as functions of their parameters under the names that the modules have.
+
+The features of the graph models are the last layer's outputs and, beside them, the propagated inputs.
+"""
 
 from __future__ import annotations
 
@@ -68,11 +71,11 @@ def _gcn_body(p: Params, x: Any, *_: Any) -> Tensor:
     """Two layers; the inputs are propagated once already, and the block is the rest of the second propagation."""
     (block,) = x["blocks"]
     hidden = torch.relu(_affine(p, "body.layers.0", x["x"]))
-    return torch.relu(_affine(p, "body.layers.1", block @ hidden))
+    return torch.cat([torch.relu(_affine(p, "body.layers.1", block @ hidden)), block @ x["x"]], 1)
 
 
 def _sgc_body(p: Params, x: Tensor, *_: Any) -> Tensor:
-    return torch.relu(_affine(p, "body.layers.0", x))
+    return torch.cat([torch.relu(_affine(p, "body.layers.0", x)), x], 1)
 
 
 def _graphsage_body(p: Params, x: Any, *_: Any) -> Tensor:
@@ -80,7 +83,7 @@ def _graphsage_body(p: Params, x: Any, *_: Any) -> Tensor:
     (block,) = x["blocks"]
     hidden = torch.relu(_affine(p, "body.layers.0", x["x"]))
     both = torch.cat([hidden[: len(block)], block @ hidden], 1)
-    return torch.relu(_affine(p, "body.layers.1", both))
+    return torch.cat([torch.relu(_affine(p, "body.layers.1", both)), block @ x["x"]], 1)
 
 
 def _on_vectors(body: Callable[..., Tensor], loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy) -> Net:
