@@ -80,6 +80,16 @@ def _unequal() -> list[Episodes]:
     return Episodes.group([tasks_of(episodes("mlp", 1, shots=size, seed=size))[0] for size in sizes])
 
 
+def _channels_last(tasks: int) -> Episodes:
+    """Images as the image tasks give them; gradients of convolutions come in that order, too."""
+    drawn = episodes("conv", tasks)
+    support_x, query_x = (
+        x.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
+        for x in (drawn.support_x, drawn.query_x)
+    )
+    return Episodes(support_x, drawn.support_y, query_x, drawn.query_y)
+
+
 LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
     "unequal shares": ({"algo": "maml", "strategy": "serial"}, "mlp", lambda: episodes("mlp", 5)),
     "noise": (
@@ -92,7 +102,7 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
         "mlp",
         lambda: episodes("mlp", 6),
     ),
-    "images": ({"algo": "metasgd", "augment": ["cml"], "strategy": "serial"}, "conv", lambda: episodes("conv", 3)),
+    "images": ({"algo": "metasgd", "augment": ["cml"], "strategy": "serial"}, "conv", lambda: _channels_last(3)),
     "graphs": ({"algo": "anil", "augment": ["cml"], "strategy": "traced"}, "conv", lambda: episodes("conv", 4)),
     "whole gradient": (
         {"algo": "anil", "augment": ["gradient-noise", OuterNoise], "strategy": "serial"},

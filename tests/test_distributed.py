@@ -17,7 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import COMMAND, LEARNERS, run_of, trained
+from ranks import COMMAND, LEARNERS, learner_of, run_of, trained
+from reference import NETS, meta_gradient
 from samples import episodes
 
 import metareg
@@ -102,6 +103,31 @@ def test_two_processes_learn_what_one_learns(together: SimpleNamespace, case: st
         for logs, wanted in zip(got["logs"], expected["logs"], strict=True):
             assert list(logs) == list(wanted)
             assert logs == pytest.approx(wanted, rel=1e-9)
+
+
+def test_two_processes_learn_from_images_as_a_plain_loop_does(together: SimpleNamespace) -> None:
+    """Three steps of `torch.optim.Adam` on gradients written out, whatever their order in memory."""
+    learner = learner_of("images")
+    batch = LEARNERS["images"][2]()
+    learner.meta_gradient(batch)
+    meta = {name: value.clone().requires_grad_() for name, value in learner.meta_parameters.items()}
+    adam = torch.optim.Adam(list(meta.values()))
+    for _ in range(3):
+        _, grads = meta_gradient(
+            NETS["conv"],
+            meta,
+            list(zip(*batch.parts, strict=True)),
+            algo="metasgd",
+            inner_lr=0.01,
+            inner_steps=1,
+            gamma=1.0,
+        )
+        for name, value in meta.items():
+            value.grad = grads[name].clone(memory_format=torch.contiguous_format)
+        adam.step()
+    for found in together.ranks:
+        for name, value in found["learners"]["images"]["meta"].items():
+            torch.testing.assert_close(value, meta[name].detach(), rtol=0, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("case", LEARNERS)
