@@ -49,8 +49,7 @@ class SplitModel:
         lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
         if lazy is not None:
             raise UsageError(f"The model's parameter '{lazy}' has no shape yet; run the model on an example first.")
-        # What a convolution with frozen weights that lie channels last puts out lies otherwise than tracing foretells.
-        self.module = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+        self.module = copy.deepcopy(model)
         self._refuse_dropout()
         self.batch_norms = self._without_running_statistics()
         self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)

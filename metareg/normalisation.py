@@ -88,7 +88,7 @@ class _Gradients(Function):
         # The kernel of a CPU for vectors and channels-last maps reads these three side by side, whatever their strides.
         weight, mean, rstd = (values.contiguous() for values in (weight, mean, rstd))
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm_backward(
-            g, x, weight, None, None, mean, rstd, True, eps, [True, True, True]
+            _lying_as(x, g), x, weight, None, None, mean, rstd, True, eps, [True, True, True]
         )
         return outputs
 
@@ -135,6 +135,15 @@ def _statistics_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     mean, variance = (each.view(-1, x.shape[1]) for each in torch.batch_norm_update_stats(columns, None, None, 0.0))
     whole = mean.mean(0)
     return whole, variance.mean(0) + (mean - whole).square().mean(0)
+
+
+def _lying_as(x: Tensor, g: Tensor) -> Tensor:
+    """The gradient in the memory order of x; where they differ, tracing foretells another order than the result has."""
+    layouts = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
+    for layout in layouts.get(x.dim(), (torch.contiguous_format,)):
+        if x.is_contiguous(memory_format=layout):
+            return g.contiguous(memory_format=layout)
+    return g
 
 
 def _count(x: Tensor) -> int:
