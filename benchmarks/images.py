@@ -130,7 +130,7 @@ def auto(shots: int, arguments: argparse.Namespace) -> Result:
 
 def data(size: int, _: argparse.Namespace) -> Result:
     """What drawing the tasks of a step takes of the step, on glyphs of the size."""
-    task = resolve("tasks", "glyphs", {"size": size, "channels": 1 if size == 28 else 3}).instance
+    task = resolve("tasks", "glyphs", {"size": size, "channels": 1 if size == 28 else 3, "query": 15}).instance
     learner = MetaLearner("conv4", "maml", spec=task.spec, inner_lr=INNER_LR)
     tasks = TASKS[size]
     task.episodes("train", range(tasks), 0)

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import metareg
 from metareg.cli import run as command
+from metareg_image import Glyphs
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +60,32 @@ def test_a_run_is_tested_on_another_task(
 def test_a_test_on_a_task_of_another_kind_is_one_sentence(trained: metareg.Run) -> None:
     with pytest.raises(metareg.UsageError, match="cannot be run on the task 'sinusoid'"):
         trained.evaluate(5, [1], "sinusoid")
+
+
+# ------------------------------------------------------------------------------------------------------------- defaults
+
+
+def nearest_centroid(episodes: metareg.Episodes, ways: int) -> float:
+    """The accuracy of the class whose support images have the nearest mean, pixel by pixel."""
+    support, query = episodes.support_x.flatten(2), episodes.query_x.flatten(2)
+    means = torch.stack(
+        [support[episodes.support_y == way].view(len(support), -1, support.shape[-1]).mean(1) for way in range(ways)], 1
+    )
+    return float((torch.cdist(query, means).argmin(-1) == episodes.query_y).double().mean())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("algorithm", ["maml", "anil", "boil", "metasgd"])
+def test_every_algorithm_learns_by_the_defaults(algorithm: str, tmp_path: Path) -> None:
+    """A small part of the training is enough to leave an untrained model and the nearest centroid behind."""
+    run = metareg.train(algorithm, task="glyphs", out=tmp_path / "run", steps=400, eval_tasks=2, test_tasks=100)
+    untrained = metareg.train(
+        algorithm, task="glyphs", out=tmp_path / "untrained", steps=1, eval_tasks=2, test_tasks=100
+    )
+    assert run.evaluation is not None
+    assert untrained.evaluation is not None
+    task = Glyphs(Glyphs.Config())
+    least = max(
+        untrained.evaluation.mean(run.config.inner_steps), nearest_centroid(task.episodes("test", range(100), 0), 5)
+    )
+    assert run.evaluation.mean(run.config.inner_steps) > least + 0.05

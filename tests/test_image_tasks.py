@@ -62,7 +62,7 @@ def test_every_ordered_draw_is_equally_likely() -> None:
 
 
 def test_shapes_labels_and_range() -> None:
-    batch = glyphs(ways=3, shots=2, query=4, eval_query=5).episodes("train", range(6), 0)
+    batch = glyphs(ways=3, shots=2, query=4, eval_query=5, size=28).episodes("train", range(6), 0)
     assert batch.support_x.shape == (6, 6, 1, 28, 28)
     assert batch.query_x.shape == (6, 12, 1, 28, 28)
     assert batch.support_y.tolist() == [[0, 0, 1, 1, 2, 2]] * 6
@@ -105,8 +105,8 @@ def test_rotations_are_further_classes() -> None:
 
 
 def test_flips_and_crops_change_training_images_only() -> None:
-    plain = glyphs(query=3)
-    flipped, cropped = glyphs(query=3, flips=True), glyphs(query=3, crops=3)
+    plain = glyphs(query=3, size=28)
+    flipped, cropped = glyphs(query=3, size=28, flips=True), glyphs(query=3, size=28, crops=3)
     for task in (flipped, cropped):
         assert torch.equal(plain.episodes("test", [0], 0).query_x, task.episodes("test", [0], 0).query_x)
         assert torch.equal(task.episodes("train", [4], 0).query_x[0], task.episodes("train", range(5), 0).query_x[4])
@@ -126,7 +126,7 @@ def test_flips_and_crops_change_training_images_only() -> None:
     ("options", "sentence"),
     [
         ({"ways": 700}, "has 636 train classes; 700-way tasks need 700"),
-        ({"shots": 10}, "has 20 images; 10 support and 15 query images need 25: lower shots or query"),
+        ({"shots": 10, "query": 15}, "has 20 images; 10 support and 15 query images need 25: lower shots or query"),
     ],
 )
 def test_too_few_classes_or_images_is_one_sentence(options: dict[str, int], sentence: str) -> None:
@@ -135,8 +135,8 @@ def test_too_few_classes_or_images_is_one_sentence(options: dict[str, int], sent
 
 
 def test_crops_must_be_smaller_than_the_image() -> None:
-    with pytest.raises(UsageError, match="crops = 28 must be less than the size, 28"):
-        resolve("tasks", "glyphs", {"crops": 28})
+    with pytest.raises(UsageError, match="crops = 20 must be less than the size, 20"):
+        resolve("tasks", "glyphs", {"crops": 20, "size": 20})
 
 
 # --------------------------------------------------------------------------------------------------------------- glyphs
@@ -179,22 +179,22 @@ def test_omniglot_small(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     }
     images = task.episodes("test", range(4), 0).query_x
     assert images.mean() < 0.3  # ink is bright, the ground dark
-    assert Image.fromarray(np.array(task.store.pixels[0, ..., 0])).size == (28, 28)
+    assert Image.fromarray(np.array(task.store.pixels[0, ..., 0])).size == (20, 20)
 
 
 def test_missing_data_says_how_to_get_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAREG_DATA", str(tmp_path))
     with pytest.raises(UsageError, match=r"is not in .*omniglot\. `metareg data omniglot-small --download` fetches it"):
-        OmniglotSmall(OmniglotSmall.Config(size=20)).episodes("train", [0], 0)
+        OmniglotSmall(OmniglotSmall.Config(size=24)).episodes("train", [0], 0)
     with pytest.raises(UsageError, match="There is no folder"):
-        OmniglotSmall(OmniglotSmall.Config(data=str(tmp_path / "no"), size=20)).episodes("train", [0], 0)
+        OmniglotSmall(OmniglotSmall.Config(data=str(tmp_path / "no"), size=24)).episodes("train", [0], 0)
 
 
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     for number in (1, 2):
         (tmp_path / f"images_background_small{number}.zip").write_bytes(b"no archive")
     with pytest.raises(UsageError, match=r"images_background_small1\.zip is damaged"):
-        OmniglotSmall(OmniglotSmall.Config(data=str(tmp_path), size=20)).episodes("train", [0], 0)
+        OmniglotSmall(OmniglotSmall.Config(data=str(tmp_path), size=24)).episodes("train", [0], 0)
 
 
 def test_a_users_image_is_read_as_the_task_reads_its_own(tmp_path: Path) -> None:

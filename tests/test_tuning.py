@@ -135,7 +135,7 @@ SEARCH = {"trials": 5}
     [
         ({}, {"inner_lr": "0.001 to 0.1, log"}),
         ({"inner_lr": 0.5}, {"inner_lr": "0.05 to 5, log"}),
-        ({"task": "glyphs"}, {"inner_lr": "0.04 to 4, log"}),
+        ({"task": "glyphs"}, {"inner_lr": "0.05 to 5, log"}),
         ({"algo": "metasgd"}, {"inner_lr": "0.001 to 0.1, log"}),
         ({"augment": "cml"}, {"inner_lr": "0.001 to 0.1, log", "cml.gamma": "0.005 to 10, log"}),
         (

@@ -41,9 +41,10 @@ _ALIKE = 0.4
 
 
 class GlyphsConfig(ImageConfig):
-    """Options of the glyphs task."""
+    """Options of the glyphs task: small images and few query images make training steps short."""
 
-    size: int = Field(28, ge=8, description="Height and width of the images, in pixels.")
+    size: int = Field(20, ge=8, description="Height and width of the images, in pixels.")
+    query: int = Field(5, ge=1, description="Query images of each class in training.")
     channels: Channels = Field(1, description="1 for grey images, 3 for colour.")
     data: None = Field(None, description="Not used: the images are drawn.")
 
@@ -55,7 +56,7 @@ class Glyphs(ImageTask):
     Canadian syllabics, Arabic, Lisu, Old Italic and Coptic, validation Armenian and Lao, the test Greek, Georgian and
     Hebrew: all test classes are of scripts that were not trained on. Left out are letters with marks that Unicode writes
     as a letter and the mark, those that fewer than four faces have, and those that look like an earlier one (A in Greek
-    like A in Latin). 28×28 grey images, ink bright, 20 examples a class. Drawn at the first use, then kept.
+    like A in Latin). 20×20 grey images, ink bright, 20 examples a class. Drawn at the first use, then kept.
     """
 
     Config = GlyphsConfig
@@ -64,10 +65,10 @@ class Glyphs(ImageTask):
     obtain = "It is drawn from matplotlib's fonts at the first use."
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
-        "steps": 2000,
-        "algo.inner_lr": 0.4,
-        "outer_lr": 3e-3,
-        "model.width": 32,
+        "steps": 4000,
+        "outer_lr": 2e-3,
+        "model.width": 16,
+        "anil": {"inner_steps": 5},
     }
 
     def is_complete(self) -> bool:

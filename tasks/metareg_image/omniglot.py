@@ -70,27 +70,35 @@ class Omniglot(_Characters, TorchvisionTask):
         return found
 
 
+class OmniglotSmallConfig(OmniglotConfig):
+    """Options of the omniglot-small task: small images and few query images make training steps short."""
+
+    size: int = Field(20, ge=8, description="Height and width of the images, in pixels; published results are on 28.")
+    query: int = Field(5, ge=1, description="Query images of each class in training.")
+
+
 class OmniglotSmall(_Characters):
     """The two 'small' background sets of Omniglot: 3 MB, for runs of minutes.
 
     Training takes 114 characters of the first set (Balinese, Greek, Korean, Latin), validation its 22 of Early Aramaic, the
-    test the 106 of the alphabets that only the second set has (Katakana, Sanskrit, Tagalog). 28×28 grey images, ink bright;
+    test the 106 of the alphabets that only the second set has (Katakana, Sanskrit, Tagalog). 20×20 grey images, ink bright;
     a character turned by 90°, 180° and 270° is a further class, on every split.
 
     Reference:
         Lake, Salakhutdinov and Tenenbaum, Science 350, 2015.
     """
 
+    Config = OmniglotSmallConfig
     name = "omniglot-small"
     obtain = f"It is {' and '.join(_SMALL)} of the authors' repository (3 MB)."
     contents = (242, 4840)
     downloadable = True
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
-        "steps": 2000,
-        "algo.inner_lr": 0.4,
-        "outer_lr": 3e-3,
-        "model.width": 32,
+        "steps": 10_000,
+        "outer_lr": 2e-3,
+        "model.width": 16,
+        "anil": {"inner_steps": 5},
     }
 
     def is_complete(self) -> bool:
