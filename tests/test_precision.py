@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 import torch
-from samples import ConvNet
+from reference import NETS, Net, train
+from samples import MLP, ConvNet, episodes, tasks_of
+from torch import Tensor
 
 from metareg import Episodes, MetaLearner, UsageError
+from metareg_image.glyphs import Glyphs
 
 
 def batch() -> Episodes:
@@ -32,6 +38,57 @@ def test_bf16_is_close_to_full_precision(strategy: str, bn_statistics: str) -> N
     rounded = gradient("bf16", strategy=strategy, bn_statistics=bn_statistics)
     assert {value.dtype for value in rounded.values()} == {torch.float32}
     assert 1e-5 < distance(rounded, full) < 0.5
+
+
+def in_bf16(net: Net) -> Net:
+    """A network that is run in bfloat16, with the losses of its outputs in float32."""
+
+    def low(tree: Mapping[str, Tensor] | Tensor) -> Any:
+        if isinstance(tree, Tensor):
+            return tree.to(torch.bfloat16)
+        return {name: value.to(torch.bfloat16) for name, value in tree.items()}
+
+    return Net(
+        lambda p, x, *_: net.body(low(p), low(x)),
+        lambda p, f, *_: net.head(low(p), f).float(),
+        lambda p, f: net.colearner(low(p), f).float(),
+        net.loss,
+    )
+
+
+@pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
+def test_bf16_steps_are_those_of_a_loop_in_bf16(strategy: str) -> None:
+    """Kernels of bfloat16 round otherwise in a map; a step by another entry's gradient ends about as far away as it went."""
+    learner = MetaLearner(
+        MLP().float(), "maml", ["cml"], loss="mse", inner_lr=0.1, outer_lr=0.01, precision="bf16", strategy=strategy
+    )
+    batches = [episodes("mlp", seed=seed).to("cpu", torch.float32) for seed in range(4)]
+    learner.initialize(batches[0].support_x[0])
+    before = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    expected = train(
+        in_bf16(NETS["mlp"]), before, [tasks_of(each) for each in batches], outer_lr=0.01, algo="maml", inner_lr=0.1,
+        inner_steps=1, gamma=0.05,
+    )  # fmt: skip
+    for each in batches:
+        learner.step(each)
+    moved = {name: value - before[name] for name, value in learner.meta_parameters.items()}
+    assert distance(moved, {name: value - before[name] for name, value in expected.items()}) < 0.3
+
+
+@pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
+def test_entries_of_convolutions_in_bf16_are_moved_by_their_own_gradients(strategy: str) -> None:
+    task = Glyphs(Glyphs.Config(query=5, size=28))
+    learner = MetaLearner(
+        "conv4", spec=task.spec, model_options={"width": 8}, inner_lr=0.4, precision="bf16", strategy=strategy
+    )
+    images = task.episodes("train", range(1), 0)
+    _, grads = learner.meta_gradient(images)
+    meta = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    for name, value in meta.items():
+        value.grad = grads[name]
+    torch.optim.Adam(meta.values(), foreach=False, fused=False).step()
+    learner.step(images)
+    torch.testing.assert_close(learner.meta_parameters, meta, rtol=0, atol=2e-5)
 
 
 def test_bf16_trains_and_adapts() -> None:
