@@ -95,7 +95,14 @@ class Harmonic(_Curves):
 
     # One inner step cannot tell five numbers: after 5,000 steps of training with one, MAML's error on validation tasks is
     # 1.12, with five 0.87; zero has 1.2.
-    recommended: ClassVar[Mapping[str, Any]] = {**_Curves.recommended, "steps": 10_000, "inner_steps": 5}
+    recommended: ClassVar[Mapping[str, Any]] = {
+        **_Curves.recommended,
+        "steps": 10_000,
+        "inner_steps": 5,
+        # Step sizes that are learned over five steps grow until training diverges. With one step the error on validation
+        # tasks after that step is 0.75 and 0.80 (two seeds).
+        "metasgd": {"inner_steps": 1},
+    }
     numbers = 5
 
     def curve(self, u: np.ndarray, x: np.ndarray) -> np.ndarray:
