@@ -360,18 +360,6 @@ class Engine:
             chunk: at most so many tasks at once.
             weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
         """
-        mean = self._mean_gradient(meta, batches, noise, strategy, chunk, weights)
-        return replace(mean, grads=like_parameters(mean.grads, meta))
-
-    def _mean_gradient(
-        self,
-        meta: Tensors,
-        batches: Sequence[Episodes],
-        noise: Sequence[Mapping[str, Any]],
-        strategy: Strategy,
-        chunk: int | None,
-        weights: Tensor | None,
-    ) -> Gradient:
         total = sum(len(batch) for batch in batches)
         result: Gradient | None = None
         done = 0
@@ -380,12 +368,11 @@ class Engine:
                 part_noise = noise[done : done + len(part)]
                 one = self._gradient_of_stack(meta, part, part_noise, strategy, weights)
                 done += len(part)
-                if len(part) == total:
-                    return one
-                result = _accumulated(result, one, len(part) / total)
+                result = one if len(part) == total else _accumulated(result, one, len(part) / total)
         assert result is not None
-        result.logs["grad_norm"] = _norm(result.grads)
-        return result
+        if len(part) < total:
+            result.logs["grad_norm"] = _norm(result.grads)
+        return replace(result, grads=like_parameters(result.grads, meta))
 
     def scores(
         self,
