@@ -88,7 +88,7 @@ def small(name: str, channels: int) -> nn.Module:
             body = nn.Sequential(*layers)
             return nn.Sequential(OrderedDict(body=body, head=nn.Sequential(nn.Flatten(), nn.Linear(256, 5)))).double()
         width = {"width": 4} if kind == "conv4" else {"widths": [4, 4, 4, 4]}
-        return built(Conv4 if kind == "conv4" else ResNet12, 16, channels, norm=norm, **width).double()
+        return built(Conv4 if kind == "conv4" else ResNet12, 16, channels, norm_layer=norm, **width).double()
 
 
 def trained(strategy: str, name: str, channels: int) -> Tensors:

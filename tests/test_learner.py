@@ -481,7 +481,7 @@ def test_unknown_head() -> None:
 
 def test_parameter_outside_body_and_head() -> None:
     model = MLP()
-    model.scale = nn.Parameter(torch.ones(1))
+    model.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
     with pytest.raises(UsageError, match="parameter 'scale' in neither body nor head"):
         MetaLearner(model)
 
