@@ -177,13 +177,15 @@ computes
 
 Training adds what the trained learner is better by than the untrained one, paired by seed. ± is half the 95 % interval of
 the mean over seeds (Student's t). A seed fixes initial weights, training tasks and test tasks; on cora and citeseer also
-which classes are for training and which for the test.
+which classes are for training and which for the test. *Diverges*: in so many seeds a test task ended in no finite number,
+after more inner steps than the learner was trained for.
 """
 NOTES: Mapping[str, str] = {
     "cora": "Three classes to learn from add nothing to an untrained learner on standardised features. On validation tasks "
     "larger outer steps, more of them, larger batches, and training tasks with words masked or with random signs lowered "
     "the accuracy or left it as it was: the features become those of the training classes. The defaults are the longest "
     "training of those tried that did no harm there.",
+    "sinusoid-line": "Untrained learners of different seeds differ much on lines, which is why the intervals are wide.",
     "citeseer": "The settings are those that were chosen on cora.",
 }
 """What the figures of a task do not say themselves."""
@@ -247,6 +249,8 @@ def _row(name: str, cells: list[dict[str, Any]], inner_steps: int, percent: bool
     figures = [_shown(over_seeds(values), percent) for values in (untrained, trained)]
     training = f"{cells[0]['steps']:,} × {cells[0]['meta_batch']}"
     gained = _shown(over_seeds(gain), percent, sign="+")
+    if diverged := int((~np.isfinite(trained)).sum()):
+        figures[1], gained = f"diverges ({diverged} of {len(cells)})", "–"
     columns = [name, len(cells), training, inner_steps, *figures, gained, int((gain > 0).sum())]
     return f"| {' | '.join(map(str, columns))} |"
 
