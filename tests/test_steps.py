@@ -17,7 +17,7 @@ import pytest
 import torch
 from networks import SHIPPED, without_effect
 from reference import Task, Tensors, difference, train
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner, TaskSpec
@@ -213,25 +213,28 @@ def expected(name: str, algo: str, augment: str) -> tuple[Tensors, Tensors]:
     return learner.meta_parameters, after
 
 
-def share_elsewhere(found: Tensors, where: Tensors) -> float:
-    """The share of entries that are more than a tenth of a step from where they belong."""
-    far = torch.cat([(found[name] - value).abs().flatten() > 0.1 * OUTER_LR for name, value in where.items()])
-    return far.double().mean().item()
+def way(start: Tensors, end: Tensors) -> Tensor:
+    """The changes of all entries ``[entries]``."""
+    return torch.cat([(end[name] - start[name]).double().flatten() for name in end])
 
 
 def check(learner: MetaLearner, case: Case) -> None:
-    """Compare with the plain loop: entry by entry, and in float32, where kinks of ReLU can flip, nearly all entries."""
+    """Compare with the plain loop: in float64 to rounding, in float32 with how far the parameters went.
+
+    Rounding in float32 can switch units of ReLU and places of pooling on or off, which turns a batch's gradient by some
+    percent, as a change of all parameters by 1e-7 does in float64; Adam makes more of it. Such trainings were up to 0.44 of
+    their way from where they belong, those of entries that are moved by each other's gradients 1.16 and more.
+    """
     net = SETTINGS[case.setting].net
     before, after = (
         {name: value for name, value in each.items() if not without_effect(net, name)} for each in expected(*case[:3])
     )
-    found = learner.meta_parameters
-    found = {name: found[name] for name in after}
+    found = {name: learner.meta_parameters[name] for name in after}
+    assert way(before, found).abs().gt(0.1 * OUTER_LR).double().mean() > 0.5
     if case.dtype == torch.float64:
         assert difference(found, after) < TOLERANCE
     else:
-        assert share_elsewhere(found, after) < 0.01
-    assert share_elsewhere(found, before) > 0.5
+        assert way(after, found).norm() < 0.8 * way(before, after).norm()
     assert learner.steps_done == STEPS
 
 
