@@ -26,11 +26,11 @@ from torch import Tensor
 
 from metareg import Episodes, RunConfig, train
 from metareg.comparison.statistics import Estimate, over_seeds
-from metareg.files import read_json, write_json, write_text
 from metareg.options import Selection, assemble
 from metareg.registry import resolve
 from metareg.runs import prepared
 from metareg.sources import TaskSource
+from metareg.util.files import read_json, write_json, write_text
 
 STORE = RESULTS / "baselines.json"
 PAGE = Path(__file__).parent.parent / "docs" / "baselines.md"

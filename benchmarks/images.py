@@ -20,8 +20,8 @@ from loops import ClonedModules
 from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.allocation import keep_freed_memory
 from metareg.registry import resolve
+from metareg.util.allocation import keep_freed_memory
 
 WAYS, SHOTS, QUERY = 5, 1, 15
 TASKS = {28: 4, 84: 2}

@@ -16,40 +16,40 @@ if TYPE_CHECKING:
     from metareg.episodes import Episodes
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.evaluation import Evaluation
-    from metareg.files import cache_folder
     from metareg.hookspecs import hookimpl, hookspec
     from metareg.learner import MetaLearner
     from metareg.losses import Metric
-    from metareg.randomness import derive_seed, task_uniform
     from metareg.runs import Run, resume, train
     from metareg.tasks import Dataset, Task, TaskSpec
+    from metareg.util.files import cache_folder
+    from metareg.util.seeding import derive_seed, task_uniform
 
 _WHERE = {
-    "Field": "config",
-    "PluginConfig": "config",
-    "RunConfig": "config",
-    "StepExample": "declarations",
-    "Episodes": "episodes",
-    "DivergenceError": "errors",
-    "Interrupted": "errors",
-    "MetaregError": "errors",
-    "PluginError": "errors",
-    "UnknownNameError": "errors",
-    "UsageError": "errors",
-    "Evaluation": "evaluation",
-    "hookimpl": "hookspecs",
-    "hookspec": "hookspecs",
-    "MetaLearner": "learner",
-    "Metric": "losses",
-    "cache_folder": "files",
-    "derive_seed": "randomness",
-    "task_uniform": "randomness",
-    "Run": "runs",
-    "resume": "runs",
-    "train": "runs",
-    "Dataset": "tasks",
-    "Task": "tasks",
-    "TaskSpec": "tasks",
+    "Field": "metareg.config",
+    "PluginConfig": "metareg.config",
+    "RunConfig": "metareg.config",
+    "StepExample": "metareg.declarations",
+    "Episodes": "metareg.episodes",
+    "DivergenceError": "metareg.errors",
+    "Interrupted": "metareg.errors",
+    "MetaregError": "metareg.errors",
+    "PluginError": "metareg.errors",
+    "UnknownNameError": "metareg.errors",
+    "UsageError": "metareg.errors",
+    "Evaluation": "metareg.evaluation",
+    "hookimpl": "metareg.hookspecs",
+    "hookspec": "metareg.hookspecs",
+    "MetaLearner": "metareg.learner",
+    "Metric": "metareg.losses",
+    "Run": "metareg.runs",
+    "resume": "metareg.runs",
+    "train": "metareg.runs",
+    "Dataset": "metareg.tasks",
+    "Task": "metareg.tasks",
+    "TaskSpec": "metareg.tasks",
+    "cache_folder": "metareg.util.files",
+    "derive_seed": "metareg.util.seeding",
+    "task_uniform": "metareg.util.seeding",
 }
 
 __all__ = [
@@ -85,7 +85,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _WHERE:
         raise AttributeError(f"module 'metareg' has no attribute '{name}'")
-    value = getattr(importlib.import_module(f"metareg.{_WHERE[name]}"), name)
+    value = getattr(importlib.import_module(_WHERE[name]), name)
     globals()[name] = value
     return value
 

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from metareg.allocation import keep_freed_memory
+from metareg.util.allocation import keep_freed_memory
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def _leave(*_: object) -> None:
-    """End on Ctrl-C wherever no training is under way, which listens by itself (`metareg.interrupts`).
+    """End on Ctrl-C wherever no training is under way, which listens by itself (`metareg.util.signals`).
 
     An exception would not do: torch imports NumPy without looking at errors, loses it, and goes on with half of NumPy.
     """

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from metareg.distributed import Processes
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
-from metareg.files import LinesFile
-from metareg.interrupts import StopRequest
-from metareg.randomness import global_generators, restore_global_generators
-from metareg.tensorfiles import DamagedFileError, TensorFile, write_tensors
+from metareg.util.files import LinesFile
+from metareg.util.seeding import global_generators, restore_global_generators
+from metareg.util.signals import StopRequest
+from metareg.util.tensorfile import DamagedFileError, TensorFile, write_tensors
 
 if TYPE_CHECKING:
     from metareg.learner import MetaLearner

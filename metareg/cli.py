@@ -18,8 +18,8 @@ from rich.markup import escape
 
 from metareg._version import __version__
 from metareg.errors import MetaregError, UnknownNameError, UsageError
-from metareg.launched import is_follower, place
 from metareg.registry import DISABLE_VARIABLE, KINDS, Entry, entries, find
+from metareg.util.torchrun import is_follower, place
 
 __all__ = ["app", "run"]
 
@@ -296,8 +296,8 @@ def predict(
     """Adapt a finished run's learner to your own examples, and predict others."""
     _leave_out(no_plugin)
     from metareg.exports import predict as predict_with
-    from metareg.files import write_text
     from metareg.runs import Run
+    from metareg.util.files import write_text
 
     text = predict_with(Run.load(path, device=device), support, query, inner_steps=inner_steps)
     if to is None:

@@ -24,7 +24,7 @@ from metareg.engine import Gradient
 from metareg.environment import find_device
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
-from metareg.launched import Place, place
+from metareg.util.torchrun import Place, place
 
 __all__ = ["BatchSplit", "Processes", "digest", "joined", "tasks_of"]
 

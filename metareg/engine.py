@@ -25,10 +25,10 @@ from torch.utils import _pytree as pytree
 
 from metareg.episodes import Episodes, stack_trees
 from metareg.errors import MetaregError, UsageError
-from metareg.layout import channels_last_or_contiguous, contiguous, like_parameters
 from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
 from metareg.stages import Stages
+from metareg.util.layout import channels_last_or_contiguous, contiguous, like_parameters
 
 __all__ = ["Engine", "Gradient", "TaskFunctions", "choose_strategy", "find_compiler"]
 

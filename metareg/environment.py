@@ -17,8 +17,8 @@ import torch
 from metareg._version import __version__
 from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
-from metareg.files import read_json, write_json
 from metareg.hookspecs import CONTRACT_VERSION
+from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
     from metareg.runs import Run

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UsageError
-from metareg.layout import channels_last_or_contiguous
+from metareg.util.layout import channels_last_or_contiguous
 
 __all__ = ["Episodes"]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
-from metareg.intervals import half_width
+from metareg.util.intervals import half_width
 
 __all__ = ["Evaluation"]
 

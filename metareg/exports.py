@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from metareg.errors import UsageError
-from metareg.files import write_bytes
 from metareg.tasks import Task
+from metareg.util.files import write_bytes
 
 if TYPE_CHECKING:
     from metareg.runs import Run

@@ -23,16 +23,16 @@ from metareg.environment import find_device
 from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
 from metareg.evaluation import Evaluation
-from metareg.layout import contiguous_copies
 from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
 from metareg.optimizer import Adam
-from metareg.randomness import seeded
 from metareg.registry import Plugin, config_of, find, resolve
 from metareg.sources import TaskSource
 from metareg.stages import Stages, hook_of
 from metareg.tasks import TaskSpec
-from metareg.tensorfiles import TensorFile, bounded_allocation, write_tensors
+from metareg.util.layout import contiguous_copies
+from metareg.util.seeding import seeded
+from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors
 
 if TYPE_CHECKING:
     from metareg.training import Observer

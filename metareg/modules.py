@@ -15,8 +15,8 @@ from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UnknownNameError, UsageError
-from metareg.layout import contiguous_copies
 from metareg.normalisation import with_cheap_second_derivative
+from metareg.util.layout import contiguous_copies
 
 __all__ = ["SplitModel"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from metareg.layout import like_parameters
+from metareg.util.layout import like_parameters
 
 __all__ = ["Adam"]
 

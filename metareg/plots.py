@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from metareg.files import replacing
 from metareg.stages import hook_of
+from metareg.util.files import replacing
 
 if TYPE_CHECKING:
     from metareg.evaluation import Evaluation

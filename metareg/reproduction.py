@@ -11,7 +11,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from metareg.config import Field, PluginConfig, read_yaml, validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
-from metareg.files import read_json, write_json
+from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
     from metareg.comparison.plan import PlannedRun

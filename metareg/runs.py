@@ -22,15 +22,23 @@ from metareg.distributed import Processes, joined
 from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.evaluation import Evaluation
-from metareg.files import LinesFile, is_leftover, locked, read_json, remove_leftovers, write_json, write_text
 from metareg.hookspecs import hookimpl
-from metareg.interrupts import StopRequest, stop_requests
-from metareg.launched import launched
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble, with_present_names
 from metareg.registry import find, resolve
 from metareg.sources import TaskSource
 from metareg.training import Progress, Schedule, fit, observed
+from metareg.util.files import (
+    LinesFile,
+    is_leftover,
+    locked,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
+from metareg.util.signals import StopRequest, stop_requests
+from metareg.util.torchrun import launched
 
 __all__ = ["Run", "resume", "train"]
 

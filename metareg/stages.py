@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 
 from metareg import hookspecs
 from metareg.errors import MetaregError, PluginError, nearest
-from metareg.layout import contiguous_copies
-from metareg.randomness import generator_for, seeded
 from metareg.registry import Plugin
+from metareg.util.layout import contiguous_copies
+from metareg.util.seeding import generator_for, seeded
 
 __all__ = ["Implementation", "Stages", "hook_of", "hooks_of", "plugin_manager"]
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
-from metareg.intervals import half_width
+from metareg.util.intervals import half_width
 
 INNER_STEPS = (0, 1, 5, 10)
 STEPS = 5000

@@ -29,7 +29,7 @@ import metareg.cli
 import metareg.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
 from metareg.distributed import Processes, digest, joined
-from metareg.launched import place
+from metareg.util.torchrun import place
 
 RANK = place().rank
 

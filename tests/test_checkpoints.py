@@ -33,10 +33,10 @@ from metareg import (
     hookimpl,
 )
 from metareg.checkpoints import Checkpoints, Keeper
-from metareg.files import LinesFile, locked
-from metareg.interrupts import StopRequest
 from metareg.sources import TaskSource
 from metareg.training import Progress, Schedule, fit
+from metareg.util.files import LinesFile, locked
+from metareg.util.signals import StopRequest
 from processes import environment
 
 SMALL: dict[str, Any] = {
@@ -176,7 +176,7 @@ def test_config_is_the_first_file_of_a_run(tmp_path: Path, monkeypatch: pytest.M
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("metareg.files.write_text", stop)
+    monkeypatch.setattr("metareg.util.files.write_text", stop)
     monkeypatch.setattr("metareg.runs.write_text", stop)
     with pytest.raises(KeyboardInterrupt):
         metareg.train(out=tmp_path / "run", **SMALL)
@@ -482,7 +482,7 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 
 def test_only_one_process_works_on_a_run(stopped: Path, finished: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from metareg.files import locked\n"
+        "import sys, time; from pathlib import Path; from metareg.util.files import locked\n"
         "with locked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(stopped)], stdout=subprocess.PIPE) as other:

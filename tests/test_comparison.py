@@ -29,10 +29,10 @@ from metareg.comparison.runner import Comparison, _launcher, _planned, compare
 from metareg.config import validated
 from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
-from metareg.files import write_text
-from metareg.interrupts import StopRequest
 from metareg.options import assemble
 from metareg.runs import prepared
+from metareg.util.files import write_text
+from metareg.util.signals import StopRequest
 
 TINY = {
     "steps": 30,

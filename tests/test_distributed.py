@@ -24,8 +24,8 @@ from samples import episodes
 import metareg
 from metareg import MetaregError, UsageError
 from metareg.distributed import Processes, joined, tasks_of
-from metareg.interrupts import StopRequest
-from metareg.launched import place
+from metareg.util.signals import StopRequest
+from metareg.util.torchrun import place
 from processes import environment
 
 RANKS = str(Path(__file__).with_name("ranks.py"))
@@ -355,7 +355,7 @@ def test_a_signal_that_the_launcher_repeats_is_one() -> None:
 
 
 def test_a_second_signal_stops_launched_processes_now(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.interrupts._ECHO_SECONDS", 0.01)
+    monkeypatch.setattr("metareg.util.signals._ECHO_SECONDS", 0.01)
     stop = StopRequest(launched=True)
     stop.handle(signal.SIGINT, None)
     time.sleep(0.02)

@@ -21,11 +21,11 @@ from metareg import Evaluation
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.display import evaluation_table
-from metareg.intervals import half_width
 from metareg.plots import inner_steps
 from metareg.reporting import report
 from metareg.reproduction import Recipe, judge
 from metareg.runs import Run
+from metareg.util.intervals import half_width
 
 
 def scipys(scores: Any) -> float:

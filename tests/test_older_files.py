@@ -13,7 +13,7 @@ import yaml
 import metareg
 from metareg import MetaLearner
 from metareg.runs import Run
-from metareg.tensorfiles import TensorFile, write_tensors
+from metareg.util.tensorfile import TensorFile, write_tensors
 
 SMALL: dict[str, Any] = {
     "steps": 2, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial",

@@ -23,9 +23,9 @@ from metareg.comparison.pool import Outcome
 from metareg.config import validated
 from metareg.errors import Interrupted
 from metareg.evaluation import Evaluation
-from metareg.files import write_json
 from metareg.options import assemble
 from metareg.reproduction import Recipe, find_recipe, judge, recipes, reproduce
+from metareg.util.files import write_json
 
 SHIPPED = {recipe.name: recipe for recipe in recipes()}
 

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.engine import find_compiler
-from metareg.randomness import generator_for
+from metareg.util.seeding import generator_for
 from metareg_dropgrad import DropGrad
 from metareg_graph import CSBM, GCN, SGC, Cora, GraphSAGE
 from metareg_image.glyphs import Glyphs

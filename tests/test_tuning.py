@@ -27,9 +27,9 @@ from metareg.comparison.space import Range, Tuning, check, dimensions, domain_te
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.config import validated
 from metareg.display import ComparisonProgress
-from metareg.files import write_json, write_text
-from metareg.interrupts import StopRequest
 from metareg.options import Selection, assemble
+from metareg.util.files import write_json, write_text
+from metareg.util.signals import StopRequest
 
 # ------------------------------------------------------------------------------------------------------ what is written
 

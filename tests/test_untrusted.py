@@ -18,11 +18,11 @@ from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, Us
 from metareg.checkpoints import Checkpoints, Keeper
 from metareg.cli import run as command
 from metareg.config import read_yaml
-from metareg.interrupts import StopRequest
 from metareg.options import assemble
 from metareg.runs import Run, resume
-from metareg.tensorfiles import TensorFile, write_tensors
 from metareg.training import Progress
+from metareg.util.signals import StopRequest
+from metareg.util.tensorfile import TensorFile, write_tensors
 
 _FUZZ = settings(
     max_examples=60,

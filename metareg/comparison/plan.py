@@ -16,7 +16,7 @@ from metareg.comparison.space import Seeds, Tuning
 from metareg.comparison.space import check as check_choices
 from metareg.config import PluginConfig, read_yaml, validated
 from metareg.errors import UnknownNameError, UsageError
-from metareg.files import write_text
+from metareg.util.files import write_text
 
 if TYPE_CHECKING:
     from metareg.options import Selection

@@ -18,10 +18,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from metareg.allocation import keep_freed_memory
 from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
-from metareg.files import write_text
+from metareg.util.allocation import keep_freed_memory
+from metareg.util.files import write_text
 
 __all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "cpu_cores", "divergence"]
 

@@ -19,8 +19,8 @@ from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, divergence
 from metareg.config import LearnerConfig, under_present_names
 from metareg.errors import UsageError
-from metareg.files import read_json
 from metareg.options import parse_assignments
+from metareg.util.files import read_json
 
 __all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "command_of", "read"]
 

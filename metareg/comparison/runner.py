@@ -19,9 +19,9 @@ from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRu
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
 from metareg.config import validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
-from metareg.files import is_leftover, locked
-from metareg.interrupts import StopRequest, stop_requests
-from metareg.launched import place
+from metareg.util.files import is_leftover, locked
+from metareg.util.signals import StopRequest, stop_requests
+from metareg.util.torchrun import place
 
 if TYPE_CHECKING:
     from metareg.comparison.tuning import Tuner

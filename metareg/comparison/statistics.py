@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr
 
-from metareg.intervals import half_width, quantile, spread
+from metareg.util.intervals import half_width, quantile, spread
 
 __all__ = [
     "ALPHA",

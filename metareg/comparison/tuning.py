@@ -20,9 +20,9 @@ from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import divergence
 from metareg.comparison.space import GRID, Dimension, Range, dimensions
 from metareg.errors import UsageError
-from metareg.files import read_json, write_json
 from metareg.options import assemble
-from metareg.randomness import derive_seed
+from metareg.util.files import read_json, write_json
+from metareg.util.seeding import derive_seed
 
 __all__ = ["CHOSEN_FILE", "Tuner", "proposal"]
 

@@ -6,8 +6,8 @@ import importlib
 from pathlib import Path
 
 from metareg.errors import UnknownNameError, UsageError
-from metareg.files import write_text
 from metareg.reporting.analysis import analyse
+from metareg.util.files import write_text
 
 __all__ = ["FORMATS", "format_of", "report", "write"]
 

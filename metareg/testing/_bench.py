@@ -19,11 +19,11 @@ from metareg.config import PluginConfig
 from metareg.episodes import Episodes
 from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
-from metareg.randomness import generator_for, seeded
 from metareg.registry import Plugin, resolve
 from metareg.stages import hook_of
 from metareg.tasks import TaskSpec
 from metareg.testing._check import fail
+from metareg.util.seeding import generator_for, seeded
 
 __all__ = [
     "Bench",

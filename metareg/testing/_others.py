@@ -20,7 +20,6 @@ from metareg.errors import MetaregError
 from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
 from metareg.modules import SplitModel
-from metareg.randomness import seeded, task_uniform
 from metareg.registry import resolve
 from metareg.runs import Run, train
 from metareg.sources import TaskSource
@@ -37,6 +36,7 @@ from metareg.testing._bench import (
     snapshot,
 )
 from metareg.testing._check import Subject, fail
+from metareg.util.seeding import seeded, task_uniform
 
 SPLITS = ("train", "validation", "test")
 ROUNDING = 1e-8

@@ -17,8 +17,8 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from metareg.episodes import Episodes
-from metareg.layout import contiguous_copies
 from metareg.learner import MetaLearner
+from metareg.util.layout import contiguous_copies
 
 __all__ = ["Training", "trained"]
 

@@ -18,7 +18,6 @@ from torch.utils import _pytree as pytree
 from metareg.declarations import StepExample
 from metareg.errors import MetaregError
 from metareg.learner import MetaLearner
-from metareg.randomness import seeded
 from metareg.registry import Plugin, entries, resolve
 from metareg.stages import Implementation, implementations, plugin_manager
 from metareg.testing._bench import (
@@ -33,6 +32,7 @@ from metareg.testing._bench import (
     snapshot,
 )
 from metareg.testing._check import Subject, fail
+from metareg.util.seeding import seeded
 
 # Float64, and sums of a few hundred numbers: what rounding alone makes of two orders of summation stays below this.
 ROUNDING = 1e-9

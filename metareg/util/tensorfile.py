@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from metareg.errors import UsageError
-from metareg.files import write_bytes
+from metareg.util.files import write_bytes
 
 __all__ = ["DamagedFileError", "TensorFile", "bounded_allocation", "write_tensors"]
 
