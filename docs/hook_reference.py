@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
-from metareg import Field, PluginConfig, declarations, hookimpl, hookspecs
+from metareg import Field, PluginConfig, hookimpl
+from metareg.contract import attributes, hookspecs
 from metareg.testing import checks
 
 HERE = Path(__file__).parent
@@ -19,7 +20,7 @@ def hook_reference() -> str:
     module = inspect.cleandoc(hookspecs.__doc__ or "").partition("\n")[2].strip()
     parts = [
         "# Hook reference",
-        "<!-- Written by docs/hook_reference.py from metareg/hookspecs.py. -->",
+        "<!-- Written by docs/hook_reference.py from metareg/contract/hookspecs.py. -->",
         _markdown(module),
     ]
     section = ""
@@ -41,7 +42,7 @@ def hook_reference() -> str:
 def index() -> str:
     """The page plugins/index.md with its tables brought up to date."""
     text = (HERE / "plugins" / "index.md").read_text(encoding="utf-8")
-    for name, content in (("declarations", _declarations()), ("checks", _checks())):
+    for name, content in (("attributes", _attributes()), ("checks", _checks())):
         text = re.sub(
             rf"<!-- {name} -->.*?(?=\n\n[^|]|\Z)", lambda _, c=content, n=name: f"<!-- {n} -->\n\n{c}", text, flags=re.S
         )
@@ -79,8 +80,8 @@ def _markdown(docstring: str) -> str:
     return "\n\n".join(lines)
 
 
-def _declarations() -> str:
-    table = (declarations.__doc__ or "").split("\n\n")[-1].strip().splitlines()
+def _attributes() -> str:
+    table = (attributes.__doc__ or "").split("\n\n")[-1].strip().splitlines()
     edges = [match.span() for match in re.finditer("=+", table[0])]
     rows: list[list[str]] = []
     for line in [line for line in table if not line.startswith("===")]:

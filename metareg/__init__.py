@@ -11,42 +11,43 @@ from typing import TYPE_CHECKING, Any
 from metareg._version import __version__
 
 if TYPE_CHECKING:
-    from metareg.config import Field, PluginConfig, RunConfig
-    from metareg.declarations import StepExample
-    from metareg.episodes import Episodes
+    from metareg.config import RunConfig
+    from metareg.contract.attributes import StepExample
+    from metareg.contract.config import Field, PluginConfig
+    from metareg.contract.episodes import Episodes
+    from metareg.contract.evaluation import Evaluation
+    from metareg.contract.hookspecs import hookimpl, hookspec
+    from metareg.contract.losses import Metric
+    from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
-    from metareg.evaluation import Evaluation
-    from metareg.hookspecs import hookimpl, hookspec
     from metareg.learner import MetaLearner
-    from metareg.losses import Metric
     from metareg.runs import Run, resume, train
-    from metareg.tasks import Dataset, Task, TaskSpec
     from metareg.util.files import cache_folder
     from metareg.util.seeding import derive_seed, task_uniform
 
 _WHERE = {
-    "Field": "metareg.config",
-    "PluginConfig": "metareg.config",
     "RunConfig": "metareg.config",
-    "StepExample": "metareg.declarations",
-    "Episodes": "metareg.episodes",
+    "StepExample": "metareg.contract.attributes",
+    "Field": "metareg.contract.config",
+    "PluginConfig": "metareg.contract.config",
+    "Episodes": "metareg.contract.episodes",
+    "Evaluation": "metareg.contract.evaluation",
+    "hookimpl": "metareg.contract.hookspecs",
+    "hookspec": "metareg.contract.hookspecs",
+    "Metric": "metareg.contract.losses",
+    "Dataset": "metareg.contract.tasks",
+    "Task": "metareg.contract.tasks",
+    "TaskSpec": "metareg.contract.tasks",
     "DivergenceError": "metareg.errors",
     "Interrupted": "metareg.errors",
     "MetaregError": "metareg.errors",
     "PluginError": "metareg.errors",
     "UnknownNameError": "metareg.errors",
     "UsageError": "metareg.errors",
-    "Evaluation": "metareg.evaluation",
-    "hookimpl": "metareg.hookspecs",
-    "hookspec": "metareg.hookspecs",
     "MetaLearner": "metareg.learner",
-    "Metric": "metareg.losses",
     "Run": "metareg.runs",
     "resume": "metareg.runs",
     "train": "metareg.runs",
-    "Dataset": "metareg.tasks",
-    "Task": "metareg.tasks",
-    "TaskSpec": "metareg.tasks",
     "cache_folder": "metareg.util.files",
     "derive_seed": "metareg.util.seeding",
     "task_uniform": "metareg.util.seeding",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metareg.contract.tasks import Dataset
 from metareg.errors import MetaregError, UsageError
 from metareg.registry import entries, find, resolve
-from metareg.tasks import Dataset
 
 __all__ = ["dataset_of", "listed"]
 

@@ -22,19 +22,19 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from metareg.hookspecs import hookimpl
+from metareg.contract.hookspecs import hookimpl
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from metareg.comparison.pool import Outcome
     from metareg.comparison.runner import Comparison
-    from metareg.evaluation import Evaluation
+    from metareg.contract.evaluation import Evaluation
+    from metareg.contract.tasks import Dataset
     from metareg.registry import Entry
     from metareg.reporting.tables import Table as ReportTable
     from metareg.reproduction import Recipe
     from metareg.runs import Run
-    from metareg.tasks import Dataset
     from metareg.testing import Check
 
 __all__ = [

@@ -23,9 +23,9 @@ from torch.func import functionalize, grad, grad_and_value, vjp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes, stack_trees
+from metareg.contract.episodes import Episodes, stack_trees
+from metareg.contract.losses import Loss, Metric
 from metareg.errors import MetaregError, UsageError
-from metareg.losses import Loss, Metric
 from metareg.modules import SplitModel
 from metareg.stages import Stages
 from metareg.util.layout import channels_last_or_contiguous, contiguous, like_parameters

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
-from metareg.config import LearnerConfig, under_present_names
+from metareg.config import LearnerConfig
+from metareg.contract.config import under_present_names
+from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
-from metareg.hookspecs import CONTRACT_VERSION
 from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:

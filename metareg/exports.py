@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from metareg.contract.tasks import Task
 from metareg.errors import UsageError
-from metareg.tasks import Task
 from metareg.util.files import write_bytes
 
 if TYPE_CHECKING:

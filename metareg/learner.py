@@ -16,20 +16,21 @@ from torch import Tensor, nn
 
 from metareg import architecture
 from metareg._version import __version__
-from metareg.config import Choice, LearnerConfig, PluginConfig, unknown_option, validated
+from metareg.config import LearnerConfig
+from metareg.contract.config import Choice, PluginConfig, unknown_option, validated
+from metareg.contract.episodes import Episodes
+from metareg.contract.evaluation import Evaluation
+from metareg.contract.losses import Loss, Metric, find_loss, find_metric
+from metareg.contract.tasks import TaskSpec
 from metareg.distributed import BatchSplit, Processes, digest, tasks_of
 from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
 from metareg.environment import find_device
-from metareg.episodes import Episodes
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
-from metareg.evaluation import Evaluation
-from metareg.losses import Loss, Metric, find_loss, find_metric
 from metareg.modules import SplitModel
 from metareg.optimizer import Adam
 from metareg.registry import Plugin, config_of, find, resolve
 from metareg.sources import TaskSource
 from metareg.stages import Stages, hook_of
-from metareg.tasks import TaskSpec
 from metareg.util.layout import contiguous_copies
 from metareg.util.seeding import seeded
 from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors
@@ -55,7 +56,7 @@ class MetaLearner:
         augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
             ``(name or class, config)``.
         loss: ``"cross_entropy"``, ``"mse"``, or a callable ``loss(outputs, targets) -> scalar``.
-        metric: ``"accuracy"``, ``"mse"`` or a `metareg.losses.Metric`; by default the one that goes with the loss.
+        metric: ``"accuracy"``, ``"mse"`` or a `metareg.contract.losses.Metric`; by default the one that goes with the loss.
         inner_steps: adaptation steps in training.
         first_order: treat inner gradients as constants in the meta-gradient.
         outer_lr: step size of the outer Adam.

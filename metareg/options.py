@@ -8,17 +8,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.config import (
-    Choice,
-    PluginConfig,
-    RunConfig,
-    parse_yaml,
-    under_present_names,
-    unknown_option,
-    validated,
-)
+from metareg.config import RunConfig
+from metareg.contract.config import Choice, PluginConfig, under_present_names, unknown_option, validated
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry import Plugin, config_of, find, installed_names, resolve
+from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["Selection", "assemble", "parse_assignments", "with_present_names"]
 

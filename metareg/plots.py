@@ -13,7 +13,7 @@ from metareg.stages import hook_of
 from metareg.util.files import replacing
 
 if TYPE_CHECKING:
-    from metareg.evaluation import Evaluation
+    from metareg.contract.evaluation import Evaluation
     from metareg.runs import Run
 
 __all__ = ["draw", "inner_steps", "learning_curve"]

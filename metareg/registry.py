@@ -13,11 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from metareg.declarations import check_contract
+from metareg.contract.attributes import check_contract
 from metareg.errors import PluginError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
-    from metareg.config import PluginConfig
+    from metareg.contract.config import PluginConfig
 
 __all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "config_of", "entries", "find", "installed_names", "resolve"]
 
@@ -144,7 +144,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         UsageError: an unknown name, or a configuration that the class refuses.
         PluginError: the plugin cannot be imported or built.
     """
-    from metareg.config import validated
+    from metareg.contract.config import validated
 
     if isinstance(plugin, Plugin):
         return plugin
@@ -186,7 +186,7 @@ def config_of(plugin: type | object) -> type[PluginConfig]:
     Raises:
         PluginError: its `Config` is something else.
     """
-    from metareg.config import PluginConfig
+    from metareg.contract.config import PluginConfig
 
     config = getattr(plugin, "Config", PluginConfig)
     if not (isinstance(config, type) and issubclass(config, PluginConfig)):

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt, model_validator
 
-from metareg.config import Field, PluginConfig, read_yaml, validated
+from metareg.contract.config import Field, PluginConfig, validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.util.files import read_json, write_json
+from metareg.util.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from metareg.comparison.plan import PlannedRun
@@ -229,7 +230,7 @@ def reproduce(
 def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
     """Raise a UsageError where the runs could not be judged, or the folder is another recipe's."""
     from metareg.comparison.plan import ComparisonConfig, Plan
-    from metareg.losses import find_metric
+    from metareg.contract.losses import find_metric
     from metareg.options import assemble
 
     if (out / FILE).is_file():
@@ -254,7 +255,7 @@ def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
 def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     """What finished runs of a recipe say."""
     from metareg.comparison.statistics import over_seeds, over_tasks
-    from metareg.evaluation import Evaluation
+    from metareg.contract.evaluation import Evaluation
 
     found = {run.seed: Evaluation.from_dict(read_json(run.path / "results.json")) for run in runs}
     one = next(iter(found.values()))

@@ -17,12 +17,13 @@ import torch
 
 from metareg import environment, plots
 from metareg.checkpoints import Checkpoints, Keeper
-from metareg.config import LearnerConfig, RunConfig, read_yaml, validated
+from metareg.config import LearnerConfig, RunConfig
+from metareg.contract.config import validated
+from metareg.contract.evaluation import Evaluation
+from metareg.contract.hookspecs import hookimpl
 from metareg.distributed import Processes, joined
 from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
-from metareg.evaluation import Evaluation
-from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble, with_present_names
 from metareg.registry import find, resolve
@@ -39,6 +40,7 @@ from metareg.util.files import (
 )
 from metareg.util.signals import StopRequest, stop_requests
 from metareg.util.torchrun import launched
+from metareg.util.yaml_files import read_yaml
 
 __all__ = ["Run", "resume", "train"]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from string import Template
 
 from metareg._version import __version__
+from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import MetaregError, UsageError
-from metareg.hookspecs import CONTRACT_VERSION
 from metareg.registry import entries
 
 __all__ = ["new_plugin"]

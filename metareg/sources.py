@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes
+from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
 from metareg.registry import Plugin, resolve
 from metareg.stages import hook_of

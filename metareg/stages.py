@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metareg import hookspecs
+from metareg.contract import hookspecs
 from metareg.errors import MetaregError, PluginError, nearest
 from metareg.registry import Plugin
 from metareg.util.layout import contiguous_copies

@@ -14,11 +14,11 @@ import torch
 from pydantic import Field
 from torch.utils import _pytree as pytree
 
-from metareg.config import PluginConfig
+from metareg.contract.config import PluginConfig
+from metareg.contract.episodes import Episodes
+from metareg.contract.evaluation import Evaluation
 from metareg.distributed import Processes
-from metareg.episodes import Episodes
 from metareg.errors import DivergenceError
-from metareg.evaluation import Evaluation
 from metareg.registry import resolve
 from metareg.sources import TaskSource
 from metareg.stages import Implementation, implementations, plugin_manager

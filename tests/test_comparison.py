@@ -26,7 +26,7 @@ from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, che
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, _planned, compare
-from metareg.config import validated
+from metareg.contract.config import validated
 from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.options import assemble

@@ -9,8 +9,10 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.config import LearnerConfig, RunConfig, read_yaml, under_present_names
+from metareg.config import LearnerConfig, RunConfig
+from metareg.contract.config import under_present_names
 from metareg.options import assemble, parse_assignments
+from metareg.util.yaml_files import read_yaml
 
 
 def config(base: dict[str, Any] | None = None, **options: Any) -> RunConfig:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, hookimpl
+from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import PluginError
-from metareg.hookspecs import CONTRACT_VERSION
 from metareg.registry import resolve
 
 Tensors = dict[str, Tensor]

@@ -77,7 +77,7 @@ def test_hook_reference_is_current() -> None:
 def test_every_hook_is_in_the_reference() -> None:
     import pluggy
 
-    from metareg import hookspecs
+    from metareg.contract import hookspecs
 
     manager = pluggy.PluginManager("metareg")
     manager.add_hookspecs(hookspecs)

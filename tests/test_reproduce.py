@@ -20,9 +20,9 @@ from rich.console import Console
 from metareg import MetaregError, UsageError, cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
-from metareg.config import validated
+from metareg.contract.config import validated
+from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted
-from metareg.evaluation import Evaluation
 from metareg.options import assemble
 from metareg.reproduction import Recipe, find_recipe, judge, recipes, reproduce
 from metareg.util.files import write_json

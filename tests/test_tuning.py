@@ -25,7 +25,7 @@ from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
 from metareg.comparison.tuning import Tuner, proposal
-from metareg.config import validated
+from metareg.contract.config import validated
 from metareg.display import ComparisonProgress
 from metareg.options import Selection, assemble
 from metareg.util.files import write_json, write_text

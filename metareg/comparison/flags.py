@@ -8,8 +8,9 @@ from typing import Any
 
 from metareg.comparison.plan import FILE, ComparisonConfig, stacked
 from metareg.comparison.space import seeds_of, split_assignments
-from metareg.config import read_yaml, validated
+from metareg.contract.config import validated
 from metareg.errors import UsageError
+from metareg.util.yaml_files import read_yaml
 
 __all__ = ["comparison_of", "parse_seeds"]
 

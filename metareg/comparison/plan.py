@@ -14,9 +14,10 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from metareg.comparison.space import Seeds, Tuning
 from metareg.comparison.space import check as check_choices
-from metareg.config import PluginConfig, read_yaml, validated
+from metareg.contract.config import PluginConfig, validated
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.files import write_text
+from metareg.util.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from metareg.options import Selection

@@ -17,7 +17,7 @@ from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
-from metareg.config import validated
+from metareg.contract.config import validated
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.util.files import is_leftover, locked
 from metareg.util.signals import StopRequest, stop_requests

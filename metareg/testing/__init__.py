@@ -10,8 +10,8 @@ In a plugin's tests, with pytest::
         check()
 
 or on the command line, ``metareg check-plugin algorithms sign-maml``. Which checks apply follows from the hooks that a
-plugin implements and from what its class declares (`metareg.declarations`), never from its name. A failing check says
-what is wrong, where, and how to mend it.
+plugin implements and from what its class declares (`metareg.contract.attributes`), never from its name. A failing check
+says what is wrong, where, and how to mend it.
 """
 
 from __future__ import annotations

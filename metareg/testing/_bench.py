@@ -15,13 +15,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metareg.config import PluginConfig
-from metareg.episodes import Episodes
-from metareg.hookspecs import hookimpl
+from metareg.contract.config import PluginConfig
+from metareg.contract.episodes import Episodes
+from metareg.contract.hookspecs import hookimpl
+from metareg.contract.tasks import TaskSpec
 from metareg.learner import MetaLearner
 from metareg.registry import Plugin, resolve
 from metareg.stages import hook_of
-from metareg.tasks import TaskSpec
 from metareg.testing._check import fail
 from metareg.util.seeding import generator_for, seeded
 

@@ -8,9 +8,10 @@ import yaml
 from pydantic import ValidationError
 
 from metareg.comparison.space import domain_text
-from metareg.config import PluginConfig, RunConfig
+from metareg.config import RunConfig
+from metareg.contract.config import PluginConfig
+from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
-from metareg.hookspecs import CONTRACT_VERSION
 from metareg.options import assemble
 from metareg.registry import installed_names
 from metareg.stages import plugin_manager

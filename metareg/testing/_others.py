@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes
+from metareg.contract.episodes import Episodes
+from metareg.contract.hookspecs import hookimpl
+from metareg.contract.tasks import Task, TaskSpec
 from metareg.errors import MetaregError
-from metareg.hookspecs import hookimpl
 from metareg.learner import MetaLearner
 from metareg.modules import SplitModel
 from metareg.registry import resolve
 from metareg.runs import Run, train
 from metareg.sources import TaskSource
 from metareg.stages import hook_of
-from metareg.tasks import Task, TaskSpec
 from metareg.testing._bench import (
     Descent,
     built,

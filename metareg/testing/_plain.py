@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from metareg.episodes import Episodes
+from metareg.contract.episodes import Episodes
 from metareg.learner import MetaLearner
 from metareg.util.layout import contiguous_copies
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metareg.declarations import StepExample
+from metareg.contract.attributes import StepExample
 from metareg.errors import MetaregError
 from metareg.learner import MetaLearner
 from metareg.registry import Plugin, entries, resolve

@@ -51,9 +51,9 @@ class Task:
     """
 
     loss: str = "mse"
-    """A name in `metareg.losses.LOSSES`, or a callable ``loss(outputs, targets) -> scalar``."""
+    """A name in `metareg.contract.losses.LOSSES`, or a callable ``loss(outputs, targets) -> scalar``."""
     metric: str | None = None
-    """A name in `metareg.losses.METRICS`; the one that goes with the loss where it is None."""
+    """A name in `metareg.contract.losses.METRICS`; the one that goes with the loss where it is None."""
     default_model: str | None = None
     """The model plugin that a run takes where the user names none."""
     stackable: bool = True

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from metareg.config import LearnerConfig, under_present_names
+from metareg.contract.config import under_present_names
 from metareg.errors import UsageError
 from metareg.util.intervals import half_width
 
@@ -33,6 +33,9 @@ class Evaluation:
     inner_steps: tuple[int, ...]
     scores: Tensor
     bn_statistics: str
+
+    former_names: ClassVar[Mapping[str, str]] = {"norm": "bn_statistics"}
+    """Names that results once had, as in `PluginConfig`."""
 
     @property
     def tasks(self) -> int:
@@ -67,7 +70,7 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
         """The inverse of `to_dict`."""
-        content = under_present_names(LearnerConfig, content)
+        content = under_present_names(cls, content)
         steps: Sequence[dict[str, Any]] = content["steps"]
         return cls(
             content["metric"],

@@ -31,11 +31,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor, nn
 
-    from metareg.episodes import Episodes
-    from metareg.evaluation import Evaluation
-    from metareg.learner import MetaLearner
-    from metareg.runs import Run
-    from metareg.tasks import TaskSpec
+    from metareg.contract.episodes import Episodes
+    from metareg.contract.evaluation import Evaluation
+    from metareg.contract.tasks import TaskSpec
+    from metareg.contract.views import LearnerView, RunView
 
 __all__ = ["CONTRACT_VERSION", "OLDEST_CONTRACT", "hookimpl", "hookspec"]
 
@@ -273,7 +272,7 @@ def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[E
 
 
 @hookspec(firstresult=True)
-def figures(learner: MetaLearner, seed: int) -> Mapping[str, Figure] | None:
+def figures(learner: LearnerView, seed: int) -> Mapping[str, Figure] | None:
     """Pictures of some test tasks after training, by file name without its ending; the run saves them as PNG."""
 
 
@@ -291,7 +290,7 @@ def build(spec: TaskSpec, generator: torch.Generator) -> nn.Module | None:
 
 
 @hookspec
-def on_run_start(run: Run) -> None:
+def on_run_start(run: RunView) -> None:
     """Training is about to begin, or to go on after the step ``run.learner.steps_done`` of a run that was stopped.
 
     The run's folder and configuration exist. A run that goes on repeats the steps after its newest checkpoint.
@@ -313,5 +312,5 @@ def on_evaluation(step: int, split: str, evaluation: Evaluation) -> None:
 
 
 @hookspec
-def on_run_end(run: Run) -> None:
+def on_run_end(run: RunView) -> None:
     """The run has ended and its results are written."""

@@ -29,8 +29,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from metareg._version import __version__
+from metareg.contract.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
 from metareg.errors import PluginError
-from metareg.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
 
 __all__ = ["StepExample", "check_contract"]
 

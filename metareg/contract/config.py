@@ -1,0 +1,83 @@
+"""What a plugin's options are made of, and how bad values are reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from metareg.errors import UnknownNameError, UsageError
+
+__all__ = ["Choice", "Field", "PluginConfig", "under_present_names", "unknown_option", "validated"]
+
+
+class PluginConfig(BaseModel):
+    """Base of a plugin's `Config`: unknown keys, infinities and NaN are refused; instances do not change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
+
+    former_names: ClassVar[Mapping[str, str]] = {}
+    """Names that options once had, and those they have today; a stored configuration may have either."""
+
+
+_Config = TypeVar("_Config", bound=BaseModel)
+
+
+def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+    """Build `cls` from `values`.
+
+    Raises:
+        UsageError: one sentence that names each bad key, what it holds, what is allowed and the nearest valid key.
+    """
+    values = under_present_names(cls, values)
+    unknown = [key for key in values if key not in cls.model_fields]
+    if unknown and cls.model_config.get("extra") == "forbid":
+        raise UnknownNameError(f"option of {where}", unknown[0], cls.model_fields)
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        raise UsageError(f"In {where}, {'; '.join(_sentence(each) for each in error.errors())}.") from error
+
+
+def under_present_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration of a class with today's names of its options in the place of former ones."""
+    former: Mapping[str, str] = getattr(cls, "former_names", {})
+    return {key if former.get(key, key) in stored else former[key]: value for key, value in stored.items()}
+
+
+def unknown_option(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
+    """The error for an option that there is not, or no longer.
+
+    Args:
+        what: what it should be one of.
+        name: what was written.
+        known: the names that there are.
+        present_names: those of options that once had this name.
+    """
+    if present_names:
+        present = " or ".join(f"'{each}'" for each in present_names)
+        return UsageError(f"There is no {what} named '{name}' any more: it is {present} now.")
+    return UnknownNameError(what, name, known)
+
+
+def _sentence(error: Any) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    if not key:
+        return problem
+    if error["type"] == "missing":
+        return f"'{key}' is required and has no value"
+    return f"{key} = {error['input']!r} cannot be used: {problem[0].lower()}{problem[1:]}"
+
+
+class Choice(PluginConfig):
+    """A plugin by name, with values for its configuration. In YAML a bare name is enough."""
+
+    name: str = Field(description="The name of an installed plugin, or DIST:NAME.")
+    config: dict[str, Any] = Field({}, description="Values for the plugin's own options.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
