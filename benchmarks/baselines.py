@@ -27,9 +27,9 @@ from torch import Tensor
 from metareg import Episodes, RunConfig, train
 from metareg.comparison.statistics import Estimate, over_seeds
 from metareg.options import Selection, assemble
-from metareg.registry import resolve
+from metareg.registry.plugins import resolve
+from metareg.registry.sources import TaskSource
 from metareg.runs import prepared
-from metareg.sources import TaskSource
 from metareg.util.files import read_json, write_json, write_text
 
 STORE = RESULTS / "baselines.json"

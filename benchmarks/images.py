@@ -20,7 +20,7 @@ from loops import ClonedModules
 from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.registry import resolve
+from metareg.registry.plugins import resolve
 from metareg.util.allocation import keep_freed_memory
 
 WAYS, SHOTS, QUERY = 5, 1, 15

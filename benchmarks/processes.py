@@ -15,7 +15,7 @@ from harness import RESULTS, Row, check_same_gradient, interleaved, machine, rep
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.distributed import Processes, joined
-from metareg.registry import resolve
+from metareg.registry.plugins import resolve
 
 _IMAGES, _POINTS = TaskSpec((1, 28, 28), (5,)), TaskSpec((1,), (1,))
 

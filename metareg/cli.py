@@ -18,7 +18,7 @@ from rich.markup import escape
 
 from metareg._version import __version__
 from metareg.errors import MetaregError, UnknownNameError, UsageError
-from metareg.registry import DISABLE_VARIABLE, KINDS, Entry, entries, find
+from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, Entry, entries, find
 from metareg.util.torchrun import is_follower, place
 
 __all__ = ["app", "run"]
@@ -360,8 +360,8 @@ def data(
     _leave_out(no_plugin)
     if name is None and (download or verify):
         raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
-    from metareg.datasets import dataset_of, listed
     from metareg.display import datasets_table
+    from metareg.registry.datasets import dataset_of, listed
 
     if name is None:
         _output.print(datasets_table(listed(where)))

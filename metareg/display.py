@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from metareg.comparison.runner import Comparison
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.tasks import Dataset
-    from metareg.registry import Entry
+    from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
     from metareg.reproduction import Recipe
     from metareg.runs import Run
@@ -342,7 +342,7 @@ def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
 def plugin_page(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
     from metareg.comparison.space import domain_text
-    from metareg.stages import hooks_of
+    from metareg.registry.dispatch import hooks_of
 
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),

@@ -28,9 +28,10 @@ from metareg.environment import find_device
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
 from metareg.modules import SplitModel
 from metareg.optimizer import Adam
-from metareg.registry import Plugin, config_of, find, resolve
-from metareg.sources import TaskSource
-from metareg.stages import Stages, hook_of
+from metareg.registry.dispatch import hook_of
+from metareg.registry.plugins import Plugin, config_of, find, resolve
+from metareg.registry.sources import TaskSource
+from metareg.stages import Stages
 from metareg.util.layout import contiguous_copies
 from metareg.util.seeding import seeded
 from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors

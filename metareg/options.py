@@ -11,7 +11,7 @@ from typing import Any
 from metareg.config import RunConfig
 from metareg.contract.config import Choice, PluginConfig, under_present_names, unknown_option, validated
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
-from metareg.registry import Plugin, config_of, find, installed_names, resolve
+from metareg.registry.plugins import Plugin, config_of, find, installed_names, resolve
 from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["Selection", "assemble", "parse_assignments", "with_present_names"]

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from metareg.stages import hook_of
+from metareg.registry.dispatch import hook_of
 from metareg.util.files import replacing
 
 if TYPE_CHECKING:

@@ -26,8 +26,8 @@ from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner import MetaLearner
 from metareg.options import Selection, assemble, with_present_names
-from metareg.registry import find, resolve
-from metareg.sources import TaskSource
+from metareg.registry.plugins import find, resolve
+from metareg.registry.sources import TaskSource
 from metareg.training import Progress, Schedule, fit, observed
 from metareg.util.files import (
     LinesFile,

@@ -11,7 +11,7 @@ from string import Template
 from metareg._version import __version__
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import MetaregError, UsageError
-from metareg.registry import entries
+from metareg.registry.plugins import entries
 
 __all__ = ["new_plugin"]
 

@@ -1,112 +1,23 @@
-"""The stages of a run: the hooks of its plugins, resolved once to plain functions.
-
-pluggy registers and validates the plugins; after that nothing of it stands in the inner loop, and `torch.func` and the
-tracer see ordinary calls.
-"""
+"""The stages of a run: the hooks of its algorithm and augmenters, each reduced to one result."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
-import pluggy
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metareg.contract import hookspecs
-from metareg.errors import MetaregError, PluginError, nearest
-from metareg.registry import Plugin
+from metareg.errors import PluginError
+from metareg.registry.dispatch import Implementation, hooks_of, implementations, plugin_manager
+from metareg.registry.plugins import Plugin
 from metareg.util.layout import contiguous_copies
 from metareg.util.seeding import generator_for, seeded
 
-__all__ = ["Implementation", "Stages", "hook_of", "hooks_of", "plugin_manager"]
+__all__ = ["Stages"]
 
 Tensors = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One plugin's implementation of one hook, called with the arguments that it names."""
-
-    plugin: Plugin
-    name: str
-    """The plugin's name in this run: unique, and the prefix of its meta-parameters."""
-    hook: str
-    function: Callable[..., Any]
-    arguments: tuple[str, ...]
-
-    def __call__(self, **available: Any) -> Any:
-        try:
-            return self.function(**{argument: available[argument] for argument in self.arguments})
-        except MetaregError:
-            raise
-        except Exception as error:
-            raise PluginError(
-                f"The {self.plugin.label} failed in its hook {self.hook}: {type(error).__name__}: {error}"
-            ) from error
-
-    def own(self, meta: Mapping[str, Tensor]) -> Tensors:
-        """The plugin's own meta-parameters, without its prefix."""
-        prefix = f"{self.name}."
-        return {name[len(prefix) :]: value for name, value in meta.items() if name.startswith(prefix)}
-
-    def reject(self, problem: str) -> NoReturn:
-        """Report a result that does not keep the contract."""
-        raise PluginError(f"The {self.plugin.label} broke the contract of {self.hook}: {problem}.")
-
-
-def plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
-    """A manager that holds the plugins of one run, and the plugins by their names in it.
-
-    Raises:
-        PluginError: a hook is misspelt, asks for an argument that the hook does not have, or is a wrapper.
-    """
-    manager = pluggy.PluginManager("metareg")
-    manager.add_hookspecs(hookspecs)
-    named: dict[str, Plugin] = {}
-    for plugin in plugins:
-        name, count = plugin.name, 1
-        while name in named:
-            count += 1
-            name = f"{plugin.name}-{count}"
-        try:
-            manager.register(plugin.instance, name)
-        except pluggy.PluginValidationError as error:
-            raise PluginError(_validation_message(plugin)) from error
-        except ValueError as error:
-            raise PluginError(f"The {plugin.label} cannot be used twice as one object; pass its class.") from error
-        named[name] = plugin
-    known = [name for name, _ in inspect.getmembers(hookspecs, callable) if hasattr(manager.hook, name)]
-    for plugin in plugins:
-        for attribute, method in _marked(plugin.instance):
-            attribute = getattr(method, "metareg_impl")["specname"] or attribute  # noqa: B009 - set by pluggy
-            if attribute not in known:
-                close = nearest(attribute, known)
-                hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(known)}."
-                raise PluginError(f"The {plugin.label} implements '{attribute}', which is no hook of metareg{hint}")
-    return manager, named
-
-
-def implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
-    """The implementations of a hook in the order in which their plugins were given, `tryfirst` ones before."""
-    found = getattr(manager.hook, hook).get_hookimpls()
-    result = []
-    for each in sorted(found, key=lambda each: each.trylast - each.tryfirst):
-        plugin = named[each.plugin_name]
-        if each.wrapper or each.hookwrapper:
-            raise PluginError(f"The {plugin.label} implements {hook} as a wrapper; stages are plain functions.")
-        result.append(Implementation(plugin, each.plugin_name, hook, each.function, tuple(each.argnames)))
-    return result
-
-
-def hook_of(plugin: Plugin, hook: str) -> Implementation | None:
-    """A single plugin's implementation of a hook, if it has one."""
-    manager, named = plugin_manager([plugin])
-    found = implementations(manager, named, hook)
-    return found[0] if found else None
 
 
 class Stages:
@@ -143,7 +54,7 @@ class Stages:
         self._task_noise = [each for each in get["draw_noise"] if each.name in in_task]
         self._batch_noise = [each for each in get["draw_noise"] if each.name in in_batch]
         for augmenter in self.augmenters:
-            if not _marked(augmenter.instance):
+            if not hooks_of(type(augmenter.instance)):
                 raise PluginError(
                     f"The {augmenter.label} implements no hook; its methods are marked with @metareg.hookimpl."
                 )
@@ -364,39 +275,3 @@ def _is_scalar(value: Any) -> bool:
 
 def _described(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-
-
-def hooks_of(cls: type) -> list[str]:
-    """The hooks that a plugin class implements, in alphabetical order."""
-    return [name for name in sorted(dir(cls)) if _is_marked(inspect.getattr_static(cls, name))]
-
-
-def _marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
-    found = []
-    for name in dir(type(instance)):
-        if _is_marked(inspect.getattr_static(instance, name)):
-            found.append((name, getattr(instance, name)))
-    return found
-
-
-def _is_marked(attribute: Any) -> bool:
-    return hasattr(getattr(attribute, "__func__", attribute), "metareg_impl")
-
-
-def _validation_message(plugin: Plugin) -> str:
-    for name, method in _marked(plugin.instance):
-        spec = getattr(hookspecs, name, None)
-        if spec is None:
-            continue
-        allowed = list(inspect.signature(spec).parameters)
-        wanted = list(inspect.signature(method).parameters)
-        unknown = [argument for argument in wanted if argument not in allowed]
-        if unknown:
-            close = nearest(unknown[0], allowed)
-            hint = f"; did you mean '{close[0]}'?" if close else "."
-            return (
-                f"The {plugin.label} asks for the argument '{unknown[0]}' in {name}, which that hook does not have; "
-                f"it has {', '.join(allowed)}{hint}"
-            )
-    return f"The {plugin.label} cannot be registered: its hooks do not keep their specifications."

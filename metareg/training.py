@@ -19,9 +19,9 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.distributed import Processes
 from metareg.errors import DivergenceError
-from metareg.registry import resolve
-from metareg.sources import TaskSource
-from metareg.stages import Implementation, implementations, plugin_manager
+from metareg.registry.dispatch import Implementation, implementations, plugin_manager
+from metareg.registry.plugins import resolve
+from metareg.registry.sources import TaskSource
 
 if TYPE_CHECKING:
     from metareg.learner import MetaLearner

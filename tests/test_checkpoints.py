@@ -33,7 +33,7 @@ from metareg import (
     hookimpl,
 )
 from metareg.checkpoints import Checkpoints, Keeper
-from metareg.sources import TaskSource
+from metareg.registry.sources import TaskSource
 from metareg.training import Progress, Schedule, fit
 from metareg.util.files import LinesFile, locked
 from metareg.util.signals import StopRequest

@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from metareg import cli
-from metareg.registry import DISABLE_VARIABLE
+from metareg.registry.plugins import DISABLE_VARIABLE
 
 TINY = ["--steps", "3", "--set", "eval_tasks=2", "--set", "test_tasks=3", "--set", "test_inner_steps=[0, 1]"]
 

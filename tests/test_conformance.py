@@ -8,7 +8,7 @@ import pytest
 
 from metareg.engine import find_compiler
 from metareg.errors import MetaregError
-from metareg.registry import Entry, entries, resolve
+from metareg.registry.plugins import Entry, entries, resolve
 from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinations
 
 # The parity tests compare the strategies of the shipped plugins, the matrix those of all.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metareg import Episodes, MetaLearner, hookimpl
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import PluginError
-from metareg.registry import resolve
+from metareg.registry.plugins import resolve
 
 Tensors = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from metareg import MetaLearner, MetaregError, UsageError
-from metareg.registry import resolve
+from metareg.registry.plugins import resolve
 from metareg_image import Glyphs, OmniglotSmall
 from metareg_image.figures import _label
 from metareg_image.sampling import draw_distinct

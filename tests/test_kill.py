@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from metareg.registry import entries
+from metareg.registry.plugins import entries
 from processes import Command, Nursery, kill
 
 RESULT = ("config.yaml", "metrics.jsonl", "results.json", "checkpoints/final.safetensors")

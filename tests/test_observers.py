@@ -32,7 +32,7 @@ def test_json_lines_hold_the_whole_run_in_order(tmp_path: Path) -> None:
 
 
 def test_json_lines_of_several_runs_share_a_file(tmp_path: Path) -> None:
-    from metareg.registry import resolve
+    from metareg.registry.plugins import resolve
 
     shared = tmp_path / "all.jsonl"
     for number in range(2):
@@ -41,7 +41,7 @@ def test_json_lines_of_several_runs_share_a_file(tmp_path: Path) -> None:
 
 
 def test_json_lines_that_cannot_be_written_are_one_sentence(tmp_path: Path) -> None:
-    from metareg.registry import resolve
+    from metareg.registry.plugins import resolve
 
     with pytest.raises(MetaregError, match="cannot write"):
         trained(tmp_path / "run", resolve("observers", "jsonl", {"file": str(tmp_path / "no" / "folder.jsonl")}))

@@ -14,7 +14,7 @@ import pytest
 
 import metareg
 from metareg import PluginConfig, PluginError, UnknownNameError, UsageError
-from metareg.registry import DISABLE_VARIABLE, KINDS, entries, find, resolve
+from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, entries, find, resolve
 
 ROOT = Path(metareg.__file__).parents[1]
 Install = Callable[..., Path]
@@ -58,7 +58,7 @@ def test_shipped_plugins_are_listed() -> None:
 
 def test_listing_imports_neither_torch_nor_a_plugin() -> None:
     code = (
-        "import sys, json; import metareg; from metareg.registry import entries\n"
+        "import sys, json; import metareg; from metareg.registry.plugins import entries\n"
         "entries = entries(); modules = {entry.target.partition(':')[0] for entry in entries}\n"
         "print(json.dumps([len(entries), sorted(modules & set(sys.modules)),\n"
         "    [name for name in ('torch', 'numpy', 'pydantic', 'matplotlib') if name in sys.modules]]))"

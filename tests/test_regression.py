@@ -103,7 +103,7 @@ def test_harmonic_curves() -> None:
 
 @pytest.mark.parametrize("options", [{"shots": 0}, {"query": -1}, {"eval_query": 0}, {"shots": 1.5}, {"ways": 5}])
 def test_impossible_options(options: dict[str, Any]) -> None:
-    from metareg.registry import resolve
+    from metareg.registry.plugins import resolve
 
     with pytest.raises(UsageError):
         resolve("tasks", "sinusoid", options)
@@ -120,7 +120,7 @@ def test_multilayer_perceptron(spec: TaskSpec, hidden: list[int]) -> None:
 
 @pytest.mark.parametrize("hidden", [[], [0], [40, -1], ["wide"], 40])
 def test_impossible_widths(hidden: Any) -> None:
-    from metareg.registry import resolve
+    from metareg.registry.plugins import resolve
 
     with pytest.raises(UsageError, match=r"hidden|widths"):
         resolve("models", "mlp", {"hidden": hidden})

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metareg.cli import run
-from metareg.registry import KINDS, entries
+from metareg.registry.plugins import KINDS, entries
 from metareg.scaffold import new_plugin
 
 ROOT = Path(__file__).parents[1]

@@ -13,7 +13,7 @@ from typing import Any
 from metareg.comparison.plan import PlannedRun
 from metareg.comparison.pool import Outcome, carry_out
 from metareg.errors import MetaregError, UsageError
-from metareg.registry import DISABLE_VARIABLE
+from metareg.registry.plugins import DISABLE_VARIABLE
 
 __all__ = ["RayLauncher"]
 

@@ -22,7 +22,7 @@ from metareg.config import RunConfig
 from metareg.contract.config import Field, PluginConfig, validated
 from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
 from metareg.options import Selection, parse_assignments
-from metareg.registry import Plugin, config_of
+from metareg.registry.plugins import Plugin, config_of
 
 __all__ = [
     "Dimension",

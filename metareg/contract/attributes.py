@@ -28,11 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from metareg._version import __version__
-from metareg.contract.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
-from metareg.errors import PluginError
-
-__all__ = ["StepExample", "check_contract"]
+__all__ = ["StepExample"]
 
 
 @dataclass(frozen=True)
@@ -58,32 +54,3 @@ class StepExample:
     after: float
     config: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0
-
-
-def check_contract(plugin: Any, label: str) -> None:
-    """Refuse a plugin that was written for a contract which this metareg does not keep.
-
-    A class without a statement passes, so that one can be tried before it is a package.
-
-    Args:
-        plugin: a plugin class or object.
-        label: how the message names it.
-
-    Raises:
-        PluginError: its contract is too new, too old, or no number.
-    """
-    stated = getattr(plugin, "contract", None)
-    if stated is None:
-        return
-    if not isinstance(stated, int) or isinstance(stated, bool):
-        raise PluginError(f"The {label} states contract = {stated!r}; a number is expected, now {CONTRACT_VERSION}.")
-    if stated > CONTRACT_VERSION:
-        raise PluginError(
-            f"The {label} was written for contract {stated}; metareg {__version__} keeps contract {CONTRACT_VERSION}. "
-            "Upgrade metareg, or install an older version of the plugin."
-        )
-    if stated < OLDEST_CONTRACT:
-        raise PluginError(
-            f"The {label} was written for contract {stated}, which metareg {__version__} no longer keeps (it keeps "
-            f"{OLDEST_CONTRACT} to {CONTRACT_VERSION}). Upgrade the plugin, or install an older metareg."
-        )

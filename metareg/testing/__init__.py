@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from metareg.errors import UnknownNameError
-from metareg.registry import KINDS
+from metareg.registry.plugins import KINDS
 from metareg.testing import _general, _others, _stages, _steps
 from metareg.testing._check import Check, CheckFailed, Subject
 from metareg.testing._matrix import NOT_APPLICABLE, Combination, combinations

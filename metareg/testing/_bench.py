@@ -20,8 +20,8 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import TaskSpec
 from metareg.learner import MetaLearner
-from metareg.registry import Plugin, resolve
-from metareg.stages import hook_of
+from metareg.registry.dispatch import hook_of
+from metareg.registry.plugins import Plugin, resolve
 from metareg.testing._check import fail
 from metareg.util.seeding import generator_for, seeded
 

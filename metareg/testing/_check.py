@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from metareg.errors import MetaregError
-from metareg.registry import Plugin, resolve
-from metareg.stages import hooks_of
+from metareg.registry.dispatch import hooks_of
+from metareg.registry.plugins import Plugin, resolve
 
 __all__ = ["Check", "CheckFailed", "Subject", "fail"]
 

@@ -13,8 +13,8 @@ from metareg.contract.config import PluginConfig
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
 from metareg.options import assemble
-from metareg.registry import installed_names
-from metareg.stages import plugin_manager
+from metareg.registry.dispatch import plugin_manager
+from metareg.registry.plugins import installed_names
 from metareg.testing._check import Subject, fail
 
 __all__ = ["check_configuration", "check_contract_stated", "check_recommended"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metareg.errors import MetaregError
-from metareg.registry import entries, resolve
+from metareg.registry.plugins import entries, resolve
 from metareg.testing._check import CheckFailed
 from metareg.testing._stages import Pair, determinism, finite_differences, strategies
 from metareg.testing._steps import whole_steps

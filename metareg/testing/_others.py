@@ -21,10 +21,10 @@ from metareg.contract.tasks import Task, TaskSpec
 from metareg.errors import MetaregError
 from metareg.learner import MetaLearner
 from metareg.modules import SplitModel
-from metareg.registry import resolve
+from metareg.registry.dispatch import hook_of
+from metareg.registry.plugins import resolve
+from metareg.registry.sources import TaskSource
 from metareg.runs import Run, train
-from metareg.sources import TaskSource
-from metareg.stages import hook_of
 from metareg.testing._bench import (
     Descent,
     built,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from metareg.contract.tasks import Dataset
 from metareg.errors import MetaregError, UsageError
-from metareg.registry import entries, find, resolve
+from metareg.registry.plugins import entries, find, resolve
 
 __all__ = ["dataset_of", "listed"]
 

@@ -10,8 +10,8 @@ from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
-from metareg.registry import Plugin, resolve
-from metareg.stages import hook_of
+from metareg.registry.dispatch import hook_of
+from metareg.registry.plugins import Plugin, resolve
 
 __all__ = ["TaskSource"]
 

@@ -13,13 +13,25 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from metareg.contract.attributes import check_contract
+from metareg._version import __version__
+from metareg.contract.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
 from metareg.errors import PluginError, UnknownNameError, UsageError
 
 if TYPE_CHECKING:
     from metareg.contract.config import PluginConfig
 
-__all__ = ["DISABLE_VARIABLE", "KINDS", "Entry", "Plugin", "config_of", "entries", "find", "installed_names", "resolve"]
+__all__ = [
+    "DISABLE_VARIABLE",
+    "KINDS",
+    "Entry",
+    "Plugin",
+    "check_contract",
+    "config_of",
+    "entries",
+    "find",
+    "installed_names",
+    "resolve",
+]
 
 KINDS = ("algorithms", "augmenters", "tasks", "models", "observers")
 DISABLE_VARIABLE = "METAREG_DISABLE_PLUGINS"
@@ -193,6 +205,35 @@ def config_of(plugin: type | object) -> type[PluginConfig]:
         name = plugin.__name__ if isinstance(plugin, type) else type(plugin).__name__
         raise PluginError(f"The plugin class '{name}' has a Config that is no metareg.PluginConfig.")
     return config
+
+
+def check_contract(plugin: Any, label: str) -> None:
+    """Refuse a plugin that was written for a contract which this metareg does not keep.
+
+    A class without a statement passes, so that one can be tried before it is a package.
+
+    Args:
+        plugin: a plugin class or object.
+        label: how the message names it.
+
+    Raises:
+        PluginError: its contract is too new, too old, or no number.
+    """
+    stated = getattr(plugin, "contract", None)
+    if stated is None:
+        return
+    if not isinstance(stated, int) or isinstance(stated, bool):
+        raise PluginError(f"The {label} states contract = {stated!r}; a number is expected, now {CONTRACT_VERSION}.")
+    if stated > CONTRACT_VERSION:
+        raise PluginError(
+            f"The {label} was written for contract {stated}; metareg {__version__} keeps contract {CONTRACT_VERSION}. "
+            "Upgrade metareg, or install an older version of the plugin."
+        )
+    if stated < OLDEST_CONTRACT:
+        raise PluginError(
+            f"The {label} was written for contract {stated}, which metareg {__version__} no longer keeps (it keeps "
+            f"{OLDEST_CONTRACT} to {CONTRACT_VERSION}). Upgrade the plugin, or install an older metareg."
+        )
 
 
 def _installed(kind: str | None, name: str | None = None) -> list[Entry]:
