@@ -18,7 +18,7 @@ from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.adam import adam
 
-from metareg.engine import without_idle_operations
+from metareg.engine.graph_passes import without_idle_operations
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

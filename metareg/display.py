@@ -386,7 +386,7 @@ def doctor_page(rows: list[dict[str, Any]]) -> RenderableType:
     import torch
 
     from metareg import environment
-    from metareg.engine import find_compiler
+    from metareg.engine.strategies import find_compiler
 
     machine = environment.of_machine()
     compiler = find_compiler()

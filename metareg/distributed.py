@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from metareg.contract.episodes import Episodes
-from metareg.engine import Gradient
+from metareg.engine.engine import Gradient
 from metareg.environment import find_device
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
 from metareg.util.torchrun import Place, place

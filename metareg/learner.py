@@ -23,15 +23,18 @@ from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
 from metareg.contract.tasks import TaskSpec
 from metareg.distributed import BatchSplit, Processes, digest, tasks_of
-from metareg.engine import CompileError, Engine, Gradient, Strategy, TaskFunctions, choose_strategy
+from metareg.engine.engine import Engine, Gradient
+from metareg.engine.objective import TaskFunctions
+from metareg.engine.split_model import SplitModel
+from metareg.engine.stages import Stages
+from metareg.engine.strategies import Strategy, choose_strategy
+from metareg.engine.tracing import CompileError
 from metareg.environment import find_device
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
-from metareg.modules import SplitModel
 from metareg.optimizer import Adam
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import Plugin, config_of, find, resolve
 from metareg.registry.sources import TaskSource
-from metareg.stages import Stages
 from metareg.util.layout import contiguous_copies
 from metareg.util.seeding import seeded
 from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors

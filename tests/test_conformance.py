@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from metareg.engine import find_compiler
+from metareg.engine.strategies import find_compiler
 from metareg.errors import MetaregError
 from metareg.registry.plugins import Entry, entries, resolve
 from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinations

@@ -12,7 +12,8 @@ from samples import episodes, tasks_of
 from test_parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
 from torch import Tensor, nn
 
-from metareg import Episodes, MetaLearner, PluginConfig, engine, hookimpl
+from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
+from metareg.engine import tracing
 from metareg_image.glyphs import Glyphs
 
 CML = ("cml", {"gamma": GAMMA})
@@ -185,14 +186,14 @@ def test_traced_training_has_no_idle_operations_and_the_bits_of_the_function(
     monkeypatch: pytest.MonkeyPatch, net: str, inner_steps: int
 ) -> None:
     kept: list[torch.fx.Graph] = []
-    pruned = engine.without_idle_operations
+    pruned = tracing.without_idle_operations
 
     def noted(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         graph = pruned(graph)
         kept.append(graph.graph)
         return graph
 
-    monkeypatch.setattr(engine, "without_idle_operations", noted)
+    monkeypatch.setattr(tracing, "without_idle_operations", noted)
     batch = episodes(net)
     learner = learner_of(net, "maml", inner_steps=inner_steps)
     (_, plain), (_, traced) = (learner.meta_gradient(batch) for _ in range(2))

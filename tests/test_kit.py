@@ -22,11 +22,11 @@ from metareg import (
     StepExample,
     Task,
     TaskSpec,
-    engine,
     hookimpl,
     optimizer,
     task_uniform,
 )
+from metareg.engine import engine
 from metareg.testing import CheckFailed, checks
 
 Tensors = dict[str, Tensor]

@@ -11,8 +11,8 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metareg import MetaLearner, TaskSpec
-from metareg.modules import SplitModel
-from metareg.normalisation import with_cheap_second_derivative
+from metareg.engine.normalisation import with_cheap_second_derivative
+from metareg.engine.split_model import SplitModel
 
 Tensors = dict[str, Tensor]
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.engine import find_compiler
+from metareg.engine.strategies import find_compiler
 from metareg.util.seeding import generator_for
 from metareg_dropgrad import DropGrad
 from metareg_graph import CSBM, GCN, SGC, Cora, GraphSAGE

@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import Task, TaskSpec
+from metareg.engine.split_model import SplitModel
 from metareg.errors import MetaregError
 from metareg.learner import MetaLearner
-from metareg.modules import SplitModel
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource

@@ -14,8 +14,8 @@ from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 from torch.utils import _pytree as pytree
 
+from metareg.engine.normalisation import with_cheap_second_derivative
 from metareg.errors import UnknownNameError, UsageError
-from metareg.normalisation import with_cheap_second_derivative
 from metareg.util.layout import contiguous_copies
 
 __all__ = ["SplitModel"]
@@ -147,7 +147,7 @@ class SplitModel:
         """
         if type(self.module).forward is nn.Module.forward:
             return
-        # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.normalisation).
+        # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
         x = pytree.tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
             whole = _called(self.module, params, self._in_module, x)

@@ -1,0 +1,178 @@
+"""The strategies at work: the functions of one task over the tasks of a batch.
+
+A strategy only decides how the tasks of a batch are mapped (a Python loop or `torch.func.vmap`) and how the mapped function
+is executed (as it stands, as a traced graph, or compiled), so that all strategies agree to rounding in every combination of
+plugins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import vmap
+from torch.utils import _pytree as pytree
+
+from metareg.contract.episodes import Episodes, stack_trees
+from metareg.engine.memory import advise_on_memory
+from metareg.engine.objective import Task, TaskFunctions, Tensors
+from metareg.engine.strategies import ONE_BY_ONE, Strategy
+from metareg.engine.tracing import Function, Program
+from metareg.util.layout import like_parameters
+
+__all__ = ["Engine", "Gradient"]
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """A meta-gradient, averaged over the tasks of a batch."""
+
+    grads: Tensors
+    loss: Tensor
+    """The objective that was differentiated: query loss and the augmenters' terms."""
+    logs: Tensors
+    """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm."""
+
+
+class Engine:
+    """Runs `TaskFunctions` over batches of tasks with one strategy.
+
+    Args:
+        training: the functions with every stage.
+        plain: the functions without augmenters, for evaluation.
+    """
+
+    def __init__(self, training: TaskFunctions, plain: TaskFunctions) -> None:
+        self.training = training
+        self.plain = plain
+        self._programs: dict[Any, Program] = {}
+        self._log_names: tuple[str, ...] = ()
+
+    def gradient(
+        self,
+        meta: Tensors,
+        batches: Sequence[Episodes],
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        chunk: int | None,
+        weights: Tensor | None = None,
+    ) -> Gradient:
+        """The mean meta-gradient over all tasks of `batches`, each tensor with the strides of its parameter.
+
+        Args:
+            meta: every meta-parameter by name.
+            batches: stacks of tasks; tasks of different sizes are in different stacks.
+            noise: what was drawn for each task, in the order of the tasks.
+            strategy: how to run them.
+            chunk: at most so many tasks at once.
+            weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
+        """
+        total = sum(len(batch) for batch in batches)
+        result: Gradient | None = None
+        done = 0
+        for batch in batches:
+            for part in batch.chunks(1 if strategy in ONE_BY_ONE else chunk):
+                part_noise = noise[done : done + len(part)]
+                one = self._gradient_of_stack(meta, part, part_noise, strategy, weights)
+                done += len(part)
+                result = one if len(part) == total else _accumulated(result, one, len(part) / total)
+        assert result is not None
+        if len(part) < total:
+            result.logs["grad_norm"] = _norm(result.grads)
+        return replace(result, grads=like_parameters(result.grads, meta))
+
+    def scores(
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        inner_steps: tuple[int, ...],
+        strategy: Strategy,
+        chunk: int | None,
+    ) -> Tensor:
+        """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
+        one_by_one = strategy in ONE_BY_ONE
+        parts = episodes.chunks(1 if one_by_one else chunk)
+
+        def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
+            if one_by_one:
+                return [self.plain.scores(meta, _only(tasks), inner_steps)[None]]
+            return [vmap(lambda task: self.plain.scores(meta, task, inner_steps))(tasks)]
+
+        if strategy == "serial":
+            with torch.no_grad(), advise_on_memory(1):
+                return torch.cat([mapped(meta, part.parts, {})[0] for part in parts])
+        # Compiling pays for many equal steps; an evaluation has few, each as long as many.
+        program = self._program(("scores", inner_steps), mapped, "vectorized" if strategy == "compiled" else strategy)
+        return torch.cat([program(meta, part, {})[0] for part in parts])
+
+    def _gradient_of_stack(
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        weights: Tensor | None,
+    ) -> Gradient:
+        if strategy == "serial":
+            with torch.no_grad(), advise_on_memory(1):
+                task_noise = noise[0] if noise else {}
+                grads, loss, logs = self.training.gradient(meta, _only(episodes.parts), task_noise, weights)
+                return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
+        program = self._program("gradient", self._mapped_gradient, strategy)
+        # The weights change from step to step: an input of the traced program, or they would be frozen into it.
+        extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
+        flat = program(meta, episodes, extra)
+        count = len(meta)
+        return Gradient(
+            dict(zip(meta, flat, strict=False)), flat[count], dict(zip(self._log_names, flat[count + 1 :], strict=True))
+        )
+
+    def _mapped_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+        """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
+        # Each task is differentiated inside the map, not the mapped mean: that costs little more, and outside it the batched
+        # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
+        noise, weights = extra.get("noise", {}), extra.get("weights")
+        if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
+            grads, loss, logs = self.training.gradient(meta, _only(tasks), _only(noise), weights)
+        else:
+            gradient = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))
+            grads, losses, logs = gradient(tasks, noise)
+            grads, loss, logs = _means(grads), losses.mean(), _means(logs)
+        logs["grad_norm"] = _norm(grads)
+        self._log_names = tuple(logs)
+        return [*grads.values(), loss, *logs.values()]
+
+    def _program(self, key: Any, function: Function, strategy: Strategy) -> Program:
+        program = self._programs.get((key, strategy))
+        if program is None:
+            program = self._programs[key, strategy] = Program(function, compiled=strategy == "compiled")
+        return program
+
+
+def _only(tasks: Any) -> Any:
+    """The single task of a stack of one."""
+    return pytree.tree_map(lambda leaf: leaf[0], tasks)
+
+
+def _norm(grads: Tensors) -> Tensor:
+    """The Euclidean norm of a whole gradient."""
+    return torch.nn.utils.get_total_norm(grads.values())
+
+
+def _means(trees: Tensors) -> Tensors:
+    return {name: value.mean(0) for name, value in trees.items()}
+
+
+def _accumulated(total: Gradient | None, part: Gradient, weight: float) -> Gradient:
+    def add(a: Tensor | None, b: Tensor) -> Tensor:
+        return b * weight if a is None else a + b * weight
+
+    previous = total or Gradient({}, None, {})  # type: ignore[arg-type]
+    return Gradient(
+        {name: add(previous.grads.get(name), value) for name, value in part.grads.items()},
+        add(previous.loss, part.loss),
+        {name: add(previous.logs.get(name), value) for name, value in part.logs.items()},
+    )

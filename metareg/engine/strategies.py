@@ -1,0 +1,54 @@
+"""How the tasks of a batch are run, and which way is chosen where the user leaves it open."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from typing import Literal
+
+import torch
+
+from metareg.engine.objective import TaskFunctions
+
+__all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "find_compiler"]
+
+Strategy = Literal["serial", "traced", "vectorized", "compiled"]
+ONE_BY_ONE = ("serial", "traced")
+"""Strategies that run one task after the other."""
+
+# The measured cost of compiling on 2 CPU cores, and the gain per training step for each inner step and the outer one.
+_COMPILE_SECONDS = 25.0
+_GAIN_SECONDS_PER_STAGE = 0.7e-3
+
+
+def choose_strategy(
+    functions: TaskFunctions, device: torch.device, tasks: int, steps: int, stackable: bool
+) -> tuple[Strategy, str]:
+    """What ``strategy="auto"`` runs, and why; a function of the run's settings, never of a clock.
+
+    Args:
+        functions: what is to be run.
+        device: where.
+        tasks: tasks per batch.
+        steps: training steps that there will be.
+        stackable: whether the tasks can be stacked.
+    """
+    if not stackable:
+        return "serial", "the task's episodes do not stack"
+    if device.type == "cpu" and any(p.dim() >= 4 for p in functions.model.module.parameters()):
+        return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
+    if tasks == 1:
+        return "vectorized", "there is one task per batch"
+    gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.inner_steps)
+    cost = _COMPILE_SECONDS * (1 + functions.inner_steps) / 2
+    if gain <= cost:
+        return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
+    if device.type == "cpu" and find_compiler() is None:
+        return "vectorized", "compiling would pay, but there is no C++ compiler (g++ or clang++)"
+    return "compiled", f"{steps} steps pay for about {cost:.0f} s of compiling"
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that torch.compile would use on a CPU; None where there is none."""
+    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)

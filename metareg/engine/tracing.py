@@ -1,0 +1,115 @@
+"""Functions traced to graphs of operations, replayed or compiled."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils import _pytree as pytree
+
+from metareg.contract.episodes import Episodes
+from metareg.engine.graph_passes import without_idle_operations, writes
+from metareg.engine.memory import advise_on_memory
+from metareg.engine.objective import Task, Tensors
+from metareg.errors import MetaregError
+from metareg.util.layout import channels_last_or_contiguous, contiguous
+
+__all__ = ["CompileError", "Program"]
+
+Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
+
+
+class CompileError(MetaregError):
+    """torch.compile did not produce a program, most often because there is no C++ compiler."""
+
+
+_CALLS_OF_ANOTHER_SHAPE = 32
+
+
+class Program:
+    """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
+
+    Tracing (`make_fx`) runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
+    operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
+    graph, in which no Python of a plugin is left to break it.
+
+    Args:
+        function: pure; its control flow depends on nothing but shapes.
+        compiled: hand the graph to `torch.compile`.
+    """
+
+    def __init__(self, function: Function, *, compiled: bool) -> None:
+        self._function = function
+        self._compiled = compiled
+        self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._calls: Counter[Any] = Counter()
+
+    def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
+        inputs, structure = _flattened(episodes.parts, extra)
+        # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one. A map over
+        # tasks takes nothing channels last: the second derivative of max-pooling has no batching rule there.
+        settled = channels_last_or_contiguous if len(episodes) == 1 else contiguous
+        inputs = [settled(leaf) for leaf in inputs]
+        key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
+        with torch.no_grad(), advise_on_memory(len(episodes)):
+            graph = self._graphs.get(key)
+            if graph is None:
+                self._calls[key] += 1
+                # Tracing costs as much as a dozen calls or more: not worth it for a function that is called once, nor for
+                # each of the many shapes that tasks of unequal sizes come in.
+                worth = 1 if not self._graphs else _CALLS_OF_ANOTHER_SHAPE
+                if self._calls[key] <= worth and not self._compiled:
+                    return self._function(meta, *_unflattened(inputs, structure))
+                graph = self._graphs[key] = self._traced(meta, inputs, structure)
+            return graph(*meta.values(), *inputs)
+
+    def _traced(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
+        names, leaves = tuple(meta), (*meta.values(), *inputs)
+
+        def flat(*leaves: Tensor) -> list[Tensor]:
+            parts, extra = _unflattened(leaves[len(names) :], structure)
+            return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
+
+        # With fake tensors, tracing takes neither memory nor arithmetic; the model's constants (frozen parameters, buffers)
+        # are real.
+        trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
+        graph = trace(flat)(*leaves)
+        if writes(graph):
+            graph = trace(functionalize(graph))(*leaves)
+        graph = without_idle_operations(graph)
+        if not self._compiled:
+            traced: Callable[..., list[Tensor]] = graph.forward
+            return traced
+        try:
+            # torch.compile would look for a graph in Python code, and at every call for what the code may have changed;
+            # here the graph is there already, and its shapes and types are its key: its compiler is called directly.
+            compiled: Callable[..., list[Tensor]] = torch._inductor.compile(graph, list(leaves))
+            compiled(*leaves)
+        except Exception as error:
+            raise CompileError(
+                f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
+                "strategy='vectorized' needs no compiler."
+            ) from error
+        return compiled
+
+
+def _flattened(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
+    """The tensors of tasks and extra inputs, and how they were arranged; None where there is nothing but the four parts."""
+    if not extra and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
+        return parts, None
+    return pytree.tree_flatten((parts, extra))
+
+
+def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
+    """The inverse of `_flattened`."""
+    if structure is None:
+        support_x, support_y, query_x, query_y = leaves
+        return (support_x, support_y, query_x, query_y), {}
+    parts, noise = pytree.tree_unflatten(leaves, structure)
+    return parts, noise
