@@ -24,7 +24,7 @@ from torch import nn
 import metareg
 from metareg import Episodes, MetaLearner, RunConfig, hookimpl, runs
 from metareg.checkpoints import LEAST_RATIO, Checkpoints, Keeper
-from metareg.training import Progress
+from metareg.learner.training import Progress
 from metareg.util.signals import StopRequest
 
 _MINUTES = RunConfig.model_fields["checkpoint_minutes"].default

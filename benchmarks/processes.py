@@ -14,7 +14,7 @@ import torch
 from harness import RESULTS, Row, check_same_gradient, interleaved, machine, report
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.distributed import Processes, joined
+from metareg.learner.processes import Processes, joined
 from metareg.registry.plugins import resolve
 
 _IMAGES, _POINTS = TaskSpec((1, 28, 28), (5,)), TaskSpec((1,), (1,))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from metareg.contract.losses import Metric
     from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
-    from metareg.learner import MetaLearner
+    from metareg.learner.learner import MetaLearner
     from metareg.runs import Run, resume, train
     from metareg.util.files import cache_folder
     from metareg.util.seeding import derive_seed, task_uniform
@@ -44,7 +44,7 @@ _WHERE = {
     "PluginError": "metareg.errors",
     "UnknownNameError": "metareg.errors",
     "UsageError": "metareg.errors",
-    "MetaLearner": "metareg.learner",
+    "MetaLearner": "metareg.learner.learner",
     "Run": "metareg.runs",
     "resume": "metareg.runs",
     "train": "metareg.runs",

@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from metareg.distributed import Processes
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
+from metareg.learner.processes import Processes
 from metareg.util.files import LinesFile
 from metareg.util.seeding import global_generators, restore_global_generators
 from metareg.util.signals import StopRequest
 from metareg.util.tensorfile import DamagedFileError, TensorFile, write_tensors
 
 if TYPE_CHECKING:
-    from metareg.learner import MetaLearner
-    from metareg.training import Progress
+    from metareg.learner.learner import MetaLearner
+    from metareg.learner.training import Progress
 
 __all__ = ["Checkpoints", "Keeper"]
 

@@ -6,25 +6,21 @@ import importlib.metadata
 import logging
 import os
 import platform
-import re
-import sys
-from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from metareg._version import __version__
-from metareg.config import LearnerConfig
 from metareg.contract.config import under_present_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
+from metareg.learner.config import LearnerConfig
 from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
     from metareg.runs import Run
 
-__all__ = ["find_device", "of_machine", "of_run", "peak_memory", "reset_peak_memory", "write"]
+__all__ = ["of_machine", "of_run", "write"]
 
 log = logging.getLogger("metareg")
 
@@ -64,46 +60,6 @@ def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
             for plugin in plugins
         ],
     }
-
-
-def find_device(name: str) -> torch.device:
-    """The device that a user named; ``auto`` is a CUDA GPU where there is one.
-
-    Raises:
-        UsageError: there is no such device.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        raise UsageError(f"There is no device '{name}' here; there is {', '.join(available)}.") from error
-    return device
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` measure from now on, where the system can."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: the most that tensors took on a GPU, or that the whole process took; None where the system does not say."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    with suppress(OSError):
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return int(found[1]) * 1024 if found else None
-    with suppress(ImportError):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return None
 
 
 def write(run: Run, strategy: str, reason: str, step: int) -> None:

@@ -17,18 +17,19 @@ import torch
 
 from metareg import environment, plots
 from metareg.checkpoints import Checkpoints, Keeper
-from metareg.config import LearnerConfig, RunConfig
+from metareg.config import RunConfig
 from metareg.contract.config import validated
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
-from metareg.distributed import Processes, joined
-from metareg.environment import find_device
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
-from metareg.learner import MetaLearner
+from metareg.learner.config import LearnerConfig
+from metareg.learner.learner import MetaLearner
+from metareg.learner.processes import Processes, joined
+from metareg.learner.training import Progress, Schedule, fit, observed
 from metareg.options import Selection, assemble, with_present_names
 from metareg.registry.plugins import find, resolve
 from metareg.registry.sources import TaskSource
-from metareg.training import Progress, Schedule, fit, observed
+from metareg.util.devices import find_device, peak_memory, reset_peak_memory
 from metareg.util.files import (
     LinesFile,
     is_leftover,
@@ -407,7 +408,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
 
     progress = Progress()
     metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
-    environment.reset_peak_memory(learner.device)
+    reset_peak_memory(learner.device)
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
     with _threads(run):
@@ -529,7 +530,7 @@ class _LinesWriter:
         speed = {"steps_per_second": logs["steps_per_second"]}
         self._metrics.append({"step": step, "split": "train"} | {key: logs[key] for key in logs if key not in speed})
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        self._timing.append({"step": step, **speed, "peak_bytes": environment.peak_memory(self._device), "time": now})
+        self._timing.append({"step": step, **speed, "peak_bytes": peak_memory(self._device), "time": now})
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:

@@ -28,7 +28,7 @@ import metareg.__main__
 import metareg.cli
 import metareg.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
-from metareg.distributed import Processes, digest, joined
+from metareg.learner.processes import Processes, digest, joined
 from metareg.util.torchrun import place
 
 RANK = place().rank

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from metareg import MetaLearner, UsageError
-from metareg.architecture import build, describe
+from metareg.learner.architecture import build, describe
 
 
 class Net(nn.Module):

@@ -33,8 +33,8 @@ from metareg import (
     hookimpl,
 )
 from metareg.checkpoints import Checkpoints, Keeper
+from metareg.learner.training import Progress, Schedule, fit
 from metareg.registry.sources import TaskSource
-from metareg.training import Progress, Schedule, fit
 from metareg.util.files import LinesFile, locked
 from metareg.util.signals import StopRequest
 from processes import environment

@@ -9,8 +9,9 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.config import LearnerConfig, RunConfig
+from metareg.config import RunConfig
 from metareg.contract.config import under_present_names
+from metareg.learner.config import LearnerConfig
 from metareg.options import assemble, parse_assignments
 from metareg.util.yaml_files import read_yaml
 

@@ -23,7 +23,7 @@ from samples import episodes
 
 import metareg
 from metareg import MetaregError, UsageError
-from metareg.distributed import Processes, joined, tasks_of
+from metareg.learner.processes import Processes, joined, tasks_of
 from metareg.util.signals import StopRequest
 from metareg.util.torchrun import place
 from processes import environment
@@ -320,7 +320,7 @@ def test_processes_without_an_address_are_refused(launched: pytest.MonkeyPatch) 
 def test_processes_that_do_not_come_are_not_waited_for_without_end(launched: pytest.MonkeyPatch) -> None:
     from datetime import timedelta
 
-    launched.setattr("metareg.distributed.TIMEOUT", timedelta(seconds=0.2))
+    launched.setattr("metareg.learner.processes.TIMEOUT", timedelta(seconds=0.2))
     for name, value in {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "9"}.items():
         launched.setenv(name, value)
     with pytest.raises(MetaregError, match="The 2 processes did not find each other"):
@@ -338,7 +338,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
         Processes(2, 4, 2).device("auto")
     assert Processes(0, 1, 0).device("auto") == torch.device("cuda")
     assert Processes(1, 2, 1).device("cpu") == torch.device("cpu")
-    monkeypatch.setattr("metareg.distributed.find_device", torch.device)
+    monkeypatch.setattr("metareg.learner.processes.find_device", torch.device)
     with pytest.raises(UsageError, match="cannot share the GPU 'cuda:0'"):
         Processes(1, 2, 1).device("cuda:0")
 

@@ -23,10 +23,10 @@ from metareg import (
     Task,
     TaskSpec,
     hookimpl,
-    optimizer,
     task_uniform,
 )
 from metareg.engine import engine
+from metareg.learner import optimizer
 from metareg.testing import CheckFailed, checks
 
 Tensors = dict[str, Tensor]

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from metareg import Episodes, MetaLearner, PluginConfig, hookimpl, optimizer
-from metareg.optimizer import Adam
+from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
+from metareg.learner import optimizer
+from metareg.learner.optimizer import Adam
 from metareg_image.glyphs import Glyphs
 
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
 from metareg.checkpoints import Checkpoints, Keeper
 from metareg.cli import run as command
+from metareg.learner.training import Progress
 from metareg.options import assemble
 from metareg.runs import Run, resume
-from metareg.training import Progress
 from metareg.util.signals import StopRequest
 from metareg.util.tensorfile import TensorFile, write_tensors
 from metareg.util.yaml_files import read_yaml

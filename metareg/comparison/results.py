@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, divergence
-from metareg.config import LearnerConfig
 from metareg.contract.config import under_present_names
 from metareg.errors import UsageError
+from metareg.learner.config import LearnerConfig
 from metareg.options import parse_assignments
 from metareg.util.files import read_json
 

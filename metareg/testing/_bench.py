@@ -19,7 +19,7 @@ from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import TaskSpec
-from metareg.learner import MetaLearner
+from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import Plugin, resolve
 from metareg.testing._check import fail

@@ -20,7 +20,7 @@ from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import Task, TaskSpec
 from metareg.engine.split_model import SplitModel
 from metareg.errors import MetaregError
-from metareg.learner import MetaLearner
+from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource

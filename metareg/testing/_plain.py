@@ -17,7 +17,7 @@ from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
-from metareg.learner import MetaLearner
+from metareg.learner.learner import MetaLearner
 from metareg.util.layout import contiguous_copies
 
 __all__ = ["Training", "trained"]

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from metareg.contract.attributes import StepExample
 from metareg.errors import MetaregError
-from metareg.learner import MetaLearner
+from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import Implementation, implementations, plugin_manager
 from metareg.registry.plugins import Plugin, entries, resolve
 from metareg.testing._bench import (

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.errors import MetaregError
-from metareg.learner import MetaLearner
+from metareg.learner.learner import MetaLearner
 from metareg.options import assemble
 from metareg.registry.sources import TaskSource
 from metareg.testing._bench import Bench, Descent, Given, built

@@ -8,39 +8,37 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
-from metareg import architecture
 from metareg._version import __version__
-from metareg.config import LearnerConfig
 from metareg.contract.config import Choice, PluginConfig, unknown_option, validated
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
 from metareg.contract.tasks import TaskSpec
-from metareg.distributed import BatchSplit, Processes, digest, tasks_of
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
-from metareg.environment import find_device
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
-from metareg.optimizer import Adam
+from metareg.learner import architecture
+from metareg.learner.config import LearnerConfig
+from metareg.learner.optimizer import Adam
+from metareg.learner.processes import BatchSplit, Processes, digest, tasks_of
+from metareg.learner.training import Observer, Schedule, fit
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import Plugin, config_of, find, resolve
 from metareg.registry.sources import TaskSource
+from metareg.util.devices import find_device
 from metareg.util.layout import contiguous_copies
 from metareg.util.seeding import seeded
 from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors
-
-if TYPE_CHECKING:
-    from metareg.training import Observer
 
 __all__ = ["MetaLearner"]
 
@@ -225,7 +223,7 @@ class MetaLearner:
         in every process.
 
         Args:
-            processes: those of `metareg.distributed.joined`.
+            processes: those of `metareg.learner.processes.joined`.
 
         Example:
             >>> with joined() as processes, learner.split_over(processes):  # in a script that torchrun starts
@@ -306,8 +304,6 @@ class MetaLearner:
         Returns:
             The learner itself.
         """
-        from metareg.training import Schedule, fit
-
         schedule = validated(
             Schedule,
             {"steps": self.steps_done + steps, "meta_batch": meta_batch, "log_every": log_every,

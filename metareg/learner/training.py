@@ -6,9 +6,10 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from pydantic import Field
@@ -17,14 +18,13 @@ from torch.utils import _pytree as pytree
 from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
-from metareg.distributed import Processes
+from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError
+from metareg.learner.config import LearnerConfig
+from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, implementations, plugin_manager
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
-
-if TYPE_CHECKING:
-    from metareg.learner import MetaLearner
 
 __all__ = ["Progress", "Schedule", "fit", "observed"]
 
@@ -47,6 +47,29 @@ class Schedule(PluginConfig):
     max_nonfinite: int = Field(10, ge=1, description="As in RunConfig.")
 
 
+class Trainee(Protocol):
+    """What is trained: a `metareg.MetaLearner`."""
+
+    logs: dict[str, float]
+    steps_done: int
+
+    @property
+    def config(self) -> LearnerConfig: ...
+
+    @property
+    def processes(self) -> Processes: ...
+
+    def split_over(self, processes: Processes) -> AbstractContextManager[None]: ...
+
+    def take_step(self, episodes: Sequence[Episodes]) -> Gradient: ...
+
+    def abandon_step(self, error: Exception) -> NoReturn: ...
+
+    def evaluate(
+        self, task_source: TaskSource, tasks: int, *, split: str, inner_steps: Sequence[int]
+    ) -> Evaluation: ...
+
+
 class Keeper(Protocol):
     """Who keeps what a training has done (`metareg.checkpoints.Keeper`)."""
 
@@ -57,7 +80,7 @@ class Keeper(Protocol):
     def restore(self) -> bool: ...
 
 
-def observed(observers: Sequence[Any], learner: MetaLearner) -> Any:
+def observed(observers: Sequence[Any], learner: Trainee) -> Any:
     """The hooks of some observers, objects or plugins, as one caller: ``observed([…], learner).on_step(step=…, logs=…)``.
 
     Where several processes train the learner, those of the first are told, what they do with it they do alone, and an error
@@ -119,7 +142,7 @@ class Progress:
 
 
 def fit(
-    learner: MetaLearner,
+    learner: Trainee,
     source: TaskSource,
     schedule: Schedule,
     observers: Sequence[Any] = (),
@@ -194,7 +217,7 @@ def fit(
         validate()
 
 
-def _roll_back(learner: MetaLearner, progress: Progress, keeper: Keeper, error: DivergenceError, at_most: int) -> None:
+def _roll_back(learner: Trainee, progress: Progress, keeper: Keeper, error: DivergenceError, at_most: int) -> None:
     """Go back to the newest checkpoint and leave out the tasks that led from there to the error."""
     next_batch = learner.steps_done + progress.left_out + 1
     times = progress.nonfinite + 1
@@ -206,7 +229,7 @@ def _roll_back(learner: MetaLearner, progress: Progress, keeper: Keeper, error: 
 
 
 def _training_batches(
-    learner: MetaLearner, source: TaskSource, schedule: Schedule, left_out: int
+    learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int
 ) -> Iterator[list[Episodes]]:
     """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one.
 

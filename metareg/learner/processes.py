@@ -22,8 +22,8 @@ from torch import Tensor
 
 from metareg.contract.episodes import Episodes
 from metareg.engine.engine import Gradient
-from metareg.environment import find_device
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
+from metareg.util.devices import find_device
 from metareg.util.torchrun import Place, place
 
 __all__ = ["BatchSplit", "Processes", "digest", "joined", "tasks_of"]
