@@ -26,10 +26,10 @@ from torch import Tensor
 
 from metareg import Episodes, RunConfig, train
 from metareg.comparison.statistics import Estimate, over_seeds
-from metareg.options import Selection, assemble
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
-from metareg.runs import prepared
+from metareg.runs.options import Selection, assemble
+from metareg.runs.training import prepared
 from metareg.util.files import read_json, write_json, write_text
 
 STORE = RESULTS / "baselines.json"

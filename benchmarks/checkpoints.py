@@ -22,9 +22,10 @@ from harness import RESULTS, machine
 from torch import nn
 
 import metareg
-from metareg import Episodes, MetaLearner, RunConfig, hookimpl, runs
-from metareg.checkpoints import LEAST_RATIO, Checkpoints, Keeper
+from metareg import Episodes, MetaLearner, RunConfig, hookimpl
 from metareg.learner.training import Progress
+from metareg.runs.checkpoints import LEAST_RATIO, Checkpoints, Keeper
+from metareg.runs.run import run as runs
 from metareg.util.signals import StopRequest
 
 _MINUTES = RunConfig.model_fields["checkpoint_minutes"].default

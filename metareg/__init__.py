@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from metareg._version import __version__
 
 if TYPE_CHECKING:
-    from metareg.config import RunConfig
     from metareg.contract.attributes import StepExample
     from metareg.contract.config import Field, PluginConfig
     from metareg.contract.episodes import Episodes
@@ -21,12 +20,13 @@ if TYPE_CHECKING:
     from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.learner.learner import MetaLearner
-    from metareg.runs import Run, resume, train
+    from metareg.runs.config import RunConfig
+    from metareg.runs.run import Run
+    from metareg.runs.training import resume, train
     from metareg.util.files import cache_folder
     from metareg.util.seeding import derive_seed, task_uniform
 
 _WHERE = {
-    "RunConfig": "metareg.config",
     "StepExample": "metareg.contract.attributes",
     "Field": "metareg.contract.config",
     "PluginConfig": "metareg.contract.config",
@@ -45,9 +45,10 @@ _WHERE = {
     "UnknownNameError": "metareg.errors",
     "UsageError": "metareg.errors",
     "MetaLearner": "metareg.learner.learner",
-    "Run": "metareg.runs",
-    "resume": "metareg.runs",
-    "train": "metareg.runs",
+    "RunConfig": "metareg.runs.config",
+    "Run": "metareg.runs.run",
+    "resume": "metareg.runs.training",
+    "train": "metareg.runs.training",
     "cache_folder": "metareg.util.files",
     "derive_seed": "metareg.util.seeding",
     "task_uniform": "metareg.util.seeding",

@@ -199,8 +199,8 @@ def train(
     """
     _leave_out(no_plugin)
     from metareg.display import Progress, report
-    from metareg.options import parse_assignments
-    from metareg.runs import train as train_run
+    from metareg.runs.options import parse_assignments
+    from metareg.runs.training import train as train_run
 
     flags = {
         "steps": steps, "meta_batch": meta_batch, "inner_steps": inner_steps, "first_order": first_order, "seed": seed,
@@ -241,8 +241,8 @@ def resume_run(
     """
     _leave_out(no_plugin)
     from metareg.display import Progress, report
-    from metareg.options import parse_assignments
-    from metareg.runs import resume
+    from metareg.runs.options import parse_assignments
+    from metareg.runs.training import resume
 
     flags = {
         "steps": steps, "device": device, "on_nonfinite": on_nonfinite, "checkpoint_every": checkpoint_every,
@@ -272,8 +272,8 @@ def export(
 ) -> None:
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
     _leave_out(no_plugin)
-    from metareg.exports import export as export_run
-    from metareg.runs import Run
+    from metareg.runs.exports import export as export_run
+    from metareg.runs.run import Run
 
     with _errors.status("Exporting …"):
         export_run(Run.load(path, device="cpu"), to, support=support, inner_steps=inner_steps)
@@ -295,8 +295,8 @@ def predict(
 ) -> None:
     """Adapt a finished run's learner to your own examples, and predict others."""
     _leave_out(no_plugin)
-    from metareg.exports import predict as predict_with
-    from metareg.runs import Run
+    from metareg.runs.exports import predict as predict_with
+    from metareg.runs.run import Run
     from metareg.util.files import write_text
 
     text = predict_with(Run.load(path, device=device), support, query, inner_steps=inner_steps)
@@ -334,8 +334,8 @@ def evaluate(
     except ValueError:
         raise UsageError(f"--inner-steps takes whole numbers with commas, as 1,5,10; got '{inner_steps}'.") from None
     from metareg.display import evaluation_table
-    from metareg.options import parse_assignments
-    from metareg.runs import Run
+    from metareg.runs.options import parse_assignments
+    from metareg.runs.run import Run
 
     options = parse_assignments(assignments or []) | ({} if data is None else {"data": str(data)})
     with _errors.status("Testing …"):
@@ -607,7 +607,7 @@ def check_plugin(
 ) -> None:
     """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
     from metareg.display import check_line
-    from metareg.options import parse_assignments
+    from metareg.runs.options import parse_assignments
     from metareg.testing import checks
 
     config = parse_assignments(assignments or [])

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
     from metareg.reproduction import Recipe
-    from metareg.runs import Run
+    from metareg.runs.run import Run
     from metareg.testing import Check
 
 __all__ = [
@@ -385,8 +385,8 @@ def doctor_page(rows: list[dict[str, Any]]) -> RenderableType:
     """The state of the installation."""
     import torch
 
-    from metareg import environment
     from metareg.engine.strategies import find_compiler
+    from metareg.runs import environment
 
     machine = environment.of_machine()
     compiler = find_compiler()

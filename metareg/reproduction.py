@@ -231,7 +231,7 @@ def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
     """Raise a UsageError where the runs could not be judged, or the folder is another recipe's."""
     from metareg.comparison.plan import ComparisonConfig, Plan
     from metareg.contract.losses import find_metric
-    from metareg.options import assemble
+    from metareg.runs.options import assemble
 
     if (out / FILE).is_file():
         written = read_json(out / FILE)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import metareg
 import metareg.__main__
 import metareg.cli
-import metareg.plots
+import metareg.runs.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
 from metareg.learner.processes import Processes, digest, joined
 from metareg.util.torchrun import place
@@ -319,7 +319,7 @@ def main(folder: Path) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    metareg.plots.draw = lambda _run: []
+    metareg.runs.plots.draw = lambda _run: []
     if sys.argv[1] == "--codes":  # the command as it stands, for its exit code
         codes, sys.argv[1:] = Path(sys.argv[2]), sys.argv[3:]
         try:

@@ -32,9 +32,9 @@ from metareg import (
     UsageError,
     hookimpl,
 )
-from metareg.checkpoints import Checkpoints, Keeper
 from metareg.learner.training import Progress, Schedule, fit
 from metareg.registry.sources import TaskSource
+from metareg.runs.checkpoints import Checkpoints, Keeper
 from metareg.util.files import LinesFile, locked
 from metareg.util.signals import StopRequest
 from processes import environment
@@ -57,7 +57,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Runs without pictures, which take half of their time, and global generators as they were."""
-    monkeypatch.setattr("metareg.plots.draw", lambda _run: [])
+    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
     with torch.random.fork_rng(devices=[]):
         yield
 
@@ -177,7 +177,7 @@ def test_config_is_the_first_file_of_a_run(tmp_path: Path, monkeypatch: pytest.M
         raise KeyboardInterrupt
 
     monkeypatch.setattr("metareg.util.files.write_text", stop)
-    monkeypatch.setattr("metareg.runs.write_text", stop)
+    monkeypatch.setattr("metareg.runs.training.write_text", stop)
     with pytest.raises(KeyboardInterrupt):
         metareg.train(out=tmp_path / "run", **SMALL)
     assert {path.name for path in (tmp_path / "run").iterdir()} <= {".lock", ".owner.json"}

@@ -352,7 +352,7 @@ def test_a_mistake_of_a_plugin_is_one_sentence_too(metareg: Command, monkeypatch
     def fail(*_: Any, **__: Any) -> None:
         raise ZeroDivisionError("[bold]by nothing[/]")
 
-    monkeypatch.setattr("metareg.runs.train", fail)
+    monkeypatch.setattr("metareg.runs.training.train", fail)
     outcome = metareg("train")
     assert outcome.code == 1
     assert "ZeroDivisionError: [bold]by nothing[/]" in outcome.errors

@@ -29,8 +29,8 @@ from metareg.comparison.runner import Comparison, _launcher, _planned, compare
 from metareg.contract.config import validated
 from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
-from metareg.options import assemble
-from metareg.runs import prepared
+from metareg.runs.options import assemble
+from metareg.runs.training import prepared
 from metareg.util.files import write_text
 from metareg.util.signals import StopRequest
 
@@ -557,7 +557,7 @@ def test_what_goes_wrong_in_a_run_is_kept_with_it(tmp_path: Path, monkeypatch: p
     assert not diverged.again
     assert (run.path / ERROR_FILE).read_text().startswith("DivergenceError: Training diverged at step")
 
-    monkeypatch.setattr("metareg.runs.train", lambda **_: 1 / 0)
+    monkeypatch.setattr("metareg.runs.training.train", lambda **_: 1 / 0)
     crashed = carry_out(run)
     assert crashed.again
     assert "Traceback" in (run.path / ERROR_FILE).read_text()
@@ -565,9 +565,9 @@ def test_what_goes_wrong_in_a_run_is_kept_with_it(tmp_path: Path, monkeypatch: p
     def full(**_: Any) -> None:
         raise MetaregError("The disk is full.")
 
-    monkeypatch.setattr("metareg.runs.train", full)
+    monkeypatch.setattr("metareg.runs.training.train", full)
     assert carry_out(run) == Outcome(run, "The disk is full.", again=True)
-    monkeypatch.setattr("metareg.runs.train", lambda **_: None)
+    monkeypatch.setattr("metareg.runs.training.train", lambda **_: None)
     assert carry_out(run) == Outcome(run)
     assert not (run.path / ERROR_FILE).exists()
 

@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.config import RunConfig
 from metareg.contract.config import under_present_names
 from metareg.learner.config import LearnerConfig
-from metareg.options import assemble, parse_assignments
+from metareg.runs.config import RunConfig
+from metareg.runs.options import assemble, parse_assignments
 from metareg.util.yaml_files import read_yaml
 
 

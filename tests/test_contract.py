@@ -118,7 +118,7 @@ def test_what_every_task_resets_gets_no_gradient_and_is_reset(memory: str) -> No
 
 
 def test_model_that_an_algorithm_needs_stands_before_the_tasks() -> None:
-    from metareg.options import assemble
+    from metareg.runs.options import assemble
 
     class Needs(Steps):
         default_model = "gcn"

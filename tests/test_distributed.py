@@ -34,7 +34,7 @@ RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 @pytest.fixture(autouse=True)
 def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.plots.draw", lambda _run: [])
+    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one process."""
     path = tmp_path_factory.mktemp("alone") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metareg.plots.draw", lambda _run: [])
+        patch.setattr("metareg.runs.plots.draw", lambda _run: [])
         run_of(path)
     return path
 

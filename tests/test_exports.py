@@ -15,7 +15,7 @@ from torch import nn
 
 import metareg
 from metareg import Episodes, MetaLearner, Run, UsageError, hookimpl
-from metareg.exports import export, predict
+from metareg.runs.exports import export, predict
 
 SMALL: dict[str, Any] = {
     "steps": 3, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial",

@@ -465,7 +465,7 @@ def test_csbm_is_learned_and_drawn(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("model", "inputs"), [("sgc", "sgc"), ("graphsage", "mean"), ("gcn", "gcn")])
 def test_a_model_says_what_its_task_prepares(model: str, inputs: str) -> None:
-    from metareg.options import assemble
+    from metareg.runs.options import assemble
 
     selection = assemble({"task": "csbm", "model": model}, {"layers": 3})
     assert selection.config.task.config["inputs"] == inputs

@@ -21,10 +21,10 @@ from metareg import Evaluation
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.display import evaluation_table
-from metareg.plots import inner_steps
 from metareg.reporting import report
 from metareg.reproduction import Recipe, judge
-from metareg.runs import Run
+from metareg.runs.plots import inner_steps
+from metareg.runs.run import Run
 from metareg.util.intervals import half_width
 
 

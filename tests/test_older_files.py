@@ -12,7 +12,7 @@ import yaml
 
 import metareg
 from metareg import MetaLearner
-from metareg.runs import Run
+from metareg.runs.run import Run
 from metareg.util.tensorfile import TensorFile, write_tensors
 
 SMALL: dict[str, Any] = {

@@ -28,10 +28,10 @@ from metareg import UsageError, cli
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.results import command_of, read
 from metareg.comparison.statistics import Estimate, Verdict, over_seeds
-from metareg.options import assemble
 from metareg.reporting import FORMATS, report, tables
 from metareg.reporting.analysis import analyse
 from metareg.reporting.numbers import Scale, p_value
+from metareg.runs.options import assemble
 
 SMALL: dict[str, Any] = {
     "algo": ["maml", "anil"],
@@ -112,7 +112,7 @@ def test_the_command_of_an_arm_trains_its_runs(
     plan = Plan(tmp_path, ComparisonConfig.model_validate(config))
     (run,) = plan.runs({plan.arms[0]: chosen})
     given: list[Any] = []
-    monkeypatch.setattr("metareg.runs.train", lambda *names, **rest: given.append((names, rest)))
+    monkeypatch.setattr("metareg.runs.training.train", lambda *names, **rest: given.append((names, rest)))
     monkeypatch.setattr("metareg.display.report", lambda *_: None)
 
     assert cli.run(shlex.split(command_of(run).replace("SEED", "7"))[1:]) == 0

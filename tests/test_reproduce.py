@@ -23,8 +23,8 @@ from metareg.comparison.pool import Outcome
 from metareg.contract.config import validated
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted
-from metareg.options import assemble
 from metareg.reproduction import Recipe, find_recipe, judge, recipes, reproduce
+from metareg.runs.options import assemble
 from metareg.util.files import write_json
 
 SHIPPED = {recipe.name: recipe for recipe in recipes()}

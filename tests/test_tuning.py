@@ -27,7 +27,7 @@ from metareg.comparison.space import Range, Tuning, check, dimensions, domain_te
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.contract.config import validated
 from metareg.display import ComparisonProgress
-from metareg.options import Selection, assemble
+from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_json, write_text
 from metareg.util.signals import StopRequest
 

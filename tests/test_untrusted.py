@@ -15,11 +15,12 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
-from metareg.checkpoints import Checkpoints, Keeper
 from metareg.cli import run as command
 from metareg.learner.training import Progress
-from metareg.options import assemble
-from metareg.runs import Run, resume
+from metareg.runs.checkpoints import Checkpoints, Keeper
+from metareg.runs.options import assemble
+from metareg.runs.run import Run
+from metareg.runs.training import resume
 from metareg.util.signals import StopRequest
 from metareg.util.tensorfile import TensorFile, write_tensors
 from metareg.util.yaml_files import read_yaml
@@ -309,7 +310,7 @@ def _never_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything but the training itself."""
     monkeypatch.chdir(tmp_path)
     for name in ("_carry_out", "_created"):
-        monkeypatch.setattr(f"metareg.runs.{name}", _refuse)
+        monkeypatch.setattr(f"metareg.runs.training.{name}", _refuse)
 
 
 @pytest.mark.usefixtures("_never_trains")

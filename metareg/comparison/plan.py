@@ -20,7 +20,7 @@ from metareg.util.files import write_text
 from metareg.util.yaml_files import read_yaml
 
 if TYPE_CHECKING:
-    from metareg.options import Selection
+    from metareg.runs.options import Selection
 
 __all__ = ["Arm", "ArmRule", "ComparedTask", "ComparisonConfig", "Plan", "PlannedRun", "check", "stacked"]
 
@@ -343,8 +343,8 @@ def check(plan: Plan) -> None:
         UsageError: an unknown name or option, an impossible value, missing data, a model that does not fit, or arms of a
             task that would not see the same tasks.
     """
-    from metareg.options import assemble
-    from metareg.runs import prepared
+    from metareg.runs.options import assemble
+    from metareg.runs.training import prepared
 
     first: dict[str, tuple[Arm, Selection]] = {}
     known: dict[tuple[Any, ...], Arm] = {}

@@ -72,7 +72,7 @@ class Launcher(Protocol):
 
 def carry_out(run: PlannedRun) -> Outcome:
     """Carry out a run in this process; what goes wrong is written into its folder as error.txt."""
-    from metareg.runs import train
+    from metareg.runs.training import train
 
     report = run.path / ERROR_FILE
     try:

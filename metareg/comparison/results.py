@@ -20,7 +20,7 @@ from metareg.comparison.pool import ERROR_FILE, divergence
 from metareg.contract.config import under_present_names
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
-from metareg.options import parse_assignments
+from metareg.runs.options import parse_assignments
 from metareg.util.files import read_json
 
 __all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "command_of", "read"]

@@ -18,11 +18,11 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from metareg.config import RunConfig
 from metareg.contract.config import Field, PluginConfig, validated
 from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
-from metareg.options import Selection, parse_assignments
 from metareg.registry.plugins import Plugin, config_of
+from metareg.runs.config import RunConfig
+from metareg.runs.options import Selection, parse_assignments
 
 __all__ = [
     "Dimension",

@@ -20,7 +20,7 @@ from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import divergence
 from metareg.comparison.space import GRID, Dimension, Range, dimensions
 from metareg.errors import UsageError
-from metareg.options import assemble
+from metareg.runs.options import assemble
 from metareg.util.files import read_json, write_json
 from metareg.util.seeding import derive_seed
 

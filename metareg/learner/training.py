@@ -71,7 +71,7 @@ class Trainee(Protocol):
 
 
 class Keeper(Protocol):
-    """Who keeps what a training has done (`metareg.checkpoints.Keeper`)."""
+    """Who keeps what a training has done (`metareg.runs.checkpoints.Keeper`)."""
 
     def after_step(self, *, must: bool) -> None: ...
 

@@ -8,13 +8,13 @@ import yaml
 from pydantic import ValidationError
 
 from metareg.comparison.space import domain_text
-from metareg.config import RunConfig
 from metareg.contract.config import PluginConfig
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
-from metareg.options import assemble
 from metareg.registry.dispatch import plugin_manager
 from metareg.registry.plugins import installed_names
+from metareg.runs.config import RunConfig
+from metareg.runs.options import assemble
 from metareg.testing._check import Subject, fail
 
 __all__ = ["check_configuration", "check_contract_stated", "check_recommended"]

@@ -24,7 +24,8 @@ from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import hook_of
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
-from metareg.runs import Run, train
+from metareg.runs.run import Run
+from metareg.runs.training import train
 from metareg.testing._bench import (
     Descent,
     built,

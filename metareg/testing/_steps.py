@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
-from metareg.options import assemble
 from metareg.registry.sources import TaskSource
+from metareg.runs.options import assemble
 from metareg.testing._bench import Bench, Descent, Given, built
 from metareg.testing._check import Subject, fail
 from metareg.testing._others import Example

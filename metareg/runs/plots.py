@@ -14,7 +14,7 @@ from metareg.util.files import replacing
 
 if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
-    from metareg.runs import Run
+    from metareg.runs.run import Run
 
 __all__ = ["draw", "inner_steps", "learning_curve"]
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.config import RunConfig
 from metareg.contract.config import Choice, PluginConfig, under_present_names, unknown_option, validated
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, config_of, find, installed_names, resolve
+from metareg.runs.config import RunConfig
 from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["Selection", "assemble", "parse_assignments", "with_present_names"]

@@ -18,7 +18,7 @@ from metareg.learner.config import LearnerConfig
 from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
-    from metareg.runs import Run
+    from metareg.runs.run import Run
 
 __all__ = ["of_machine", "of_run", "write"]
 

@@ -1,12 +1,10 @@
-"""Runs: a folder that holds all of a training, from its configuration to its results and pictures."""
+"""Training runs: from a configuration to a folder with results, and on from where a run stopped."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -15,10 +13,6 @@ from typing import Any
 
 import torch
 
-from metareg import environment, plots
-from metareg.checkpoints import Checkpoints, Keeper
-from metareg.config import RunConfig
-from metareg.contract.config import validated
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
@@ -26,15 +20,17 @@ from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
 from metareg.learner.processes import Processes, joined
 from metareg.learner.training import Progress, Schedule, fit, observed
-from metareg.options import Selection, assemble, with_present_names
-from metareg.registry.plugins import find, resolve
 from metareg.registry.sources import TaskSource
-from metareg.util.devices import find_device, peak_memory, reset_peak_memory
+from metareg.runs import environment, plots
+from metareg.runs.checkpoints import Checkpoints, Keeper
+from metareg.runs.config import RunConfig
+from metareg.runs.options import Selection, assemble
+from metareg.runs.run import FINAL, Run, check_fit, resume_command, stored_config
+from metareg.util.devices import peak_memory, reset_peak_memory
 from metareg.util.files import (
     LinesFile,
     is_leftover,
     locked,
-    read_json,
     remove_leftovers,
     write_json,
     write_text,
@@ -43,11 +39,9 @@ from metareg.util.signals import StopRequest, stop_requests
 from metareg.util.torchrun import launched
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["Run", "resume", "train"]
+__all__ = ["prepared", "resume", "train"]
 
 log = logging.getLogger("metareg")
-
-FINAL = Path("checkpoints", "final.safetensors")
 
 _SMALL = 20_000
 """Parameters up to which a model's tensor operations are too short to be shared by threads."""
@@ -57,99 +51,6 @@ _MAY_CHANGE = {
     "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nonfinite", "max_nonfinite",
 }  # fmt: skip
 """Options that a resumed run may be given anew: they leave its meaning as it was."""
-
-
-class Run:
-    """A run and its folder.
-
-    ======================  ================================================================================
-    config.yaml             the complete configuration; ``metareg train --config`` takes it
-    environment.json        versions, device, strategy, plugins and their distributions
-    metrics.jsonl           a line per report of the training and per validation; bit for bit the same for a resumed run
-    timing.jsonl            a line per report with the speed, the peak memory so far and the time of day
-    checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
-    plots/                  pictures (PNG)
-    results.json            the test: mean, interval and every task's score after each number of inner steps; written last
-    ======================  ================================================================================
-
-    Args:
-        path: the folder.
-        config: the complete configuration.
-        learner: what is trained.
-        source: where its tasks come from.
-    """
-
-    def __init__(self, path: Path, config: RunConfig, learner: MetaLearner, source: TaskSource) -> None:
-        self.path = path
-        self.config = config
-        self.learner = learner
-        self.source = source
-        self.evaluation: Evaluation | None = None
-        """The test at the end; None until then."""
-        self.plots: list[Path] = []
-        """The pictures that were drawn."""
-
-    @classmethod
-    def load(cls, path: str | Path, *, device: str | None = None) -> Run:
-        """A finished run from its folder, its learner included.
-
-        Raises:
-            UsageError: the folder holds no run, or the run is not finished or damaged.
-        """
-        path = Path(path)
-        config = _stored_config(path)
-        if not (path / FINAL).is_file():
-            raise UsageError(f"The run at {path} has not ended; {_resume_command(path)} goes on with it.")
-        source = TaskSource(resolve("tasks", config.task.name, config.task.config))
-        run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
-        if (path / "results.json").is_file():
-            run.evaluation = _stored_evaluation(path / "results.json")
-        run.plots = sorted((path / "plots").glob("*.png"))
-        return run
-
-    def evaluate(
-        self,
-        tasks: int,
-        inner_steps: Sequence[int],
-        task: str | None = None,
-        task_options: Mapping[str, Any] | None = None,
-        *,
-        split: str = "test",
-    ) -> Evaluation:
-        """Test the run's learner anew.
-
-        Args:
-            tasks: how many tasks.
-            inner_steps: numbers of inner steps.
-            task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
-                `Task.carried` from the run's task.
-            task_options: further options of the task.
-            split: the tasks' split.
-        """
-        source = self.source
-        if task or task_options:
-            source = self._other_source(task or self.config.task.name, task_options or {}, same=not task)
-            _check_fit(self.learner, source, split)
-        return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
-
-    def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
-        own = self.config.task.config
-        if not same:
-            carried = getattr(find("tasks", task).load(), "carried", ())
-            own = {name: own[name] for name in carried if name in own}
-        return TaskSource(resolve("tasks", task, {**own, **options}))
-
-    def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl.
-
-        Raises:
-            UsageError: they cannot be read.
-        """
-        path = self.path / "metrics.jsonl"
-        try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
 
 
 def train(
@@ -234,7 +135,7 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
     """
     path = Path(path)
     with joined() as processes:
-        stored = processes.first(lambda: _stored_config(path))
+        stored = processes.first(lambda: stored_config(path))
         return _gone_on(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
 
 
@@ -246,7 +147,7 @@ def _goes_on(out: Path, resume: bool) -> bool:
     """
     has_run = (out / "config.yaml").is_file()
     if not (resume and has_run) and _is_taken(out):
-        hint = f"; {_resume_command(out)} goes on with the run in it" if has_run else ""
+        hint = f"; {resume_command(out)} goes on with the run in it" if has_run else ""
         raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
     return resume and has_run
 
@@ -254,7 +155,7 @@ def _goes_on(out: Path, resume: bool) -> bool:
 def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
     def reopened() -> tuple[RunConfig, bool]:
         """The configuration to go on with; and whether the run has ended with it already."""
-        stored = _stored_config(path)
+        stored = stored_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
         if (path / "results.json").is_file():
@@ -297,20 +198,6 @@ def _held(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
         yield
 
 
-def _stored_config(path: Path) -> RunConfig:
-    file = path / "config.yaml"
-    if not file.is_file():
-        raise UsageError(f"There is no run at {path}: it has no config.yaml.")
-    return with_present_names(validated(RunConfig, read_yaml(file), str(file)))
-
-
-def _stored_evaluation(path: Path) -> Evaluation:
-    try:
-        return Evaluation.from_dict(read_json(path))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} holds no results of metareg ({type(error).__name__}: {error}).") from error
-
-
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
     old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
@@ -320,7 +207,7 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     if changes:
         raise UsageError(
             f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}. "
-            f"{_resume_command(path)} goes on with it as it is."
+            f"{resume_command(path)} goes on with it as it is."
         )
     if wanted.steps < stored.steps:
         raise UsageError(f"The run at {path} is one of {stored.steps} steps, which can be raised, not lowered.")
@@ -328,10 +215,6 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
 
 def _is_taken(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or not all(is_leftover(path) for path in out.iterdir()))
-
-
-def _resume_command(path: Path) -> str:
-    return f"`metareg resume {shlex.quote(str(path))}`"
 
 
 def _completed(selection: Selection) -> Selection:
@@ -365,20 +248,10 @@ def prepared(selection: Selection, processes: Processes | None = None) -> tuple[
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
     source = TaskSource(selection.task)
-    _check_fit(learner, source, "train")
+    check_fit(learner, source, "train")
     for split in dict.fromkeys(("validation", config.test_split)):
         source.episodes(split, [0], config.seed)
     return learner, source
-
-
-def _check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
-    """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
-    try:
-        learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
-    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
-        ) from error
 
 
 def _created(out: Path | None, config: RunConfig) -> Path:
@@ -431,7 +304,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
             hooks.on_run_end(run=run)
         except (Interrupted, KeyboardInterrupt, LostProcessError) as error:
             where = "its beginning" if keeper.last_saved is None else f"step {keeper.last_saved}"
-            advice = f"{_resume_command(path)} goes on from {where}."
+            advice = f"{resume_command(path)} goes on from {where}."
             if isinstance(error, LostProcessError):
                 raise LostProcessError(f"{error} {advice}") from error
             raise Interrupted(f"Stopped. {advice}") from error
@@ -483,7 +356,7 @@ def _train(run: Run, progress: Progress, keeper: Keeper, observers: Sequence[Any
             keeper.save()
         assert keeper.last_saved is not None
         if run.config.on_nonfinite == "stop":
-            advice = f"{_resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
+            advice = f"{resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
         else:
             advice = f"It happened more often than max_nonfinite = {run.config.max_nonfinite} times."
         where = keeper.store.path(keeper.last_saved)

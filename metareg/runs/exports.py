@@ -18,7 +18,7 @@ from metareg.errors import UsageError
 from metareg.util.files import write_bytes
 
 if TYPE_CHECKING:
-    from metareg.runs import Run
+    from metareg.runs.run import Run
 
 __all__ = ["export", "predict"]
 

@@ -1,0 +1,1 @@
+"""A run's folder: configuration, training, checkpoints, provenance, pictures, and what is made of a finished run."""

@@ -1,0 +1,146 @@
+"""A run: a folder that holds all of a training, from its configuration to its results and pictures."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from metareg.contract.config import validated
+from metareg.contract.evaluation import Evaluation
+from metareg.errors import UsageError
+from metareg.learner.learner import MetaLearner
+from metareg.registry.plugins import find, resolve
+from metareg.registry.sources import TaskSource
+from metareg.runs.config import RunConfig
+from metareg.runs.options import with_present_names
+from metareg.util.devices import find_device
+from metareg.util.files import read_json
+from metareg.util.yaml_files import read_yaml
+
+__all__ = ["FINAL", "Run", "check_fit", "resume_command", "stored_config"]
+
+FINAL = Path("checkpoints", "final.safetensors")
+
+
+class Run:
+    """A run and its folder.
+
+    ======================  ================================================================================
+    config.yaml             the complete configuration; ``metareg train --config`` takes it
+    environment.json        versions, device, strategy, plugins and their distributions
+    metrics.jsonl           a line per report of the training and per validation; bit for bit the same for a resumed run
+    timing.jsonl            a line per report with the speed, the peak memory so far and the time of day
+    checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
+    plots/                  pictures (PNG)
+    results.json            the test: mean, interval and every task's score after each number of inner steps; written last
+    ======================  ================================================================================
+
+    Args:
+        path: the folder.
+        config: the complete configuration.
+        learner: what is trained.
+        source: where its tasks come from.
+    """
+
+    def __init__(self, path: Path, config: RunConfig, learner: MetaLearner, source: TaskSource) -> None:
+        self.path = path
+        self.config = config
+        self.learner = learner
+        self.source = source
+        self.evaluation: Evaluation | None = None
+        """The test at the end; None until then."""
+        self.plots: list[Path] = []
+        """The pictures that were drawn."""
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str | None = None) -> Run:
+        """A finished run from its folder, its learner included.
+
+        Raises:
+            UsageError: the folder holds no run, or the run is not finished or damaged.
+        """
+        path = Path(path)
+        config = stored_config(path)
+        if not (path / FINAL).is_file():
+            raise UsageError(f"The run at {path} has not ended; {resume_command(path)} goes on with it.")
+        source = TaskSource(resolve("tasks", config.task.name, config.task.config))
+        run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
+        if (path / "results.json").is_file():
+            run.evaluation = _stored_evaluation(path / "results.json")
+        run.plots = sorted((path / "plots").glob("*.png"))
+        return run
+
+    def evaluate(
+        self,
+        tasks: int,
+        inner_steps: Sequence[int],
+        task: str | None = None,
+        task_options: Mapping[str, Any] | None = None,
+        *,
+        split: str = "test",
+    ) -> Evaluation:
+        """Test the run's learner anew.
+
+        Args:
+            tasks: how many tasks.
+            inner_steps: numbers of inner steps.
+            task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
+                `Task.carried` from the run's task.
+            task_options: further options of the task.
+            split: the tasks' split.
+        """
+        source = self.source
+        if task or task_options:
+            source = self._other_source(task or self.config.task.name, task_options or {}, same=not task)
+            check_fit(self.learner, source, split)
+        return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
+
+    def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
+        own = self.config.task.config
+        if not same:
+            carried = getattr(find("tasks", task).load(), "carried", ())
+            own = {name: own[name] for name in carried if name in own}
+        return TaskSource(resolve("tasks", task, {**own, **options}))
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl.
+
+        Raises:
+            UsageError: they cannot be read.
+        """
+        path = self.path / "metrics.jsonl"
+        try:
+            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
+
+
+def stored_config(path: Path) -> RunConfig:
+    file = path / "config.yaml"
+    if not file.is_file():
+        raise UsageError(f"There is no run at {path}: it has no config.yaml.")
+    return with_present_names(validated(RunConfig, read_yaml(file), str(file)))
+
+
+def _stored_evaluation(path: Path) -> Evaluation:
+    try:
+        return Evaluation.from_dict(read_json(path))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UsageError(f"{path} holds no results of metareg ({type(error).__name__}: {error}).") from error
+
+
+def resume_command(path: Path) -> str:
+    return f"`metareg resume {shlex.quote(str(path))}`"
+
+
+def check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
+    """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
+    try:
+        learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
+    except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
+        raise UsageError(
+            f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
+        ) from error
