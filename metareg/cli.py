@@ -520,7 +520,7 @@ def reproduce_recipe(
     The exit code is 1 where the value was not reached.
     """
     _leave_out(no_plugin)
-    from metareg.reproduction import find_recipe, recipes, reproduce
+    from metareg.comparison.reproduction import find_recipe, recipes, reproduce
 
     if name is None:
         if any(given is not None for given in (seeds, out, jobs, data, device)):

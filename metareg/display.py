@@ -28,12 +28,12 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from metareg.comparison.pool import Outcome
+    from metareg.comparison.reproduction import Recipe
     from metareg.comparison.runner import Comparison
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.tasks import Dataset
     from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
-    from metareg.reproduction import Recipe
     from metareg.runs.run import Run
     from metareg.testing import Check
 

@@ -20,10 +20,10 @@ from rich.console import Console
 from metareg import MetaregError, UsageError, cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
+from metareg.comparison.reproduction import Recipe, find_recipe, judge, recipes, reproduce
 from metareg.contract.config import validated
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted
-from metareg.reproduction import Recipe, find_recipe, judge, recipes, reproduce
 from metareg.runs.options import assemble
 from metareg.util.files import write_json
 
