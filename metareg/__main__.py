@@ -14,7 +14,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     keep_freed_memory()
-    from metareg.cli import run
+    from metareg.cli.app import run
 
     sys.exit(run(sys.argv[1:]))
 

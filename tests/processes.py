@@ -15,12 +15,12 @@ _NURSERY = """
 import contextlib, json, os, sys, tempfile
 import torch
 torch.set_num_threads(1)
-import metareg.cli
+import metareg.cli.app
 # A first run imports whatever torch, matplotlib and a task import when they are used.
 for task in sys.argv[1:]:
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         settings = ["--set=test_tasks=2", "--set=eval_tasks=2", "--strategy=vectorized"]
-        metareg.cli.run(["train", f"--task={task}", "--steps=3", "--meta-batch=2", *settings, f"--out={folder}/run"])
+        metareg.cli.app.run(["train", f"--task={task}", "--steps=3", "--meta-batch=2", *settings, f"--out={folder}/run"])
 print(0, flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -28,7 +28,7 @@ for line in sys.stdin:
     if child == 0:
         output = os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(output, 1), os.dup2(output, 2)
-        os._exit(metareg.cli.run(job["arguments"]))
+        os._exit(metareg.cli.app.run(job["arguments"]))
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """

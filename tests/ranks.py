@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import metareg
 import metareg.__main__
-import metareg.cli
+import metareg.cli.app
 import metareg.runs.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
 from metareg.learner.processes import Processes, digest, joined
@@ -271,7 +271,7 @@ def _spoken(arguments: Sequence[Any]) -> tuple[int, str]:
     """The exit code of a command, and all that it prints."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
-        code = metareg.cli.run([str(argument) for argument in arguments])
+        code = metareg.cli.app.run([str(argument) for argument in arguments])
     return code, text.getvalue()
 
 
@@ -300,7 +300,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["failure"] = _error(lambda: run_of(folder / "failed", {"failure": 5 * 9}))
     found["observer"] = _error(lambda: run_of(folder / "told", observers=[Failing()]))
 
-    metareg.cli._let_the_first_speak = lambda: None
+    metareg.cli.app._let_the_first_speak = lambda: None
     found["spoken"] = {
         "name": _spoken(["train", "--algo", "mamal", "--out", folder / "none"]),
         "option": _spoken(["train", "--steps", "many", "--out", folder / "none"]),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from metareg import cli
+from metareg.cli import app as cli
 from metareg.registry.plugins import DISABLE_VARIABLE
 
 TINY = ["--steps", "3", "--set", "eval_tasks=2", "--set", "test_tasks=3", "--set", "test_inner_steps=[0, 1]"]
@@ -338,7 +338,7 @@ def test_help_and_version(metareg: Command) -> None:
 
 def test_start_up_imports_no_torch() -> None:
     code = (
-        "import sys; from metareg.cli import run\n"
+        "import sys; from metareg.cli.app import run\n"
         "assert run(['--help']) == 0 and run(['plugins', '--json']) == 0 and run(['train', '--help']) == 0\n"
         "heavy = [name for name in ('torch', 'numpy', 'matplotlib') if name in sys.modules]\n"
         "plugins = [name for name in sys.modules if name.startswith('metareg_')]\n"

@@ -20,14 +20,14 @@ import yaml
 from rich.console import Console
 
 from comparisons import DEMO, write_comparison
-from metareg import cli
+from metareg.cli import app as cli
+from metareg.cli.display import ComparisonProgress, comparison_report
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, _planned, compare
 from metareg.contract.config import validated
-from metareg.display import ComparisonProgress, comparison_report
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
 from metareg.runs.training import prepared
@@ -267,7 +267,7 @@ def test_flags_alone_change_what_a_folder_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: None))
-    monkeypatch.setattr("metareg.display.comparison_report", lambda *_: None)
+    monkeypatch.setattr("metareg.cli.display.comparison_report", lambda *_: None)
     folder = tmp_path / "c"
     options = [f"--set={key}={value}" for key, value in TINY.items()]
 

@@ -19,7 +19,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from metareg import MetaregError, UsageError
-from metareg.cli import run
+from metareg.cli.app import run
 from metareg_image import (
     CIFARFS,
     CUB,

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import metareg
-from metareg.cli import run as command
+from metareg.cli.app import run as command
 from metareg_image import Glyphs
 
 

@@ -18,10 +18,10 @@ from scipy import stats
 import metareg
 from comparisons import write_comparison
 from metareg import Evaluation
+from metareg.cli.display import evaluation_table
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.reproduction import Recipe, judge
 from metareg.comparison.statistics import over_seeds, over_tasks
-from metareg.display import evaluation_table
 from metareg.reporting import report
 from metareg.runs.plots import inner_steps
 from metareg.runs.run import Run

@@ -24,7 +24,8 @@ import pytest
 from markdown_it import MarkdownIt
 
 from comparisons import DEMO, INNER_STEPS, write_comparison, write_run
-from metareg import UsageError, cli
+from metareg import UsageError
+from metareg.cli import app as cli
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.results import command_of, read
 from metareg.comparison.statistics import Estimate, Verdict, over_seeds
@@ -113,7 +114,7 @@ def test_the_command_of_an_arm_trains_its_runs(
     (run,) = plan.runs({plan.arms[0]: chosen})
     given: list[Any] = []
     monkeypatch.setattr("metareg.runs.training.train", lambda *names, **rest: given.append((names, rest)))
-    monkeypatch.setattr("metareg.display.report", lambda *_: None)
+    monkeypatch.setattr("metareg.cli.display.report", lambda *_: None)
 
     assert cli.run(shlex.split(command_of(run).replace("SEED", "7"))[1:]) == 0
 
@@ -862,7 +863,7 @@ def test_the_command_prints_markdown(metareg: Command, small: Plan) -> None:
 
 
 def test_a_report_needs_no_torch(small: Plan) -> None:
-    code = "import sys; from metareg import cli; cli.run(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'"
+    code = "import sys; from metareg.cli.app import run; run(sys.argv[1:]); assert 'torch' not in sys.modules, 'torch'"
     command = [sys.executable, "-W", "error", "-c", code, "report", str(small.folder), "--format", "html"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

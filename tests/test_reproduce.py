@@ -17,7 +17,8 @@ import torch
 import yaml
 from rich.console import Console
 
-from metareg import MetaregError, UsageError, cli
+from metareg import MetaregError, UsageError
+from metareg.cli import app as cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
 from metareg.comparison.reproduction import Recipe, find_recipe, judge, recipes, reproduce
@@ -325,7 +326,7 @@ def test_a_stopped_recipe_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.
 
 def test_listing_imports_no_torch() -> None:
     code = (
-        "import sys; from metareg.cli import run\n"
+        "import sys; from metareg.cli.app import run\n"
         "assert run(['reproduce']) == 0\n"
         "assert not {'torch', 'numpy', 'scipy'} & sys.modules.keys(), sys.modules.keys()"
     )

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from metareg.cli import run
+from metareg.cli.app import run
+from metareg.cli.scaffold import new_plugin
 from metareg.registry.plugins import KINDS, entries
-from metareg.scaffold import new_plugin
 
 ROOT = Path(__file__).parents[1]
 

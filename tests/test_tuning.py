@@ -17,6 +17,7 @@ import yaml
 from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
+from metareg.cli.display import ComparisonProgress
 from metareg.comparison.flags import comparison_of
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.plan import check as check_plan
@@ -26,7 +27,6 @@ from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.contract.config import validated
-from metareg.display import ComparisonProgress
 from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_json, write_text
 from metareg.util.signals import StopRequest

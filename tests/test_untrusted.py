@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
-from metareg.cli import run as command
+from metareg.cli.app import run as command
 from metareg.learner.training import Progress
 from metareg.runs.checkpoints import Checkpoints, Keeper
 from metareg.runs.options import assemble

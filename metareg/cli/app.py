@@ -198,7 +198,7 @@ def train(
     augmenters and models list what --set takes.
     """
     _leave_out(no_plugin)
-    from metareg.display import Progress, report
+    from metareg.cli.display import Progress, report
     from metareg.runs.options import parse_assignments
     from metareg.runs.training import train as train_run
 
@@ -240,7 +240,7 @@ def resume_run(
     On the same machine it ends with the same weights, metrics and results, bit for bit, as if it had never stopped.
     """
     _leave_out(no_plugin)
-    from metareg.display import Progress, report
+    from metareg.cli.display import Progress, report
     from metareg.runs.options import parse_assignments
     from metareg.runs.training import resume
 
@@ -333,7 +333,7 @@ def evaluate(
         numbers = [int(part) for part in inner_steps.split(",")]
     except ValueError:
         raise UsageError(f"--inner-steps takes whole numbers with commas, as 1,5,10; got '{inner_steps}'.") from None
-    from metareg.display import evaluation_table
+    from metareg.cli.display import evaluation_table
     from metareg.runs.options import parse_assignments
     from metareg.runs.run import Run
 
@@ -360,7 +360,7 @@ def data(
     _leave_out(no_plugin)
     if name is None and (download or verify):
         raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
-    from metareg.display import datasets_table
+    from metareg.cli.display import datasets_table
     from metareg.registry.datasets import dataset_of, listed
 
     if name is None:
@@ -447,9 +447,9 @@ def compare(
     _leave_out(no_plugin)
     if data is not None:
         os.environ["METAREG_DATA"] = str(data.absolute())
+    from metareg.cli.display import ComparisonProgress, comparison_report
     from metareg.comparison.flags import comparison_of
     from metareg.comparison.runner import compare as carry_out
-    from metareg.display import ComparisonProgress, comparison_report
 
     if out is None:
         out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
@@ -525,15 +525,15 @@ def reproduce_recipe(
     if name is None:
         if any(given is not None for given in (seeds, out, jobs, data, device)):
             raise UsageError("Name a recipe; `metareg reproduce` lists them.")
-        from metareg.display import recipes_table
+        from metareg.cli.display import recipes_table
 
         _output.print(recipes_table(recipes()))
         return
     recipe = find_recipe(name)
     if data is not None:
         os.environ["METAREG_DATA"] = str(data.absolute())
+    from metareg.cli.display import ComparisonProgress
     from metareg.comparison.flags import parse_seeds
-    from metareg.display import ComparisonProgress
 
     for text in filter(None, (recipe.summary, recipe.notes)):
         _errors.print(escape(text))
@@ -559,7 +559,7 @@ def plugins(
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    from metareg.display import plugins_table
+    from metareg.cli.display import plugins_table
 
     _output.print(plugins_table(rows, check))
 
@@ -571,7 +571,7 @@ def show(
 ) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
     entry = find(_kind(kind), name)
-    from metareg.display import plugin_page
+    from metareg.cli.display import plugin_page
 
     _output.print(plugin_page(entry, entry.load()))
 
@@ -583,7 +583,7 @@ def new_plugin(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Where to make the package's folder.")] = Path(),
 ) -> None:
     """Write a package with a working plugin of your own, its tests and its README."""
-    from metareg.scaffold import new_plugin as write
+    from metareg.cli.scaffold import new_plugin as write
 
     plural = _kind(kind)
     folder = write(plural, name, out)
@@ -606,7 +606,7 @@ def check_plugin(
     compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
 ) -> None:
     """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
-    from metareg.display import check_line
+    from metareg.cli.display import check_line
     from metareg.runs.options import parse_assignments
     from metareg.testing import checks
 
@@ -624,7 +624,7 @@ def check_plugin(
 @app.command()
 def doctor() -> None:
     """Check the installation: versions, devices, compiler, and every plugin."""
-    from metareg.display import doctor_page
+    from metareg.cli.display import doctor_page
 
     rows = [_described(entry, check=True) for entry in entries()]
     _output.print(doctor_page(rows))

@@ -82,7 +82,7 @@ def _files(kind: str, name: str) -> dict[str, str]:
         "flags": flags.format(name=name),
         "arguments": arguments.format(name=name),
     }
-    templates = importlib.resources.files("metareg") / "templates"
+    templates = importlib.resources.files("metareg.cli") / "templates"
     return {
         path: Template((templates / f"{template}.template").read_text(encoding="utf-8")).substitute(values)
         for path, template in (

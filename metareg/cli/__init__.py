@@ -1,0 +1,1 @@
+"""The command line: its commands, what a person sees of them, and new plugin packages."""
