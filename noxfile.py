@@ -68,10 +68,11 @@ def steps(session: nox.Session) -> None:
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Style: ruff."""
+    """Style: ruff; and the floors of the house: import-linter."""
     python = environment(session)
     session.run(python, "-m", "ruff", "check", ".", external=True)
     session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(str(BIN / "lint-imports"), external=True)
 
 
 @nox.session
