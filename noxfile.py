@@ -62,7 +62,7 @@ def tests(session: nox.Session) -> None:
 @nox.session(default=False)
 def steps(session: nox.Session) -> None:
     """Whole training steps in all combinations, a day's work; -k "not compiled" leaves the hour without a compiler."""
-    arguments = ("-m", "slow or not slow", "tests/test_steps.py", *session.posargs)
+    arguments = ("-m", "slow or not slow", "tests/whole/test_steps.py", *session.posargs)
     session.run(environment(session), "-m", "pytest", *arguments, external=True)
 
 
@@ -86,7 +86,7 @@ def docs(session: nox.Session) -> None:
     """The documentation, as written: its commands are run and its listings installed; the hook reference is current."""
     python = environment(session)
     session.run(python, "docs/hook_reference.py", "--check", external=True)
-    session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/test_docs_plugins.py", external=True)
+    session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/whole/test_docs_plugins.py", external=True)
 
 
 @nox.session

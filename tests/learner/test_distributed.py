@@ -17,9 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import COMMAND, LEARNERS, learner_of, run_of, trained
-from reference import NETS, meta_gradient
-from samples import episodes
 
 import metareg
 from metareg import MetaregError, UsageError
@@ -27,8 +24,11 @@ from metareg.learner.processes import Processes, joined, tasks_of
 from metareg.util.signals import StopRequest
 from metareg.util.torchrun import place
 from processes import environment
+from ranks import COMMAND, LEARNERS, learner_of, run_of, trained
+from reference import NETS, meta_gradient
+from samples import episodes
 
-RANKS = str(Path(__file__).with_name("ranks.py"))
+RANKS = str(Path(__file__).parents[1] / "helpers" / "ranks.py")
 RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NETS, difference, inner_loop, meta_gradient
-from samples import episodes, tasks_of
-from test_parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
 from metareg.engine import tracing
 from metareg_image.glyphs import Glyphs
+from parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
+from reference import NETS, difference, inner_loop, meta_gradient
+from samples import episodes, tasks_of
 
 CML = ("cml", {"gamma": GAMMA})
 STRATEGIES = ("serial", "traced", "vectorized")

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
+
 from reference import (
     Net,
     batch_norm,
@@ -19,7 +21,6 @@ from reference import (
     linear_head,
     mean_squared_error,
 )
-from torch import Tensor
 
 Params = Mapping[str, Tensor]
 

@@ -13,7 +13,7 @@ from metareg.cli.app import run
 from metareg.cli.scaffold import new_plugin
 from metareg.registry.plugins import KINDS, entries
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

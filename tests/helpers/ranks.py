@@ -1,6 +1,6 @@
 """What `test_distributed` runs in one process and in two: learners, and runs with accidents.
 
-``python tests/ranks.py FOLDER``, started with the variables of torchrun, carries out all of `main` in the same processes,
+``python tests/helpers/ranks.py FOLDER``, started with the variables of torchrun, carries out all of `main` in the same ones,
 for starting them takes longest. What process R found is in ``FOLDER/rank-R.pt``. With ``--codes FOLDER`` it is the command
 line, and leaves its exit codes there.
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from samples import LOSSES, MODELS, episodes, tasks_of
 from torch import Tensor, nn
 
 import metareg
@@ -30,6 +29,7 @@ import metareg.runs.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
 from metareg.learner.processes import Processes, digest, joined
 from metareg.util.torchrun import place
+from samples import LOSSES, MODELS, episodes, tasks_of
 
 RANK = place().rank
 
@@ -67,7 +67,7 @@ class Momentum:
 
 def _reptile() -> type:
     """The example's class, which nothing installs."""
-    place = Path(__file__).parents[1] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
+    place = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
     spec = importlib.util.spec_from_file_location("metareg_reptile", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

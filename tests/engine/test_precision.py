@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NETS, Net, train
-from samples import MLP, ConvNet, episodes, tasks_of
 from torch import Tensor
 
 from metareg import Episodes, MetaLearner, UsageError
 from metareg_image.glyphs import Glyphs
+from reference import NETS, Net, train
+from samples import MLP, ConvNet, episodes, tasks_of
 
 
 def batch() -> Episodes:

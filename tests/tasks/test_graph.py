@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import Net, difference, meta_gradient
 from torch import Tensor, nn
 from torch.func import functional_call
 
 import metareg
 from metareg import MetaLearner, PluginError, UsageError, train
+from reference import Net, difference, meta_gradient
 
 if sys.version_info >= (3, 12):
     pytest.skip("DGL has no wheels for this Python", allow_module_level=True)

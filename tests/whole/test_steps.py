@@ -15,8 +15,6 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from networks import SHIPPED, without_effect
-from reference import Task, Tensors, difference, train
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -29,6 +27,8 @@ from metareg_image.glyphs import Glyphs
 from metareg_image.models import Conv4, ResNet12
 from metareg_image.omniglot import OmniglotSmall
 from metareg_regression import MLP, Sinusoid
+from networks import SHIPPED, without_effect
+from reference import Task, Tensors, difference, train
 
 STEPS, TASKS, INNER_STEPS, SEED = 3, 3, 2, 6
 OUTER_LR, GAMMA, RATE = 0.01, 0.7, 0.3

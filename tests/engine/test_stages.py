@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from samples import MLP, episodes
 from torch import Tensor, nn
 
 from metareg import MetaLearner, PluginError, hookimpl
+from samples import MLP, episodes
 
 Tensors = dict[str, Tensor]
 

@@ -6,9 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from reference import NETS, difference, meta_gradient
-from samples import LOSSES, MODELS, episodes, tasks_of
-from test_parity import GAMMA, INNER_LR, TOLERANCE
 from torch import Tensor
 
 from metareg import MetaLearner, hookimpl
@@ -17,6 +14,9 @@ from metareg_boil import BOIL
 from metareg_cml import CML
 from metareg_maml import MAML
 from metareg_metasgd import MetaSGD
+from parity import GAMMA, INNER_LR, TOLERANCE
+from reference import NETS, difference, meta_gradient
+from samples import LOSSES, MODELS, episodes, tasks_of
 
 Tensors = dict[str, Tensor]
 

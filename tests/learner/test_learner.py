@@ -13,9 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference import NETS, difference, inner_loop
 from safetensors.torch import save_file
-from samples import LOSSES, MLP, MODELS, ConvNet, episodes, tasks_of
 from scipy import stats
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -32,6 +30,8 @@ from metareg import (
     UsageError,
     hookimpl,
 )
+from reference import NETS, difference, inner_loop
+from samples import LOSSES, MLP, MODELS, ConvNet, episodes, tasks_of
 
 AUGMENTERS = [("cml", {"gamma": 0.5}), "dropgrad", ("gradient-noise", {"where": "outer"})]
 
