@@ -29,7 +29,7 @@ from metareg.comparison.statistics import Estimate, over_seeds
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
 from metareg.runs.options import Selection, assemble
-from metareg.runs.training import prepared
+from metareg.runs.training import prepare_run
 from metareg.util.files import read_json, write_json, write_text
 
 STORE = RESULTS / "baselines.json"
@@ -109,7 +109,7 @@ def _nearest_centroid(episodes: Episodes, ways: int) -> dict[str, Tensor]:
 def learners(selection: Selection, folder: Path) -> dict[str, Any]:
     """The learner of a run before its training and after it: the mean over test tasks after each number of inner steps."""
     config = selection.config
-    learner, source = prepared(selection)
+    learner, source = prepare_run(selection)
     untrained = learner.evaluate(
         source, config.test_tasks, split=config.test_split, inner_steps=config.test_inner_steps
     )

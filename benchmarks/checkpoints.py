@@ -24,15 +24,15 @@ from torch import nn
 import metareg
 from metareg import Episodes, MetaLearner, RunConfig, hookimpl
 from metareg.learner.training import Progress
-from metareg.runs.checkpoints import LEAST_RATIO, Checkpoints, Keeper
-from metareg.runs.run import run as runs
+from metareg.runs import training
+from metareg.runs.checkpoints import LEAST_RATIO, CheckpointManager, Checkpoints
 from metareg.util.signals import StopRequest
 
 _MINUTES = RunConfig.model_fields["checkpoint_minutes"].default
 _KEEP = RunConfig.model_fields["keep_checkpoints"].default
 
 
-class TimedKeeper(Keeper):
+class TimedManager(CheckpointManager):
     """Adds up the time spent in checkpoints."""
 
     seconds = 0.0
@@ -42,12 +42,12 @@ class TimedKeeper(Keeper):
     def after_step(self, *, must: bool) -> None:
         began = time.perf_counter()
         super().after_step(must=must)
-        TimedKeeper.seconds += time.perf_counter() - began
-        TimedKeeper.steps += 1
+        TimedManager.seconds += time.perf_counter() - began
+        TimedManager.steps += 1
 
     def save(self) -> None:
         super().save()
-        TimedKeeper.saves += 1
+        TimedManager.saves += 1
 
 
 class UntilThen:
@@ -71,16 +71,16 @@ class UntilThen:
 def share_of_a_run(seconds: float, folder: Path) -> dict[str, Any]:
     """Train MAML with CML on the sinusoid task with its validations, whose improvements are checkpoints of their own."""
     until = UntilThen(seconds)
-    runs.Keeper = TimedKeeper  # type: ignore[attr-defined]
+    training.CheckpointManager = TimedManager  # type: ignore[attr-defined]
     settings: dict[str, Any] = {"steps": 10**7, "eval_every": 2000, "strategy": "vectorized"}
     with suppress(metareg.Interrupted):
         metareg.train("maml", "cml", out=folder / "run", observers=[until], **settings)
     return {
         "seconds": until.trained,
-        "steps": TimedKeeper.steps,
-        "checkpoints": TimedKeeper.saves,
-        "seconds_in_checkpoints": TimedKeeper.seconds,
-        "share": TimedKeeper.seconds / until.trained,
+        "steps": TimedManager.steps,
+        "checkpoints": TimedManager.saves,
+        "seconds_in_checkpoints": TimedManager.seconds,
+        "share": TimedManager.seconds / until.trained,
     }
 
 
@@ -103,11 +103,13 @@ def seconds_per_write(model: nn.Module, x: torch.Tensor, folder: Path, repeats: 
     y = torch.zeros(*x.shape[:2], learner.adapt(x[0], torch.zeros(x.shape[1], 1).expand(-1, 1), 0)(x[0]).shape[-1])
     learner.step(Episodes(x, y, x, y))
     store = Checkpoints(folder, _KEEP)
-    keeper = Keeper(store, learner, Progress(), [], every_steps=None, every_minutes=_MINUTES, stop=StopRequest())
+    manager = CheckpointManager(
+        store, learner, Progress(), [], every_steps=None, every_minutes=_MINUTES, stop=StopRequest()
+    )
     times = []
     for _ in range(repeats):
         began = time.perf_counter()
-        keeper.save()
+        manager.save()
         times.append(time.perf_counter() - began)
     seconds = statistics.median(times)
     return {

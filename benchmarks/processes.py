@@ -14,7 +14,7 @@ import torch
 from harness import RESULTS, Row, check_same_gradient, interleaved, machine, report
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.learner.processes import Processes, joined
+from metareg.learner.processes import Processes, join_processes
 from metareg.registry.plugins import resolve
 
 _IMAGES, _POINTS = TaskSpec((1, 28, 28), (5,)), TaskSpec((1,), (1,))
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(WORKS), default=list(WORKS), help="what to measure")
     arguments = parser.parse_args()
     about, rows, raw = machine(1), [], {}
-    with joined() as processes:
+    with join_processes() as processes:
         for work in arguments.only:
             times = measured(work, processes, arguments.rounds)
             if processes.leads:

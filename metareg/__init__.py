@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.learner.learner import MetaLearner
+    from metareg.learner.processes import join_processes
     from metareg.runs.config import RunConfig
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
@@ -45,6 +46,7 @@ _WHERE = {
     "UnknownNameError": "metareg.errors",
     "UsageError": "metareg.errors",
     "MetaLearner": "metareg.learner.learner",
+    "join_processes": "metareg.learner.processes",
     "RunConfig": "metareg.runs.config",
     "Run": "metareg.runs.run",
     "resume": "metareg.runs.training",
@@ -78,6 +80,7 @@ __all__ = [
     "derive_seed",
     "hookimpl",
     "hookspec",
+    "join_processes",
     "resume",
     "task_uniform",
     "train",

@@ -18,8 +18,8 @@ from rich.markup import escape
 
 from metareg._version import __version__
 from metareg.errors import MetaregError, UnknownNameError, UsageError
-from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, Entry, entries, find
-from metareg.util.torchrun import is_follower, place
+from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, Entry, find_entry, list_entries
+from metareg.util.torchrun import is_follower, read_rank
 
 __all__ = ["app", "run"]
 
@@ -93,7 +93,7 @@ def _carried_out(arguments: Sequence[str]) -> int:
 
 
 def _names(kind: str) -> Any:
-    return lambda incomplete: [entry.name for entry in entries(kind) if entry.name.startswith(incomplete)]
+    return lambda incomplete: [entry.name for entry in list_entries(kind) if entry.name.startswith(incomplete)]
 
 
 _RUN = Annotated[Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False)]
@@ -129,7 +129,7 @@ def _common(
     ] = False,
 ) -> None:
     """What every command has."""
-    if place().size > 1 and context.invoked_subcommand not in ("train", "resume"):
+    if read_rank().size > 1 and context.invoked_subcommand not in ("train", "resume"):
         raise UsageError(
             f"torchrun splits `metareg train` and `metareg resume`; `metareg {context.invoked_subcommand}` takes one "
             "process."
@@ -361,17 +361,17 @@ def data(
     if name is None and (download or verify):
         raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
     from metareg.cli.display import datasets_table
-    from metareg.registry.datasets import dataset_of, listed
+    from metareg.registry.datasets import find_dataset, list_datasets
 
     if name is None:
-        _output.print(datasets_table(listed(where)))
+        _output.print(datasets_table(list_datasets(where)))
         return
-    dataset = dataset_of(name, where)
+    dataset = find_dataset(name, where)
     if download and not dataset.present:
         if dataset.download is None:
             raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")
         dataset.download()
-        dataset = dataset_of(name, where)
+        dataset = find_dataset(name, where)
     _output.print(datasets_table([(name, dataset)]))
     if verify:
         with _errors.status("Reading …"):
@@ -555,7 +555,7 @@ def plugins(
     check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
 ) -> None:
     """List the installed plugins. Without --check nothing of them is imported."""
-    rows = [_described(entry, check) for entry in entries()]
+    rows = [_described(entry, check) for entry in list_entries()]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
@@ -570,7 +570,7 @@ def show(
     name: _NAME,
 ) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
-    entry = find(_kind(kind), name)
+    entry = find_entry(_kind(kind), name)
     from metareg.cli.display import plugin_page
 
     _output.print(plugin_page(entry, entry.load()))
@@ -626,7 +626,7 @@ def doctor() -> None:
     """Check the installation: versions, devices, compiler, and every plugin."""
     from metareg.cli.display import doctor_page
 
-    rows = [_described(entry, check=True) for entry in entries()]
+    rows = [_described(entry, check=True) for entry in list_entries()]
     _output.print(doctor_page(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
@@ -679,5 +679,5 @@ def _described(entry: Entry, check: bool) -> dict[str, Any]:
 
 def _leave_out(names: list[str] | None) -> None:
     """Disable plugins in this process and in those that it starts."""
-    listed = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
-    os.environ[DISABLE_VARIABLE] = ",".join(filter(None, listed))
+    list_datasets = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
+    os.environ[DISABLE_VARIABLE] = ",".join(filter(None, list_datasets))

@@ -342,12 +342,12 @@ def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
 def plugin_page(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
     from metareg.comparison.space import domain_text
-    from metareg.registry.dispatch import hooks_of
+    from metareg.registry.dispatch import list_hooks
 
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
         Padding(Text(_dedented(cls.__doc__ or "It has no description.")), (1, 0, 1, 2)),
-        Text.assemble(("hooks: ", "bold"), ", ".join(hooks_of(cls)) or "none"),
+        Text.assemble(("hooks: ", "bold"), ", ".join(list_hooks(cls)) or "none"),
     ]
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})
     if fields:

@@ -11,7 +11,7 @@ from string import Template
 from metareg._version import __version__
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import MetaregError, UsageError
-from metareg.registry.plugins import entries
+from metareg.registry.plugins import list_entries
 
 __all__ = ["new_plugin"]
 
@@ -46,7 +46,7 @@ def new_plugin(kind: str, name: str, parent: Path) -> Path:
         raise UsageError(
             f"'{name}' cannot be a plugin's name: use lower-case letters, digits and hyphens, as sign-maml."
         )
-    owner = next((entry.distribution for entry in entries(kind) if entry.name == name), None)
+    owner = next((entry.distribution for entry in list_entries(kind) if entry.name == name), None)
     if owner is not None:
         raise UsageError(f"The name '{name}' is taken by the {kind.removesuffix('s')} of {owner}; choose another one.")
     folder = parent / f"metareg-{name}"

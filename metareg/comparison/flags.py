@@ -8,7 +8,7 @@ from typing import Any
 
 from metareg.comparison.plan import FILE, ComparisonConfig, stacked
 from metareg.comparison.space import seeds_of, split_assignments
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.errors import UsageError
 from metareg.util.yaml_files import read_yaml
 
@@ -68,7 +68,7 @@ def comparison_of(
     _set_tuning(values, tune, {*fixed, *swept})
     if file is None and values == base:
         return None
-    return validated(ComparisonConfig, values, str(file) if file else "the comparison")
+    return validate(ComparisonConfig, values, str(file) if file else "the comparison")
 
 
 def parse_seeds(text: str) -> list[int]:
@@ -86,7 +86,7 @@ def parse_seeds(text: str) -> list[int]:
     return seeds
 
 
-# Whatever is no mapping or list is left as it is, for `validated` to refuse.
+# Whatever is no mapping or list is left as it is, for `validate` to refuse.
 
 
 def _set_options(values: dict[str, Any], options: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from metareg.comparison.space import Seeds, Tuning
 from metareg.comparison.space import check as check_choices
-from metareg.contract.config import PluginConfig, validated
+from metareg.contract.config import PluginConfig, validate
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.files import write_text
 from metareg.util.yaml_files import read_yaml
@@ -148,7 +148,7 @@ class ComparisonConfig(PluginConfig):
         Raises:
             UsageError: it cannot be read, or something in it is wrong.
         """
-        return validated(cls, read_yaml(path), str(path))
+        return validate(cls, read_yaml(path), str(path))
 
     def to_yaml(self) -> str:
         """What `read` reads."""
@@ -344,7 +344,7 @@ def check(plan: Plan) -> None:
             task that would not see the same tasks.
     """
     from metareg.runs.options import assemble
-    from metareg.runs.training import prepared
+    from metareg.runs.training import prepare_run
 
     first: dict[str, tuple[Arm, Selection]] = {}
     known: dict[tuple[Any, ...], Arm] = {}
@@ -354,7 +354,7 @@ def check(plan: Plan) -> None:
         try:
             selection = assemble(run.config, run.options)
             if arm.task not in first:
-                prepared(selection)
+                prepare_run(selection)
             tuning = plan.tuning(arm)
             if tuning:
                 trial = plan.trial(arm, 0, plan.tuning_seeds(arm)[0], {})
@@ -383,8 +383,8 @@ def _task_difference(own: Selection, other: Selection) -> str:
     values, others = own.config.task.config, other.config.task.config
     # What a model has the task prepare, as its layers' hops in a graph, leaves the examples that are drawn as they are.
     wishes = [key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})]
-    prepared = {key.rpartition(".")[2] for key in wishes}
-    different = [key for key in values if key not in prepared and values[key] != others[key]]
+    prepare_run = {key.rpartition(".")[2] for key in wishes}
+    different = [key for key in values if key not in prepare_run and values[key] != others[key]]
     return ", ".join(f"{key} is {values[key]!r}, not {others[key]!r}" for key in different)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import NonNegativeInt, model_validator
 
-from metareg.contract.config import Field, PluginConfig, validated
+from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.util.files import read_json, write_json
 from metareg.util.yaml_files import read_yaml
@@ -77,7 +77,7 @@ class Recipe(PluginConfig):
         Raises:
             UsageError: it cannot be read, or something in it is wrong.
         """
-        return validated(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
+        return validate(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
 
     def comparison(self, seeds: Sequence[int] | None = None, device: str | None = None) -> dict[str, Any]:
         """The recipe as a comparison of one arm, for `metareg.comparison.runner.compare`."""
@@ -238,7 +238,7 @@ def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
         other = written.get("recipe") if isinstance(written, dict) else None
         if other != recipe.name:
             raise UsageError(f"{out} holds what came out of the recipe '{other}'; name another folder with --out.")
-    run = Plan(out, validated(ComparisonConfig, values, f"the recipe {recipe.name}")).runs()[0]
+    run = Plan(out, validate(ComparisonConfig, values, f"the recipe {recipe.name}")).runs()[0]
     selection = assemble(run.config, run.options)
     tested = selection.config.test_inner_steps
     if recipe.inner_steps not in tested:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import ERROR_FILE, divergence
-from metareg.contract.config import under_present_names
+from metareg.contract.config import update_names
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.options import parse_assignments
@@ -337,7 +337,7 @@ class _TaskReader:
             self._gap(run, "broken", difference)
             return None
         self.test = self.test or test
-        content = under_present_names(LearnerConfig, content)
+        content = update_names(LearnerConfig, content)
         self.bn_statistics[str(content.get("bn_statistics", "none"))] = None
         return test
 

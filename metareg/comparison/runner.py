@@ -17,11 +17,11 @@ from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
-from metareg.util.files import is_leftover, locked
-from metareg.util.signals import StopRequest, stop_requests
-from metareg.util.torchrun import place
+from metareg.util.files import is_leftover, lock_folder
+from metareg.util.signals import StopRequest, catch_stop_signals
+from metareg.util.torchrun import read_rank
 
 if TYPE_CHECKING:
     from metareg.comparison.tuning import Tuner
@@ -171,13 +171,13 @@ class Comparison:
 
     def _queue(self, run: PlannedRun) -> None:
         final = run.is_final
-        place = (
+        read_rank = (
             final,
             self.plan.config.seeds.index(run.seed) if final else 0,
             self._order[run.arm],
             len(self._waiting),
         )
-        self._waiting.append((place, run))
+        self._waiting.append((read_rank, run))
         self._waiting.sort(key=lambda waiting: waiting[0])
 
 
@@ -209,7 +209,7 @@ def compare(
         UsageError: something was asked for that cannot be; nothing was written or run.
         Interrupted: Ctrl-C or SIGTERM ended it; calling it again goes on.
     """
-    if place().size > 1:
+    if read_rank().size > 1:
         raise UsageError("A comparison takes one process, which starts others; torchrun is for `metareg train`.")
     if jobs is not None and jobs < 1:
         raise UsageError(f"--jobs takes a number of 1 or more; got {jobs}.")
@@ -220,10 +220,10 @@ def compare(
     folder = Path(out)
     plan = _planned(folder, config, jobs)
     check(plan)
-    with stop_requests() as stop, closing(_launcher(launcher, plan, jobs, ray_address)) as workers:
+    with catch_stop_signals() as stop, closing(_launcher(launcher, plan, jobs, ray_address)) as workers:
         _make(folder)
         # What is left of the runs ends before another process may work on the folder.
-        with locked(folder), closing(workers):
+        with lock_folder(folder), closing(workers):
             if (folder / FILE).is_file():  # another process may have changed it since
                 _refuse_changes(Plan.read(folder), plan)
             plan.write()
@@ -249,7 +249,7 @@ def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | 
     if isinstance(config, str | Path):
         config = ComparisonConfig.read(Path(config))
     elif not isinstance(config, ComparisonConfig):
-        config = validated(ComparisonConfig, config, "the comparison")
+        config = validate(ComparisonConfig, config, "the comparison")
     config = _storable(config)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
     threads = _threads(config, jobs) if begun is None else begun.config.options.get("threads")
@@ -284,7 +284,7 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
     for arm in (arm for arm in plan.arms if arm in begun.arms):
         places = plan.tuning_folder(arm), plan.folder / "runs" / arm.folder
         ways = [(of.tuning(arm), of.tuning(arm) and of.tuning_seeds(arm)) for of in (begun, plan)]
-        if ways[0] != ways[1] and any(place.is_dir() for place in places):
+        if ways[0] != ways[1] and any(read_rank.is_dir() for read_rank in places):
             raise UsageError(
                 f"{where}: the settings of {arm} were to be chosen in another way; name another folder with --out."
             )

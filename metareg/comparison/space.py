@@ -18,9 +18,9 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from metareg.contract.config import Field, PluginConfig, validated
+from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
-from metareg.registry.plugins import Plugin, config_of
+from metareg.registry.plugins import Plugin, get_config_class
 from metareg.runs.config import RunConfig
 from metareg.runs.options import Selection, parse_assignments
 
@@ -231,7 +231,7 @@ def _domain(key: str, value: Any) -> Domain | None:
     if isinstance(value, Range | None):
         return value
     if isinstance(value, Mapping):
-        return validated(Range, value, f"the range of '{key}'")
+        return validate(Range, value, f"the range of '{key}'")
     if isinstance(value, list | tuple):
         return _distinct(key, value)
     parts = _parts(key, value) if isinstance(value, str) else []
@@ -432,7 +432,7 @@ def _options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]
 
 
 def _options_of(plugin: Plugin) -> list[_Option]:
-    fields = config_of(plugin.instance).model_fields
+    fields = get_config_class(plugin.instance).model_fields
     return [_Option(plugin.label, field, name, getattr(plugin.config, name)) for name, field in fields.items()]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr
 
-from metareg.util.intervals import half_width, quantile, spread
+from metareg.util.intervals import compute_half_width, compute_quantile, compute_spread
 
 __all__ = [
     "ALPHA",
@@ -91,7 +91,7 @@ def over_seeds(values: Sequence[float] | Scores) -> Estimate:
     """The mean of the finite values, one per seed, with Student's t interval."""
     array = np.asarray(values, dtype=np.float64)
     finite = array[np.isfinite(array)]
-    return Estimate(float(np.mean(finite)) if len(finite) else np.nan, half_width(finite), len(finite))
+    return Estimate(float(np.mean(finite)) if len(finite) else np.nan, compute_half_width(finite), len(finite))
 
 
 def over_tasks(scores: Sequence[Scores]) -> Estimate:
@@ -109,17 +109,17 @@ def over_tasks(scores: Sequence[Scores]) -> Estimate:
     count = sum(len(each) for each in samples)
     mean = float(np.mean([np.mean(each) for each in samples]))
     if len(samples) == 1:
-        return Estimate(mean, half_width(samples[0]), count)
+        return Estimate(mean, compute_half_width(samples[0]), count)
     if min(len(each) for each in samples) < 2:
         return Estimate(mean, np.nan, count)
-    errors = np.array([spread(each) / np.sqrt(len(each)) for each in samples])
+    errors = np.array([compute_spread(each) / np.sqrt(len(each)) for each in samples])
     largest = errors.max()
     if largest == 0:
         return Estimate(mean, 0.0, count)
     shares = (errors / largest) ** 2
     degrees = shares.sum() ** 2 / np.sum(shares**2 / np.array([len(each) - 1 for each in samples]))
     error = largest * np.sqrt(shares.sum()) / len(samples)
-    return Estimate(mean, float(quantile(degrees) * error), count)
+    return Estimate(mean, float(compute_quantile(degrees) * error), count)
 
 
 def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, higher_is_better: bool) -> Difference:
@@ -195,7 +195,7 @@ def _paired_t(differences: Scores, scale: float) -> tuple[float, str]:
     """The p value of a two-sided t test against zero, or why there is none; `scale` is the size of the scores."""
     if not differences.any():
         return 1.0, ""
-    deviation = spread(differences)
+    deviation = compute_spread(differences)
     # Equal to rounding is equal: differences that seeds do not move are no sample of a distribution.
     if deviation <= 1e-12 * scale:
         return np.nan, "every seed gives exactly the same difference"

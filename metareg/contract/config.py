@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["Choice", "Field", "PluginConfig", "under_present_names", "unknown_option", "validated"]
+__all__ = ["Field", "PluginConfig", "PluginSpec", "unknown_option_error", "update_names", "validate"]
 
 
 class PluginConfig(BaseModel):
@@ -24,13 +24,13 @@ class PluginConfig(BaseModel):
 _Config = TypeVar("_Config", bound=BaseModel)
 
 
-def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
+def validate(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
     """Build `cls` from `values`.
 
     Raises:
         UsageError: one sentence that names each bad key, what it holds, what is allowed and the nearest valid key.
     """
-    values = under_present_names(cls, values)
+    values = update_names(cls, values)
     unknown = [key for key in values if key not in cls.model_fields]
     if unknown and cls.model_config.get("extra") == "forbid":
         raise UnknownNameError(f"option of {where}", unknown[0], cls.model_fields)
@@ -40,13 +40,13 @@ def validated(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Con
         raise UsageError(f"In {where}, {'; '.join(_sentence(each) for each in error.errors())}.") from error
 
 
-def under_present_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
+def update_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored configuration of a class with today's names of its options in the place of former ones."""
     former: Mapping[str, str] = getattr(cls, "former_names", {})
     return {key if former.get(key, key) in stored else former[key]: value for key, value in stored.items()}
 
 
-def unknown_option(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
+def unknown_option_error(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
     """The error for an option that there is not, or no longer.
 
     Args:
@@ -71,7 +71,7 @@ def _sentence(error: Any) -> str:
     return f"{key} = {error['input']!r} cannot be used: {problem[0].lower()}{problem[1:]}"
 
 
-class Choice(PluginConfig):
+class PluginSpec(PluginConfig):
     """A plugin by name, with values for its configuration. In YAML a bare name is enough."""
 
     name: str = Field(description="The name of an installed plugin, or DIST:NAME.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.errors import UsageError
-from metareg.util.layout import channels_last_or_contiguous
+from metareg.util.layout import settle_layout
 
 __all__ = ["Episodes"]
 
@@ -135,7 +135,7 @@ class Episodes:
 
     def contiguous(self) -> Episodes:
         """The same tasks in contiguous memory; what comes channels last stays so, as convolutions and pooling like it."""
-        return self._mapped(channels_last_or_contiguous)
+        return self._mapped(settle_layout)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""

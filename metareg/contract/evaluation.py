@@ -9,9 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metareg.contract.config import under_present_names
+from metareg.contract.config import update_names
 from metareg.errors import UsageError
-from metareg.util.intervals import half_width
+from metareg.util.intervals import compute_half_width
 
 __all__ = ["Evaluation"]
 
@@ -47,7 +47,7 @@ class Evaluation:
 
     def ci95(self, inner_steps: int) -> float:
         """Half the width of the 95 % interval of the mean over tasks, by Student's t; NaN where a score is not finite."""
-        return half_width(self._column(inner_steps).numpy())
+        return compute_half_width(self._column(inner_steps).numpy())
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""
@@ -70,7 +70,7 @@ class Evaluation:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
         """The inverse of `to_dict`."""
-        content = under_present_names(cls, content)
+        content = update_names(cls, content)
         steps: Sequence[dict[str, Any]] = content["steps"]
         return cls(
             content["metric"],

@@ -68,7 +68,7 @@ class Task:
     recommended for an algorithm on this task stands before what the algorithm itself recommends, that before the rest of
     this mapping, that before what the model recommends.
     """
-    carried: ClassVar[tuple[str, ...]] = ()
+    inherited_options: ClassVar[tuple[str, ...]] = ()
     """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
 
     @property

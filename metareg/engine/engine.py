@@ -21,7 +21,7 @@ from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, TaskFunctions, Tensors
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
 from metareg.engine.tracing import Function, Program
-from metareg.util.layout import like_parameters
+from metareg.util.layout import match_strides
 
 __all__ = ["Engine", "Gradient"]
 
@@ -82,7 +82,7 @@ class Engine:
         assert result is not None
         if len(part) < total:
             result.logs["grad_norm"] = _norm(result.grads)
-        return replace(result, grads=like_parameters(result.grads, meta))
+        return replace(result, grads=match_strides(result.grads, meta))
 
     def scores(
         self,

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from metareg.engine.normalisation import with_cheap_second_derivative
 from metareg.errors import UnknownNameError, UsageError
-from metareg.util.layout import contiguous_copies
+from metareg.util.layout import copy_contiguous
 
 __all__ = ["SplitModel"]
 
@@ -93,7 +93,7 @@ class SplitModel:
 
     def initial_parameters(self) -> dict[str, Tensor]:
         """Contiguous copies of the trainable parameters by name."""
-        return contiguous_copies({name: p for name, p in self.module.named_parameters() if p.requires_grad})
+        return copy_contiguous({name: p for name, p in self.module.named_parameters() if p.requires_grad})
 
     def constants(self) -> dict[str, Tensor]:
         """What is not passed as an argument, by name: buffers and frozen parameters."""

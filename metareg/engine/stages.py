@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.errors import PluginError
-from metareg.registry.dispatch import Implementation, hooks_of, implementations, plugin_manager
+from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
-from metareg.util.layout import contiguous_copies
-from metareg.util.seeding import generator_for, seeded
+from metareg.util.layout import copy_contiguous
+from metareg.util.seeding import create_generator, use_seed
 
 __all__ = ["Stages"]
 
@@ -31,9 +31,9 @@ class Stages:
     def __init__(self, algorithm: Plugin, augmenters: Sequence[Plugin]) -> None:
         self.algorithm = algorithm
         self.augmenters = tuple(augmenters)
-        manager, self.plugins = plugin_manager([algorithm, *augmenters])
+        manager, self.plugins = create_plugin_manager([algorithm, *augmenters])
         get = {
-            hook: implementations(manager, self.plugins, hook)
+            hook: find_implementations(manager, self.plugins, hook)
             for hook in (
                 "init_meta", "adapted_parameters", "start_task", "inner_update", "draw_noise", "augment_inner_gradient",
                 "augment_outer_loss", "augment_outer_gradient", "outer_loss_weights", "outer_gradient", "outer_update",
@@ -54,7 +54,7 @@ class Stages:
         self._task_noise = [each for each in get["draw_noise"] if each.name in in_task]
         self._batch_noise = [each for each in get["draw_noise"] if each.name in in_batch]
         for augmenter in self.augmenters:
-            if not hooks_of(type(augmenter.instance)):
+            if not list_hooks(type(augmenter.instance)):
                 raise PluginError(
                     f"The {augmenter.label} implements no hook; its methods are marked with @metareg.hookimpl."
                 )
@@ -108,13 +108,13 @@ class Stages:
         """Every plugin's extra meta-parameters, by full name."""
         meta: Tensors = {}
         for each in self._init_meta:
-            with seeded(seed, "init_meta", each.name) as generator:
+            with use_seed(seed, "init_meta", each.name) as generator:
                 created = each(generator=generator, **arguments)
             if created is None:
                 continue
             if not isinstance(created, dict) or not all(_is_real(value) for value in created.values()):
                 each.reject("it must return a dict of floating-point tensors by name")
-            meta |= {f"{each.name}.{name}": value for name, value in contiguous_copies(created).items()}
+            meta |= {f"{each.name}.{name}": value for name, value in copy_contiguous(created).items()}
         return meta
 
     def adapted_parameters(
@@ -157,7 +157,7 @@ class Stages:
     ) -> dict[str, Any]:
         noise = {}
         for each in drawing:
-            generator = generator_for(seed, "noise", stage, each.name, *labels)
+            generator = create_generator(seed, "noise", stage, each.name, *labels)
             drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
             if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(drawn) if leaf is not None):
                 each.reject("it must return a pytree of tensors")

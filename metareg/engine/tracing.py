@@ -18,7 +18,7 @@ from metareg.engine.graph_passes import without_idle_operations, writes
 from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, Tensors
 from metareg.errors import MetaregError
-from metareg.util.layout import channels_last_or_contiguous, contiguous
+from metareg.util.layout import make_contiguous, settle_layout
 
 __all__ = ["CompileError", "Program"]
 
@@ -54,7 +54,7 @@ class Program:
         inputs, structure = _flattened(episodes.parts, extra)
         # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one. A map over
         # tasks takes nothing channels last: the second derivative of max-pooling has no batching rule there.
-        settled = channels_last_or_contiguous if len(episodes) == 1 else contiguous
+        settled = settle_layout if len(episodes) == 1 else make_contiguous
         inputs = [settled(leaf) for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), advise_on_memory(len(episodes)):

@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from metareg._version import __version__
-from metareg.contract.config import Choice, PluginConfig, unknown_option, validated
+from metareg.contract.config import PluginConfig, PluginSpec, unknown_option_error, validate
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
@@ -30,15 +30,15 @@ from metareg.errors import DivergenceError, MetaregError, PluginError, UsageErro
 from metareg.learner import architecture
 from metareg.learner.config import LearnerConfig
 from metareg.learner.optimizer import Adam
-from metareg.learner.processes import BatchSplit, Processes, digest, tasks_of
+from metareg.learner.processes import BatchSplit, Processes, hash_tensors, select_tasks
 from metareg.learner.training import Observer, Schedule, fit
-from metareg.registry.dispatch import hook_of
-from metareg.registry.plugins import Plugin, config_of, find, resolve
+from metareg.registry.dispatch import find_hook
+from metareg.registry.plugins import Plugin, find_entry, get_config_class, resolve
 from metareg.registry.sources import TaskSource
 from metareg.util.devices import find_device
-from metareg.util.layout import contiguous_copies
-from metareg.util.seeding import seeded
-from metareg.util.tensorfile import TensorFile, bounded_allocation, write_tensors
+from metareg.util.layout import copy_contiguous
+from metareg.util.seeding import use_seed
+from metareg.util.tensorfile import TensorFile, limit_allocation, write_tensors
 
 __all__ = ["MetaLearner"]
 
@@ -112,7 +112,7 @@ class MetaLearner:
         **algo_options: Any,
     ) -> None:
         _refuse_misspelt(algo, algo_options)
-        self.config = validated(
+        self.config = validate(
             LearnerConfig,
             {
                 "seed": seed, "inner_steps": inner_steps, "first_order": first_order, "outer_lr": outer_lr,
@@ -223,10 +223,10 @@ class MetaLearner:
         in every process.
 
         Args:
-            processes: those of `metareg.learner.processes.joined`.
+            processes: those of `metareg.join_processes`.
 
         Example:
-            >>> with joined() as processes, learner.split_over(processes):  # in a script that torchrun starts
+            >>> with join_processes() as processes, learner.split_over(processes):  # in a script that torchrun starts
             ...     learner.fit(task_source, steps=1000)
         """
         before, self._split = self._split, BatchSplit(processes)
@@ -304,7 +304,7 @@ class MetaLearner:
         Returns:
             The learner itself.
         """
-        schedule = validated(
+        schedule = validate(
             Schedule,
             {"steps": self.steps_done + steps, "meta_batch": meta_batch, "log_every": log_every,
              "eval_every": eval_every, "eval_tasks": eval_tasks},
@@ -361,7 +361,7 @@ class MetaLearner:
             rows = []
             drawn, positions = source.placed_episodes(split, indices, seed)
             self._ready(drawn[0])  # also where none of the tasks are this process's
-            for batch in self._on_device(tasks_of(drawn, self.processes.share(len(indices)))):
+            for batch in self._on_device(select_tasks(drawn, self.processes.share(len(indices)))):
                 strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
                 rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
             return positions, rows
@@ -464,7 +464,7 @@ class MetaLearner:
                 f"{path} has the file format {file.header.get('format')}, this metareg reads format {FILE_FORMAT}; "
                 "use the metareg version that wrote it."
             )
-        header = validated(_Header, file.header, str(path))
+        header = validate(_Header, file.header, str(path))
         if algo is None and not header.installed:
             raise UsageError(f"{path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
         given_loss: str | Loss | None = header.loss if loss is None else loss
@@ -478,7 +478,7 @@ class MetaLearner:
         elif header.model is not None:
             given, shapes = header.model.name, TaskSpec(header.model.input_shape, header.model.output_shape)
             options |= {"spec": shapes, "model_options": header.model.config}
-            bounds.enter_context(bounded_allocation(file.bytes, str(path)))
+            bounds.enter_context(limit_allocation(file.bytes, str(path)))
         elif header.architecture is not None:
             values = {name.removeprefix(_CONSTANT): value for name, value in file.read().items()}
             given = architecture.build(header.architecture, values)
@@ -522,7 +522,7 @@ class MetaLearner:
         """
         expected = self.meta_parameters
         _refuse_misfit(expected, {name: tuple(value.shape) for name, value in state["meta"].items()}, where)
-        self._meta = contiguous_copies(
+        self._meta = copy_contiguous(
             {name: state["meta"][name].to(self.device, value.dtype) for name, value in expected.items()}
         )
         self._adam = None
@@ -542,10 +542,10 @@ class MetaLearner:
         plugin = resolve("models", which, options)
         if spec is None:
             raise UsageError(f"The {plugin.label} needs spec=TaskSpec(input_shape, output_shape) to be built.")
-        build = hook_of(plugin, "build")
+        build = find_hook(plugin, "build")
         if build is None:
             raise PluginError(f"The {plugin.label} implements no hook 'build'.")
-        with seeded(self.config.seed, "model") as generator:
+        with use_seed(self.config.seed, "model") as generator:
             model = build(spec=spec, generator=generator)
         if not isinstance(model, nn.Module):
             build.reject(f"it must return an nn.Module, not a {type(model).__name__}")
@@ -663,7 +663,7 @@ class MetaLearner:
 
     def _fingerprint(self) -> str | None:
         """A hash of the meta-parameters, where there is another process whose are to be the same."""
-        return None if self.processes.size == 1 else digest(self.meta_parameters)
+        return None if self.processes.size == 1 else hash_tensors(self.meta_parameters)
 
     def _outer_loss_weights(self) -> Tensor | None:
         if self.stages.has_outer_gradient:
@@ -739,7 +739,7 @@ class _Header(LearnerConfig):
 
     format: int
     metareg: str
-    algo: Choice
+    algo: PluginSpec
     installed: bool
     model: _Recipe | None
     architecture: dict[str, Any] | None
@@ -792,8 +792,8 @@ def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> N
     """An unknown keyword may be meant for the learner or for the algorithm: look for the nearest in both."""
     if not options or not isinstance(algo, str | type):
         return
-    cls = find("algorithms", algo).load() if isinstance(algo, str) else algo
-    known = config_of(cls).model_fields
+    cls = find_entry("algorithms", algo).load() if isinstance(algo, str) else algo
+    known = get_config_class(cls).model_fields
     for name in options:
         if name not in known:
             mine = [
@@ -807,7 +807,7 @@ def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> N
                 "augment",
             ]
             present = [LearnerConfig.former_names[name]] if name in LearnerConfig.former_names else []
-            raise unknown_option("option of MetaLearner or its algorithm", name, [*known, *mine], present)
+            raise unknown_option_error("option of MetaLearner or its algorithm", name, [*known, *mine], present)
 
 
 def _dumped(config: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from metareg.util.layout import like_parameters
+from metareg.util.layout import match_strides
 
 __all__ = ["Adam"]
 
@@ -36,7 +36,7 @@ class Adam:
     def step(self, grads: Mapping[str, Tensor]) -> None:
         """Update the parameters with their gradients."""
         adam(
-            list(self._params.values()), list(like_parameters(grads, self._params).values()),
+            list(self._params.values()), list(match_strides(grads, self._params).values()),
             self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
             fused=self._fused, amsgrad=False, beta1=0.9, beta2=0.999, lr=self._lr, weight_decay=0.0, eps=1e-8,
             maximize=False,

@@ -24,9 +24,9 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
 from metareg.util.devices import find_device
-from metareg.util.torchrun import Place, place
+from metareg.util.torchrun import RankInfo, read_rank
 
-__all__ = ["BatchSplit", "Processes", "digest", "joined", "tasks_of"]
+__all__ = ["BatchSplit", "Processes", "hash_tensors", "join_processes", "select_tasks"]
 
 log = logging.getLogger("metareg")
 
@@ -219,7 +219,7 @@ class BatchSplit:
         share = self.processes.share(tasks)
 
         def computed() -> Gradient:
-            return compute(tasks_of(batches, share), share.start)
+            return compute(select_tasks(batches, share), share.start)
 
         if self._nothing is None:
             own = self.processes.each(computed)
@@ -255,7 +255,7 @@ class BatchSplit:
         raise error
 
 
-def tasks_of(batches: Sequence[Episodes], which: range) -> list[Episodes]:
+def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
     """Consecutive tasks of some stacks, numbered through them."""
     chosen, first = [], 0
     for batch in batches:
@@ -266,7 +266,7 @@ def tasks_of(batches: Sequence[Episodes], which: range) -> list[Episodes]:
     return chosen
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A hash of every bit of some tensors."""
     whole = hashlib.sha256()
     for value in tensors.values():
@@ -275,7 +275,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 @contextmanager
-def joined() -> Iterator[Processes]:
+def join_processes() -> Iterator[Processes]:
     """The processes that torchrun started together, in touch for a block; one where it started none.
 
     Where the program has a process group of its own already, that is used. Only process 0 logs.
@@ -283,7 +283,7 @@ def joined() -> Iterator[Processes]:
     Raises:
         MetaregError: they do not find each other.
     """
-    here = place()
+    here = read_rank()
     given = dist.is_available() and dist.is_initialized()
     if given:
         if "cpu" not in _backends():
@@ -292,7 +292,7 @@ def joined() -> Iterator[Processes]:
                 "the CPU's too: init_process_group('cpu:gloo,cuda:nccl')."
             )
         rank = dist.get_rank()
-        here = Place(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
+        here = RankInfo(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
     processes = Processes(here.rank, here.size, here.local_rank)
     if processes.size == 1:
         yield processes

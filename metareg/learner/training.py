@@ -22,11 +22,11 @@ from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.processes import Processes
-from metareg.registry.dispatch import Implementation, implementations, plugin_manager
+from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
 
-__all__ = ["Progress", "Schedule", "fit", "observed"]
+__all__ = ["Progress", "Schedule", "connect_observers", "fit"]
 
 log = logging.getLogger("metareg")
 
@@ -70,8 +70,8 @@ class Trainee(Protocol):
     ) -> Evaluation: ...
 
 
-class Keeper(Protocol):
-    """Who keeps what a training has done (`metareg.runs.checkpoints.Keeper`)."""
+class Checkpointing(Protocol):
+    """Who keeps what a training has done (`metareg.runs.checkpoints.CheckpointManager`)."""
 
     def after_step(self, *, must: bool) -> None: ...
 
@@ -80,13 +80,13 @@ class Keeper(Protocol):
     def restore(self) -> bool: ...
 
 
-def observed(observers: Sequence[Any], learner: Trainee) -> Any:
-    """The hooks of some observers, objects or plugins, as one caller: ``observed([…], learner).on_step(step=…, logs=…)``.
+def connect_observers(observers: Sequence[Any], learner: Trainee) -> Any:
+    """The hooks of some observers, objects or plugins, as one caller: ``hooks.on_step(step=…, logs=…)``.
 
     Where several processes train the learner, those of the first are told, what they do with it they do alone, and an error
     of theirs is one in all processes.
     """
-    manager, named = plugin_manager([resolve("observers", each) for each in observers])
+    manager, named = create_plugin_manager([resolve("observers", each) for each in observers])
 
     def tell(found: list[Implementation], **news: Any) -> None:
         def alone() -> None:
@@ -97,7 +97,7 @@ def observed(observers: Sequence[Any], learner: Trainee) -> Any:
         learner.processes.first(alone)
 
     hooks = ("on_run_start", "on_step", "on_evaluation", "on_run_end")
-    return SimpleNamespace(**{hook: partial(tell, implementations(manager, named, hook)) for hook in hooks})
+    return SimpleNamespace(**{hook: partial(tell, find_implementations(manager, named, hook)) for hook in hooks})
 
 
 class Progress:
@@ -111,7 +111,7 @@ class Progress:
         self.best_step: int | None = None
         """The step with the best validation score so far."""
         self.best_score: float | None = None
-        self.window = Window()
+        self.averager = MetricAverager()
 
     def state(self) -> dict[str, Any]:
         """Everything, as tensors and plain values."""
@@ -120,7 +120,7 @@ class Progress:
             "nonfinite": self.nonfinite,
             "best_step": self.best_step,
             "best_score": self.best_score,
-            "window": self.window.state(),
+            "window": self.averager.state(),
         }
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
@@ -129,7 +129,7 @@ class Progress:
         self.best_step, self.best_score = state["best_step"], state["best_score"]
         if self.best_step is not None and type(self.best_step) is not int:
             raise TypeError(f"best_step is a {type(self.best_step).__name__}")
-        self.window.load_state(state["window"], device)
+        self.averager.load_state(state["window"], device)
 
     def improves(self, evaluation: Evaluation, step: int) -> bool:
         """Take note of a validation; returns whether it is the best so far."""
@@ -148,7 +148,7 @@ def fit(
     observers: Sequence[Any] = (),
     *,
     progress: Progress | None = None,
-    keeper: Keeper | None = None,
+    manager: Checkpointing | None = None,
 ) -> None:
     """Train a learner on the split ``"train"`` until `schedule.steps` steps are done.
 
@@ -161,19 +161,19 @@ def fit(
         schedule: when what happens.
         observers: hear of it.
         progress: where an earlier training stood; from the beginning by default.
-        keeper: is called after every step, and can put the training back to an earlier one.
+        manager: is called after every step, and can put the training back to an earlier one.
 
     Raises:
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
-    hooks = observed(observers, learner)
+    hooks = connect_observers(observers, learner)
     progress = progress or Progress()
-    progress.window.start_clock()
+    progress.averager.start_clock()
 
     def report() -> None:
-        if progress.window.count:
-            learner.logs = progress.window.means()
+        if progress.averager.count:
+            learner.logs = progress.averager.means()
             hooks.on_step(step=learner.steps_done, logs=learner.logs)
 
     def validate() -> bool:
@@ -193,13 +193,13 @@ def fit(
             log.warning("%s The step is skipped (%d of at most %d).", error, progress.nonfinite, schedule.max_nonfinite)
             learner.steps_done += 1
         else:
-            progress.window.add(gradient.loss, gradient.logs)
+            progress.averager.add(gradient.loss, gradient.logs)
         step = learner.steps_done
         if step % schedule.log_every == 0:
             report()
         improved = bool(schedule.eval_every) and step % (schedule.eval_every or 1) == 0 and validate()
-        if keeper is not None:
-            keeper.after_step(must=improved or step == schedule.steps)
+        if manager is not None:
+            manager.after_step(must=improved or step == schedule.steps)
 
     while learner.steps_done < schedule.steps:
         batches = _training_batches(learner, source, schedule, progress.left_out)
@@ -207,9 +207,9 @@ def fit(
             for episodes in batches:
                 one_step(episodes)
         except DivergenceError as error:
-            if schedule.on_nonfinite != "rollback" or progress.nonfinite >= schedule.max_nonfinite or keeper is None:
+            if schedule.on_nonfinite != "rollback" or progress.nonfinite >= schedule.max_nonfinite or manager is None:
                 raise
-            _roll_back(learner, progress, keeper, error, schedule.max_nonfinite)
+            _roll_back(learner, progress, manager, error, schedule.max_nonfinite)
     # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
     if schedule.steps % schedule.log_every:
         report()
@@ -217,11 +217,13 @@ def fit(
         validate()
 
 
-def _roll_back(learner: Trainee, progress: Progress, keeper: Keeper, error: DivergenceError, at_most: int) -> None:
+def _roll_back(
+    learner: Trainee, progress: Progress, manager: Checkpointing, error: DivergenceError, at_most: int
+) -> None:
     """Go back to the newest checkpoint and leave out the tasks that led from there to the error."""
     next_batch = learner.steps_done + progress.left_out + 1
     times = progress.nonfinite + 1
-    keeper.restore()
+    manager.restore()
     progress.nonfinite, progress.left_out = times, next_batch - learner.steps_done
     log.warning(
         "%s Going on from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
@@ -263,7 +265,7 @@ def _batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
     return max(1, min(_PREFETCHED_STEPS, _PREFETCHED_BYTES // max(1, bytes_per_batch)))
 
 
-class Window:
+class MetricAverager:
     """Means of the logged tensors since the last report."""
 
     def __init__(self) -> None:

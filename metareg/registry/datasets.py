@@ -6,12 +6,12 @@ from pathlib import Path
 
 from metareg.contract.tasks import Dataset
 from metareg.errors import MetaregError, UsageError
-from metareg.registry.plugins import entries, find, resolve
+from metareg.registry.plugins import find_entry, list_entries, resolve
 
-__all__ = ["dataset_of", "listed"]
+__all__ = ["find_dataset", "list_datasets"]
 
 
-def dataset_of(name: str, where: Path | None = None) -> Dataset:
+def find_dataset(name: str, where: Path | None = None) -> Dataset:
     """What a task says about its data.
 
     Args:
@@ -27,10 +27,10 @@ def dataset_of(name: str, where: Path | None = None) -> Dataset:
     return dataset
 
 
-def listed(where: Path | None = None) -> list[tuple[str, Dataset | str]]:
+def list_datasets(where: Path | None = None) -> list[tuple[str, Dataset | str]]:
     """Every installed task that reads data, and what it says of it; a text where it cannot be asked."""
     rows: list[tuple[str, Dataset | str]] = []
-    for entry in entries("tasks"):
+    for entry in list_entries("tasks"):
         try:
             dataset = _dataset(entry.name, where)
         except MetaregError as error:
@@ -42,7 +42,7 @@ def listed(where: Path | None = None) -> list[tuple[str, Dataset | str]]:
 
 
 def _dataset(name: str, where: Path | None) -> Dataset | None:
-    options = getattr(getattr(find("tasks", name).load(), "Config", None), "model_fields", {})
+    options = getattr(getattr(find_entry("tasks", name).load(), "Config", None), "model_fields", {})
     given = {"data": str(where)} if where is not None and "data" in options else {}
     dataset: Dataset | None = getattr(resolve("tasks", name, given).instance, "dataset", None)
     return dataset

@@ -20,7 +20,7 @@ from metareg.registry.plugins import Plugin
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Implementation", "hook_of", "hooks_of", "implementations", "plugin_manager"]
+__all__ = ["Implementation", "create_plugin_manager", "find_hook", "find_implementations", "list_hooks"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Implementation:
         raise PluginError(f"The {self.plugin.label} broke the contract of {self.hook}: {problem}.")
 
 
-def plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
+def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
     """A manager that holds the plugins of one run, and the plugins by their names in it.
 
     Raises:
@@ -86,7 +86,7 @@ def plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dic
     return manager, named
 
 
-def implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
+def find_implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
     """The implementations of a hook in the order in which their plugins were given, `tryfirst` ones before."""
     found = getattr(manager.hook, hook).get_hookimpls()
     result = []
@@ -98,14 +98,14 @@ def implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], 
     return result
 
 
-def hook_of(plugin: Plugin, hook: str) -> Implementation | None:
+def find_hook(plugin: Plugin, hook: str) -> Implementation | None:
     """A single plugin's implementation of a hook, if it has one."""
-    manager, named = plugin_manager([plugin])
-    found = implementations(manager, named, hook)
+    manager, named = create_plugin_manager([plugin])
+    found = find_implementations(manager, named, hook)
     return found[0] if found else None
 
 
-def hooks_of(cls: type) -> list[str]:
+def list_hooks(cls: type) -> list[str]:
     """The hooks that a plugin class implements, in alphabetical order."""
     return [name for name in sorted(dir(cls)) if _is_marked(inspect.getattr_static(cls, name))]
 

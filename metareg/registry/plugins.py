@@ -26,10 +26,10 @@ __all__ = [
     "Entry",
     "Plugin",
     "check_contract",
-    "config_of",
-    "entries",
-    "find",
-    "installed_names",
+    "find_entry",
+    "get_config_class",
+    "list_entries",
+    "list_names",
     "resolve",
 ]
 
@@ -95,7 +95,7 @@ class Plugin:
         return f"{_SINGULAR[self.kind]} '{self.name}'"
 
 
-def entries(kind: str | None = None) -> list[Entry]:
+def list_entries(kind: str | None = None) -> list[Entry]:
     """The installed plugins, in the order of `KINDS` and of their names.
 
     Those named in the variable ``METAREG_DISABLE_PLUGINS`` (``NAME`` or ``DIST:NAME``, with commas) are left out.
@@ -107,7 +107,7 @@ def entries(kind: str | None = None) -> list[Entry]:
     return [entry for entry in _installed(kind) if not {entry.name, entry.qualified} & left_out]
 
 
-def installed_names(kind: str | None = None) -> set[str]:
+def list_names(kind: str | None = None) -> set[str]:
     """The names of the installed plugins, those that are disabled among them.
 
     Args:
@@ -117,7 +117,7 @@ def installed_names(kind: str | None = None) -> set[str]:
     return {point.name for each in kinds for point in importlib.metadata.entry_points(group=f"metareg.{each}")}
 
 
-def find(kind: str, name: str) -> Entry:
+def find_entry(kind: str, name: str) -> Entry:
     """The one installed plugin that `name` (or ``DIST:NAME``) stands for.
 
     Raises:
@@ -134,7 +134,7 @@ def find(kind: str, name: str) -> Entry:
             f"The {_SINGULAR[kind]} '{name}' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}."
         )
     if not found:
-        known = {entry.name for entry in entries(kind)}
+        known = {entry.name for entry in list_entries(kind)}
         raise UnknownNameError(_SINGULAR[kind], name, known, "`metareg plugins` lists what is installed.")
     if len(found) > 1:
         owners = " and ".join(entry.distribution for entry in found)
@@ -156,7 +156,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         UsageError: an unknown name, or a configuration that the class refuses.
         PluginError: the plugin cannot be imported or built.
     """
-    from metareg.contract.config import validated
+    from metareg.contract.config import validate
 
     if isinstance(plugin, Plugin):
         return plugin
@@ -172,14 +172,14 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         return Plugin(kind, name, plugin, getattr(plugin, "config", None), None, None)
 
     if isinstance(plugin, str):
-        entry = find(kind, plugin)
+        entry = find_entry(kind, plugin)
         name, cls = entry.name, entry.load()
     else:
         entry, cls = None, plugin
         name = getattr(plugin, "name", None) or _name_of(plugin)
         check_contract(cls, f"{_SINGULAR[kind]} '{name}'")
 
-    validated_config = validated(config_of(cls), config, f"{_SINGULAR[kind]} '{name}'")
+    validated_config = validate(get_config_class(cls), config, f"{_SINGULAR[kind]} '{name}'")
     takes_config = cls.__init__ is not object.__init__
     try:
         instance = cls(validated_config) if takes_config else cls()
@@ -192,7 +192,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
     )
 
 
-def config_of(plugin: type | object) -> type[PluginConfig]:
+def get_config_class(plugin: type | object) -> type[PluginConfig]:
     """The class of a plugin's options, given its class or the object: its `Config`, or one without any.
 
     Raises:

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
-from metareg.registry.dispatch import hook_of
+from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, resolve
 
 __all__ = ["TaskSource"]
@@ -71,7 +71,7 @@ def _only_task(episodes: Episodes) -> tuple[Any, ...]:
 
 
 def _episodes_of(plugin: Plugin) -> Callable[..., Any]:
-    implementation = hook_of(plugin, "episodes")
+    implementation = find_hook(plugin, "episodes")
     if implementation is not None:
         return implementation
     method = getattr(plugin.instance, "episodes", None)

@@ -15,7 +15,7 @@ from torch import Tensor
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.processes import Processes
 from metareg.util.files import LinesFile
-from metareg.util.seeding import global_generators, restore_global_generators
+from metareg.util.seeding import restore_global_generators, save_global_generators
 from metareg.util.signals import StopRequest
 from metareg.util.tensorfile import DamagedFileError, TensorFile, write_tensors
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from metareg.learner.learner import MetaLearner
     from metareg.learner.training import Progress
 
-__all__ = ["Checkpoints", "Keeper"]
+__all__ = ["CheckpointManager", "Checkpoints"]
 
 log = logging.getLogger("metareg")
 
@@ -109,7 +109,7 @@ class Checkpoints:
         return None
 
 
-class Keeper:
+class CheckpointManager:
     """Writes a run's checkpoints as it trains, and puts it back to one.
 
     Args:
@@ -120,7 +120,7 @@ class Keeper:
         every_steps: training steps between two checkpoints; None for no such rule.
         every_minutes: minutes between two; more where writing one takes longer than half a percent of that.
         stop: asked for by a signal.
-        processes: those that train the learner together, each with a keeper: the first writes and reads for all.
+        processes: those that train the learner together, each with a manager: the first writes and reads for all.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class Keeper:
             "learner": self._learner.state(),
             "progress": self._progress.state(),
             "lines": {file.path.name: file.mark() for file in self._lines},
-            "generators": global_generators(),
+            "generators": save_global_generators(),
         }
         self.store.save(self._learner.steps_done, state, self._progress.best_step)
 

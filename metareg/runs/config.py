@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import yaml
 
-from metareg.contract.config import Choice, Field
+from metareg.contract.config import Field, PluginSpec
 from metareg.learner.config import LearnerConfig
 
 __all__ = ["RunConfig"]
@@ -15,11 +15,11 @@ __all__ = ["RunConfig"]
 class RunConfig(LearnerConfig):
     """All that determines a run. What its plugins recommend stands before these defaults, what the user says before both."""
 
-    algo: Choice = Field(Choice(name="maml"), description="The algorithm.")
-    augment: list[Choice] = Field([], description="Gradient augmenters, in the order in which they are chained.")
-    task: Choice = Field(Choice(name="sinusoid"), description="The task plugin.")
-    model: Choice | None = Field(None, description="The model; the task's own where none is named.")
-    observers: list[Choice] = Field([], description="Observers beside the progress display and metrics.jsonl.")
+    algo: PluginSpec = Field(PluginSpec(name="maml"), description="The algorithm.")
+    augment: list[PluginSpec] = Field([], description="Gradient augmenters, in the order in which they are chained.")
+    task: PluginSpec = Field(PluginSpec(name="sinusoid"), description="The task plugin.")
+    model: PluginSpec | None = Field(None, description="The model; the task's own where none is named.")
+    observers: list[PluginSpec] = Field([], description="Observers beside the progress display and metrics.jsonl.")
 
     threads: int | None = Field(
         None,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
-from metareg.contract.config import under_present_names
+from metareg.contract.config import update_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
@@ -77,7 +77,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         write_json(path, now)
         return
     try:
-        before = under_present_names(LearnerConfig, read_json(path))
+        before = update_names(LearnerConfig, read_json(path))
         last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.contract.config import Choice, PluginConfig, under_present_names, unknown_option, validated
+from metareg.contract.config import PluginConfig, PluginSpec, unknown_option_error, update_names, validate
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
-from metareg.registry.plugins import Plugin, config_of, find, installed_names, resolve
+from metareg.registry.plugins import Plugin, find_entry, get_config_class, list_names, resolve
 from metareg.runs.config import RunConfig
 from metareg.util.yaml_files import parse_yaml
 
-__all__ = ["Selection", "assemble", "parse_assignments", "with_present_names"]
+__all__ = ["Selection", "assemble", "parse_assignments", "update_option_names"]
 
 _CHOICES = ("algo", "augment", "task", "model", "observers")
 _KIND_OF = {
@@ -50,17 +50,17 @@ class _Selected:
     @property
     def options(self) -> Mapping[str, Any]:
         """The fields of its `Config`."""
-        return config_of(self.loaded).model_fields
+        return get_config_class(self.loaded).model_fields
 
     @property
     def former_names(self) -> Mapping[str, str]:
         """Names that its options once had, and those they have today."""
-        return config_of(self.loaded).former_names
+        return get_config_class(self.loaded).former_names
 
     @cached_property  # an installed plugin is looked for in the metadata of every distribution
     def loaded(self) -> type | object:
         """Its class, or the object that was given."""
-        return find(_KIND_OF[self.field], self.plugin).load() if isinstance(self.plugin, str) else self.plugin
+        return find_entry(_KIND_OF[self.field], self.plugin).load() if isinstance(self.plugin, str) else self.plugin
 
     @classmethod
     def of(cls, field_name: str, value: Any) -> _Selected:
@@ -69,8 +69,8 @@ class _Selected:
             if len(value) != 2 or not isinstance(value[1], Mapping):
                 raise UsageError(f"'{field_name}' takes a name, a class or a pair (name, config); got {value!r}.")
             return cls(field_name, value[0], dict(value[1]))
-        if isinstance(value, Mapping | Choice):
-            choice = value if isinstance(value, Choice) else validated(Choice, value, f"'{field_name}'")
+        if isinstance(value, Mapping | PluginSpec):
+            choice = value if isinstance(value, PluginSpec) else validate(PluginSpec, value, f"'{field_name}'")
             return cls(field_name, choice.name, dict(choice.config))
         if value is None or isinstance(value, bool | int | float):
             raise UsageError(f"'{field_name}' takes the name of a plugin; got {value!r}.")
@@ -126,7 +126,7 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
         present = _present_names(unknown[0], [])
-        raise unknown_option("run option", unknown[0], RunConfig.model_fields, present)
+        raise unknown_option_error("run option", unknown[0], RunConfig.model_fields, present)
     base = {**base, **{key: value for key, value in options.items() if key in _CHOICES}}
     given = {key: value for key, value in options.items() if key not in _CHOICES}
     values = {key: value for key, value in base.items() if key not in _CHOICES}
@@ -176,19 +176,19 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
         "model": _choice(own_model, model),
         "observers": [_choice(*pair) for pair in zip(chosen["observers"], observers, strict=True)],
     }
-    config = validated(RunConfig, values, "the run's options")
+    config = validate(RunConfig, values, "the run's options")
     return Selection(config, algorithm, augmenters, task, model, observers)
 
 
-def with_present_names(stored: RunConfig) -> RunConfig:
+def update_option_names(stored: RunConfig) -> RunConfig:
     """A stored configuration whose plugins' options have the names of today; that of a plugin that is missing as it is."""
 
-    def renamed(field: str, choice: Choice) -> Choice:
+    def renamed(field: str, choice: PluginSpec) -> PluginSpec:
         try:
-            cls = config_of(_Selected.of(field, choice).loaded)
+            cls = get_config_class(_Selected.of(field, choice).loaded)
         except MetaregError:
             return choice
-        return Choice(name=choice.name, config=under_present_names(cls, choice.config))
+        return PluginSpec(name=choice.name, config=update_names(cls, choice.config))
 
     choices = {field: getattr(stored, field) for field in _CHOICES}
     update = {
@@ -227,11 +227,11 @@ def _owner(key: str, everything: Sequence[_Selected]) -> _Selected | None:
         raise UnknownNameError("plugin of this run", owner, {each.name for each in everything})
     if not meant:
         known = {*RunConfig.model_fields, *(name for each in everything for name in each.options)} - {*_CHOICES}
-        raise unknown_option("option of this run", key, known, _present_names(key, everything))
+        raise unknown_option_error("option of this run", key, known, _present_names(key, everything))
     if option not in meant[0].options:
         labels = " or ".join(each.label for each in meant)
         known = {name for each in meant for name in each.options}
-        raise unknown_option(f"option of {labels}", option, known, _present_names(key, meant)[-1:])
+        raise unknown_option_error(f"option of {labels}", option, known, _present_names(key, meant)[-1:])
     if len(meant) > 1:
         by_name = len({each.name for each in meant}) == len(meant)
         choices = " or ".join(f"'{each.name if by_name else each.field}.{option}'" for each in meant)
@@ -277,7 +277,7 @@ def _parted(
         if isinstance(value, Mapping) and key not in RunConfig.model_fields and not _meant(key, everything)
     }
     for name in sorted(for_algorithms.keys() - {algorithm.name}):
-        known = installed_names("algorithms")
+        known = list_names("algorithms")
         if _is_misspelt(name, known):
             raise _fault(task, UnknownNameError("algorithm", name, known))
     general = {key: value for key, value in wishes.items() if key not in for_algorithms}
@@ -317,7 +317,7 @@ def _is_for_others(key: str, everything: Sequence[_Selected]) -> bool:
     meant = _meant(key, everything)
     if meant:
         return option not in meant[0].options
-    return not _is_misspelt(owner, {*_KIND_OF, *installed_names(), *(each.name for each in everything)})
+    return not _is_misspelt(owner, {*_KIND_OF, *list_names(), *(each.name for each in everything)})
 
 
 def _is_misspelt(name: str, known: Collection[str]) -> bool:
@@ -330,10 +330,10 @@ def _fault(source: _Selected, error: UsageError) -> PluginError:
     return PluginError(f"What the {source.label} recommends cannot be used: {sentence[0].lower()}{sentence[1:]}")
 
 
-def _choice(selected: _Selected, plugin: Plugin) -> Choice:
+def _choice(selected: _Selected, plugin: Plugin) -> PluginSpec:
     name = selected.plugin if isinstance(selected.plugin, str) else plugin.name
     config = plugin.config.model_dump(mode="json") if isinstance(plugin.config, PluginConfig) else {}
-    return Choice(name=name, config=config)
+    return PluginSpec(name=name, config=config)
 
 
 def _listed(value: Any) -> list[Any]:

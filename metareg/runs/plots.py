@@ -9,8 +9,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-from metareg.registry.dispatch import hook_of
-from metareg.util.files import replacing
+from metareg.registry.dispatch import find_hook
+from metareg.util.files import replace_file
 
 if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
@@ -27,13 +27,13 @@ def draw(run: Run) -> list[Path]:
     """
     assert run.evaluation is not None
     figures = {"learning-curve": learning_curve(run), "inner-steps": inner_steps(run.evaluation)}
-    of_task = hook_of(run.source.plugin, "figures")
+    of_task = find_hook(run.source.plugin, "figures")
     if of_task is not None:
         figures |= of_task(learner=run.learner, seed=run.config.seed) or {}
     paths = []
     for name, figure in figures.items():
         path = run.path / "plots" / f"{name}.png"
-        with replacing(path) as temporary:
+        with replace_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
         paths.append(path)
     return paths

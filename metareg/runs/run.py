@@ -8,19 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
-from metareg.registry.plugins import find, resolve
+from metareg.registry.plugins import find_entry, resolve
 from metareg.registry.sources import TaskSource
 from metareg.runs.config import RunConfig
-from metareg.runs.options import with_present_names
+from metareg.runs.options import update_option_names
 from metareg.util.devices import find_device
 from metareg.util.files import read_json
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["FINAL", "Run", "check_fit", "resume_command", "stored_config"]
+__all__ = ["FINAL", "Run", "check_fit", "format_resume_command", "read_config"]
 
 FINAL = Path("checkpoints", "final.safetensors")
 
@@ -63,9 +63,9 @@ class Run:
             UsageError: the folder holds no run, or the run is not finished or damaged.
         """
         path = Path(path)
-        config = stored_config(path)
+        config = read_config(path)
         if not (path / FINAL).is_file():
-            raise UsageError(f"The run at {path} has not ended; {resume_command(path)} goes on with it.")
+            raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
         if (path / "results.json").is_file():
@@ -88,7 +88,7 @@ class Run:
             tasks: how many tasks.
             inner_steps: numbers of inner steps.
             task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
-                `Task.carried` from the run's task.
+                `Task.inherited_options` from the run's task.
             task_options: further options of the task.
             split: the tasks' split.
         """
@@ -101,8 +101,8 @@ class Run:
     def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
         own = self.config.task.config
         if not same:
-            carried = getattr(find("tasks", task).load(), "carried", ())
-            own = {name: own[name] for name in carried if name in own}
+            inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
+            own = {name: own[name] for name in inherited if name in own}
         return TaskSource(resolve("tasks", task, {**own, **options}))
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -118,11 +118,11 @@ class Run:
             raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
 
 
-def stored_config(path: Path) -> RunConfig:
+def read_config(path: Path) -> RunConfig:
     file = path / "config.yaml"
     if not file.is_file():
         raise UsageError(f"There is no run at {path}: it has no config.yaml.")
-    return with_present_names(validated(RunConfig, read_yaml(file), str(file)))
+    return update_option_names(validate(RunConfig, read_yaml(file), str(file)))
 
 
 def _stored_evaluation(path: Path) -> Evaluation:
@@ -132,7 +132,7 @@ def _stored_evaluation(path: Path) -> Evaluation:
         raise UsageError(f"{path} holds no results of metareg ({type(error).__name__}: {error}).") from error
 
 
-def resume_command(path: Path) -> str:
+def format_resume_command(path: Path) -> str:
     return f"`metareg resume {shlex.quote(str(path))}`"
 
 

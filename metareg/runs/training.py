@@ -18,28 +18,28 @@ from metareg.contract.hookspecs import hookimpl
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
-from metareg.learner.processes import Processes, joined
-from metareg.learner.training import Progress, Schedule, fit, observed
+from metareg.learner.processes import Processes, join_processes
+from metareg.learner.training import Progress, Schedule, connect_observers, fit
 from metareg.registry.sources import TaskSource
 from metareg.runs import environment, plots
-from metareg.runs.checkpoints import Checkpoints, Keeper
+from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import RunConfig
 from metareg.runs.options import Selection, assemble
-from metareg.runs.run import FINAL, Run, check_fit, resume_command, stored_config
+from metareg.runs.run import FINAL, Run, check_fit, format_resume_command, read_config
 from metareg.util.devices import peak_memory, reset_peak_memory
 from metareg.util.files import (
     LinesFile,
     is_leftover,
-    locked,
+    lock_folder,
     remove_leftovers,
     write_json,
     write_text,
 )
-from metareg.util.signals import StopRequest, stop_requests
-from metareg.util.torchrun import launched
+from metareg.util.signals import StopRequest, catch_stop_signals
+from metareg.util.torchrun import is_launched
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["prepared", "resume", "train"]
+__all__ = ["prepare_run", "resume", "train"]
 
 log = logging.getLogger("metareg")
 
@@ -102,13 +102,13 @@ def train(
             raise UsageError("To resume a run, name its folder with --out.")
         return selection
 
-    with joined() as processes:
+    with join_processes() as processes:
         selection = processes.each(assembled)
         if out is not None and processes.first(lambda: _goes_on(out, resume)):
             return _gone_on(out, selection, observers, processes)
         selection = _completed(selection)
-        with stop_requests(launched() or processes.size > 1) as stop:
-            learner, source = processes.each(lambda: prepared(selection, processes))
+        with catch_stop_signals(is_launched() or processes.size > 1) as stop:
+            learner, source = processes.each(lambda: prepare_run(selection, processes))
             path = processes.first(lambda: _created(out, selection.config))
             run = Run(path, selection.config, learner, source)
             with _held(path, processes, new=True), learner.split_over(processes):
@@ -134,8 +134,8 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
         UsageError: there is no run, another process works on it, or an option would change its meaning.
     """
     path = Path(path)
-    with joined() as processes:
-        stored = processes.first(lambda: stored_config(path))
+    with join_processes() as processes:
+        stored = processes.first(lambda: read_config(path))
         return _gone_on(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
 
 
@@ -147,7 +147,7 @@ def _goes_on(out: Path, resume: bool) -> bool:
     """
     has_run = (out / "config.yaml").is_file()
     if not (resume and has_run) and _is_taken(out):
-        hint = f"; {resume_command(out)} goes on with the run in it" if has_run else ""
+        hint = f"; {format_resume_command(out)} goes on with the run in it" if has_run else ""
         raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
     return resume and has_run
 
@@ -155,7 +155,7 @@ def _goes_on(out: Path, resume: bool) -> bool:
 def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
     def reopened() -> tuple[RunConfig, bool]:
         """The configuration to go on with; and whether the run has ended with it already."""
-        stored = stored_config(path)
+        stored = read_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
         if (path / "results.json").is_file():
@@ -165,13 +165,13 @@ def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], process
             (path / FINAL).unlink(missing_ok=True)
         return wanted, False
 
-    with stop_requests(launched() or processes.size > 1) as stop, _held(path, processes):
+    with catch_stop_signals(is_launched() or processes.size > 1) as stop, _held(path, processes):
         wanted, ended = processes.first(reopened)
         if ended:
             log.info("The run at %s has ended already.", path)
             return Run.load(path, device=wanted.device)
         selection = dataclasses.replace(selection, config=wanted)
-        learner, source = processes.each(lambda: prepared(selection, processes))
+        learner, source = processes.each(lambda: prepare_run(selection, processes))
         run = Run(path, wanted, learner, source)
         with learner.split_over(processes):
             _carry_out(run, selection, observers, stop)
@@ -190,7 +190,7 @@ def _held(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
     with ExitStack() as stack:
 
         def take() -> None:
-            stack.enter_context(locked(path))
+            stack.enter_context(lock_folder(path))
             if new and _is_taken(path):
                 raise UsageError(f"{path} was taken by another run just now; name another folder.")
 
@@ -207,7 +207,7 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     if changes:
         raise UsageError(
             f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}. "
-            f"{resume_command(path)} goes on with it as it is."
+            f"{format_resume_command(path)} goes on with it as it is."
         )
     if wanted.steps < stored.steps:
         raise UsageError(f"The run at {path} is one of {stored.steps} steps, which can be raised, not lowered.")
@@ -224,7 +224,7 @@ def _completed(selection: Selection) -> Selection:
     return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
 
 
-def prepared(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
+def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
     """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written.
 
     Args:
@@ -285,7 +285,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
     with _threads(run):
-        keeper = Keeper(
+        manager = CheckpointManager(
             store,
             learner,
             progress,
@@ -296,15 +296,15 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
             processes=processes,
         )
         try:
-            _start(run, keeper)
-            hooks = observed(every, learner)
+            _start(run, manager)
+            hooks = connect_observers(every, learner)
             hooks.on_run_start(run=run)
-            _train(run, progress, keeper, every)
+            _train(run, progress, manager, every)
             _finish(run, progress, store, stop, hooks)
             hooks.on_run_end(run=run)
         except (Interrupted, KeyboardInterrupt, LostProcessError) as error:
-            where = "its beginning" if keeper.last_saved is None else f"step {keeper.last_saved}"
-            advice = f"{resume_command(path)} goes on from {where}."
+            where = "its beginning" if manager.last_saved is None else f"step {manager.last_saved}"
+            advice = f"{format_resume_command(path)} goes on from {where}."
             if isinstance(error, LostProcessError):
                 raise LostProcessError(f"{error} {advice}") from error
             raise Interrupted(f"Stopped. {advice}") from error
@@ -333,33 +333,33 @@ def _threads(run: Run) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _start(run: Run, keeper: Keeper) -> None:
+def _start(run: Run, manager: CheckpointManager) -> None:
     """Restore the newest checkpoint, or write the first; then say in the folder what is run."""
     config, learner = run.config, run.learner
     strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
-    if keeper.restore():
+    if manager.restore():
         log.info("Going on from step %d.", learner.steps_done)
         if learner.strategy != strategy:
             strategy, reason = learner.strategy or strategy, "as before the run was resumed"
     log.info("Strategy %s: %s.", strategy, reason)
     learner.processes.first(lambda: environment.write(run, strategy, reason, learner.steps_done))
-    if keeper.last_saved is None:
-        keeper.save()
+    if manager.last_saved is None:
+        manager.save()
 
 
-def _train(run: Run, progress: Progress, keeper: Keeper, observers: Sequence[Any]) -> None:
+def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: Sequence[Any]) -> None:
     schedule = Schedule(**run.config.model_dump(include=set(Schedule.model_fields)))
     try:
-        fit(run.learner, run.source, schedule, observers, progress=progress, keeper=keeper)
+        fit(run.learner, run.source, schedule, observers, progress=progress, manager=manager)
     except DivergenceError as error:
         with suppress(DivergenceError):
-            keeper.save()
-        assert keeper.last_saved is not None
+            manager.save()
+        assert manager.last_saved is not None
         if run.config.on_nonfinite == "stop":
-            advice = f"{resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
+            advice = f"{format_resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
         else:
             advice = f"It happened more often than max_nonfinite = {run.config.max_nonfinite} times."
-        where = keeper.store.path(keeper.last_saved)
+        where = manager.store.path(manager.last_saved)
         raise DivergenceError(f"{error} The last good checkpoint is {where}. {advice}") from error
 
 

@@ -20,10 +20,10 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import TaskSpec
 from metareg.learner.learner import MetaLearner
-from metareg.registry.dispatch import hook_of
+from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, resolve
 from metareg.testing._check import fail
-from metareg.util.seeding import generator_for, seeded
+from metareg.util.seeding import create_generator, use_seed
 
 __all__ = [
     "Bench",
@@ -104,7 +104,7 @@ def benches_for(algorithm: Plugin | type) -> list[Bench]:
 
 
 def _vectors() -> Bench:
-    with seeded(0, "testing", "vectors") as generator:
+    with use_seed(0, "testing", "vectors") as generator:
         model = nn.Sequential()
         model.add_module("body", nn.Sequential(nn.Linear(3, 6), nn.Tanh()))
         model.add_module("head", nn.Linear(6, 2))
@@ -121,7 +121,7 @@ def _images() -> Bench:
 
     The model is smooth: a unit that rounding in float32 switches on or off would change gradients by some percent.
     """
-    with seeded(0, "testing", "images") as generator:
+    with use_seed(0, "testing", "images") as generator:
         model = nn.Sequential()
         model.add_module("body", nn.Sequential(_Scaled(), *_block(3, 8), nn.AvgPool2d(2), *_block(8, 8)))
         model.add_module("head", nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 49, 2)))
@@ -158,10 +158,10 @@ def channels_last(images: Tensor) -> Tensor:
 def built(model: str | type | Plugin, spec: TaskSpec) -> nn.Module:
     """The model of a plugin, the same each time."""
     plugin = resolve("models", model)
-    build = hook_of(plugin, "build")
+    build = find_hook(plugin, "build")
     if build is None:
         fail(f"The {plugin.label} implements no hook 'build'.", "implement build(spec, generator) -> nn.Module.")
-    with seeded(0, "testing", "model") as generator:
+    with use_seed(0, "testing", "model") as generator:
         module: nn.Module = build(spec=spec, generator=generator)
     return module
 
@@ -224,4 +224,4 @@ def global_randomness() -> Iterator[list[str]]:
 
 def generator(*labels: str | int) -> torch.Generator:
     """A generator that is the same in every call."""
-    return generator_for(0, "testing", *labels)
+    return create_generator(0, "testing", *labels)

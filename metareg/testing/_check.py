@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from metareg.errors import MetaregError
-from metareg.registry.dispatch import hooks_of
+from metareg.registry.dispatch import list_hooks
 from metareg.registry.plugins import Plugin, resolve
 
 __all__ = ["Check", "CheckFailed", "Subject", "fail"]
@@ -55,7 +55,7 @@ class Subject:
     @property
     def hooks(self) -> list[str]:
         """The hooks that it implements."""
-        return hooks_of(type(self.resolved().instance))
+        return list_hooks(type(self.resolved().instance))
 
 
 @dataclass(frozen=True)

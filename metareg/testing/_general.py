@@ -11,8 +11,8 @@ from metareg.comparison.space import domain_text
 from metareg.contract.config import PluginConfig
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
-from metareg.registry.dispatch import plugin_manager
-from metareg.registry.plugins import installed_names
+from metareg.registry.dispatch import create_plugin_manager
+from metareg.registry.plugins import list_names
 from metareg.runs.config import RunConfig
 from metareg.runs.options import assemble
 from metareg.testing._check import Subject, fail
@@ -25,7 +25,7 @@ _DEFAULT_TASK = RunConfig().task.name
 def check_contract_stated(subject: Subject) -> None:
     """It states the contract that it was written for, and its hooks are those of metareg."""
     plugin = subject.resolved()
-    plugin_manager([plugin])  # refuses misspelt hooks and arguments
+    create_plugin_manager([plugin])  # refuses misspelt hooks and arguments
     if not subject.hooks:
         fail(f"The {plugin.label} implements no hook.", "mark the methods that metareg is to call with @hookimpl.")
     if subject.declared("contract") is None:
@@ -86,4 +86,4 @@ def check_recommended(subject: Subject) -> None:
 
 def _algorithms_named(subject: Subject) -> list[str]:
     """The installed algorithms for which a task recommends something of its own."""
-    return sorted(installed_names("algorithms") & subject.declared("recommended", {}).keys())
+    return sorted(list_names("algorithms") & subject.declared("recommended", {}).keys())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from metareg.errors import MetaregError
-from metareg.registry.plugins import entries, resolve
+from metareg.registry.plugins import list_entries, resolve
 from metareg.testing._check import CheckFailed
 from metareg.testing._stages import Pair, determinism, finite_differences, strategies
 from metareg.testing._steps import whole_steps
@@ -67,6 +67,6 @@ def combinations() -> list[Combination]:
 
 def _names(kind: str) -> list[str]:
     """Names as a user must write them: with the distribution in front where two claim one."""
-    installed = entries(kind)
+    installed = list_entries(kind)
     names = [entry.name for entry in installed]
     return [entry.qualified if names.count(entry.name) > 1 else entry.name for entry in installed]

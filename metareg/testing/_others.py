@@ -21,7 +21,7 @@ from metareg.contract.tasks import Task, TaskSpec
 from metareg.engine.split_model import SplitModel
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
-from metareg.registry.dispatch import hook_of
+from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
 from metareg.runs.run import Run
@@ -37,7 +37,7 @@ from metareg.testing._bench import (
     snapshot,
 )
 from metareg.testing._check import Subject, fail
-from metareg.util.seeding import seeded, task_uniform
+from metareg.util.seeding import task_uniform, use_seed
 
 SPLITS = ("train", "validation", "test")
 ROUNDING = 1e-8
@@ -193,10 +193,10 @@ class Example:
 
 def _built(subject: Subject, seed: int = 0) -> nn.Module:
     plugin = subject.resolved()
-    build = hook_of(plugin, "build")
+    build = find_hook(plugin, "build")
     if build is None:
         fail(f"The {plugin.label} implements no hook 'build'.", "implement build(spec, generator) -> nn.Module.")
-    with seeded(seed, "testing", "model") as draw:
+    with use_seed(seed, "testing", "model") as draw:
         model = build(spec=Example.of(subject).spec, generator=draw)
     if not isinstance(model, nn.Module):
         fail(f"The {plugin.label} builds a {type(model).__name__}.", "return an nn.Module from build.")
@@ -343,16 +343,16 @@ def check_observer_logs(subject: Subject) -> None:
         "cml.colearner_metric": 2.0,
     }
     plugin = subject.resolved()
-    on_step = hook_of(plugin, "on_step")
+    on_step = find_hook(plugin, "on_step")
     if on_step is None:
         return
     with _empty_folder() as folder:
-        start = hook_of(plugin, "on_run_start")
+        start = find_hook(plugin, "on_run_start")
         if start is not None:
             start(run=_short_run(folder / "run", []))
         given = copy.deepcopy(logs)
         on_step(step=10, logs=given)
-        end = hook_of(plugin, "on_run_end")
+        end = find_hook(plugin, "on_run_end")
         if end is not None:
             end(run=_short_run(folder / "other", []))
     if given != logs:

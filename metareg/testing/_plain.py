@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.learner.learner import MetaLearner
-from metareg.util.layout import contiguous_copies
+from metareg.util.layout import copy_contiguous
 
 __all__ = ["Training", "trained"]
 
@@ -45,7 +45,7 @@ def trained(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[E
         batches: the tasks of each step, as stacks of tasks of one size.
     """
     learner = new_learner()
-    start, meta = (contiguous_copies(learner.meta_parameters) for _ in range(2))
+    start, meta = (copy_contiguous(learner.meta_parameters) for _ in range(2))
     adam = _new_adam(meta, learner.config.outer_lr)
     state: dict[str, Any] = {}
     gradients: list[Tensors] = []

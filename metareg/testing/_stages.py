@@ -18,8 +18,8 @@ from torch.utils import _pytree as pytree
 from metareg.contract.attributes import StepExample
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
-from metareg.registry.dispatch import Implementation, implementations, plugin_manager
-from metareg.registry.plugins import Plugin, entries, resolve
+from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
+from metareg.registry.plugins import Plugin, list_entries, resolve
 from metareg.testing._bench import (
     STEPS,
     Bench,
@@ -32,7 +32,7 @@ from metareg.testing._bench import (
     snapshot,
 )
 from metareg.testing._check import Subject, fail
-from metareg.util.seeding import seeded
+from metareg.util.seeding import use_seed
 
 # Float64, and sums of a few hundred numbers: what rounding alone makes of two orders of summation stays below this.
 ROUNDING = 1e-9
@@ -389,7 +389,7 @@ def determinism(pair: Pair, again: Pair) -> None:
     bench = pair.benches[0]
     results = []
     for number, each in enumerate((pair, again)):
-        with seeded(number, "testing", "global"):
+        with use_seed(number, "testing", "global"):
             learner = each.learner(bench, strategy="vectorized")
             for _ in range(3):
                 learner.step(bench.episodes)
@@ -452,7 +452,7 @@ def check_learns(subject: Subject) -> None:
 def check_composition(subject: Subject) -> None:
     """It works with every other installed augmenter, or algorithm, that works alone."""
     other = "augmenters" if subject.kind == "algorithms" else "algorithms"
-    for entry in entries(other):
+    for entry in list_entries(other):
         try:
             plugin = resolve(other, entry.qualified)
             partner = Pair(plugin) if other == "algorithms" else Pair(Descent, (plugin,))
@@ -521,7 +521,7 @@ class _StageCall:
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
         # torch's default initialisers draw from the global generator: init_meta may use them, and is seeded as in a run.
-        around = seeded(0, "testing", "call") if self.hook == "init_meta" else nullcontext()
+        around = use_seed(0, "testing", "call") if self.hook == "init_meta" else nullcontext()
         with torch.no_grad(), around:
             return self.implementation(**arguments)
 
@@ -533,10 +533,10 @@ def _stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[_StageCall]:
         learner = pair.learner(bench, dtype=dtype)
         plugin = pair.augmenters[0] if pair.augmenters else pair.algorithm
         assert isinstance(plugin, Plugin)
-        manager, named = plugin_manager([plugin])
+        manager, named = create_plugin_manager([plugin])
         every = _arguments(learner, bench, next(iter(named)))
         for hook, variants in every.items():
-            for implementation in implementations(manager, named, hook):
+            for implementation in find_implementations(manager, named, hook):
                 for variant in variants:
                     yield _StageCall(implementation, variant)
 

@@ -20,10 +20,10 @@ __all__ = [
     "LinesFile",
     "cache_folder",
     "is_leftover",
-    "locked",
+    "lock_folder",
     "read_json",
     "remove_leftovers",
-    "replacing",
+    "replace_file",
     "write_bytes",
     "write_json",
     "write_text",
@@ -35,7 +35,7 @@ _LOCK, _OWNER = ".lock", ".owner.json"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replace_file(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, which takes the place of `path` when the block ends without an error.
 
     Raises:
@@ -60,13 +60,13 @@ def write_bytes(path: Path, content: bytes | bytearray) -> None:
     """Write a file; its folder must be there."""
     if not path.parent.is_dir():
         raise MetaregError(f"{path} cannot be written: there is no folder {path.parent}.")
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8."""
-    with replacing(path) as temporary:
+    with replace_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Be the only process that works on a folder. The system gives a dead process's lock back by itself.
 
     Raises:

@@ -9,13 +9,13 @@ import numpy as np
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-__all__ = ["LEVEL", "half_width", "quantile", "spread"]
+__all__ = ["LEVEL", "compute_half_width", "compute_quantile", "compute_spread"]
 
 LEVEL = 0.95
 """The level of every interval."""
 
 
-def half_width(values: NDArray[Any]) -> float:
+def compute_half_width(values: NDArray[Any]) -> float:
     """Half the width of the interval of the mean of independent values: t standard errors.
 
     Args:
@@ -26,16 +26,16 @@ def half_width(values: NDArray[Any]) -> float:
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
-    return quantile(len(values) - 1) * spread(values) / float(np.sqrt(len(values)))
+    return compute_quantile(len(values) - 1) * compute_spread(values) / float(np.sqrt(len(values)))
 
 
-def spread(values: NDArray[Any]) -> float:
+def compute_spread(values: NDArray[Any]) -> float:
     """The estimated standard deviation; exactly zero where all values are the same, and never an overflow."""
     largest = np.abs(values).max()
     return 0.0 if np.all(values == values[0]) else float(largest * np.std(values / largest, ddof=1))
 
 
-def quantile(degrees: float) -> float:
+def compute_quantile(degrees: float) -> float:
     """How many standard errors half an interval is, by Student's t with so many degrees of freedom."""
     from scipy.special import stdtrit  # its import takes 0.2 s, and training needs none
 

@@ -8,10 +8,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-__all__ = ["channels_last_or_contiguous", "contiguous", "contiguous_copies", "like_parameters"]
+__all__ = ["copy_contiguous", "make_contiguous", "match_strides", "settle_layout"]
 
 
-def contiguous(leaf: Tensor) -> Tensor:
+def make_contiguous(leaf: Tensor) -> Tensor:
     """A tensor in contiguous memory in its shape's order, dimensions of size 1 included."""
     strides, _ = _settled_strides(leaf.shape)
     if leaf.stride() == strides:
@@ -21,14 +21,14 @@ def contiguous(leaf: Tensor) -> Tensor:
     return leaf.as_strided(leaf.shape, strides) if leaf.is_contiguous() else leaf.contiguous()
 
 
-def channels_last_or_contiguous(leaf: Tensor) -> Tensor:
+def settle_layout(leaf: Tensor) -> Tensor:
     """A tensor in contiguous memory: ``[…, C, H, W]`` channels last where it is so already, else in its shape's order."""
     strides, channels_last = _settled_strides(leaf.shape)
     if leaf.stride() in (strides, channels_last):
         return leaf
     if leaf.dim() >= 4 and leaf.stride(-3) == 1 and leaf.movedim(-3, -1).is_contiguous():
         return leaf.as_strided(leaf.shape, channels_last)
-    return contiguous(leaf)
+    return make_contiguous(leaf)
 
 
 @lru_cache(maxsize=1024)
@@ -41,12 +41,12 @@ def _settled_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...
     return strides, torch.empty(*others, height, width, channels, device="meta").movedim(-1, -3).stride()
 
 
-def contiguous_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def copy_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Copies without a graph, each in the order of its own shape, whatever the originals' strides."""
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
-def like_parameters(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def match_strides(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Gradients with the strides of their parameters, in memory of their own.
 
     The gradient of a convolution's weight comes channels last where its images do. Fused kernels walk through parameter,

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 __all__ = [
+    "create_generator",
     "derive_seed",
-    "generator_for",
-    "global_generators",
     "restore_global_generators",
-    "seeded",
+    "save_global_generators",
     "task_uniform",
+    "use_seed",
 ]
 
 
@@ -31,13 +31,13 @@ def derive_seed(seed: int, *labels: str | int) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
-def generator_for(seed: int, *labels: str | int) -> torch.Generator:
+def create_generator(seed: int, *labels: str | int) -> torch.Generator:
     """A CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *labels))
 
 
 @contextmanager
-def seeded(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
+def use_seed(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     """Seed torch's global CPU generator for a block and restore it afterwards.
 
     The default initialisers of `torch.nn` draw from the global generator; inside the block they are a function of the
@@ -45,10 +45,10 @@ def seeded(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *labels, "global"))
-        yield generator_for(seed, *labels)
+        yield create_generator(seed, *labels)
 
 
-def global_generators() -> dict[str, Any]:
+def save_global_generators() -> dict[str, Any]:
     """The states of the global generators of Python, NumPy and torch, as tensors and plain values.
 
     metareg draws from none of them; a plugin from elsewhere may.
@@ -64,7 +64,7 @@ def global_generators() -> dict[str, Any]:
 
 
 def restore_global_generators(state: Mapping[str, Any]) -> None:
-    """Put the global generators back to what `global_generators` returned."""
+    """Put the global generators back to what `save_global_generators` returned."""
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     name, keys, *rest = state["numpy"]

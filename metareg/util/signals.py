@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_requests"]
+__all__ = ["StopRequest", "catch_stop_signals"]
 
 log = logging.getLogger("metareg")
 
@@ -47,7 +47,7 @@ class StopRequest:
 
 
 @contextmanager
-def stop_requests(launched: bool = False) -> Iterator[StopRequest]:
+def catch_stop_signals(launched: bool = False) -> Iterator[StopRequest]:
     """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing.
 
     Args:

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from metareg.errors import UsageError
 from metareg.util.files import write_bytes
 
-__all__ = ["DamagedFileError", "TensorFile", "bounded_allocation", "write_tensors"]
+__all__ = ["DamagedFileError", "TensorFile", "limit_allocation", "write_tensors"]
 
 _LONGEST_HEADER = 16 << 20
 _NO_DIGEST = "0" * 64
@@ -113,7 +113,7 @@ class TensorFile:
 
 
 @contextmanager
-def bounded_allocation(bytes_at_most: int, where: str) -> Iterator[None]:
+def limit_allocation(bytes_at_most: int, where: str) -> Iterator[None]:
     """Refuse to create a tensor that is larger than what it is to be filled with.
 
     A file from a stranger says how wide its model is; building it must not take more memory than the file itself.

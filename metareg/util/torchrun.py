@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from metareg.errors import UsageError
 
-__all__ = ["Place", "is_follower", "launched", "place"]
+__all__ = ["RankInfo", "is_follower", "is_launched", "read_rank"]
 
 
 @dataclass(frozen=True)
-class Place:
+class RankInfo:
     """One of some processes."""
 
     rank: int = 0
@@ -22,20 +22,20 @@ class Place:
     """Its number among those of its machine."""
 
 
-def launched() -> bool:
+def is_launched() -> bool:
     """Whether a launcher started this process, be it as one of several or alone."""
     # Some schedulers set one of the two for purposes of their own; only both are an order to work together.
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
-def place() -> Place:
+def read_rank() -> RankInfo:
     """The place that torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK give; the only one where they are not set.
 
     Raises:
         UsageError: they make no sense.
     """
-    if not launched():
-        return Place()
+    if not is_launched():
+        return RankInfo()
     try:
         rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         local_rank = int(os.environ.get("LOCAL_RANK", rank))
@@ -47,12 +47,12 @@ def place() -> Place:
             f"The environment says {given}, which is no place among several processes; torchrun sets them, and without "
             "them there is one process."
         )
-    return Place(rank, size, local_rank)
+    return RankInfo(rank, size, local_rank)
 
 
 def is_follower() -> bool:
     """Whether another process speaks for this one too."""
     try:
-        return place().rank > 0
+        return read_rank().rank > 0
     except UsageError:
         return False

@@ -89,7 +89,7 @@ class ImageTask(Task):
         "algo.inner_lr": 0.5,
         "outer_lr": 1e-3,
     }
-    carried = ("ways", "shots", "query", "eval_query", "size", "channels")
+    inherited_options = ("ways", "shots", "query", "eval_query", "size", "channels")
 
     name: ClassVar[str]
     """The plugin's name."""

@@ -11,7 +11,7 @@ import pytest
 
 from metareg.cli.app import run
 from metareg.cli.scaffold import new_plugin
-from metareg.registry.plugins import KINDS, entries
+from metareg.registry.plugins import KINDS, list_entries
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,7 +42,7 @@ def test_new_plugin_is_listed_trains_and_passes_its_checks(
     assert run(["new-plugin", kind, "of-mine"]) == 0
     folder = tmp_path / "metareg-of-mine"
     installed(folder, monkeypatch)
-    assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in entries(kind)}
+    assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in list_entries(kind)}
 
     flags = {
         "algorithms": "--algo",

@@ -27,10 +27,10 @@ from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, che
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, _launcher, _planned, compare
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
-from metareg.runs.training import prepared
+from metareg.runs.training import prepare_run
 from metareg.util.files import write_text
 from metareg.util.signals import StopRequest
 
@@ -45,7 +45,7 @@ TINY = {
 
 
 def config_of(**values: Any) -> ComparisonConfig:
-    return validated(ComparisonConfig, values, "the comparison")
+    return validate(ComparisonConfig, values, "the comparison")
 
 
 def plan_of(folder: Path, **values: Any) -> Plan:
@@ -306,7 +306,7 @@ def test_the_same_seed_gives_every_arm_the_same_weights_and_tasks(tmp_path: Path
     weights: dict[int, list[dict[str, torch.Tensor]]] = {0: [], 1: []}
     tasks: dict[tuple[int, str], list[torch.Tensor]] = {}
     for run in plan.runs():
-        learner, source = prepared(assemble(run.config, run.options))
+        learner, source = prepare_run(assemble(run.config, run.options))
         weights[run.seed].append(
             {name: value for name, value in learner.meta_parameters.items() if name[:4] in ("body", "head")}
         )

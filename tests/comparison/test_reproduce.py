@@ -22,7 +22,7 @@ from metareg.cli import app as cli
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
 from metareg.comparison.reproduction import Recipe, find_recipe, judge, recipes, reproduce
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted
 from metareg.runs.options import assemble
@@ -46,11 +46,11 @@ TINY: dict[str, Any] = {
 
 
 def recipe(**changes: Any) -> Recipe:
-    return validated(Recipe, {**TINY, "name": "tiny", **changes}, "the recipe")
+    return validate(Recipe, {**TINY, "name": "tiny", **changes}, "the recipe")
 
 
 def runs_of(recipe: Recipe, folder: Path) -> list[PlannedRun]:
-    return Plan(folder, validated(ComparisonConfig, recipe.comparison(), "the comparison")).runs()
+    return Plan(folder, validate(ComparisonConfig, recipe.comparison(), "the comparison")).runs()
 
 
 # ------------------------------------------------------------------------------------------------------ shipped recipes

@@ -26,7 +26,7 @@ from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
 from metareg.comparison.tuning import Tuner, proposal
-from metareg.contract.config import validated
+from metareg.contract.config import validate
 from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_json, write_text
 from metareg.util.signals import StopRequest
@@ -85,7 +85,7 @@ def test_an_option_given_twice_is_no_sweep() -> None:
 
 
 def tuning(**values: Any) -> Tuning:
-    return validated(Tuning, values, "tune")
+    return validate(Tuning, values, "tune")
 
 
 def test_tuning_survives_being_written() -> None:
@@ -299,7 +299,7 @@ def test_unknown_names_carry_the_known_ones() -> None:
 def tuner(folder: Path, augment: str = "cml", **tune: Any) -> Tuner:
     options = {"steps": 7, "test_inner_steps": [0, 3]}
     values = {"augment": ["none", augment], "options": options, "seeds": 5, "tune": tune}
-    plan = Plan(folder, validated(ComparisonConfig, values, "the comparison"))
+    plan = Plan(folder, validate(ComparisonConfig, values, "the comparison"))
     return Tuner(plan, plan.arms[-1])
 
 
@@ -461,7 +461,7 @@ def test_a_run_that_broke_is_not_taken_for_a_bad_one(tmp_path: Path) -> None:
 
 def test_settings_that_cannot_be_together_are_the_worst(tmp_path: Path) -> None:
     plan_values = {"algo": "metasgd", "tune": {"space": {"inner_lr": [0.1, 0.5], "inner_lr_max": [0.2, 0.6]}}}
-    plan = Plan(tmp_path, validated(ComparisonConfig, plan_values, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, plan_values, "the comparison"))
     grid = Tuner(plan, plan.arms[0])
     chosen = carried_out(grid, lambda run: run.options["inner_lr_max"])
     assert chosen["options"] == {"inner_lr": 0.1, "inner_lr_max": 0.2}
@@ -490,7 +490,7 @@ def test_few_settings_are_all_tried(tmp_path: Path) -> None:
 
 def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
     plan_values = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [1, 2]}}}
-    plan = Plan(tmp_path, validated(ComparisonConfig, plan_values, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, plan_values, "the comparison"))
     alone = Tuner(plan, plan.arms[0])
     assert (alone.trials, alone.remaining, alone.next_jobs(), alone.done, alone.chosen) == (0, 0, [], True, {})
 
@@ -499,7 +499,7 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
     few = {"label": "few", "task": "sinusoid", "options": {"shots": 3}}
     alone = {"seeds": [4, 5], "space": {"inner_lr": [0.5, 0.7]}, "options": {"steps": 7}}
     values = {"tasks": ["sinusoid", {**few, "tune": alone}], "tune": {"space": {"inner_lr": [0.1, 0.2, 0.3]}}}
-    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, values, "the comparison"))
     common, own = (Tuner(plan, arm) for arm in plan.arms)
     assert (common.runs, own.runs) == (3, 4)
     assert {run.options["inner_lr"] for run in common.next_jobs()} == {0.1, 0.2, 0.3}
@@ -516,13 +516,13 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
     ] * 2
     values["tasks"] = ["sinusoid", {**few, "tune": {"space": {"no_option": [1, 2]}}}]
     with pytest.raises(UnknownNameError, match="no_option"):
-        check_plan(Plan(tmp_path, validated(ComparisonConfig, values, "the comparison")))
+        check_plan(Plan(tmp_path, validate(ComparisonConfig, values, "the comparison")))
 
 
 def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
     tuned = {"label": "few", "task": "sinusoid", "options": OPTIONS, "tune": {"space": {"inner_lr": [0.01, 0.02]}}}
     values = {"tasks": [{"task": "sinusoid", "options": OPTIONS}, tuned]}
-    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, values, "the comparison"))
     plan.write()
     launcher = InThisProcess()
     comparison = Comparison(plan, launcher)
@@ -631,7 +631,7 @@ class LastFirst:
 
 def test_runs_are_counted_once_where_a_trial_ends_before_its_last_seed(tmp_path: Path) -> None:
     values = {"seeds": 4, "tune": {"space": {"inner_lr": [0.1, 0.2]}, "seeds": 3}}
-    plan = Plan(tmp_path, validated(ComparisonConfig, values, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, values, "the comparison"))
     totals = []
 
     class Watch:
@@ -669,7 +669,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
         "options": {**OPTIONS, "maml.inner_lr": 0.02},
         "tune": {"space": {"inner_lr": [0.001, 0.03, 1e30]}, "options": {"steps": 4}},
     }
-    plan = Plan(tmp_path, validated(ComparisonConfig, config, "the comparison"))
+    plan = Plan(tmp_path, validate(ComparisonConfig, config, "the comparison"))
     plan.write()
     launcher = InThisProcess()
     comparison = Comparison(plan, launcher)

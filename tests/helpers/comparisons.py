@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
-from metareg.util.intervals import half_width
+from metareg.util.intervals import compute_half_width
 
 INNER_STEPS = (0, 1, 5, 10)
 STEPS = 5000
@@ -78,7 +78,7 @@ def write_run(
             {
                 "inner_steps": k,
                 "mean": float(each.mean()),
-                "ci95": half_width(each),
+                "ci95": compute_half_width(each),
                 "tasks": tasks,
                 "scores": each.tolist(),
             }

@@ -27,11 +27,11 @@ import metareg.__main__
 import metareg.cli.app
 import metareg.runs.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
-from metareg.learner.processes import Processes, digest, joined
-from metareg.util.torchrun import place
+from metareg.learner.processes import Processes, hash_tensors, join_processes
+from metareg.util.torchrun import read_rank
 from samples import LOSSES, MODELS, episodes, tasks_of
 
-RANK = place().rank
+RANK = read_rank().rank
 
 
 # ------------------------------------------------------------------------------------------------------------- learners
@@ -67,8 +67,8 @@ class Momentum:
 
 def _reptile() -> type:
     """The example's class, which nothing installs."""
-    place = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("metareg_reptile", place)
+    read_rank = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("metareg_reptile", read_rank)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Reptile
@@ -148,7 +148,7 @@ def trained(case: str, processes: Processes) -> dict[str, Any]:
             logs.append(learner.logs)
         scores = learner.evaluate(Numbered(net), 5, inner_steps=(0, 2)).scores
     meta = learner.meta_parameters
-    return {"meta": meta, "digest": digest(meta), "logs": logs, "scores": scores}
+    return {"meta": meta, "digest": hash_tensors(meta), "logs": logs, "scores": scores}
 
 
 def drifted(processes: Processes) -> str:
@@ -278,10 +278,10 @@ def _spoken(arguments: Sequence[Any]) -> tuple[int, str]:
 def main(folder: Path) -> dict[str, Any]:
     """All that two processes do together."""
     found: dict[str, Any] = {}
-    with joined() as processes:
+    with join_processes() as processes:
         found["learners"] = {case: trained(case, processes) for case in LEARNERS}
         found["drifted"] = drifted(processes)
-        with joined() as again:  # the program's own group is used, and left as it is
+        with join_processes() as again:  # the program's own group is used, and left as it is
             found["again"] = again.gather(lambda: RANK)
         found["still"] = processes.gather(lambda: RANK)
 

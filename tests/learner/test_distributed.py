@@ -20,9 +20,9 @@ import torch
 
 import metareg
 from metareg import MetaregError, UsageError
-from metareg.learner.processes import Processes, joined, tasks_of
+from metareg.learner.processes import Processes, join_processes, select_tasks
 from metareg.util.signals import StopRequest
-from metareg.util.torchrun import place
+from metareg.util.torchrun import read_rank
 from processes import environment
 from ranks import COMMAND, LEARNERS, learner_of, run_of, trained
 from reference import NETS, meta_gradient
@@ -159,10 +159,10 @@ def test_shares_are_all_and_equal(count: int, size: int) -> None:
 def test_tasks_are_numbered_through_the_stacks() -> None:
     batch = episodes("mlp", 7)
     stacks = [batch[:1], batch[1:4], batch[4:]]
-    chosen = tasks_of(stacks, range(2, 6))
+    chosen = select_tasks(stacks, range(2, 6))
     assert [len(stack) for stack in chosen] == [2, 2]
     assert torch.equal(torch.cat([stack.support_x for stack in chosen]), batch[2:6].support_x)
-    assert tasks_of(stacks, range(3, 3)) == []
+    assert select_tasks(stacks, range(3, 3)) == []
 
 
 # ----------------------------------------------------------------------------------------------------------------- runs
@@ -295,8 +295,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
 
 def test_one_process_where_nothing_launched_several(launched: pytest.MonkeyPatch) -> None:
     launched.setenv("WORLD_SIZE", "8")  # some schedulers set it
-    assert place().size == 1
-    with joined() as processes:
+    assert read_rank().size == 1
+    with join_processes() as processes:
         assert processes.size == 1
         assert processes.first(lambda: 1) == processes.each(lambda: 1) == 1
         assert processes.gather(lambda: 1) == [1]

@@ -14,7 +14,7 @@ import pytest
 
 import metareg
 from metareg import PluginConfig, PluginError, UnknownNameError, UsageError
-from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, entries, find, resolve
+from metareg.registry.plugins import DISABLE_VARIABLE, KINDS, find_entry, list_entries, resolve
 
 ROOT = Path(metareg.__file__).parents[1]
 Install = Callable[..., Path]
@@ -45,21 +45,21 @@ def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
 
 
 def test_shipped_plugins_are_listed() -> None:
-    found = {(entry.kind, entry.name) for entry in entries()}
+    found = {(entry.kind, entry.name) for entry in list_entries()}
     assert found >= {
         *(("algorithms", name) for name in ("maml", "anil", "boil", "metasgd")),
         *(("augmenters", name) for name in ("cml", "gradient-noise", "dropgrad")),
         *(("tasks", name) for name in ("sinusoid", "harmonic", "sinusoid-line")),
         ("models", "mlp"),
     }
-    assert [entry.kind for entry in entries()] == sorted((entry.kind for entry in entries()), key=KINDS.index)
-    assert {entry.distribution for entry in entries() if entry.name == "maml"} == {"metareg"}
+    assert [entry.kind for entry in list_entries()] == sorted((entry.kind for entry in list_entries()), key=KINDS.index)
+    assert {entry.distribution for entry in list_entries() if entry.name == "maml"} == {"metareg"}
 
 
 def test_listing_imports_neither_torch_nor_a_plugin() -> None:
     code = (
-        "import sys, json; import metareg; from metareg.registry.plugins import entries\n"
-        "entries = entries(); modules = {entry.target.partition(':')[0] for entry in entries}\n"
+        "import sys, json; import metareg; from metareg.registry.plugins import list_entries\n"
+        "entries = list_entries(); modules = {entry.target.partition(':')[0] for entry in entries}\n"
         "print(json.dumps([len(entries), sorted(modules & set(sys.modules)),\n"
         "    [name for name in ('torch', 'numpy', 'pydantic', 'matplotlib') if name in sys.modules]]))"
     )
@@ -71,7 +71,7 @@ def test_listing_imports_neither_torch_nor_a_plugin() -> None:
 
 def test_a_strangers_plugin_is_found_like_a_shipped_one(install: Install) -> None:
     install("strange-pkg", {"algorithms": {"strange": "strange_mod:Strange"}}, strange_mod="class Strange: pass")
-    entry = find("algorithms", "strange")
+    entry = find_entry("algorithms", "strange")
     assert (entry.distribution, entry.version, entry.qualified) == ("strange-pkg", "1.2", "strange-pkg:strange")
     assert "strange_mod" not in sys.modules
     assert resolve("algorithms", "strange").instance.__class__.__name__ == "Strange"
@@ -80,26 +80,26 @@ def test_a_strangers_plugin_is_found_like_a_shipped_one(install: Install) -> Non
 def test_name_clash_names_both_and_how_to_choose(install: Install) -> None:
     install("zeta", {"algorithms": {"maml": "zeta_mod:Mine"}}, zeta_mod="class Mine: pass")
     with pytest.raises(PluginError) as error:
-        find("algorithms", "maml")
+        find_entry("algorithms", "maml")
     text = str(error.value)
     assert "claimed by metareg and zeta" in text
     assert "'metareg:maml' or 'zeta:maml'" in text
-    assert find("algorithms", "zeta:maml").distribution == "zeta"
-    assert find("algorithms", "metareg:maml").distribution == "metareg"
-    assert find("augmenters", "cml").name == "cml"
-    assert [entry.distribution for entry in entries("algorithms") if entry.name == "maml"] == ["metareg", "zeta"]
+    assert find_entry("algorithms", "zeta:maml").distribution == "zeta"
+    assert find_entry("algorithms", "metareg:maml").distribution == "metareg"
+    assert find_entry("augmenters", "cml").name == "cml"
+    assert [entry.distribution for entry in list_entries("algorithms") if entry.name == "maml"] == ["metareg", "zeta"]
 
 
 def test_clash_is_solved_by_disabling_one(install: Install, monkeypatch: pytest.MonkeyPatch) -> None:
     install("zeta", {"algorithms": {"maml": "zeta_mod:Mine"}}, zeta_mod="class Mine: pass")
     monkeypatch.setenv(DISABLE_VARIABLE, " zeta:maml ")
-    assert find("algorithms", "maml").distribution == "metareg"
+    assert find_entry("algorithms", "maml").distribution == "metareg"
 
 
 def test_one_name_in_two_kinds_is_no_clash(install: Install) -> None:
     install("zeta", {"augmenters": {"maml": "zeta_mod:Mine"}}, zeta_mod="class Mine: pass")
-    assert find("algorithms", "maml").distribution == "metareg"
-    assert find("augmenters", "maml").distribution == "zeta"
+    assert find_entry("algorithms", "maml").distribution == "metareg"
+    assert find_entry("augmenters", "maml").distribution == "zeta"
 
 
 def test_a_distribution_that_stands_twice_on_the_path_counts_once(install: Install, tmp_path: Path) -> None:
@@ -108,13 +108,13 @@ def test_a_distribution_that_stands_twice_on_the_path_counts_once(install: Insta
     folder.mkdir()
     (folder / "entry_points.txt").write_text("[metareg.models]\nnet = net_mod:Old\n")
     (folder / "METADATA").write_text("Metadata-Version: 2.1\nName: Some.Pkg\nVersion: 1.1\n")
-    assert find("models", "net")
+    assert find_entry("models", "net")
 
 
 def test_distribution_without_metadata_breaks_nothing_else(install: Install) -> None:
     install("broken", {"algorithms": {"lost": "lost_mod:Lost"}}, metadata=False)
-    assert find("algorithms", "maml")
-    assert "maml" in {entry.name for entry in entries("algorithms")}
+    assert find_entry("algorithms", "maml")
+    assert "maml" in {entry.name for entry in list_entries("algorithms")}
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_distribution_without_metadata_breaks_nothing_else(install: Install) -> 
 )
 def test_unknown_names(kind: str, name: str, sentence: str) -> None:
     with pytest.raises(UnknownNameError, match=sentence) as error:
-        find(kind, name)
+        find_entry(kind, name)
     assert "metareg plugins" in str(error.value)
     assert error.value.exit_code == 2
 
@@ -140,9 +140,9 @@ def test_unknown_names(kind: str, name: str, sentence: str) -> None:
 def test_disabled_plugins(disabled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DISABLE_VARIABLE, disabled)
     with pytest.raises(UsageError, match=f"'maml' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}"):
-        find("algorithms", "maml")
-    assert "maml" not in {entry.name for entry in entries()}
-    assert find("algorithms", "anil")
+        find_entry("algorithms", "maml")
+    assert "maml" not in {entry.name for entry in list_entries()}
+    assert find_entry("algorithms", "anil")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,7 @@ def test_disabled_plugins(disabled: str, monkeypatch: pytest.MonkeyPatch) -> Non
 )
 def test_broken_plugins_cost_only_who_selects_them(source: str, cause: str, install: Install) -> None:
     install("bad-pkg", {"augmenters": {"bad": "bad_mod:Plugin"}}, bad_mod=source)
-    assert {"bad", "cml"} <= {entry.name for entry in entries("augmenters")}
+    assert {"bad", "cml"} <= {entry.name for entry in list_entries("augmenters")}
     assert resolve("augmenters", "cml")
     with pytest.raises(PluginError) as error:
         resolve("augmenters", "bad")

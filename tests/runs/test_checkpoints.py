@@ -34,8 +34,8 @@ from metareg import (
 )
 from metareg.learner.training import Progress, Schedule, fit
 from metareg.registry.sources import TaskSource
-from metareg.runs.checkpoints import Checkpoints, Keeper
-from metareg.util.files import LinesFile, locked
+from metareg.runs.checkpoints import CheckpointManager, Checkpoints
+from metareg.util.files import LinesFile, lock_folder
 from metareg.util.signals import StopRequest
 from processes import environment
 
@@ -385,7 +385,7 @@ class Training:
         self.progress = Progress()
         self.lines = LinesFile(folder / "metrics.jsonl")
         self.store = Checkpoints(folder, 2)
-        self.keeper = Keeper(
+        self.manager = CheckpointManager(
             self.store, self.learner, self.progress, [self.lines],
             every_steps=2, every_minutes=60, stop=StopRequest(),
         )  # fmt: skip
@@ -396,10 +396,10 @@ class Training:
 
     def run(self) -> tuple[dict[str, Tensor], bytes]:
         """Train to the end from where it stands; the weights and the lines."""
-        if not self.keeper.restore():
-            self.keeper.save()
+        if not self.manager.restore():
+            self.manager.save()
         schedule = Schedule(steps=7, meta_batch=2, log_every=3)
-        fit(self.learner, TaskSource.of(Recorder()), schedule, [self], progress=self.progress, keeper=self.keeper)
+        fit(self.learner, TaskSource.of(Recorder()), schedule, [self], progress=self.progress, manager=self.manager)
         return self.learner.meta_parameters, self.lines.path.read_bytes()
 
 
@@ -426,7 +426,7 @@ def test_a_checkpoint_that_fails_at_any_step_harms_nothing(tmp_path: Path, monke
         shim.count, shim.fail_at = 0, number
         training = Training(folder)
         message = _failure(training.run)
-        saved = training.keeper.last_saved
+        saved = training.manager.last_saved
         if message and saved is not None:
             assert f"The checkpoint after step {saved} is still good." in message
             training.store.load(saved)
@@ -482,8 +482,8 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
 
 def test_only_one_process_works_on_a_run(stopped: Path, finished: Path) -> None:
     script = (
-        "import sys, time; from pathlib import Path; from metareg.util.files import locked\n"
-        "with locked(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
+        "import sys, time; from pathlib import Path; from metareg.util.files import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print(flush=True); time.sleep(600)"
     )
     with subprocess.Popen([sys.executable, "-c", script, str(stopped)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -496,9 +496,9 @@ def test_only_one_process_works_on_a_run(stopped: Path, finished: Path) -> None:
 
 
 def test_a_lock_is_for_one_thread_too(tmp_path: Path) -> None:
-    with locked(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()}"), locked(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()}"), lock_folder(tmp_path):
         pass
-    with locked(tmp_path):
+    with lock_folder(tmp_path):
         pass
 
 
@@ -687,7 +687,7 @@ def test_no_checkpoint_is_written_of_weights_that_are_not_finite(tmp_path: Path)
     training.run()
     training.learner.meta_parameters["weight"].fill_(torch.nan)
     with pytest.raises(DivergenceError, match="after step 7 the meta-parameter 'weight' is not finite"):
-        training.keeper.save()
+        training.manager.save()
 
 
 # ------------------------------------------------------------------------------------------------------------- machine
@@ -714,7 +714,7 @@ def test_global_generators_go_on(tmp_path: Path) -> None:
     def draw() -> list[float]:
         return [random.random(), float(np.random.rand()), torch.rand(()).item()]
 
-    training.keeper.save()
+    training.manager.save()
     drawn = draw()
-    training.keeper.restore()
+    training.manager.restore()
     assert draw() == drawn

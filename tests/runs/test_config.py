@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from metareg import PluginConfig, PluginError, Task, TaskSpec, UnknownNameError, UsageError
-from metareg.contract.config import under_present_names
+from metareg.contract.config import update_names
 from metareg.learner.config import LearnerConfig
 from metareg.runs.config import RunConfig
 from metareg.runs.options import assemble, parse_assignments
@@ -371,13 +371,13 @@ def test_stored_options_are_read_under_their_present_names() -> None:
 
     assert assemble({"augment": [Normed]}, {"norm": 1}).augmenters[0].config.norm == 1
     stored = {"norm": "support", "augment": [{"name": "normed", "config": {"norm": 1}}]}
-    assert under_present_names(LearnerConfig, stored) == {
+    assert update_names(LearnerConfig, stored) == {
         "bn_statistics": "support", "augment": [{"name": "normed", "config": {"norm": 1}}],
     }  # fmt: skip
     model = {"name": "conv4", "config": {"norm": "group"}}
     assert assemble({"task": "glyphs", "model": model}, {}).config.model.config["norm_layer"] == "group"  # type: ignore[union-attr]
     both = {"norm": 1, "bn_statistics": "support"}
-    assert under_present_names(LearnerConfig, both) == both
+    assert update_names(LearnerConfig, both) == both
 
 
 def test_assignments() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from metareg.registry.plugins import entries
+from metareg.registry.plugins import list_entries
 from processes import Command, Nursery, kill
 
 RESULT = ("config.yaml", "metrics.jsonl", "results.json", "checkpoints/final.safetensors")
@@ -58,7 +58,7 @@ class Case:
 
 
 def _installed(kind: str) -> list[str]:
-    return [entry.name for entry in entries(kind) if entry.distribution == "metareg"]
+    return [entry.name for entry in list_entries(kind) if entry.distribution == "metareg"]
 
 
 def _short() -> list[Case]:

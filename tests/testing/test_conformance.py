@@ -8,7 +8,7 @@ import pytest
 
 from metareg.engine.strategies import find_compiler
 from metareg.errors import MetaregError
-from metareg.registry.plugins import Entry, entries, resolve
+from metareg.registry.plugins import Entry, list_entries, resolve
 from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinations
 
 # The parity tests compare the strategies of the shipped plugins, the matrix those of all.
@@ -26,7 +26,7 @@ def _needs_data(entry: Entry) -> bool:
 def _checks(*, with_data: bool) -> list[object]:
     return [
         pytest.param(check, id=f"{entry.kind}-{entry.name}-{check}", marks=_SLOW if _is_slow(check) else ())
-        for entry in entries()
+        for entry in list_entries()
         if _needs_data(entry) == with_data
         for check in checks(entry.kind, entry.qualified)
         if check.name != "composition"  # the combinations below
@@ -59,13 +59,13 @@ def test_combination(combination: Combination) -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
 def test_compiled() -> None:
-    name = entries("algorithms")[0].name
+    name = list_entries("algorithms")[0].name
     (check,) = [each for each in checks("algorithms", name, compiled=True) if each.name == "compiled"]
     check()
 
 
 def test_every_shipped_plugin_states_its_contract() -> None:
-    shipped = [entry for entry in entries() if entry.distribution == "metareg"]
+    shipped = [entry for entry in list_entries() if entry.distribution == "metareg"]
     assert shipped
     assert [entry.name for entry in shipped if not hasattr(entry.load(), "contract")] == []
 

@@ -25,7 +25,7 @@ from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.reporting import report
 from metareg.runs.plots import inner_steps
 from metareg.runs.run import Run
-from metareg.util.intervals import half_width
+from metareg.util.intervals import compute_half_width
 
 
 def scipys(scores: Any) -> float:
@@ -44,7 +44,9 @@ def test_it_is_scipys(count: int) -> None:
     expected = pytest.approx(scipys(scores), rel=1e-12)
     assert of_scores(*scores).ci95(1) == expected
     # one function: the same bits
-    assert of_scores(*scores).ci95(1) == half_width(scores) == over_tasks([scores]).half == over_seeds(scores).half
+    assert (
+        of_scores(*scores).ci95(1) == compute_half_width(scores) == over_tasks([scores]).half == over_seeds(scores).half
+    )
 
 
 def test_what_is_none_and_what_is_zero() -> None:

@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.engine.strategies import find_compiler
-from metareg.util.seeding import generator_for
+from metareg.util.seeding import create_generator
 from metareg_dropgrad import DropGrad
 from metareg_graph import CSBM, GCN, SGC, Cora, GraphSAGE
 from metareg_image.glyphs import Glyphs
@@ -191,7 +191,7 @@ def learner_of(case: Case, task: Any) -> MetaLearner:
 
 def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
     """What dropgrad makes of a task's gradients in an inner step, by the noise that it draws for them."""
-    generator = generator_for(SEED, "noise", "task", "dropgrad", step, task)
+    generator = create_generator(SEED, "noise", "task", "dropgrad", step, task)
     shapes = {name: tuple(value.shape) for name, value in grads.items()}
     noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)
     return {name: value * noise[inner_step][name] for name, value in grads.items()}

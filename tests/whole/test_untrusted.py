@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from metareg import Episodes, MetaLearner, MetaregError, RunConfig, TaskSpec, UsageError
 from metareg.cli.app import run as command
 from metareg.learner.training import Progress
-from metareg.runs.checkpoints import Checkpoints, Keeper
+from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.options import assemble
 from metareg.runs.run import Run
 from metareg.runs.training import resume
@@ -172,9 +172,9 @@ def test_made_up_checkpoints_are_refused_or_harmless(tmp_path: Path, data: st.Da
     folder = tmp_path / "made-up"
     folder.mkdir(exist_ok=True)
     learner, progress, store = _learner(), Progress(), Checkpoints(folder, 1)
-    keeper = Keeper(store, learner, progress, [], every_steps=None, every_minutes=1, stop=StopRequest())
+    manager = CheckpointManager(store, learner, progress, [], every_steps=None, every_minutes=1, stop=StopRequest())
     learner.step(_EPISODES)
-    keeper.save()
+    manager.save()
     file = TensorFile(store.path(1), "checkpoint")
     content, tensors = dict(file.header["content"]), file.read()
     if data.draw(st.booleans()):
@@ -188,7 +188,7 @@ def test_made_up_checkpoints_are_refused_or_harmless(tmp_path: Path, data: st.Da
     place[key] = _finite(data.draw(_VALUES))
     write_tensors(store.path(1), tensors, file.header | {"content": content})
     try:
-        keeper.restore()
+        manager.restore()
     except MetaregError:
         return
     learner.step(_EPISODES)
