@@ -341,7 +341,7 @@ def plugins_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
 
 def plugin_page(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
-    from metareg.comparison.space import domain_text
+    from metareg.contract.search import describe_search_space
     from metareg.registry.dispatch import list_hooks
 
     parts: list[RenderableType] = [
@@ -359,7 +359,9 @@ def plugin_page(entry: Entry, cls: type) -> RenderableType:
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             cells = [name, default, _allowed(field), field.description or ""]
             if searched:
-                cells.insert(3, domain_text(f"{entry.kind.removesuffix('s')} '{entry.name}'", name, field) or "nothing")
+                cells.insert(
+                    3, describe_search_space(f"{entry.kind.removesuffix('s')} '{entry.name}'", name, field) or "nothing"
+                )
             table.add_row(*map(escape, cells))
         parts += [Text(), table]
     wishes = getattr(cls, "recommended", {})

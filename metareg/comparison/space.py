@@ -1,4 +1,4 @@
-"""Values to choose from: sweeps that a user writes, and ranges that the plugins' own options allow.
+"""Values to choose from: sweeps that a user writes, and what the plugins of an arm declare.
 
 Options are named as ``metareg train --set`` names them. One that the algorithm, an augmenter or the model of an arm does not
 have is none of that arm's.
@@ -7,31 +7,37 @@ have is none of that arm's.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import UnionType
-from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, TypeAdapter, ValidationError, model_validator
+from pydantic import AfterValidator, BeforeValidator, model_validator
 from pydantic.fields import FieldInfo
 
-from metareg.contract.config import Field, PluginConfig, validate
-from metareg.errors import PluginError, UnknownNameError, UsageError, nearest
+from metareg.contract.config import Field, PluginConfig
+from metareg.contract.search import (
+    Domain,
+    Range,
+    RelativeRange,
+    check_distinct,
+    check_domain,
+    format_domain,
+    get_declared_domain,
+    parse_domain,
+)
+from metareg.errors import UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, get_config_class
 from metareg.runs.config import RunConfig
 from metareg.runs.options import Selection, parse_assignments
 
 __all__ = [
     "Dimension",
-    "Range",
     "Seeds",
     "Tuning",
     "check",
     "dimensions",
-    "domain_text",
     "seeds_of",
     "split_assignments",
 ]
@@ -41,39 +47,11 @@ GRID: Final = "grid"
 _LARGEST_SWEEP = 1000
 _LARGEST_GRID = 1000
 _MOST_SEEDS = 1000
-_FACTOR = 10
-"""How far an option with an open bound is searched from its default, up and down."""
-_MARGIN = 0.01
-"""The part of a range that is left out at a bound which is itself not allowed."""
-_DECADES = 100
-"""Bounds that are further apart than this factor are searched on a logarithmic scale."""
 
 _OF_A_RUN = (
     "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "reset_optimizer_every", "select",
 )  # fmt: skip
 """Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
-
-
-class Range(PluginConfig):
-    """Numbers between two bounds, which are among them."""
-
-    low: float = Field(description="The least.")
-    high: float = Field(description="The greatest.")
-    log: bool = Field(False, description="Search on a logarithmic scale.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Range:
-        if not self.low < self.high:
-            raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
-        if self.log and self.low <= 0:
-            raise ValueError(f"a logarithmic scale begins above 0, not at low = {self.low:g}")
-        return self
-
-    def __str__(self) -> str:
-        return f"{self.low:g} to {self.high:g}{', log' if self.log else ''}"
-
-
-Domain = Range | list[Any]
 
 
 # -------------------------------------------------------------------------------------------------------------- sweeps
@@ -140,7 +118,7 @@ def _values(key: str, parts: Sequence[str]) -> list[Any]:
     for part in parts:
         call = _call(part)
         values += [parse_assignments([f"{key}={part}"])[key]] if call is None else _called(key, *call)
-    return _distinct(key, values)
+    return check_distinct(key, values)
 
 
 def _called(key: str, name: str, arguments: str) -> list[Any]:
@@ -209,16 +187,6 @@ _FUNCTIONS: dict[str, tuple[str, tuple[int, ...], Any]] = {
 }
 
 
-def _distinct(key: str, values: Sequence[Any]) -> list[Any]:
-    if not values:
-        raise UsageError(f"'{key}' has no values to choose from; write them as {key}: [VALUE, VALUE].")
-    texts = [json.dumps(value, default=str) for value in values]
-    twice = [text for text in texts if texts.count(text) > 1]
-    if twice:
-        raise UsageError(f"'{key}' is to be chosen from values of which {twice[0]} stands twice.")
-    return [*values]
-
-
 # ------------------------------------------------------------------------------------------------------- configuration
 
 
@@ -228,19 +196,12 @@ def _domains(given: Any) -> Any:
 
 def _domain(key: str, value: Any) -> Domain | None:
     """What a user wrote in a file: a list, a range, a text as after ``--set``, or nothing."""
-    if isinstance(value, Range | None):
-        return value
-    if isinstance(value, Mapping):
-        return validate(Range, value, f"the range of '{key}'")
-    if isinstance(value, list | tuple):
-        return _distinct(key, value)
+    if value is None:
+        return None
     parts = _parts(key, value) if isinstance(value, str) else []
     if len(parts) > 1 or (parts and _call(parts[0])):
         return _values(key, parts)
-    raise UsageError(
-        f"'{key}' is to be chosen from [VALUE, VALUE] or {{low: …, high: …}}; {value!r} is neither. An option with one "
-        "value belongs under 'options'."
-    )
+    return parse_domain(key, value)
 
 
 def _trials(given: Any) -> Any:
@@ -288,10 +249,10 @@ class Tuning(PluginConfig):
         None,
         description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
     )
-    space: Annotated[dict[str, list[Any] | Range | None], BeforeValidator(_domains)] = Field(
+    space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_domains)] = Field(
         {},
-        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, or null for those that "
-        "the option's own bounds imply. Empty, whatever the algorithm and the augmenters have bounds for.",
+        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, {factor: …} around the "
+        "option's default, or null for what its plugin declares. Empty, all that the algorithm and the augmenters declare.",
     )
     options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
 
@@ -313,14 +274,17 @@ class Dimension:
 
     key: str
     """As in ``--set``."""
-    domain: Domain
-    whole: bool
-    """Whether it takes whole numbers only."""
+    domain: Range | list[Any]
     default: Any
     """Its value where none is chosen: the comparison's, the task's or the plugin's."""
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is a range of whole numbers."""
+        return isinstance(self.domain, Range) and isinstance(self.domain.low, int)
+
     def __str__(self) -> str:
-        return f"{self.key}: {_text(self.domain)}"
+        return f"{self.key}: {format_domain(self.domain)}"
 
 
 @dataclass(frozen=True)
@@ -333,14 +297,20 @@ class _Option:
     name: str
     default: Any
 
-    def recommended(self) -> Domain | None:
-        """The values to search that its plugin says or its bounds imply."""
-        declared = _declared(self.owner, self.name, self.field)
-        return _implied(self.field, self.default) if declared is None else declared or None
+    def choose_domain(self, key: str, given: Domain | None = None) -> Range | list[Any] | None:
+        """The values to search that a user gives, else those that the plugin declares; None where there are none.
 
-    @property
-    def whole(self) -> bool:
-        return _number_type(self.field) is int
+        Args:
+            key: how the user names the option.
+            given: what the user says.
+
+        Raises:
+            UsageError: one of these is none that the option can have.
+        """
+        domain = given or get_declared_domain(self.owner, self.name, self.field)
+        if isinstance(domain, RelativeRange):
+            domain = domain.around(self.default)
+        return None if domain is None else check_domain(key, self.field, domain)
 
 
 def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
@@ -359,11 +329,17 @@ def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
         if not any(_found(key, selection) for selection in arms.values()):
             known = {name for selection in arms.values() for name, _ in _options(selection, "algo", "augment", "model")}
             raise UnknownNameError("option to choose", key, {*known, *_OF_A_RUN})
+    spaces = []
     for name, selection in arms.items():
         try:
-            dimensions(tuning, selection)
+            spaces.append(dimensions(tuning, selection))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
+    if not any(spaces):
+        raise UsageError(
+            "There is nothing to search: no algorithm or augmenter of the comparison declares values of an option; give "
+            "some, as --set KEY=VALUE,VALUE."
+        )
 
 
 def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
@@ -377,8 +353,8 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
         UsageError: an option has no such values, or two keys mean the same one.
     """
     if not tuning.space:
-        own = ((key, option, option.recommended()) for key, option in _options(selection, "algo", "augment"))
-        return [Dimension(key, domain, option.whole, option.default) for key, option, domain in own if domain]
+        own = ((key, option, option.choose_domain(key)) for key, option in _options(selection, "algo", "augment"))
+        return [Dimension(key, domain, option.default) for key, option, domain in own if domain]
     chosen: dict[tuple[str, str], tuple[str, _Option]] = {}
     for key in tuning.space:
         for option in _found(key, selection):
@@ -399,19 +375,19 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
 
 
 def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
-    domain = tuning.space.get(key) or option.recommended() or _implied(option.field, option.default)
+    domain = option.choose_domain(key, tuning.space[key])
     if domain is None:
         raise UsageError(
-            f"'{key}' has no range of its own to search; give values, as --set {key}=VALUE,VALUE, or in a file as "
-            f"tune: {{space: {{{key}: {{low: …, high: …}}}}}}."
+            f"'{key}' declares nothing to search; give values, as --set {key}=VALUE,VALUE, or a range in a file, as "
+            f"tune: {{space: {{{key}: {{low: …, high: …}}}}}}; a plugin declares one in the option's Field, as "
+            "json_schema_extra={'search': …}."
         )
-    domain = _checked(key, option.field, domain)
     if tuning.trials == GRID and isinstance(domain, Range):
         steps = f"{'geom' if domain.log else 'lin'}space({domain.low:g},{domain.high:g},5)"
         raise UsageError(
             f"A grid needs values of '{key}', not a range; write {key}={steps}, or give a number of trials."
         )
-    return Dimension(key, domain, option.whole, option.default)
+    return Dimension(key, domain, option.default)
 
 
 def _plugins(selection: Selection) -> list[tuple[str, Plugin]]:
@@ -468,133 +444,3 @@ def _no_choice(key: str) -> UsageError:
         f"'{key}' cannot be chosen by validation: it is none of the options that say how an arm learns, which are those of "
         f"its algorithm, augmenters and model, and {', '.join(_OF_A_RUN)}."
     )
-
-
-# ------------------------------------------------------------------------------------------ what the plugins recommend
-
-
-def domain_text(plugin: str, name: str, field: FieldInfo) -> str:
-    """What a search chooses an option from, for a reader; empty where it leaves the option alone.
-
-    Args:
-        plugin: how messages name the plugin.
-        name: the option.
-        field: the option's field in the plugin's `Config`.
-    """
-    declared = _declared(plugin, name, field)
-    if declared is not None:
-        return _text(declared) if declared else ""
-    default = None if field.is_required() else field.get_default(call_default_factory=True)
-    implied = _implied(field, default)
-    if isinstance(implied, Range) and not _closed(field):
-        return f"default ÷ {_FACTOR} to × {_FACTOR}, log"
-    return _text(implied) if implied else ""
-
-
-def _text(domain: Domain) -> str:
-    if isinstance(domain, Range):
-        return str(domain)
-    return ", ".join(value if isinstance(value, str) else json.dumps(value) for value in domain)
-
-
-def _declared(plugin: str, name: str, field: FieldInfo) -> Domain | None:
-    """What the field says in ``json_schema_extra={"search": …}``; empty where it is to be left alone."""
-    extra = field.json_schema_extra
-    declared = extra.get("search") if isinstance(extra, Mapping) else None
-    if declared is None:
-        return None
-    try:
-        domain = [] if declared is False else _domain(name, declared)
-        return _checked(name, field, domain) if domain else []
-    except UsageError as error:
-        raise PluginError(f"The option '{name}' of the {plugin} declares a search that cannot be: {error}") from error
-
-
-def _checked(key: str, field: FieldInfo, domain: Domain) -> Domain:
-    """The domain in the field's own type.
-
-    Raises:
-        UsageError: it holds a value that the option cannot have.
-    """
-    typed: Any = Annotated[field.annotation, field]  # with the bounds
-
-    def value(given: Any) -> Any:
-        try:
-            return TypeAdapter(typed).validate_python(given)
-        except ValidationError as error:
-            problem = error.errors()[0]["msg"].replace("Input should be", "it should be")
-            raise UsageError(f"{key} = {given!r} cannot be used: {problem[0].lower()}{problem[1:]}.") from error
-
-    if isinstance(domain, list):
-        return _distinct(key, [value(each) for each in domain])
-    if _number_type(field) is None:
-        raise UsageError(f"'{key}' is no number; it is chosen from a list, as [VALUE, VALUE].")
-    return domain.model_copy(update={"low": value(domain.low), "high": value(domain.high)})
-
-
-def _implied(field: FieldInfo, default: Any) -> Domain | None:
-    """What the type and the bounds of a field imply."""
-    kinds, _ = _unwrapped(field)
-    if len(kinds) == 1 and get_origin(kinds[0]) is Literal:
-        return [*get_args(kinds[0])]
-    if kinds == [bool]:
-        return [False, True]
-    kind = _number_type(field)
-    if kind is None:
-        return None
-    low, high = _bounds(field)
-    if _closed(field):
-        log = low > 0 and high / low >= _DECADES
-    elif isinstance(default, int | float) and default > 0:
-        low, high, log = max(low, default / _FACTOR), min(high, default * _FACTOR), True
-    else:
-        return None
-    if kind is int:
-        low, high = math.ceil(low), math.floor(high)
-    return Range(low=low, high=high, log=log) if low < high else None
-
-
-def _bounds(field: FieldInfo) -> tuple[float, float]:
-    """The least and the greatest value to try; infinite where there is no bound."""
-    given = {
-        sign: float(value)
-        for constraint in _unwrapped(field)[1]
-        for sign in ("gt", "ge", "lt", "le")
-        if (value := getattr(constraint, sign, None)) is not None
-    }
-    low, high = given.get("gt", given.get("ge", -math.inf)), given.get("lt", given.get("le", math.inf))
-
-    def margin(bound: float) -> float:
-        width = high - low
-        return 1 if _number_type(field) is int else _MARGIN * (width if math.isfinite(width) else abs(bound))
-
-    return low + (margin(low) if "gt" in given else 0), high - (margin(high) if "lt" in given else 0)
-
-
-def _closed(field: FieldInfo) -> bool:
-    return all(map(math.isfinite, _bounds(field)))
-
-
-def _number_type(field: FieldInfo) -> type[int] | type[float] | None:
-    kinds = {*_unwrapped(field)[0]}
-    if not kinds or kinds - {int, float}:
-        return None
-    return float if float in kinds else int
-
-
-def _unwrapped(field: FieldInfo) -> tuple[list[Any], list[Any]]:
-    """The types that a field takes beside None, and its constraints."""
-    kinds, constraints, waiting = [], [*field.metadata], [field.annotation]
-    while waiting:
-        kind = waiting.pop()
-        origin = get_origin(kind)
-        if origin in (Union, UnionType):
-            waiting += get_args(kind)
-        elif origin is Annotated:
-            inner, *metadata = get_args(kind)
-            waiting.append(inner)
-            for each in metadata:
-                constraints += each.metadata if isinstance(each, FieldInfo) else [each]
-        elif kind is not type(None):
-            kinds.append(kind)
-    return kinds, constraints

@@ -18,7 +18,8 @@ from typing import Any
 
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import divergence
-from metareg.comparison.space import GRID, Dimension, Range, dimensions
+from metareg.comparison.space import GRID, Dimension, dimensions
+from metareg.contract.search import Range
 from metareg.errors import UsageError
 from metareg.runs.options import assemble
 from metareg.util.files import read_json, write_json

@@ -18,7 +18,9 @@ class LearnerConfig(PluginConfig):
     seed: int = Field(0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks.")
     inner_steps: int = Field(1, ge=1, description="Adaptation steps on the support set in training.")
     first_order: bool = Field(False, description="Treat inner gradients as constants in the meta-gradient.")
-    outer_lr: float = Field(1e-3, gt=0, description="Step size of the outer Adam.")
+    outer_lr: float = Field(
+        1e-3, gt=0, description="Step size of the outer Adam.", json_schema_extra={"search": {"factor": 10}}
+    )
     reset_optimizer_every: int | None = Field(
         None,
         ge=1,

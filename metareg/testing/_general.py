@@ -7,9 +7,9 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from metareg.comparison.space import domain_text
 from metareg.contract.config import PluginConfig
 from metareg.contract.hookspecs import CONTRACT_VERSION
+from metareg.contract.search import describe_search_space
 from metareg.errors import UsageError
 from metareg.registry.dispatch import create_plugin_manager
 from metareg.registry.plugins import list_names
@@ -47,7 +47,7 @@ def check_configuration(subject: Subject) -> None:
                 f"The option '{name}' of the {plugin.label} has no description.",
                 f"write {name}: … = Field(…, description='what it is, and its unit').",
             )
-        domain_text(plugin.label, name, field)  # refuses values to search that the option cannot have
+        describe_search_space(plugin.label, name, field)  # refuses values to search that the option cannot have
     try:
         cls.model_validate({**subject.config, "no-such-option": 1})
     except ValidationError:

@@ -39,11 +39,11 @@ class CML:
             # A factor of 10 below the default for regression and above that for classes.
             json_schema_extra={"search": {"low": 0.005, "high": 10.0, "log": True}},
         )
+        # Not searched: it decides the cost of a step.
         width: int | None = Field(
             None,
             ge=1,
             description="Hidden width of the co-learner; unset, that of the features (128 at most for vectors).",
-            json_schema_extra={"search": False},  # it decides the cost of a step
         )
 
     def __init__(self, config: Config) -> None:

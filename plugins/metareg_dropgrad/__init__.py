@@ -32,7 +32,11 @@ class DropGrad:
             # Beyond, what is left of the gradient is multiplied by more than 5.
             json_schema_extra={"search": {"low": 0.0, "high": 0.8}},
         )
-        kind: Literal["bernoulli", "gaussian"] = Field("bernoulli", description="Distribution of the noise.")
+        kind: Literal["bernoulli", "gaussian"] = Field(
+            "bernoulli",
+            description="Distribution of the noise.",
+            json_schema_extra={"search": ["bernoulli", "gaussian"]},
+        )
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -26,13 +26,14 @@ class GradientNoise:
     exact_gradient = False  # the scale of relative noise is a constant of the meta-gradient
 
     class Config(PluginConfig):
-        sigma: float = Field(0.1, ge=0, description="Standard deviation σ of the noise.")
-        where: Literal["inner", "outer"] = Field("inner", description="Which gradient gets the noise.")
-        relative: bool = Field(
-            True,
-            description="Measure σ in units of the gradient's norm.",
-            json_schema_extra={"search": False},  # what a good σ is depends on it
+        sigma: float = Field(
+            0.1, ge=0, description="Standard deviation σ of the noise.", json_schema_extra={"search": {"factor": 10}}
         )
+        where: Literal["inner", "outer"] = Field(
+            "inner", description="Which gradient gets the noise.", json_schema_extra={"search": ["inner", "outer"]}
+        )
+        # Not searched: what a good σ is depends on it.
+        relative: bool = Field(True, description="Measure σ in units of the gradient's norm.")
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -24,7 +24,9 @@ class MetaSGD:
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
-        inner_lr: float = Field(0.01, gt=0, description="Initial step size of every weight.")
+        inner_lr: float = Field(
+            0.01, gt=0, description="Initial step size of every weight.", json_schema_extra={"search": {"factor": 10}}
+        )
         inner_lr_max: float | None = Field(
             None, gt=0, description="Draw the initial step sizes uniformly between inner_lr and this."
         )

@@ -24,9 +24,10 @@ from metareg.comparison.plan import check as check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
-from metareg.comparison.space import Range, Tuning, check, dimensions, domain_text, split_assignments
+from metareg.comparison.space import Tuning, check, dimensions, split_assignments
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.contract.config import validate
+from metareg.contract.search import Range, describe_search_space
 from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_json, write_text
 from metareg.util.signals import StopRequest
@@ -100,12 +101,14 @@ def test_tuning_survives_being_written() -> None:
     ("values", "sentence"),
     [
         ({}, "a grid needs values in 'space'"), ({"trials": 1}, "a number from 2 on"), ({"trials": "all"}, "or grid"),
-        ({"space": {"a": 0.1}}, "0.1 is neither. An option with one value belongs under 'options'"),
-        ({"space": {"a": "0.1"}}, "'0.1' is neither"), ({"space": {"a": []}}, "'a' has no values"),
+        ({"space": {"a": 0.1}}, "0.1 is none of these"),
+        ({"space": {"a": "0.1"}}, "'0.1' is none of these"), ({"space": {"a": []}}, "'a' has no values"),
         ({"space": {"a": [1, 1]}}, "1 stands twice"), ({"space": {"a": {"low": 1}}}, "'high' is required"),
         ({"space": {"a": {"low": 2, "high": 1}}}, "low = 2 must be below high = 1"),
         ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "begins above 0"),
-        ({"space": {"a": {"low": 0, "hihg": 1}}}, "did you mean 'high'"), ({"space": [1]}, "dictionary"),
+        ({"space": {"a": {"low": 0, "hihg": 1}}}, "did you mean 'high'"),
+        ({"space": {"a": {"factor": 1}}}, "greater than 1"),
+        ({"space": [1]}, "dictionary"),
         ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "seeds": [0, 0]}, "the seed '0' stands twice"),
         ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
         ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be chosen and has one value"),
@@ -152,37 +155,38 @@ def test_what_the_shipped_plugins_have_searched(chosen: dict[str, Any], space: d
 
 
 def test_keys_that_the_user_names() -> None:
-    named = tuning(trials=5, space={"mlp.hidden": [[4], [5]], "outer_lr": None, "first_order": None, "cml.width": None})
+    space = {
+        "mlp.hidden": [[4], [5]],
+        "outer_lr": None,
+        "first_order": [False, True],
+        "gradient-noise.sigma": {"factor": 2},
+    }
+    named = tuning(trials=5, space=space)
     expected = {"mlp.hidden": "[4], [5]", "outer_lr": "0.0001 to 0.01, log", "first_order": "false, true"}
     assert searched(named) == expected
-    assert searched(named, augment="cml", **{"cml.width": 20}) == {**expected, "cml.width": "2 to 200, log"}
+    sigma = {"gradient-noise.sigma": "10 to 40, log"}
+    assert searched(named, augment="gradient-noise", **{"gradient-noise.sigma": 20}) == expected | sigma
     both = tuning(space={"inner_lr": [1, 2], "maml.inner_lr": ["1e-3", 4]})
     assert searched(both) == {"maml.inner_lr": "0.001, 4.0"}
     assert searched(both, algo="metasgd") == {"inner_lr": "1.0, 2.0"}
 
 
 class Many:
-    """An augmenter with options of every sort."""
+    """An augmenter whose options declare searches of every sort."""
 
     name = "many"
 
     class Config(PluginConfig):
-        closed: float = Field(0.5, ge=-1, le=1, description="Linear between its bounds.")
-        momentum: float = Field(0.9, ge=0, lt=1, description="One bound is not allowed.")
-        wide: float = Field(1.0, gt=0, le=1000, description="Bounds far apart, the lower one not allowed.")
-        decades: float = Field(1.0, ge=0.001, le=10, description="Bounds far apart.")
-        clipped: float = Field(0.3, gt=0, le=1, description="Closed all the same.")
-        upper: float = Field(0.5, lt=1, description="No lower bound.")
-        count: int = Field(4, ge=1, lt=9, description="Whole.")
-        layers: int = Field(3, ge=1, description="Whole and open.")
-        maybe: int | None = Field(None, ge=1, description="No default to begin from.")
-        zero: float = Field(0.0, ge=0, description="No scale to begin from.")
-        kind: Literal["a", "b"] | None = Field(None, description="A choice.")
-        mixed: float | Literal["auto"] = Field("auto", description="A number or a word.")
-        text: str = Field("", description="A text.")
+        span: float = Field(0.5, ge=-1, description="A range.", json_schema_extra={"search": {"low": -1, "high": 1}})
+        count: int = Field(4, ge=1, description="Whole.", json_schema_extra={"search": {"low": 1, "high": 8}})
+        maybe: int | None = Field(None, description="Whole.", json_schema_extra={"search": {"low": 2, "high": 3}})
+        step: float = Field(0.2, gt=0, description="Around its default.", json_schema_extra={"search": {"factor": 4}})
+        zero: float = Field(0.0, ge=0, description="Around nothing.", json_schema_extra={"search": {"factor": 4}})
+        kind: Literal["a", "b"] = Field("a", description="A choice.", json_schema_extra={"search": ["a", "b"]})
+        values: float = Field(1.0, description="Numbers.", json_schema_extra={"search": [1, 2, 4]})
+        bounded: float = Field(0.5, ge=0, le=1, description="Bounds alone declare no search.")
         flag: bool = Field(False, description="A switch.")
-        said: float = Field(1.0, description="Searched as it says.", json_schema_extra={"search": [1, 2, 4]})
-        left: bool = Field(False, description="Left alone.", json_schema_extra={"search": False})
+        off: bool = Field(False, description="A switch.", json_schema_extra={"search": False})
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -192,29 +196,49 @@ class Many:
         return grads
 
 
-def test_what_bounds_imply() -> None:
+def test_what_is_searched_is_what_is_declared() -> None:
     expected = {
-        "closed": "-1 to 1", "momentum": "0 to 0.99", "wide": "10 to 1000, log", "decades": "0.001 to 10, log",
-        "clipped": "0.01 to 1, log", "upper": "0.05 to 0.99, log", "count": "1 to 8", "layers": "1 to 30, log",
-        "kind": "a, b", "flag": "false, true", "said": "1.0, 2.0, 4.0",
+        "span": "-1 to 1", "count": "1 to 8", "maybe": "2 to 3", "step": "0.1 to 1.6, log", "kind": "a, b",
+        "values": "1.0, 2.0, 4.0",
     }  # fmt: skip
-    found = searched(tuning(**SEARCH), augment=[Many])
+    search = tuning(**SEARCH)
+    found = searched(search, augment=[Many], step=0.4)
     assert {key.removeprefix("many."): text for key, text in found.items() if key != "inner_lr"} == expected
+    whole = {each.key for each in dimensions(search, selection(augment=[Many])) if each.whole}
+    assert whole == {"many.count", "many.maybe"}
 
 
 def test_what_is_shown_of_an_option() -> None:
     fields = Many.Config.model_fields
-    shown = {name: domain_text("augmenter 'many'", name, field) for name, field in fields.items()}
-    assert shown["layers"] == "default ÷ 10 to × 10, log"
-    assert shown["closed"] == "-1 to 1"
-    assert {name for name, text in shown.items() if not text} == {"maybe", "zero", "mixed", "text", "left"}
+    shown = {name: describe_search_space("augmenter 'many'", name, field) for name, field in fields.items()}
+    assert shown["step"] == "default ÷ 4 to × 4, log"
+    assert shown["span"] == "-1 to 1"
+    assert {name for name, text in shown.items() if not text} == {"bounded", "flag", "off"}
 
 
-@pytest.mark.parametrize("search", [{"low": -1, "high": 1}, {"low": 1}, "much", [0.5, -0.5], True])
+def test_a_search_of_nothing_is_refused() -> None:
+    class Silent:
+        class Config(PluginConfig):
+            rate: float = Field(0.1, description="Declares nothing.")
+
+        def __init__(self, config: Config) -> None:
+            self.config = config
+
+        @hookimpl
+        def inner_update(self, params: Any) -> Any:
+            return params
+
+    with pytest.raises(UsageError, match="nothing to search"):
+        check(tuning(**SEARCH), {"silent": selection(algo=Silent)})
+
+
+@pytest.mark.parametrize(
+    "search", [{"low": -1, "high": 1}, {"low": 1}, {"factor": 0.5}, {"factor": 50}, "much", [0.5, -0.5], True]
+)
 def test_a_plugin_that_declares_what_cannot_be(search: Any) -> None:
     class Broken:
         class Config(PluginConfig):
-            strength: float = Field(0.1, ge=0, description="Strength.", json_schema_extra={"search": search})
+            strength: float = Field(0.1, ge=0, le=1, description="Strength.", json_schema_extra={"search": search})
 
         def __init__(self, config: Config) -> None:
             self.config = config
@@ -244,9 +268,10 @@ def two_arms() -> dict[str, Selection]:
         ({"space": {"inner_lr": [-1, 2]}}, "maml: inner_lr = -1 cannot be used: it should be greater than 0"),
         ({"trials": 4, "space": {"cml.gamma": {"low": -1, "high": 2}}}, r"maml\+cml: cml.gamma = -1.0 cannot be used"),
         ({"trials": 4, "space": {"inner_steps": {"low": 1.5, "high": 3}}}, "inner_steps = 1.5 cannot be used"),
-        ({"trials": 4, "space": {"mlp.hidden": {"low": 1, "high": 3}}}, "'mlp.hidden' is no number"),
-        ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' has no range of its own"),
-        ({"trials": 4, "space": {"reset_optimizer_every": None}}, "has no range of its own to search; give values"),
+        ({"trials": 4, "space": {"mlp.hidden": {"low": 1, "high": 3}}}, "mlp.hidden = 1.0 cannot be used"),
+        ({"trials": 4, "space": {"first_order": {"low": 0, "high": 1}}}, "'first_order' is no number"),
+        ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' declares nothing to search.*json_schema_extra"),
+        ({"trials": 4, "space": {"reset_optimizer_every": None}}, "declares nothing to search; give values"),
         ({"space": {"cml.gamma": None}}, r"write cml.gamma=geomspace\(0.005,10,5\)"),
         ({"space": {"cml.gamma": {"low": 0.1, "high": 10, "log": True}}}, r"write cml.gamma=geomspace\(0.1,10,5\)"),
         ({"space": {"shots": [1, 5]}}, "'shots' cannot be chosen by validation"),

@@ -31,7 +31,9 @@ class CAVIA:
     step_examples = (StepExample(param=2.0, grad=3.0, after=-1.0, config={"inner_lr": 1.0}),)
 
     class Config(PluginConfig):
-        inner_lr: float = Field(1.0, gt=0, description="Step size α of the inner loop.")
+        inner_lr: float = Field(
+            1.0, gt=0, description="Step size α of the inner loop.", json_schema_extra={"search": {"factor": 10}}
+        )
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -35,7 +35,12 @@ class MAMLPlusPlus:
     )
 
     class Config(PluginConfig):
-        inner_lr: float = Field(0.01, gt=0, description="Initial step size of every tensor and inner step.")
+        inner_lr: float = Field(
+            0.01,
+            gt=0,
+            description="Initial step size of every tensor and inner step.",
+            json_schema_extra={"search": {"factor": 10}},
+        )
         multi_step: int = Field(
             5000, ge=0, description="Training steps over which the loss moves to the last inner step; 0 for at once."
         )

@@ -29,7 +29,9 @@ class Reptile:
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
-        inner_lr: float = Field(0.02, gt=0, description="Step size α of the inner loop.")
+        inner_lr: float = Field(
+            0.02, gt=0, description="Step size α of the inner loop.", json_schema_extra={"search": {"factor": 10}}
+        )
 
     def __init__(self, config: Config) -> None:
         self.config = config
