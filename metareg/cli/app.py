@@ -408,8 +408,8 @@ def compare(
         typer.Option(
             "--set",
             metavar="KEY=VALUE",
-            help="An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1), "
-            "linspace(A,B,N), geomspace(A,B,N) or range(A,B) are tried for each arm on validation tasks. Repeatable.",
+            help="An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1) are tried "
+            "for each arm on validation tasks. Repeatable.",
         ),
     ] = None,
     search: Annotated[

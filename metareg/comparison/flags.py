@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from metareg.comparison.plan import FILE, ComparisonConfig, stacked
-from metareg.comparison.space import seeds_of, split_assignments
+from metareg.comparison.space import seeds_of
 from metareg.contract.config import validate
+from metareg.contract.search import check_distinct
 from metareg.errors import UsageError
-from metareg.util.yaml_files import read_yaml
+from metareg.runs.options import parse_assignments
+from metareg.util.yaml_files import parse_yaml, read_yaml
 
-__all__ = ["comparison_of", "parse_seeds"]
+__all__ = ["comparison_of", "parse_seeds", "split_assignments"]
 
 
 def comparison_of(
@@ -69,6 +72,32 @@ def comparison_of(
     if file is None and values == base:
         return None
     return validate(ComparisonConfig, values, str(file) if file else "the comparison")
+
+
+def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """``["steps=300", "inner_lr=0.01,0.1"]`` as the options with one value, and those with several.
+
+    Several values are a YAML list without its brackets. What has brackets is one value, as in ``metareg train``:
+    ``hidden=[40,40]`` is a list, and ``hidden=[40,40],[80]`` are two.
+
+    Raises:
+        UsageError: one is malformed, or an option is given twice.
+    """
+    fixed: dict[str, Any] = {}
+    swept: dict[str, list[Any]] = {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        key = key.strip()
+        if key in fixed or key in swept:
+            raise UsageError(f"--set {key} is given twice; to choose among values, write {key}=VALUE,VALUE.")
+        values = None
+        with suppress(ValueError):
+            values = parse_yaml(f"[{text}]")
+        if key and isinstance(values, list) and len(values) > 1:
+            swept[key] = check_distinct(key, values)
+        else:
+            fixed |= parse_assignments([assignment])
+    return fixed, swept
 
 
 def parse_seeds(text: str) -> list[int]:

@@ -1,4 +1,4 @@
-"""Values to choose from: sweeps that a user writes, and what the plugins of an arm declare.
+"""What the settings of an arm are chosen from: what a user says, and what its plugins declare.
 
 Options are named as ``metareg train --set`` names them. One that the algorithm, an augmenter or the model of an arm does not
 have is none of that arm's.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -21,16 +21,15 @@ from metareg.contract.search import (
     Domain,
     Range,
     RelativeRange,
-    check_distinct,
     check_domain,
     format_domain,
     get_declared_domain,
     parse_domain,
 )
-from metareg.errors import UnknownNameError, UsageError, nearest
+from metareg.errors import UnknownNameError, UsageError
 from metareg.registry.plugins import Plugin, get_config_class
 from metareg.runs.config import RunConfig
-from metareg.runs.options import Selection, parse_assignments
+from metareg.runs.options import Selection
 
 __all__ = [
     "Dimension",
@@ -39,12 +38,10 @@ __all__ = [
     "check",
     "dimensions",
     "seeds_of",
-    "split_assignments",
 ]
 
 GRID: Final = "grid"
 
-_LARGEST_SWEEP = 1000
 _LARGEST_GRID = 1000
 _MOST_SEEDS = 1000
 
@@ -54,154 +51,10 @@ _OF_A_RUN = (
 """Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
 
 
-# -------------------------------------------------------------------------------------------------------------- sweeps
-
-
-def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """``["steps=300", "inner_lr=0.01,0.1"]`` as the options with one value, and those with several.
-
-    Commas outside of brackets and quotes part the values; ``linspace(A,B,N)``, ``geomspace(A,B,N)`` and
-    ``range(A,B[,STEP])`` stand for several. Whatever is in brackets is one value: ``hidden=[40,40]``.
-
-    Raises:
-        UsageError: one is malformed, or an option is given twice.
-    """
-    fixed: dict[str, Any] = {}
-    swept: dict[str, list[Any]] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key.strip():
-            raise UsageError(f"--set takes KEY=VALUE; got '{assignment}'.")
-        key = key.strip()
-        if key in fixed or key in swept:
-            raise UsageError(f"--set {key} is given twice; to choose among values, write {key}=VALUE,VALUE.")
-        parts = _parts(key, text)
-        if len(parts) == 1 and _call(parts[0]) is None:
-            fixed |= parse_assignments([f"{key}={text}"])
-        else:
-            swept[key] = _values(key, parts)
-    return fixed, swept
-
-
-def _parts(key: str, text: str) -> list[str]:
-    """`text` between its commas, those in brackets and quotes left alone."""
-    closing = {"(": ")", "[": "]", "{": "}"}
-    parts, expected, quote, begin = [], [], "", 0
-    for position, sign in enumerate(text):
-        if quote:
-            quote = "" if sign == quote else quote
-        elif sign in "\"'" and not text[begin:position].strip(" [{(,:"):
-            quote = sign  # inside a word it is an apostrophe
-        elif sign in closing:
-            expected.append(closing[sign])
-        elif expected and sign == expected[-1]:
-            expected.pop()
-        elif sign == "," and not expected:
-            parts.append(text[begin:position].strip())
-            begin = position + 1
-    parts.append(text[begin:].strip())
-    if len(parts) > 1 and "" in parts:
-        raise UsageError(f"--set {key}={text}: a value is missing beside a comma; write it as {key}=VALUE,VALUE.")
-    if quote or expected:
-        raise UsageError(f"--set {key}={text}: {quote or expected[-1]} is missing at the end.")
-    return parts
-
-
-def _call(text: str) -> tuple[str, str] | None:
-    """The name and the arguments of a function that stands for several values."""
-    found = re.fullmatch(r"([A-Za-z_]+)\s*\((.*)\)", text)
-    return (found[1], found[2]) if found and nearest(found[1], _FUNCTIONS) else None
-
-
-def _values(key: str, parts: Sequence[str]) -> list[Any]:
-    values: list[Any] = []
-    for part in parts:
-        call = _call(part)
-        values += [parse_assignments([f"{key}={part}"])[key]] if call is None else _called(key, *call)
-    return check_distinct(key, values)
-
-
-def _called(key: str, name: str, arguments: str) -> list[Any]:
-    if name not in _FUNCTIONS:
-        raise UnknownNameError(f"function of values for '{key}'", name, _FUNCTIONS)
-    form, numbers, values = _FUNCTIONS[name]
-    where = f"{key}={name}({arguments})"
-    try:
-        given = [_number(argument) for argument in arguments.split(",")]
-    except ValueError:
-        raise UsageError(f"{where} cannot be used: its arguments are numbers, as in {form}.") from None
-    if len(given) not in numbers:
-        raise UsageError(f"{where} cannot be used: write {form}.")
-    try:
-        return values(*given)
-    except ValueError as error:
-        raise UsageError(f"{where} cannot be used: {error}.") from None
-
-
-def _number(text: str) -> int | float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError
-    return int(value) if re.fullmatch(r"\s*[-+]?\d+\s*", text) else value
-
-
-def _linspace(first: float, last: float, count: float) -> list[int | float]:
-    number = _count(count)
-    return _tidy([first + (last - first) * k / (number - 1) for k in range(number)], first, last)
-
-
-def _geomspace(first: float, last: float, count: float) -> list[int | float]:
-    if min(first, last) <= 0:
-        raise ValueError("a geometric sequence goes from one number above 0 to another")
-    number = _count(count)
-    return _tidy([first * (last / first) ** (k / (number - 1)) for k in range(number)], first, last)
-
-
-def _range(first: float, last: float, step: float = 1) -> list[int | float]:
-    if step == 0 or (last - first) / step <= 0:
-        raise ValueError(f"no step of {step:g} leads from {first:g} to {last:g}")
-    number = math.ceil((last - first) / step - 1e-9)
-    if number > _LARGEST_SWEEP:
-        raise ValueError(f"it has {number} values, more than {_LARGEST_SWEEP}")
-    return _tidy([first + step * k for k in range(number)], first, step)
-
-
-def _count(count: float) -> int:
-    if count != int(count) or not 2 <= count <= _LARGEST_SWEEP:
-        raise ValueError(f"the number of values is a whole one from 2 to {_LARGEST_SWEEP}")
-    return int(count)
-
-
-def _tidy(values: list[float], *given: float) -> list[int | float]:
-    """Without the last digits' rounding; whole where all of them and what was given are."""
-    rounded = [float(f"{value:.12g}") for value in values]
-    if all(isinstance(number, int) for number in given) and all(value.is_integer() for value in rounded):
-        return [int(value) for value in rounded]
-    return [*rounded]
-
-
-_FUNCTIONS: dict[str, tuple[str, tuple[int, ...], Any]] = {
-    "linspace": ("linspace(FIRST,LAST,HOW_MANY)", (3,), _linspace),
-    "geomspace": ("geomspace(FIRST,LAST,HOW_MANY)", (3,), _geomspace),
-    "range": ("range(FIRST,END) or range(FIRST,END,STEP), without the END itself", (2, 3), _range),
-}
-
-
-# ------------------------------------------------------------------------------------------------------- configuration
-
-
-def _domains(given: Any) -> Any:
-    return {str(key): _domain(str(key), value) for key, value in given.items()} if isinstance(given, Mapping) else given
-
-
-def _domain(key: str, value: Any) -> Domain | None:
-    """What a user wrote in a file: a list, a range, a text as after ``--set``, or nothing."""
-    if value is None:
-        return None
-    parts = _parts(key, value) if isinstance(value, str) else []
-    if len(parts) > 1 or (parts and _call(parts[0])):
-        return _values(key, parts)
-    return parse_domain(key, value)
+def _parse_space(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    return {str(key): None if value is None else parse_domain(str(key), value) for key, value in given.items()}
 
 
 def _trials(given: Any) -> Any:
@@ -249,7 +102,7 @@ class Tuning(PluginConfig):
         None,
         description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
     )
-    space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_domains)] = Field(
+    space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_parse_space)] = Field(
         {},
         description="What to choose, and from which values: a list, {low: …, high: …, log: true}, {factor: …} around the "
         "option's default, or null for what its plugin declares. Empty, all that the algorithm and the augmenters declare.",
@@ -383,9 +236,9 @@ def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
             "json_schema_extra={'search': …}."
         )
     if tuning.trials == GRID and isinstance(domain, Range):
-        steps = f"{'geom' if domain.log else 'lin'}space({domain.low:g},{domain.high:g},5)"
         raise UsageError(
-            f"A grid needs values of '{key}', not a range; write {key}={steps}, or give a number of trials."
+            f"A grid needs values of '{key}', not the range {domain}; give some, as {key}=VALUE,VALUE, or a number of "
+            "trials (--search N)."
         )
     return Dimension(key, domain, option.default)
 

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
 from metareg.cli.display import ComparisonProgress
-from metareg.comparison.flags import comparison_of
+from metareg.comparison.flags import comparison_of, split_assignments
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.plan import check as check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
 from metareg.comparison.results import read
 from metareg.comparison.runner import Comparison, compare
-from metareg.comparison.space import Tuning, check, dimensions, split_assignments
+from metareg.comparison.space import Tuning, check, dimensions
 from metareg.comparison.tuning import Tuner, proposal
 from metareg.contract.config import validate
 from metareg.contract.search import Range, describe_search_space
@@ -38,11 +38,8 @@ from metareg.util.signals import StopRequest
 @pytest.mark.parametrize(
     ("text", "values"),
     [
-        ("0.01,1e-1", [0.01, 0.1]), ("a, 'b,c' ,d", ["a", "b,c", "d"]), ("true,false", [True, False]), ("null,3", [None, 3]),
-        ("[40,40],[80]", [[40, 40], [80]]), ("it's,b", ["it's", "b"]), ("linspace(0,1,5)", [0.0, 0.25, 0.5, 0.75, 1.0]),
-        ("linspace(1,3,3)", [1, 2, 3]), ("geomspace(0.001,10,5)", [0.001, 0.01, 0.1, 1.0, 10.0]),
-        ("geomspace(1,8,4)", [1, 2, 4, 8]), ("range(2,5)", [2, 3, 4]), ("range(0,1,0.1)", [k / 10 for k in range(10)]),
-        ("range(3,0,-1)", [3, 2, 1]), ("0,geomspace(0.1,10,3)", [0, 0.1, 1.0, 10.0]),
+        ("0.01,0.1", [0.01, 0.1]), ("a, 'b,c' ,d", ["a", "b,c", "d"]), ("true,false", [True, False]), ("null,3", [None, 3]),
+        ("[40,40],[80]", [[40, 40], [80]]), ("it's,b", ["it's", "b"]), ("{a: 1},{a: 2}", [{"a": 1}, {"a": 2}]),
     ],
 )  # fmt: skip
 def test_sweeps(text: str, values: list[Any]) -> None:
@@ -55,7 +52,7 @@ def test_sweeps(text: str, values: list[Any]) -> None:
     ("text", "value"),
     [
         ("[0,1,5]", [0, 1, 5]), ("0.1", 0.1), ("'0.1,0.2'", "0.1,0.2"), ("{a: 1, b: 2}", {"a": 1, "b": 2}), ("", None),
-        ("folder(1,2)", "folder(1,2)"), ("a=b", "a=b"),
+        ("a[0]", "a[0]"), ("a=b", "a=b"),
     ],
 )  # fmt: skip
 def test_what_is_one_value(text: str, value: Any) -> None:
@@ -65,12 +62,7 @@ def test_what_is_one_value(text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("1,", "a value is missing beside a comma"), ("1,,2", "a value is missing"), ("[1,2", r"\] is missing at the end"),
-        ("'a,b", "' is missing at the end"), ("linspac(0,1,3)", "did you mean 'linspace'"),
-        ("linspace(0,1)", r"write linspace\(FIRST,LAST,HOW_MANY\)"), ("linspace(0,1,x)", "its arguments are numbers"),
-        ("linspace(0,inf,3)", "its arguments are numbers"), ("linspace(0,1,1)", "a whole one from 2 to 1000"),
-        ("geomspace(0,1,3)", "above 0"), ("range(1,0)", "no step of 1 leads from 1 to 0"), ("range(0,1,0)", "no step of 0"),
-        ("range(0,1e9)", "more than 1000"), ("1,2,1", "1 stands twice"), ("linspace(1,1,2)", "stands twice"),
+        ("[1,2", "no valid YAML"), ("'a,b", "no valid YAML"), ("1,2,1", "1 stands twice"),
     ],
 )  # fmt: skip
 def test_malformed_sweeps(text: str, sentence: str) -> None:
@@ -90,7 +82,7 @@ def tuning(**values: Any) -> Tuning:
 
 
 def test_tuning_survives_being_written() -> None:
-    space = {"a": "0.1,geomspace(1,4,3)", "b": {"low": "1e-3", "high": 10, "log": True}, "c": None}
+    space = {"a": [0.1, 1, 2, 4], "b": {"low": "1e-3", "high": 10, "log": True}, "c": None}
     written = tuning(trials=5, seeds=2, space=space)
     assert written.space == {"a": [0.1, 1, 2, 4], "b": Range(low=0.001, high=10.0, log=True), "c": None}
     assert written.seeds == [0, 1]
@@ -102,7 +94,8 @@ def test_tuning_survives_being_written() -> None:
     [
         ({}, "a grid needs values in 'space'"), ({"trials": 1}, "a number from 2 on"), ({"trials": "all"}, "or grid"),
         ({"space": {"a": 0.1}}, "0.1 is none of these"),
-        ({"space": {"a": "0.1"}}, "'0.1' is none of these"), ({"space": {"a": []}}, "'a' has no values"),
+        ({"space": {"a": "geomspace(1,4,3)"}}, r"'geomspace\(1,4,3\)' is none of these"),
+        ({"space": {"a": []}}, "'a' has no values"),
         ({"space": {"a": [1, 1]}}, "1 stands twice"), ({"space": {"a": {"low": 1}}}, "'high' is required"),
         ({"space": {"a": {"low": 2, "high": 1}}}, "low = 2 must be below high = 1"),
         ({"space": {"a": {"low": 0, "high": 1, "log": True}}}, "begins above 0"),
@@ -272,15 +265,14 @@ def two_arms() -> dict[str, Selection]:
         ({"trials": 4, "space": {"first_order": {"low": 0, "high": 1}}}, "'first_order' is no number"),
         ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' declares nothing to search.*json_schema_extra"),
         ({"trials": 4, "space": {"reset_optimizer_every": None}}, "declares nothing to search; give values"),
-        ({"space": {"cml.gamma": None}}, r"write cml.gamma=geomspace\(0.005,10,5\)"),
-        ({"space": {"cml.gamma": {"low": 0.1, "high": 10, "log": True}}}, r"write cml.gamma=geomspace\(0.1,10,5\)"),
+        ({"space": {"cml.gamma": None}}, "A grid needs values of 'cml.gamma', not the range 0.005 to 10, log"),
         ({"space": {"shots": [1, 5]}}, "'shots' cannot be chosen by validation"),
         ({"space": {"task.shots": [1, 5]}}, "'task.shots' cannot be chosen by validation"),
         ({"space": {"seed": [1, 5]}}, "'seed' cannot be chosen by validation"),
         ({"space": {"test_inner_steps": [[1], [5]]}}, "cannot be chosen by validation"),
         ({"space": {"algo.inner_lr": [1, 2], "maml.inner_lr": [1, 2]}}, "are one option"),
         (
-            {"space": {"inner_lr": "linspace(0.1,1,40)", "outer_lr": "linspace(0.1,1,40)"}},
+            {"space": {key: [k / 40 for k in range(1, 41)] for key in ("inner_lr", "outer_lr")}},
             "A grid of 1600 settings is larger than 1000",
         ),
     ],
