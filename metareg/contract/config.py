@@ -9,7 +9,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["Field", "PluginConfig", "PluginSpec", "unknown_option_error", "update_names", "validate"]
+__all__ = [
+    "NO_PLUGIN",
+    "Field",
+    "PluginConfig",
+    "PluginSpec",
+    "split_names",
+    "unknown_option_error",
+    "update_names",
+    "validate",
+]
+
+NO_PLUGIN = "none"
+"""What a user writes in the place of a plugin's name for none, as in ``--augment none,cml``."""
 
 
 class PluginConfig(BaseModel):
@@ -59,6 +71,27 @@ def unknown_option_error(what: str, name: str, known: Iterable[str], present_nam
         present = " or ".join(f"'{each}'" for each in present_names)
         return UsageError(f"There is no {what} named '{name}' any more: it is {present} now.")
     return UnknownNameError(what, name, known)
+
+
+def split_names(value: Any) -> list[Any]:
+    """The plugins that a user lists.
+
+    Args:
+        value: a list of names, classes, objects or pairs; a text with commas; or None. `NO_PLUGIN` and empty texts stand for
+            no plugin and are left out.
+
+    Raises:
+        UsageError: it is no list.
+    """
+    if value is None:
+        return []
+    listed = [value] if isinstance(value, str) else value
+    if not isinstance(listed, Sequence):
+        raise UsageError(f"A list of plugins was expected, not {value!r}.")
+    names: list[Any] = []
+    for each in listed:
+        names += [part.strip() for part in each.split(",")] if isinstance(each, str) else [each]
+    return [name for name in names if not (isinstance(name, str) and name in ("", NO_PLUGIN))]
 
 
 def _sentence(error: Any) -> str:
