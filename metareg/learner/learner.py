@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt
 from torch import Tensor, nn
 
 from metareg._version import __version__
-from metareg.contract.config import PluginConfig, PluginSpec, unknown_option_error, validate
+from metareg.contract.config import PluginConfig, PluginSpec, split_names, unknown_option_error, validate
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
@@ -29,6 +29,7 @@ from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
 from metareg.learner import architecture
 from metareg.learner.config import LearnerConfig
+from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.learner.optimizer import Adam
 from metareg.learner.processes import BatchSplit, Processes, hash_tensors, select_tasks
 from metareg.learner.training import Observer, Schedule, fit
@@ -129,7 +130,7 @@ class MetaLearner:
         self._loss_name = loss if isinstance(loss, str) else None
         self._head = head
         self.algorithm = resolve("algorithms", algo, {**(algo_config or {}), **algo_options})
-        self.augmenters = [_augmenter(each) for each in _as_list(augment)]
+        self.augmenters = [_augmenter(each) for each in split_names(augment)]
         self.stages = Stages(self.algorithm, self.augmenters)
 
         self.model = SplitModel(model, head)
@@ -141,7 +142,8 @@ class MetaLearner:
                 f"The {plugin.label} needs to know which part of {type(model).__name__} is its head: name the submodule "
                 f"with head=… (it has {children}), or give the model a body and a head."
             )
-        self._engine = Engine(self._functions(self.stages), self._functions(self.stages.without_augmenters()))
+        self.engine = Engine(self._functions(self.stages), self._functions(self.stages.without_augmenters()))
+        """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
         self._initial = {name: value.to(self.device) for name, value in self.model.initial_parameters().items()}
         self._dtype = next(iter(self._initial.values())).dtype
         self._meta: dict[str, Tensor] | None = None
@@ -178,6 +180,14 @@ class MetaLearner:
             self.initialize(None)
         assert self._meta is not None
         return dict(self._meta)
+
+    @property
+    def plain_meta_parameters(self) -> dict[str, Tensor]:
+        """`meta_parameters` without the augmenters': those that evaluation, adaptation and the learner's file have."""
+        augmenters = set(self.stages.plugins) - {self.algorithm.name}
+        return {
+            name: value for name, value in self.meta_parameters.items() if self.stages.owner(name) not in augmenters
+        }
 
     def initialize(self, example: Any) -> None:
         """Create the plugins' meta-parameters, which the first batch of tasks would do otherwise.
@@ -323,7 +333,7 @@ class MetaLearner:
         # One choice for all processes, so that a checkpoint holds what each of them ran.
         tasks = self.processes.largest_share(tasks)
         at_once = tasks if self.config.chunk is None else min(tasks, self.config.chunk)
-        self._strategy, reason = choose_strategy(self._engine.training, self.device, at_once, steps, stackable)
+        self._strategy, reason = choose_strategy(self.engine.training, self.device, at_once, steps, stackable)
         return self._strategy, reason
 
     # ----------------------------------------------------------------------------------------------------- evaluation
@@ -363,7 +373,7 @@ class MetaLearner:
             self._ready(drawn[0])  # also where none of the tasks are this process's
             for batch in self._on_device(select_tasks(drawn, self.processes.share(len(indices)))):
                 strategy = self._strategy or self.choose_strategy(len(batch), 1, source.stackable)[0]
-                rows.append(self._engine.scores(self._plain_meta(), batch, wanted, strategy, chunk).cpu())
+                rows.append(self.engine.scores(self.plain_meta_parameters, batch, wanted, strategy, chunk).cpu())
             return positions, rows
 
         blocks = [range(start, min(start + _EVALUATION_CHUNK, tasks)) for start in range(0, tasks, _EVALUATION_CHUNK)]
@@ -400,7 +410,7 @@ class MetaLearner:
         (episodes,) = self._on_device(episodes)
         self._ready(episodes)
         task = tuple(_unbatched(part) for part in episodes.parts)
-        meta, functions = self._plain_meta(), self._engine.plain
+        meta, functions = self.plain_meta_parameters, self.engine.plain
         with torch.no_grad():
             support, _ = functions.prepare(meta, task)
             adapted = functions.adapt(meta, support, task[1], {}, steps)
@@ -414,7 +424,7 @@ class MetaLearner:
 
         The file holds the model's parameters, the algorithm's own meta-parameters and, as metadata, the configuration.
         """
-        own = self._plain_meta()
+        own = self.plain_meta_parameters
         constants = {f"{_CONSTANT}{name}": value for name, value in self.model.constants().items()}
         header = {
             "format": FILE_FORMAT,
@@ -575,13 +585,6 @@ class MetaLearner:
             )
         return torch.zeros(2, head.in_features, dtype=self._dtype, device=self.device)
 
-    def _plain_meta(self) -> dict[str, Tensor]:
-        """The meta-parameters without the augmenters'."""
-        augmenters = set(self.stages.plugins) - {self.algorithm.name}
-        return {
-            name: value for name, value in self.meta_parameters.items() if self.stages.owner(name) not in augmenters
-        }
-
     def _ready(self, episodes: Episodes) -> None:
         if torch.is_autocast_enabled(self.device.type):
             raise UsageError(
@@ -616,9 +619,8 @@ class MetaLearner:
         else:
             gradient = self._split.gradient(self._meta, batches, partial(self._mean_gradient, strategy=strategy))
         if self.stages.has_outer_batch_gradient:
-            shapes = {name: tuple(value.shape) for name, value in self._meta.items()}
-            noise = self.stages.draw_batch_noise(shapes, self.config.inner_steps, self.config.seed, self.steps_done)
-            augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, self._placed(noise))
+            noise = draw_batch_noise(self.stages, self.config, self._meta, self.steps_done)
+            augmented = self.stages.augment_outer_gradient(gradient.grads, self._meta, noise)
             norm = torch.nn.utils.get_total_norm(list(augmented.values()))
             gradient = Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
         return gradient
@@ -627,23 +629,18 @@ class MetaLearner:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
         assert self._meta is not None
         batches = self._on_device(batches)
-        seed, steps = self.config.seed, self.config.inner_steps
-        noise: list[dict[str, Any]] = []
-        if self.stages.draws_noise:
-            shapes = {name: tuple(self._meta[name].shape) for name in self._engine.training.adapted_names}
-            noise = [
-                self._placed(self.stages.draw_task_noise(shapes, steps, seed, self.steps_done, task))
-                for task in range(first, first + sum(len(batch) for batch in batches))
-            ]
+        adapted = {name: self._meta[name] for name in self.engine.training.adapted_names}
+        tasks = range(first, first + sum(len(batch) for batch in batches))
+        noise = draw_task_noise(self.stages, self.config, adapted, self.steps_done, tasks)
         weights = self._outer_loss_weights()
         try:
-            return self._engine.gradient(self._meta, batches, noise, strategy, self.config.chunk, weights)
+            return self.engine.gradient(self._meta, batches, noise, strategy, self.config.chunk, weights)
         except CompileError as error:
             if self.config.strategy != "auto":
                 raise
             log.warning("%s Going on with strategy vectorized.", error)
             self._strategy = "vectorized"
-            return self._engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk, weights)
+            return self.engine.gradient(self._meta, batches, noise, "vectorized", self.config.chunk, weights)
 
     def _whole(self) -> dict[str, Any]:
         """All that a learner of the same arguments needs to be this one, on the CPU."""
@@ -670,14 +667,6 @@ class MetaLearner:
             return None
         weights = self.stages.outer_loss_weights(self.config.inner_steps, self.steps_done)
         return None if weights is None else torch.tensor(weights, dtype=self._dtype, device=self.device)
-
-    def _placed(self, noise: dict[str, Any]) -> dict[str, Any]:
-        def place(leaf: Any) -> Any:
-            if not isinstance(leaf, Tensor):
-                return leaf
-            return leaf.to(self.device, self._dtype if leaf.is_floating_point() else None)
-
-        return {name: torch.utils._pytree.tree_map(place, drawn) for name, drawn in noise.items() if drawn is not None}
 
     def _moved(self, leaf: Any) -> Any:
         return leaf.to(self.device) if isinstance(leaf, Tensor) else leaf
@@ -706,7 +695,7 @@ class MetaLearner:
         )
 
     def _load_tensors(self, file: TensorFile) -> None:
-        expected = self._plain_meta()
+        expected = self.plain_meta_parameters
         shapes = {name: shape for name, shape in file.shapes.items() if not name.startswith(_CONSTANT)}
         _refuse_misfit(expected, shapes, str(file.path))
         tensors = file.read()
@@ -776,16 +765,6 @@ def _augmenter(given: Any) -> Plugin:
     if isinstance(given, Mapping):
         raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
     return resolve("augmenters", given)
-
-
-def _as_list(augment: Sequence[Any] | str | None) -> list[Any]:
-    if augment is None:
-        return []
-    if isinstance(augment, str):
-        augment = [part.strip() for part in augment.split(",")]
-    if not isinstance(augment, Sequence):
-        raise UsageError(f"augment takes a list of augmenters; got {augment!r}.")
-    return [each for each in augment if not (isinstance(each, str) and each in ("none", ""))]
 
 
 def _refuse_misspelt(algo: str | type | object, options: Mapping[str, Any]) -> None:

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from metareg.contract.attributes import StepExample
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
+from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import Plugin, list_entries, resolve
 from metareg.testing._bench import (
@@ -213,7 +214,7 @@ def check_step_examples(subject: Subject) -> None:
     for example in examples:
         pair = Pair.of(subject, **example.config)
         learner = pair.learner(pair.benches[0], inner_steps=max(STEPS, example.step + 1))
-        functions, meta = learner._engine.plain, learner.meta_parameters
+        functions, meta = learner.engine.plain, learner.meta_parameters
         params = {name: torch.full_like(meta[name], example.param) for name in functions.adapted_names}
         grads = {name: torch.full_like(value, example.grad) for name, value in params.items()}
         after = functions.stages.inner_update(params, grads, meta, example.step)
@@ -325,15 +326,15 @@ def finite_differences(pair: Pair) -> None:
     """Compare the meta-gradient of a pair with central differences of its objective."""
     bench = pair.benches[0]
     learner = pair.learner(bench)
-    functions = learner._engine.training
+    functions = learner.engine.training
     task = tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in bench.episodes.parts)
     # Away from the start, where meta-parameters that begin at zero would hide a missing factor.
     meta = {
         name: value + 0.05 * value.abs().mean() * torch.randn(value.shape, generator=generator(name), dtype=value.dtype)
         for name, value in learner.meta_parameters.items()
     }
-    shapes = {name: tuple(meta[name].shape) for name in functions.adapted_names}
-    noise = learner._placed(learner.stages.draw_task_noise(shapes, STEPS, 0, 0, 0))
+    adapted = {name: meta[name] for name in functions.adapted_names}
+    noise = next(iter(draw_task_noise(learner.stages, learner.config, adapted, 0, range(1))), {})
     weights = learner._outer_loss_weights()
     with torch.no_grad():
         grads, *_ = functions.gradient(meta, task, noise, weights)
@@ -543,9 +544,9 @@ def _stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[_StageCall]:
 
 def _arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[Callable[[], dict[str, Any]]]]:
     """For each hook the arguments of some calls, made anew each time that they are asked for."""
-    model, functions = learner.model, learner._engine.training
+    model, functions = learner.model, learner.engine.training
     meta = learner.meta_parameters
-    (episodes,) = learner._on_device(bench.episodes)
+    episodes = bench.episodes.to(learner.device, next(iter(meta.values())).dtype)
     task = tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in episodes.parts)
     adapted = {each: meta[each] for each in functions.adapted_names}
     shapes = {each: tuple(value.shape) for each, value in adapted.items()}
@@ -556,8 +557,9 @@ def _arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[
         support_outputs = model.head(meta, support_features)
         features = model.body(meta, task[2])
         outputs = model.head(meta, features)
-    noise = learner._placed(learner.stages.draw_task_noise(shapes, STEPS, 0, 0, 0)).get(name)
-    batch_noise = learner._placed(learner.stages.draw_batch_noise(every_shape, STEPS, 0, 0)).get(name)
+    task_noise = draw_task_noise(learner.stages, learner.config, adapted, 0, range(1))
+    noise = task_noise[0].get(name) if task_noise else None
+    batch_noise = draw_batch_noise(learner.stages, learner.config, meta, 0).get(name)
 
     def random_like(values: dict[str, Tensor]) -> dict[str, Tensor]:
         draw = generator("arguments")

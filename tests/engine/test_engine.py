@@ -250,7 +250,7 @@ def test_the_order_of_augmenters_counts() -> None:
 
 def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]]:
     """What a training step draws for each of its tasks, drawn again."""
-    shapes = {name: tuple(learner.meta_parameters[name].shape) for name in learner._engine.training.adapted_names}
+    shapes = {name: tuple(learner.meta_parameters[name].shape) for name in learner.engine.training.adapted_names}
     return [
         learner.stages.draw_task_noise(shapes, learner.config.inner_steps, learner.config.seed, step, task)
         for task in range(tasks)
@@ -337,7 +337,7 @@ def test_co_learner_stands_outside_the_inner_loop() -> None:
     x, y = batch.support_x[0], batch.support_y[0]
     for actual, expected in zip(with_cml.adapt(x, y, 3).parameters(), plain.adapt(x, y, 3).parameters(), strict=True):
         assert actual.equal(expected)
-    assert not any(name.startswith("cml") for name in with_cml._engine.training.adapted_names)
+    assert not any(name.startswith("cml") for name in with_cml.engine.training.adapted_names)
 
 
 def test_co_learner_logs_its_metric() -> None:

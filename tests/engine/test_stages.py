@@ -247,7 +247,7 @@ def test_augmenter_named_like_the_algorithm() -> None:
     namesake = type("Sound", (Scale,), {})
     learner = run(Sound, namesake)
     assert "sound-2.log" in learner.meta_parameters
-    assert not any(name.startswith("sound") for name in learner._plain_meta())
+    assert not any(name.startswith("sound") for name in learner.plain_meta_parameters)
 
 
 def test_the_plugin_given_last_decides_first() -> None:
