@@ -27,8 +27,8 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
-from metareg.learner import architecture
 from metareg.learner.config import LearnerConfig
+from metareg.learner.module_json import build_module, describe_module
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.learner.optimizer import Adam
 from metareg.learner.processes import BatchSplit, Processes, hash_tensors, select_tasks
@@ -432,7 +432,7 @@ class MetaLearner:
             "algo": {"name": self.algorithm.name, "config": _dumped(self.algorithm.config)},
             "installed": self.algorithm.distribution is not None,
             "model": self._recipe,
-            "architecture": None if self._recipe else architecture.describe(self.model.module),
+            "architecture": None if self._recipe else describe_module(self.model.module),
             "module": type(self.model.module).__name__,
             "head": self._head,
             "loss": self._loss_name,
@@ -491,7 +491,7 @@ class MetaLearner:
             bounds.enter_context(limit_allocation(file.bytes, str(path)))
         elif header.architecture is not None:
             values = {name.removeprefix(_CONSTANT): value for name, value in file.read().items()}
-            given = architecture.build(header.architecture, values)
+            given = build_module(header.architecture, values)
         else:
             raise UsageError(f"{path} holds the weights of a {header.module}; pass such a module as model=…")
         built = algo is not None and not isinstance(algo, type | str)

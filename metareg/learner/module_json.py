@@ -1,4 +1,4 @@
-"""The structure of a model made of `torch.nn` layers, as JSON, so that a saved learner can be loaded without its class.
+"""A model made of `torch.nn` layers as JSON and back, so that a saved learner can be loaded without its class.
 
 Only layers of `torch.nn` are written and built, from their constructors' plain arguments: a file that a stranger wrote
 builds such layers and nothing else.
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metareg.errors import UsageError
 
-__all__ = ["BodyHead", "build", "describe"]
+__all__ = ["BodyHead", "build_module", "describe_module"]
 
 Description = dict[str, Any]
 
@@ -33,29 +33,30 @@ class BodyHead(nn.Module):
         return outputs
 
 
-def describe(module: nn.Module) -> Description | None:
+def describe_module(module: nn.Module) -> Description | None:
     """The structure of a module, or None where it is not made of `torch.nn` layers alone.
 
     A module of another class counts where a body and a head are all that it has: it computes ``head(body(x))`` then.
     """
     if set(module._modules) == {"body", "head"} and not (module._parameters or module._buffers):
-        body, head = _described(module.get_submodule("body")), _described(module.get_submodule("head"))
-        description = {"layer": "BodyHead", "children": {"body": body, "head": head}} if body and head else None
+        module = BodyHead(module.get_submodule("body"), module.get_submodule("head"))
+        parts = {name: _describe_layers(part) for name, part in module._modules.items() if part is not None}
+        description = {"layer": "BodyHead", "children": parts} if all(parts.values()) else None
     else:
-        description = _described(module)
+        description = _describe_layers(module)
     if description is None:
         return None
-    rebuilt = _built(description)
-    same = all(
-        repr(ours) == repr(theirs) or isinstance(theirs, BodyHead)
-        for ours, theirs in zip(module.modules(), rebuilt.modules(), strict=True)
+    rebuilt = _build_on_meta(description)
+    same = (
+        repr(module) == repr(rebuilt)
+        and _get_shapes(module.state_dict()) == _get_shapes(rebuilt.state_dict())
+        and _list_trainable(module) == _list_trainable(rebuilt)
     )
-    same = same and _shapes(module.state_dict()) == _shapes(rebuilt.state_dict())
-    return description if same and _trainable(module) == _trainable(rebuilt) else None
+    return description if same else None
 
 
-def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module that `describe` described, with the values that it needs of `tensors`.
+def build_module(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """The module that `describe_module` described, with the values that it needs of `tensors`.
 
     Nothing is allocated for a structure whose names and shapes are not those of the tensors.
 
@@ -63,10 +64,10 @@ def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
         UsageError: it is no description, or the tensors do not fit it.
     """
     try:
-        module = _built(description)
+        module = _build_on_meta(description)
     except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
         raise UsageError(f"The file's description of the model cannot be built: {error}.") from error
-    for name, shape in _shapes(module.state_dict()).items():
+    for name, shape in _get_shapes(module.state_dict()).items():
         if name not in tensors or tensors[name].shape != shape:
             found = f"the shape {tuple(tensors[name].shape)}" if name in tensors else "no weights"
             raise UsageError(
@@ -76,17 +77,17 @@ def build(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     return module
 
 
-def _trainable(module: nn.Module) -> list[str]:
+def _list_trainable(module: nn.Module) -> list[str]:
     """The trainable parameters; frozen ones are left out, and tied ones have one name."""
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
-def _described(module: nn.Module) -> Description | None:
+def _describe_layers(module: nn.Module) -> Description | None:
     kind = type(module)
     if getattr(nn, kind.__name__, None) is not kind or not _is_layer(kind):
         return None
     if kind is nn.Sequential:
-        children = {name: _described(child) for name, child in module.named_children()}
+        children = {name: _describe_layers(child) for name, child in module.named_children()}
         return {"layer": "Sequential", "children": children} if all(children.values()) else None
     if module._modules:
         return None
@@ -103,14 +104,14 @@ def _described(module: nn.Module) -> Description | None:
     return {"layer": kind.__name__, "arguments": arguments}
 
 
-def _built(description: Any) -> nn.Module:
+def _build_on_meta(description: Any) -> nn.Module:
     with torch.device("meta"):  # shapes without memory
-        return _layer(description)
+        return _build_layer(description)
 
 
-def _layer(description: Any) -> nn.Module:
+def _build_layer(description: Any) -> nn.Module:
     name = description["layer"]
-    children = {key: _layer(child) for key, child in description.get("children", {}).items()}
+    children = {key: _build_layer(child) for key, child in description.get("children", {}).items()}
     if name == "BodyHead":
         return BodyHead(**children)
     if name == "Sequential":
@@ -138,5 +139,5 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | str)
 
 
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+def _get_shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in tensors.items()}

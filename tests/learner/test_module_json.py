@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from metareg import MetaLearner, UsageError
-from metareg.learner.architecture import build, describe
+from metareg.learner.module_json import build_module, describe_module
 
 
 class Net(nn.Module):
@@ -44,7 +44,7 @@ def test_a_learner_loads_without_its_model(tmp_path):
     ],
 )
 def test_layers_come_back_as_they_were(module):
-    rebuilt = build(json.loads(json.dumps(describe(module))), module.state_dict())
+    rebuilt = build_module(json.loads(json.dumps(describe_module(module))), module.state_dict())
 
     assert repr(rebuilt) == repr(module)
     for name, value in module.state_dict().items():
@@ -57,7 +57,15 @@ class Odd(nn.Linear):
 
 @pytest.mark.parametrize("module", [Odd(2, 2), nn.Sequential(nn.Linear(2, 2), Odd(2, 2)), nn.ModuleList([nn.ReLU()])])
 def test_other_modules_are_not_described(module):
-    assert describe(module) is None
+    assert describe_module(module) is None
+
+
+def test_a_layer_that_stands_in_two_places():
+    act = nn.ReLU()
+    module = nn.Sequential(nn.Sequential(nn.Linear(2, 2), act), nn.Sequential(nn.Linear(2, 2), act))
+    assert repr(build_module(describe_module(module), module.state_dict())) == repr(module)
+    module[1][0] = module[0][0]
+    assert describe_module(module) is None
 
 
 def test_a_learner_of_another_class_asks_for_it(tmp_path):
@@ -82,4 +90,4 @@ def test_a_learner_of_another_class_asks_for_it(tmp_path):
 )
 def test_a_strangers_description_builds_nothing_else(description):
     with pytest.raises(UsageError):
-        build(description, {"weight": torch.zeros(2, 1), "bias": torch.zeros(2)})
+        build_module(description, {"weight": torch.zeros(2, 1), "bias": torch.zeros(2)})
