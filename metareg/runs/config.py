@@ -9,7 +9,12 @@ import yaml
 from metareg.contract.config import Field, PluginSpec
 from metareg.learner.config import LearnerConfig
 
-__all__ = ["RunConfig"]
+__all__ = ["PLUGIN_FIELDS", "RunConfig"]
+
+PLUGIN_FIELDS = {
+    "algo": "algorithms", "augment": "augmenters", "task": "tasks", "model": "models", "observers": "observers",
+}  # fmt: skip
+"""The options of a run that name plugins, and the plugins' kinds."""
 
 
 class RunConfig(LearnerConfig):
@@ -56,5 +61,5 @@ class RunConfig(LearnerConfig):
     def to_yaml(self) -> str:
         """The complete configuration, the plugins first."""
         values = self.model_dump(mode="json")
-        plugins = {name: values.pop(name) for name in ("algo", "augment", "task", "model", "observers")}
+        plugins = {name: values.pop(name) for name in PLUGIN_FIELDS}
         return yaml.safe_dump(plugins | values, sort_keys=False, allow_unicode=True)
