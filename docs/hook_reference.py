@@ -10,9 +10,12 @@ from typing import Any, ClassVar
 
 from metareg import Field, PluginConfig, hookimpl
 from metareg.contract import attributes, hookspecs
+from metareg.contract.hookspecs import HOOKS, Reduction
 from metareg.testing import checks
 
 HERE = Path(__file__).parent
+_OF_ONE_PLUGIN = ("tasks and models",)
+"""The parts of which a run has one plugin each."""
 
 
 def hook_reference() -> str:
@@ -23,41 +26,32 @@ def hook_reference() -> str:
         "<!-- Written by docs/hook_reference.py from metareg/contract/hookspecs.py. -->",
         _markdown(module),
     ]
-    section = ""
-    for title, name in _hooks():
-        if title != section:
-            parts.append(f"## {title[0].upper()}{title[1:]}")
-            section = title
-        hook = getattr(hookspecs, name)
-        arguments = [str(each).replace("'", "") for each in inspect.signature(hook).parameters.values()]
-        returned = inspect.signature(hook).return_annotation
+    part = ""
+    for name, hook in HOOKS.items():
+        if hook.part != part:
+            part = hook.part
+            parts.append(f"## {part[0].upper()}{part[1:]}")
+        spec = getattr(hookspecs, name)
+        arguments = [str(each).replace("'", "") for each in inspect.signature(spec).parameters.values()]
+        returned = inspect.signature(spec).return_annotation
         one_line = f"{name}({', '.join(arguments)}) -> {returned}"
         wrapped = (
             one_line if len(one_line) <= 120 else f"{name}(\n    " + ",\n    ".join(arguments) + f",\n) -> {returned}"
         )
-        parts += [f"### {name}", f"```python\n{wrapped}\n```", _markdown(inspect.getdoc(hook) or "")]
+        parts += [f"### {name}", f"```python\n{wrapped}\n```", _markdown(inspect.getdoc(spec) or "")]
+        if hook.part not in _OF_ONE_PLUGIN:
+            parts += ["*Several plugins*", f"{hook.reduction.value[0].upper()}{hook.reduction.value[1:]}."]
     return "\n\n".join(parts) + "\n"
 
 
 def index() -> str:
     """The page plugins/index.md with its tables brought up to date."""
     text = (HERE / "plugins" / "index.md").read_text(encoding="utf-8")
-    for name, content in (("attributes", _attributes()), ("checks", _checks())):
+    for name, content in (("reductions", _reductions()), ("attributes", _attributes()), ("checks", _checks())):
         text = re.sub(
             rf"<!-- {name} -->.*?(?=\n\n[^|]|\Z)", lambda _, c=content, n=name: f"<!-- {n} -->\n\n{c}", text, flags=re.S
         )
     return re.sub(r"now (\d+ )?<!-- contract -->", f"now {hookspecs.CONTRACT_VERSION} <!-- contract -->", text)
-
-
-def _hooks() -> list[tuple[str, str]]:
-    """The sections of hookspecs.py and their hooks, in the order of the file."""
-    found, title = [], ""
-    for line in inspect.getsource(hookspecs).splitlines():
-        if match := re.fullmatch(r"# -+ (.+)", line):
-            title = match.group(1)
-        elif (match := re.match(r"def (\w+)\(", line)) and title:
-            found.append((title, match.group(1)))
-    return found
 
 
 def _markdown(docstring: str) -> str:
@@ -78,6 +72,15 @@ def _markdown(docstring: str) -> str:
         else:
             lines.append(re.sub(r"\s*\n\s*", " ", body))
     return "\n\n".join(lines)
+
+
+def _reductions() -> str:
+    names = {reduction: [] for reduction in Reduction}
+    for name, hook in HOOKS.items():
+        if hook.part not in _OF_ONE_PLUGIN:
+            names[hook.reduction].append(f"`{name}`")
+    rows = [["hooks", "with several implementations"], *([", ".join(of), each.value] for each, of in names.items())]
+    return _table(rows)
 
 
 def _attributes() -> str:

@@ -11,9 +11,7 @@ Names and shapes used throughout:
   ``head.weight``); what a plugin adds in `init_meta` is prefixed with the plugin's name in the learner
   (``metasgd.step_size.head.weight``), and the plugin itself sees it without the prefix;
 - inside the stages of one task there is no task dimension: support inputs are ``[examples, …]``, features
-  ``[examples, …]``, a loss is a scalar;
-- hooks marked *first result* stop at the first implementation that returns something other than None, the plugin
-  registered last being asked first; hooks marked *chained* run in the order in which the plugins were given.
+  ``[examples, …]``, a loss is a scalar.
 """
 
 # The signatures below are read by pluggy and by people; their bodies are their documentation.
@@ -22,7 +20,9 @@ Names and shapes used throughout:
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pluggy
 
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from metareg.contract.tasks import TaskSpec
     from metareg.contract.views import LearnerView, RunView
 
-__all__ = ["CONTRACT_VERSION", "OLDEST_CONTRACT", "hookimpl", "hookspec"]
+__all__ = ["CONTRACT_VERSION", "HOOKS", "OLDEST_CONTRACT", "Hook", "Reduction", "hookimpl", "hookspec"]
 
 CONTRACT_VERSION = 1
 """Raised when a hook changes in a way that existing plugins notice. New hooks and new arguments do not raise it.
@@ -51,10 +51,43 @@ hookspec = pluggy.HookspecMarker("metareg")
 hookimpl = pluggy.HookimplMarker("metareg")
 
 
-# ---------------------------------------------------------------------------------------------------- parameters
+class Reduction(Enum):
+    """How the results of several plugins become one. The values are sentences of the documentation."""
+
+    FIRST = "the first result that is not `None`; the plugin given last is asked first"
+    CHAIN = "chained in the order given: each gets as the first argument what the one before returned"
+    SUM = "summed"
+    EACH = "each on its own"
 
 
-@hookspec
+@dataclass(frozen=True)
+class Hook:
+    """What the core knows of a hook beside its signature."""
+
+    part: str
+    """The part of a training in which it is called: a heading of the documentation."""
+    reduction: Reduction
+    full_meta: bool = False
+    """Whether `meta` holds every meta-parameter by its full name, not the plugin's own alone."""
+
+
+HOOKS: dict[str, Hook] = {}
+"""Every hook by its name, in the order of the documentation."""
+
+_Spec = TypeVar("_Spec", bound=Callable[..., Any])
+
+
+def _hook(part: str, reduction: Reduction, *, full_meta: bool = False) -> Callable[[_Spec], _Spec]:
+    """Declare the function to be the specification of a hook."""
+
+    def declare(spec: _Spec) -> _Spec:
+        HOOKS[spec.__name__] = Hook(part, reduction, full_meta)
+        return hookspec(spec, firstresult=reduction is Reduction.FIRST)
+
+    return declare
+
+
+@_hook("parameters", Reduction.EACH)
 def init_meta(
     model: nn.Module, example: Any, features: Tensor, outputs: Tensor, inner_steps: int, generator: torch.Generator
 ) -> dict[str, Tensor] | None:
@@ -74,12 +107,9 @@ def init_meta(
     """
 
 
-# --------------------------------------------------------------------------------------------------------- inner
-
-
-@hookspec(firstresult=True)
+@_hook("inner", Reduction.FIRST)
 def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]) -> Sequence[str] | None:
-    """Which parameters the inner loop adapts. First result; all of them where no plugin answers.
+    """Which parameters the inner loop adapts; all of them where no plugin answers.
 
     Args:
         names: every trainable parameter of the model.
@@ -91,9 +121,9 @@ def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tupl
     """
 
 
-@hookspec(firstresult=True)
+@_hook("inner", Reduction.FIRST)
 def start_task(params: dict[str, Tensor], meta: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """Where adaptation to a task starts. First result; at the meta-parameters themselves where no plugin answers.
+    """Where adaptation to a task starts; at the meta-parameters themselves where no plugin answers.
 
     For parameters that every task resets (CAVIA's context) or that are computed. What the result does not depend on gets
     no gradient through the inner loop.
@@ -107,11 +137,11 @@ def start_task(params: dict[str, Tensor], meta: dict[str, Tensor]) -> dict[str, 
     """
 
 
-@hookspec(firstresult=True)
+@_hook("inner", Reduction.FIRST)
 def inner_update(
     params: dict[str, Tensor], grads: dict[str, Tensor], meta: dict[str, Tensor], step: int
 ) -> dict[str, Tensor] | None:
-    """One adaptation step. First result.
+    """One adaptation step.
 
     Args:
         params: the adapted parameters by name.
@@ -124,10 +154,7 @@ def inner_update(
     """
 
 
-# -------------------------------------------------------------------------------------------------- augmentation
-
-
-@hookspec
+@_hook("augmentation", Reduction.EACH)
 def draw_noise(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int, stage: str) -> Any:
     """Random draws, made outside the pure step and handed to this plugin's other hooks as `noise`.
 
@@ -145,11 +172,11 @@ def draw_noise(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, i
     """
 
 
-@hookspec
+@_hook("augmentation", Reduction.CHAIN)
 def augment_inner_gradient(
     grads: dict[str, Tensor], params: dict[str, Tensor], meta: dict[str, Tensor], noise: Any, step: int
 ) -> dict[str, Tensor]:
-    """Change the gradient of one inner step in training. Chained: `grads` is what the augmenter before returned.
+    """Change the gradient of one inner step in training.
 
     Args and shapes are those of `inner_update`; `noise` is what `draw_noise` returned for this task.
 
@@ -158,7 +185,7 @@ def augment_inner_gradient(
     """
 
 
-@hookspec
+@_hook("augmentation", Reduction.SUM)
 def augment_outer_loss(
     features: Tensor,
     outputs: Tensor,
@@ -168,7 +195,7 @@ def augment_outer_loss(
     metric: Callable[[Tensor, Tensor], Tensor],
     noise: Any,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    """A term that is added to the query loss of one task in training. Summed over the augmenters.
+    """A term that is added to the query loss of one task in training.
 
     Args:
         features: the adapted body's features of the query set ``[query, …]``.
@@ -184,9 +211,9 @@ def augment_outer_loss(
     """
 
 
-@hookspec
+@_hook("augmentation", Reduction.CHAIN)
 def augment_outer_gradient(grads: dict[str, Tensor], meta: dict[str, Tensor], noise: Any) -> dict[str, Tensor]:
-    """Change the meta-gradient, once per meta-batch after the mean over tasks. Chained.
+    """Change the meta-gradient, once per meta-batch after the mean over tasks.
 
     Args:
         grads: the meta-gradient of every meta-parameter, by its full name.
@@ -198,12 +225,9 @@ def augment_outer_gradient(grads: dict[str, Tensor], meta: dict[str, Tensor], no
     """
 
 
-# --------------------------------------------------------------------------------------------------------- outer
-
-
-@hookspec(firstresult=True)
+@_hook("outer", Reduction.FIRST)
 def outer_loss_weights(inner_steps: int, training_step: int) -> Sequence[float] | None:
-    """Weights of the query losses after each inner step (MAML++'s multi-step loss). First result.
+    """Weights of the query losses after each inner step (MAML++'s multi-step loss).
 
     The loss after the last step alone where no plugin answers. Called once per training step, outside the pure step:
     the weights may change from one to the next. Terms of `augment_outer_loss` are taken after the last step, unweighted;
@@ -218,9 +242,9 @@ def outer_loss_weights(inner_steps: int, training_step: int) -> Sequence[float] 
     """
 
 
-@hookspec(firstresult=True)
+@_hook("outer", Reduction.FIRST, full_meta=True)
 def outer_gradient(meta: dict[str, Tensor], adapted: dict[str, Tensor], inner_steps: int) -> dict[str, Tensor] | None:
-    """The meta-gradient of one task, for algorithms that are no derivative of a query loss (Reptile). First result.
+    """The meta-gradient of one task, for algorithms that are no derivative of a query loss (Reptile).
 
     Args:
         meta: every meta-parameter by its full name.
@@ -233,11 +257,11 @@ def outer_gradient(meta: dict[str, Tensor], adapted: dict[str, Tensor], inner_st
     """
 
 
-@hookspec(firstresult=True)
+@_hook("outer", Reduction.FIRST, full_meta=True)
 def outer_update(
     meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """One step of the outer optimiser. First result; `torch.optim.Adam` where no plugin answers.
+    """One step of the outer optimiser; of `torch.optim.Adam` where no plugin answers.
 
     Args:
         meta: every meta-parameter by its full name.
@@ -249,10 +273,7 @@ def outer_update(
     """
 
 
-# ---------------------------------------------------------------------------------------------- tasks and models
-
-
-@hookspec(firstresult=True)
+@_hook("tasks and models", Reduction.FIRST)
 def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[Episodes] | None:
     """The tasks number `indices` of a split: a pure function of its arguments, whatever was asked for before.
 
@@ -271,12 +292,12 @@ def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[E
     """
 
 
-@hookspec(firstresult=True)
+@_hook("tasks and models", Reduction.FIRST)
 def figures(learner: LearnerView, seed: int) -> Mapping[str, Figure] | None:
     """Pictures of some test tasks after training, by file name without its ending; the run saves them as PNG."""
 
 
-@hookspec(firstresult=True)
+@_hook("tasks and models", Reduction.FIRST)
 def build(spec: TaskSpec, generator: torch.Generator) -> nn.Module | None:
     """A model for a task: an `nn.Module` with `body` and `head`, freshly initialised.
 
@@ -286,10 +307,7 @@ def build(spec: TaskSpec, generator: torch.Generator) -> nn.Module | None:
     """
 
 
-# ----------------------------------------------------------------------------------------------------- observers
-
-
-@hookspec
+@_hook("observers", Reduction.EACH)
 def on_run_start(run: RunView) -> None:
     """Training is about to begin, or to go on after the step ``run.learner.steps_done`` of a run that was stopped.
 
@@ -297,7 +315,7 @@ def on_run_start(run: RunView) -> None:
     """
 
 
-@hookspec
+@_hook("observers", Reduction.EACH)
 def on_step(step: int, logs: dict[str, float]) -> None:
     """Every `log_every` training steps: the number of steps done and the means of the logged values since the last call.
 
@@ -306,11 +324,11 @@ def on_step(step: int, logs: dict[str, float]) -> None:
     """
 
 
-@hookspec
+@_hook("observers", Reduction.EACH)
 def on_evaluation(step: int, split: str, evaluation: Evaluation) -> None:
     """An evaluation on a split has ended: ``"validation"`` while training, ``"test"`` at the end."""
 
 
-@hookspec
+@_hook("observers", Reduction.EACH)
 def on_run_end(run: RunView) -> None:
     """The run has ended and its results are written."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from metareg.contract.hookspecs import HOOKS, Reduction
+from metareg.engine import results
 from metareg.errors import PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
@@ -18,6 +19,12 @@ from metareg.util.seeding import create_generator, use_seed
 __all__ = ["Stages"]
 
 Tensors = dict[str, Tensor]
+Check = Callable[[Any, Any, Implementation], Any]
+"""Takes the hook's first argument, what a plugin returned for it, and whose it is."""
+
+_REQUIRED = object()
+_NOISE = {"task": ("augment_inner_gradient", "augment_outer_loss"), "batch": ("augment_outer_gradient",)}
+"""The hooks whose plugins draw noise, for each task and for each meta-batch."""
 
 
 class Stages:
@@ -32,67 +39,56 @@ class Stages:
         self.algorithm = algorithm
         self.augmenters = tuple(augmenters)
         manager, self.plugins = create_plugin_manager([algorithm, *augmenters])
-        get = {
-            hook: find_implementations(manager, self.plugins, hook)
-            for hook in (
-                "init_meta", "adapted_parameters", "start_task", "inner_update", "draw_noise", "augment_inner_gradient",
-                "augment_outer_loss", "augment_outer_gradient", "outer_loss_weights", "outer_gradient", "outer_update",
-            )
-        }  # fmt: skip
-        self._init_meta = get["init_meta"]
-        self._adapted_parameters = get["adapted_parameters"][::-1]
-        self._start_task = get["start_task"][::-1]
-        self._inner_update = get["inner_update"][::-1]
-        self._inner_gradient = get["augment_inner_gradient"]
-        self._outer_loss = get["augment_outer_loss"]
-        self._outer_batch_gradient = get["augment_outer_gradient"]
-        self._outer_loss_weights = get["outer_loss_weights"][::-1]
-        self._outer_gradient = get["outer_gradient"][::-1]
-        self._outer_update = get["outer_update"][::-1]
-        in_task = {each.name for each in (*self._inner_gradient, *self._outer_loss)}
-        in_batch = {each.name for each in self._outer_batch_gradient}
-        self._task_noise = [each for each in get["draw_noise"] if each.name in in_task]
-        self._batch_noise = [each for each in get["draw_noise"] if each.name in in_batch]
+        self._implementations = {hook: find_implementations(manager, self.plugins, hook) for hook in HOOKS}
+        self._drawing = {
+            stage: [each for each in self._implementations["draw_noise"] if each.name in self._plugins_of(*hooks)]
+            for stage, hooks in _NOISE.items()
+        }
         for augmenter in self.augmenters:
             if not list_hooks(type(augmenter.instance)):
                 raise PluginError(
                     f"The {augmenter.label} implements no hook; its methods are marked with @metareg.hookimpl."
                 )
-        if not self._inner_update:
+        if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
+
+    def _plugins_of(self, *hooks: str) -> set[str]:
+        """The names of the plugins that implement one of these hooks."""
+        return {each.name for hook in hooks for each in self._implementations[hook]}
 
     # ------------------------------------------------------------------------------------------------ what there is
 
     @property
     def has_outer_loss(self) -> bool:
-        return bool(self._outer_loss)
+        return bool(self._implementations["augment_outer_loss"])
 
     @property
     def has_outer_gradient(self) -> bool:
-        return bool(self._outer_gradient)
+        return bool(self._implementations["outer_gradient"])
 
     @property
     def has_outer_update(self) -> bool:
-        return bool(self._outer_update)
+        return bool(self._implementations["outer_update"])
 
     @property
     def has_outer_batch_gradient(self) -> bool:
-        return bool(self._outer_batch_gradient)
+        return bool(self._implementations["augment_outer_gradient"])
 
     @property
     def draws_noise(self) -> bool:
-        return bool(self._task_noise)
+        return bool(self._drawing["task"])
 
     def wanting(self, *arguments: str) -> Plugin | None:
-        """The first plugin with a parameter or augmentation hook that names one of these arguments."""
-        for each in (*self._init_meta, *self._adapted_parameters, *self._outer_loss):
-            if set(arguments) & set(each.arguments):
-                return each.plugin
+        """The first plugin with a hook that names one of these arguments."""
+        for implementations in self._implementations.values():
+            for each in implementations:
+                if set(arguments) & set(each.arguments):
+                    return each.plugin
         return None
 
     def init_wants(self, *arguments: str) -> bool:
         """Whether some `init_meta` names one of these arguments."""
-        return any(set(arguments) & set(each.arguments) for each in self._init_meta)
+        return any(set(arguments) & set(each.arguments) for each in self._implementations["init_meta"])
 
     def without_augmenters(self) -> Stages:
         """The stages of the algorithm alone: what evaluation, adaptation and the exported learner use."""
@@ -107,171 +103,127 @@ class Stages:
     def init_meta(self, seed: int, **arguments: Any) -> Tensors:
         """Every plugin's extra meta-parameters, by full name."""
         meta: Tensors = {}
-        for each in self._init_meta:
+        for each in self._implementations["init_meta"]:
             with use_seed(seed, "init_meta", each.name) as generator:
                 created = each(generator=generator, **arguments)
             if created is None:
                 continue
-            if not isinstance(created, dict) or not all(_is_real(value) for value in created.values()):
-                each.reject("it must return a dict of floating-point tensors by name")
-            meta |= {f"{each.name}.{name}": value for name, value in copy_contiguous(created).items()}
+            created = copy_contiguous(results.take_tensors(created, each))
+            meta |= {f"{each.name}.{name}": value for name, value in created.items()}
         return meta
 
     def adapted_parameters(
         self, names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]
     ) -> tuple[str, ...]:
         """The names that the inner loop adapts, in the model's order."""
-        for each in self._adapted_parameters:
-            chosen = each(names=names, body=body, head=head)
-            if chosen is not None:
-                if isinstance(chosen, str) or not isinstance(chosen, Collection):
-                    each.reject(f"it must return a sequence of names, not {_described(chosen)}")
-                unknown = [name for name in chosen if name not in names]
-                if unknown or not chosen:
-                    each.reject(f"it named {unknown or 'no parameter'}; the model has {', '.join(names)}")
-                return tuple(name for name in names if name in set(chosen))
-        return names
+        return self._reduce("adapted_parameters", results.select, otherwise=names, names=names, body=body, head=head)
 
-    # ----------------------------------------------------------------------------------------------- inner, augmentation
+    # ---------------------------------------------------------------------------------------------------------- noise
 
     def draw_task_noise(
         self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
     ) -> dict[str, Any]:
         """What each augmenter draws for one task, by the augmenter's name."""
-        return self._draw(self._task_noise, "task", shapes, inner_steps, seed, *labels)
+        return self._draw("task", shapes, inner_steps, seed, *labels)
 
     def draw_batch_noise(
         self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
     ) -> dict[str, Any]:
         """What each augmenter draws for one meta-batch, by the augmenter's name."""
-        return self._draw(self._batch_noise, "batch", shapes, inner_steps, seed, *labels)
+        return self._draw("batch", shapes, inner_steps, seed, *labels)
 
-    @staticmethod
     def _draw(
-        drawing: list[Implementation],
-        stage: str,
-        shapes: dict[str, tuple[int, ...]],
-        inner_steps: int,
-        seed: int,
-        *labels: str | int,
+        self, stage: str, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
     ) -> dict[str, Any]:
         noise = {}
-        for each in drawing:
+        for each in self._drawing[stage]:
             generator = create_generator(seed, "noise", stage, each.name, *labels)
             drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
-            if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(drawn) if leaf is not None):
-                each.reject("it must return a pytree of tensors")
-            noise[each.name] = drawn
+            noise[each.name] = results.take_noise(drawn, each)
         return noise
+
+    # ---------------------------------------------------------------------------------------------------------- inner
+
+    def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
+        """The adapted parameters before the first inner step."""
+        return self._reduce("start_task", results.match, otherwise=params, params=params, meta=meta)
 
     def augment_inner_gradient(
         self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int
     ) -> Tensors:
-        for each in self._inner_gradient:
-            changed = each(grads=grads, params=params, meta=each.own(meta), noise=noise.get(each.name), step=step)
-            grads = _like(grads, changed, each)
-        return grads
-
-    def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
-        """The adapted parameters before the first inner step."""
-        for each in self._start_task:
-            started = each(params=params, meta=each.own(meta))
-            if started is not None:
-                return _like(params, started, each)
-        return params
+        return self._reduce(
+            "augment_inner_gradient", results.match, grads=grads, params=params, meta=meta, noise=noise, step=step
+        )
 
     def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
-        for each in self._inner_update:
-            updated = each(params=params, grads=grads, meta=each.own(meta), step=step)
-            if updated is not None:
-                return _like(params, updated, each)
-        raise PluginError(f"No plugin gave a result for inner_update at inner step {step}.")
+        return self._reduce("inner_update", results.match, params=params, grads=grads, meta=meta, step=step)
+
+    # ---------------------------------------------------------------------------------------------------------- outer
 
     def augment_outer_loss(
         self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
     ) -> tuple[Tensor | float, Tensors]:
         """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``."""
-        total: Tensor | float = 0.0
         logs: Tensors = {}
-        for each in self._outer_loss:
-            term = each(meta=each.own(meta), noise=noise.get(each.name), **arguments)
-            term, extra = term if isinstance(term, tuple) and len(term) == 2 else (term, {})
-            if not _is_scalar(term):
-                each.reject(f"it must return a scalar tensor, not {_described(term)}")
-            if not isinstance(extra, dict) or not all(_is_scalar(value) for value in extra.values()):
-                each.reject("what it wants logged must be a dict of scalar tensors")
-            total = total + term
-            logs |= {f"{each.name}.{key}": value.detach() for key, value in extra.items()}
+        total = self._reduce(
+            "augment_outer_loss", partial(results.take_term, logs), **arguments, meta=meta, noise=noise
+        )
         return total, logs
 
     def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
-        for each in self._outer_batch_gradient:
-            grads = _like(grads, each(grads=grads, meta=each.own(meta), noise=noise.get(each.name)), each)
-        return grads
-
-    # ---------------------------------------------------------------------------------------------------------- outer
+        return self._reduce("augment_outer_gradient", results.match, grads=grads, meta=meta, noise=noise)
 
     def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
         """The weight of the query loss after each inner step; None for that after the last step alone."""
-        for each in self._outer_loss_weights:
-            weights = each(inner_steps=inner_steps, training_step=training_step)
-            if weights is not None:
-                numbers = [float(weight) for weight in weights]
-                if len(numbers) != inner_steps:
-                    each.reject(f"it returned {len(numbers)} weights for {inner_steps} inner steps")
-                return numbers
-        return None
+        return self._reduce(
+            "outer_loss_weights",
+            results.match_count,
+            otherwise=None,
+            inner_steps=inner_steps,
+            training_step=training_step,
+        )
 
     def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
         """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
-        for each in self._outer_gradient:
-            grads = each(meta=meta, adapted=adapted, inner_steps=inner_steps)
-            if grads is not None:
-                if not isinstance(grads, dict):
-                    each.reject(f"it must return a dict of tensors, not {_described(grads)}")
-                zero = {name: torch.zeros_like(value) for name, value in meta.items()}
-                return _like(meta, zero | grads, each)
-        raise PluginError("No plugin gave a result for outer_gradient.")
+        return self._reduce("outer_gradient", results.complete, meta=meta, adapted=adapted, inner_steps=inner_steps)
 
     def outer_update(self, meta: Tensors, grads: Tensors, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-        for each in self._outer_update:
-            result = each(meta=meta, grads=grads, state=state)
-            if result is not None:
-                if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], dict)):
-                    each.reject("it must return the new meta-parameters and a dict, the new state")
-                return _like(meta, result[0], each), result[1]
-        raise PluginError("No plugin gave a result for outer_update.")
+        return self._reduce("outer_update", results.match_with_state, meta=meta, grads=grads, state=state)
+
+    # -------------------------------------------------------------------------------------------------------- private
+
+    def _reduce(self, hook: str, check: Check, *, otherwise: Any = _REQUIRED, **arguments: Any) -> Any:
+        """The results of a hook's implementations made one, as its `Reduction` says.
+
+        Args:
+            hook: its name; one of which the first result counts, or whose results are chained or summed.
+            check: gives back a result that keeps the contract, and refuses any other.
+            otherwise: what holds where the first result counts and no plugin gives one, which is an error without it.
+            arguments: those of the hook, in its order; `meta` holds all meta-parameters, `noise` what each plugin drew.
+        """
+        implementations, reduction = self._implementations[hook], HOOKS[hook].reduction
+        first = next(iter(arguments))
+        if reduction is Reduction.FIRST:
+            for each in implementations:
+                result = _call(each, arguments)
+                if result is not None:
+                    return check(arguments[first], result, each)
+            if otherwise is _REQUIRED:
+                at = f" at inner step {arguments['step']}" if "step" in arguments else ""
+                raise PluginError(f"No plugin gave a result for {hook}{at}.")
+            return otherwise
+        if reduction is Reduction.CHAIN:
+            for each in implementations:
+                arguments[first] = check(arguments[first], _call(each, arguments), each)
+            return arguments[first]
+        return sum((check(arguments[first], _call(each, arguments), each) for each in implementations), 0.0)
 
 
-def _like(expected: Tensors, given: Any, by: Implementation) -> Tensors:
-    """`given` in the order of `expected`, if it has its names, shapes, types and devices."""
-    if not isinstance(given, dict):
-        by.reject(f"it must return a dict of tensors, not {_described(given)}")
-    if given.keys() != expected.keys():
-        missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-        parts = [
-            f"misses {', '.join(sorted(missing))}" if missing else "",
-            f"adds {', '.join(sorted(extra))}" if extra else "",
-        ]
-        by.reject(f"its result {' and '.join(filter(None, parts))}")
-    for name, value in expected.items():
-        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
-            by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_described(given[name])}")
-        if given[name].dtype != value.dtype or given[name].device != value.device:
-            by.reject(
-                f"'{name}' must be a tensor of {value.dtype} on {value.device}, not of {given[name].dtype} on "
-                f"{given[name].device}"
-            )
-    return {name: given[name] for name in expected}
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dim() == 0
-
-
-def _described(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
+    """Call an implementation with its plugin's share of the meta-parameters and of the noise."""
+    own = dict(arguments)
+    if "meta" in implementation.arguments and not HOOKS[implementation.hook].full_meta:
+        own["meta"] = implementation.own(arguments["meta"])
+    if "noise" in implementation.arguments:
+        own["noise"] = arguments["noise"].get(implementation.name)
+    return implementation(**own)

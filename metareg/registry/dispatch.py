@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import pluggy
 
 from metareg.contract import hookspecs
+from metareg.contract.hookspecs import HOOKS, Reduction
 from metareg.errors import MetaregError, PluginError, nearest
 from metareg.registry.plugins import Plugin
 
@@ -75,20 +76,21 @@ def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManag
         except ValueError as error:
             raise PluginError(f"The {plugin.label} cannot be used twice as one object; pass its class.") from error
         named[name] = plugin
-    known = [name for name, _ in inspect.getmembers(hookspecs, callable) if hasattr(manager.hook, name)]
     for plugin in plugins:
         for attribute, method in _marked(plugin.instance):
             attribute = getattr(method, "metareg_impl")["specname"] or attribute  # noqa: B009 - set by pluggy
-            if attribute not in known:
-                close = nearest(attribute, known)
-                hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(known)}."
+            if attribute not in HOOKS:
+                close = nearest(attribute, HOOKS)
+                hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(HOOKS)}."
                 raise PluginError(f"The {plugin.label} implements '{attribute}', which is no hook of metareg{hint}")
     return manager, named
 
 
 def find_implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
-    """The implementations of a hook in the order in which their plugins were given, `tryfirst` ones before."""
+    """The implementations of a hook in the order in which its reduction asks for them, `tryfirst` ones before all others."""
     found = getattr(manager.hook, hook).get_hookimpls()
+    if HOOKS[hook].reduction is Reduction.FIRST:
+        found = found[::-1]
     result = []
     for each in sorted(found, key=lambda each: each.trylast - each.tryfirst):
         plugin = named[each.plugin_name]
@@ -125,10 +127,9 @@ def _is_marked(attribute: Any) -> bool:
 
 def _validation_message(plugin: Plugin) -> str:
     for name, method in _marked(plugin.instance):
-        spec = getattr(hookspecs, name, None)
-        if spec is None:
+        if name not in HOOKS:
             continue
-        allowed = list(inspect.signature(spec).parameters)
+        allowed = list(inspect.signature(getattr(hookspecs, name)).parameters)
         wanted = list(inspect.signature(method).parameters)
         unknown = [argument for argument in wanted if argument not in allowed]
         if unknown:

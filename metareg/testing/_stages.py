@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metareg.contract.attributes import StepExample
+from metareg.contract.hookspecs import HOOKS
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
@@ -235,7 +236,7 @@ def check_step_examples(subject: Subject) -> None:
 
 def check_inner_rule(subject: Subject) -> None:
     """An augmenter leaves to the algorithm what is adapted, and how: it is not there after training."""
-    taken = [hook for hook in ("adapted_parameters", "start_task", "inner_update") if hook in subject.hooks]
+    taken = [hook for hook in subject.hooks if HOOKS[hook].part == "inner"]
     if taken:
         fail(
             f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which are without "

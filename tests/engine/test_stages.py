@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg import MetaLearner, PluginError, hookimpl
+from metareg.contract import hookspecs
 from samples import MLP, episodes
 
 Tensors = dict[str, Tensor]
@@ -263,6 +264,22 @@ def test_the_plugin_given_last_decides_first() -> None:
     assert loss.item() == pytest.approx(zero)
     # Evaluation and adaptation are the algorithm's alone.
     assert not learner.adapt(x, y).head.bias.equal(learner.meta_parameters["head.bias"])
+
+
+@pytest.mark.parametrize(("order", "asked"), [({}, False), ({"tryfirst": True}, True)], ids=["as given", "tryfirst"])
+def test_an_implementation_that_asks_to_be_first_decides(order: dict[str, bool], asked: bool) -> None:
+    class Eager:
+        @hookimpl(**order)
+        def inner_update(self, params: Tensors) -> Tensors:
+            return params
+
+    still = [run(Sound, *augmenters).meta_parameters for augmenters in ([Eager, Sound], [Eager])]
+    assert all(still[0][name].equal(value) for name, value in still[1].items()) is asked
+
+
+def test_every_hook_says_how_results_become_one() -> None:
+    signatures = {name for name, value in vars(hookspecs).items() if hasattr(value, "metareg_spec")}
+    assert set(hookspecs.HOOKS) == signatures
 
 
 class Repeated:
