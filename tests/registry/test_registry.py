@@ -1,8 +1,7 @@
-"""Discovery: what is installed, names, clashes, plugins that cannot be used, and the direction of imports."""
+"""Discovery: what is installed, names, clashes, and plugins that cannot be used."""
 
 from __future__ import annotations
 
-import ast
 import json
 import subprocess
 import sys
@@ -232,55 +231,6 @@ def test_a_config_that_is_no_plugin_config() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------- layering
-
-
-def _imports(path: Path) -> set[tuple[str, str | None]]:
-    """Every import of a file as (module, name or None), those in functions too."""
-    found: set[tuple[str, str | None]] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Import):
-            found |= {(alias.name, None) for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or path.parent.name.startswith("metareg"), f"relative import in {path}"
-            module = node.module or ""
-            found |= {(module if node.level == 0 else f".{module}", alias.name) for alias in node.names}
-    return found
-
-
-def _files(*folders: str) -> list[Path]:
-    files = [file for folder in folders for file in sorted((ROOT / folder).rglob("*.py"))]
-    assert files
-    return files
-
-
-@pytest.mark.skipif(not (ROOT / "plugins").is_dir(), reason="an installed wheel has no source folders")
-class TestLayers:
-    algorithms = ("metareg_maml", "metareg_anil", "metareg_boil", "metareg_metasgd")
-
-    def test_the_core_imports_no_plugin_and_no_task(self) -> None:
-        for file in _files("metareg"):
-            assert not [module for module, _ in _imports(file) if module.startswith("metareg_")], file
-            assert 'import_module(f"metareg_' not in file.read_text(encoding="utf-8")
-
-    def test_plugins_and_tasks_use_public_names_only(self) -> None:
-        for file in _files("plugins", "tasks"):
-            for module, name in _imports(file):
-                if module == "metareg" or module.startswith("metareg."):
-                    assert module == "metareg", f"{file} imports from {module}"
-                    assert name is None or name in metareg.__all__, f"{file} imports {name}"
-
-    def test_tasks_import_no_plugin_and_plugins_no_task(self) -> None:
-        tasks = {folder.name for folder in (ROOT / "tasks").iterdir()}
-        plugins = {folder.name for folder in (ROOT / "plugins").iterdir()}
-        for own, other in (("tasks", plugins), ("plugins", tasks)):
-            for file in _files(own):
-                assert not {module.partition(".")[0] for module, _ in _imports(file)} & other, file
-
-    @pytest.mark.parametrize(("module", "home"), [("torchvision", "metareg_image"), ("dgl", "metareg_graph")])
-    def test_heavy_libraries_stay_where_they_belong(self, module: str, home: str) -> None:
-        for file in _files("metareg", "plugins", "tasks"):
-            if home not in file.parts:
-                assert module not in {name.partition(".")[0] for name, _ in _imports(file)}, file
 
 
 @pytest.mark.parametrize("name", metareg.__all__)
