@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.optim.adam import adam
 
 from metareg.engine.graph_passes import without_idle_operations
+from metareg.util.torch_internals import compile_graph, trace
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -257,8 +257,8 @@ class TracedByHand(Reference):
             return [*(value.mean(0) for value in grads.values()), losses.mean()]
 
         leaves = [*self.params.values(), *tasks]
-        graph = without_idle_operations(make_fx(meta_gradient, tracing_mode="fake")(*leaves))
-        return torch._inductor.compile(graph, leaves) if self.compiled else graph.forward
+        graph = without_idle_operations(trace(meta_gradient, leaves))
+        return compile_graph(graph, leaves) if self.compiled else graph.forward
 
     def step(self, tasks: Tasks) -> float:
         with torch.no_grad():

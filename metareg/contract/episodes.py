@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg.errors import UsageError
 from metareg.util.layout import settle_layout
+from metareg.util.torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 __all__ = ["Episodes"]
 
@@ -41,7 +41,7 @@ class Episodes:
     def __post_init__(self) -> None:
         tasks: int | None = None
         for name in ("support_x", "support_y", "query_x", "query_y"):
-            leaves = pytree.tree_leaves(getattr(self, name))
+            leaves = tree_leaves(getattr(self, name))
             if not leaves:
                 raise UsageError(f"Episodes: {name} holds no tensor.")
             for leaf in leaves:
@@ -80,7 +80,7 @@ class Episodes:
         """
         groups: dict[Any, list[int]] = {}
         for position, task in enumerate(tasks):
-            leaves, structure = pytree.tree_flatten(tuple(task))
+            leaves, structure = tree_flatten(tuple(task))
             groups.setdefault((tuple(leaf.shape for leaf in leaves), str(structure)), []).append(position)
         return [
             cls(*stack_trees([tuple(tasks[position]) for position in members])).placed(members)
@@ -99,6 +99,11 @@ class Episodes:
         """Some of the tasks."""
         some = self._mapped(lambda leaf: leaf[which])
         return some if self.positions is None else some.placed(self.positions[which])
+
+    def unstack(self, number: int) -> tuple[Any, Tensor, Any, Tensor]:
+        """One task, numbered from 0 on, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
+        support_x, support_y, query_x, query_y = tree_map(lambda leaf: leaf[number], self.parts)
+        return support_x, support_y, query_x, query_y
 
     def placed(self, positions: Sequence[int]) -> Episodes:
         """The same tasks as those at some positions of what a source was asked for.
@@ -120,10 +125,10 @@ class Episodes:
         if size is None or size >= len(self):
             yield self
             return
-        leaves, structure = pytree.tree_flatten(self.parts)
+        leaves, structure = tree_flatten(self.parts)
         for number, parts in enumerate(zip(*(leaf.split(size) for leaf in leaves), strict=True)):
             positions = self.positions and self.positions[number * size : (number + 1) * size]
-            yield _unchecked(pytree.tree_unflatten(parts, structure), positions)
+            yield _unchecked(tree_unflatten(parts, structure), positions)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
@@ -140,7 +145,7 @@ class Episodes:
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""
         return _unchecked(
-            [function(part) if type(part) is Tensor else pytree.tree_map(function, part) for part in self.parts],
+            [function(part) if type(part) is Tensor else tree_map(function, part) for part in self.parts],
             self.positions,
         )
 
@@ -157,4 +162,4 @@ def _unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -> Episo
 
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Stack pytrees of equal structure and shapes along a new first dimension."""
-    return pytree.tree_map(lambda *leaves: torch.stack(leaves), *trees)
+    return tree_map(lambda *leaves: torch.stack(leaves), *trees)

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes, stack_trees
 from metareg.engine.memory import advise_on_memory
@@ -22,6 +21,7 @@ from metareg.engine.objective import Task, TaskFunctions, Tensors
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
 from metareg.engine.tracing import Function, Program
 from metareg.util.layout import match_strides
+from metareg.util.torch_internals import tree_map
 
 __all__ = ["Engine", "Gradient"]
 
@@ -154,7 +154,7 @@ class Engine:
 
 def _only(tasks: Any) -> Any:
     """The single task of a stack of one."""
-    return pytree.tree_map(lambda leaf: leaf[0], tasks)
+    return tree_map(lambda leaf: leaf[0], tasks)
 
 
 def _norm(grads: Tensors) -> Tensor:

@@ -7,10 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metareg.util.torch_internals import UNSAFE_VIEW, writes_in_place
+
 __all__ = ["without_idle_operations", "writes"]
 
 _ATEN = torch.ops.aten
-_VIEWS = (_ATEN.view.default, _ATEN._unsafe_view.default, _ATEN.expand.default)
+_VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 
 
@@ -44,8 +46,7 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
 
 def writes(graph: torch.fx.GraphModule) -> bool:
     """Whether something is written in place."""
-    operations = [node.target for node in graph.graph.nodes if isinstance(node.target, torch._ops.OpOverload)]
-    return any(operation._schema.is_mutable for operation in operations)
+    return any(writes_in_place(node.target) for node in graph.graph.nodes)
 
 
 def _layout(value: Tensor) -> tuple[Any, ...]:

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import grad, grad_and_value, vjp
-from torch.utils import _pytree as pytree
 
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.errors import UsageError
+from metareg.util.torch_internals import tree_map
 
 __all__ = ["Task", "TaskFunctions", "Tensors"]
 
@@ -87,7 +87,7 @@ class TaskFunctions:
     ) -> Tensors:
         """Parameters after one more adaptation step."""
         if self.first_order:
-            constants = pytree.tree_map(_constant, (adapted, meta, support, targets))
+            constants = tree_map(_constant, (adapted, meta, support, targets))
             gradient = {name: value.detach() for name, value in grad(self.support_loss)(*constants).items()}
         else:
             gradient = grad(self.support_loss)(adapted, meta, support, targets)
@@ -125,7 +125,7 @@ class TaskFunctions:
         """Parameters or inputs in the precision that the model runs in."""
         if self.precision == "full":
             return tree
-        return pytree.tree_map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, tree)
+        return tree_map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, tree)
 
     def _full(self, outputs: Tensor, meta: Tensors) -> Tensor:
         """Outputs in the precision of the meta-parameters, in which losses and metrics are computed."""
@@ -305,4 +305,4 @@ def _constant(leaf: Any) -> Any:
 
 
 def _sum(a: Any, b: Any) -> Any:
-    return pytree.tree_map(torch.add, a, b)
+    return tree_map(torch.add, a, b)

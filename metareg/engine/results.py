@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg.registry.dispatch import Implementation
+from metareg.util.torch_internals import tree_leaves
 
 __all__ = [
     "complete", "match", "match_count", "match_with_state", "select", "take_noise", "take_tensors", "take_term",
@@ -93,7 +93,7 @@ def take_tensors(given: Any, by: Implementation) -> Tensors:
 
 def take_noise(given: Any, by: Implementation) -> Any:
     """A pytree of tensors, in which None may stand."""
-    if not all(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(given) if leaf is not None):
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(given) if leaf is not None):
         by.reject("it must return a pytree of tensors")
     return given
 

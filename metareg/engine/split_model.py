@@ -11,12 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
-from torch.utils import _pytree as pytree
 
 from metareg.engine.normalisation import with_cheap_second_derivative
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.layout import copy_contiguous
+from metareg.util.torch_internals import (
+    BATCH_NORM,
+    DROPOUT,
+    NORM_WITH_STATISTICS,
+    copy_shell,
+    list_places,
+    tree_leaves,
+    tree_map,
+)
 
 __all__ = ["SplitModel"]
 
@@ -54,7 +61,7 @@ class SplitModel:
         self.batch_norms = self._without_running_statistics()
         self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
         if self.batch_norms:
-            self._body, self._head = (_replaced(part, _BatchNorm, _cheap) for part in (self._body, self._head))
+            self._body, self._head = (_replaced(part, BATCH_NORM, _cheap) for part in (self._body, self._head))
         self._with_support_statistics: dict[int, tuple[nn.Module, nn.Module]] = {}
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -112,7 +119,7 @@ class SplitModel:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
         examples = _examples(support_x)
         body, _ = self._support_statistics(examples)
-        both = pytree.tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
+        both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
         features = _called(body, params, self._in_body, both)
         return features[:examples], features[examples:]
 
@@ -148,7 +155,7 @@ class SplitModel:
         if type(self.module).forward is nn.Module.forward:
             return
         # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
-        x = pytree.tree_map(torch.Tensor.contiguous, x)
+        x = tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
             whole = _called(self.module, params, self._in_module, x)
             try:
@@ -167,7 +174,7 @@ class SplitModel:
 
     def _refuse_dropout(self) -> None:
         for name, module in self.module.named_modules():
-            rate = module.p if isinstance(module, nn.modules.dropout._DropoutNd) else getattr(module, "dropout", 0)
+            rate = module.p if isinstance(module, DROPOUT) else getattr(module, "dropout", 0)
             if isinstance(rate, float) and rate > 0:
                 raise UsageError(
                     f"The model's layer '{name}' is {module}: it would draw random numbers inside the inner steps. "
@@ -175,7 +182,7 @@ class SplitModel:
                 )
 
     def _without_running_statistics(self) -> list[str]:
-        layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, _NormBase)}
+        layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, NORM_WITH_STATISTICS)}
         converted = [name for name, layer in layers.items() if layer.track_running_stats]
         for layer in layers.values():
             layer.track_running_stats = False
@@ -185,13 +192,13 @@ class SplitModel:
                 "Normalisation keeps no running statistics here, which would leak between tasks: converted %s.",
                 ", ".join(converted),
             )
-        return [name for name, layer in layers.items() if isinstance(layer, _BatchNorm)]
+        return [name for name, layer in layers.items() if isinstance(layer, BATCH_NORM)]
 
     def _support_statistics(self, examples: int) -> tuple[nn.Module, nn.Module]:
         if examples not in self._with_support_statistics:
             self._with_support_statistics[examples] = (
-                _replaced(self._body, _BatchNorm, lambda layer: _SupportNorm(layer, examples)),
-                _replaced(self._head, _BatchNorm, lambda layer: _SupportNorm(layer, examples)),
+                _replaced(self._body, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
+                _replaced(self._head, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
             )
         return self._with_support_statistics[examples]
 
@@ -199,7 +206,7 @@ class SplitModel:
 class _SupportNorm(nn.Module):
     """BatchNorm whose statistics are those of the first `examples` rows, the support set's."""
 
-    def __init__(self, layer: _BatchNorm, examples: int) -> None:
+    def __init__(self, layer: Any, examples: int) -> None:
         super().__init__()
         self.weight, self.bias, self.eps, self.examples = layer.weight, layer.bias, layer.eps, examples
 
@@ -240,7 +247,9 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
         return body_module, head_module, "body.", "head."
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 1:
         # No named_children(): that leaves out a layer which stands there twice.
-        *before, (last, last_module) = [(name, layer) for name, layer in module._modules.items() if layer is not None]
+        *before, (last, last_module) = [
+            (name, layer) for name, layer in list_places(module).items() if layer is not None
+        ]
         if any(True for _ in last_module.parameters()):
             return nn.Sequential(OrderedDict(before)), last_module, "", f"{last}."
     return module, nn.Identity(), "", None
@@ -249,34 +258,21 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
 def _without(module: nn.Module, name: str) -> nn.Module:
     """The module with the identity in the place of one submodule; parameters are shared, nothing is changed."""
     first, _, rest = name.partition(".")
-    shell = _shallow(module)
-    child = module._modules[first]
-    assert child is not None
-    shell._modules[first] = _without(child, rest) if rest else nn.Identity()
-    return shell
+    return copy_shell(module, {first: _without(module.get_submodule(first), rest) if rest else nn.Identity()})
 
 
-def _replaced(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
+def _replaced(module: nn.Module, kind: Any, replacement: Any) -> nn.Module:
     """The module with every submodule of a kind replaced; parameters are shared, nothing is changed."""
     if isinstance(module, kind):
         return replacement(module)
-    shell = _shallow(module)
-    for name, child in module._modules.items():
-        if child is not None:
-            shell._modules[name] = _replaced(child, kind, replacement)
-    return shell
+    children = {name: child for name, child in list_places(module).items() if child is not None}
+    return copy_shell(module, {name: _replaced(child, kind, replacement) for name, child in children.items()})
 
 
-def _cheap(layer: _BatchNorm) -> nn.Module:
+def _cheap(layer: Any) -> nn.Module:
     """The layer with a cheap second derivative; a user's subclass, which may compute anything, as it is."""
     plain = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return with_cheap_second_derivative(layer) if plain and layer.affine else layer
-
-
-def _shallow(module: nn.Module) -> nn.Module:
-    shell = copy.copy(module)
-    shell._modules = dict(module._modules)
-    return shell
 
 
 def _fix_statistics(module: nn.Module, x: Any) -> None:
@@ -287,7 +283,7 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
         dims = [0, *range(2, value.dim())]
         layer.running_var, layer.running_mean = torch.var_mean(value, dims, correction=0)
 
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    layers = [layer for layer in module.modules() if isinstance(layer, BATCH_NORM)]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
     with torch.no_grad():
         module.train()(x)
@@ -319,4 +315,4 @@ def _called(module: nn.Module, params: Params, names: Mapping[str, str], x: Any)
 
 
 def _examples(x: Any) -> int:
-    return int(pytree.tree_leaves(x)[0].shape[0])
+    return int(tree_leaves(x)[0].shape[0])

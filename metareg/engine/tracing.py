@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import functionalize
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.engine.graph_passes import without_idle_operations, writes
@@ -19,6 +16,7 @@ from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, Tensors
 from metareg.errors import MetaregError
 from metareg.util.layout import make_contiguous, settle_layout
+from metareg.util.torch_internals import compile_graph, trace, tree_flatten, tree_unflatten
 
 __all__ = ["CompileError", "Program"]
 
@@ -35,7 +33,7 @@ _CALLS_OF_ANOTHER_SHAPE = 32
 class Program:
     """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
-    Tracing (`make_fx`) runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
+    Tracing runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
     operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
     graph, in which no Python of a plugin is left to break it.
 
@@ -76,20 +74,15 @@ class Program:
             parts, extra = _unflattened(leaves[len(names) :], structure)
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
-        # With fake tensors, tracing takes neither memory nor arithmetic; the model's constants (frozen parameters, buffers)
-        # are real.
-        trace = partial(make_fx, tracing_mode="fake", _allow_non_fake_inputs=True)
-        graph = trace(flat)(*leaves)
+        graph = trace(flat, leaves)
         if writes(graph):
-            graph = trace(functionalize(graph))(*leaves)
+            graph = trace(functionalize(graph), leaves)
         graph = without_idle_operations(graph)
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced
         try:
-            # torch.compile would look for a graph in Python code, and at every call for what the code may have changed;
-            # here the graph is there already, and its shapes and types are its key: its compiler is called directly.
-            compiled: Callable[..., list[Tensor]] = torch._inductor.compile(graph, list(leaves))
+            compiled = compile_graph(graph, leaves)
             compiled(*leaves)
         except Exception as error:
             raise CompileError(
@@ -103,7 +96,7 @@ def _flattened(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor],
     """The tensors of tasks and extra inputs, and how they were arranged; None where there is nothing but the four parts."""
     if not extra and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
         return parts, None
-    return pytree.tree_flatten((parts, extra))
+    return tree_flatten((parts, extra))
 
 
 def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
@@ -111,5 +104,5 @@ def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mappin
     if structure is None:
         support_x, support_y, query_x, query_y = leaves
         return (support_x, support_y, query_x, query_y), {}
-    parts, noise = pytree.tree_unflatten(leaves, structure)
+    parts, noise = tree_unflatten(leaves, structure)
     return parts, noise

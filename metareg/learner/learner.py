@@ -40,6 +40,7 @@ from metareg.util.devices import find_device
 from metareg.util.layout import copy_contiguous
 from metareg.util.seeding import use_seed
 from metareg.util.tensorfile import TensorFile, limit_allocation, write_tensors
+from metareg.util.torch_internals import tree_map
 
 __all__ = ["MetaLearner"]
 
@@ -539,7 +540,7 @@ class MetaLearner:
         if state["adam"]:
             self._adam = Adam(self._meta, self.config.outer_lr)
             self._adam.load_state(state["adam"])
-        self._outer_state = torch.utils._pytree.tree_map(self._moved, state["outer_state"])
+        self._outer_state = tree_map(self._moved, state["outer_state"])
         if self.config.strategy == "auto":
             if state["strategy"] not in (None, *get_args(Strategy)):
                 raise TypeError(f"{state['strategy']!r} is no strategy")
@@ -649,7 +650,7 @@ class MetaLearner:
             "constants": self.model.constants(),
             "state": None if self._meta is None else self.state(),
         }
-        return torch.utils._pytree.tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, whole)
+        return tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, whole)
 
     def _take_over(self, whole: Mapping[str, Any]) -> None:
         """Become the learner that `_whole` described."""
@@ -798,8 +799,8 @@ def _device_of(model: nn.Module) -> torch.device:
 
 
 def _batched(part: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[None], part)
+    return tree_map(lambda leaf: leaf[None], part)
 
 
 def _unbatched(part: Any) -> Any:
-    return torch.utils._pytree.tree_map(lambda leaf: leaf[0], part)
+    return tree_map(lambda leaf: leaf[0], part)

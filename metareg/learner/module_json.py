@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg.errors import UsageError
+from metareg.util.torch_internals import list_places
 
 __all__ = ["BodyHead", "build_module", "describe_module"]
 
@@ -38,9 +39,10 @@ def describe_module(module: nn.Module) -> Description | None:
 
     A module of another class counts where a body and a head are all that it has: it computes ``head(body(x))`` then.
     """
-    if set(module._modules) == {"body", "head"} and not (module._parameters or module._buffers):
+    own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    if list_places(module).keys() == {"body", "head"} and not own:
         module = BodyHead(module.get_submodule("body"), module.get_submodule("head"))
-        parts = {name: _describe_layers(part) for name, part in module._modules.items() if part is not None}
+        parts = {name: _describe_layers(part) for name, part in list_places(module).items() if part is not None}
         description = {"layer": "BodyHead", "children": parts} if all(parts.values()) else None
     else:
         description = _describe_layers(module)
@@ -89,7 +91,7 @@ def _describe_layers(module: nn.Module) -> Description | None:
     if kind is nn.Sequential:
         children = {name: _describe_layers(child) for name, child in module.named_children()}
         return {"layer": "Sequential", "children": children} if all(children.values()) else None
-    if module._modules:
+    if list_places(module):
         return None
     arguments = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():

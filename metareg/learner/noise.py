@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg.engine.stages import Stages
 from metareg.learner.config import LearnerConfig
+from metareg.util.torch_internals import tree_map
 
 __all__ = ["draw_batch_noise", "draw_task_noise"]
 
@@ -61,4 +61,4 @@ def _match(noise: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, 
             return leaf
         return leaf.to(like.device, like.dtype if leaf.is_floating_point() else None)
 
-    return {name: pytree.tree_map(move, drawn) for name, drawn in noise.items() if drawn is not None}
+    return {name: tree_map(move, drawn) for name, drawn in noise.items() if drawn is not None}

@@ -24,6 +24,7 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
 from metareg.util.devices import find_device
+from metareg.util.torch_internals import open_store
 from metareg.util.torchrun import RankInfo, read_rank
 
 __all__ = ["BatchSplit", "Processes", "hash_tensors", "join_processes", "select_tasks"]
@@ -311,16 +312,12 @@ def join_processes() -> Iterator[Processes]:
 def _join(processes: Processes) -> None:
     if not dist.is_available():
         raise UsageError("This build of torch cannot work in several processes; start one.")
-    from torch.distributed.distributed_c10d import PrefixStore
-    from torch.distributed.rendezvous import rendezvous
-
     # Control messages go through gloo in any case: they are made on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        store, rank, size = next(iter(rendezvous("env://", timeout=TIMEOUT)))
         # The store lives on when torchrun restarts its processes: no group may find the addresses of one before it.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"metareg-{attempt}-{next(_joins)}", store)
+        store, rank, size = open_store(f"metareg-{attempt}-{next(_joins)}", TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except ValueError as error:
         raise UsageError(f"The processes cannot find each other: {error}.") from error

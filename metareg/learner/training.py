@@ -13,7 +13,6 @@ from typing import Any, Literal, NoReturn, Protocol
 
 import torch
 from pydantic import Field
-from torch.utils import _pytree as pytree
 
 from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
@@ -25,6 +24,7 @@ from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
+from metareg.util.torch_internals import tree_leaves
 
 __all__ = ["Progress", "Schedule", "connect_observers", "fit"]
 
@@ -260,7 +260,7 @@ def _training_batches(
 
 
 def _batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
-    leaves = pytree.tree_leaves(stacks[0].parts)
+    leaves = tree_leaves(stacks[0].parts)
     bytes_per_batch = sum(leaf.numel() * leaf.element_size() for leaf in leaves) * size // len(stacks[0])
     return max(1, min(_PREFETCHED_STEPS, _PREFETCHED_BYTES // max(1, bytes_per_batch)))
 

@@ -6,8 +6,6 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from torch.utils import _pytree as pytree
-
 from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
 from metareg.registry.dispatch import find_hook
@@ -61,13 +59,9 @@ class TaskSource:
         positions = [position for batch in batches for position in batch.positions or ()]
         if sorted(positions) != list(range(len(indices))):
             alone = [self.episodes(split, [index], seed)[0] for index in indices]
-            batches = Episodes.group([_only_task(task) for task in alone])
+            batches = Episodes.group([task.unstack(0) for task in alone])
             positions = [position for batch in batches for position in batch.positions or ()]
         return batches, positions
-
-
-def _only_task(episodes: Episodes) -> tuple[Any, ...]:
-    return tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in episodes.parts)
 
 
 def _episodes_of(plugin: Plugin) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
@@ -24,6 +23,7 @@ from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, resolve
 from metareg.testing._check import fail
 from metareg.util.seeding import create_generator, use_seed
+from metareg.util.torch_internals import tree_flatten, tree_map
 
 __all__ = [
     "Bench",
@@ -65,7 +65,7 @@ class Given:
 
     def episodes(self, indices: Sequence[int]) -> Episodes:
         which = [index % len(self.tasks) for index in indices]
-        return Episodes(*pytree.tree_map(lambda leaf: leaf[which], self.tasks.parts))
+        return Episodes(*tree_map(lambda leaf: leaf[which], self.tasks.parts))
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Bench:
         """A learner on this model, serial and with several inner steps unless `options` say otherwise."""
         given: dict[str, Any] = {"strategy": "serial", "inner_steps": STEPS} | options
         learner = MetaLearner(copy.deepcopy(self.model).to(dtype), algorithm, list(augmenters), loss=self.loss, **given)
-        learner.initialize(pytree.tree_map(lambda leaf: leaf[0].to(dtype), self.episodes.support_x))
+        learner.initialize(self.episodes.to("cpu", dtype).unstack(0)[0])
         return learner
 
 
@@ -179,13 +179,13 @@ def snapshot(tree: Any) -> Any:
             return {name: value.detach().clone() for name, value in leaf.state_dict().items()}
         return leaf
 
-    return pytree.tree_map(copied, tree)
+    return tree_map(copied, tree)
 
 
 def equal(a: Any, b: Any) -> bool:
     """Whether two pytrees have the same structure and the same bits."""
-    first, structure = pytree.tree_flatten(a)
-    second, other = pytree.tree_flatten(b)
+    first, structure = tree_flatten(a)
+    second, other = tree_flatten(b)
     if structure != other:
         return False
     return all(

@@ -13,7 +13,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
@@ -38,6 +37,7 @@ from metareg.testing._bench import (
 )
 from metareg.testing._check import Subject, fail
 from metareg.util.seeding import task_uniform, use_seed
+from metareg.util.torch_internals import tree_leaves
 
 SPLITS = ("train", "validation", "test")
 ROUNDING = 1e-8
@@ -118,8 +118,7 @@ def check_task_shapes(subject: Subject) -> None:
                         "return [tasks, examples, *input_shape], or correct spec.",
                     )
                 if any(
-                    leaf.is_floating_point() and not bool(torch.isfinite(leaf).all())
-                    for leaf in pytree.tree_leaves((x, y))
+                    leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()) for leaf in tree_leaves((x, y))
                 ):
                     fail(f"The {split} split of the {subject.label} holds NaN or infinity.", "look at the data.")
                 _check_targets(subject, y, spec, task.loss, part)
@@ -188,7 +187,7 @@ class Example:
     @property
     def inputs(self) -> Any:
         """One support set's."""
-        return pytree.tree_map(lambda leaf: leaf[0], self.episodes.support_x)
+        return self.episodes.unstack(0)[0]
 
 
 def _built(subject: Subject, seed: int = 0) -> nn.Module:

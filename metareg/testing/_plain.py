@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from metareg.contract.episodes import Episodes
 from metareg.learner.learner import MetaLearner
 from metareg.util.layout import copy_contiguous
+from metareg.util.torch_internals import tree_map
 
 __all__ = ["Training", "trained"]
 
@@ -151,7 +151,7 @@ def _new_adam(meta: Tensors, lr: float) -> torch.optim.Adam:
 
 def _tasks(stack: Episodes) -> list[Task]:
     """The tasks of a stack, one by one."""
-    return [pytree.tree_map(lambda leaf, n=number: leaf[n], stack.parts) for number in range(len(stack))]
+    return [stack.unstack(number) for number in range(len(stack))]
 
 
 def _typed(noise: Mapping[str, Any], meta: Tensors) -> dict[str, Any]:
@@ -161,4 +161,4 @@ def _typed(noise: Mapping[str, Any], meta: Tensors) -> dict[str, Any]:
     def typed(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return {name: pytree.tree_map(typed, drawn) for name, drawn in noise.items()}
+    return {name: tree_map(typed, drawn) for name, drawn in noise.items()}

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg.contract.attributes import StepExample
 from metareg.contract.hookspecs import HOOKS
@@ -35,6 +34,7 @@ from metareg.testing._bench import (
 )
 from metareg.testing._check import Subject, fail
 from metareg.util.seeding import use_seed
+from metareg.util.torch_internals import tree_leaves, tree_map
 
 # Float64, and sums of a few hundred numbers: what rounding alone makes of two orders of summation stays below this.
 ROUNDING = 1e-9
@@ -328,7 +328,7 @@ def finite_differences(pair: Pair) -> None:
     bench = pair.benches[0]
     learner = pair.learner(bench)
     functions = learner.engine.training
-    task = tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in bench.episodes.parts)
+    task = tuple(tree_map(lambda leaf: leaf[0], part) for part in bench.episodes.parts)
     # Away from the start, where meta-parameters that begin at zero would hide a missing factor.
     meta = {
         name: value + 0.05 * value.abs().mean() * torch.randn(value.shape, generator=generator(name), dtype=value.dtype)
@@ -413,7 +413,7 @@ def check_resume(subject: Subject) -> None:
     for step in range(4):
         if step == 2:
             state = snapshot(through.state())
-            kept = pytree.tree_leaves(state["outer_state"])
+            kept = tree_leaves(state["outer_state"])
             odd = [leaf for leaf in kept if not isinstance(leaf, Tensor | int | float | str | None)]
             if odd:
                 fail(
@@ -548,7 +548,7 @@ def _arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[
     model, functions = learner.model, learner.engine.training
     meta = learner.meta_parameters
     episodes = bench.episodes.to(learner.device, next(iter(meta.values())).dtype)
-    task = tuple(pytree.tree_map(lambda leaf: leaf[0], part) for part in episodes.parts)
+    task = tuple(tree_map(lambda leaf: leaf[0], part) for part in episodes.parts)
     adapted = {each: meta[each] for each in functions.adapted_names}
     shapes = {each: tuple(value.shape) for each, value in adapted.items()}
     every_shape = {each: tuple(value.shape) for each, value in meta.items()}
@@ -568,7 +568,7 @@ def _arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[
 
     def made(**arguments: Any) -> Callable[[], dict[str, Any]]:
         def make() -> dict[str, Any]:
-            copied = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
             return copied | ({"generator": generator("call")} if "generator" in arguments else {})
 
         return make

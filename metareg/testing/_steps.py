@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
@@ -170,7 +169,7 @@ def _compare(
     """
     numbers = [range(step * META_BATCH, (step + 1) * META_BATCH) for step in range(steps)]
     batches = [[stack.to("cpu", precision.dtype) for stack in source.episodes("train", each, 0)] for each in numbers]
-    example = pytree.tree_map(lambda leaf: leaf[0], batches[0][0].support_x)
+    example = batches[0][0].unstack(0)[0]
 
     def initialized(way: Options) -> MetaLearner:
         learner = new_learner(**way)

@@ -17,10 +17,10 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metareg.errors import UsageError
 from metareg.util.files import write_bytes
+from metareg.util.torch_internals import OperationMode
 
 __all__ = ["DamagedFileError", "TensorFile", "limit_allocation", "write_tensors"]
 
@@ -129,18 +129,9 @@ def limit_allocation(bytes_at_most: int, where: str) -> Iterator[None]:
         yield
 
 
-class _AllocationBound(TorchDispatchMode):
-    _FACTORIES = (
-        "empty",
-        "zeros",
-        "ones",
-        "full",
-        "rand",
-        "randn",
-        "empty_strided",
-        "new_empty",
-        "new_zeros",
-        "new_full",
+class _AllocationBound(OperationMode):  # type: ignore[misc]
+    _FACTORIES = frozenset(
+        ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty", "new_zeros", "new_full")
     )
 
     def __init__(self, bytes_at_most: int, where: str) -> None:
@@ -151,11 +142,14 @@ class _AllocationBound(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        if func.overloadpacket.__name__ in self._FACTORIES:  # type: ignore[attr-defined]
-            sizes = next((part for part in args if isinstance(part, list | tuple)), ())
+        if getattr(func, "overloadpacket", func).__name__ in self._FACTORIES:
+            integers = tuple(part for part in args if isinstance(part, int))
+            sizes = next((part for part in args if isinstance(part, list | tuple)), integers)
             if math.prod(sizes) > self._numbers_at_most:
                 raise UsageError(
                     f"{self._where} names a model with a tensor of the shape {tuple(sizes)}, which is larger than the "
                     "whole file; it is damaged or made up."
                 )
         return func(*args, **(kwargs or {}))
+
+    __torch_function__ = __torch_dispatch__

@@ -12,7 +12,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg import PluginError, UsageError
 
@@ -61,7 +60,8 @@ class _Opaque(torch.autograd.Function):
     @staticmethod
     def forward(function: Callable[..., Any], *inputs: Tensor) -> Any:
         # A pullback builds a graph of its own, which must not be joined to the graph around it.
-        return pytree.tree_map(Tensor.detach, function(*(each.detach() for each in inputs)))
+        outputs = function(*(each.detach() for each in inputs))
+        return outputs.detach() if isinstance(outputs, Tensor) else tuple(each.detach() for each in outputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004

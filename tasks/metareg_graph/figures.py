@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner
 
@@ -74,7 +73,7 @@ def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> 
 
 def _adapted(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor]:
     """Features and outputs of the query nodes of a single task after adaptation."""
-    support_x, support_y, query_x, _ = pytree.tree_map(lambda leaf: leaf[0].to(learner.device), episode.parts)
+    support_x, support_y, query_x, _ = episode.to(learner.device).unstack(0)
     module: Any = learner.adapt(support_x, support_y)
     with torch.no_grad():
         features = module.body(query_x)

@@ -164,9 +164,7 @@ def test_scores_on_cora_are_in_the_order_of_the_tasks(data_folder: Path) -> None
     scores = learner.evaluate(task, 100, inner_steps=[1]).scores
     for number in range(0, 100, 9):
         (one,) = task.episodes("test", [number], 0)
-        support, labels, query, targets = (
-            torch.utils._pytree.tree_map(lambda leaf: leaf[0], part) for part in one.parts
-        )
+        support, labels, query, targets = one.unstack(0)
         loss = nn.functional.cross_entropy(learner.adapt(support, labels)(query), targets)
         assert scores[number, 0].item() == pytest.approx(loss.item())
 
@@ -225,8 +223,7 @@ def assert_features_are_those_of_dgl(task: Any, inputs: str, tasks: int) -> None
     expected = layers_of_dgl(model, task.data)
     for number, (support, _, query, _) in enumerate(on_nodes(task, range(tasks))):
         (stack,) = task.episodes("train", [number], 0)
-        for given, nodes in ((stack.support_x, support), (stack.query_x, query)):
-            one = torch.utils._pytree.tree_map(lambda leaf: leaf[0], given)
+        for one, nodes in zip(stack.unstack(0)[::2], (support, query), strict=True):
             torch.testing.assert_close(model.body(one), expected[nodes])
 
 
@@ -391,7 +388,7 @@ def test_padding_changes_nothing_and_less_than_doubles_the_rows(folder: Path) ->
                 rows, padded = rows + int(used.sum()), padded + used.numel()
     assert padded <= 2 * rows
     (stack, *_) = task.episodes("train", range(8), 0)
-    x = torch.utils._pytree.tree_map(lambda leaf: leaf[0], stack.query_x)
+    x = stack.unstack(0)[2]
     unpadded = x["blocks"][0].abs().sum(0) > 0
     tight = {"x": x["x"][unpadded], "blocks": [x["blocks"][0][:, unpadded]]}
     torch.testing.assert_close(model.body(x), model.body(tight), rtol=1e-14, atol=1e-14)
@@ -438,8 +435,8 @@ def test_csbm_graphs_are_new_and_as_asked(folder: Path) -> None:  # noqa: ARG001
     assert not torch.allclose(one, two)
     batch, alone = task.episodes("test", range(6), 0), task.episodes("test", [4], 0)
     torch.testing.assert_close(
-        network(task).body(torch.utils._pytree.tree_map(lambda leaf: leaf[4], batch[0].query_x)),
-        network(task).body(torch.utils._pytree.tree_map(lambda leaf: leaf[0], alone[0].query_x)),
+        network(task).body(batch[0].unstack(4)[2]),
+        network(task).body(alone[0].unstack(0)[2]),
     )
 
 
@@ -519,10 +516,7 @@ def test_standardised_rows_are_centred_in_each_graph_and_of_one_length(inputs: s
 @pytest.mark.parametrize("hops", [1, 2, 3])
 def test_skip_shows_the_head_the_propagated_inputs(folder: Path, hops: int) -> None:
     tasks = {inputs: task_on(folder, inputs=inputs, hops=hops) for inputs in ("gcn", "sgc")}
-    x, smoothed = (
-        torch.utils._pytree.tree_map(lambda leaf: leaf[0], task.episodes("test", [0], 0)[0].query_x)
-        for task in tasks.values()
-    )
+    x, smoothed = (task.episodes("test", [0], 0)[0].unstack(0)[2] for task in tasks.values())
     model = BlockNetwork("gcn", tasks["gcn"].spec, HIDDEN, hops, skip=True)
     features = model.to(torch.get_default_dtype()).body(x)
     assert features.shape[1] == model.head.in_features

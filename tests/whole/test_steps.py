@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.engine.strategies import find_compiler
@@ -164,12 +163,8 @@ DEFAULT = chosen_cases()
 
 def tasks_of(episodes: Episodes | list[Episodes], dtype: torch.dtype | None = None) -> list[Task]:
     """The tasks of one stack or several, one by one and in that order."""
-
-    def of(part: Any, number: int) -> Any:
-        return pytree.tree_map(lambda leaf: leaf[number].to(dtype if leaf.is_floating_point() else None), part)
-
     stacks = [episodes] if isinstance(episodes, Episodes) else episodes
-    return [tuple(of(part, number) for part in stack.parts) for stack in stacks for number in range(len(stack))]
+    return [stack.to("cpu", dtype).unstack(number) for stack in stacks for number in range(len(stack))]
 
 
 def batches_of(task: Any) -> list[Any]:

@@ -1,0 +1,140 @@
+"""The names that torch keeps to itself and metareg needs: what each is for, and what takes its place where it is gone.
+
+Any version of torch may rename or remove them. Everything else takes them from here.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from metareg.errors import MetaregError
+
+__all__ = [
+    "BATCH_NORM",
+    "DROPOUT",
+    "NORM_WITH_STATISTICS",
+    "UNSAFE_VIEW",
+    "OperationMode",
+    "compile_graph",
+    "copy_shell",
+    "list_places",
+    "open_store",
+    "trace",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_map",
+    "tree_unflatten",
+    "writes_in_place",
+]
+
+_TESTED = "2.6 to 2.14"
+
+
+def _find(*names: str, default: Any = None) -> Any:
+    """What the first known one of some dotted names means in this torch.
+
+    Raises:
+        MetaregError: it knows none of them, and there is no default.
+    """
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        with suppress(ImportError, AttributeError):
+            return getattr(importlib.import_module(module), attribute)
+    if default is not None:
+        return default
+    raise MetaregError(
+        f"torch {torch.__version__} has no {' and no '.join(names)}, which metareg needs; torch {_TESTED} has what it needs."
+    )
+
+
+# Nested dicts, lists and tuples of tensors, for inputs and state of any structure. torch.utils.pytree is the name under
+# which they are to become public.
+tree_map, tree_leaves, tree_flatten, tree_unflatten = (
+    _find(f"torch.utils._pytree.{name}", f"torch.utils.pytree.{name}")
+    for name in ("tree_map", "tree_leaves", "tree_flatten", "tree_unflatten")
+)
+
+# The common ancestors of layers, from which other packages derive theirs; without them, torch's own layers.
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+BATCH_NORM: Any = _find("torch.nn.modules.batchnorm._BatchNorm", default=_BATCH_NORMS)
+NORM_WITH_STATISTICS: Any = _find("torch.nn.modules.batchnorm._NormBase", default=_BATCH_NORMS + _INSTANCE_NORMS)
+DROPOUT: Any = _find("torch.nn.modules.dropout._DropoutNd", default=_DROPOUTS)
+
+# A view of a tensor that nothing else holds, which traced products leave behind; `view` where there is no such operation.
+UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view).default
+
+# A mode whose `__torch_dispatch__` sees every operation of a block. TorchFunctionMode, whose `__torch_function__` sees the
+# calls of torch's functions, misses the few that are none, such as torch.Tensor(3, 4).
+OperationMode: Any = _find("torch.utils._python_dispatch.TorchDispatchMode", default=TorchFunctionMode)
+
+_OPERATION = type(torch.ops.aten.add.Tensor)
+
+
+def writes_in_place(operation: Any) -> bool:
+    """Whether a function of a traced graph is an operation that changes a tensor; where torch cannot tell, it is."""
+    # A graph that is wrongly taken for one that writes is functionalized in vain: the same result, by more operations.
+    return isinstance(operation, _OPERATION) and getattr(getattr(operation, "_schema", None), "is_mutable", True)
+
+
+def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of the operations that a function makes of tensors.
+
+    Fake tensors take neither memory nor arithmetic; the function's constants (frozen parameters, buffers) are real. A torch
+    that does not take both traces with real tensors.
+    """
+    make_fx = _find("torch.fx.experimental.proxy_tensor.make_fx", "functorch.make_fx")
+    fake = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
+    known = fake.keys() <= inspect.signature(make_fx).parameters.keys()
+    graph: torch.fx.GraphModule = make_fx(function, **(fake if known else {}))(*inputs)
+    return graph
+
+
+def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """A traced graph as a compiled function of inputs of these shapes and types.
+
+    torch.compile would look for a graph in Python code, and at every call for what the code may have changed; here the
+    graph is there already, so its compiler is called directly. Where that cannot be reached, torch.compile is.
+    """
+    compiler = _find(
+        "torch._inductor.compile", default=lambda graph, _: torch.compile(graph, fullgraph=True, dynamic=False)
+    )
+    compiled: Callable[..., list[Tensor]] = compiler(graph, list(inputs))
+    return compiled
+
+
+def list_places(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The submodules of a module by attribute; a layer that stands twice is there twice, as in no public listing."""
+    return module._modules
+
+
+def copy_shell(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
+    """A copy of a module that shares all but the submodules named, which are replaced in the copy alone.
+
+    `nn.Module` has no public way to it: a shallow copy shares the dict of submodules, a deep one copies the parameters.
+    """
+    shell = copy.copy(module)
+    shell._modules = {**module._modules, **replaced}
+    return shell
+
+
+def open_store(prefix: str, timeout: timedelta) -> tuple[Any, int, int]:
+    """What the processes that torchrun started together find each other by, with names under a prefix; rank and size.
+
+    `init_process_group` would open it too, but with the same names each time.
+    """
+    rendezvous = _find("torch.distributed.rendezvous.rendezvous", "torch.distributed.rendezvous")
+    prefixed = _find("torch.distributed.PrefixStore", "torch.distributed.distributed_c10d.PrefixStore")
+    store, rank, size = next(iter(rendezvous("env://", timeout=timeout)))
+    return prefixed(prefix, store), rank, size
