@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from metareg.contract.episodes import Episodes, stack_trees
+from metareg.engine.derivative import compute_meta_gradient
 from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, TaskFunctions, Tensors
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
@@ -119,7 +120,8 @@ class Engine:
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
                 task_noise = noise[0] if noise else {}
-                grads, loss, logs = self.training.gradient(meta, _only(episodes.parts), task_noise, weights)
+                task = _only(episodes.parts)
+                grads, loss, logs = compute_meta_gradient(self.training, meta, task, task_noise, weights)
                 return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
         program = self._program("gradient", self._mapped_gradient, strategy)
         # The weights change from step to step: an input of the traced program, or they would be frozen into it.
@@ -136,9 +138,9 @@ class Engine:
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
         if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
-            grads, loss, logs = self.training.gradient(meta, _only(tasks), _only(noise), weights)
+            grads, loss, logs = compute_meta_gradient(self.training, meta, _only(tasks), _only(noise), weights)
         else:
-            gradient = vmap(lambda task, drawn: self.training.gradient(meta, task, drawn, weights))
+            gradient = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
             grads, losses, logs = gradient(tasks, noise)
             grads, loss, logs = _means(grads), losses.mean(), _means(logs)
         logs["grad_norm"] = _norm(grads)

@@ -115,6 +115,11 @@ class SplitModel:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
         return _called(self._head, params, self._in_head, features)
 
+    def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
+        """Features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
+        features = self.body(params, x)
+        return features, self.head(params, features)
+
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
         examples = _examples(support_x)
@@ -159,7 +164,7 @@ class SplitModel:
         with torch.no_grad():
             whole = _called(self.module, params, self._in_module, x)
             try:
-                parts = self.head(params, self.body(params, x))
+                _, parts = self.forward(params, x)
             except (RuntimeError, IndexError):
                 parts = torch.empty(0)
         if whole.shape != parts.shape or not torch.allclose(whole, parts, rtol=1e-3, atol=1e-5, equal_nan=True):

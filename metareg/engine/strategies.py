@@ -39,8 +39,8 @@ def choose_strategy(
         return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
     if tasks == 1:
         return "vectorized", "there is one task per batch"
-    gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.inner_steps)
-    cost = _COMPILE_SECONDS * (1 + functions.inner_steps) / 2
+    gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.options.inner_steps)
+    cost = _COMPILE_SECONDS * (1 + functions.options.inner_steps) / 2
     if gain <= cost:
         return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
     if device.type == "cpu" and find_compiler() is None:

@@ -413,8 +413,7 @@ class MetaLearner:
         task = tuple(_unbatched(part) for part in episodes.parts)
         meta, functions = self.plain_meta_parameters, self.engine.plain
         with torch.no_grad():
-            support, _ = functions.prepare(meta, task)
-            adapted = functions.adapt(meta, support, task[1], {}, steps)
+            adapted = functions.adapt(functions.prepare(meta, task), steps)
         statistics_of = task[0] if functions.support_statistics else None
         return self.model.adapted_module({**meta, **adapted}, statistics_of)
 
@@ -570,12 +569,7 @@ class MetaLearner:
         return model
 
     def _functions(self, stages: Stages) -> TaskFunctions:
-        model, config = self.model, self.config
-        adapted = stages.adapted_parameters(model.names, model.body_names, model.head_names)
-        return TaskFunctions(
-            model, stages, self.loss, self.metric, config.inner_steps, config.first_order, config.memory,
-            config.bn_statistics, config.precision, adapted,
-        )  # fmt: skip
+        return TaskFunctions(self.model, stages, self.loss, self.metric, self.config)
 
     def _features_by_the_head(self) -> Tensor:
         head = self.model.module.get_submodule((self.model.head_prefix or "").rstrip("."))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from metareg.contract.attributes import StepExample
 from metareg.contract.hookspecs import HOOKS
+from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
@@ -338,7 +339,7 @@ def finite_differences(pair: Pair) -> None:
     noise = next(iter(draw_task_noise(learner.stages, learner.config, adapted, 0, range(1))), {})
     weights = learner._outer_loss_weights()
     with torch.no_grad():
-        grads, *_ = functions.gradient(meta, task, noise, weights)
+        grads, *_ = compute_meta_gradient(functions, meta, task, noise, weights)
         for name, value in meta.items():
             direction = torch.randn(value.shape, generator=generator("direction", name), dtype=value.dtype)
             direction = DIFFERENCE_STEP * direction / direction.norm()
@@ -554,10 +555,8 @@ def _arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[
     every_shape = {each: tuple(value.shape) for each, value in meta.items()}
     own = {each[len(name) + 1 :]: value for each, value in meta.items() if each.startswith(f"{name}.")}
     with torch.no_grad():
-        support_features = model.body(meta, task[0])
-        support_outputs = model.head(meta, support_features)
-        features = model.body(meta, task[2])
-        outputs = model.head(meta, features)
+        support_features, support_outputs = model.forward(meta, task[0])
+        features, outputs = model.forward(meta, task[2])
     task_noise = draw_task_noise(learner.stages, learner.config, adapted, 0, range(1))
     noise = task_noise[0].get(name) if task_noise else None
     batch_noise = draw_batch_noise(learner.stages, learner.config, meta, 0).get(name)

@@ -31,11 +31,12 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return ((flat_a - flat_b).norm() / flat_b.norm()).item()
 
 
+@pytest.mark.parametrize("memory", ["store", "recompute"])
 @pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
 @pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
-def test_bf16_is_close_to_full_precision(strategy: str, bn_statistics: str) -> None:
+def test_bf16_is_close_to_full_precision(strategy: str, bn_statistics: str, memory: str) -> None:
     full = gradient("full", strategy="serial", bn_statistics=bn_statistics)
-    rounded = gradient("bf16", strategy=strategy, bn_statistics=bn_statistics)
+    rounded = gradient("bf16", strategy=strategy, bn_statistics=bn_statistics, memory=memory)
     assert {value.dtype for value in rounded.values()} == {torch.float32}
     assert 1e-5 < distance(rounded, full) < 0.5
 

@@ -1,0 +1,108 @@
+"""The meta-gradient of one task: the derivative of its outer objective, or what the algorithm gives in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import grad_and_value, vjp
+
+from metareg.engine.objective import Task, TaskContext, TaskFunctions, Tensors
+from metareg.util.torch_internals import tree_map
+
+__all__ = ["compute_meta_gradient"]
+
+Derivative = tuple[Tensors, Tensor, Tensors]
+"""A gradient by name, the value that was differentiated, and what is logged of it."""
+
+
+def compute_meta_gradient(
+    functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
+) -> Derivative:
+    """The meta-gradient of one task, its objective, and what is logged.
+
+    Args:
+        functions: of the task.
+        meta: every meta-parameter by name.
+        task: support and query set.
+        noise: what the augmenters drew for it.
+        weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
+    """
+    stages, steps = functions.stages, functions.options.inner_steps
+    if not stages.has_outer_gradient:
+        return _differentiate(functions, meta, task, noise, weights)
+    context = functions.prepare(meta, task, noise)
+    adapted = functions.adapt(context, steps)
+    gradient = stages.outer_gradient(meta, adapted, steps)
+    if stages.has_outer_loss:
+        of_terms, terms, logs = _differentiate(functions, meta, task, noise, None)
+        gradient = {name: gradient[name] + of_terms[name] for name in meta}
+    else:
+        terms, logs = functions.outer_loss(adapted, context)
+    return gradient, logs["query_loss"] + terms, logs
+
+
+def _differentiate(
+    functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
+) -> Derivative:
+    if functions.options.memory == "recompute":
+        return _differentiate_by_steps(functions, meta, task, noise, weights)
+    gradient, (objective, logs) = grad_and_value(functions.objective, has_aux=True)(meta, task, noise, weights)
+    return gradient, objective, logs
+
+
+def _differentiate_by_steps(
+    functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
+) -> Derivative:
+    """The same derivative from the parameters of each inner step alone.
+
+    The chain rule through the inner loop, one step at a time from the last to the first: each step's graph is built from
+    its kept parameters, used once and freed, so that memory does not grow with the number of steps.
+    """
+    context = functions.prepare(meta, task, noise, weights)
+    steps = range(functions.options.inner_steps)
+
+    def at(meta: Tensors, features: tuple[Tensor, ...]) -> TaskContext:
+        return replace(context, meta=meta, features=features)
+
+    def features_of(meta: Tensors) -> tuple[Tensor, ...]:
+        return functions.prepare(meta, task).features
+
+    def step_from(
+        meta: Tensors, adapted: Tensors, features: tuple[Tensor, ...], step: int
+    ) -> tuple[Tensors, tuple[Tensor, ...]]:
+        earlier = functions.earlier_losses(adapted, at(meta, features), step)
+        return functions.inner_step(adapted, at(meta, features), step), earlier
+
+    def outer_loss(meta: Tensors, adapted: Tensors, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensors]:
+        return functions.outer_loss(adapted, at(meta, features))
+
+    trajectory = [functions.start(meta)]
+    for step in steps:
+        trajectory.append(functions.inner_step(trajectory[-1], context, step))
+
+    pulled: Any = vjp(outer_loss, meta, trajectory.pop(), context.features, has_aux=True)
+    objective, pull, logs = pulled
+    gradient, adjoint, of_features = pull(torch.ones_like(objective))
+    del pulled, pull  # the graph of the query set, freed before the next is built
+    for step in reversed(steps):
+        (_, earlier), pull, *_ = vjp(partial(step_from, step=step), meta, trajectory.pop(), context.features)
+        of_meta, adjoint, of_step_features = pull((adjoint, tuple(torch.ones_like(each) for each in earlier)))
+        del pull
+        objective = sum(earlier, objective)
+        gradient = _add(gradient, of_meta)
+        of_features = _add(of_features, of_step_features)
+    _, pull, *_ = vjp(functions.start, meta)
+    gradient = _add(gradient, pull(adjoint)[0])
+    if context.features:
+        _, pull, *_ = vjp(features_of, meta)
+        gradient = _add(gradient, pull(of_features)[0])
+    return gradient, objective, logs
+
+
+def _add(a: Any, b: Any) -> Any:
+    return tree_map(torch.add, a, b)
