@@ -19,13 +19,15 @@ from harness import RESULTS, Row, machine, report
 from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import carry_out
 from metareg.comparison.runner import compare
+from metareg.runs.folder import CONFIG
+from metareg.runs.folder import RESULTS as RUN_RESULTS
 
 TARGET = 1.15
 
 
 def seconds_of(run: PlannedRun) -> float:
     """How long a run took by itself."""
-    return (run.path / "results.json").stat().st_mtime - (run.path / "config.yaml").stat().st_mtime
+    return (run.path / RUN_RESULTS).stat().st_mtime - (run.path / CONFIG).stat().st_mtime
 
 
 def steps_for(seconds: float, folder: Path) -> int:

@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from metareg.contract.hookspecs import hookimpl
+from metareg.runs.folder import RESULTS
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -252,7 +253,7 @@ def report(run: Run, console: Console) -> None:
     console.print(evaluation_table(run.evaluation, run.config.test_split))
     for label, value in (
         ("run", run.path),
-        ("results", run.path / "results.json"),
+        ("results", run.path / RESULTS),
         *(("plot", path) for path in run.plots),
     ):
         console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
@@ -390,7 +391,7 @@ def doctor_page(rows: list[dict[str, Any]]) -> RenderableType:
     from metareg.engine.strategies import find_compiler
     from metareg.runs import environment
 
-    machine = environment.of_machine()
+    machine = environment.describe_machine()
     compiler = find_compiler()
     facts = {
         "metareg": f"{machine['metareg']}, plugin contract {machine['contract']}",

@@ -52,7 +52,7 @@ class Checkpoints:
         """The file of the checkpoint after so many steps."""
         return self.folder / f"step-{step:09d}.safetensors"
 
-    def steps(self) -> list[int]:
+    def list_steps(self) -> list[int]:
         """The steps that there are files of, ascending; nothing is read."""
         numbers = (path.name[len("step-") : -len(".safetensors")] for path in self.folder.glob("step-*.safetensors"))
         return sorted(int(number) for number in numbers if number.isdecimal())
@@ -69,9 +69,9 @@ class Checkpoints:
             MetaregError: it cannot be written; the others are as they were.
         """
         tensors: dict[str, Tensor] = {}
-        content = _packed(state, (), tensors)
+        content = _pack(state, (), tensors)
         write_tensors(self.path(step), tensors, {"format": FILE_FORMAT, "step": step, "content": content})
-        for old in self.steps()[: -self._keep]:
+        for old in self.list_steps()[: -self._keep]:
             if old != best:
                 with suppress(OSError):
                     self.path(old).unlink()
@@ -91,14 +91,14 @@ class Checkpoints:
                 "another version of metareg."
             )
         try:
-            state: dict[str, Any] = _unpacked(file.header["content"], tensors)
+            state: dict[str, Any] = _unpack(file.header["content"], tensors)
         except (KeyError, TypeError) as error:
             raise DamagedFileError(f"{file.path} is no checkpoint of metareg: it has no {error}.") from error
         return state
 
-    def newest(self) -> dict[str, Any] | None:
+    def load_newest(self) -> dict[str, Any] | None:
         """The newest good state; None where there is none. Damaged files are named in the log and renamed."""
-        for step in reversed(self.steps()):
+        for step in reversed(self.list_steps()):
             try:
                 return self.load(step)
             except DamagedFileError as error:
@@ -203,7 +203,7 @@ class CheckpointManager:
         Raises:
             UsageError: it is of another model.
         """
-        state = self._processes.first(self.store.newest)
+        state = self._processes.first(self.store.load_newest)
         if state is None:
             for file in self._lines:
                 file.cut(None)
@@ -236,15 +236,15 @@ class CheckpointManager:
             self._progress.best_step = self._progress.best_score = None
 
 
-def _packed(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
+def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     """`value` as JSON, its tensors put into `tensors` under the names of their places."""
     if isinstance(value, Tensor):
         tensors[".".join(path)] = value
         return {_TENSOR: ".".join(path)}
     if isinstance(value, dict) and all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {key: _packed(item, (*path, key), tensors) for key, item in value.items()}
+        return {key: _pack(item, (*path, key), tensors) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        items = [_packed(item, (*path, str(number)), tensors) for number, item in enumerate(value)]
+        items = [_pack(item, (*path, str(number)), tensors) for number, item in enumerate(value)]
         return items if isinstance(value, list) else {_TUPLE: items}
     if value is None or type(value) in (bool, int, float, str):
         return value
@@ -254,11 +254,11 @@ def _packed(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> An
     )
 
 
-def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _unpack(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(value, dict):
         if _TENSOR in value:
             return tensors[value[_TENSOR]]
         if _TUPLE in value:
-            return tuple(_unpacked(item, tensors) for item in value[_TUPLE])
-        return {key: _unpacked(item, tensors) for key, item in value.items()}
-    return [_unpacked(item, tensors) for item in value] if isinstance(value, list) else value
+            return tuple(_unpack(item, tensors) for item in value[_TUPLE])
+        return {key: _unpack(item, tensors) for key, item in value.items()}
+    return [_unpack(item, tensors) for item in value] if isinstance(value, list) else value

@@ -15,19 +15,20 @@ from metareg.contract.config import update_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.runs.folder import ENVIRONMENT
 from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["of_machine", "of_run", "write"]
+__all__ = ["describe_machine", "describe_run", "write"]
 
 log = logging.getLogger("metareg")
 
 _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
 
 
-def of_machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Versions and hardware."""
     return {
         "metareg": __version__,
@@ -40,15 +41,15 @@ def of_machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "libraries": {name: version for name in _LIBRARIES if (version := _version(name))},
+        "libraries": {name: version for name in _LIBRARIES if (version := _find_version(name))},
     }
 
 
-def of_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
+def describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
     """What environment.json holds."""
     learner = run.learner
     plugins = [learner.algorithm, *learner.augmenters, run.source.plugin]
-    return of_machine() | {
+    return describe_machine() | {
         "device": str(learner.device),
         "strategy": strategy,
         "strategy_reason": reason,
@@ -71,8 +72,8 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         reason: why.
         step: the step that it goes on from.
     """
-    path = run.path / "environment.json"
-    now = of_run(run, strategy, reason)
+    path = run.path / ENVIRONMENT
+    now = describe_run(run, strategy, reason)
     if not path.is_file():
         write_json(path, now)
         return
@@ -92,7 +93,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         write_json(path, before | {"resumed": resumed})
 
 
-def _version(distribution: str) -> str | None:
+def _find_version(distribution: str) -> str | None:
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

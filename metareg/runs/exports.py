@@ -54,8 +54,8 @@ def export(run: Run, to: Path, *, support: Path | None = None, inner_steps: int 
     if support is None:
         module = learner.model.adapted_module(learner.meta_parameters)
     else:
-        module = _Examples(run, support).adapted(inner_steps)
-    example = torch.zeros(2, *_input_shape(run))
+        module = _Examples(run, support).adapt(inner_steps)
+    example = torch.zeros(2, *_get_input_shape(run))
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
@@ -85,14 +85,14 @@ def predict(run: Run, support: Path, query: Path, *, inner_steps: int | None = N
         UsageError: the examples cannot be read, or do not suit the model.
     """
     examples = _Examples(run, support)
-    module = examples.adapted(inner_steps)
-    rows, x = examples.queries(query)
+    module = examples.adapt(inner_steps)
+    rows, x = examples.read_queries(query)
     with torch.no_grad():
         outputs = module(x.to(run.learner.device)).cpu()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([*rows[0], *examples.predicted_columns(outputs)])
-    predictions = examples.predictions(outputs)
+    writer.writerow([*rows[0], *examples.name_columns(outputs)])
+    predictions = examples.format_predictions(outputs)
     writer.writerows([*row, *predicted] for row, predicted in zip(rows[1], predictions, strict=True))
     return buffer.getvalue()
 
@@ -107,23 +107,23 @@ class _Examples:
 
     def __init__(self, run: Run, support: Path) -> None:
         self._run = run
-        self._shape = _input_shape(run)
+        self._shape = _get_input_shape(run)
         task = run.source.plugin.instance
         self._outputs = math.prod(task.spec.output_shape)
         self.classes: list[str] | None = None
         """The classes' names in the order of the model's outputs; None where targets are numbers."""
         if support.is_dir():
-            paths = {folder.name: _images_in(folder) for folder in sorted(support.iterdir()) if folder.is_dir()}
+            paths = {folder.name: _list_images(folder) for folder in sorted(support.iterdir()) if folder.is_dir()}
             labels = [name for name, members in paths.items() for _ in members]
-            self.x = self._images([path for members in paths.values() for path in members], support)
+            self.x = self._read_images([path for members in paths.values() for path in members], support)
         else:
-            header, rows = _table(support)
+            header, rows = _read_table(support)
             width = math.prod(self._shape)
             self._check_columns(support, len(header), width + (1 if self._classifies else self._outputs))
-            self.x = self._inputs(support, rows)
+            self.x = self._read_inputs(support, rows)
             labels = [row[width] for row in rows]
             if not self._classifies:
-                self.y = torch.tensor([_numbers(support, row[width:]) for row in rows])
+                self.y = torch.tensor([_parse_numbers(support, row[width:]) for row in rows])
         if self._classifies:
             self.classes = sorted(set(labels))
             if len(self.classes) > self._outputs:
@@ -138,27 +138,27 @@ class _Examples:
     def _classifies(self) -> bool:
         return self._run.learner.loss is nn.functional.cross_entropy
 
-    def adapted(self, inner_steps: int | None) -> nn.Module:
+    def adapt(self, inner_steps: int | None) -> nn.Module:
         """The learner's module, adapted to them."""
         return self._run.learner.adapt(self.x, self.y, inner_steps)
 
-    def queries(self, path: Path) -> tuple[tuple[list[str], list[list[str]]], Tensor]:
+    def read_queries(self, path: Path) -> tuple[tuple[list[str], list[list[str]]], Tensor]:
         """What names the rows of the answer (a header and a list per row), and the inputs."""
         if path.is_dir():
-            images = _images_in(path)
-            return (["image"], [[image.name] for image in images]), self._images(images, path)
-        header, rows = _table(path)
+            images = _list_images(path)
+            return (["image"], [[image.name] for image in images]), self._read_images(images, path)
+        header, rows = _read_table(path)
         width = math.prod(self._shape)
         self._check_columns(path, len(header), width)
-        return (header[:width], [row[:width] for row in rows]), self._inputs(path, rows)
+        return (header[:width], [row[:width] for row in rows]), self._read_inputs(path, rows)
 
-    def predicted_columns(self, outputs: Tensor) -> list[str]:
+    def name_columns(self, outputs: Tensor) -> list[str]:
         """The names of the answer's columns."""
         if self.classes is not None:
             return ["class", "probability"]
         return ["y"] if outputs.shape[-1] == 1 else [f"y{number}" for number in range(1, outputs.shape[-1] + 1)]
 
-    def predictions(self, outputs: Tensor) -> list[list[Any]]:
+    def format_predictions(self, outputs: Tensor) -> list[list[Any]]:
         """The answer's columns from the model's outputs ``[examples, outputs]``."""
         if self.classes is None:
             return [[f"{value:.9g}" for value in row] for row in outputs.tolist()]
@@ -168,9 +168,9 @@ class _Examples:
             for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
 
-    def _inputs(self, path: Path, rows: Sequence[Sequence[str]]) -> Tensor:
+    def _read_inputs(self, path: Path, rows: Sequence[Sequence[str]]) -> Tensor:
         width = math.prod(self._shape)
-        return torch.tensor([_numbers(path, row[:width]) for row in rows]).reshape(len(rows), *self._shape)
+        return torch.tensor([_parse_numbers(path, row[:width]) for row in rows]).reshape(len(rows), *self._shape)
 
     def _check_columns(self, path: Path, columns: int, expected: int) -> None:
         width = math.prod(self._shape)
@@ -180,7 +180,7 @@ class _Examples:
                 + (f" and {expected - width} target{'s' * (expected - width > 1)}." if expected > width else ".")
             )
 
-    def _images(self, paths: Sequence[Path], where: Path) -> Tensor:
+    def _read_images(self, paths: Sequence[Path], where: Path) -> Tensor:
         if len(self._shape) != 3:
             raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
         if not paths:
@@ -190,18 +190,18 @@ class _Examples:
         return torch.stack([read(path) for path in paths])
 
 
-def _input_shape(run: Run) -> tuple[int, ...]:
+def _get_input_shape(run: Run) -> tuple[int, ...]:
     shape = run.source.plugin.instance.spec.input_shape
     if not all(isinstance(size, int) for size in shape):
         raise UsageError(f"The {run.source.plugin.label} has inputs that are neither vectors nor images.")
     return tuple(shape)
 
 
-def _images_in(folder: Path) -> list[Path]:
+def _list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)
 
 
-def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+def _read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     """The header of a CSV file (``x1, x2, …`` where it has none) and its rows, all of one length."""
     try:
         if path.stat().st_size > _LARGEST_TABLE:
@@ -221,7 +221,7 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _numbers(path: Path, cells: Sequence[str]) -> list[float]:
+def _parse_numbers(path: Path, cells: Sequence[str]) -> list[float]:
     for cell in cells:
         if not _is_number(cell):
             raise UsageError(f"{path} holds '{cell}' where a finite number belongs.")

@@ -120,7 +120,7 @@ def _choose_model(draft: _Draft, user: Mapping[str, Any]) -> None:
 def update_option_names(stored: RunConfig) -> RunConfig:
     """A stored configuration whose plugins' options have the names of today; that of a plugin that is missing as it is."""
 
-    def renamed(field: str, choice: PluginSpec) -> PluginSpec:
+    def rename(field: str, choice: PluginSpec) -> PluginSpec:
         try:
             cls = get_config_class(_Selected.of(field, choice).loaded)
         except MetaregError:
@@ -129,7 +129,7 @@ def update_option_names(stored: RunConfig) -> RunConfig:
 
     choices = {field: getattr(stored, field) for field in PLUGIN_FIELDS}
     update = {
-        field: [renamed(field, each) for each in given] if isinstance(given, list) else given and renamed(field, given)
+        field: [rename(field, each) for each in given] if isinstance(given, list) else given and rename(field, given)
         for field, given in choices.items()
     }
     return stored.model_copy(update=update)

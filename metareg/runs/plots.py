@@ -9,14 +9,16 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
+from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.registry.dispatch import find_hook
+from metareg.runs.folder import PLOTS
 from metareg.util.files import replace_file
 
 if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
     from metareg.runs.run import Run
 
-__all__ = ["draw", "inner_steps", "learning_curve"]
+__all__ = ["draw", "plot_inner_steps", "plot_learning_curve"]
 
 
 def draw(run: Run) -> list[Path]:
@@ -26,68 +28,68 @@ def draw(run: Run) -> list[Path]:
         The files that were written.
     """
     assert run.evaluation is not None
-    figures = {"learning-curve": learning_curve(run), "inner-steps": inner_steps(run.evaluation)}
+    figures = {"learning-curve": plot_learning_curve(run), "inner-steps": plot_inner_steps(run.evaluation)}
     of_task = find_hook(run.source.plugin, "figures")
     if of_task is not None:
         figures |= of_task(learner=run.learner, seed=run.config.seed) or {}
     paths = []
     for name, figure in figures.items():
-        path = run.path / "plots" / f"{name}.png"
+        path = run.path / PLOTS / f"{name}.png"
         with replace_file(path) as temporary:
             figure.savefig(temporary, format="png", dpi=120)
         paths.append(path)
     return paths
 
 
-def learning_curve(run: Run) -> Figure:
+def plot_learning_curve(run: Run) -> Figure:
     """The metric in training (query sets, after the inner steps) and in validation, against training steps."""
     lines = run.metrics()
     metric = run.learner.metric
-    figure, axes = _axes()
-    train = [(line["step"], line[metric.name]) for line in lines if line["split"] == "train"]
+    figure, axes = _create_axes()
+    train = [(line["step"], line[metric.name]) for line in lines if line["split"] == TRAIN]
     axes.plot(*zip(*train, strict=True), lw=1, alpha=0.55, color="C0", label="training")
     inner_steps = run.config.inner_steps
-    validation = [line for line in lines if line["split"] == "validation" and line["inner_steps"] == inner_steps]
+    validation = [line for line in lines if line["split"] == VALIDATION and line["inner_steps"] == inner_steps]
     if validation:
         steps, means, widths = zip(*((v["step"], v[metric.name], v["ci95"]) for v in validation), strict=True)
         axes.errorbar(
             steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color="C1", label="validation, 95 % interval"
         )
     if not metric.higher_is_better and min((value for _, value in train), default=0.0) > 0:
-        _log_scale(axes)
+        _set_log_scale(axes)
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"query {_shown(metric.name)}")
-    axes.set_title(_title(run), fontsize=10)
+    axes.set_ylabel(f"query {_format_metric(metric.name)}")
+    axes.set_title(_format_title(run), fontsize=10)
     axes.legend(frameon=False)
     return figure
 
 
-def inner_steps(evaluation: Evaluation) -> Figure:
+def plot_inner_steps(evaluation: Evaluation) -> Figure:
     """The test metric with its 95 % interval against the number of inner steps."""
-    figure, axes = _axes()
+    figure, axes = _create_axes()
     steps = evaluation.inner_steps
     means = [evaluation.mean(k) for k in steps]
     axes.errorbar(steps, means, [evaluation.ci95(k) for k in steps], fmt="o-", ms=5, lw=1.8, capsize=3)
     for k, mean in zip(steps, means, strict=True):
         axes.annotate(f"{mean:.3g}", (k, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
     if not evaluation.higher_is_better and min(means) > 0 and max(means) > 10 * min(means):
-        _log_scale(axes)
+        _set_log_scale(axes)
     axes.set_xticks(steps)
     axes.margins(x=0.08)
     axes.set_xlabel("inner steps")
-    axes.set_ylabel(f"test {_shown(evaluation.metric)}")
+    axes.set_ylabel(f"test {_format_metric(evaluation.metric)}")
     axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
     return figure
 
 
-def _axes() -> tuple[Figure, Axes]:
+def _create_axes() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7, 4.4), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.25)
     return figure, axes
 
 
-def _log_scale(axes: Axes) -> None:
+def _set_log_scale(axes: Axes) -> None:
     """Logarithmic, with plain numbers at the ticks."""
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -95,10 +97,10 @@ def _log_scale(axes: Axes) -> None:
     axes.yaxis.set_minor_formatter("{x:g}")
 
 
-def _title(run: Run) -> str:
+def _format_title(run: Run) -> str:
     names = [run.config.algo.name, *(choice.name for choice in run.config.augment)]
     return f"{' + '.join(names)} on {run.config.task.name}, seed {run.config.seed}"
 
 
-def _shown(metric: str) -> str:
+def _format_metric(metric: str) -> str:
     return {"mse": "mean squared error"}.get(metric, metric)

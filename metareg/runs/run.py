@@ -10,19 +10,19 @@ from typing import Any
 
 from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
+from metareg.contract.splits import TEST
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import find_entry, resolve
 from metareg.registry.sources import TaskSource
 from metareg.runs.config import RunConfig
+from metareg.runs.folder import CONFIG, FINAL, METRICS, PLOTS, RESULTS
 from metareg.runs.options import update_option_names
 from metareg.util.devices import find_device
 from metareg.util.files import read_json
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["FINAL", "Run", "check_fit", "format_resume_command", "read_config"]
-
-FINAL = Path("checkpoints", "final.safetensors")
+__all__ = ["Run", "check_fit", "format_resume_command", "read_config"]
 
 
 class Run:
@@ -68,9 +68,9 @@ class Run:
             raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
-        if (path / "results.json").is_file():
-            run.evaluation = _stored_evaluation(path / "results.json")
-        run.plots = sorted((path / "plots").glob("*.png"))
+        if (path / RESULTS).is_file():
+            run.evaluation = _read_evaluation(path / RESULTS)
+        run.plots = sorted((path / PLOTS).glob("*.png"))
         return run
 
     def evaluate(
@@ -80,7 +80,7 @@ class Run:
         task: str | None = None,
         task_options: Mapping[str, Any] | None = None,
         *,
-        split: str = "test",
+        split: str = TEST,
     ) -> Evaluation:
         """Test the run's learner anew.
 
@@ -94,11 +94,11 @@ class Run:
         """
         source = self.source
         if task or task_options:
-            source = self._other_source(task or self.config.task.name, task_options or {}, same=not task)
+            source = self._create_source(task or self.config.task.name, task_options or {}, same=not task)
             check_fit(self.learner, source, split)
         return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
 
-    def _other_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
+    def _create_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
         own = self.config.task.config
         if not same:
             inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
@@ -111,7 +111,7 @@ class Run:
         Raises:
             UsageError: they cannot be read.
         """
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS
         try:
             return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         except (OSError, ValueError) as error:
@@ -119,13 +119,13 @@ class Run:
 
 
 def read_config(path: Path) -> RunConfig:
-    file = path / "config.yaml"
+    file = path / CONFIG
     if not file.is_file():
-        raise UsageError(f"There is no run at {path}: it has no config.yaml.")
+        raise UsageError(f"There is no run at {path}: it has no {CONFIG}.")
     return update_option_names(validate(RunConfig, read_yaml(file), str(file)))
 
 
-def _stored_evaluation(path: Path) -> Evaluation:
+def _read_evaluation(path: Path) -> Evaluation:
     try:
         return Evaluation.from_dict(read_json(path))
     except (LookupError, TypeError, ValueError, AttributeError) as error:

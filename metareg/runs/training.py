@@ -15,6 +15,7 @@ import torch
 
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
+from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
@@ -24,8 +25,9 @@ from metareg.registry.sources import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import RunConfig
+from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
 from metareg.runs.options import Selection, assemble
-from metareg.runs.run import FINAL, Run, check_fit, format_resume_command, read_config
+from metareg.runs.run import Run, check_fit, format_resume_command, read_config
 from metareg.util.devices import peak_memory, reset_peak_memory
 from metareg.util.files import (
     LinesFile,
@@ -95,7 +97,7 @@ def train(
     given = {"algo": algo, "augment": augment, "task": task, "model": model, "observers": named or None}
     out = Path(out) if out is not None else None
 
-    def assembled() -> Selection:
+    def select() -> Selection:
         base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
         selection = assemble(base | {name: value for name, value in given.items() if value is not None}, options)
         if resume and out is None:
@@ -103,15 +105,15 @@ def train(
         return selection
 
     with join_processes() as processes:
-        selection = processes.each(assembled)
-        if out is not None and processes.first(lambda: _goes_on(out, resume)):
-            return _gone_on(out, selection, observers, processes)
-        selection = _completed(selection)
+        selection = processes.each(select)
+        if out is not None and processes.first(lambda: _should_resume(out, resume)):
+            return _resume(out, selection, observers, processes)
+        selection = _set_eval_every(selection)
         with catch_stop_signals(is_launched() or processes.size > 1) as stop:
             learner, source = processes.each(lambda: prepare_run(selection, processes))
-            path = processes.first(lambda: _created(out, selection.config))
+            path = processes.first(lambda: _create_folder(out, selection.config))
             run = Run(path, selection.config, learner, source)
-            with _held(path, processes, new=True), learner.split_over(processes):
+            with _lock(path, processes, new=True), learner.split_over(processes):
                 _carry_out(run, selection, observers, stop)
         return run
 
@@ -136,37 +138,37 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
     path = Path(path)
     with join_processes() as processes:
         stored = processes.first(lambda: read_config(path))
-        return _gone_on(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
+        return _resume(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
 
 
-def _goes_on(out: Path, resume: bool) -> bool:
+def _should_resume(out: Path, resume: bool) -> bool:
     """Whether there is a run in a folder to go on with.
 
     Raises:
         UsageError: there is something else, or going on was not asked for.
     """
-    has_run = (out / "config.yaml").is_file()
+    has_run = (out / CONFIG).is_file()
     if not (resume and has_run) and _is_taken(out):
         hint = f"; {format_resume_command(out)} goes on with the run in it" if has_run else ""
         raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
     return resume and has_run
 
 
-def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
-    def reopened() -> tuple[RunConfig, bool]:
+def _resume(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
+    def reopen() -> tuple[RunConfig, bool]:
         """The configuration to go on with; and whether the run has ended with it already."""
         stored = read_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
-        if (path / "results.json").is_file():
+        if (path / RESULTS).is_file():
             if wanted.steps == stored.steps:
                 return wanted, True
-            (path / "results.json").unlink()
+            (path / RESULTS).unlink()
             (path / FINAL).unlink(missing_ok=True)
         return wanted, False
 
-    with catch_stop_signals(is_launched() or processes.size > 1) as stop, _held(path, processes):
-        wanted, ended = processes.first(reopened)
+    with catch_stop_signals(is_launched() or processes.size > 1) as stop, _lock(path, processes):
+        wanted, ended = processes.first(reopen)
         if ended:
             log.info("The run at %s has ended already.", path)
             return Run.load(path, device=wanted.device)
@@ -179,7 +181,7 @@ def _gone_on(path: Path, selection: Selection, observers: Sequence[Any], process
 
 
 @contextmanager
-def _held(path: Path, processes: Processes, *, new: bool = False) -> Iterator[None]:
+def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[None]:
     """A run's folder for these processes alone, for a block.
 
     Args:
@@ -217,7 +219,7 @@ def _is_taken(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or not all(is_leftover(path) for path in out.iterdir()))
 
 
-def _completed(selection: Selection) -> Selection:
+def _set_eval_every(selection: Selection) -> Selection:
     """With what depends on the number of steps written out, so that it stays when that number is raised."""
     config = selection.config
     every = config.eval_every or max(1, config.steps // 10)
@@ -248,13 +250,13 @@ def prepare_run(selection: Selection, processes: Processes | None = None) -> tup
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
     source = TaskSource(selection.task)
-    check_fit(learner, source, "train")
-    for split in dict.fromkeys(("validation", config.test_split)):
+    check_fit(learner, source, TRAIN)
+    for split in dict.fromkeys((VALIDATION, config.test_split)):
         source.episodes(split, [0], config.seed)
     return learner, source
 
 
-def _created(out: Path | None, config: RunConfig) -> Path:
+def _create_folder(out: Path | None, config: RunConfig) -> Path:
     """The run's folder, new."""
     try:
         if out is not None:
@@ -276,15 +278,15 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
     config, learner, path = run.config, run.learner, run.path
     processes = learner.processes
-    store = Checkpoints(path / "checkpoints", config.keep_checkpoints)
-    processes.first(lambda: _opened(run, store))
+    store = Checkpoints(path / CHECKPOINTS, config.keep_checkpoints)
+    processes.first(lambda: _open_folder(run, store))
 
     progress = Progress()
-    metrics, timing = LinesFile(path / "metrics.jsonl"), LinesFile(path / "timing.jsonl")
+    metrics, timing = LinesFile(path / METRICS), LinesFile(path / TIMING)
     reset_peak_memory(learner.device)
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
-    with _threads(run):
+    with _set_threads(run):
         manager = CheckpointManager(
             store,
             learner,
@@ -310,19 +312,19 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
             raise Interrupted(f"Stopped. {advice}") from error
 
 
-def _opened(run: Run, store: Checkpoints) -> None:
+def _open_folder(run: Run, store: Checkpoints) -> None:
     """Make the folder one of this run."""
     # First of all: with it the folder is a run that can be resumed, without it one that can be begun.
-    write_text(run.path / "config.yaml", run.config.to_yaml())
+    write_text(run.path / CONFIG, run.config.to_yaml())
     try:
         store.folder.mkdir(exist_ok=True)
     except OSError as error:
         raise MetaregError(f"{store.folder} cannot be made: {error.strerror}.") from error
-    remove_leftovers(run.path, store.folder, run.path / "plots")
+    remove_leftovers(run.path, store.folder, run.path / PLOTS)
 
 
 @contextmanager
-def _threads(run: Run) -> Iterator[None]:
+def _set_threads(run: Run) -> Iterator[None]:
     """The run's CPU threads for a block."""
     before = torch.get_num_threads()
     parameters = sum(value.numel() for value in run.learner.meta_parameters.values())
@@ -380,14 +382,14 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
 
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
-    def concluded() -> list[Path]:
+    def conclude() -> list[Path]:
         with learner.split_over(Processes()):
             drawn = plots.draw(run)
         weights = {"select": config.select, "step": learner.steps_done}
-        write_json(run.path / "results.json", {**evaluation.to_dict(), "split": config.test_split, "weights": weights})
+        write_json(run.path / RESULTS, {**evaluation.to_dict(), "split": config.test_split, "weights": weights})
         return drawn
 
-    run.plots = processes.first(concluded)
+    run.plots = processes.first(conclude)
 
 
 class _LinesWriter:
@@ -401,7 +403,7 @@ class _LinesWriter:
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
         speed = {"steps_per_second": logs["steps_per_second"]}
-        self._metrics.append({"step": step, "split": "train"} | {key: logs[key] for key in logs if key not in speed})
+        self._metrics.append({"step": step, "split": TRAIN} | {key: logs[key] for key in logs if key not in speed})
         now = datetime.now(UTC).isoformat(timespec="seconds")
         self._timing.append({"step": step, **speed, "peak_bytes": peak_memory(self._device), "time": now})
 

@@ -12,7 +12,7 @@ from metareg.testing._steps import whole_steps
 
 __all__ = ["NOT_APPLICABLE", "Combination", "combinations"]
 
-NONE = "none"
+NO_PLUGIN = "none"
 NOT_APPLICABLE = "not applicable"
 """What stands for a check that a plugin's declarations leave out."""
 
@@ -22,14 +22,14 @@ class Combination:
     """An algorithm and an augmenter, or none, by their names."""
 
     algorithm: str
-    augmenter: str = NONE
+    augmenter: str = NO_PLUGIN
 
     def __str__(self) -> str:
         return f"{self.algorithm}, {self.augmenter}"
 
     def pair(self) -> Pair:
         """Both, built anew."""
-        augmenters = () if self.augmenter == NONE else (resolve("augmenters", self.augmenter),)
+        augmenters = () if self.augmenter == NO_PLUGIN else (resolve("augmenters", self.augmenter),)
         return Pair(resolve("algorithms", self.algorithm), augmenters)
 
     def check(self) -> dict[str, str | None]:
@@ -61,7 +61,7 @@ class Combination:
 
 def combinations() -> list[Combination]:
     """All of them, each algorithm alone first; read from entry points, nothing is imported."""
-    augmenters = [NONE, *_names("augmenters")]
+    augmenters = [NO_PLUGIN, *_names("augmenters")]
     return [Combination(algorithm, augmenter) for algorithm in _names("algorithms") for augmenter in augmenters]
 
 

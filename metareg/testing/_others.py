@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
+from metareg.contract.splits import SPLITS
 from metareg.contract.tasks import Task, TaskSpec
 from metareg.engine.split_model import SplitModel
 from metareg.errors import MetaregError
@@ -39,7 +40,6 @@ from metareg.testing._check import Subject, fail
 from metareg.util.seeding import task_uniform, use_seed
 from metareg.util.torch_internals import tree_leaves
 
-SPLITS = ("train", "validation", "test")
 ROUNDING = 1e-8
 
 # ----------------------------------------------------------------------------------------------------------------- tasks

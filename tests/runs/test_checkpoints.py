@@ -201,7 +201,7 @@ def test_best_weights_are_tested_and_kept(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert results["weights"] == {"select": "best", "step": best}
     store = Checkpoints(tmp_path / "run" / "checkpoints", 1)
-    assert store.steps() == [best, 20]
+    assert store.list_steps() == [best, 20]
     kept = store.load(best)["learner"]["meta"]
     assert all(torch.equal(value, kept[name]) for name, value in run.learner.meta_parameters.items())
     before = _results(tmp_path / "run")
@@ -335,7 +335,7 @@ def test_checkpoint_of_another_model_is_refused_with_the_difference(stopped: Pat
 def test_renamed_checkpoint_is_not_taken_for_another(stopped: Path) -> None:
     _checkpoint(stopped, 12).rename(_checkpoint(stopped, 13))
     store = Checkpoints(stopped / "checkpoints", 3)
-    state = store.newest()
+    state = store.load_newest()
     assert state is not None
     assert state["learner"]["steps_done"] == 8
 
@@ -653,7 +653,7 @@ def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match=r"step 10: the objective is not finite, first in 'body.*step-000000009"):
         _poisoned(path, [19])
     store = Checkpoints(path / "checkpoints", 3)
-    assert store.steps()[-1] == 9
+    assert store.list_steps()[-1] == 9
     metareg.train("maml", task=(Poison, {"tasks": [19]}), out=path, resume=True, **SMALL, on_nonfinite="skip")
     _poisoned(tmp_path / "skipping", [19], on_nonfinite="skip")
     for name in ("metrics.jsonl", "results.json"):

@@ -23,7 +23,7 @@ from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.reproduction import Recipe, judge
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.reporting import report
-from metareg.runs.plots import inner_steps
+from metareg.runs.plots import plot_inner_steps
 from metareg.runs.run import Run
 from metareg.util.intervals import compute_half_width
 
@@ -81,7 +81,7 @@ def test_what_a_person_sees_of_a_run(run: Run) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(evaluation_table(run.evaluation))
     assert f"± {half:.4f}" in console.export_text()
-    (axes,) = inner_steps(run.evaluation).axes
+    (axes,) = plot_inner_steps(run.evaluation).axes
     ((_, _, (bars,)),) = axes.containers
     (segment,) = bars.get_segments()
     assert (segment[1, 1] - segment[0, 1]) / 2 == pytest.approx(half, rel=1e-9)

@@ -100,7 +100,7 @@ def test_damaged_checkpoints_are_skipped(checkpoint: tuple[Path, bytes], data: s
     end = data.draw(st.integers(start, len(good)))
     damaged = good[:start] + data.draw(st.binary(max_size=20)) + good[end:]
     path.write_bytes(damaged)
-    state = Checkpoints(path.parent, 3).newest()
+    state = Checkpoints(path.parent, 3).load_newest()
     if damaged == good:
         assert state is not None
         assert torch.equal(state["weight"], _state()["weight"])
@@ -309,7 +309,7 @@ def _refuse(*_: Any) -> None:
 def _never_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Everything but the training itself."""
     monkeypatch.chdir(tmp_path)
-    for name in ("_carry_out", "_created"):
+    for name in ("_carry_out", "_create_folder"):
         monkeypatch.setattr(f"metareg.runs.training.{name}", _refuse)
 
 
