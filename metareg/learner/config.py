@@ -1,13 +1,27 @@
-"""The options of a learner."""
+"""The options of a learner and of its training, and how they are marked for the commands."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
 
 from metareg.contract.config import Field, PluginConfig
 
-__all__ = ["LearnerConfig"]
+__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule"]
+
+
+@dataclass(frozen=True)
+class Flag:
+    """Marks an option that has a flag of its own on the command line; all have ``--set``."""
+
+    name: str | None = None
+    """The flag; the option's name with hyphens where it is None."""
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """Marks an option that may be given anew when a run is resumed: it leaves the run's meaning as it was."""
 
 
 class LearnerConfig(PluginConfig):
@@ -15,9 +29,13 @@ class LearnerConfig(PluginConfig):
 
     former_names: ClassVar[Mapping[str, str]] = {"norm": "bn_statistics"}
 
-    seed: int = Field(0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks.")
-    inner_steps: int = Field(1, ge=1, description="Adaptation steps on the support set in training.")
-    first_order: bool = Field(False, description="Treat inner gradients as constants in the meta-gradient.")
+    seed: Annotated[int, Flag()] = Field(
+        0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks."
+    )
+    inner_steps: Annotated[int, Flag()] = Field(1, ge=1, description="Adaptation steps on the support set in training.")
+    first_order: Annotated[bool, Flag()] = Field(
+        False, description="Treat inner gradients as constants in the meta-gradient."
+    )
     outer_lr: float = Field(
         1e-3, gt=0, description="Step size of the outer Adam.", json_schema_extra={"search": {"factor": 10}}
     )
@@ -26,19 +44,43 @@ class LearnerConfig(PluginConfig):
         ge=1,
         description="Forget the outer optimiser's moments every so many steps, as the CML authors' code does.",
     )
-    strategy: Literal["auto", "serial", "traced", "vectorized", "compiled"] = Field(
+    strategy: Annotated[Literal["auto", "serial", "traced", "vectorized", "compiled"], Flag(), Resumable()] = Field(
         "auto", description="How the tasks of a batch are run; the result is the same to rounding."
     )
-    memory: Literal["store", "recompute"] = Field(
+    memory: Annotated[Literal["store", "recompute"], Flag(), Resumable()] = Field(
         "store", description="Keep every inner step's graph, or its parameters only and rebuild the graph."
     )
-    bn_statistics: Literal["transductive", "support"] = Field(
+    bn_statistics: Annotated[Literal["transductive", "support"], Flag()] = Field(
         "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
     )
-    precision: Literal["full", "bf16"] = Field(
+    precision: Annotated[Literal["full", "bf16"], Flag()] = Field(
         "full",
         description="Run the model in its own precision, or in bfloat16 (bf16); parameters, losses, gradients and updates "
         "keep its own.",
     )
-    chunk: int | None = Field(None, ge=1, description="At most so many tasks at once; gradients accumulate.")
-    device: str = Field("auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one.")
+    chunk: Annotated[int | None, Flag(), Resumable()] = Field(
+        None, ge=1, description="At most so many tasks at once; gradients accumulate."
+    )
+    device: Annotated[str, Flag(), Resumable()] = Field(
+        "auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."
+    )
+
+
+class Schedule(PluginConfig):
+    """When what happens in training."""
+
+    steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, description="Training steps; they can be raised.")
+    meta_batch: Annotated[int, Flag()] = Field(4, ge=1, description="Tasks per training step.")
+    log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")
+    eval_every: int | None = Field(
+        None, ge=1, description="Training steps between validations; a tenth of the run where it is not set."
+    )
+    eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
+    on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], Flag(), Resumable()] = Field(
+        "stop",
+        description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "
+        "checkpoint and go on from there with other tasks.",
+    )
+    max_nonfinite: Annotated[int, Resumable()] = Field(
+        10, ge=1, description="How often that may happen in a run before it stops."
+    )

@@ -27,12 +27,12 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, MetaregError, PluginError, UsageError
-from metareg.learner.config import LearnerConfig
+from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.module_json import build_module, describe_module
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.learner.optimizer import Adam
 from metareg.learner.processes import BatchSplit, Processes, hash_tensors, select_tasks
-from metareg.learner.training import Observer, Schedule, fit
+from metareg.learner.training import Observer, fit
 from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, find_entry, get_config_class, resolve
 from metareg.registry.sources import TaskSource

@@ -9,42 +9,28 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, Literal, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
-from pydantic import Field
 
-from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError
-from metareg.learner.config import LearnerConfig
+from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
 from metareg.registry.sources import TaskSource
 from metareg.util.torch_internals import tree_leaves
 
-__all__ = ["Progress", "Schedule", "connect_observers", "fit"]
+__all__ = ["Progress", "connect_observers", "fit"]
 
 log = logging.getLogger("metareg")
 
 Observer = Any
 _PREFETCHED_BYTES = 4 << 20
 _PREFETCHED_STEPS = 100
-
-
-class Schedule(PluginConfig):
-    """When what happens in training."""
-
-    steps: int = Field(ge=1, description="Train until so many steps are done.")
-    meta_batch: int = Field(ge=1, description="Tasks per step.")
-    log_every: int = Field(100, ge=1, description="Steps between two calls of on_step.")
-    eval_every: int | None = Field(None, ge=1, description="Steps between validations.")
-    eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
-    on_nonfinite: Literal["stop", "skip", "rollback"] = Field("stop", description="As in RunConfig.")
-    max_nonfinite: int = Field(10, ge=1, description="As in RunConfig.")
 
 
 class Trainee(Protocol):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import yaml
 
 from metareg.contract.config import Field, PluginSpec
-from metareg.learner.config import LearnerConfig
+from metareg.learner.config import Flag, LearnerConfig, Resumable, Schedule
 
 __all__ = ["PLUGIN_FIELDS", "RunConfig"]
 
@@ -17,39 +17,37 @@ PLUGIN_FIELDS = {
 """The options of a run that name plugins, and the plugins' kinds."""
 
 
-class RunConfig(LearnerConfig):
+class RunConfig(LearnerConfig, Schedule):
     """All that determines a run. What its plugins recommend stands before these defaults, what the user says before both."""
 
-    algo: PluginSpec = Field(PluginSpec(name="maml"), description="The algorithm.")
-    augment: list[PluginSpec] = Field([], description="Gradient augmenters, in the order in which they are chained.")
-    task: PluginSpec = Field(PluginSpec(name="sinusoid"), description="The task plugin.")
-    model: PluginSpec | None = Field(None, description="The model; the task's own where none is named.")
-    observers: list[PluginSpec] = Field([], description="Observers beside the progress display and metrics.jsonl.")
-
-    threads: int | None = Field(
+    algo: Annotated[PluginSpec, Flag()] = Field(PluginSpec(name="maml"), description="The algorithm.")
+    augment: Annotated[list[PluginSpec], Flag()] = Field(
+        [], description="Gradient augmenters, in the order in which they are chained; 'none' for none."
+    )
+    task: Annotated[PluginSpec, Flag()] = Field(PluginSpec(name="sinusoid"), description="The task plugin.")
+    model: Annotated[PluginSpec | None, Flag()] = Field(
+        None, description="The model; the task's own where none is named."
+    )
+    observers: Annotated[list[PluginSpec], Flag("--observe"), Resumable()] = Field(
+        [], description="Observers beside the progress display and metrics.jsonl."
+    )
+    threads: Annotated[int | None, Resumable()] = Field(
         None,
         ge=1,
         description="CPU threads; unset, one for small models, whose threads only wait, else as torch decides.",
     )
-    steps: int = Field(10_000, ge=1, description="Training steps (meta-updates).")
-    meta_batch: int = Field(4, ge=1, description="Tasks per training step.")
-    log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")
-    eval_every: int | None = Field(
-        None, ge=1, description="Training steps between validations; a tenth of the run where it is not set."
-    )
-    eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
     select: Literal["last", "best"] = Field(
         "last", description="Which weights are tested and kept as final: the last, or those with the best validation."
     )
-    checkpoint_every: int | None = Field(None, ge=1, description="Training steps between two checkpoints.")
-    checkpoint_minutes: float = Field(2.0, gt=0, description="Minutes between two checkpoints, beside that.")
-    keep_checkpoints: int = Field(3, ge=1, description="How many of the newest checkpoints to keep, beside the best.")
-    on_nonfinite: Literal["stop", "skip", "rollback"] = Field(
-        "stop",
-        description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "
-        "checkpoint and go on from there with other tasks.",
+    checkpoint_every: Annotated[int | None, Flag(), Resumable()] = Field(
+        None, ge=1, description="Training steps between two checkpoints."
     )
-    max_nonfinite: int = Field(10, ge=1, description="How often that may happen in a run before it stops.")
+    checkpoint_minutes: Annotated[float, Resumable()] = Field(
+        2.0, gt=0, description="Minutes between two checkpoints, beside that."
+    )
+    keep_checkpoints: Annotated[int, Resumable()] = Field(
+        3, ge=1, description="How many of the newest checkpoints to keep, beside the best."
+    )
     test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
     test_split: Literal["test", "validation"] = Field(
         "test", description="The split of these tasks; validation while settings are still being chosen."
@@ -63,3 +61,18 @@ class RunConfig(LearnerConfig):
         values = self.model_dump(mode="json")
         plugins = {name: values.pop(name) for name in PLUGIN_FIELDS}
         return yaml.safe_dump(plugins | values, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def list_flags(cls) -> dict[str, str]:
+        """The options that have a flag of their own, and these."""
+        return {
+            name: mark.name or f"--{name.replace('_', '-')}"
+            for name, field in cls.model_fields.items()
+            for mark in field.metadata
+            if isinstance(mark, Flag)
+        }
+
+    @classmethod
+    def list_resumable(cls) -> set[str]:
+        """The options that a resumed run may be given anew."""
+        return {name for name, field in cls.model_fields.items() if Resumable() in field.metadata}

@@ -20,7 +20,7 @@ from metareg.errors import DivergenceError, Interrupted, LostProcessError, Metar
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
 from metareg.learner.processes import Processes, join_processes
-from metareg.learner.training import Progress, Schedule, connect_observers, fit
+from metareg.learner.training import Progress, connect_observers, fit
 from metareg.registry.sources import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
@@ -47,12 +47,6 @@ log = logging.getLogger("metareg")
 
 _SMALL = 20_000
 """Parameters up to which a model's tensor operations are too short to be shared by threads."""
-
-_MAY_CHANGE = {
-    "steps", "strategy", "memory", "chunk", "device", "threads", "observers",
-    "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "on_nonfinite", "max_nonfinite",
-}  # fmt: skip
-"""Options that a resumed run may be given anew: they leave its meaning as it was."""
 
 
 def train(
@@ -202,10 +196,8 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
-    old, new = stored.model_dump(mode="json"), wanted.model_dump(mode="json")
-    changes = [
-        f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if key not in _MAY_CHANGE and old[key] != new[key]
-    ]
+    old, new = (each.model_dump(mode="json", exclude=RunConfig.list_resumable()) for each in (stored, wanted))
+    changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
     if changes:
         raise UsageError(
             f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}. "
@@ -350,9 +342,8 @@ def _start(run: Run, manager: CheckpointManager) -> None:
 
 
 def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: Sequence[Any]) -> None:
-    schedule = Schedule(**run.config.model_dump(include=set(Schedule.model_fields)))
     try:
-        fit(run.learner, run.source, schedule, observers, progress=progress, manager=manager)
+        fit(run.learner, run.source, run.config, observers, progress=progress, manager=manager)
     except DivergenceError as error:
         with suppress(DivergenceError):
             manager.save()

@@ -32,7 +32,8 @@ from metareg import (
     UsageError,
     hookimpl,
 )
-from metareg.learner.training import Progress, Schedule, fit
+from metareg.learner.config import Schedule
+from metareg.learner.training import Progress, fit
 from metareg.registry.sources import TaskSource
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.util.files import LinesFile, lock_folder
