@@ -16,9 +16,9 @@ from pathlib import Path
 
 from harness import RESULTS, Row, machine, report
 
+from metareg import compare
 from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.pool import carry_out
-from metareg.comparison.runner import compare
 from metareg.runs.folder import CONFIG
 from metareg.runs.folder import RESULTS as RUN_RESULTS
 
@@ -58,7 +58,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         steps = steps_for(arguments.seconds, Path(folder))
         began = time.perf_counter()
-        comparison = compare(configuration(arguments.runs, steps), Path(folder, "comparison"), jobs=arguments.jobs)
+        config = configuration(arguments.runs, steps)
+        comparison = compare(config=config, out=Path(folder, "comparison"), jobs=arguments.jobs)
         took = time.perf_counter() - began
         if comparison.broken:
             raise SystemExit(f"{len(comparison.broken)} runs broke: {next(iter(comparison.broken.values())).error}")

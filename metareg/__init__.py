@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from metareg._version import __version__
 
 if TYPE_CHECKING:
+    from metareg.comparison.reproduction import reproduce
+    from metareg.comparison.runner import compare
     from metareg.contract.attributes import StepExample
     from metareg.contract.config import Field, PluginConfig
     from metareg.contract.episodes import Episodes
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.learner.learner import MetaLearner
     from metareg.learner.processes import join_processes
+    from metareg.reporting import report
     from metareg.runs.config import RunConfig
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
@@ -28,6 +31,8 @@ if TYPE_CHECKING:
     from metareg.util.seeding import derive_seed, task_uniform
 
 _WHERE = {
+    "reproduce": "metareg.comparison.reproduction",
+    "compare": "metareg.comparison.runner",
     "StepExample": "metareg.contract.attributes",
     "Field": "metareg.contract.config",
     "PluginConfig": "metareg.contract.config",
@@ -47,6 +52,7 @@ _WHERE = {
     "UsageError": "metareg.errors",
     "MetaLearner": "metareg.learner.learner",
     "join_processes": "metareg.learner.processes",
+    "report": "metareg.reporting",
     "RunConfig": "metareg.runs.config",
     "Run": "metareg.runs.run",
     "resume": "metareg.runs.training",
@@ -77,10 +83,13 @@ __all__ = [
     "UsageError",
     "__version__",
     "cache_folder",
+    "compare",
     "derive_seed",
     "hookimpl",
     "hookspec",
     "join_processes",
+    "report",
+    "reproduce",
     "resume",
     "task_uniform",
     "train",

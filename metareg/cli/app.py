@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -448,17 +449,21 @@ def compare(
     if data is not None:
         os.environ["METAREG_DATA"] = str(data.absolute())
     from metareg.cli.display import ComparisonProgress, comparison_report
-    from metareg.comparison.flags import comparison_of
+    from metareg.comparison.overrides import split_assignments
     from metareg.comparison.runner import compare as carry_out
 
-    if out is None:
-        out = Path("comparisons", config.stem if config else (task or "sinusoid").replace(",", "-").replace(":", "-"))
-    given = comparison_of(
-        config, out, algo=algo, augment=augment, task=task, seeds=seeds, steps=steps, assignments=assignments or [],
-        search=search, search_over=search_over,
-    )  # fmt: skip
+    if search_over is not None and search is None:
+        raise UsageError("--search-over names what --search N varies; give the number of trials too.")
+    options, space = split_assignments(assignments or [])
+    for key in options.keys() & inspect.signature(carry_out).parameters.keys():
+        raise UsageError(f"--set cannot set '{key}'; `metareg compare --help` says how it is given.")
+    options |= {} if steps is None else {"steps": steps}
+    searched = [key.strip() for key in (search_over or "").split(",") if key.strip()]
     with ComparisonProgress(_errors) as progress:
-        comparison = carry_out(given, out, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress)
+        comparison = carry_out(
+            algo, augment, task, seeds=seeds, out=out, config=config, space={**dict.fromkeys(searched), **space},
+            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress, **options,
+        )  # fmt: skip
     comparison_report(comparison, _output)
     if comparison.broken:
         raise typer.Exit(1)
@@ -533,14 +538,11 @@ def reproduce_recipe(
     if data is not None:
         os.environ["METAREG_DATA"] = str(data.absolute())
     from metareg.cli.display import ComparisonProgress
-    from metareg.comparison.flags import parse_seeds
 
     for text in filter(None, (recipe.summary, recipe.notes)):
         _errors.print(escape(text))
-    numbers = None if seeds is None else parse_seeds(seeds)
-    folder = out or Path("reproductions", recipe.name)
     with ComparisonProgress(_errors) as progress:
-        verdict = reproduce(recipe, folder, seeds=numbers, jobs=jobs, device=device, watcher=progress)
+        verdict = reproduce(recipe, out, seeds=seeds, jobs=jobs, device=device, watcher=progress)
     _output.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

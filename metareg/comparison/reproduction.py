@@ -79,16 +79,16 @@ class Recipe(PluginConfig):
         """
         return validate(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
 
-    def comparison(self, seeds: Sequence[int] | None = None, device: str | None = None) -> dict[str, Any]:
-        """The recipe as a comparison of one arm, for `metareg.comparison.runner.compare`."""
+    def comparison(self) -> dict[str, Any]:
+        """The recipe as the configuration of a comparison of one arm, for `metareg.compare`."""
         return {
             "title": self.name,
             "notes": "\n\n".join(filter(None, [self.summary, self.notes])),
             "algo": [self.algo],
             "augment": [self.augment],
             "tasks": [{"task": self.task}],
-            "seeds": list(self.seeds if seeds is None else seeds),
-            "options": self.options | ({} if device is None else {"device": device}),
+            "seeds": self.seeds,
+            "options": self.options,
         }
 
     def written(self, value: float) -> str:
@@ -185,23 +185,28 @@ def find_recipe(name: str) -> Recipe:
 
 
 def reproduce(
-    recipe: Recipe,
-    out: Path,
+    recipe: str | Path | Recipe,
+    out: str | Path | None = None,
     *,
-    seeds: Sequence[int] | None = None,
+    seeds: int | str | Sequence[int] | None = None,
     jobs: int | None = None,
     device: str | None = None,
     watcher: Watcher | None = None,
 ) -> Verdict:
-    """Carry a recipe out, or go on with it, and judge it; what came out is written into its folder.
+    """Carry a recipe out, or go on with it, and judge it, as ``metareg reproduce`` does.
+
+    What came out is written into its folder, as reproduction.json.
 
     Args:
-        recipe: the recipe.
-        out: its folder, that of a comparison.
-        seeds: other seeds than the recipe's.
-        jobs: runs at a time; by default as `metareg.comparison.runner.compare`.
+        recipe: the recipe: its name, the path of a YAML file, or the recipe itself.
+        out: its folder, that of a comparison; one under ``reproductions/`` by default.
+        seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
+        jobs: runs at a time; by default as `metareg.compare`.
         device: where to compute; a GPU where there is one by default.
         watcher: hears of the runs.
+
+    Returns:
+        What came out beside what was expected; as a text, a sentence.
 
     Raises:
         UsageError: something was asked for that cannot be, or data is missing; nothing was written.
@@ -210,10 +215,14 @@ def reproduce(
     """
     from metareg.comparison.runner import compare
 
-    values = recipe.comparison(seeds, device)
+    if not isinstance(recipe, Recipe):
+        recipe = find_recipe(str(recipe))
+    out = Path("reproductions", recipe.name) if out is None else Path(out)
+    options = recipe.options | ({} if device is None else {"device": device})
+    values = recipe.comparison() | {"options": options} | ({} if seeds is None else {"seeds": seeds})
     _check(recipe, values, out)
     try:
-        comparison = compare(values, out, jobs=jobs, watcher=watcher)
+        comparison = compare(config=values, out=out, jobs=jobs, watcher=watcher)
     except Interrupted as error:
         raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
     if comparison.broken:

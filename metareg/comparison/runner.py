@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic_core import PydanticSerializationError
 
+from metareg.comparison.overrides import override
 from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
 from metareg.contract.config import validate
@@ -22,6 +24,7 @@ from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageErr
 from metareg.util.files import is_leftover, lock_folder
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
+from metareg.util.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from metareg.comparison.tuning import Tuner
@@ -76,6 +79,18 @@ class Comparison:
         for arm in plan.arms:
             self._queue_runs_of(arm)
 
+    def __repr__(self) -> str:
+        arms, seeds = len(self.plan.arms), len(self.plan.config.seeds)
+        return (
+            f"<Comparison at {self.path}: {arms} arms × {seeds} seeds; runs: {self.finished} finished, {self.left} left, "
+            f"{len(self.broken)} broken>"
+        )
+
+    @property
+    def path(self) -> Path:
+        """Its folder, which `metareg.report` takes."""
+        return self.plan.folder
+
     @property
     def finished(self) -> int:
         """Runs that are finished, trials included."""
@@ -126,7 +141,7 @@ class Comparison:
                     watcher.ended(self, outcome)
             if stop.asked:
                 self._launcher.stop()
-                folder = shlex.quote(str(self.plan.folder))
+                folder = shlex.quote(str(self.path))
                 raise Interrupted(f"Stopped. `metareg compare --out {folder}` goes on with the comparison.")
             if watcher is not None:
                 watcher.look(self)
@@ -182,25 +197,42 @@ class Comparison:
 
 
 def compare(
-    config: ComparisonConfig | Mapping[str, Any] | str | Path | None = None,
-    out: str | Path = "comparison",
+    algo: str | Sequence[str] | None = None,
+    augment: str | Sequence[str] | None = None,
+    task: str | Sequence[str | Mapping[str, Any]] | None = None,
     *,
+    seeds: int | str | Sequence[int] | None = None,
+    out: str | Path | None = None,
+    config: ComparisonConfig | Mapping[str, Any] | str | Path | None = None,
+    space: Mapping[str, Any] | None = None,
+    search: int | None = None,
     jobs: int | None = None,
     launcher: str = "local",
     ray_address: str | None = None,
     watcher: Watcher | None = None,
+    **options: Any,
 ) -> Comparison:
     """Carry out a comparison, or go on with it, as ``metareg compare`` does.
 
+    What is said beside `config` stands before it; without a `config`, before what `out` holds. Runs that were begun in
+    `out` are gone on with; one that would change or leave them out is refused.
+
     Args:
-        config: what is compared: a `ComparisonConfig`, its values, or a YAML file with them; None goes on with the
-            comparison in `out`. Runs that were begun in `out` are gone on with; one that would change or leave them out is
-            refused.
-        out: the comparison's folder.
+        algo: the algorithms' names, as a list or a text with commas; ``"maml"`` by default.
+        augment: augmenters or chains of them (``"dropgrad+cml"``), ``"none"`` for none, given in the same way.
+        task: the task plugins, given in the same way; ``"sinusoid"`` by default. An item may be a mapping with ``task``,
+            ``label`` and ``options``.
+        seeds: the seeds, or a number n for 0 to n − 1; 0 alone by default.
+        out: the comparison's folder; one under ``comparisons/`` by default.
+        config: a configuration, its values, or the path of a YAML file with them.
+        space: options to choose for each arm on validation tasks, and from what: a list of values, or a range
+            (``{"low": 0.001, "high": 1, "log": True}``); None stands for what the option's plugin declares.
+        search: how many trials that takes for each arm; without it, every combination of the values is tried.
         jobs: how many runs at a time; by default one for every GPU that they take, or as many as leave each run its threads.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
         watcher: hears of what happens.
+        options: fields of `RunConfig` and options of the plugins, by name, for every run.
 
     Returns:
         The comparison, all of its runs finished but those in `broken`.
@@ -217,8 +249,13 @@ def compare(
         raise UnknownNameError("launcher", launcher, LAUNCHERS)
     if ray_address is not None and launcher != "ray":
         raise UsageError("--ray-address is for --launcher ray.")
-    folder = Path(out)
-    plan = _planned(folder, config, jobs)
+    given = {
+        "algo": algo, "augment": augment, "tasks": task, "seeds": seeds, "search": search, "space": space or None,
+        "options": options or None,
+    }  # fmt: skip
+    said = {key: value for key, value in given.items() if value is not None}
+    folder = _choose_folder(config, task) if out is None else Path(out)
+    plan = _make_plan(folder, config, said, jobs)
     check(plan)
     with catch_stop_signals() as stop, closing(_launcher(launcher, plan, jobs, ray_address)) as workers:
         _make(folder)
@@ -232,6 +269,16 @@ def compare(
     return comparison
 
 
+def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | None) -> Path:
+    """The folder of a comparison that was given none."""
+    if isinstance(config, str | Path):
+        return Path("comparisons", Path(config).stem)
+    tasks = [task or "sinusoid"] if isinstance(task, str | None) else task
+    if config is not None or not all(isinstance(each, str) for each in tasks):
+        raise UsageError("Say as 'out' which folder the comparison is to have.")
+    return Path("comparisons", re.sub("[,:]", "-", ",".join(map(str, tasks))))
+
+
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -239,21 +286,28 @@ def _make(folder: Path) -> None:
         raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
 
 
-def _planned(folder: Path, config: ComparisonConfig | Mapping[str, Any] | str | Path | None, jobs: int | None) -> Plan:
+def _make_plan(
+    folder: Path,
+    config: ComparisonConfig | Mapping[str, Any] | str | Path | None,
+    said: Mapping[str, Any],
+    jobs: int | None,
+) -> Plan:
     """The plan, if it agrees with what the folder holds."""
     begun = Plan.read(folder) if (folder / FILE).is_file() else None
-    if config is None:
+    if config is None and not said:
         if begun is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
         return begun
-    if isinstance(config, str | Path):
-        config = ComparisonConfig.read(Path(config))
-    elif not isinstance(config, ComparisonConfig):
-        config = validate(ComparisonConfig, config, "the comparison")
-    config = _storable(config)
+    values = config if config is not None else begun.config if begun else {}
+    where = "the comparison"
+    if isinstance(values, str | Path):
+        values, where = read_yaml(Path(values)), str(values)
+    elif isinstance(values, ComparisonConfig):
+        values = values.model_dump()
+    compared = _storable(validate(ComparisonConfig, override(values, **said), where))
     # Threads can change the last bit of a result, so that their number is part of what is compared.
-    threads = _threads(config, jobs) if begun is None else begun.config.options.get("threads")
-    plan = Plan(folder, config.model_copy(update={"options": {"threads": threads, **config.options}}))
+    threads = _threads(compared, jobs) if begun is None else begun.config.options.get("threads")
+    plan = Plan(folder, compared.model_copy(update={"options": {"threads": threads, **compared.options}}))
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
     if begun is not None:

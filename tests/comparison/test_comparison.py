@@ -19,14 +19,15 @@ import torch
 import yaml
 from rich.console import Console
 
+import metareg
 from comparisons import DEMO, write_comparison
 from metareg.cli import app as cli
 from metareg.cli.display import ComparisonProgress, comparison_report
-from metareg.comparison.flags import comparison_of
+from metareg.comparison.overrides import override
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read
-from metareg.comparison.runner import Comparison, _launcher, _planned, compare
+from metareg.comparison.runner import Comparison, _launcher, _make_plan, compare
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
@@ -189,7 +190,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(values: dict[str, Any]
         (["--set", "inner_ls=1"], "inner_lr"),
         (["--set", "cml.gamma=1"], "cml"),
         (["--set", "inner_lr=-1"], "greater than 0"),
-        (["--seeds", "many"], "--seeds takes a number"),
+        (["--seeds", "many"], "a number of seeds, as 5"),
         (["--jobs", "0"], "--jobs takes a number of 1 or more"),
         (["--launcher", "slurm"], "There is no launcher named 'slurm'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -213,20 +214,19 @@ def test_wrong_use_writes_nothing(
     assert not (tmp_path / "c").exists()
 
 
-def test_flags_stand_before_the_file(tmp_path: Path) -> None:
+def test_what_is_said_stands_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"algo": ["anil"], "seeds": 2, "options": {"steps": 7, "inner_lr": 0.1}}))
 
-    config = comparison_of(file, algo="maml, boil", seeds="3,5", steps=9, assignments=["inner_lr=0.2"])
+    config = _make_plan(
+        tmp_path / "c", file, {"algo": "maml, boil", "seeds": "3,5", "options": {"steps": 9, "inner_lr": 0.2}}, None
+    ).config
 
-    assert config is not None
     assert (config.algo, config.seeds) == (["maml", "boil"], [3, 5])
-    assert config.options == {"steps": 9, "inner_lr": 0.2}
-    assert comparison_of(None) is None
+    assert config.options.items() >= {"steps": 9, "inner_lr": 0.2}.items()
 
 
-def test_flags_stand_before_whatever_the_file_says(tmp_path: Path) -> None:
-    file = tmp_path / "c.yaml"
+def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> None:
     own = {"trials": 9, "space": {"inner_lr": [0.1, 0.2]}, "options": {"steps": 3, "test_tasks": 5}}
     content = {
         "augment": "none, cml",
@@ -234,12 +234,10 @@ def test_flags_stand_before_whatever_the_file_says(tmp_path: Path) -> None:
         "arms": [{"augment": "cml", "options": {"steps": 5, "inner_lr": 0.4}}],
         "tune": own,
     }
-    file.write_text(json.dumps(content))
+    options = {"inner_lr": 0.7, "threads": 1, "test_inner_steps": [0, 3], "steps": 9}
 
-    assignments = ["inner_lr=0.7", "threads=1", "test_inner_steps=[0,3]"]
-    config = comparison_of(file, steps=9, assignments=assignments, search=20)
+    config = config_of(**override(content, options=options, search=20))
 
-    assert config is not None
     plan = Plan(tmp_path, config)
     for arm in plan.arms:
         assert plan.options(arm)["steps"] == plan.trial(arm, 0, 0, {}).options["steps"] == 9
@@ -248,19 +246,18 @@ def test_flags_stand_before_whatever_the_file_says(tmp_path: Path) -> None:
         assert tuning is not None
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
     assert config.options["threads"] == 1
-    # The same flags again find their own rule.
-    plan.write()
-    assert comparison_of(None, tmp_path, steps=9, assignments=assignments, search=20) is None
+    # The same options again find their own rule.
+    assert config_of(**override(config.model_dump(), options=options, search=20)) == config
 
 
 @pytest.mark.parametrize(
     "content",
     ["options: [1]", "options: abc", "tasks: 5", "tasks: [5]", "arms: 5", "arms: [5]", "tune: 5", "tune: {options: 5}"],
 )
-def test_a_malformed_file_with_flags_is_refused(content: str, tmp_path: Path) -> None:
+def test_a_malformed_file_beside_options_is_refused(content: str, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text(content)
     with pytest.raises(UsageError, match=r"c\.yaml, (options|tasks|arms|tune)"):
-        comparison_of(tmp_path / "c.yaml", steps=3, search=4)
+        compare(config=tmp_path / "c.yaml", out=tmp_path / "c", steps=3, search=4)
 
 
 def test_flags_alone_change_what_a_folder_holds(
@@ -436,16 +433,16 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
     (plan.runs()[0].path / "config.yaml").write_text("")
 
     with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
-        compare(config_of(options={**TINY, "inner_lr": 0.5}), tmp_path / "c")
+        compare(config=config_of(options={**TINY, "inner_lr": 0.5}), out=tmp_path / "c")
     with pytest.raises(UsageError, match="it has begun maml on sinusoid, seed 0, which this one leaves out"):
-        compare(config_of(seeds=[1]), tmp_path / "c")
+        compare(seeds=[1], out=tmp_path / "c")
     assert Plan.read(tmp_path / "c").config == plan.config
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
     with pytest.raises(UsageError, match="holds no comparison"):
-        compare(config_of(), tmp_path / "other")
+        compare("maml", out=tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
-        compare(None, tmp_path / "nothing")
+        compare(out=tmp_path / "nothing")
 
 
 def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -458,19 +455,43 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
 
     monkeypatch.setattr("metareg.comparison.runner.check", extend)
     with pytest.raises(UsageError, match=r"it has begun maml\+cml on sinusoid, seed 0, which this one leaves out"):
-        compare(None, tmp_path)
+        compare(out=tmp_path)
     assert Plan.read(tmp_path).config == extended.config
+
+
+def test_python_says_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: "no", again=False))
+    monkeypatch.setattr("metareg.cli.display.comparison_report", lambda *_: None)
+
+    space = {"inner_lr": [0.01, 0.1], "outer_lr": None}
+    comparison = metareg.compare("maml", ["none", "cml"], "sinusoid", seeds=2, space=space, search=3, steps=9)
+
+    assert comparison.path == Path("comparisons/sinusoid")
+    assert repr(comparison).startswith("<Comparison at comparisons/sinusoid: 2 arms × 2 seeds; runs: 0 finished, ")
+    searched = ["--set=inner_lr=0.01,0.1", "--search=3", "--search-over=outer_lr"]
+    assert cli.run(["compare", "--augment=none,cml", "--seeds=2", "--steps=9", *searched, "--out=flags"]) == 1
+    said, flags = Plan.read("comparisons/sinusoid").config, Plan.read("flags").config
+    assert said == flags.model_copy(update={"algo": ["maml"]})
+    with pytest.raises(UsageError, match="'out'"):
+        metareg.compare(config={"tasks": ["harmonic"]})
+
+
+@pytest.mark.parametrize("key", ["out", "jobs", "seeds", "search"])
+def test_what_has_a_flag_is_not_set(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["compare", f"--set={key}=1", f"--out={tmp_path / 'c'}"]) == 2
+    assert f"--set cannot set '{key}'" in capsys.readouterr().err
 
 
 def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Fake(lambda _run, _time: None)
     monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: launcher)
 
-    compare({"options": {**TINY, "device": Path("cpu")}}, tmp_path / "c")
+    compare(out=tmp_path / "c", **TINY, device=Path("cpu"))
 
     assert launcher.submitted[0].options["device"] == "cpu"
     with pytest.raises(UsageError, match="values that a file can hold"):
-        compare({"options": {"device": object()}}, tmp_path / "d")
+        compare(out=tmp_path / "d", device=object())
     assert not (tmp_path / "d").exists()
 
 
@@ -662,7 +683,7 @@ def test_few_runs_leave_the_cores_to_their_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
-    plan = _planned(tmp_path / "new", values, jobs)
+    plan = _make_plan(tmp_path / "new", values, {}, jobs)
     assert plan.config.options["threads"] == threads
     assert _launcher("local", plan, jobs, None).capacity == capacity
 
@@ -671,7 +692,7 @@ def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="A comparison takes one process"):
-        compare({}, tmp_path / "new")
+        compare("maml", out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 
 
@@ -733,5 +754,5 @@ def test_a_comparison_that_is_killed_and_run_again_ends_the_same(tmp_path: Path)
     assert process.wait() == Interrupted.exit_code
     assert found(killed) != expected
 
-    assert compare(None, killed, jobs=2).broken == {}
+    assert compare(out=killed, jobs=2).broken == {}
     assert found(killed) == expected

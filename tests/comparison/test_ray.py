@@ -201,7 +201,7 @@ def test_no_cluster() -> None:
 def test_without_ray_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(UsageError, match=r"pip install 'metareg\[ray\]'"):
-        compare(TINY, tmp_path / "out", launcher="ray")
+        compare(config=TINY, out=tmp_path / "out", launcher="ray")
     assert not (tmp_path / "out").exists()
 
 
@@ -214,7 +214,7 @@ def test_without_ray_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 def test_a_cluster_gives_what_local_processes_give(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'metareg[ray]'")
     for launcher in ("local", "ray"):
-        assert not compare(TINY, tmp_path / launcher, jobs=2, launcher=launcher).broken
+        assert not compare(config=TINY, out=tmp_path / launcher, jobs=2, launcher=launcher).broken
     local = {path.relative_to(tmp_path / "local"): path for path in (tmp_path / "local").rglob("results.json")}
     assert len(local) == 4
     for relative, path in local.items():

@@ -283,7 +283,7 @@ def test_a_recipe_from_beginning_to_end(
         (["./tiny"], "one of your own is a file NAME.yaml"),
         (["nosuch.yaml"], "There is no configuration file nosuch.yaml"),
         (["bad.yaml"], "did you mean 'summary'"),
-        (["sinusoid-5-shot", "--seeds", "x"], "--seeds"),
+        (["sinusoid-5-shot", "--seeds", "x"], "a number of seeds, as 5"),
         (["sinusoid-5-shot", "--device", "toaster"], "no device 'toaster'"),
         (["--out", "out"], "Name a recipe"),
     ],

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
 from metareg.cli.display import ComparisonProgress
-from metareg.comparison.flags import comparison_of, split_assignments
+from metareg.comparison.overrides import override, split_assignments
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.plan import check as check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
@@ -524,13 +524,10 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
     assert {(run.seed, run.options["inner_lr"], run.options["steps"]) for run in jobs} == {
         (seed, rate, 7) for seed in (4, 5) for rate in (0.5, 0.7)
     }
-    # What a flag says stands before both.
-    file = tmp_path / "comparison.yaml"
-    plan.write()
-    flagged = Plan(tmp_path, comparison_of(file, search=9, search_over="outer_lr") or ComparisonConfig())
-    assert [(each.trials, [*each.space]) for each in map(flagged.tuning, flagged.arms) if each] == [
-        (9, ["outer_lr"])
-    ] * 2
+    # What is said beside it stands before both.
+    said = validate(ComparisonConfig, override(values, search=9, space={"outer_lr": None}), "the comparison")
+    other = Plan(tmp_path, said)
+    assert [(each.trials, [*each.space]) for each in map(other.tuning, other.arms) if each] == [(9, ["outer_lr"])] * 2
     values["tasks"] = ["sinusoid", {**few, "tune": {"space": {"no_option": [1, 2]}}}]
     with pytest.raises(UnknownNameError, match="no_option"):
         check_plan(Plan(tmp_path, validate(ComparisonConfig, values, "the comparison")))
@@ -555,7 +552,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
     for number, label in enumerate(("sinusoid", "few")):
         changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
         with pytest.raises(UsageError, match=f"the settings of maml on {label} were to be chosen in another way"):
-            compare({**values, "tasks": changed}, tmp_path)
+            compare(config={**values, "tasks": changed}, out=tmp_path)
 
 
 def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> None:
@@ -719,7 +716,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
     assert (comparison.finished, comparison.left, again.submitted) == (4, 0, [])
     for change in ({"tune": {**config["tune"], "trials": 4}}, {"options": {**config["options"], "steps": 6}}):
         with pytest.raises(UsageError, match="cannot go on as another one"):
-            compare({**config, **change}, tmp_path)
+            compare(config={**config, **change}, out=tmp_path)
     assert Plan.read(tmp_path).config == plan.config
 
 
