@@ -22,7 +22,7 @@ from metareg.comparison.statistics import (
 from metareg.errors import UsageError
 from metareg.reporting.numbers import Scale
 
-__all__ = ["Pair", "Report", "analyse", "seed_interval", "task_interval"]
+__all__ = ["Pair", "Report", "analyse", "average_validations", "seed_interval", "task_interval"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,6 +132,13 @@ def seed_interval(results: ArmResults, inner_steps: int) -> Estimate:
 def task_interval(results: ArmResults, inner_steps: int) -> Estimate:
     """The mean of an arm with its interval over tasks."""
     return over_tasks([*results.by_seed(inner_steps).values()])
+
+
+def average_validations(results: ArmResults) -> dict[int, Estimate]:
+    """An arm's mean over seeds with its interval, for every training step after which all its seeds were validated."""
+    curves = [dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) for curve in results.curves.values()]
+    shared = set.intersection(*map(set, curves)) if curves else set()
+    return {step: over_seeds([curve[step] for curve in curves]) for step in sorted(shared)}
 
 
 def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:

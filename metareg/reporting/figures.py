@@ -1,406 +1,356 @@
-"""The figures of the HTML page: a panel for every algorithm or task, so that each is legible on a phone."""
+"""The figures of the HTML page: one panel per algorithm or task, so that each is legible on a phone."""
 
 from __future__ import annotations
 
-import itertools
+import io
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
+from markupsafe import Markup
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 
-from metareg.comparison.results import ArmResults, TaskResults
-from metareg.comparison.statistics import Estimate, Verdict, over_seeds
-from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
+from metareg.comparison.plan import Arm
+from metareg.comparison.results import TaskResults
+from metareg.comparison.statistics import Estimate, Verdict
+from metareg.reporting.analysis import Pair, Report, average_validations, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, significant
-from metareg.reporting.svg import Axis, drawing, element, marker, path, shapes, text, tooltip
-from metareg.reporting.tables import favour, steps, verdict_text
+from metareg.reporting.tables import verdict_text
+from metareg.util.plotting import COLOURS, GRID, INK, PAPER, SOFT, STYLE, create_axes, set_log_scale
 
-__all__ = ["costs", "differences", "inner_steps", "key", "learning_curves"]
+__all__ = ["draw_costs", "draw_differences", "draw_inner_steps", "draw_key", "draw_learning_curves"]
 
-_STYLES = 6
-"""How many colours and shapes there are beside those of none."""
+_STYLE = STYLE | {
+    "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.unicode_minus": True, "font.size": 11, "lines.markersize": 7,
+    "lines.markeredgecolor": PAPER, "lines.linewidth": 1.8, "svg.fonttype": "none",
+}  # fmt: skip
+_MARKERS = ("o", "s", "D", "^", "v", "P", "X")
+_DASHES = ("--", "-", ":", "-", "-.", (0, (3, 2)), (0, (9, 3)))
 
-_WIDTH, _HEIGHT = 300.0, 208.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 42.0, 14.0, 26.0, 34.0
-_ROW, _GROUP = 21.0, 22.0
-_LONGEST = 26
-"""Characters of an augmenter's name beside its row."""
-_FORWARD, _BACKWARD = "M0,-3.5L5,0L0,3.5z", "M0,-3.5L-5,0L0,3.5z"
-_UP, _DOWN = "M-3.5,0L0,-5L3.5,0z", "M-3.5,0L0,5L3.5,0z"
+_WIDTH, _WIDE, _HEIGHT, _ROW = 300, 340, 208, 21
+"""Of panels, of those in two columns, of curves, and of a row, in the page's pixels."""
+_PIXEL = 1 / 72
+"""In inches, the unit of matplotlib's figures."""
+_LONGEST_LABEL = 26
 
+_VARIABLES = {PAPER: "paper", INK: "ink", SOFT: "soft", GRID: "line"} | {
+    colour: f"s{number}" for number, colour in enumerate(COLOURS)
+}
+"""What the page's style sheet calls the colours, which differ in the dark."""
 
-@dataclass(frozen=True)
-class _Point:
-    x: float
-    found: Estimate
-    tip: str
-
-
-@dataclass(frozen=True)
-class _Series:
-    """The points of one arm."""
-
-    augmenter: str
-    points: Sequence[_Point]
+_Curve = Mapping[int, Estimate]
 
 
-@dataclass(frozen=True)
-class _Style:
-    """How an augmenter is drawn: a colour, and a shape of marks with the dashes of lines that go with it."""
-
-    colour: int
-    number: int
-
-    @property
-    def shape(self) -> str:
-        """The shape of its marks."""
-        return shapes()[self.number]
-
-    def of(self, kind: str) -> str:
-        """The classes of an element."""
-        return f"{kind} s{self.colour}"
-
-    @property
-    def line(self) -> str:
-        """The classes of a line."""
-        return f"{self.of('line')} d{self.number}"
+@rc_context(_STYLE)
+def draw_key(report: Report, augmenter: str, section: str) -> Markup:
+    """Draw an augmenter's line and marker for the legend of a section."""
+    figure = Figure(figsize=(28 * _PIXEL, 14 * _PIXEL))
+    figure.add_artist(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **_style(report, augmenter)))
+    return _write_svg(figure, f"{augmenter} in {section}")
 
 
-def _style(report: Report, augmenter: str) -> _Style:
-    """An augmenter's style, the same in every figure; each time that the colours begin again, the shapes are others."""
-    if augmenter == "none":
-        return _Style(0, 0)
-    cycle, place = divmod([name for name in report.augmenters if name != "none"].index(augmenter), _STYLES)
-    return _Style(1 + place, 1 + (place + cycle) % _STYLES)
+@rc_context(_STYLE)
+def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
+    """Draw the metric in validation against training steps: the mean over seeds and its interval as a band."""
+
+    def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
+        for augmenter, curve in curves.items():
+            style = _style(report, augmenter)
+            steps, (mean, half) = list(curve), _to_arrays(curve.values())
+            axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.14, linewidth=0)
+            axes.plot(steps, mean, markersize=5, **style)
+        axes.set_xlim(left=0)
+
+    curves = {each.arm: average_validations(each) for each in task.arms}
+    return _draw_panels(task, curves, draw, "training step", "in validation against training steps")
 
 
-def key(report: Report, augmenter: str) -> str:
-    """An augmenter's line and mark, for the legend."""
-    style = _style(report, augmenter)
-    parts = [path([(2, 7), (26, 7)], style.line), marker(style.shape, 14, 7, style.of("mark"))]
-    return element("svg", "".join(parts), viewBox="0 0 28 14", class_="key", aria_hidden="true")
+@rc_context(_STYLE)
+def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
+    """Draw the metric on test tasks against the number of inner steps, evenly spaced."""
+
+    def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
+        gap = min(0.1, 0.8 / len(curves))
+        for number, (augmenter, curve) in enumerate(curves.items()):
+            style = _style(report, augmenter)
+            places = np.array([task.inner_steps.index(int(step)) for step in curve], dtype=float)
+            places += gap * (number - (len(curves) - 1) / 2)
+            mean, half = _to_arrays(curve.values())
+            axes.plot(places, mean, **style, linewidth=1)
+            axes.vlines(places, mean - half, mean + half, color=style["color"], linewidth=2)
+            _mark_clipped(axes, mean - half, mean + half, places, style["color"], vertical=True)
+        axes.set_xticks(range(len(task.inner_steps)), [str(step) for step in task.inner_steps])
+        axes.set_xlim(-0.5, len(task.inner_steps) - 0.5)
+
+    estimate = task_interval if task.single else seed_interval
+    curves = {each.arm: {step: estimate(each, step) for step in each.inner_steps} for each in task.arms}
+    return _draw_panels(task, curves, draw, "inner steps", "on test tasks against the number of inner steps")
 
 
-# -------------------------------------------------------------------------------------------------- curves over numbers
-
-
-def learning_curves(report: Report, task: TaskResults) -> list[str]:
-    """The metric in validation against training steps: the mean over seeds and its interval as a band."""
-    return _panels(
-        report, task, lambda each: _validations(each, Scale(task.metric, task.higher_is_better)), _curve_panel
+@rc_context(_STYLE)
+def draw_differences(report: Report, task: TaskResults) -> Markup | None:
+    """Draw the paired differences of a task with their intervals, one row per pair; None without a difference."""
+    pairs = [pair for pair in report.pairs if pair.task == task.label]
+    if not any(pair.difference.by_seed for pair in pairs):
+        return None
+    scale = Scale(task.metric, task.higher_is_better)
+    figure, axes, rows = _create_rows([(pair.algorithm, pair.augmenter) for pair in pairs], _WIDE)
+    figure.suptitle(_shorten(task.label, 38), x=0.01, horizontalalignment="left", fontweight="bold", fontsize=12.5)
+    axes.axvline(0, color=SOFT, linewidth=1)
+    axes.set_xlim(*(scale.factor * end for end in _limit_differences(pairs)))
+    for row, pair in zip(rows, pairs, strict=True):
+        _draw_difference(axes, row, pair, scale.factor, _style(report, pair.augmenter))
+    unit = "percentage points" if scale.percent else scale.metric
+    axes.set_xlabel(f"{unit} (better →)" if scale.higher_is_better else f"{unit} (← better)")
+    axes.locator_params(axis="x", nbins=5)
+    axes.xaxis.set_major_formatter("{x:.6g}")
+    values = "; ".join(f"{pair.algorithm} {pair.augmenter} {_describe(pair)}, {verdict_text(pair)}" for pair in pairs)
+    return _write_svg(
+        figure, f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}", f"{values}."
     )
 
 
-def inner_steps(report: Report, task: TaskResults) -> list[str]:
-    """The metric on test tasks against the number of inner steps."""
+@rc_context(_STYLE)
+def draw_costs(report: Report, task: TaskResults) -> list[Markup]:
+    """Draw time per training step and peak memory of every arm; one panel each, none where nothing is known."""
+    times = [1000 * each.seconds_per_step for each in task.arms]
+    # The process of a run may still hold what earlier runs in it took: the least is closest to what the run needs.
+    memory = [np.sort(each.peak_bytes)[:1] / 2**20 for each in task.arms]
+    panels = [_draw_bars(report, task, times, "ms per step"), _draw_bars(report, task, memory, "peak memory in MiB")]
+    return [panel for panel in panels if panel]
+
+
+# --------------------------------------------------------------------------------------------------------------- curves
+
+
+def _draw_panels(
+    task: TaskResults,
+    curves: Mapping[Arm, _Curve],
+    draw: Callable[[Axes, Mapping[str, _Curve]], None],
+    label: str,
+    what: str,
+) -> list[Markup]:
+    """Draw one panel per algorithm, all with the same vertical axis; none where the curves have a single point across."""
     scale = Scale(task.metric, task.higher_is_better)
-
-    def points(each: ArmResults) -> Iterator[_Point]:
-        for number in each.inner_steps:
-            found = (task_interval if task.single else seed_interval)(each, number)
-            if math.isfinite(found.mean):
-                yield _Point(task.inner_steps.index(number), found, f"after {steps(number)}: {scale.estimate(found)}")
-
-    return _panels(report, task, points, _steps_panel)
-
-
-def _validations(each: ArmResults, scale: Scale) -> Iterator[_Point]:
-    curves = list(each.curves.values())
-    if not curves:
-        return
-    shared = set.intersection(*(set(curve.steps.tolist()) for curve in curves))
-    for step in sorted(shared):
-        found = over_seeds([float(curve.values[curve.steps == step][0]) for curve in curves])
-        if math.isfinite(found.mean):
-            yield _Point(step, found, f"step {step}: {scale.estimate(found)}, {_seeds(found.count)}")
-
-
-_Draw = Callable[[Report, TaskResults, str, Sequence[_Series], Axis], str]
-
-
-def _panels(
-    report: Report, task: TaskResults, points: Callable[[ArmResults], Iterator[_Point]], draw: _Draw
-) -> list[str]:
-    """A panel for every algorithm, all with the same vertical axis; none where nothing but one number is across."""
-    algorithms: dict[str, list[_Series]] = {}
-    for each in task.arms:
-        series = _Series(each.arm.augmenter, list(points(each)))
-        if series.points:
-            algorithms.setdefault(each.arm.algorithm, []).append(series)
-    drawn = [point for every in algorithms.values() for series in every for point in series.points]
-    if len({point.x for point in drawn}) < 2:
+    panels: dict[str, dict[str, _Curve]] = {}
+    for arm, curve in curves.items():
+        finite = {
+            x: Estimate(scale.factor * each.mean, scale.factor * each.half, each.count)
+            for x, each in curve.items()
+            if math.isfinite(each.mean)
+        }
+        if finite:
+            panels.setdefault(arm.algorithm, {})[arm.augmenter] = finite
+    shown = [curve for panel in panels.values() for curve in panel.values()]
+    if len({x for curve in shown for x in curve}) < 2:
         return []
-    axis = _vertical([point.found for point in drawn], Scale(task.metric, task.higher_is_better))
-    return [draw(report, task, algorithm, series, axis) for algorithm, series in algorithms.items()]
+    low, high, log = _limit_curves([each for curve in shown for each in curve.values()], scale)
+    drawings = []
+    for algorithm, panel in panels.items():
+        figure, axes = create_axes(_WIDTH * _PIXEL, _HEIGHT * _PIXEL)
+        axes.set_ylim(low, high)
+        if log:
+            set_log_scale(axes)
+        else:
+            axes.locator_params(axis="y", nbins=5)
+            axes.yaxis.set_major_formatter("{x:.6g}")
+        draw(axes, panel)
+        axes.grid(axis="x", visible=False)
+        axes.set(title=algorithm, xlabel=label, ylabel=f"{scale.heading}, log scale" if log else scale.heading)
+        ends = ", ".join(f"{name} {significant([*curve.values()][-1].mean)}" for name, curve in panel.items())
+        title = f"{algorithm} on {task.label}: {task.metric} {what}"
+        drawings.append(_write_svg(figure, title, f"At the end, in {scale.heading}: {ends}."))
+    return drawings
 
 
-def _vertical(found: Sequence[Estimate], scale: Scale) -> Axis:
-    """Room for all means, and for their intervals unless those are far larger than what the means differ by."""
-    means = np.array([each.mean for each in found])
-    halves = np.array([each.half if math.isfinite(each.half) else 0.0 for each in found])
+def _limit_curves(estimates: Sequence[Estimate], scale: Scale) -> tuple[float, float, bool]:
+    """The ends of the vertical axis, and whether it is logarithmic.
+
+    There is room for all means, and for their intervals unless those are far larger than what the means differ by.
+    """
+    means, halves = _to_arrays(estimates)
+    halves = np.nan_to_num(halves)
     margin = max(float(np.ptp(means)), float(np.median(halves)), 1e-3 * float(np.abs(means).max()), 1e-12)
     low = max(float((means - halves).min()), float(means.min()) - margin)
     high = min(float((means + halves).max()), float(means.max()) + margin)
-    begin, end = _HEIGHT - _BOTTOM, _TOP
     if not scale.higher_is_better and means.min() > 0 and means.max() > 5 * means.min():
-        lows = means - halves
-        lowest = float(min(means.min(), lows[lows > means.min() / 2].min(initial=np.inf)))
-        return Axis(lowest / 1.15, high * 1.1, begin, end, log=True)
-    room = 0.04 * (high - low) or 0.05 * abs(high) or 1.0
-    low, high = low - room, high + room
-    return Axis(max(low, 0.0), min(high, 1.0), begin, end) if scale.percent else Axis(low, high, begin, end)
+        ends = means - halves
+        return min(means.min(), ends[ends > means.min() / 2].min(initial=np.inf)) / 1.15, high * 1.1, True
+    room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room, False
 
 
-def _curve_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
-    xs = [point.x for series in every for point in series.points]
-    x = Axis(min(0.0, min(xs)), max(xs), _LEFT, _WIDTH - _RIGHT)
-    frame = _frame(algorithm, Scale(task.metric, task.higher_is_better), y)
-    ticks = [(x(tick), _tick(tick)) for tick in x.ticks(5)]
-    frame += _horizontal(ticks, "training step")
-    bands, lines, marks = [], [], []
-    for series in every:
-        style = _style(report, series.augmenter)
-        banded = [point for point in series.points if math.isfinite(point.found.half)]
-        upper = [(x(point.x), point.found.high) for point in banded]
-        lower = [(x(point.x), point.found.low) for point in banded]
-        outline = [(place, _clipped(y, value)) for place, value in [*upper, *reversed(lower)]]
-        if len(banded) > 1:
-            bands.append(path(outline, style.of("band"), closed=True))
-        bands += [*_beyond(y, upper, _UP, style), *_beyond(y, lower, _DOWN, style)]
-        lines.append(path([(x(point.x), y(point.found.mean)) for point in series.points], style.line))
-        marks += [
-            marker(
-                style.shape,
-                x(point.x),
-                y(point.found.mean),
-                style.of("mark"),
-                f"{series.augmenter}, {point.tip}",
-                size=0.72,
-            )
-            for point in series.points
-        ]
-    what = f"Learning curves of {algorithm} on {task.label}: {task.metric} in validation against training steps"
-    label = f"{what}{_logarithmic(y)}. {_last(task, every)}"
-    return drawing(_WIDTH, _HEIGHT, [*frame, *bands, *lines, *marks], label)
+# ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _steps_panel(report: Report, task: TaskResults, algorithm: str, every: Sequence[_Series], y: Axis) -> str:
-    scale = Scale(task.metric, task.higher_is_better)
-    x = Axis(-0.45, len(task.inner_steps) - 0.55, _LEFT, _WIDTH - _RIGHT)
-    frame = _frame(algorithm, scale, y)
-    ticks = [(x(place), str(number)) for place, number in enumerate(task.inner_steps)]
-    frame += _horizontal(ticks, "inner steps")
-    gap = min(7.0, 0.8 * (x(1) - x(0)) / len(every))
-    parts = []
-    for place, series in enumerate(every):
-        style = _style(report, series.augmenter)
-        aside = gap * (place - (len(every) - 1) / 2)
-        spots = [(x(point.x) + aside, y(point.found.mean)) for point in series.points]
-        parts.append(path(spots, f"{style.line} thin"))
-        for (spot, height), point in zip(spots, series.points, strict=True):
-            if math.isfinite(point.found.half):
-                low, high = point.found.low, point.found.high
-                parts.append(path([(spot, _clipped(y, low)), (spot, _clipped(y, high))], style.of("whisker")))
-                parts += [*_beyond(y, [(spot, low)], _DOWN, style), *_beyond(y, [(spot, high)], _UP, style)]
-            parts.append(marker(style.shape, spot, height, style.of("mark"), f"{series.augmenter}, {point.tip}"))
-    what = f"{algorithm} on {task.label}: {task.metric} on test tasks against the number of inner steps"
-    return drawing(_WIDTH, _HEIGHT, [*frame, *parts], f"{what}{_logarithmic(y)}. {_last(task, every)}")
+def _create_rows(arms: Iterable[tuple[str, str]], width: int) -> tuple[Figure, Axes, list[int]]:
+    """Create axes with a row per arm below the name of its algorithm; return the arms' rows as well."""
+    labels: list[tuple[str, bool]] = []
+    rows: list[int] = []
+    before = None
+    for algorithm, augmenter in arms:
+        if algorithm != before:
+            labels.append((algorithm, True))
+        before = algorithm
+        rows.append(len(labels))
+        labels.append((augmenter, False))
+    figure, axes = create_axes(width * _PIXEL, (_ROW * len(labels) + 48) * _PIXEL)
+    axes.set_yticks(range(len(labels)), [_shorten(label, _LONGEST_LABEL) for label, _ in labels])
+    axes.tick_params(axis="y", length=0)
+    for tick, (_, heading) in zip(axes.get_yticklabels(), labels, strict=True):
+        if heading:
+            tick.set(fontweight="bold", color=INK)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    return figure, axes, rows
 
 
-def _beyond(y: Axis, ends: Sequence[tuple[float, float]], shape: str, style: _Style) -> list[str]:
-    """An arrow in the middle of every stretch where intervals go on beyond the vertical axis.
-
-    Args:
-        y: the axis.
-        ends: for each interval the place across and the value of its end.
-        shape: of the arrow.
-        style: of the augmenter.
-    """
-    arrows = []
-    for inside, stretch in itertools.groupby(ends, lambda end: y.inside(end[1])):
-        if not inside:
-            places = [*stretch]
-            place, value = places[len(places) // 2]
-            arrows.append(_arrow(shape, place, _clipped(y, value), style))
-    return arrows
-
-
-def _arrow(shape: str, x: float, y: float, style: _Style) -> str:
-    return element("path", d=shape, class_=style.of("mark"), transform=f"translate({x:.1f},{y:.1f})")
-
-
-def _logarithmic(y: Axis) -> str:
-    return ", log scale" if y.log else ""
-
-
-def _frame(title: str, scale: Scale, y: Axis) -> list[str]:
-    parts = [
-        text(title, 0, 12, class_="title"),
-        text(f"{scale.heading}{_logarithmic(y)}", _WIDTH - _RIGHT, 12, class_="unit", text_anchor="end"),
-    ]
-    for tick in y.ticks(4):
-        parts.append(path([(_LEFT, y(tick)), (_WIDTH - _RIGHT, y(tick))], "grid"))
-        parts.append(text(_tick(tick * scale.factor), _LEFT - 6, y(tick) + 3.5, text_anchor="end"))
-    return parts
-
-
-def _horizontal(ticks: Sequence[tuple[float, str]], label: str) -> list[str]:
-    base = _HEIGHT - _BOTTOM
-    parts = [path([(_LEFT, base), (_WIDTH - _RIGHT, base)], "axis")]
-    for place, name in ticks:
-        parts.append(path([(place, base), (place, base + 3)], "axis"))
-        parts.append(text(name, place, base + 14, text_anchor="middle"))
-    return [*parts, text(label, (_LEFT + _WIDTH - _RIGHT) / 2, _HEIGHT - 4, text_anchor="middle", class_="unit")]
-
-
-def _last(task: TaskResults, every: Sequence[_Series]) -> str:
-    """The ends of the lines, for who cannot see them."""
-    scale = Scale(task.metric, task.higher_is_better)
-    ends = [f"{series.augmenter} {scale.value(series.points[-1].found.mean)}" for series in every]
-    return f"At the end, in {scale.heading}: {', '.join(ends)}."
-
-
-# ------------------------------------------------------------------------------------------------------- rows of an arm
-
-
-def differences(report: Report, task: TaskResults) -> str:
-    """The paired differences of a task with their intervals, a row for every pair; empty without a difference."""
-    pairs = [pair for pair in report.pairs if pair.task == task.label]
-    if not any(pair.difference.by_seed for pair in pairs):
-        return ""
-    scale = Scale(task.metric, task.higher_is_better)
-    left, right = _label_width([pair.augmenter for pair in pairs]), _WIDTH + 40 - _RIGHT
-    x = _differences_axis(pairs, left, right)
-    parts, height = _rows(
-        [(pair.algorithm, pair.augmenter, partial(_difference, report, pair, x)) for pair in pairs],
-        text(_cut(task.label, 44), 0, 12, class_="title"),
+def _draw_difference(axes: Axes, row: int, pair: Pair, factor: float, style: dict[str, Any]) -> None:
+    if not pair.difference.by_seed:
+        axes.annotate(
+            pair.difference.untested, (0.02, row), xycoords=("axes fraction", "data"), va="center", color=SOFT
+        )
+        return
+    seeds = factor * np.array(pair.difference.by_seed)
+    axes.plot(
+        seeds, np.full(len(seeds), row + 0.32), "o", color=style["color"], alpha=0.6, markersize=3, markeredgewidth=0
     )
-    ticks = x.ticks(4)
-    grid = [path([(x(tick), 24), (x(tick), height)], "zero" if tick == 0 else "grid") for tick in ticks]
-    labels = [text(_tick(tick * scale.factor), x(tick), height + 14, text_anchor="middle") for tick in ticks]
-    # The better side's end says so; the unit stands at the other one.
-    places = [(right, "end"), (left, "start")]
-    better, other = places if scale.higher_is_better else places[::-1]
-    words = "better →" if scale.higher_is_better else "← better"
-    unit = "percentage points" if scale.percent else scale.metric
-    labels += [
-        text(words, better[0], height + 30, text_anchor=better[1], class_="better"),
-        text(unit, other[0], height + 30, text_anchor=other[1], class_="unit"),
-    ]
-    told = "; ".join(f"{pair.algorithm} {pair.augmenter} {_told(pair)}, {verdict_text(pair)}" for pair in pairs)
-    label = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}: {told}."
-    return drawing(_WIDTH + 40, height + 36, [*grid, *parts, *labels], label)
+    (mean,), (half,) = (factor * values for values in _to_arrays([pair.estimate]))
+    low, high = mean - half, mean + half
+    axes.hlines(row, low, high, color=style["color"], linewidth=2, linestyle=(0, (2, 2)) if pair.single else "-")
+    _mark_clipped(axes, np.array([low]), np.array([high]), np.array([row]), style["color"], vertical=False)
+    filled = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
+    fill = {} if filled else {"markerfacecolor": PAPER, "markeredgecolor": style["color"], "markeredgewidth": 1.5}
+    axes.plot(mean, row, **style | fill)
 
 
-def _differences_axis(pairs: Sequence[Pair], left: float, right: float) -> Axis:
-    """Zero and every seed; intervals as far as they do not make the rest illegible."""
-    every = [0.0, *(value for pair in pairs for value in pair.difference.by_seed)]
-    low, high = min(every), max(every)
-    room = (high - low) or 1e-9
-    for pair in pairs:
-        over = pair.estimate
-        if math.isfinite(over.half):
-            low, high = min(low, max(over.low, min(every) - room)), max(high, min(over.high, max(every) + room))
-    margin = 0.05 * (high - low) or 1e-9
-    return Axis(low - margin, high + margin, left, right)
+def _limit_differences(pairs: Sequence[Pair]) -> tuple[float, float]:
+    """The ends of an axis with zero, every seed, and the intervals as far as they leave the rest legible."""
+    values = [0.0, *(value for pair in pairs for value in pair.difference.by_seed)]
+    room = np.ptp(values) or 1e-9
+    ends = [end for pair in pairs for end in (pair.estimate.low, pair.estimate.high) if math.isfinite(end)]
+    low, high = min([*values, *ends]), max([*values, *ends])
+    low, high = max(low, min(values) - room), min(high, max(values) + room)
+    margin = 0.05 * (high - low)
+    return low - margin, high + margin
 
 
-def _difference(report: Report, pair: Pair, x: Axis, y: float) -> str:
-    style, found, shown = _style(report, pair.augmenter), pair.difference, pair.estimate
-    if not found.by_seed:
-        return text(found.untested, x.begin + 4, y + 3.5, class_="unit")
-    parts = [element("circle", cx=x(value), cy=y + 6.5, r=1.6, class_=style.of("seed")) for value in found.by_seed]
-    if math.isfinite(shown.half):
-        ends = [min(max(end, x.low), x.high) for end in (shown.low, shown.high)]
-        parts.append(path([(x(end), y) for end in ends], style.of(f"whisker{' of-tasks' if pair.single else ''}")))
-        for end, clipped, arrow in zip((shown.low, shown.high), ends, (_BACKWARD, _FORWARD), strict=True):
-            if end != clipped:
-                parts.append(_arrow(arrow, x(clipped), y, style))
-    told = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
-    tip = (
-        f"{pair.algorithm}, {pair.augmenter} minus none: {_told(pair)}, seeds in favour {favour(pair)}: "
-        f"{verdict_text(pair)}"
-    )
-    parts.append(marker(style.shape, x(shown.mean), y, style.of(f"mark{'' if told else ' hollow'}"), tip))
-    return "".join(parts)
+def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.float64]], what: str) -> Markup | None:
+    """Draw the means over seeds as bars, each with the range of the seeds."""
+    known = [values[np.isfinite(values)] for values in costs]
+    if not any(values.any() for values in known):
+        return None
+    figure, axes, rows = _create_rows([(each.arm.algorithm, each.arm.augmenter) for each in task.arms], _WIDTH)
+    axes.set_title(what)
+    labels = []
+    for row, each, values in zip(rows, task.arms, known, strict=True):
+        mean = values.mean() if values.size else 0.0
+        text = significant(mean) if values.size else MISSING
+        bars = axes.barh(row, mean, 0.6, color=_style(report, each.arm.augmenter)["color"], alpha=0.8)
+        axes.bar_label(bars, [text], padding=5)
+        axes.hlines(row, values.min(initial=mean), values.max(initial=mean), color=INK, linewidth=1.2)
+        labels.append(f"{each.arm.name} {text}")
+    axes.set_xlim(0, 1.25 * max(values.max() for values in known if values.size))
+    axes.xaxis.set_visible(False)
+    axes.spines[:].set_visible(False)
+    return _write_svg(figure, f"{what} on {task.label}", f"{'; '.join(labels)}.")
 
 
-def _told(pair: Pair) -> str:
-    """A difference with its interval in words."""
+def _describe(pair: Pair) -> str:
+    """A difference and its interval as text."""
     if not pair.difference.by_seed:
         return MISSING
     over = " over test tasks, one seed" if pair.single else ""
     return f"{pair.scale.signed(pair.estimate)} ({pair.scale.interval(pair.estimate)}{over})"
 
 
-def costs(report: Report, task: TaskResults) -> list[str]:
-    """Time per training step and peak memory of every arm; a panel each, none where nothing is known."""
-    of_time = [(each, 1000 * each.seconds_per_step) for each in task.arms]
-    # The process of a run may still hold what earlier runs in it took: the least is the least of that.
-    of_memory = [(each, np.sort(each.peak_bytes)[:1] / 2**20) for each in task.arms]
-    panels = [_bars(report, task, of_time, "ms per step"), _bars(report, task, of_memory, "peak memory in MiB")]
-    return [panel for panel in panels if panel]
+# ------------------------------------------------------------------------------------------------------------- elements
 
 
-def _bars(report: Report, task: TaskResults, arms: Sequence[tuple[ArmResults, np.ndarray]], what: str) -> str:
-    known = [(each, values[np.isfinite(values)]) for each, values in arms]
-    highest = max((float(values.max()) for _, values in known if values.size), default=0.0)
-    if highest <= 0:
-        return ""
-    left, right = _label_width([each.arm.augmenter for each, _ in known]), _WIDTH - _RIGHT - 36
-    x = Axis(0, highest, left, right)
-
-    def bar(each: ArmResults, values: np.ndarray, y: float) -> str:
-        if not values.size:
-            return text(MISSING, left + 4, y + 3.5)
-        style, mean = _style(report, each.arm.augmenter), float(values.mean())
-        tip = f"{each.arm.name}: {significant(mean)} {what}"
-        drawn = element("rect", x=left, y=y - 6, width=max(x(mean) - left, 1.0), height=12.0, class_=style.of("bar"))
-        if len(values) > 1:
-            drawn += path([(x(values.min()), y), (x(values.max()), y)], "range")
-            tip += f", {significant(values.min())} to {significant(values.max())} over seeds"
-        label = text(significant(mean), max(x(values.max()), x(mean)) + 5, y + 3.5)
-        return element("g", drawn + label + tooltip(tip))
-
-    rows = [(each.arm.algorithm, each.arm.augmenter, partial(bar, each, values)) for each, values in known]
-    parts, height = _rows(rows, text(what, 0, 12, class_="title"))
-    axis = path([(left, 24), (left, height)], "axis")
-    told = "; ".join(f"{each.arm.name} {significant(values.mean())}" for each, values in known if values.size)
-    return drawing(_WIDTH, height + 4, [*parts, axis], f"{what} on {task.label}: {told}.")
+def _style(report: Report, augmenter: str) -> dict[str, Any]:
+    """An augmenter's line and marker, the same in every figure; where colours repeat, the markers do not."""
+    if augmenter == "none":
+        return {"color": COLOURS[0], "marker": _MARKERS[0], "linestyle": _DASHES[0]}
+    count = len(COLOURS) - 1
+    cycle, place = divmod([name for name in report.augmenters if name != "none"].index(augmenter), count)
+    shape = 1 + (place + cycle) % count
+    return {"color": COLOURS[1 + place], "marker": _MARKERS[shape], "linestyle": _DASHES[shape]}
 
 
-def _rows(rows: Sequence[tuple[str, str, Callable[[float], str]]], heading: str) -> tuple[list[str], float]:
-    """Rows below the names of their algorithms; returns the parts and how high they are."""
-    parts, height, before = [heading], 22.0, None
-    for algorithm, augmenter, draw in rows:
-        if algorithm != before:
-            parts.append(text(algorithm, 0, height + 15, class_="group"))
-            height += _GROUP
-        before = algorithm
-        parts += [text(_cut(augmenter, _LONGEST), 10, height + _ROW / 2 + 3.5), draw(height + _ROW / 2)]
-        height += _ROW
-    return parts, height + 4
+def _mark_clipped(
+    axes: Axes,
+    low: NDArray[np.float64],
+    high: NDArray[np.float64],
+    places: NDArray[np.float64],
+    colour: str,
+    *,
+    vertical: bool,
+) -> None:
+    """Mark intervals that extend beyond the axes with an arrow at the edge."""
+    start, stop = sorted(axes.get_ylim() if vertical else axes.get_xlim())
+    markers = "v^" if vertical else "<>"
+    for edge, clipped, marker in ((start, places[low < start], markers[0]), (stop, places[high > stop], markers[1])):
+        for place in clipped:
+            point = (place, edge) if vertical else (edge, place)
+            axes.plot(*point, marker, color=colour, markersize=7, clip_on=False)
 
 
-def _label_width(names: Sequence[str]) -> float:
-    return 22 + 6.2 * min(_LONGEST, max(len(name) for name in names))
+def _to_arrays(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
+    """Means and half widths ``[2, n]``."""
+    return np.array([(each.mean, each.half) for each in estimates]).T
 
 
-def _clipped(y: Axis, value: float) -> float:
-    return min(max(y(min(max(value, y.low), y.high)), y.end), y.begin)
-
-
-def _tick(value: float) -> str:
-    return f"{value:.6g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _cut(name: str, longest: int) -> str:
-    """A name without its middle where it is too long: chains of augmenters begin alike."""
+def _shorten(name: str, longest: int) -> str:
+    """Leave out the middle of a name that is too long: chains of augmenters begin alike."""
     half = longest // 2
     return name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}"
 
 
-def _seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"
+def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:
+    """Write a figure as an element of the page, with its colours from the page's style sheet.
+
+    Args:
+        figure: of matplotlib.
+        title: unlike that of any other figure of the page, since ids are derived from it.
+        description: what the figure shows, for those who do not see it; without one, they need not know of it.
+    """
+    file = io.BytesIO()
+    with rc_context({"svg.hashsalt": title}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has other fonts
+        metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file, format="svg", transparent=True, metadata=metadata)
+    root = ElementTree.fromstring(file.getvalue())
+    root.remove(root[0])  # a style sheet, which would apply to the whole page
+    for element in root.iter():
+        element.text, element.tail = (element.text or "").strip(), None
+        if element.tag.endswith("}g"):
+            element.attrib.pop("id", None)
+        if "style" in element.attrib:
+            element.set("style", re.sub("#[0-9a-f]{6}", _replace_colour, element.get("style", "")))
+    if description:
+        root.set("role", "img")
+        for tag, text in (("desc", description), ("title", title)):
+            child = ElementTree.Element(f"{{{_SVG}}}{tag}")
+            child.text = text
+            root.insert(0, child)
+    else:
+        root.set("aria-hidden", "true")
+    return Markup(ElementTree.tostring(root, encoding="unicode"))
+
+
+def _replace_colour(found: re.Match[str]) -> str:
+    return f"var(--{_VARIABLES[found[0]]})"
+
+
+_SVG = "http://www.w3.org/2000/svg"
+ElementTree.register_namespace("", _SVG)
+ElementTree.register_namespace("xlink", "http://www.w3.org/1999/xlink")

@@ -137,15 +137,14 @@ def _chip(verdict: Verdict) -> str:
 
 
 def _differences(report: Report) -> str:
-    groups = [("", [panel for task in report.tasks if (panel := figures.differences(report, task))])]
+    groups = [("", [panel for task in report.tasks if (panel := figures.draw_differences(report, task))])]
     caption = (
         "Augmenter minus none. Large mark: mean over seeds; line: its 95 % interval over seeds, with an arrow where it "
         "goes on, or dashed the one over test tasks where there is one seed; dots below: the seeds. The mark is filled "
         "where the corrected test calls the augmenter better or worse, hollow where it does not."
     )
-    legend = [name for name in report.augmenters if name != "none"]
     found = [tables.differences(report, task) for task in report.tasks]
-    return _figure(report, groups, caption, legend, wide=True) + _tables("Paired differences", found)
+    return _figure(report, groups, caption, [], wide=True) + _tables("Paired differences", found)
 
 
 def _inner_steps(report: Report) -> str:
@@ -156,7 +155,7 @@ def _inner_steps(report: Report) -> str:
     groups = [
         (
             f"{task.label} (± over {'test tasks, one seed' if task.single else 'seeds'})",
-            figures.inner_steps(report, task),
+            figures.draw_inner_steps(report, task),
         )
         for task in report.tasks
     ]
@@ -165,11 +164,12 @@ def _inner_steps(report: Report) -> str:
 
 def _curves(report: Report) -> str:
     caption = (
-        "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band, with an arrow where it "
-        "goes on."
+        "The metric in validation: the mean over seeds, and its 95 % interval over seeds as a band, which extends further "
+        "where the frame cuts it."
     )
-    groups = [(task.label, figures.learning_curves(report, task)) for task in report.tasks]
-    return _figure(report, groups, caption, report.augmenters)
+    groups = [(task.label, figures.draw_learning_curves(report, task)) for task in report.tasks]
+    figure = _figure(report, groups, caption, report.augmenters)
+    return figure + _tables("Validation", [tables.validations(task) for task in report.tasks]) if figure else ""
 
 
 def _costs(report: Report) -> str:
@@ -177,7 +177,7 @@ def _costs(report: Report) -> str:
         "Bars of time: the mean over seeds; the thin line at a bar's end: from the least to the most of the seeds. Bars of "
         "memory: the least of the seeds."
     )
-    groups = [(task.label, figures.costs(report, task)) for task in report.tasks]
+    groups = [(task.label, figures.draw_costs(report, task)) for task in report.tasks]
     figure = _figure(report, groups, caption, [])
     return figure + _tables("Time and memory", [tables.costs(task) for task in report.tasks]) if figure else ""
 
@@ -271,7 +271,9 @@ def _figure(
         for name, panels in groups
         if panels
     )
-    keys = "".join(f"<li>{figures.key(report, name)} {escape(name)}</li>" for name in augmenters)
+    keys = "".join(
+        f'<li class="key">{figures.draw_key(report, name, caption)} {escape(name)}</li>' for name in augmenters
+    )
     legend = f'<ul class="legend" aria-label="Augmenters">{keys}</ul>' if keys else ""
     return f"<figure>{legend}{drawn}<figcaption>{escape(caption)}</figcaption></figure>" if drawn else ""
 

@@ -10,12 +10,12 @@ import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
 from metareg.comparison.statistics import ALPHA
-from metareg.reporting.analysis import Pair, Report, seed_interval, task_interval
+from metareg.reporting.analysis import Pair, Report, average_validations, seed_interval, task_interval
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
 __all__ = [
     "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
-    "verdict_note", "verdict_text",
+    "validations", "verdict_note", "verdict_text",
 ]  # fmt: skip
 
 _LONGEST_REASON = 400
@@ -173,6 +173,23 @@ def costs(task: TaskResults) -> Table:
         "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole "
         "process, with what earlier runs in it left.",
     )
+
+
+def validations(task: TaskResults) -> Table | None:
+    """The metric in validation of every arm, after up to five training steps; None without a validation of all arms."""
+    curves = {each.arm: average_validations(each) for each in task.arms}
+    shared = sorted(set.intersection(*map(set, filter(None, curves.values())))) if any(curves.values()) else []
+    if not shared:
+        return None
+    scale = Scale(task.metric, task.higher_is_better)
+    shown = [shared[place] for place in np.unique(np.linspace(len(shared) - 1, 0, 5).round().astype(int))]
+    rows = [
+        [arm.algorithm, arm.augmenter, *(scale.estimate(curve[step]) for step in shown)]
+        for arm, curve in curves.items()
+        if curve
+    ]
+    note = f"{_capital(scale.heading)} in validation: the mean over seeds ± half its 95 % interval; {scale.better}."
+    return Table(task.label, ["algorithm", "augmenter", *map(steps, shown)], rows, note)
 
 
 def settings(task: TaskResults) -> Table | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matplotlib.axes import Axes
+from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator
 
 from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.registry.dispatch import find_hook
 from metareg.runs.folder import PLOTS
 from metareg.util.files import replace_file
+from metareg.util.plotting import COLOURS, STYLE, create_axes, set_log_scale
 
 if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
@@ -41,60 +41,48 @@ def draw(run: Run) -> list[Path]:
     return paths
 
 
+@rc_context(STYLE)
 def plot_learning_curve(run: Run) -> Figure:
     """The metric in training (query sets, after the inner steps) and in validation, against training steps."""
     lines = run.metrics()
     metric = run.learner.metric
-    figure, axes = _create_axes()
+    figure, axes = create_axes(7, 4.4)
     train = [(line["step"], line[metric.name]) for line in lines if line["split"] == TRAIN]
-    axes.plot(*zip(*train, strict=True), lw=1, alpha=0.55, color="C0", label="training")
+    axes.plot(*zip(*train, strict=True), lw=1, alpha=0.55, color=COLOURS[0], label="training")
     inner_steps = run.config.inner_steps
     validation = [line for line in lines if line["split"] == VALIDATION and line["inner_steps"] == inner_steps]
     if validation:
         steps, means, widths = zip(*((v["step"], v[metric.name], v["ci95"]) for v in validation), strict=True)
         axes.errorbar(
-            steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color="C1", label="validation, 95 % interval"
+            steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color=COLOURS[1], label="validation, 95 % interval"
         )
     if not metric.higher_is_better and min((value for _, value in train), default=0.0) > 0:
-        _set_log_scale(axes)
+        set_log_scale(axes)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"query {_format_metric(metric.name)}")
     axes.set_title(_format_title(run), fontsize=10)
-    axes.legend(frameon=False)
+    axes.legend()
     return figure
 
 
+@rc_context(STYLE)
 def plot_inner_steps(evaluation: Evaluation) -> Figure:
     """The test metric with its 95 % interval against the number of inner steps."""
-    figure, axes = _create_axes()
+    figure, axes = create_axes(7, 4.4)
     steps = evaluation.inner_steps
     means = [evaluation.mean(k) for k in steps]
-    axes.errorbar(steps, means, [evaluation.ci95(k) for k in steps], fmt="o-", ms=5, lw=1.8, capsize=3)
+    widths = [evaluation.ci95(k) for k in steps]
+    axes.errorbar(steps, means, widths, fmt="o-", ms=5, lw=1.8, capsize=3, color=COLOURS[1])
     for k, mean in zip(steps, means, strict=True):
         axes.annotate(f"{mean:.3g}", (k, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
     if not evaluation.higher_is_better and min(means) > 0 and max(means) > 10 * min(means):
-        _set_log_scale(axes)
+        set_log_scale(axes)
     axes.set_xticks(steps)
     axes.margins(x=0.08)
     axes.set_xlabel("inner steps")
     axes.set_ylabel(f"test {_format_metric(evaluation.metric)}")
     axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
     return figure
-
-
-def _create_axes() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.4), layout="constrained")
-    axes = figure.subplots()
-    axes.grid(alpha=0.25)
-    return figure, axes
-
-
-def _set_log_scale(axes: Axes) -> None:
-    """Logarithmic, with plain numbers at the ticks."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
-    axes.yaxis.set_minor_formatter("{x:g}")
 
 
 def _format_title(run: Run) -> str:

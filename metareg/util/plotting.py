@@ -1,0 +1,41 @@
+"""The look of every plot: colours, axes and logarithmic scales."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator
+
+__all__ = ["COLOURS", "GRID", "INK", "PAPER", "SOFT", "STYLE", "create_axes", "set_log_scale"]
+
+PAPER, INK, SOFT, GRID = "#fdfdfb", "#1d2328", "#5a646e", "#d9dcdd"
+"""The background, text, secondary text and grid lines."""
+
+COLOURS = ("#66707a", "#0072b2", "#c44f00", "#00805c", "#a3478c", "#7d6000", "#3f3fa0")
+"""Distinct with any kind of colour vision, each with a contrast of at least 3 to the background; grey is for baselines."""
+
+STYLE: dict[Any, Any] = {
+    "axes.axisbelow": True, "axes.edgecolor": SOFT, "axes.grid": True, "axes.labelcolor": SOFT, "axes.spines.right": False,
+    "axes.spines.top": False, "axes.titlecolor": INK, "axes.titlelocation": "left", "font.sans-serif": ["DejaVu Sans"],
+    "grid.color": GRID, "legend.frameon": False, "text.color": INK, "text.parse_math": False, "xtick.color": SOFT,
+    "ytick.color": SOFT,
+}  # fmt: skip
+"""Settings for `matplotlib.rc_context`, in which plots are drawn."""
+
+
+def create_axes(width: float, height: float) -> tuple[Figure, Axes]:
+    """A figure of that many inches with one pair of axes, which leave their labels as much room as they need."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def set_log_scale(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at 1, 2 and 5, or only at 1 where it spans many decades."""
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if math.log10(high / low) < 2.5 else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.minorticks_off()
