@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, get_args, get_origin
 
 from metareg.contract.config import Field, PluginConfig
 
-__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule"]
+__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule", "describe_options"]
 
 
 @dataclass(frozen=True)
@@ -84,3 +84,15 @@ class Schedule(PluginConfig):
     max_nonfinite: Annotated[int, Resumable()] = Field(
         10, ge=1, description="How often that may happen in a run before it stops."
     )
+
+
+def describe_options() -> str:
+    """What the options are, for `help(metareg.MetaLearner)`."""
+    lines = ["    Options:"]
+    for name, field in LearnerConfig.model_fields.items():
+        if name != "device":
+            choices = (
+                f" One of {', '.join(get_args(field.annotation))}." if get_origin(field.annotation) is Literal else ""
+            )
+            lines.append(f"        {name}: {field.description}{choices} Default: {field.default}.")
+    return "\n".join(lines)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from metareg.engine.stages import Stages
 from metareg.learner.config import LearnerConfig
-from metareg.util.torch_internals import tree_map
+from metareg.util.devices import move_tensors
 
 __all__ = ["draw_batch_noise", "draw_task_noise"]
 
@@ -55,10 +55,4 @@ def draw_batch_noise(
 def _match(noise: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
     """The noise on the device of the parameters, and floating-point numbers in their type."""
     like = next(iter(params.values()))
-
-    def move(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor):
-            return leaf
-        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else None)
-
-    return {name: tree_map(move, drawn) for name, drawn in noise.items() if drawn is not None}
+    return {name: move_tensors(drawn, like.device, like.dtype) for name, drawn in noise.items() if drawn is not None}

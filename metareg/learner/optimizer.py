@@ -1,16 +1,74 @@
-"""The outer optimiser."""
+"""The outer optimiser: Adam, or what a plugin does in its place."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
+from metareg.engine.stages import Stages
+from metareg.learner.config import LearnerConfig
+from metareg.util.devices import move_tensors
 from metareg.util.layout import match_strides
 
-__all__ = ["Adam"]
+__all__ = ["Adam", "OuterOptimizer"]
+
+Tensors = dict[str, Tensor]
+
+
+class OuterOptimizer:
+    """The outer update of meta-parameters: a plugin's `outer_update`, or Adam.
+
+    Args:
+        stages: the hooks.
+        config: the learner's step size, and when to forget all but the meta-parameters.
+    """
+
+    def __init__(self, stages: Stages, config: LearnerConfig) -> None:
+        self._stages = stages
+        self._config = config
+        self._adam: Adam | None = None
+        self._plugin_state: dict[str, Any] = {}
+
+    def update(self, meta: Tensors, grads: Tensors, training_step: int) -> Tensors:
+        """The meta-parameters after a step; Adam changes those that it is given.
+
+        Args:
+            meta: contiguous tensors by name, those that the last call returned.
+            grads: the meta-gradient by name.
+            training_step: training steps before this one.
+        """
+        reset_every = self._config.reset_optimizer_every
+        if reset_every is not None and training_step % reset_every == 0:
+            self._adam, self._plugin_state = None, {}
+        with torch.no_grad():
+            if self._stages.has_outer_update:
+                updated, self._plugin_state = self._stages.outer_update(meta, grads, self._plugin_state)
+                return {name: value.contiguous() for name, value in updated.items()}
+            if self._adam is None:
+                self._adam = Adam(meta, self._config.outer_lr)
+            self._adam.step(grads)
+            return meta
+
+    def state(self) -> dict[str, Any]:
+        """Adam's moments and the plugin's state, whichever there is."""
+        return {"adam": self._adam.state() if self._adam else {}, "outer_state": self._plugin_state}
+
+    def load_state(self, state: Mapping[str, Any], meta: Tensors) -> None:
+        """Take over what `state` returned.
+
+        Args:
+            state: holds what `state` returned, and may hold more.
+            meta: the meta-parameters that the next `update` will be given.
+        """
+        self._adam = None
+        if state["adam"]:
+            self._adam = Adam(meta, self._config.outer_lr)
+            self._adam.load_state(state["adam"])
+        self._plugin_state = move_tensors(state["outer_state"], next(iter(meta.values())).device)
 
 
 class Adam:

@@ -23,11 +23,11 @@ from torch import Tensor
 from metareg.contract.episodes import Episodes
 from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
-from metareg.util.devices import find_device
+from metareg.util.devices import find_device, move_tensors
 from metareg.util.torch_internals import open_store
 from metareg.util.torchrun import RankInfo, read_rank
 
-__all__ = ["BatchSplit", "Processes", "hash_tensors", "join_processes", "select_tasks"]
+__all__ = ["BatchSplit", "Processes", "check_same_bits", "hash_tensors", "join_processes", "select_tasks"]
 
 log = logging.getLogger("metareg")
 
@@ -148,6 +148,16 @@ class Processes:
             raise kind(text)
         return value  # type: ignore[return-value]
 
+    def replicate(self, take: Callable[[], T], restore: Callable[[T], None]) -> None:
+        """Have every other process restore what process 0 takes, a pytree whose tensors travel on the CPU.
+
+        Raises:
+            Exception: as `each`.
+        """
+        if self.size > 1:
+            value = self.first(lambda: move_tensors(take(), "cpu"))
+            self.each(lambda: None if self.leads else restore(value))
+
     def _exchange(self, value: Any, error: Exception | None) -> list[Any]:
         if self.size == 1:
             return [value]
@@ -215,6 +225,8 @@ class BatchSplit:
             UsageError: there are fewer tasks than processes.
             LostProcessError: a process does not answer any more.
         """
+        if self.processes.size == 1:
+            return compute(batches, 0)
         tasks = sum(len(batch) for batch in batches)
         self.processes.check_batch(tasks)
         share = self.processes.share(tasks)
@@ -267,6 +279,19 @@ def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
     return chosen
 
 
+def check_same_bits(processes: Processes, tensors: Mapping[str, Tensor], training_step: int) -> None:
+    """Compare the meta-parameters of all processes.
+
+    Raises:
+        MetaregError: they differ.
+    """
+    if processes.size > 1 and len(set(processes.gather(lambda: hash_tensors(tensors)))) > 1:
+        raise MetaregError(
+            f"After step {training_step} the processes hold different meta-parameters: their machines or versions differ, "
+            "or a plugin draws random numbers of its own."
+        )
+
+
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
     """A hash of every bit of some tensors."""
     whole = hashlib.sha256()
@@ -283,6 +308,10 @@ def join_processes() -> Iterator[Processes]:
 
     Raises:
         MetaregError: they do not find each other.
+
+    Example:
+        >>> with join_processes() as processes, learner.split_over(processes):  # in a script that torchrun starts
+        ...     learner.fit(task_source, steps=1000)
     """
     here = read_rank()
     given = dist.is_available() and dist.is_initialized()

@@ -18,6 +18,7 @@ from metareg.contract.attributes import StepExample
 from metareg.contract.hookspecs import HOOKS
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
+from metareg.learner.batch_runner import compute_outer_loss_weights
 from metareg.learner.learner import MetaLearner
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
@@ -337,7 +338,7 @@ def finite_differences(pair: Pair) -> None:
     }
     adapted = {name: meta[name] for name in functions.adapted_names}
     noise = next(iter(draw_task_noise(learner.stages, learner.config, adapted, 0, range(1))), {})
-    weights = learner._outer_loss_weights()
+    weights = compute_outer_loss_weights(learner.stages, STEPS, 0, next(iter(meta.values())))
     with torch.no_grad():
         grads, *_ = compute_meta_gradient(functions, meta, task, noise, weights)
         for name, value in meta.items():

@@ -6,12 +6,15 @@ import re
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from metareg.errors import UsageError
+from metareg.util.torch_internals import tree_map
 
-__all__ = ["find_device", "peak_memory", "reset_peak_memory"]
+__all__ = ["find_device", "move_tensors", "peak_memory", "reset_peak_memory"]
 
 
 def find_device(name: str) -> torch.device:
@@ -29,6 +32,17 @@ def find_device(name: str) -> torch.device:
         available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise UsageError(f"There is no device '{name}' here; there is {', '.join(available)}.") from error
     return device
+
+
+def move_tensors(tree: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
+    """A pytree with its tensors on a device, floating-point ones as `dtype` where one is given."""
+
+    def move(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        return leaf.to(device, dtype if leaf.is_floating_point() else None)
+
+    return tree_map(move, tree)
 
 
 def reset_peak_memory(device: torch.device) -> None:

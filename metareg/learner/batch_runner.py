@@ -1,0 +1,174 @@
+"""How a learner runs a batch of tasks: which strategy, with what noise, and in which process."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from metareg.contract.episodes import Episodes
+from metareg.engine.engine import Engine, Gradient
+from metareg.engine.stages import Stages
+from metareg.engine.strategies import Strategy, choose_strategy
+from metareg.engine.tracing import CompileError
+from metareg.errors import DivergenceError, UsageError
+from metareg.learner.config import LearnerConfig
+from metareg.learner.meta_parameters import MetaParameters
+from metareg.learner.noise import draw_batch_noise, draw_task_noise
+from metareg.learner.processes import BatchSplit, Processes
+
+__all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights"]
+
+log = logging.getLogger("metareg")
+
+Tensors = dict[str, Tensor]
+_EVALUATION_CHUNK = 100
+
+
+class BatchRunner:
+    """Computes the meta-gradient and the scores of batches.
+
+    Args:
+        engine: what computes them.
+        config: the learner's options.
+        device: where.
+    """
+
+    def __init__(self, engine: Engine, config: LearnerConfig, device: torch.device) -> None:
+        self._engine = engine
+        self._config = config
+        self._device = device
+        self.strategy: Strategy | None = None if config.strategy == "auto" else config.strategy
+        """The strategy in use; None while ``"auto"`` has not chosen."""
+        self.split = BatchSplit(Processes())
+        """The processes over which batches are split."""
+
+    def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
+        """Fix what ``strategy="auto"`` stands for; returns it and the reason.
+
+        Args:
+            tasks: tasks per batch.
+            steps: training steps that there will be.
+            stackable: whether the tasks can be stacked.
+        """
+        if self._config.strategy != "auto":
+            self.strategy = self._config.strategy
+            return self.strategy, "as asked for"
+        # One choice for all processes, so that a checkpoint holds what each of them ran.
+        tasks = self.split.processes.largest_share(tasks)
+        at_once = tasks if self._config.chunk is None else min(tasks, self._config.chunk)
+        self.strategy, reason = choose_strategy(self._engine.training, self._device, at_once, steps, stackable)
+        return self.strategy, reason
+
+    def restore_strategy(self, strategy: Strategy | None) -> None:
+        """Go on with the strategy of a checkpoint, unless the user fixed one.
+
+        Raises:
+            TypeError: it is no strategy.
+        """
+        if strategy not in (None, *get_args(Strategy)):
+            raise TypeError(f"{strategy!r} is no strategy")
+        if self._config.strategy == "auto":
+            self.strategy = strategy
+
+    def compute_gradient(
+        self, parameters: MetaParameters, episodes: Episodes | Sequence[Episodes], training_step: int
+    ) -> Gradient:
+        """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
+
+        Args:
+            parameters: the meta-parameters.
+            episodes: the tasks, or a list of stacks where they are of unequal sizes.
+            training_step: training steps before this batch.
+
+        Raises:
+            UsageError: there is no task, or the tasks do not fit the learner.
+        """
+        batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
+        if not batches:
+            raise UsageError("There is no task in the batch.")
+        parameters.prepare(batches[0])
+        meta, stages = parameters.tensors, self._engine.training.stages
+        strategy = self.strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
+
+        def compute_mean(batches: Sequence[Episodes], first: int) -> Gradient:
+            return self._compute_mean_gradient(meta, batches, first, training_step, strategy)
+
+        gradient = self.split.gradient(meta, batches, compute_mean)
+        if not stages.has_outer_batch_gradient:
+            return gradient
+        noise = draw_batch_noise(stages, self._config, meta, training_step)
+        augmented = stages.augment_outer_gradient(gradient.grads, meta, noise)
+        norm = torch.nn.utils.get_total_norm(list(augmented.values()))
+        return Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
+
+    def _compute_mean_gradient(
+        self, meta: Tensors, batches: Sequence[Episodes], first: int, training_step: int, strategy: Strategy
+    ) -> Gradient:
+        """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
+        functions, config = self._engine.training, self._config
+        like = next(iter(meta.values()))
+        batches = [batch.to(like.device, like.dtype) for batch in batches]
+        tasks = range(first, first + sum(len(batch) for batch in batches))
+        adapted = {name: meta[name] for name in functions.adapted_names}
+        noise = draw_task_noise(functions.stages, config, adapted, training_step, tasks)
+        weights = compute_outer_loss_weights(functions.stages, config.inner_steps, training_step, like)
+        try:
+            return self._engine.gradient(meta, batches, noise, strategy, config.chunk, weights)
+        except CompileError as error:
+            if config.strategy != "auto":
+                raise
+            log.warning("%s Going on with strategy vectorized.", error)
+            self.strategy = "vectorized"
+            return self._engine.gradient(meta, batches, noise, "vectorized", config.chunk, weights)
+
+    def compute_scores(
+        self, meta: Tensors, batch: Episodes, inner_steps: tuple[int, ...], stackable: bool = True
+    ) -> Tensor:
+        """The metric of some tasks after each number of inner steps ``[tasks, len(inner_steps)]``, on the CPU.
+
+        Args:
+            meta: the meta-parameters without the augmenters'.
+            batch: the tasks.
+            inner_steps: numbers of inner steps, ascending.
+            stackable: whether tasks of the batch's source can be stacked.
+        """
+        like = next(iter(meta.values()))
+        batch = batch.to(like.device, like.dtype)
+        strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
+        chunk = self._config.chunk or _EVALUATION_CHUNK
+        return self._engine.scores(meta, batch, inner_steps, strategy, chunk).cpu()
+
+
+def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: int, like: Tensor) -> Tensor | None:
+    """The weights of the query losses after each inner step ``[inner_steps]``, with the type and device of a tensor.
+
+    None stands for the loss after the last step alone, and where a plugin computes the outer gradient itself.
+    """
+    weights = None if stages.has_outer_gradient else stages.outer_loss_weights(inner_steps, training_step)
+    return None if weights is None else torch.tensor(weights, dtype=like.dtype, device=like.device)
+
+
+def check_finite(gradient: Gradient, training_step: int) -> None:
+    """Refuse a gradient with which training would diverge.
+
+    Args:
+        gradient: the meta-gradient.
+        training_step: training steps before this one.
+
+    Raises:
+        DivergenceError: the objective or the gradient is not finite.
+    """
+    if math.isfinite(gradient.loss.item()) and math.isfinite(gradient.logs["grad_norm"].item()):
+        return
+    bad = [name for name, value in gradient.grads.items() if not bool(torch.isfinite(value).all())]
+    what = "the meta-gradient" if bool(torch.isfinite(gradient.loss)) else "the objective"
+    first = f", first in '{bad[0]}'" if bad else ""
+    raise DivergenceError(
+        f"Training diverged at step {training_step + 1}: {what} is not finite{first}. The meta-parameters are those after "
+        f"step {training_step}; a smaller inner_lr or outer_lr usually helps."
+    )

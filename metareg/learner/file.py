@@ -1,0 +1,167 @@
+"""A learner's file: its parameters and constants as safetensors, with a header that says what they belong to.
+
+Nothing in the file can execute code. It holds nothing of the augmenters and nothing of the outer optimiser.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+from torch import Tensor, nn
+
+from metareg._version import __version__
+from metareg.contract.config import PluginConfig, PluginSpec, validate
+from metareg.contract.losses import Loss, Metric
+from metareg.engine.split_model import SplitModel
+from metareg.errors import UsageError
+from metareg.learner.config import LearnerConfig
+from metareg.learner.meta_parameters import check_shapes
+from metareg.learner.model_plugin import ModelRecipe
+from metareg.learner.module_json import build_module, describe_module
+from metareg.registry.plugins import Plugin
+from metareg.util.tensorfile import TensorFile, limit_allocation, write_tensors
+
+__all__ = ["Header", "LearnerFile", "write_learner"]
+
+FILE_FORMAT = 1
+_CONSTANT = "constant:"
+
+
+class Header(LearnerConfig):
+    """What a learner's file says of it, beside its tensors: its options, and what they do not hold."""
+
+    format: int
+    metareg: str
+    algo: PluginSpec
+    installed: bool = Field(description="Whether a package installs the algorithm.")
+    model: ModelRecipe | None = Field(description="How a model plugin built the model.")
+    architecture: dict[str, Any] | None = Field(description="The layers of another model of torch.nn layers alone.")
+    module: str = Field(description="The name of the model's class.")
+    head: str | None
+    loss: str | None = Field(description="None for a callable.")
+    metric: str
+    steps_done: int = Field(ge=0)
+
+
+def write_learner(
+    path: Path,
+    config: LearnerConfig,
+    algorithm: Plugin,
+    model: SplitModel,
+    recipe: ModelRecipe | None,
+    meta: Mapping[str, Tensor],
+    **facts: str | int | None,
+) -> None:
+    """Write a learner's file.
+
+    Args:
+        path: the file.
+        config: the learner's options.
+        algorithm: its algorithm.
+        model: its model.
+        recipe: how a plugin built the model.
+        meta: its meta-parameters without the augmenters'.
+        facts: the other entries of `Header`.
+
+    Raises:
+        MetaregError: the file cannot be written.
+    """
+    options = algorithm.config.model_dump(mode="json") if isinstance(algorithm.config, PluginConfig) else {}
+    header = {
+        "format": FILE_FORMAT,
+        "metareg": __version__,
+        "algo": {"name": algorithm.name, "config": options},
+        "installed": algorithm.distribution is not None,
+        "model": recipe and recipe.model_dump(mode="json"),
+        "architecture": None if recipe else describe_module(model.module),
+        "module": type(model.module).__name__,
+        **facts,
+        **config.model_dump(exclude={"device"}),
+    }
+    constants = {f"{_CONSTANT}{name}": value for name, value in model.constants().items()}
+    write_tensors(path, {**meta, **constants}, header)
+
+
+class LearnerFile:
+    """What `write_learner` wrote. Opening it reads and judges the header alone.
+
+    Raises:
+        UsageError: the file is missing, damaged, or of another format.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = TensorFile(path, "learner")
+        found = self._file.header.get("format")
+        if found != FILE_FORMAT:
+            raise UsageError(
+                f"{path} has the file format {found}, this metareg reads format {FILE_FORMAT}; use the metareg version "
+                "that wrote it."
+            )
+        self.header = validate(Header, self._file.header, str(path))
+
+    def limit_allocation(self) -> AbstractContextManager[None]:
+        """Refuse, for a block, to create a tensor that is larger than the whole file."""
+        return limit_allocation(self._file.bytes, str(self.path))
+
+    def create_arguments(
+        self, model: nn.Module | None, algo: type | object | None, loss: Loss | None, metric: Metric | None
+    ) -> dict[str, Any]:
+        """The arguments with which `MetaLearner` builds the learner, device apart, as in `MetaLearner.load`.
+
+        Raises:
+            UsageError: something is missing that the file cannot hold.
+        """
+        header = self.header
+        if algo is None and not header.installed:
+            raise UsageError(f"{self.path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
+        if loss is None and header.loss is None:
+            raise UsageError(f"{self.path} was trained with a loss of its own; pass it as loss=…")
+        ready_made = algo is not None and not isinstance(algo, type | str)
+        return {
+            **header.model_dump(include=LearnerConfig.model_fields.keys() - {"device"}),
+            **self._create_model_arguments(model),
+            "algo": header.algo.name if algo is None else algo,
+            "algo_config": None if ready_made else header.algo.config,
+            "loss": header.loss if loss is None else loss,
+            "metric": header.metric if metric is None and header.loss is not None else metric,
+            "head": header.head,
+        }
+
+    def _create_model_arguments(self, model: nn.Module | None) -> dict[str, Any]:
+        header = self.header
+        if model is not None:
+            return {"model": model}
+        if header.model is not None:
+            return {"model": header.model.name, "model_options": header.model.config, "spec": header.model.spec}
+        if header.architecture is not None:
+            values = {name.removeprefix(_CONSTANT): value for name, value in self._file.read().items()}
+            return {"model": build_module(header.architecture, values)}
+        raise UsageError(f"{self.path} holds the weights of a {header.module}; pass such a module as model=…")
+
+    def read(
+        self, meta: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The meta-parameters and constants, with the types and on the devices of those of a learner.
+
+        Args:
+            meta: the learner's meta-parameters.
+            constants: the constants of its model.
+
+        Raises:
+            UsageError: the file is damaged, or its names or shapes are not the learner's.
+        """
+        shapes = self._file.shapes
+        own = {name: shape for name, shape in shapes.items() if not name.startswith(_CONSTANT)}
+        fixed = {name.removeprefix(_CONSTANT): shape for name, shape in shapes.items() if name.startswith(_CONSTANT)}
+        check_shapes(meta, own, str(self.path))
+        check_shapes(constants, fixed, str(self.path))
+        tensors = self._file.read()
+        return (
+            {name: tensors[name].to(value) for name, value in meta.items()},
+            {name: tensors[f"{_CONSTANT}{name}"].to(value) for name, value in constants.items()},
+        )

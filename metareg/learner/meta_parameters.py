@@ -1,0 +1,155 @@
+"""The meta-parameters of a learner: the model's own and those that plugins add."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metareg.contract.episodes import Episodes
+from metareg.engine.split_model import SplitModel
+from metareg.engine.stages import Stages
+from metareg.errors import UsageError
+from metareg.learner.config import LearnerConfig
+from metareg.util.devices import move_tensors
+from metareg.util.layout import copy_contiguous
+from metareg.util.torch_internals import tree_map
+
+__all__ = ["MetaParameters", "check_shapes"]
+
+Tensors = dict[str, Tensor]
+
+
+class MetaParameters:
+    """Every meta-parameter by name; the plugins' are created as soon as there is an example, if they need one.
+
+    Args:
+        model: the model.
+        stages: the hooks.
+        config: the learner's seed and number of inner steps.
+        device: where the parameters are.
+    """
+
+    def __init__(self, model: SplitModel, stages: Stages, config: LearnerConfig, device: torch.device) -> None:
+        self._model = model
+        self._stages = stages
+        self._config = config
+        self.tensors: Tensors = move_tensors(model.initial_parameters(), device)
+        """The model's own; after `initialize` the plugins' too."""
+        self.initialized = False
+        self._split_checked = False
+
+    @property
+    def like(self) -> Tensor:
+        """One of them, with the type and device of all."""
+        return next(iter(self.tensors.values()))
+
+    def initialize(self, example: Any) -> None:
+        """Compare the split model with the whole, and create the plugins' parameters; each is done once.
+
+        Args:
+            example: one support set's inputs ``[examples, …]``; None where there is none yet.
+
+        Raises:
+            UsageError: the model does not compute ``head(body(x))``, a parameter of it has the name of a plugin in front,
+                or a plugin needs an example.
+        """
+        if not self._split_checked and example is not None:
+            if self._model.has_head:
+                self._model.check_split(self.tensors, example)
+            self._split_checked = True
+        if not self.initialized:
+            self.tensors = self.tensors | self._create(example)
+            self.initialized = True
+
+    def _create(self, example: Any) -> Tensors:
+        features = outputs = None
+        if self._stages.init_wants("example", "features", "outputs"):
+            with torch.no_grad():
+                features = self._guess_features() if example is None else self._model.body(self.tensors, example)
+                outputs = self._model.head(self.tensors, features)
+        created = self._stages.init_meta(
+            self._config.seed, model=self._model.module, inner_steps=self._config.inner_steps, example=example,
+            features=features, outputs=outputs,
+        )  # fmt: skip
+        taken = [name for name in self.tensors if self._stages.owner(name)]
+        if taken:
+            raise UsageError(
+                f"The model's parameter '{taken[0]}' has the name of a plugin in front; rename the submodule."
+            )
+        return {name: value.to(self.like) for name, value in created.items()}
+
+    def _guess_features(self) -> Tensor:
+        """Features of the shape that a linear head takes."""
+        head = self._model.module.get_submodule((self._model.head_prefix or "").rstrip("."))
+        if not isinstance(head, nn.Linear):
+            raise UsageError(
+                "The meta-parameters of this learner depend on the shape of its features; call "
+                "learner.initialize(example_inputs) first, or run a first batch of tasks."
+            )
+        return self.like.new_zeros(2, head.in_features)
+
+    def prepare(self, episodes: Episodes) -> None:
+        """Do what is to be done before tasks are run: at first, `initialize`.
+
+        Raises:
+            UsageError: as `initialize`; or `torch.autocast` is in force.
+        """
+        if torch.is_autocast_enabled(self.like.device.type):
+            raise UsageError(
+                "torch.autocast would change the types of gradients and scores, in a traced graph for good; leave its "
+                "context and take MetaLearner(precision='bf16')."
+            )
+        if not (self.initialized and self._split_checked):
+            example = self.match(episodes[:1]).support_x
+            self.initialize(tree_map(lambda leaf: leaf[0], example))
+
+    def match(self, episodes: Episodes) -> Episodes:
+        """The tasks on the parameters' device and in their type."""
+        return episodes.to(self.like.device, self.like.dtype)
+
+    def select_plain(self) -> Tensors:
+        """Those that are not an augmenter's."""
+        self.initialize(None)
+        augmenters = set(self._stages.plugins) - {self._stages.algorithm.name}
+        return {name: value for name, value in self.tensors.items() if self._stages.owner(name) not in augmenters}
+
+    def load(self, tensors: Mapping[str, Tensor], where: str) -> None:
+        """Take over values, in memory of their own.
+
+        Raises:
+            UsageError: the names or shapes differ.
+        """
+        self.initialize(None)
+        check_shapes(self.tensors, {name: tuple(value.shape) for name, value in tensors.items()}, where)
+        self.tensors = copy_contiguous({name: tensors[name].to(value) for name, value in self.tensors.items()})
+
+    def take_snapshot(self) -> dict[str, Any]:
+        """All that the parameters of a learner of the same arguments need to be these, initialized or not."""
+        return {"tensors": self.tensors, "initialized": self.initialized, "constants": self._model.constants()}
+
+    def restore_snapshot(self, snapshot: Mapping[str, Any]) -> None:
+        """Take over what `take_snapshot` returned."""
+        self.tensors = move_tensors(snapshot["tensors"], self.like.device)
+        self.initialized = snapshot["initialized"]
+        self._model.module.load_state_dict(snapshot["constants"], strict=False)
+
+
+def check_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
+    """Compare names and shapes that were found somewhere with those of a learner's tensors.
+
+    Raises:
+        UsageError: they differ; the message names the first three that do.
+    """
+    problems = []
+    for name, value in expected.items():
+        if name not in shapes:
+            problems.append(f"'{name}' is missing")
+        elif shapes[name] != value.shape:
+            problems.append(f"'{name}' has the shape {shapes[name]} instead of {tuple(value.shape)}")
+    problems += [f"'{name}' is not in the model" for name in shapes if name not in expected]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise UsageError(f"{where} does not fit the model: {'; '.join(problems[:3])}{more}.")
