@@ -16,10 +16,11 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, UsageError
+from metareg.learner.batch_split import BatchSplit
 from metareg.learner.config import LearnerConfig
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.noise import draw_batch_noise, draw_task_noise
-from metareg.learner.processes import BatchSplit, Processes
+from metareg.learner.processes import Processes
 
 __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights"]
 

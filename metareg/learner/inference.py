@@ -12,8 +12,8 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.objective import TaskFunctions
 from metareg.errors import UsageError
 from metareg.learner.batch_runner import BatchRunner
+from metareg.learner.batch_split import select_tasks
 from metareg.learner.meta_parameters import MetaParameters
-from metareg.learner.processes import select_tasks
 from metareg.registry.sources import TaskSource
 from metareg.util.torch_internals import tree_map
 

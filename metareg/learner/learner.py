@@ -21,13 +21,14 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
 from metareg.learner.assembly import check_head, create_config, create_engine, resolve_augmenter
 from metareg.learner.batch_runner import BatchRunner, check_finite
+from metareg.learner.batch_split import BatchSplit, check_same_bits
 from metareg.learner.config import Schedule, describe_options
 from metareg.learner.file import LearnerFile, write_learner
 from metareg.learner.inference import adapt_model, score_tasks, sort_inner_steps
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.model_plugin import resolve_model
 from metareg.learner.optimizer import OuterOptimizer
-from metareg.learner.processes import BatchSplit, Processes, check_same_bits
+from metareg.learner.processes import Processes
 from metareg.learner.training import Observer, fit
 from metareg.registry.plugins import Plugin, resolve
 from metareg.registry.sources import TaskSource

@@ -1,33 +1,28 @@
-"""One training in several processes: each computes its share of every batch, and all take the same step.
+"""The processes of one training and what they tell each other: values, errors, sums and answers.
 
-The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per step. A task is a
-function of its number, so that each process draws the whole batch and keeps its share, and noise is drawn by the task's
-number in the batch: the result is that of one process, to rounding.
+Each computes its share of every batch, and all take the same step (`metareg.learner.batch_split`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metareg.contract.episodes import Episodes
-from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
 from metareg.util.devices import find_device, move_tensors
 from metareg.util.torch_internals import open_store
 from metareg.util.torchrun import RankInfo, read_rank
 
-__all__ = ["BatchSplit", "Processes", "check_same_bits", "hash_tensors", "join_processes", "select_tasks"]
+__all__ = ["Processes", "join_processes"]
 
 log = logging.getLogger("metareg")
 
@@ -105,7 +100,7 @@ class Processes:
 
     def backend(self, device: torch.device) -> str | None:
         """What adds up the gradients of a device: ``"gloo"`` or ``"nccl"``; None for a single process."""
-        return None if self.size == 1 else _backends().get(device.type, _backends().get("cpu"))
+        return None if self.size == 1 else _list_backends().get(device.type, _list_backends().get("cpu"))
 
     # ----------------------------------------------------------------------------------------------------- agreement
 
@@ -115,7 +110,7 @@ class Processes:
         Raises:
             Exception: this process's own, or what another one's says.
         """
-        value, error = _outcome(produce, self.size)
+        value, error = _try_call(produce, self.size)
         self._exchange(None, error)
         return value  # type: ignore[return-value]
 
@@ -125,7 +120,7 @@ class Processes:
         Raises:
             Exception: as `each`.
         """
-        value, error = _outcome(produce, self.size)
+        value, error = _try_call(produce, self.size)
         return self._exchange(value, error)
 
     def first(self, produce: Callable[[], T]) -> T:
@@ -134,15 +129,15 @@ class Processes:
         Raises:
             Exception: process 0's own, or what it says.
         """
-        value, error = _outcome(produce, self.size) if self.leads else (None, None)
+        value, error = _try_call(produce, self.size) if self.leads else (None, None)
         if self.size == 1:
             return value  # type: ignore[return-value]
-        told = [(value, _told(error))]
-        with _in_contact():
-            dist.broadcast_object_list(told, src=0)
+        message = [(value, _describe_error(error))]
+        with _detect_lost_process():
+            dist.broadcast_object_list(message, src=0)
         if error is not None:
             raise error
-        value, failure = told[0]
+        value, failure = message[0]
         if failure is not None:
             kind, text = failure
             raise kind(text)
@@ -162,8 +157,8 @@ class Processes:
         if self.size == 1:
             return [value]
         outcomes: list[Any] = [None] * self.size
-        with _in_contact():
-            dist.all_gather_object(outcomes, (value, _told(error)))
+        with _detect_lost_process():
+            dist.all_gather_object(outcomes, (value, _describe_error(error)))
         if error is not None:
             raise error
         for rank, (_, failure) in enumerate(outcomes):
@@ -186,118 +181,13 @@ class Processes:
         """The sum of the processes' `values` ``[numbers]``, the same bits in all; and whether one has failed."""
         answers = [failed, *(question() for question in self._questions.values())]
         total = torch.cat([values, torch.tensor(answers, dtype=values.dtype, device=values.device)])
-        if values.device.type not in _backends():
+        if values.device.type not in _list_backends():
             total = total.cpu()
-        with _in_contact():
+        with _detect_lost_process():
             dist.all_reduce(total)
         failed, *agreed = (total[-len(answers) :] > 0).tolist()
         self._answers = dict(zip(self._questions, agreed, strict=True))
         return total[: -len(answers)].to(values.device), failed
-
-
-class BatchSplit:
-    """Meta-gradients of whole batches of which each process computes its share.
-
-    Args:
-        processes: who shares them.
-    """
-
-    def __init__(self, processes: Processes) -> None:
-        self.processes = processes
-        self._logged: tuple[str, ...] = ()
-        self._nothing: Tensor | None = None
-        """What a process without a share would add to the sum; unknown until there was a gradient."""
-
-    def gradient(
-        self,
-        meta: Mapping[str, Tensor],
-        batches: Sequence[Episodes],
-        compute: Callable[[Sequence[Episodes], int], Gradient],
-    ) -> Gradient:
-        """The mean meta-gradient of all tasks, the same bits in every process.
-
-        Args:
-            meta: every meta-parameter by name.
-            batches: all tasks of the batch, the same in every process.
-            compute: the mean meta-gradient of some tasks, given the number of the first of them in the batch.
-
-        Raises:
-            UsageError: there are fewer tasks than processes.
-            LostProcessError: a process does not answer any more.
-        """
-        if self.processes.size == 1:
-            return compute(batches, 0)
-        tasks = sum(len(batch) for batch in batches)
-        self.processes.check_batch(tasks)
-        share = self.processes.share(tasks)
-
-        def computed() -> Gradient:
-            return compute(select_tasks(batches, share), share.start)
-
-        if self._nothing is None:
-            own = self.processes.each(computed)
-            self._logged = tuple(name for name in own.logs if name != "grad_norm")
-        else:
-            try:
-                own = computed()
-            except Exception as error:
-                self.fail(error)
-        values = [*(own.grads[name] for name in meta), own.loss, *(own.logs[name] for name in self._logged)]
-        flat = torch.cat([value.reshape(-1).to(own.loss.dtype) for value in values])
-        if self._nothing is None:
-            self._nothing = torch.zeros_like(flat)
-        total, failed = self.processes.sum(flat * (len(share) / tasks), failed=False)
-        if failed:
-            self.processes.each(lambda: None)
-        parts = total.split([value.numel() for value in values])
-        sums = [part.view_as(value) for part, value in zip(parts, values, strict=True)]
-        grads = dict(zip(meta, sums, strict=False))
-        loss, *logs = sums[len(meta) :]
-        norm = torch.nn.utils.get_total_norm(list(grads.values()))
-        return Gradient(grads, loss, dict(zip(self._logged, logs, strict=True)) | {"grad_norm": norm})
-
-    def fail(self, error: Exception) -> NoReturn:
-        """Raise an error here, and in the other processes where they wait for this one's share of a batch."""
-
-        def share() -> NoReturn:
-            raise error
-
-        if self._nothing is not None and self.processes.size > 1:
-            self.processes.sum(self._nothing, failed=True)
-        self.processes.each(share)
-        raise error
-
-
-def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
-    """Consecutive tasks of some stacks, numbered through them."""
-    chosen, first = [], 0
-    for batch in batches:
-        start, stop = max(which.start - first, 0), min(which.stop - first, len(batch))
-        if start < stop:
-            chosen.append(batch if stop - start == len(batch) else batch[start:stop])
-        first += len(batch)
-    return chosen
-
-
-def check_same_bits(processes: Processes, tensors: Mapping[str, Tensor], training_step: int) -> None:
-    """Compare the meta-parameters of all processes.
-
-    Raises:
-        MetaregError: they differ.
-    """
-    if processes.size > 1 and len(set(processes.gather(lambda: hash_tensors(tensors)))) > 1:
-        raise MetaregError(
-            f"After step {training_step} the processes hold different meta-parameters: their machines or versions differ, "
-            "or a plugin draws random numbers of its own."
-        )
-
-
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of every bit of some tensors."""
-    whole = hashlib.sha256()
-    for value in tensors.values():
-        whole.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
-    return whole.hexdigest()
 
 
 @contextmanager
@@ -316,10 +206,10 @@ def join_processes() -> Iterator[Processes]:
     here = read_rank()
     given = dist.is_available() and dist.is_initialized()
     if given:
-        if "cpu" not in _backends():
+        if "cpu" not in _list_backends():
             raise UsageError(
-                f"The process group of this program carries {' and '.join(_backends())} tensors alone; metareg needs it for "
-                "the CPU's too: init_process_group('cpu:gloo,cuda:nccl')."
+                f"The process group of this program carries {' and '.join(_list_backends())} tensors alone; metareg needs "
+                "it for the CPU's too: init_process_group('cpu:gloo,cuda:nccl')."
             )
         rank = dist.get_rank()
         here = RankInfo(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
@@ -328,7 +218,7 @@ def join_processes() -> Iterator[Processes]:
         yield processes
         return
     if not given:
-        _join(processes)
+        _create_group(processes)
     silent_before, log.disabled = log.disabled, log.disabled or not processes.leads
     try:
         yield processes
@@ -338,7 +228,7 @@ def join_processes() -> Iterator[Processes]:
             dist.destroy_process_group()
 
 
-def _join(processes: Processes) -> None:
+def _create_group(processes: Processes) -> None:
     if not dist.is_available():
         raise UsageError("This build of torch cannot work in several processes; start one.")
     # Control messages go through gloo in any case: they are made on the CPU.
@@ -356,13 +246,13 @@ def _join(processes: Processes) -> None:
         ) from error
 
 
-def _backends() -> dict[str, str]:
+def _list_backends() -> dict[str, str]:
     """What carries the tensors of each type of device, in the present group."""
     pairs = (part.partition(":") for part in dist.get_backend_config().split(","))
     return {device: backend for device, _, backend in pairs}
 
 
-def _outcome(produce: Callable[[], T], size: int) -> tuple[T | None, Exception | None]:
+def _try_call(produce: Callable[[], T], size: int) -> tuple[T | None, Exception | None]:
     """The value or the error of a call; where nobody waits to hear of an error, it is raised."""
     try:
         return produce(), None
@@ -374,7 +264,7 @@ def _outcome(produce: Callable[[], T], size: int) -> tuple[T | None, Exception |
         return None, error
 
 
-def _told(error: Exception | None) -> tuple[type[MetaregError], str] | None:
+def _describe_error(error: Exception | None) -> tuple[type[MetaregError], str] | None:
     """What another process can make an error of the same kind from."""
     if error is None:
         return None
@@ -385,7 +275,8 @@ def _told(error: Exception | None) -> tuple[type[MetaregError], str] | None:
 
 
 @contextmanager
-def _in_contact() -> Iterator[None]:
+def _detect_lost_process() -> Iterator[None]:
+    """Turn what torch raises where another process is gone into an error of metareg."""
     try:
         yield
     except RuntimeError as error:

@@ -56,12 +56,10 @@ class Trainee(Protocol):
     ) -> Evaluation: ...
 
 
-class Checkpointing(Protocol):
-    """Who keeps what a training has done (`metareg.runs.checkpoints.CheckpointManager`)."""
+class Checkpointer(Protocol):
+    """What keeps the state of a training: a `metareg.runs.checkpoints.CheckpointManager`."""
 
     def after_step(self, *, must: bool) -> None: ...
-
-    def save(self) -> None: ...
 
     def restore(self) -> bool: ...
 
@@ -75,12 +73,12 @@ def connect_observers(observers: Sequence[Any], learner: Trainee) -> Any:
     manager, named = create_plugin_manager([resolve("observers", each) for each in observers])
 
     def tell(found: list[Implementation], **news: Any) -> None:
-        def alone() -> None:
+        def call_all() -> None:
             with learner.split_over(Processes()):
                 for each in found:
                     each(**news)
 
-        learner.processes.first(alone)
+        learner.processes.first(call_all)
 
     hooks = ("on_run_start", "on_step", "on_evaluation", "on_run_end")
     return SimpleNamespace(**{hook: partial(tell, find_implementations(manager, named, hook)) for hook in hooks})
@@ -134,7 +132,7 @@ def fit(
     observers: Sequence[Any] = (),
     *,
     progress: Progress | None = None,
-    manager: Checkpointing | None = None,
+    manager: Checkpointer | None = None,
 ) -> None:
     """Train a learner on the split ``"train"`` until `schedule.steps` steps are done.
 
@@ -169,7 +167,7 @@ def fit(
         hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
         return progress.improves(evaluation, learner.steps_done)
 
-    def one_step(episodes: list[Episodes]) -> None:
+    def take_step(episodes: list[Episodes]) -> None:
         try:
             gradient = learner.take_step(episodes)
         except DivergenceError as error:
@@ -188,10 +186,10 @@ def fit(
             manager.after_step(must=improved or step == schedule.steps)
 
     while learner.steps_done < schedule.steps:
-        batches = _training_batches(learner, source, schedule, progress.left_out)
+        batches = _draw_batches(learner, source, schedule, progress.left_out)
         try:
             for episodes in batches:
-                one_step(episodes)
+                take_step(episodes)
         except DivergenceError as error:
             if schedule.on_nonfinite != "rollback" or progress.nonfinite >= schedule.max_nonfinite or manager is None:
                 raise
@@ -204,7 +202,7 @@ def fit(
 
 
 def _roll_back(
-    learner: Trainee, progress: Progress, manager: Checkpointing, error: DivergenceError, at_most: int
+    learner: Trainee, progress: Progress, manager: Checkpointer, error: DivergenceError, at_most: int
 ) -> None:
     """Go back to the newest checkpoint and leave out the tasks that led from there to the error."""
     next_batch = learner.steps_done + progress.left_out + 1
@@ -216,9 +214,7 @@ def _roll_back(
     )
 
 
-def _training_batches(
-    learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int
-) -> Iterator[list[Episodes]]:
+def _draw_batches(learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int) -> Iterator[list[Episodes]]:
     """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one.
 
     Blocks begin at multiples of their size wherever the training begins: the last bit of a result can depend on where in
@@ -226,26 +222,26 @@ def _training_batches(
     """
     seed, size = learner.config.seed, schedule.meta_batch
 
-    def drawn(batch: int, batches: int) -> list[Episodes]:
+    def draw(batch: int, batches: int) -> list[Episodes]:
         try:
             return source.episodes("train", range(batch * size, (batch + batches) * size), seed)
         except Exception as error:
             learner.abandon_step(error)
 
     first, end = learner.steps_done + left_out, schedule.steps + left_out
-    one = drawn(first, 1)
-    block = _batches_to_prefetch(one, size) if len(one) == 1 else 1
+    one = draw(first, 1)
+    block = _count_batches_to_prefetch(one, size) if len(one) == 1 else 1
     for start in range(first - first % block, end, block):
         # Contiguous once for many steps, and each step's slice of it is.
-        stacks = [stack.contiguous() for stack in drawn(start, min(block, end - start))] if block > 1 else []
+        stacks = [stack.contiguous() for stack in draw(start, min(block, end - start))] if block > 1 else []
         for batch in range(max(start, first), min(start + block, end)):
             if len(stacks) == 1:
                 yield [stacks[0][(batch - start) * size : (batch - start + 1) * size]]
             else:  # tasks of unequal sizes come in groups, where a batch's own tasks stand only if it is drawn alone
-                yield one if batch == first else drawn(batch, 1)
+                yield one if batch == first else draw(batch, 1)
 
 
-def _batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
+def _count_batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
     leaves = tree_leaves(stacks[0].parts)
     bytes_per_batch = sum(leaf.numel() * leaf.element_size() for leaf in leaves) * size // len(stacks[0])
     return max(1, min(_PREFETCHED_STEPS, _PREFETCHED_BYTES // max(1, bytes_per_batch)))

@@ -27,7 +27,8 @@ import metareg.__main__
 import metareg.cli.app
 import metareg.runs.plots
 from metareg import Episodes, MetaLearner, MetaregError, PluginConfig, TaskSpec, UsageError, hookimpl
-from metareg.learner.processes import Processes, hash_tensors, join_processes
+from metareg.learner.batch_split import hash_tensors
+from metareg.learner.processes import Processes, join_processes
 from metareg.util.torchrun import read_rank
 from samples import LOSSES, MODELS, episodes, tasks_of
 

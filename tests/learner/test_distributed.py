@@ -20,7 +20,8 @@ import torch
 
 import metareg
 from metareg import MetaregError, UsageError
-from metareg.learner.processes import Processes, join_processes, select_tasks
+from metareg.learner.batch_split import select_tasks
+from metareg.learner.processes import Processes, join_processes
 from metareg.util.signals import StopRequest
 from metareg.util.torchrun import read_rank
 from processes import environment

@@ -1,0 +1,127 @@
+"""A batch in several processes: each computes its share, and all take the same step.
+
+The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per step. A task is a
+function of its number, so that each process draws the whole batch and keeps its share, and noise is drawn by the task's
+number in the batch: the result is that of one process, to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from metareg.contract.episodes import Episodes
+from metareg.engine.engine import Gradient
+from metareg.errors import MetaregError
+from metareg.learner.processes import Processes
+
+__all__ = ["BatchSplit", "check_same_bits", "hash_tensors", "select_tasks"]
+
+
+class BatchSplit:
+    """Meta-gradients of whole batches of which each process computes its share.
+
+    Args:
+        processes: who shares them.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self.processes = processes
+        self._log_names: tuple[str, ...] = ()
+        self._zeros: Tensor | None = None
+        """What a process without a share would add to the sum; unknown until there was a gradient."""
+
+    def gradient(
+        self,
+        meta: Mapping[str, Tensor],
+        batches: Sequence[Episodes],
+        compute: Callable[[Sequence[Episodes], int], Gradient],
+    ) -> Gradient:
+        """The mean meta-gradient of all tasks, the same bits in every process.
+
+        Args:
+            meta: every meta-parameter by name.
+            batches: all tasks of the batch, the same in every process.
+            compute: the mean meta-gradient of some tasks, given the number of the first of them in the batch.
+
+        Raises:
+            UsageError: there are fewer tasks than processes.
+            LostProcessError: a process does not answer any more.
+        """
+        if self.processes.size == 1:
+            return compute(batches, 0)
+        tasks = sum(len(batch) for batch in batches)
+        self.processes.check_batch(tasks)
+        share = self.processes.share(tasks)
+
+        def compute_share() -> Gradient:
+            return compute(select_tasks(batches, share), share.start)
+
+        if self._zeros is None:
+            own = self.processes.each(compute_share)
+            self._log_names = tuple(name for name in own.logs if name != "grad_norm")
+        else:
+            try:
+                own = compute_share()
+            except Exception as error:
+                self.fail(error)
+        values = [*(own.grads[name] for name in meta), own.loss, *(own.logs[name] for name in self._log_names)]
+        flat = torch.cat([value.reshape(-1).to(own.loss.dtype) for value in values])
+        if self._zeros is None:
+            self._zeros = torch.zeros_like(flat)
+        total, failed = self.processes.sum(flat * (len(share) / tasks), failed=False)
+        if failed:
+            self.processes.each(lambda: None)
+        parts = total.split([value.numel() for value in values])
+        sums = [part.view_as(value) for part, value in zip(parts, values, strict=True)]
+        grads = dict(zip(meta, sums, strict=False))
+        loss, *logs = sums[len(meta) :]
+        norm = torch.nn.utils.get_total_norm(list(grads.values()))
+        return Gradient(grads, loss, dict(zip(self._log_names, logs, strict=True)) | {"grad_norm": norm})
+
+    def fail(self, error: Exception) -> NoReturn:
+        """Raise an error here, and in the other processes where they wait for this one's share of a batch."""
+
+        def raise_error() -> NoReturn:
+            raise error
+
+        if self._zeros is not None and self.processes.size > 1:
+            self.processes.sum(self._zeros, failed=True)
+        self.processes.each(raise_error)
+        raise error
+
+
+def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
+    """Consecutive tasks of some stacks, numbered through them."""
+    chosen, first = [], 0
+    for batch in batches:
+        start, stop = max(which.start - first, 0), min(which.stop - first, len(batch))
+        if start < stop:
+            chosen.append(batch if stop - start == len(batch) else batch[start:stop])
+        first += len(batch)
+    return chosen
+
+
+def check_same_bits(processes: Processes, tensors: Mapping[str, Tensor], training_step: int) -> None:
+    """Compare the meta-parameters of all processes.
+
+    Raises:
+        MetaregError: they differ.
+    """
+    if processes.size > 1 and len(set(processes.gather(lambda: hash_tensors(tensors)))) > 1:
+        raise MetaregError(
+            f"After step {training_step} the processes hold different meta-parameters: their machines or versions differ, "
+            "or a plugin draws random numbers of its own."
+        )
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """A hash of every bit of some tensors."""
+    whole = hashlib.sha256()
+    for value in tensors.values():
+        whole.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    return whole.hexdigest()
