@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,8 +13,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
+from metareg.engine.stages import Stages
 from metareg.learner import optimizer
-from metareg.learner.optimizer import Adam
+from metareg.learner.config import LearnerConfig
+from metareg.learner.optimizer import Adam, OuterOptimizer
+from metareg.registry.plugins import resolve
 from metareg_image.glyphs import Glyphs
 
 
@@ -106,3 +110,49 @@ def test_kernels_get_tensors_that_lie_alike(strategy: str, channels_last: bool) 
     learner.load_state(learner.state())
     learner.take_step(batch)
     assert all(value.is_contiguous() for value in learner.meta_parameters.values())
+
+
+class Momentum:
+    """An algorithm with an outer update of its own."""
+
+    @hookimpl
+    def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value - 0.1 * grads[name] for name, value in params.items()}
+
+    @hookimpl
+    def outer_update(
+        self, meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        velocity = {name: 0.5 * state.get(name, torch.zeros_like(grad)) + grad for name, grad in grads.items()}
+        return {name: value - velocity[name] for name, value in meta.items()}, velocity
+
+
+def create_optimizer(algo: str | type, **options: Any) -> OuterOptimizer:
+    return OuterOptimizer(Stages(resolve("algorithms", algo), []), LearnerConfig(**options))
+
+
+def run_updates(optimizer: OuterOptimizer, steps: range, start: Tensor) -> Tensor:
+    meta = {"w": start.clone()}
+    for step in steps:
+        meta = optimizer.update(meta, {"w": torch.full_like(start, step + 1.0)}, step)
+    return meta["w"]
+
+
+@pytest.mark.parametrize("algo", ["maml", Momentum])
+def test_a_reset_forgets_everything(algo: str | type) -> None:
+    start = torch.ones(3)
+    optimizer = create_optimizer(algo, reset_optimizer_every=2)
+    after_two = run_updates(optimizer, range(2), start)
+    after_three = run_updates(optimizer, range(2, 3), after_two)
+    assert after_three.equal(run_updates(create_optimizer(algo), range(2, 3), after_two))
+    assert not after_three.equal(run_updates(create_optimizer(algo), range(3), start))
+
+
+@pytest.mark.parametrize("algo", ["maml", Momentum])
+def test_a_loaded_state_goes_on(algo: str | type) -> None:
+    optimizer, other = create_optimizer(algo), create_optimizer(algo)
+    meta = {"w": run_updates(optimizer, range(2), torch.ones(3))}
+    copied = {"w": meta["w"].clone()}
+    other.load_state(copy.deepcopy(optimizer.state()), copied)
+    expected = optimizer.update(meta, {"w": torch.ones(3)}, 2)["w"]
+    assert other.update(copied, {"w": torch.ones(3)}, 2)["w"].equal(expected)
