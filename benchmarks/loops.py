@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.optim.adam import adam
 
-from metareg.engine.graph_passes import without_idle_operations
+from metareg.engine.graph_passes import remove_idle_operations
 from metareg.util.torch_internals import compile_graph, trace
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -257,7 +257,7 @@ class TracedByHand(Reference):
             return [*(value.mean(0) for value in grads.values()), losses.mean()]
 
         leaves = [*self.params.values(), *tasks]
-        graph = without_idle_operations(trace(meta_gradient, leaves))
+        graph = remove_idle_operations(trace(meta_gradient, leaves))
         return compile_graph(graph, leaves) if self.compiled else graph.forward
 
     def step(self, tasks: Tasks) -> float:

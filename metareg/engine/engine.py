@@ -8,7 +8,7 @@ plugins.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -77,13 +77,13 @@ class Engine:
         for batch in batches:
             for part in batch.chunks(1 if strategy in ONE_BY_ONE else chunk):
                 part_noise = noise[done : done + len(part)]
-                one = self._gradient_of_stack(meta, part, part_noise, strategy, weights)
+                one = self._run_stack(meta, part, part_noise, strategy, weights)
                 done += len(part)
-                result = one if len(part) == total else _accumulated(result, one, len(part) / total)
+                result = one if len(part) == total else _accumulate(result, one, len(part) / total)
         assert result is not None
         if len(part) < total:
             result.logs["grad_norm"] = _norm(result.grads)
-        return replace(result, grads=match_strides(result.grads, meta))
+        return Gradient(match_strides(result.grads, meta), result.loss, result.logs)
 
     def scores(
         self,
@@ -97,19 +97,21 @@ class Engine:
         one_by_one = strategy in ONE_BY_ONE
         parts = episodes.chunks(1 if one_by_one else chunk)
 
-        def mapped(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
+        def score_stack(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
             if one_by_one:
-                return [self.plain.scores(meta, _only(tasks), inner_steps)[None]]
+                return [self.plain.scores(meta, _unbatch(tasks), inner_steps)[None]]
             return [vmap(lambda task: self.plain.scores(meta, task, inner_steps))(tasks)]
 
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
-                return torch.cat([mapped(meta, part.parts, {})[0] for part in parts])
+                return torch.cat([score_stack(meta, part.parts, {})[0] for part in parts])
         # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        program = self._program(("scores", inner_steps), mapped, "vectorized" if strategy == "compiled" else strategy)
+        program = self._find_program(
+            ("scores", inner_steps), score_stack, "vectorized" if strategy == "compiled" else strategy
+        )
         return torch.cat([program(meta, part, {})[0] for part in parts])
 
-    def _gradient_of_stack(
+    def _run_stack(
         self,
         meta: Tensors,
         episodes: Episodes,
@@ -120,10 +122,10 @@ class Engine:
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
                 task_noise = noise[0] if noise else {}
-                task = _only(episodes.parts)
+                task = _unbatch(episodes.parts)
                 grads, loss, logs = compute_meta_gradient(self.training, meta, task, task_noise, weights)
                 return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
-        program = self._program("gradient", self._mapped_gradient, strategy)
+        program = self._find_program("gradient", self._map_gradient, strategy)
         # The weights change from step to step: an input of the traced program, or they would be frozen into it.
         extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
         flat = program(meta, episodes, extra)
@@ -132,29 +134,29 @@ class Engine:
             dict(zip(meta, flat, strict=False)), flat[count], dict(zip(self._log_names, flat[count + 1 :], strict=True))
         )
 
-    def _mapped_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+    def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
         """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
         # Each task is differentiated inside the map, not the mapped mean: that costs little more, and outside it the batched
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
         if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
-            grads, loss, logs = compute_meta_gradient(self.training, meta, _only(tasks), _only(noise), weights)
+            grads, loss, logs = compute_meta_gradient(self.training, meta, _unbatch(tasks), _unbatch(noise), weights)
         else:
             gradient = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
             grads, losses, logs = gradient(tasks, noise)
-            grads, loss, logs = _means(grads), losses.mean(), _means(logs)
+            grads, loss, logs = _average(grads), losses.mean(), _average(logs)
         logs["grad_norm"] = _norm(grads)
         self._log_names = tuple(logs)
         return [*grads.values(), loss, *logs.values()]
 
-    def _program(self, key: Any, function: Function, strategy: Strategy) -> Program:
+    def _find_program(self, key: Any, function: Function, strategy: Strategy) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
             program = self._programs[key, strategy] = Program(function, compiled=strategy == "compiled")
         return program
 
 
-def _only(tasks: Any) -> Any:
+def _unbatch(tasks: Any) -> Any:
     """The single task of a stack of one."""
     return tree_map(lambda leaf: leaf[0], tasks)
 
@@ -164,17 +166,21 @@ def _norm(grads: Tensors) -> Tensor:
     return torch.nn.utils.get_total_norm(grads.values())
 
 
-def _means(trees: Tensors) -> Tensors:
-    return {name: value.mean(0) for name, value in trees.items()}
+def _average(values: Tensors) -> Tensors:
+    return {name: value.mean(0) for name, value in values.items()}
 
 
-def _accumulated(total: Gradient | None, part: Gradient, weight: float) -> Gradient:
-    def add(a: Tensor | None, b: Tensor) -> Tensor:
-        return b * weight if a is None else a + b * weight
+def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradient:
+    """Add a part to a mean with the share of the tasks that it stands for."""
+    grads, loss, logs = _scale(part.grads, weight), part.loss * weight, _scale(part.logs, weight)
+    if total is None:
+        return Gradient(grads, loss, logs)
+    return Gradient(_add(total.grads, grads), total.loss + loss, _add(total.logs, logs))
 
-    previous = total or Gradient({}, None, {})  # type: ignore[arg-type]
-    return Gradient(
-        {name: add(previous.grads.get(name), value) for name, value in part.grads.items()},
-        add(previous.loss, part.loss),
-        {name: add(previous.logs.get(name), value) for name, value in part.logs.items()},
-    )
+
+def _scale(values: Tensors, factor: float) -> Tensors:
+    return {name: value * factor for name, value in values.items()}
+
+
+def _add(values: Tensors, others: Tensors) -> Tensors:
+    return {name: value + others[name] for name, value in values.items()}

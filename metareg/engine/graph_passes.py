@@ -9,21 +9,21 @@ from torch import Tensor
 
 from metareg.util.torch_internals import UNSAFE_VIEW, writes_in_place
 
-__all__ = ["without_idle_operations", "writes"]
+__all__ = ["mutates", "remove_idle_operations"]
 
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 
 
-def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
     """The graph less the operations that give back what they were given.
 
     `torch.func` leaves many of them: views as the same shape, transpositions of transpositions, products with 1. Small
     tasks spend their time on the number of operations, not on arithmetic. A graph in which something is written in place
     stays as it is.
     """
-    if writes(graph):
+    if mutates(graph):
         return graph
     for node in graph.graph.nodes:
         source = node.args[0] if node.op == "call_function" and node.args else None
@@ -44,7 +44,7 @@ def without_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule
     return graph
 
 
-def writes(graph: torch.fx.GraphModule) -> bool:
+def mutates(graph: torch.fx.GraphModule) -> bool:
     """Whether something is written in place."""
     return any(writes_in_place(node.target) for node in graph.graph.nodes)
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -13,7 +13,7 @@ __all__ = ["advise_on_memory"]
 
 
 @contextmanager
-def advise_on_memory(tasks: int) -> Any:
+def advise_on_memory(tasks: int) -> Iterator[None]:
     """Turn running out of memory into the advice that helps."""
     try:
         yield

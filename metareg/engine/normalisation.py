@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["with_cheap_second_derivative"]
+__all__ = ["cheapen_second_derivative"]
 
 _ATEN = torch.ops.aten
 
 
-def with_cheap_second_derivative(layer: nn.Module) -> nn.Module:
+def cheapen_second_derivative(layer: nn.Module) -> nn.Module:
     """A copy of a BatchNorm layer that computes the same; parameters are shared.
 
     Args:
@@ -28,22 +28,22 @@ def with_cheap_second_derivative(layer: nn.Module) -> nn.Module:
     shell, plain = copy.copy(layer), layer.forward
 
     def forward(x: Tensor) -> Tensor:
-        if x.dim() < 2 or _count(x) == 1:
+        if x.dim() < 2 or _count_per_channel(x) == 1:
             return plain(x)  # raises, and says why
-        outputs: Tensor = _Normalised.apply(x, shell.weight, shell.bias, shell.eps)[0]
+        outputs: Tensor = _Normalise.apply(x, shell.weight, shell.bias, shell.eps)[0]
         return outputs
 
     shell.forward = forward
     return shell
 
 
-class _Normalised(Function):
+class _Normalise(Function):
     """``(y, mean, rstd)`` with y = weight · x̂ + bias and x̂ = (x − mean) · rstd, of x ``[examples, channels, …]``."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        if _is_summed_naively(x):
-            mean, variance = _statistics_in_parts(x)
+        if _sums_naively(x):
+            mean, variance = _sum_in_parts(x)
             y = _ATEN.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
             return y, mean, torch.rsqrt(variance + eps)
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
@@ -61,20 +61,20 @@ class _Normalised(Function):
         of_y, of_mean, of_rstd = grads
         to_x = to_weight = to_bias = None
         if of_y is not None:
-            to_x, to_weight, to_bias = _Gradients.apply(of_y, x, weight, mean, rstd, ctx.eps)
+            to_x, to_weight, to_bias = _NormaliseBackward.apply(of_y, x, weight, mean, rstd, ctx.eps)
         if of_mean is not None and of_rstd is not None:  # they are used in second derivatives only, and there together
-            n = _count(x)
+            n = _count_per_channel(x)
             slope = of_rstd * rstd**3 / -n
-            shift = _of_channels(of_mean / n - slope * mean, x)
-            to_x = torch.addcmul(shift if to_x is None else to_x + shift, _of_channels(slope, x), x)
+            shift = _broadcast(of_mean / n - slope * mean, x)
+            to_x = torch.addcmul(shift if to_x is None else to_x + shift, _broadcast(slope, x), x)
         return to_x, to_weight, to_bias, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _as_channels(_Normalised, info.batch_size, in_dims, inputs)
+        return _run_as_channels(_Normalise, info.batch_size, in_dims, inputs)
 
 
-class _Gradients(Function):
+class _NormaliseBackward(Function):
     """The gradients of x, weight and bias from g, that of y; mean and rstd are arguments of their own.
 
     With sums over the n numbers of a channel: to_bias = Σ g, to_weight = Σ g x̂ and
@@ -88,7 +88,7 @@ class _Gradients(Function):
         # The kernel of a CPU for vectors and channels-last maps reads these three side by side, whatever their strides.
         weight, mean, rstd = (values.contiguous() for values in (weight, mean, rstd))
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm_backward(
-            _lying_as(x, g), x, weight, None, None, mean, rstd, True, eps, [True, True, True]
+            _match_layout(x, g), x, weight, None, None, mean, rstd, True, eps, [True, True, True]
         )
         return outputs
 
@@ -102,26 +102,26 @@ class _Gradients(Function):
         """The gradients of Σ u · to_x + s · to_weight + t · to_bias."""
         g, x, weight, mean, rstd, to_weight, to_bias = ctx.saved_tensors
         u, s, t = grads
-        n = _count(x)
+        n = _count_per_channel(x)
         # to_x is linear in g and symmetric, so that its transpose is itself, with u in the place of g.
-        like_x, sum_ux, sum_u = _Gradients.apply(u, x, weight, mean, rstd, ctx.eps)
-        of_g = torch.addcmul(like_x + _of_channels(t - s * rstd * mean, x), _of_channels(s * rstd, x), x)  # + s x̂ + t
+        like_x, sum_ux, sum_u = _NormaliseBackward.apply(u, x, weight, mean, rstd, ctx.eps)
+        of_g = torch.addcmul(like_x + _broadcast(t - s * rstd * mean, x), _broadcast(s * rstd, x), x)  # + s x̂ + t
         scale = weight * rstd
         sum_ug = (u * g).sum([0, *range(2, x.dim())])
         inner = sum_ug - (sum_u * to_bias + sum_ux * to_weight) / n
         # The gradient of x̂ is by_u · u + by_g · g.
         by_u, by_g = -scale * to_weight / n, s - scale * sum_ux / n
-        of_x = torch.addcmul(g * _of_channels(rstd * by_g, x), _of_channels(rstd * by_u, x), u)
+        of_x = torch.addcmul(g * _broadcast(rstd * by_g, x), _broadcast(rstd * by_u, x), u)
         of_mean = -rstd * (by_u * sum_u + by_g * to_bias)
         of_rstd = weight * inner + (by_u * sum_ux + by_g * to_weight) / rstd
         return of_g, of_x, rstd * inner, of_mean, of_rstd, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _as_channels(_Gradients, info.batch_size, in_dims, inputs)
+        return _run_as_channels(_NormaliseBackward, info.batch_size, in_dims, inputs)
 
 
-def _is_summed_naively(x: Tensor) -> bool:
+def _sums_naively(x: Tensor) -> bool:
     """Whether PyTorch's kernel adds up all numbers of a channel one after the other in float32: channels last, on a CPU.
 
     Of 75 images of 84×84 pixels, bright on dark, it then gives outputs that are wrong by 6e-3.
@@ -129,7 +129,7 @@ def _is_summed_naively(x: Tensor) -> bool:
     return x.device.type == "cpu" and x.dim() == 4 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
-def _statistics_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
+def _sum_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and variance of each channel of images that lie channels last: first of each column, then of all columns."""
     columns = x.movedim(1, -1).flatten(2).flatten(0, 1)
     mean, variance = (each.view(-1, x.shape[1]) for each in torch.batch_norm_update_stats(columns, None, None, 0.0))
@@ -137,7 +137,7 @@ def _statistics_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
     return whole, variance.mean(0) + (mean - whole).square().mean(0)
 
 
-def _lying_as(x: Tensor, g: Tensor) -> Tensor:
+def _match_layout(x: Tensor, g: Tensor) -> Tensor:
     """The gradient in the memory order of x; where they differ, tracing foretells another order than the result has."""
     layouts = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
     for layout in layouts.get(x.dim(), (torch.contiguous_format,)):
@@ -146,27 +146,27 @@ def _lying_as(x: Tensor, g: Tensor) -> Tensor:
     return g
 
 
-def _count(x: Tensor) -> int:
+def _count_per_channel(x: Tensor) -> int:
     """How many numbers a channel has."""
     return x.numel() // x.shape[1]
 
 
-def _of_channels(values: Tensor, x: Tensor) -> Tensor:
+def _broadcast(values: Tensor, x: Tensor) -> Tensor:
     """One value a channel, in a shape that goes with x."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _as_channels(
+def _run_as_channels(
     function: type[Function], tasks: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """The function for many tasks at once: the channels of each are channels of their own."""
-    joined: list[Any] = []
+    merged: list[Any] = []
     for value, dim in zip(inputs, in_dims, strict=True):
         if isinstance(value, Tensor):
             stacked = value.expand(tasks, *value.shape) if dim is None else value.movedim(dim, 0)
-            joined.append(stacked.flatten() if stacked.dim() == 2 else stacked.movedim(0, 1).flatten(1, 2))
+            merged.append(stacked.flatten() if stacked.dim() == 2 else stacked.movedim(0, 1).flatten(1, 2))
         else:
-            joined.append(value)
-    results = function.apply(*joined)
+            merged.append(value)
+    results = function.apply(*merged)
     dims = tuple(0 if each.dim() == 1 else 1 for each in results)
     return tuple(each.unflatten(dim, (tasks, -1)) for each, dim in zip(results, dims, strict=True)), dims

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from metareg.engine.normalisation import with_cheap_second_derivative
+from metareg.engine.normalisation import cheapen_second_derivative
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import (
@@ -58,11 +58,11 @@ class SplitModel:
             raise UsageError(f"The model's parameter '{lazy}' has no shape yet; run the model on an example first.")
         self.module = copy.deepcopy(model)
         self._refuse_dropout()
-        self.batch_norms = self._without_running_statistics()
+        self.batch_norms = self._drop_running_statistics()
         self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
         if self.batch_norms:
-            self._body, self._head = (_replaced(part, BATCH_NORM, _cheap) for part in (self._body, self._head))
-        self._with_support_statistics: dict[int, tuple[nn.Module, nn.Module]] = {}
+            self._body, self._head = (_replace(part, BATCH_NORM, _cheapen) for part in (self._body, self._head))
+        self._support_norms: dict[int, tuple[nn.Module, nn.Module]] = {}
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trainable:
@@ -82,8 +82,8 @@ class SplitModel:
         in_body = {name: first for name, first in everywhere.items() if name not in in_head}
         self.body_names = tuple(name for name in trainable if name in in_body.values())
         self.head_names = tuple(name for name in trainable if name not in self.body_names)
-        self._in_module = _each_place_once(self.module, everywhere)
-        in_body, in_head = (_each_place_once(self.module, part) for part in (in_body, in_head))
+        self._in_module = _drop_repeated_places(self.module, everywhere)
+        in_body, in_head = (_drop_repeated_places(self.module, part) for part in (in_body, in_head))
         self._in_body = {name[len(self.body_prefix) :]: first for name, first in in_body.items()}
         self._in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
@@ -109,11 +109,11 @@ class SplitModel:
 
     def body(self, params: Params, x: Any) -> Tensor:
         """Features ``[examples, …]`` of inputs ``[examples, …]``."""
-        return _called(self._body, params, self._in_body, x)
+        return _call(self._body, params, self._in_body, x)
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
-        return _called(self._head, params, self._in_head, features)
+        return _call(self._head, params, self._in_head, features)
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
         """Features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
@@ -122,18 +122,18 @@ class SplitModel:
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
-        examples = _examples(support_x)
-        body, _ = self._support_statistics(examples)
+        examples = _count_examples(support_x)
+        body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
-        features = _called(body, params, self._in_body, both)
+        features = _call(body, params, self._in_body, both)
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
         """Outputs for the query set, BatchNorm using the support set's statistics."""
         examples = support_features.shape[0]
-        _, head = self._support_statistics(examples)
+        _, head = self._find_support_norms(examples)
         both = torch.cat([support_features, query_features])
-        return _called(head, params, self._in_head, both)[examples:]
+        return _call(head, params, self._in_head, both)[examples:]
 
     def adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
         """An ordinary module of the user's own class with these parameters, in evaluation mode.
@@ -162,7 +162,7 @@ class SplitModel:
         # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
         x = tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
-            whole = _called(self.module, params, self._in_module, x)
+            whole = _call(self.module, params, self._in_module, x)
             try:
                 _, parts = self.forward(params, x)
             except (RuntimeError, IndexError):
@@ -186,7 +186,7 @@ class SplitModel:
                     "Set its dropout to 0."
                 )
 
-    def _without_running_statistics(self) -> list[str]:
+    def _drop_running_statistics(self) -> list[str]:
         layers = {name: layer for name, layer in self.module.named_modules() if isinstance(layer, NORM_WITH_STATISTICS)}
         converted = [name for name, layer in layers.items() if layer.track_running_stats]
         for layer in layers.values():
@@ -199,13 +199,13 @@ class SplitModel:
             )
         return [name for name, layer in layers.items() if isinstance(layer, BATCH_NORM)]
 
-    def _support_statistics(self, examples: int) -> tuple[nn.Module, nn.Module]:
-        if examples not in self._with_support_statistics:
-            self._with_support_statistics[examples] = (
-                _replaced(self._body, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
-                _replaced(self._head, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
+    def _find_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
+        if examples not in self._support_norms:
+            self._support_norms[examples] = (
+                _replace(self._body, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
+                _replace(self._head, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
             )
-        return self._with_support_statistics[examples]
+        return self._support_norms[examples]
 
 
 class _SupportNorm(nn.Module):
@@ -246,7 +246,7 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
             raise UnknownNameError(
                 f"submodule of {type(module).__name__} to be its head", head, [name for name in submodules if name]
             )
-        return _without(module, head), submodules[head], "", f"{head}."
+        return _remove(module, head), submodules[head], "", f"{head}."
     body_module, head_module = getattr(module, "body", None), getattr(module, "head", None)
     if isinstance(body_module, nn.Module) and isinstance(head_module, nn.Module):
         return body_module, head_module, "body.", "head."
@@ -260,24 +260,24 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
     return module, nn.Identity(), "", None
 
 
-def _without(module: nn.Module, name: str) -> nn.Module:
+def _remove(module: nn.Module, name: str) -> nn.Module:
     """The module with the identity in the place of one submodule; parameters are shared, nothing is changed."""
     first, _, rest = name.partition(".")
-    return copy_shell(module, {first: _without(module.get_submodule(first), rest) if rest else nn.Identity()})
+    return copy_shell(module, {first: _remove(module.get_submodule(first), rest) if rest else nn.Identity()})
 
 
-def _replaced(module: nn.Module, kind: Any, replacement: Any) -> nn.Module:
+def _replace(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
     """The module with every submodule of a kind replaced; parameters are shared, nothing is changed."""
     if isinstance(module, kind):
         return replacement(module)
     children = {name: child for name, child in list_places(module).items() if child is not None}
-    return copy_shell(module, {name: _replaced(child, kind, replacement) for name, child in children.items()})
+    return copy_shell(module, {name: _replace(child, kind, replacement) for name, child in children.items()})
 
 
-def _cheap(layer: Any) -> nn.Module:
+def _cheapen(layer: BATCH_NORM) -> nn.Module:
     """The layer with a cheap second derivative; a user's subclass, which may compute anything, as it is."""
     plain = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-    return with_cheap_second_derivative(layer) if plain and layer.affine else layer
+    return cheapen_second_derivative(layer) if plain and layer.affine else layer
 
 
 def _fix_statistics(module: nn.Module, x: Any) -> None:
@@ -298,7 +298,7 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
         layer.track_running_stats = True
 
 
-def _each_place_once(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
+def _drop_repeated_places(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
     """The names of parameters less those that are another name of the same place: of a submodule that stands in several.
 
     `functional_call` puts values into places and then what was there back. Where it is given a place twice it takes the
@@ -311,7 +311,7 @@ def _each_place_once(module: nn.Module, names: Mapping[str, str]) -> dict[str, s
     return {name: names[name] for name in places.values()}
 
 
-def _called(module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
+def _call(module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
     """A submodule's outputs with parameters, which `names` gives by their places in it."""
     values = {place: params[name] for place, name in names.items()}
     # Every place of a tied weight is among the names. Looking for others would find those of a submodule that stands twice.
@@ -319,5 +319,5 @@ def _called(module: nn.Module, params: Params, names: Mapping[str, str], x: Any)
     return outputs
 
 
-def _examples(x: Any) -> int:
+def _count_examples(x: Any) -> int:
     return int(tree_leaves(x)[0].shape[0])

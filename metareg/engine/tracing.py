@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.func import functionalize
 
 from metareg.contract.episodes import Episodes
-from metareg.engine.graph_passes import without_idle_operations, writes
+from metareg.engine.graph_passes import mutates, remove_idle_operations
 from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, Tensors
 from metareg.errors import MetaregError
@@ -49,7 +49,7 @@ class Program:
         self._calls: Counter[Any] = Counter()
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
-        inputs, structure = _flattened(episodes.parts, extra)
+        inputs, structure = _flatten(episodes.parts, extra)
         # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one. A map over
         # tasks takes nothing channels last: the second derivative of max-pooling has no batching rule there.
         settled = settle_layout if len(episodes) == 1 else make_contiguous
@@ -63,21 +63,21 @@ class Program:
                 # each of the many shapes that tasks of unequal sizes come in.
                 worth = 1 if not self._graphs else _CALLS_OF_ANOTHER_SHAPE
                 if self._calls[key] <= worth and not self._compiled:
-                    return self._function(meta, *_unflattened(inputs, structure))
-                graph = self._graphs[key] = self._traced(meta, inputs, structure)
+                    return self._function(meta, *_unflatten(inputs, structure))
+                graph = self._graphs[key] = self._trace(meta, inputs, structure)
             return graph(*meta.values(), *inputs)
 
-    def _traced(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
+    def _trace(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
         names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
-            parts, extra = _unflattened(leaves[len(names) :], structure)
+            parts, extra = _unflatten(leaves[len(names) :], structure)
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
         graph = trace(flat, leaves)
-        if writes(graph):
+        if mutates(graph):
             graph = trace(functionalize(graph), leaves)
-        graph = without_idle_operations(graph)
+        graph = remove_idle_operations(graph)
         if not self._compiled:
             traced: Callable[..., list[Tensor]] = graph.forward
             return traced
@@ -92,15 +92,15 @@ class Program:
         return compiled
 
 
-def _flattened(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
+def _flatten(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
     """The tensors of tasks and extra inputs, and how they were arranged; None where there is nothing but the four parts."""
     if not extra and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
         return parts, None
     return tree_flatten((parts, extra))
 
 
-def _unflattened(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
-    """The inverse of `_flattened`."""
+def _unflatten(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
+    """The inverse of `_flatten`."""
     if structure is None:
         support_x, support_y, query_x, query_y = leaves
         return (support_x, support_y, query_x, query_y), {}

@@ -186,14 +186,14 @@ def test_traced_training_has_no_idle_operations_and_the_bits_of_the_function(
     monkeypatch: pytest.MonkeyPatch, net: str, inner_steps: int
 ) -> None:
     kept: list[torch.fx.Graph] = []
-    pruned = tracing.without_idle_operations
+    pruned = tracing.remove_idle_operations
 
     def noted(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         graph = pruned(graph)
         kept.append(graph.graph)
         return graph
 
-    monkeypatch.setattr(tracing, "without_idle_operations", noted)
+    monkeypatch.setattr(tracing, "remove_idle_operations", noted)
     batch = episodes(net)
     learner = learner_of(net, "maml", inner_steps=inner_steps)
     (_, plain), (_, traced) = (learner.meta_gradient(batch) for _ in range(2))

@@ -11,7 +11,7 @@ from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from metareg import MetaLearner, TaskSpec
-from metareg.engine.normalisation import with_cheap_second_derivative
+from metareg.engine.normalisation import cheapen_second_derivative
 from metareg.engine.split_model import SplitModel
 
 Tensors = dict[str, Tensor]
@@ -73,7 +73,7 @@ def assert_same(given: Tensors, expected: Tensors) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_first_second_and_third_derivative(shape: tuple[int, ...]) -> None:
-    layer = as_function(with_cheap_second_derivative(layer_for(shape)))
+    layer = as_function(cheapen_second_derivative(layer_for(shape)))
     x, y = drawn(*shape, seed=3), drawn(*shape, seed=4)
     for steps in (0, 1, 2):
         given, expected = (grad(adapted_loss(loss_of(each), steps))(PARAMS, x, y) for each in (layer, written_out))
@@ -87,7 +87,7 @@ def test_first_second_and_third_derivative(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_many_tasks_differentiated_inside_and_outside_the_map(shape: tuple[int, ...]) -> None:
-    layer = as_function(with_cheap_second_derivative(layer_for(shape)))
+    layer = as_function(cheapen_second_derivative(layer_for(shape)))
     x, y = drawn(2, *shape, seed=3), drawn(2, *shape, seed=4)
     outer, reference = adapted_loss(loss_of(layer), 1), adapted_loss(loss_of(written_out), 1)
     expected = grad(lambda params: (reference(params, x[0], y[0]) + reference(params, x[1], y[1])) / 2)(PARAMS)
@@ -124,7 +124,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_any_layout_in_memory_and_any_part_of_a_map(shape: tuple[int, ...], layout: str) -> None:
     """Kernels read some of their arguments side by side in memory, as if these were contiguous."""
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
-    layer = as_function(with_cheap_second_derivative(kind(shape[1], track_running_stats=False).double()))
+    layer = as_function(cheapen_second_derivative(kind(shape[1], track_running_stats=False).double()))
     lay, channels = LAYOUTS[layout], shape[1]
     inputs = [
         lay(drawn(2, *shape, seed=3)), drawn(channels, 2, seed=4).abs().T + 0.5, drawn(channels, 2, seed=5).T,
@@ -142,7 +142,7 @@ def test_any_layout_in_memory_and_any_part_of_a_map(shape: tuple[int, ...], layo
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_other_precisions_keep_their_type(dtype: torch.dtype) -> None:
-    layer = as_function(with_cheap_second_derivative(layer_for((4, 3, 3, 5)).to(dtype)))
+    layer = as_function(cheapen_second_derivative(layer_for((4, 3, 3, 5)).to(dtype)))
     inputs = [drawn(16, 3, 3, 5, seed=3), drawn(3).abs() + 0.5, drawn(3, seed=1), drawn(16, 3, 3, 5, seed=6)]
     given = second_derivative(layer)(*(each.to(dtype) for each in inputs))
     for one, other in zip(given, second_derivative(written_out)(*inputs), strict=True):
@@ -158,7 +158,7 @@ def test_the_second_derivative_takes_less_than_half_of_the_operations() -> None:
         graph = make_fx(grad(adapted_loss(loss_of(as_function(layer)), 1)), tracing_mode="fake")(PARAMS, x, y)
         return sum(1 for node in graph.graph.nodes if x.shape == getattr(node.meta.get("val"), "shape", None))
 
-    assert operations(with_cheap_second_derivative(plain)) < operations(plain) / 2
+    assert operations(cheapen_second_derivative(plain)) < operations(plain) / 2
 
 
 def test_images_that_lie_channels_last_are_normalised_precisely() -> None:
@@ -169,14 +169,14 @@ def test_images_that_lie_channels_last_are_normalised_precisely() -> None:
     x = nn.functional.conv2d(ink.clamp(min=0) * 5, weight, torch.full((8,), 0.3), padding=1)
     layer = nn.BatchNorm2d(8, track_running_stats=False)
     expected = written_out(x.double(), torch.ones(8).double(), torch.zeros(8).double())
-    found = with_cheap_second_derivative(layer)(x.contiguous(memory_format=torch.channels_last))
+    found = cheapen_second_derivative(layer)(x.contiguous(memory_format=torch.channels_last))
     assert found.is_contiguous(memory_format=torch.channels_last)
     assert (found - expected).abs().max() < 2e-4
 
 
 def test_one_number_a_channel_is_refused_as_ever() -> None:
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        with_cheap_second_derivative(layer_for((1, 3)))(torch.ones(1, 3, dtype=torch.float64))
+        cheapen_second_derivative(layer_for((1, 3)))(torch.ones(1, 3, dtype=torch.float64))
 
 
 class Doubled(nn.BatchNorm1d):

@@ -487,7 +487,7 @@ class Transposed:
 
 
 def as_they_come(grads: Tensors, params: Tensors) -> Tensors:
-    """In the place of `like_parameters`: gradients in any layout."""
+    """In the place of `match_strides`: gradients in any layout."""
     return {name: grads[name] for name in params}
 
 
@@ -504,7 +504,7 @@ def test_an_entry_moved_by_the_gradient_of_another_is_noticed(
     monkeypatch: pytest.MonkeyPatch, kind: str, plugin: Any, config: dict[str, Any]
 ) -> None:
     for module in (engine, optimizer):
-        monkeypatch.setattr(module, "like_parameters", as_they_come)
+        monkeypatch.setattr(module, "match_strides", as_they_come)
     (check,) = [each for each in checks(kind, plugin, config) if each.name == "whole-steps"]
     with pytest.raises(CheckFailed, match="end elsewhere"):
         check()
@@ -524,7 +524,7 @@ def test_an_optimiser_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 def test_gradients_may_lie_in_memory_as_they_like(monkeypatch: pytest.MonkeyPatch) -> None:
     (check,) = [each for each in checks("augmenters", Transposed) if each.name == "whole-steps"]
     check()
-    monkeypatch.setattr(optimizer, "like_parameters", as_they_come)
+    monkeypatch.setattr(optimizer, "match_strides", as_they_come)
     with pytest.raises(CheckFailed):
         check()
 
