@@ -21,9 +21,9 @@ from typing import Any
 
 from metareg.errors import UnknownNameError
 from metareg.registry.plugins import KINDS
-from metareg.testing import _general, _others, _stages, _steps
-from metareg.testing._check import Check, CheckFailed, Subject
-from metareg.testing._matrix import NOT_APPLICABLE, Combination, combinations
+from metareg.testing import algorithms, augmenters, general, models, observers, stages, steps, tasks, trainings
+from metareg.testing.check import Check, CheckFailed, Subject
+from metareg.testing.matrix import NOT_APPLICABLE, Combination, combinations
 
 __all__ = ["NOT_APPLICABLE", "Check", "CheckFailed", "Combination", "checks", "combinations"]
 
@@ -49,78 +49,75 @@ def checks(
         raise UnknownNameError("kind of plugin", kind, KINDS)
     subject = Subject(kind, plugin, config or {})
     applicable = {
-        "contract": _general.check_contract_stated,
-        "configuration": _general.check_configuration,
-        **{name: function for name, (function, applies) in _OF_KIND[kind].items() if applies(subject)},
+        "contract": general.check_contract_stated,
+        "configuration": general.check_configuration,
+        **{
+            name: function
+            for name, function in _OF_KIND[kind].items()
+            if (name not in _APPLIES or _APPLIES[name](subject)) and (compiled or name != "compiled")
+        },
     }
-    if not compiled:
-        applicable.pop("compiled", None)
     return [
         Check(name, (function.__doc__ or "").strip().splitlines()[0], subject, function)
         for name, function in applicable.items()
     ]
 
 
-def _always(_: Subject) -> bool:
-    return True
+_APPLIES: dict[str, Callable[[Subject], bool]] = {
+    "recommended": lambda subject: bool(subject.attribute("recommended")),
+    "finite-differences": lambda subject: (
+        "outer_gradient" not in subject.hooks and bool(subject.attribute("exact_gradient", True))
+    ),
+    "outer-terms": lambda subject: (
+        "augment_outer_loss" in subject.hooks and bool(subject.attribute("affine_in_loss", True))
+    ),
+}
+"""Whether a check applies to a plugin, by what it implements and declares; one that is not here applies to all."""
 
-
-def _recommends(subject: Subject) -> bool:
-    return bool(subject.declared("recommended"))
-
-
-def _differentiable(subject: Subject) -> bool:
-    return "outer_gradient" not in subject.hooks and bool(subject.declared("exact_gradient", True))
-
-
-def _has_outer_term(subject: Subject) -> bool:
-    return "augment_outer_loss" in subject.hooks and bool(subject.declared("affine_in_loss", True))
-
-
-_OF_STAGES: dict[str, tuple[_Function, Callable[[Subject], bool]]] = {
-    "purity": (_stages.check_purity, _always),
-    "shapes": (_stages.check_shapes, _always),
-    "wrong-shapes": (_stages.check_wrong_shapes, _always),
-    "model-unchanged": (_stages.check_model_unchanged, _always),
-    "finite-differences": (_stages.check_finite_differences, _differentiable),
-    "strategies": (_stages.check_strategies, _always),
-    "whole-steps": (_steps.check_steps, _always),
-    "determinism": (_stages.check_determinism, _always),
-    "resume": (_stages.check_resume, _always),
-    "learns": (_stages.check_learns, _always),
-    "composition": (_stages.check_composition, _always),
-    "compiled": (_steps.check_compiled, _always),
+_OF_STAGES: dict[str, _Function] = {
+    "purity": stages.check_purity,
+    "shapes": stages.check_shapes,
+    "wrong-shapes": stages.check_wrong_shapes,
+    "model-unchanged": trainings.check_model_unchanged,
+    "finite-differences": trainings.check_finite_differences,
+    "strategies": trainings.check_strategies,
+    "whole-steps": steps.check_steps,
+    "determinism": trainings.check_determinism,
+    "resume": trainings.check_resume,
+    "learns": trainings.check_learns,
+    "composition": trainings.check_composition,
+    "compiled": steps.check_compiled,
 }
 
-_OF_KIND: dict[str, dict[str, tuple[_Function, Callable[[Subject], bool]]]] = {
+_OF_KIND: dict[str, dict[str, _Function]] = {
     "algorithms": {
-        "recommended": (_general.check_recommended, _recommends),
-        "adapted": (_stages.check_adapted, _always),
-        "step-examples": (_stages.check_step_examples, _always),
+        "recommended": general.check_recommended,
+        "adapted": algorithms.check_adapted,
+        "step-examples": algorithms.check_step_examples,
         **_OF_STAGES,
     },
     "augmenters": {
-        "inner-rule": (_stages.check_inner_rule, _always),
-        "outer-terms": (_stages.check_outer_terms, _has_outer_term),
-        "export": (_stages.check_export, _always),
+        "inner-rule": augmenters.check_inner_rule,
+        "outer-terms": augmenters.check_outer_terms,
+        "export": augmenters.check_export,
         **_OF_STAGES,
     },
     "tasks": {
-        "function": (_others.check_task_function, _always),
-        "shapes": (_others.check_task_shapes, _always),
-        "recommended": (_general.check_recommended, _recommends),
-        "trains": (_others.check_task_trains, _always),
-        "whole-steps": (_steps.check_task_steps, _always),
+        "function": tasks.check_task_function,
+        "shapes": tasks.check_task_shapes,
+        "recommended": general.check_recommended,
+        "trains": tasks.check_task_trains,
+        "whole-steps": tasks.check_task_steps,
     },
     "models": {
-        "seed": (_others.check_model_seed, _always),
-        "split": (_others.check_model_split, _always),
-        "recommended": (_general.check_recommended, _recommends),
-        "trains": (_others.check_model_trains, _always),
-        "whole-steps": (_steps.check_model_steps, _always),
+        "seed": models.check_model_seed,
+        "split": models.check_model_split,
+        "recommended": general.check_recommended,
+        "trains": models.check_model_trains,
+        "whole-steps": models.check_model_steps,
     },
     "observers": {
-        "run": (_others.check_observer, _always),
-        "logs": (_others.check_observer_logs, _always),
+        "run": observers.check_observer,
+        "logs": observers.check_observer_logs,
     },
 }

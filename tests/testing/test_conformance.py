@@ -43,7 +43,7 @@ def test_plugin(check: Check) -> None:
 def test_task_with_data(check: Check, data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAREG_DATA", str(data_folder))
     try:
-        check.subject.resolved().instance.episodes("train", [0], 0)
+        check.subject.resolve().instance.episodes("train", [0], 0)
     except MetaregError as error:
         pytest.skip(str(error))
     check()
@@ -72,4 +72,4 @@ def test_every_shipped_plugin_states_its_contract() -> None:
 
 def test_config_reaches_the_checks() -> None:
     assert resolve("augmenters", "dropgrad", {"rate": 0.5}).config.rate == 0.5
-    assert checks("augmenters", "dropgrad", {"rate": 0.5})[0].subject.resolved().config.rate == 0.5
+    assert checks("augmenters", "dropgrad", {"rate": 0.5})[0].subject.resolve().config.rate == 0.5

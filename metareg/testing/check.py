@@ -40,22 +40,22 @@ class Subject:
     plugin: str | type | object
     config: Mapping[str, Any] = field(default_factory=dict)
 
-    def resolved(self, **config: Any) -> Plugin:
+    def resolve(self, **config: Any) -> Plugin:
         """The plugin built anew, so that no check sees what another left behind."""
         return resolve(self.kind, self.plugin, {**self.config, **config})
 
     @property
     def label(self) -> str:
-        return self.resolved().label
+        return self.resolve().label
 
-    def declared(self, attribute: str, default: Any = None) -> Any:
+    def attribute(self, attribute: str, default: Any = None) -> Any:
         """What the class says about itself."""
-        return getattr(self.resolved().instance, attribute, default)
+        return getattr(self.resolve().instance, attribute, default)
 
     @property
     def hooks(self) -> list[str]:
         """The hooks that it implements."""
-        return list_hooks(type(self.resolved().instance))
+        return list_hooks(type(self.resolve().instance))
 
 
 @dataclass(frozen=True)

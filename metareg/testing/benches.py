@@ -1,15 +1,12 @@
-"""Small models and tasks on which the checks run, and the comparisons that they make."""
+"""Small models and tasks on which the checks run, and the learners that are trained on them."""
 
 from __future__ import annotations
 
 import copy
-import random
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -18,24 +15,26 @@ from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import TaskSpec
+from metareg.engine.objective import Task, TaskFunctions
 from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, resolve
-from metareg.testing._check import fail
+from metareg.testing.check import Subject, fail
 from metareg.util.seeding import create_generator, use_seed
-from metareg.util.torch_internals import tree_flatten, tree_map
+from metareg.util.torch_internals import tree_map
 
 __all__ = [
     "Bench",
     "Descent",
-    "Given",
-    "benches_for",
-    "built",
-    "channels_last",
-    "difference",
-    "equal",
-    "global_randomness",
-    "snapshot",
+    "Pair",
+    "RepeatedTasks",
+    "build_model",
+    "draw_noise",
+    "functions_of",
+    "list_benches",
+    "new_generator",
+    "to_channels_last",
+    "unstack",
 ]
 
 TASKS, SUPPORT, QUERY, STEPS = 3, 5, 4, 2
@@ -58,7 +57,7 @@ class Descent:
 
 
 @dataclass(frozen=True)
-class Given:
+class RepeatedTasks:
     """Tasks in a row as a task source, which begins again after the last."""
 
     tasks: Episodes
@@ -87,11 +86,37 @@ class Bench:
         """A learner on this model, serial and with several inner steps unless `options` say otherwise."""
         given: dict[str, Any] = {"strategy": "serial", "inner_steps": STEPS} | options
         learner = MetaLearner(copy.deepcopy(self.model).to(dtype), algorithm, list(augmenters), loss=self.loss, **given)
-        learner.initialize(self.episodes.to("cpu", dtype).unstack(0)[0])
+        learner.initialize(tree_map(lambda leaf: leaf[0].to(dtype), self.episodes.support_x))
         return learner
 
 
-def benches_for(algorithm: Plugin | type) -> list[Bench]:
+@dataclass(frozen=True)
+class Pair:
+    """An algorithm with some augmenters: what is trained in a check."""
+
+    algorithm: Plugin | type
+    augmenters: tuple[Plugin, ...] = ()
+
+    @classmethod
+    def of(cls, subject: Subject, **config: Any) -> Pair:
+        """The subject, beside plain gradient steps where it is an augmenter."""
+        plugin = subject.resolve(**config)
+        return cls(plugin) if subject.kind == "algorithms" else cls(Descent, (plugin,))
+
+    @property
+    def benches(self) -> list[Bench]:
+        return list_benches(self.algorithm)
+
+    def learner(self, bench: Bench, **options: Any) -> MetaLearner:
+        return bench.learner(self.algorithm, self.augmenters, **options)
+
+    @property
+    def label(self) -> str:
+        names = [getattr(self.algorithm, "name", None), *(each.name for each in self.augmenters)]
+        return " with ".join(str(name) for name in names)
+
+
+def list_benches(algorithm: Plugin | type) -> list[Bench]:
     """The benches on which an algorithm runs: the model that it needs, or vectors and images.
 
     Vectors for finite differences, images with BatchNorm and feature maps.
@@ -99,7 +124,7 @@ def benches_for(algorithm: Plugin | type) -> list[Bench]:
     needed = getattr(algorithm.instance if isinstance(algorithm, Plugin) else algorithm, "default_model", None)
     vectors = _vectors()
     if needed is not None:
-        return [Bench("vectors", built(needed, TaskSpec((3,), (2,))), vectors.episodes, vectors.loss)]
+        return [Bench("vectors", build_model(needed, TaskSpec((3,), (2,))), vectors.episodes, vectors.loss)]
     return [vectors, _images()]
 
 
@@ -126,7 +151,7 @@ def _images() -> Bench:
         model.add_module("body", nn.Sequential(_Scaled(), *_block(3, 8), nn.AvgPool2d(2), *_block(8, 8)))
         model.add_module("head", nn.Sequential(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(8 * 49, 2)))
         xs = [
-            channels_last(torch.randn(TASKS, n, 3, 28, 28, generator=generator, dtype=torch.float64))
+            to_channels_last(torch.randn(TASKS, n, 3, 28, 28, generator=generator, dtype=torch.float64))
             for n in (SUPPORT, QUERY)
         ]
     ys = [torch.arange(n).remainder(2).expand(TASKS, n).clone() for n in (SUPPORT, QUERY)]
@@ -150,78 +175,54 @@ class _Scaled(nn.Module):
         return x * self.scale
 
 
-def channels_last(images: Tensor) -> Tensor:
+def to_channels_last(images: Tensor) -> Tensor:
     """Images ``[…, channels, height, width]`` with the memory layout that task plugins give them."""
     return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
 
 
-def built(model: str | type | Plugin, spec: TaskSpec) -> nn.Module:
+def build_model(model: str | type | Plugin, spec: TaskSpec, seed: int = 0) -> nn.Module:
     """The model of a plugin, the same each time."""
     plugin = resolve("models", model)
     build = find_hook(plugin, "build")
     if build is None:
         fail(f"The {plugin.label} implements no hook 'build'.", "implement build(spec, generator) -> nn.Module.")
-    with use_seed(0, "testing", "model") as generator:
-        module: nn.Module = build(spec=spec, generator=generator)
+    with use_seed(seed, "testing", "model") as generator:
+        module = build(spec=spec, generator=generator)
+    if not isinstance(module, nn.Module):
+        fail(f"The {plugin.label} builds a {type(module).__name__}.", "return an nn.Module from build.")
     return module
 
 
-# ---------------------------------------------------------------------------------------------------------- comparisons
+def functions_of(learner: MetaLearner) -> TaskFunctions:
+    """What a learner computes in one task of a training."""
+    return TaskFunctions(learner.model, learner.stages, learner.loss, learner.metric, learner.config)
 
 
-def snapshot(tree: Any) -> Any:
-    """A copy that later changes in place do not reach; a module stands for its state."""
+def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: int) -> dict[str, Any]:
+    """What a learner's augmenters draw for some meta-parameters, in the precision of these.
 
-    def copied(leaf: Any) -> Any:
-        if isinstance(leaf, Tensor):
-            return leaf.detach().clone()
-        if isinstance(leaf, nn.Module):
-            return {name: value.detach().clone() for name, value in leaf.state_dict().items()}
-        return leaf
+    Args:
+        learner: after `initialize`.
+        stage: ``"task"`` or ``"batch"``.
+        names: the meta-parameters.
+        labels: the training step and, for a task, its number in the batch.
+    """
+    meta, config = learner.meta_parameters, learner.config
+    shapes = {name: tuple(meta[name].shape) for name in names}
+    draw = learner.stages.draw_task_noise if stage == "task" else learner.stages.draw_batch_noise
+    dtype = next(iter(meta.values())).dtype
 
-    return tree_map(copied, tree)
+    def cast(leaf: Any) -> Any:
+        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-
-def equal(a: Any, b: Any) -> bool:
-    """Whether two pytrees have the same structure and the same bits."""
-    first, structure = tree_flatten(a)
-    second, other = tree_flatten(b)
-    if structure != other:
-        return False
-    return all(
-        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or bool(x == y)
-        for x, y in zip(first, second, strict=True)
-    )
+    return tree_map(cast, draw(shapes, config.inner_steps, config.seed, *labels))
 
 
-def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest difference between two dicts of tensors relative to the largest entry, and where it is."""
-    scale = max(1e-12, *(value.abs().max().item() for value in a.values()))
-    worst = {name: (a[name] - b[name]).abs().max().item() / scale for name in a}
-    name = max(worst, key=lambda each: worst[each] if worst[each] == worst[each] else float("inf"))
-    return worst[name], name
+def unstack(episodes: Episodes) -> list[Task]:
+    """The tasks of a stack, one by one."""
+    return [tree_map(lambda leaf, n=number: leaf[n], episodes.parts) for number in range(len(episodes))]
 
 
-@contextmanager
-def global_randomness() -> Iterator[list[str]]:
-    """Restores the global random generators after the block, and says which of them it moved."""
-    moved: list[str] = []
-    before = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-    try:
-        yield moved
-        after = torch.random.get_rng_state(), np.random.get_state(), random.getstate()
-        if not torch.equal(before[0], after[0]):
-            moved.append("torch")
-        if not all(np.array_equal(x, y) for x, y in zip(before[1], after[1], strict=True)):
-            moved.append("numpy")
-        if before[2] != after[2]:
-            moved.append("random")
-    finally:
-        torch.random.set_rng_state(before[0])
-        np.random.set_state(before[1])
-        random.setstate(before[2])
-
-
-def generator(*labels: str | int) -> torch.Generator:
+def new_generator(*labels: str | int) -> torch.Generator:
     """A generator that is the same in every call."""
     return create_generator(0, "testing", *labels)

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from metareg.errors import MetaregError
 from metareg.registry.plugins import list_entries, resolve
-from metareg.testing._check import CheckFailed
-from metareg.testing._stages import Pair, determinism, finite_differences, strategies
-from metareg.testing._steps import whole_steps
+from metareg.testing.benches import Pair
+from metareg.testing.check import CheckFailed
+from metareg.testing.steps import compare_pair_steps
+from metareg.testing.trainings import compare_finite_differences, compare_strategies, compare_trainings
 
 __all__ = ["NOT_APPLICABLE", "Combination", "combinations"]
 
@@ -46,10 +47,10 @@ class Combination:
         )
         found: dict[str, str | None] = {}
         for name, run in (
-            ("strategies", lambda: strategies(pair)),
-            ("whole steps", lambda: whole_steps(self.pair)),
-            ("finite differences", lambda: finite_differences(pair) if exact else None),
-            ("determinism", lambda: determinism(pair, self.pair())),
+            ("strategies", lambda: compare_strategies(pair)),
+            ("whole steps", lambda: compare_pair_steps(self.pair)),
+            ("finite differences", lambda: compare_finite_differences(pair) if exact else None),
+            ("determinism", lambda: compare_trainings(pair, self.pair())),
         ):
             try:
                 run()

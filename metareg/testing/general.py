@@ -15,7 +15,7 @@ from metareg.registry.dispatch import create_plugin_manager
 from metareg.registry.plugins import list_names
 from metareg.runs.config import RunConfig
 from metareg.runs.options import assemble
-from metareg.testing._check import Subject, fail
+from metareg.testing.check import Subject, fail
 
 __all__ = ["check_configuration", "check_contract_stated", "check_recommended"]
 
@@ -24,11 +24,11 @@ _DEFAULT_TASK = RunConfig().task.name
 
 def check_contract_stated(subject: Subject) -> None:
     """It states the contract that it was written for, and its hooks are those of metareg."""
-    plugin = subject.resolved()
+    plugin = subject.resolve()
     create_plugin_manager([plugin])  # refuses misspelt hooks and arguments
     if not subject.hooks:
         fail(f"The {plugin.label} implements no hook.", "mark the methods that metareg is to call with @hookimpl.")
-    if subject.declared("contract") is None:
+    if subject.attribute("contract") is None:
         fail(
             f"The {plugin.label} does not state the contract that it was written for.",
             f"add the class attribute contract = {CONTRACT_VERSION}.",
@@ -37,7 +37,7 @@ def check_contract_stated(subject: Subject) -> None:
 
 def check_configuration(subject: Subject) -> None:
     """Its options are documented, refuse what they do not know, and survive being written to a file."""
-    plugin = subject.resolved()
+    plugin = subject.resolve()
     cls = getattr(type(plugin.instance), "Config", PluginConfig)
     if not issubclass(cls, PluginConfig):
         fail(f"The Config of the {plugin.label} is no PluginConfig.", "derive it from metareg.PluginConfig.")
@@ -71,7 +71,7 @@ def check_recommended(subject: Subject) -> None:
     own = subject.plugin, subject.config
     runs: dict[str, list[dict[str, Any]]] = {
         "algorithms": [{"algo": own}],
-        "models": [{"model": own, "task": subject.declared("example_task", _DEFAULT_TASK)}],
+        "models": [{"model": own, "task": subject.attribute("example_task", _DEFAULT_TASK)}],
         "tasks": [{"task": own}, *({"task": own, "algo": name} for name in _algorithms_named(subject))],
     }
     for run in runs[subject.kind]:
@@ -86,4 +86,4 @@ def check_recommended(subject: Subject) -> None:
 
 def _algorithms_named(subject: Subject) -> list[str]:
     """The installed algorithms for which a task recommends something of its own."""
-    return sorted(list_names("algorithms") & subject.declared("recommended", {}).keys())
+    return sorted(list_names("algorithms") & subject.attribute("recommended", {}).keys())

@@ -12,23 +12,20 @@ from torch import Tensor
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.sources import TaskSource
-from metareg.runs.options import assemble
-from metareg.testing._bench import Bench, Descent, Given, built
-from metareg.testing._check import Subject, fail
-from metareg.testing._others import Example
-from metareg.testing._plain import Training, trained
-from metareg.testing._stages import Pair
+from metareg.testing.benches import Bench, Pair, RepeatedTasks
+from metareg.testing.check import Subject, fail
+from metareg.testing.loop import Training, train_in_a_loop
 
-__all__ = ["check_compiled", "check_model_steps", "check_steps", "check_task_steps", "whole_steps"]
+__all__ = ["PRECISIONS", "STRATEGIES", "check_compiled", "check_steps", "compare_pair_steps", "compare_steps"]
 
 STEPS, META_BATCH = 3, 2
 """The first call of a strategy runs Python, the second traces and runs the graph, and the third runs it again."""
 
 Options = Mapping[str, Any]
 
-_STRATEGIES: Sequence[Options] = ({"strategy": "serial"}, {"strategy": "traced"}, {"strategy": "vectorized"})
+STRATEGIES: Sequence[Options] = ({"strategy": "serial"}, {"strategy": "traced"}, {"strategy": "vectorized"})
 _EVERY_WAY: Sequence[Options] = (
-    *_STRATEGIES,
+    *STRATEGIES,
     {"strategy": "vectorized", "chunk": 1},
     {"strategy": "serial", "memory": "recompute"},
     {"strategy": "vectorized", "memory": "recompute"},
@@ -59,11 +56,12 @@ DOUBLE = Precision(torch.float64, rounding=1e-8, tolerance=1e-5)
 # A unit of a ReLU network that rounding switches on or off changes gradients by some percent. What other kernels than those
 # of float64 do wrong, such as reading a tensor in another layout, takes a parameter as far away as it went.
 SINGLE = Precision(torch.float32, rounding=1e-3, tolerance=0.5)
+PRECISIONS = (DOUBLE, SINGLE)
 
 
 def check_steps(subject: Subject) -> None:
     """A few steps of fit end, in every strategy, where the steps written out by hooks and `torch.optim.Adam` end."""
-    whole_steps(lambda: Pair.of(subject))
+    compare_pair_steps(lambda: Pair.of(subject))
 
 
 def check_compiled(subject: Subject) -> None:
@@ -71,7 +69,7 @@ def check_compiled(subject: Subject) -> None:
     _compare_pair(lambda: Pair.of(subject), Pair.of(subject).benches[0], DOUBLE, _COMPILED)
 
 
-def whole_steps(new_pair: Callable[[], Pair]) -> None:
+def compare_pair_steps(new_pair: Callable[[], Pair]) -> None:
     """Compare trainings of a pair with the steps written out.
 
     Args:
@@ -79,7 +77,7 @@ def whole_steps(new_pair: Callable[[], Pair]) -> None:
     """
     for bench in new_pair().benches:
         if bench.name == "images":
-            _compare_pair(new_pair, bench, SINGLE, _STRATEGIES)
+            _compare_pair(new_pair, bench, SINGLE, STRATEGIES)
         else:
             _compare_pair(new_pair, bench, DOUBLE, _EVERY_WAY)
             _compare_pair(new_pair, bench, DOUBLE, _FIRST_ORDER)
@@ -89,9 +87,9 @@ def _compare_pair(new_pair: Callable[[], Pair], bench: Bench, precision: Precisi
     def new_learner(**options: Any) -> MetaLearner:
         return new_pair().learner(bench, dtype=precision.dtype, **options)
 
-    _compare(
+    compare_steps(
         new_learner,
-        TaskSource.of(Given(bench.episodes)),
+        TaskSource.of(RepeatedTasks(bench.episodes)),
         precision,
         ways,
         f"{new_pair().label} on the kit's {bench.name}",
@@ -101,50 +99,7 @@ def _compare_pair(new_pair: Callable[[], Pair], bench: Bench, precision: Precisi
     )
 
 
-def check_task_steps(subject: Subject) -> None:
-    """A few steps of fit on its own episodes, with its model and recommended options, end alike in every strategy."""
-    selection = assemble({"algo": Descent, "task": (subject.plugin, subject.config)}, {})
-    task, source = selection.task.instance, TaskSource(selection.task)
-    of_step = selection.config.model_dump(include={"inner_steps", "first_order", "outer_lr", "reset_optimizer_every"})
-    for precision in (DOUBLE, SINGLE):
-
-        def new_learner(dtype: torch.dtype = precision.dtype, **options: Any) -> MetaLearner:
-            model = built(selection.model, task.spec).to(dtype)
-            metric = getattr(task, "metric", None)
-            return MetaLearner(model, selection.algorithm, loss=task.loss, metric=metric, **of_step, **options)
-
-        _compare(
-            new_learner,
-            source,
-            precision,
-            _STRATEGIES if source.stackable else _STRATEGIES[:1],
-            f"the {selection.model.label} on the {subject.label}",
-            "return the same episodes for a number in every call, alone or in a block of numbers, with the task dimension "
-            f"in front; where that is so, see what `metareg check-plugin models {selection.model.name}` says of the model.",
-        )
-
-
-def check_model_steps(subject: Subject) -> None:
-    """A few steps of fit with it end alike in every strategy, in float32 and float64."""
-    example = Example.of(subject)
-    for precision in (DOUBLE, SINGLE):
-
-        def new_learner(dtype: torch.dtype = precision.dtype, **options: Any) -> MetaLearner:
-            return MetaLearner(built(subject.resolved(), example.spec).to(dtype), Descent, loss=example.loss, **options)
-
-        _compare(
-            new_learner,
-            TaskSource.of(Given(example.episodes)),
-            precision,
-            _STRATEGIES,
-            f"the {subject.label}",
-            "let forward compute outputs from its inputs and parameters alone, change nothing, and use operations that "
-            "torch.func.vmap knows.",
-            steps=2,
-        )
-
-
-def _compare(
+def compare_steps(
     new_learner: Callable[..., MetaLearner],
     source: TaskSource,
     precision: Precision,
@@ -171,16 +126,16 @@ def _compare(
     batches = [[stack.to("cpu", precision.dtype) for stack in source.episodes("train", each, 0)] for each in numbers]
     example = batches[0][0].unstack(0)[0]
 
-    def initialized(way: Options) -> MetaLearner:
+    def prepare(way: Options) -> MetaLearner:
         learner = new_learner(**way)
         learner.initialize(example)
         return learner
 
-    plain = trained(lambda: initialized(ways[0]), batches)
+    plain = train_in_a_loop(lambda: prepare(ways[0]), batches)
     for way in ways:
         described = ", ".join([str(precision), *(f"{key}={value}" for key, value in way.items())])
         try:
-            learner = initialized(way).fit(source, steps, meta_batch=META_BATCH)
+            learner = prepare(way).fit(source, steps, meta_batch=META_BATCH)
         except (MetaregError, RuntimeError) as error:
             fail(f"Training {label} fails ({described}): {error}.", remedy)
         off, name = _deviation(learner.meta_parameters, plain, precision)

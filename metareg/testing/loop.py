@@ -17,10 +17,10 @@ from torch.func import functional_call
 
 from metareg.contract.episodes import Episodes
 from metareg.learner.learner import MetaLearner
+from metareg.testing.benches import draw_noise, unstack
 from metareg.util.layout import copy_contiguous
-from metareg.util.torch_internals import tree_map
 
-__all__ = ["Training", "trained"]
+__all__ = ["Training", "train_in_a_loop"]
 
 Tensors = dict[str, Tensor]
 Task = tuple[Any, Tensor, Any, Tensor]
@@ -36,7 +36,7 @@ class Training:
     """The meta-gradient of each step, after `augment_outer_gradient`."""
 
 
-def trained(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[Episodes]]) -> Training:
+def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[Episodes]]) -> Training:
     """Train on a batch a step.
 
     Args:
@@ -51,7 +51,7 @@ def trained(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[E
     gradients: list[Tensors] = []
     for step, stacks in enumerate(batches):
         learner = new_learner()
-        grads = _meta_gradient(learner, meta, [task for stack in stacks for task in _tasks(stack)], step)
+        grads = _meta_gradient(learner, meta, [task for stack in stacks for task in unstack(stack)], step)
         gradients.append(grads)
         every = learner.config.reset_optimizer_every
         if every is not None and step % every == 0:
@@ -68,19 +68,16 @@ def trained(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[E
 
 def _meta_gradient(learner: MetaLearner, meta: Tensors, tasks: Sequence[Task], training_step: int) -> Tensors:
     """The mean over the tasks, changed by the augmenters."""
-    stages, seed, inner_steps = learner.stages, learner.config.seed, learner.config.inner_steps
+    stages, inner_steps = learner.stages, learner.config.inner_steps
     adapted = stages.adapted_parameters(learner.model.names, learner.model.body_names, learner.model.head_names)
     weights = stages.outer_loss_weights(inner_steps, training_step) or [0.0] * (inner_steps - 1) + [1.0]
     mean = {name: torch.zeros_like(value) for name, value in meta.items()}
     for number, task in enumerate(tasks):
-        shapes = {name: tuple(meta[name].shape) for name in adapted}
-        noise = stages.draw_task_noise(shapes, inner_steps, seed, training_step, number)
-        gradient = _task_gradient(learner, meta, adapted, task, _typed(noise, meta), weights)
+        noise = draw_noise(learner, "task", adapted, training_step, number)
+        gradient = _task_gradient(learner, meta, adapted, task, noise, weights)
         mean = {name: value + gradient[name] / len(tasks) for name, value in mean.items()}
-    shapes = {name: tuple(value.shape) for name, value in meta.items()}
-    noise = stages.draw_batch_noise(shapes, inner_steps, seed, training_step)
     with torch.no_grad():
-        return stages.augment_outer_gradient(mean, meta, _typed(noise, meta))
+        return stages.augment_outer_gradient(mean, meta, draw_noise(learner, "batch", meta, training_step))
 
 
 def _task_gradient(
@@ -147,18 +144,3 @@ def _gradient(value: Tensor | float, of: Tensors, *, create_graph: bool = False)
 def _new_adam(meta: Tensors, lr: float) -> torch.optim.Adam:
     """Without the kernels that take many tensors at once."""
     return torch.optim.Adam(list(meta.values()), lr, foreach=False, fused=False)
-
-
-def _tasks(stack: Episodes) -> list[Task]:
-    """The tasks of a stack, one by one."""
-    return [stack.unstack(number) for number in range(len(stack))]
-
-
-def _typed(noise: Mapping[str, Any], meta: Tensors) -> dict[str, Any]:
-    """Noise in the precision of the meta-parameters."""
-    dtype = next(iter(meta.values())).dtype
-
-    def typed(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return {name: tree_map(typed, drawn) for name, drawn in noise.items()}

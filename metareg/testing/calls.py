@@ -1,0 +1,108 @@
+"""The calls of hooks as a training makes them, with arguments that are made anew for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metareg.learner.learner import MetaLearner
+from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
+from metareg.registry.plugins import Plugin
+from metareg.testing.benches import STEPS, Bench, Pair, draw_noise, functions_of, new_generator, unstack
+from metareg.testing.check import Subject
+from metareg.util.seeding import use_seed
+from metareg.util.torch_internals import tree_map
+
+__all__ = ["StageCall", "list_stage_calls"]
+
+
+@dataclass(frozen=True)
+class StageCall:
+    """One implementation of a hook and the arguments that a training would give it."""
+
+    implementation: Implementation
+    arguments: Callable[[], dict[str, Any]]
+
+    @property
+    def hook(self) -> str:
+        return self.implementation.hook
+
+    def __call__(self, arguments: dict[str, Any]) -> Any:
+        # torch's default initialisers draw from the global generator: init_meta may use them, and is seeded as in a run.
+        around = use_seed(0, "testing", "call") if self.hook == "init_meta" else nullcontext()
+        with torch.no_grad(), around:
+            return self.implementation(**arguments)
+
+
+def list_stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[StageCall]:
+    """Every implementation of the plugin, with arguments as they come in a training."""
+    for bench in Pair.of(subject).benches:
+        pair = Pair.of(subject)
+        learner = pair.learner(bench, dtype=dtype)
+        plugin = pair.augmenters[0] if pair.augmenters else pair.algorithm
+        assert isinstance(plugin, Plugin)
+        manager, named = create_plugin_manager([plugin])
+        every = _list_arguments(learner, bench, next(iter(named)))
+        for hook, variants in every.items():
+            for implementation in find_implementations(manager, named, hook):
+                for variant in variants:
+                    yield StageCall(implementation, variant)
+
+
+def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[Callable[[], dict[str, Any]]]]:
+    """For each hook the arguments of some calls, made anew each time that they are asked for."""
+    model, meta = learner.model, learner.meta_parameters
+    task = unstack(bench.episodes.to("cpu", next(iter(meta.values())).dtype))[0]
+    adapted = {each: meta[each] for each in functions_of(learner).adapted_names}
+    shapes = {each: tuple(value.shape) for each, value in adapted.items()}
+    every_shape = {each: tuple(value.shape) for each, value in meta.items()}
+    own = {each[len(name) + 1 :]: value for each, value in meta.items() if each.startswith(f"{name}.")}
+    with torch.no_grad():
+        support_features, support_outputs = model.forward(meta, task[0])
+        features, outputs = model.forward(meta, task[2])
+    noise = draw_noise(learner, "task", adapted, 0, 0).get(name)
+    batch_noise = draw_noise(learner, "batch", meta, 0).get(name)
+
+    def draw_like(values: dict[str, Tensor]) -> dict[str, Tensor]:
+        draw = new_generator("arguments")
+        return {each: torch.randn(value.shape, generator=draw, dtype=value.dtype) for each, value in values.items()}
+
+    def prepare(**arguments: Any) -> Callable[[], dict[str, Any]]:
+        def make() -> dict[str, Any]:
+            copied = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, arguments)
+            return copied | ({"generator": new_generator("call")} if "generator" in arguments else {})
+
+        return make
+
+    inner = [prepare(params=adapted, grads=draw_like(adapted), meta=own, noise=noise, step=k) for k in range(STEPS)]
+    return {
+        "adapted_parameters": [prepare(names=model.names, body=model.body_names, head=model.head_names)],
+        "start_task": [prepare(params=adapted, meta=own)],
+        "inner_update": inner,
+        "draw_noise": [
+            prepare(shapes=shapes, generator=None, inner_steps=STEPS, stage="task"),
+            prepare(shapes=every_shape, generator=None, inner_steps=STEPS, stage="batch"),
+        ],
+        "augment_inner_gradient": inner,
+        "augment_outer_loss": [
+            prepare(
+                features=features, outputs=outputs, targets=task[3], meta=own, loss=learner.loss, metric=learner.metric,
+                noise=noise,
+            )
+        ],
+        "augment_outer_gradient": [prepare(grads=draw_like(meta), meta=own, noise=batch_noise)],
+        "outer_loss_weights": [prepare(inner_steps=STEPS, training_step=step) for step in (0, 1000)],
+        "outer_gradient": [prepare(meta=meta, adapted=draw_like(adapted), inner_steps=STEPS)],
+        "outer_update": [prepare(meta=meta, grads=draw_like(meta), state={})],
+        "init_meta": [
+            prepare(
+                model=model.module, example=task[0], features=support_features, outputs=support_outputs,
+                inner_steps=STEPS, generator=None,
+            )
+        ],
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""Checks of tasks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metareg.contract.episodes import Episodes
+from metareg.contract.tasks import TaskSpec
+from metareg.learner.learner import MetaLearner
+from metareg.registry.sources import TaskSource
+from metareg.runs.options import assemble
+from metareg.testing.benches import Descent, build_model
+from metareg.testing.check import Subject, fail
+from metareg.testing.compare import are_equal, difference, watch_global_randomness
+from metareg.testing.steps import PRECISIONS, STRATEGIES, compare_steps
+from metareg.util.torch_internals import tree_leaves
+
+__all__ = ["check_task_function", "check_task_shapes", "check_task_steps", "check_task_trains"]
+
+SPLITS = ("train", "validation", "test")
+ROUNDING = 1e-8
+
+
+def check_task_function(subject: Subject) -> None:
+    """A task is a function of seed, split and number, whatever was asked for before and beside it."""
+    first, second = TaskSource(subject.resolve()), TaskSource(subject.resolve())
+    for split in SPLITS:
+        with watch_global_randomness() as moved:
+            together, places = first.placed_episodes(split, [2, 0, 1], 0)
+        if moved:
+            fail(
+                f"The {subject.label} moves the global random state of {' and '.join(moved)}.",
+                "draw with metareg.task_uniform, or from a generator seeded by metareg.derive_seed(seed, split, index).",
+            )
+        alone = [second.episodes(split, [number], 0)[0] for number in (2, 0, 1)]
+        beside = [stack[row : row + 1] for stack in together for row in range(len(stack))]
+        for place, task in zip(places, beside, strict=True):
+            number = (2, 0, 1)[place]
+            if not _is_same(subject, task, alone[place]):
+                fail(
+                    f"The {subject.label} gives another task number {number} of '{split}' alone than beside others.",
+                    "let nothing of a task depend on the other numbers that were asked for, nor on earlier calls, and say "
+                    "of several stacks which of the tasks they hold, in the order asked for (Episodes.placed).",
+                )
+        for number, task in zip((2, 0, 1), alone, strict=True):
+            if not are_equal(second.episodes(split, [number], 0)[0].parts, task.parts):
+                fail(
+                    f"The {subject.label} gives another task number {number} of '{split}' when it is asked again.",
+                    "draw from a generator that is seeded anew for every task: metareg.derive_seed(seed, split, index).",
+                )
+    _refuse_equal(
+        subject, first.episodes("train", [0], 0), first.episodes("test", [0], 0), "the splits 'train' and 'test'"
+    )
+    _refuse_equal(subject, first.episodes("train", [0], 0), first.episodes("train", [0], 1), "the seeds 0 and 1")
+    _refuse_equal(subject, first.episodes("train", [0], 0), first.episodes("train", [1], 0), "the numbers 0 and 1")
+
+
+def _is_same(subject: Subject, a: Episodes, b: Episodes) -> bool:
+    """Whether two stacks hold the same task: the same bits, or what a model learns from it where inputs may be padded."""
+    if are_equal(a.parts, b.parts) or isinstance(a.support_x, Tensor):
+        return are_equal(a.parts, b.parts)
+    task = subject.resolve().instance
+    learner = MetaLearner(
+        build_model(task.default_model, task.spec).double(),
+        Descent,
+        loss=task.loss,
+        metric=task.metric,
+        strategy="serial",
+    )
+    (loss_a, grads_a), (loss_b, grads_b) = learner.meta_gradient(a), learner.meta_gradient(b)
+    return difference({"loss": loss_a} | grads_a, {"loss": loss_b} | grads_b)[0] <= ROUNDING
+
+
+def _refuse_equal(subject: Subject, a: list[Episodes], b: list[Episodes], what: str) -> None:
+    if are_equal([each.parts for each in a], [each.parts for each in b]):
+        fail(
+            f"The {subject.label} gives the same task for {what}.",
+            "use seed, split and index, all three, in what seeds the draw.",
+        )
+
+
+def check_task_shapes(subject: Subject) -> None:
+    """Inputs and targets have the shapes and types that `spec` and the loss ask for, and are finite."""
+    plugin = subject.resolve()
+    task = plugin.instance
+    spec: TaskSpec = task.spec
+    for split in SPLITS:
+        batches = TaskSource(plugin).episodes(split, range(3), 0)
+        if getattr(task, "stackable", True) and len(batches) != 1:
+            fail(f"The {subject.label} returns stacks of several sizes.", "say so: stackable = False.")
+        for episodes in batches:
+            for x, y, part in (
+                (episodes.support_x, episodes.support_y, "support"),
+                (episodes.query_x, episodes.query_y, "query"),
+            ):
+                if isinstance(x, Tensor) and tuple(x.shape[2:]) != tuple(spec.input_shape):
+                    fail(
+                        f"The {part} inputs of the {subject.label} have the shape {tuple(x.shape[2:])} each, and spec "
+                        f"says {tuple(spec.input_shape)}.",
+                        "return [tasks, examples, *input_shape], or correct spec.",
+                    )
+                if any(
+                    leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()) for leaf in tree_leaves((x, y))
+                ):
+                    fail(f"The {split} split of the {subject.label} holds NaN or infinity.", "look at the data.")
+                _check_targets(subject, y, spec, task.loss, part)
+
+
+def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part: str) -> None:
+    if loss == "cross_entropy":
+        ways = spec.output_shape[0]
+        if y.dtype != torch.int64 or y.dim() != 2 or int(y.min()) < 0 or int(y.max()) >= ways:
+            fail(
+                f"The {part} targets of the {subject.label} are {y.dtype} of shape {tuple(y.shape)}, "
+                f"{y.min().item()} to {y.max().item()}; spec says {ways} classes.",
+                "return class numbers from 0 to ways − 1 as int64 of the shape [tasks, examples].",
+            )
+    elif loss == "mse" and tuple(y.shape[2:]) != tuple(spec.output_shape):
+        fail(
+            f"The {part} targets of the {subject.label} have the shape {tuple(y.shape[2:])} each, and spec says "
+            f"{tuple(spec.output_shape)}.",
+            "return [tasks, examples, *output_shape], or correct spec.",
+        )
+
+
+def check_task_trains(subject: Subject) -> None:
+    """Its own model can be trained and evaluated on it."""
+    plugin = subject.resolve()
+    task = plugin.instance
+    if task.default_model is None:
+        fail(f"The {subject.label} names no model.", "set default_model to the name of a model that suits it.")
+    source = TaskSource(plugin)
+    learner = MetaLearner(
+        build_model(task.default_model, task.spec), Descent, loss=task.loss, metric=task.metric, strategy="serial"
+    )
+    loss, _ = learner.meta_gradient(source.episodes("train", range(2), 0))
+    if not bool(torch.isfinite(loss)):
+        fail(f"The loss on the {subject.label} is {loss.item()}.", "scale inputs and targets to about 1.")
+    learner.evaluate(source, 2, inner_steps=(0, 1))
+
+
+def check_task_steps(subject: Subject) -> None:
+    """A few steps of fit on its own episodes, with its model and recommended options, end alike in every strategy."""
+    selection = assemble({"algo": Descent, "task": (subject.plugin, subject.config)}, {})
+    task, source = selection.task.instance, TaskSource(selection.task)
+    of_step = selection.config.model_dump(include={"inner_steps", "first_order", "outer_lr", "reset_optimizer_every"})
+    for precision in PRECISIONS:
+
+        def new_learner(dtype: torch.dtype = precision.dtype, **options: Any) -> MetaLearner:
+            model = build_model(selection.model, task.spec).to(dtype)
+            metric = getattr(task, "metric", None)
+            return MetaLearner(model, selection.algorithm, loss=task.loss, metric=metric, **of_step, **options)
+
+        compare_steps(
+            new_learner,
+            source,
+            precision,
+            STRATEGIES if source.stackable else STRATEGIES[:1],
+            f"the {selection.model.label} on the {subject.label}",
+            "return the same episodes for a number in every call, alone or in a block of numbers, with the task dimension "
+            f"in front; where that is so, see what `metareg check-plugin models {selection.model.name}` says of the model.",
+        )

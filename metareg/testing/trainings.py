@@ -1,0 +1,241 @@
+"""Checks of trainings with an algorithm or an augmenter: gradients, strategies, repetition, composition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metareg.engine.derivative import compute_meta_gradient
+from metareg.errors import MetaregError
+from metareg.registry.plugins import list_entries, resolve
+from metareg.testing.benches import STEPS, Bench, Descent, Pair, draw_noise, functions_of, new_generator, unstack
+from metareg.testing.check import Subject, fail
+from metareg.testing.compare import ROUNDING, are_equal, difference, snapshot
+from metareg.util.seeding import use_seed
+from metareg.util.torch_internals import tree_leaves
+
+__all__ = [
+    "check_composition", "check_determinism", "check_finite_differences", "check_learns", "check_model_unchanged",
+    "check_resume", "check_strategies", "compare_finite_differences", "compare_strategies", "compare_trainings",
+]  # fmt: skip
+
+# Central differences of step 1e-5 in float64 err by about 1e-10 of the objective.
+DIFFERENCE_STEP = 1e-5
+DIFFERENCE_TOLERANCE = 1e-6
+
+_STRATEGY_REMEDY = (
+    "let control flow depend on shapes and the step's number only, never on the values of tensors; use operations that "
+    "torch.func.vmap knows; keep no tensors on self."
+)
+
+LEARNING_STEPS, LEARNING_STEP, LEARNING_FACTOR = 50, 0.02, 0.7
+
+
+def check_model_unchanged(subject: Subject) -> None:
+    """Training leaves the model's buffers and its own parameters alone: all that learns are the meta-parameters."""
+    for bench in Pair.of(subject).benches:
+        learner = Pair.of(subject).learner(bench)
+        before = snapshot(learner.model.module)
+        structure = [name for name, _ in learner.model.module.named_modules()]
+        for _ in range(2):
+            learner.step(bench.episodes)
+        after = snapshot(learner.model.module)
+        if before.keys() != after.keys() or structure != [name for name, _ in learner.model.module.named_modules()]:
+            fail(f"Training with the {subject.label} added to the model.", "keep what learns in init_meta's dict.")
+        changed = [name for name in before if not torch.equal(before[name], after[name])]
+        if changed:
+            fail(
+                f"Training with the {subject.label} changed '{changed[0]}' of the model in place.",
+                "keep no reference to the model, and write to none of its parameters and buffers.",
+            )
+
+
+def check_finite_differences(subject: Subject) -> None:
+    """The meta-gradient is the derivative of the objective, for every meta-parameter, in float64."""
+    compare_finite_differences(Pair.of(subject))
+
+
+def compare_finite_differences(pair: Pair) -> None:
+    """Compare the meta-gradient of a pair with central differences of its objective."""
+    bench = pair.benches[0]
+    learner = pair.learner(bench)
+    functions, task = functions_of(learner), unstack(bench.episodes)[0]
+    # Away from the start, where meta-parameters that begin at zero would hide a missing factor.
+    meta = {
+        name: value
+        + 0.05 * value.abs().mean() * torch.randn(value.shape, generator=new_generator(name), dtype=value.dtype)
+        for name, value in learner.meta_parameters.items()
+    }
+    noise = draw_noise(learner, "task", functions.adapted_names, 0, 0)
+    of_steps = learner.stages.outer_loss_weights(STEPS, 0)
+    weights = None if of_steps is None else torch.tensor(of_steps, dtype=torch.float64)
+    with torch.no_grad():
+        grads, *_ = compute_meta_gradient(functions, meta, task, noise, weights)
+        for name, value in meta.items():
+            direction = torch.randn(value.shape, generator=new_generator("direction", name), dtype=value.dtype)
+            direction = DIFFERENCE_STEP * direction / direction.norm()
+            ahead, _ = functions.objective({**meta, name: value + direction}, task, noise, weights)
+            behind, _ = functions.objective({**meta, name: value - direction}, task, noise, weights)
+            measured = (ahead - behind).item() / (2 * DIFFERENCE_STEP)
+            claimed = (grads[name] * direction).sum().item() / DIFFERENCE_STEP
+            scale = max(abs(measured), grads[name].norm().item() / max(1.0, value.numel() ** 0.5))
+            if not abs(measured - claimed) <= DIFFERENCE_TOLERANCE * scale + 1e-9:
+                fail(
+                    f"The meta-gradient of '{name}' with {pair.label} is {claimed:.6g} along a direction in which the "
+                    f"objective's finite difference is {measured:.6g}.",
+                    "let the derivative through: no .detach(), no .data, no torch.no_grad(), no float() or .item() in a "
+                    "stage; where a constant is meant, declare exact_gradient = False.",
+                )
+
+
+def check_strategies(subject: Subject) -> None:
+    """Task after task, vectorized, traced and in chunks, with stored and recomputed graphs: one gradient."""
+    compare_strategies(Pair.of(subject))
+
+
+def compare_strategies(pair: Pair) -> None:
+    """Compare every strategy and memory of a pair with the serial, stored one."""
+    for bench in pair.benches:
+        expected = _gradient(pair, bench)
+        for options in (
+            {"strategy": "vectorized"},
+            {"strategy": "vectorized", "memory": "recompute"},
+            {"strategy": "serial", "memory": "recompute"},
+        ):
+            _compare_gradient(
+                pair, bench, expected, options, traced=bench.name == "vectors" and options["strategy"] == "vectorized"
+            )
+    bench = pair.benches[0]
+    _compare_gradient(pair, bench, _gradient(pair, bench), {"strategy": "vectorized", "chunk": 2})
+    first_order = _gradient(pair, bench, first_order=True)
+    _compare_gradient(
+        pair, bench, first_order, {"strategy": "vectorized", "memory": "recompute", "first_order": True}, traced=True
+    )
+
+
+def check_determinism(subject: Subject) -> None:
+    """The seed alone decides: two trainings are equal to the last bit."""
+    compare_trainings(Pair.of(subject), Pair.of(subject))
+
+
+def compare_trainings(pair: Pair, again: Pair) -> None:
+    """Train twice from one seed, with other global random states."""
+    bench = pair.benches[0]
+    results = []
+    for number, each in enumerate((pair, again)):
+        with use_seed(number, "testing", "global"):
+            learner = each.learner(bench, strategy="vectorized")
+            for _ in range(3):
+                learner.step(bench.episodes)
+            results.append(learner.meta_parameters)
+    if not are_equal(*results):
+        name = next(name for name in results[0] if not torch.equal(results[0][name], results[1][name]))
+        fail(
+            f"Two trainings with {pair.label} from one seed end in different values of '{name}'.",
+            "draw from the generators that init_meta and draw_noise are given, and from nothing else.",
+        )
+
+
+def check_resume(subject: Subject) -> None:
+    """A training that stops and goes on in a new process ends in the same bits: nothing is kept outside of its state."""
+    pair, again = Pair.of(subject), Pair.of(subject)
+    bench = pair.benches[0]
+    through, resumed = pair.learner(bench), again.learner(bench)
+    state: dict[str, Any] = {}
+    for step in range(4):
+        if step == 2:
+            state = snapshot(through.state())
+            kept = tree_leaves(state["outer_state"])
+            odd = [leaf for leaf in kept if not isinstance(leaf, Tensor | int | float | str | None)]
+            if odd:
+                fail(
+                    f"The state that outer_update of the {subject.label} returns holds a {type(odd[0]).__name__}.",
+                    "keep tensors, numbers, texts and dicts of them in it, which a checkpoint can hold.",
+                )
+        through.step(bench.episodes)
+    resumed.load_state(state)
+    for _ in range(2):
+        resumed.step(bench.episodes)
+    if not are_equal(through.meta_parameters, resumed.meta_parameters):
+        fail(
+            f"A training with the {subject.label} that goes on from a checkpoint ends in other values than one that was "
+            "not interrupted.",
+            "keep nothing on self from step to step; what outer_update must remember belongs into the state that it "
+            "returns.",
+        )
+
+
+def check_learns(subject: Subject) -> None:
+    """Training lowers the query loss after adaptation, on three related linear tasks."""
+    pair = Pair.of(subject)
+    bench = pair.benches[0]
+    learner = pair.learner(bench, strategy="vectorized", outer_lr=LEARNING_STEP)
+    losses = []
+    for _ in range(LEARNING_STEPS):
+        learner.step(bench.episodes)
+        losses.append(learner.logs["query_loss"])
+    if not losses[-1] < LEARNING_FACTOR * losses[0]:
+        fail(
+            f"After {LEARNING_STEPS} training steps with {pair.label} the query loss is {losses[-1]:.3g}; it began at "
+            f"{losses[0]:.3g}.",
+            "look at the sign of what outer_gradient or augment_outer_gradient returns, and at outer_update; a gradient "
+            "points uphill.",
+        )
+
+
+def check_composition(subject: Subject) -> None:
+    """It works with every other installed augmenter, or algorithm, that works alone."""
+    other = "augmenters" if subject.kind == "algorithms" else "algorithms"
+    for entry in list_entries(other):
+        try:
+            plugin = resolve(other, entry.qualified)
+            partner = Pair(plugin) if other == "algorithms" else Pair(Descent, (plugin,))
+            _gradient(partner, partner.benches[0], strategy="vectorized")
+        except Exception:  # a plugin that does not work alone says nothing about this one
+            continue
+        own = subject.resolve()
+        pair = Pair(own, (plugin,)) if other == "augmenters" else Pair(plugin, (own,))
+        bench = pair.benches[0]
+        try:
+            expected = _gradient(pair, bench)
+            _compare_gradient(pair, bench, expected, {"strategy": "vectorized", "memory": "recompute"})
+        except MetaregError as error:
+            fail(
+                f"The {subject.label} does not work with '{entry.name}' of {entry.distribution}: {error}",
+                "rely on nothing but the arguments: names, shapes and numbers of parameters are other plugins' too.",
+            )
+
+
+def _gradient(pair: Pair, bench: Bench, **options: Any) -> dict[str, Tensor]:
+    loss, grads = pair.learner(bench, **options).meta_gradient(bench.episodes)
+    bad = [name for name, value in {"the objective": loss, **grads}.items() if not bool(torch.isfinite(value).all())]
+    if bad:
+        fail(f"With {pair.label}, {bad[0]} is not finite on the kit's {bench.name}.", "look for divisions by zero.")
+    return {"the objective": loss} | grads
+
+
+def _compare_gradient(
+    pair: Pair,
+    bench: Bench,
+    expected: dict[str, Tensor],
+    options: dict[str, Any],
+    *,
+    traced: bool = False,
+) -> None:
+    described = ", ".join(f"{key}={value}" for key, value in options.items())
+    learner = pair.learner(bench, **options)
+    # The first call runs the Python of the plugin, the second one its traced operations.
+    for _ in range(2 if traced else 1):
+        try:
+            loss, grads = learner.meta_gradient(bench.episodes)
+        except (MetaregError, RuntimeError) as error:
+            fail(f"{pair.label} fails on the kit's {bench.name} with {described}: {error}.", _STRATEGY_REMEDY)
+        off, name = difference(expected, {"the objective": loss} | grads)
+        if not off <= ROUNDING:
+            fail(
+                f"With {pair.label} on the kit's {bench.name}, {described} gives another meta-gradient than serial: "
+                f"'{name}' differs by {off:.1e} of the largest entry.",
+                _STRATEGY_REMEDY,
+            )
