@@ -13,12 +13,12 @@ from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.errors import MetaregError, UsageError
 from metareg.registry.plugins import list_entries
 
-__all__ = ["new_plugin"]
+__all__ = ["write_plugin"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 # How a plugin of each kind is chosen on the command line and in Python.
-_CHOSEN = {
+_USES = {
     "algorithms": ("--algo {name} --augment cml", 'algo="{name}"'),
     "augmenters": ("--augment {name}", 'augment=["{name}"]'),
     "tasks": ("--task {name}", 'task="{name}"'),
@@ -27,7 +27,7 @@ _CHOSEN = {
 }
 
 
-def new_plugin(kind: str, name: str, parent: Path) -> Path:
+def write_plugin(kind: str, name: str, parent: Path) -> Path:
     """Write the package ``metareg-NAME`` with a working plugin, its entry point, tests and a README.
 
     Args:
@@ -56,7 +56,7 @@ def new_plugin(kind: str, name: str, parent: Path) -> Path:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".metareg-") as temporary:
             package = Path(temporary, folder.name)
-            for path, text in _files(kind, name).items():
+            for path, text in _render_files(kind, name).items():
                 (package / path).parent.mkdir(parents=True, exist_ok=True)
                 (package / path).write_text(text, encoding="utf-8")
             package.rename(folder)
@@ -65,9 +65,9 @@ def new_plugin(kind: str, name: str, parent: Path) -> Path:
     return folder
 
 
-def _files(kind: str, name: str) -> dict[str, str]:
+def _render_files(kind: str, name: str) -> dict[str, str]:
     words = name.split("-")
-    flags, arguments = _CHOSEN[kind]
+    flags, arguments = _USES[kind]
     module = f"metareg_{name.replace('-', '_')}"
     values = {
         "kind": kind,

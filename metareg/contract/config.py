@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from metareg.errors import UnknownNameError, UsageError
+from metareg.errors import UnknownNameError, UsageError, nearest
 
 __all__ = [
     "NO_PLUGIN",
@@ -101,7 +102,11 @@ def _sentence(error: Any) -> str:
         return problem
     if error["type"] == "missing":
         return f"'{key}' is required and has no value"
-    return f"{key} = {error['input']!r} cannot be used: {problem[0].lower()}{problem[1:]}"
+    hint = ""
+    if error["type"] == "literal_error":
+        close = nearest(str(error["input"]), re.findall("'(.*?)'", error["ctx"]["expected"]))
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return f"{key} = {error['input']!r} cannot be used: {problem[0].lower()}{problem[1:]}{hint}"
 
 
 class PluginSpec(PluginConfig):

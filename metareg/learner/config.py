@@ -69,7 +69,7 @@ class LearnerConfig(PluginConfig):
 class Schedule(PluginConfig):
     """When what happens in training."""
 
-    steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, description="Training steps; they can be raised.")
+    steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, description="Training steps.")
     meta_batch: Annotated[int, Flag()] = Field(4, ge=1, description="Tasks per training step.")
     log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")
     eval_every: int | None = Field(

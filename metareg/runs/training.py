@@ -86,9 +86,8 @@ def train(
         DivergenceError: training produced a number that is not finite; the last good checkpoint is in the folder.
         Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
     """
-    named = [each for each in observers if isinstance(each, str)]
-    observers = [each for each in observers if not isinstance(each, str)]
-    given = {"algo": algo, "augment": augment, "task": task, "model": model, "observers": named or None}
+    named, observers = _split_observers(observers)
+    given = {"algo": algo, "augment": augment, "task": task, "model": model, **named}
     out = Path(out) if out is not None else None
 
     def select() -> Selection:
@@ -130,9 +129,17 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
         UsageError: there is no run, another process works on it, or an option would change its meaning.
     """
     path = Path(path)
+    named, observers = _split_observers(observers)
     with join_processes() as processes:
         stored = processes.first(lambda: read_config(path))
-        return _resume(path, processes.each(lambda: assemble(stored.model_dump(), options)), observers, processes)
+        selection = processes.each(lambda: assemble(stored.model_dump(), options | named))
+        return _resume(path, selection, observers, processes)
+
+
+def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], list[Any]]:
+    """The names among some observers, as an option where there are any; and the objects."""
+    names = [each for each in observers if isinstance(each, str)]
+    return {"observers": names} if names else {}, [each for each in observers if not isinstance(each, str)]
 
 
 def _should_resume(out: Path, resume: bool) -> bool:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from metareg.cli import app as cli
 from metareg.registry.plugins import DISABLE_VARIABLE
+from metareg.runs.config import RunConfig
 
 TINY = ["--steps", "3", "--set", "eval_tasks=2", "--set", "test_tasks=3", "--set", "test_inner_steps=[0, 1]"]
 
@@ -59,11 +60,28 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_help_says_what_the_defaults_are(metareg: Command) -> None:
     for command, default in (
-        ("train", "Algorithm (maml)."),
+        ("train", "The algorithm (maml)."),
         ("compare", "Tasks, with commas (sinusoid)."),
         ("eval", "METAREG_DATA"),
     ):
         assert default in " ".join(metareg(command, "--help").output.replace("│", " ").split())
+
+
+def test_every_option_with_a_flag_has_it_in_train(metareg: Command) -> None:
+    shown = " ".join(metareg("train", "--help").output.replace("│", " ").split())
+    for name, field in RunConfig.model_fields.items():
+        flag = RunConfig.list_flags().get(name)
+        assert (f" {flag or '--' + name.replace('_', '-')} " in shown) == (flag is not None), name
+        if flag is not None:
+            assert (field.description or "").removesuffix(".") in shown
+    for choice in ("serial", "traced", "vectorized", "compiled", "rollback", "recompute", "bf16"):
+        assert choice in shown
+
+
+def test_resume_takes_what_may_change(metareg: Command) -> None:
+    shown = metareg("resume", "--help").output
+    assert all(flag in shown for flag in ("--steps", "--strategy", "--memory", "--chunk", "--device", "--on-nonfinite"))
+    assert not any(flag in shown for flag in ("--seed", "--algo", "--inner-steps", "--first-order"))
 
 
 # --------------------------------------------------------------------------------------------------------------- training
@@ -118,6 +136,23 @@ def test_options_stand_before_the_file(metareg: Command, tmp_path: Path) -> None
     assert (config["steps"], config["seed"], config["algo"]) == (3, 3, {"name": "boil", "config": {"inner_lr": 0.2}})
 
 
+def test_a_flag_stands_before_set(metareg: Command, tmp_path: Path) -> None:
+    assert metareg("train", *TINY, "--set", "steps=9", "--set", "seed=4", "--seed", "5", "--out", "r").code == 0
+    config = yaml.safe_load((tmp_path / "r" / "config.yaml").read_text())
+    assert (config["steps"], config["seed"]) == (3, 5)
+
+
+def test_paths_begin_with_the_home_folder(metareg: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "c.yaml").write_text("steps: 2\n")
+    assert metareg("train", "--config=~/c.yaml", "--out=~/r", *TINY[2:]).code == 0
+    assert (tmp_path / "home" / "r" / "results.json").is_file()
+    assert metareg("export", "~/r", "--to=~/learner.safetensors").code == 0
+    assert (tmp_path / "home" / "learner.safetensors").is_file()
+    assert not (tmp_path / "~").exists()
+
+
 def test_runs_without_a_name_get_new_folders(metareg: Command, tmp_path: Path) -> None:
     assert metareg("train", *TINY).code == metareg("train", *TINY).code == 0
     assert len(list((tmp_path / "runs").iterdir())) == 2
@@ -142,6 +177,11 @@ BAD = [
     (["--seed", "-1"], "seed = -1 cannot be used"),
     (["--chunk", "0"], "chunk = 0 cannot be used"),
     (["--strategy", "fast"], "strategy = 'fast' cannot be used"),
+    (["--strategy", "compild"], "did you mean 'compiled'?"),
+    (["--norm", "support"], "no option named '--norm' any more: it is '--bn-statistics' now"),
+    (["--norm=support"], "it is '--bn-statistics' now"),
+    (["--log-every", "5"], "no option named '--log-every' in this command; write '--set log_every=VALUE'"),
+    (["--observers", "tensorboard"], "write '--observe'"),
     (["--memory", "none"], "memory = 'none' cannot be used"),
     (["--bn-statistics", "batch"], "bn_statistics = 'batch' cannot be used"),
     (["--device", "cuda:99"], "no device 'cuda:99' here"),
@@ -379,3 +419,8 @@ def test_observers_by_name(metareg: Command, tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "run" / "watched").read_text() == "to the end"
     config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert [each["name"] for each in config["observers"]] == ["watch"]
+
+    assert metareg("train", *TINY, "--out", "other").code == 0
+    assert metareg("resume", "other", "--steps", "4", "--observe", "watch").code == 0
+    assert (tmp_path / "other" / "watched").read_text() == "to the end"
+    assert metareg("resume", "other", "--set", "observers=[watch]").code == 2

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from metareg.cli.app import run
-from metareg.cli.scaffold import new_plugin
+from metareg.cli.scaffold import write_plugin
 from metareg.registry.plugins import KINDS, list_entries
 
 ROOT = Path(__file__).parents[2]
@@ -62,7 +62,7 @@ def test_new_plugin_is_listed_trains_and_passes_its_checks(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
-    folder = new_plugin(kind, "of-mine", tmp_path)
+    folder = write_plugin(kind, "of-mine", tmp_path)
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,I,B,UP", "--line-length", "120"]
     command.append(str(folder))
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
@@ -97,7 +97,7 @@ def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
 def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = new_plugin("algorithms", "halved", tmp_path)
+    folder = write_plugin("algorithms", "halved", tmp_path)
     module = folder / "metareg_halved" / "__init__.py"
     module.write_text(
         module.read_text(encoding="utf-8").replace("value - self", "value - 0.5 * self"), encoding="utf-8"

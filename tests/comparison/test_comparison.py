@@ -22,7 +22,8 @@ from rich.console import Console
 import metareg
 from comparisons import DEMO, write_comparison
 from metareg.cli import app as cli
-from metareg.cli.display import ComparisonProgress, comparison_report
+from metareg.cli.progress import ComparisonProgress
+from metareg.cli.tables import print_comparison
 from metareg.comparison.overrides import override
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
@@ -264,7 +265,7 @@ def test_flags_alone_change_what_a_folder_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: None))
-    monkeypatch.setattr("metareg.cli.display.comparison_report", lambda *_: None)
+    monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
     folder = tmp_path / "c"
     options = [f"--set={key}={value}" for key, value in TINY.items()]
 
@@ -462,7 +463,7 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
 def test_python_says_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: "no", again=False))
-    monkeypatch.setattr("metareg.cli.display.comparison_report", lambda *_: None)
+    monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
 
     space = {"inner_lr": [0.01, 0.1], "outer_lr": None}
     comparison = metareg.compare("maml", ["none", "cml"], "sinusoid", seeds=2, space=space, search=3, steps=9)
@@ -556,7 +557,7 @@ def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
     comparison.carry_out(StopRequest())
     shown = io.StringIO()
 
-    comparison_report(comparison, Console(file=shown, width=120))
+    print_comparison(comparison, Console(file=shown, width=120))
 
     text = shown.getvalue()
     assert "sinusoid, 10-shot" in text

@@ -17,7 +17,7 @@ import yaml
 from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
-from metareg.cli.display import ComparisonProgress
+from metareg.cli.progress import ComparisonProgress
 from metareg.comparison.overrides import override, split_assignments
 from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
 from metareg.comparison.plan import check as check_plan

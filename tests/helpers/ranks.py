@@ -301,7 +301,7 @@ def main(folder: Path) -> dict[str, Any]:
     found["failure"] = _error(lambda: run_of(folder / "failed", {"failure": 5 * 9}))
     found["observer"] = _error(lambda: run_of(folder / "told", observers=[Failing()]))
 
-    metareg.cli.app._let_the_first_speak = lambda: None
+    metareg.cli.app._wait_for_leader = lambda: None
     found["spoken"] = {
         "name": _spoken(["train", "--algo", "mamal", "--out", folder / "none"]),
         "option": _spoken(["train", "--steps", "many", "--out", folder / "none"]),

@@ -112,15 +112,13 @@ def test_the_command_of_an_arm_trains_its_runs(
     plan = Plan(tmp_path, ComparisonConfig.model_validate(config))
     (run,) = plan.runs({plan.arms[0]: chosen})
     given: list[Any] = []
-    monkeypatch.setattr("metareg.runs.training.train", lambda *names, **rest: given.append((names, rest)))
-    monkeypatch.setattr("metareg.cli.display.report", lambda *_: None)
+    monkeypatch.setattr("metareg.runs.training.train", lambda **rest: given.append(rest))
+    monkeypatch.setattr("metareg.cli.tables.print_results", lambda *_: None)
 
     assert cli.run(shlex.split(command_of(run).replace("SEED", "7"))[1:]) == 0
 
-    (algo, augment, task), rest = given[0]
-    named = {"algo": algo, "augment": augment, "task": task} | ({"model": rest["model"]} if rest["model"] else {})
-    fields = {"model", "out", "config", "observers", "resume"}
-    typed = assemble(named, {key: value for key, value in rest.items() if key not in fields})
+    fields = {"out", "config", "observers", "resume"}
+    typed = assemble({}, {key: value for key, value in given[0].items() if key not in fields})
     assert typed.config == assemble(run.config, run.options).config
 
 

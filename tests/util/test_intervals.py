@@ -18,7 +18,7 @@ from scipy import stats
 import metareg
 from comparisons import write_comparison
 from metareg import Evaluation
-from metareg.cli.display import evaluation_table
+from metareg.cli.tables import create_evaluation_table
 from metareg.comparison.plan import ComparisonConfig, Plan
 from metareg.comparison.reproduction import Recipe, judge
 from metareg.comparison.statistics import over_seeds, over_tasks
@@ -79,7 +79,7 @@ def test_what_a_person_sees_of_a_run(run: Run) -> None:
     half = scipys(run.evaluation.scores[:, 0].double().numpy())
     assert f"± {half:.2g}" in str(run.evaluation)
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(evaluation_table(run.evaluation))
+    console.print(create_evaluation_table(run.evaluation))
     assert f"± {half:.4f}" in console.export_text()
     (axes,) = plot_inner_steps(run.evaluation).axes
     ((_, _, (bars,)),) = axes.containers

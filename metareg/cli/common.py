@@ -1,0 +1,101 @@
+"""What the commands share: consoles, options that several have, and how they are read."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from metareg.errors import MetaregError
+from metareg.registry.plugins import DISABLE_VARIABLE, list_entries
+
+__all__ = [
+    "Data",
+    "Device",
+    "InnerSteps",
+    "NoPlugin",
+    "RunFolder",
+    "complete_names",
+    "errors",
+    "output",
+    "path_option",
+    "set_data_folder",
+    "set_option",
+    "write_output",
+]
+
+# Errors and progress go to stderr, results to stdout: `metareg eval RUN --json | jq` works.
+errors = Console(stderr=True, highlight=False)
+output = Console(highlight=False)
+
+
+def complete_names(kind: str) -> Callable[[str], list[str]]:
+    """What completes a plugin's name in a shell."""
+    return lambda incomplete: [entry.name for entry in list_entries(kind) if entry.name.startswith(incomplete)]
+
+
+def _disable_plugins(names: list[str] | None) -> list[str] | None:
+    """Disable plugins in this process and in those that it starts."""
+    disabled = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
+    os.environ[DISABLE_VARIABLE] = ",".join(filter(None, disabled))
+    return names
+
+
+def _expand_path(path: Path | None) -> Path | None:
+    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 (that of pathlib can raise)
+
+
+def path_option(*flags: str, metavar: str, help: str) -> Any:
+    """An option that takes a path, which may begin with ``~``."""
+    return typer.Option(*flags, metavar=metavar, help=help, callback=_expand_path)
+
+
+def set_option(help: str) -> Any:
+    """The option ``--set KEY=VALUE``."""
+    return typer.Option("--set", metavar="KEY=VALUE", help=help)
+
+
+RunFolder = Annotated[
+    Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False, callback=_expand_path)
+]
+Data = Annotated[
+    Path | None, path_option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+InnerSteps = Annotated[int | None, typer.Option(help="Adaptation steps (those of training).")]
+NoPlugin = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--no-plugin", metavar="NAME", help="Leave an installed plugin out. Repeatable.", callback=_disable_plugins
+    ),
+]
+
+
+def set_data_folder(data: Path | None) -> None:
+    """Let this process, and those that it starts, look for data in a folder."""
+    if data is not None:
+        os.environ["METAREG_DATA"] = str(data.absolute())
+
+
+def write_output(text: str) -> None:
+    """Write a text to the output.
+
+    Raises:
+        MetaregError: it cannot take it: a full disk, a reader that has gone, an encoding without one of the signs.
+    """
+    try:
+        print(text, end="", flush=True)
+    except UnicodeEncodeError as error:
+        sign = error.object[error.start]
+        raise MetaregError(
+            f"The output's encoding, {error.encoding}, has no '{sign}'; --out FILE writes UTF-8."
+        ) from error
+    except OSError as error:
+        # What is left would be tried again at the end of the process, and say more than this sentence.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise MetaregError(f"The output cannot be written: {error.strerror}.") from error

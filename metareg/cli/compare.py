@@ -1,0 +1,189 @@
+"""``metareg compare``, ``report`` and ``reproduce``."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from metareg.cli.common import (
+    Data,
+    Device,
+    NoPlugin,
+    complete_names,
+    errors,
+    output,
+    path_option,
+    set_data_folder,
+    set_option,
+    write_output,
+)
+from metareg.cli.flags import takes_run_options
+from metareg.errors import UsageError
+
+__all__ = ["compare", "report", "reproduce"]
+
+
+@takes_run_options(lambda _: ("steps",))
+def compare(
+    algo: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Algorithms, with commas (maml).", autocompletion=complete_names("algorithms")
+        ),
+    ] = None,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain (none).",
+            autocompletion=complete_names("augmenters"),
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Tasks, with commas (sinusoid).", autocompletion=complete_names("tasks")),
+    ] = None,
+    seeds: Annotated[
+        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (1).")
+    ] = None,
+    assignments: Annotated[
+        list[str] | None,
+        set_option(
+            "An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1) are tried "
+            "for each arm on validation tasks. Repeatable.",
+        ),
+    ] = None,
+    search: Annotated[
+        int | None,
+        typer.Option(metavar="N", help="Choose each arm's settings by N trials on validation tasks (Optuna)."),
+    ] = None,
+    search_over: Annotated[
+        str | None,
+        typer.Option(metavar="KEYS", help="Which options to search (those of the algorithm and the augmenters)."),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        path_option(metavar="FILE", help="YAML with the whole comparison; options given here stand before it."),
+    ] = None,
+    out: Annotated[
+        Path | None, path_option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
+    ] = None,
+    launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    ray_address: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (one is started)."),
+    ] = None,
+    data: Data = None,
+    _no_plugin: NoPlugin = None,
+    **options: Any,
+) -> None:
+    """Compare algorithms and augmenters on tasks over seeds: [bold]metareg compare --augment none,cml --seeds 5[/].
+
+    The same seed gives every arm the same initial weights, training tasks and test tasks. Finished runs are kept: the same
+    command again goes on where it stopped, and tries again what broke. What is given with an --out that holds a comparison
+    changes that one: [bold]--out DIR --seeds 10[/] adds seeds.
+    """
+    set_data_folder(data)
+    from metareg.cli.progress import ComparisonProgress
+    from metareg.cli.tables import print_comparison
+    from metareg.comparison.overrides import split_assignments
+    from metareg.comparison.runner import compare as carry_out
+
+    if search_over is not None and search is None:
+        raise UsageError("--search-over names what --search N varies; give the number of trials too.")
+    given, space = split_assignments(assignments or [])
+    for key in given.keys() & inspect.signature(carry_out).parameters.keys():
+        raise UsageError(f"--set cannot set '{key}'; `metareg compare --help` says how it is given.")
+    searched = [key.strip() for key in (search_over or "").split(",") if key.strip()]
+    with ComparisonProgress(errors) as progress:
+        comparison = carry_out(
+            algo, augment, task, seeds=seeds, out=out, config=config, space={**dict.fromkeys(searched), **space},
+            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress, **(given | options),
+        )  # fmt: skip
+    print_comparison(comparison, output)
+    if comparison.broken:
+        raise typer.Exit(1)
+
+
+def report(
+    path: Annotated[
+        Path, typer.Argument(help="The comparison's folder, finished or not.", metavar="DIR", show_default=False)
+    ],
+    format: Annotated[
+        str | None,
+        typer.Option(metavar="FORMAT", help="markdown, html, latex or csv (what --out ends in; markdown)."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        path_option(metavar="FILE", help="Write there (html: report.html in DIR; the others: to the output)."),
+    ] = None,
+    inner_steps: Annotated[
+        int | None,
+        typer.Option(metavar="K", help="Compare after K inner steps (the last number that was tested after)."),
+    ] = None,
+) -> None:
+    """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
+    from metareg.reporting import format_of, write
+    from metareg.reporting import report as format_report
+
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out takes a file; {out} is a folder.")
+    chosen = format_of(out) if format is None else format
+    if out is None and chosen != "html":
+        write_output(format_report(path, chosen, inner_steps=inner_steps))
+    else:
+        output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
+
+
+def reproduce(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[RECIPE]", help="A recipe's name, or a YAML file of your own.", show_default=False),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (the recipe's)."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        path_option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
+    ] = None,
+    data: Data = None,
+    device: Device = None,
+    _no_plugin: NoPlugin = None,
+) -> None:
+    """Carry out a recipe, and say whether the value that it is expected to reach was reached; without a name, list them.
+
+    The exit code is 1 where the value was not reached.
+    """
+    from metareg.comparison.reproduction import find_recipe, recipes
+    from metareg.comparison.reproduction import reproduce as carry_out
+
+    if name is None:
+        if any(given is not None for given in (seeds, out, jobs, data, device)):
+            raise UsageError("Name a recipe; `metareg reproduce` lists them.")
+        from metareg.cli.tables import create_recipe_table
+
+        output.print(create_recipe_table(recipes()))
+        return
+    recipe = find_recipe(name)
+    set_data_folder(data)
+    from metareg.cli.progress import ComparisonProgress
+
+    for text in filter(None, (recipe.summary, recipe.notes)):
+        errors.print(escape(text))
+    with ComparisonProgress(errors) as progress:
+        verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, watcher=progress)
+    output.print(escape(str(verdict)), soft_wrap=True)
+    if verdict.reached is False:
+        raise typer.Exit(1)

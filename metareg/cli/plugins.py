@@ -1,0 +1,123 @@
+"""``metareg plugins``, ``show``, ``new-plugin``, ``check-plugin`` and ``doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from metareg.cli.common import errors, output, path_option, set_option
+from metareg.errors import MetaregError, UnknownNameError
+from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries
+
+__all__ = ["check_plugin", "doctor", "new_plugin", "plugins", "show"]
+
+_Kind = Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")]
+_Name = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
+
+
+def plugins(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
+) -> None:
+    """List the installed plugins. Without --check nothing of them is imported."""
+    rows = [_describe(entry, check) for entry in list_entries()]
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return
+    from metareg.cli.pages import create_plugin_table
+
+    output.print(create_plugin_table(rows, check))
+
+
+def show(
+    kind: _Kind,
+    name: _Name,
+) -> None:
+    """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
+    entry = find_entry(_parse_kind(kind), name)
+    from metareg.cli.pages import describe_plugin
+
+    output.print(describe_plugin(entry, entry.load()))
+
+
+def new_plugin(
+    kind: _Kind,
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What users will type, as sign-maml.")],
+    out: Annotated[Path, path_option(metavar="DIR", help="Where to make the package's folder.")] = Path(),
+) -> None:
+    """Write a package with a working plugin of your own, its tests and its README."""
+    from metareg.cli.scaffold import write_plugin
+
+    plural = _parse_kind(kind)
+    folder = write_plugin(plural, name, out)
+    output.print(
+        f"{escape(str(folder))} is a package that works as it is:\n"
+        f"  pip install -e '{escape(str(folder))}'\n"
+        f"  metareg check-plugin {plural} {name}",
+        soft_wrap=True,
+    )
+
+
+def check_plugin(
+    kind: _Kind,
+    name: _Name,
+    assignments: Annotated[
+        list[str] | None,
+        set_option("An option of the plugin to check it with. Repeatable."),
+    ] = None,
+    compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
+) -> None:
+    """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
+    from metareg.cli.pages import describe_check
+    from metareg.runs.options import parse_assignments
+    from metareg.testing import checks
+
+    config = parse_assignments(assignments or [])
+    failures = 0
+    for check in checks(_parse_kind(kind), name, config, compiled=compile):
+        with errors.status(f"{check.name}: {check.summary}"):
+            problem = check.problem()
+        failures += problem is not None
+        output.print(describe_check(check, problem), soft_wrap=True)
+    if failures:
+        raise typer.Exit(1)
+
+
+def doctor() -> None:
+    """Check the installation: versions, devices, compiler, and every plugin."""
+    from metareg.cli.pages import describe_installation
+
+    rows = [_describe(entry, check=True) for entry in list_entries()]
+    output.print(describe_installation(rows))
+    if any(row["broken"] for row in rows):
+        raise typer.Exit(1)
+
+
+def _parse_kind(given: str) -> str:
+    """The kind of plugin that a user means, in the singular or the plural."""
+    matches = [each for each in KINDS if given and each.startswith(given.rstrip("s"))]
+    if len(matches) != 1:
+        raise UnknownNameError("kind of plugin", given, KINDS)
+    return matches[0]
+
+
+def _describe(entry: Entry, check: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "kind": entry.kind,
+        "name": entry.name,
+        "distribution": entry.distribution,
+        "version": entry.version,
+        "broken": None,
+    }
+    if check:
+        try:
+            cls = entry.load()
+        except MetaregError as error:
+            return row | {"broken": str(error)}
+        fields = getattr(getattr(cls, "Config", None), "model_fields", {})
+        row |= {"summary": (cls.__doc__ or "").strip().partition("\n")[0], "config": sorted(fields)}
+    return row

@@ -1,0 +1,186 @@
+"""Trainings and comparisons as they go on: live in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from metareg.contract.hookspecs import hookimpl
+from metareg.contract.splits import TEST
+
+if TYPE_CHECKING:
+    from metareg.comparison.pool import Outcome
+    from metareg.comparison.runner import Comparison
+    from metareg.contract.evaluation import Evaluation
+    from metareg.runs.run import Run
+
+__all__ = ["ComparisonProgress", "Progress"]
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Observer: a live bar with loss, validation metric, steps per second and time left.
+
+    Where the console is no terminal it prints a line at the start, one about every ten seconds, and one per validation.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Bar(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+        )
+        self._validation = ""
+        self._printed = 0.0
+
+    def __enter__(self) -> Progress:
+        handler = RichHandler(console=self._console, show_time=False, show_path=False, show_level=False)
+        if not self._console.is_terminal:
+            handler = logging.StreamHandler(self._console.file)  # type: ignore[assignment]
+        self._handler = handler
+        logger = logging.getLogger("metareg")
+        logger.addHandler(handler)
+        logger.setLevel(logging.INFO)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+        logging.getLogger("metareg").removeHandler(self._handler)
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
+        config = run.config
+        names = [config.algo.name, *(choice.name for choice in config.augment)]
+        self._say(f"{' + '.join(names)} on {config.task.name}, seed {config.seed} → {run.path}")
+        compiling = run.learner.strategy == "compiled"
+        self._task = self._bar.add_task("training", total=config.steps, numbers="compiling …" if compiling else "")
+        self._bar.start()
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        numbers = f"loss {logs['loss']:.4g}{self._validation} · {_format_speed(logs['steps_per_second'])} steps/s"
+        if self._console.is_terminal:
+            self._bar.update(self._task, completed=step, numbers=numbers)
+        elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._say(f"step {step}: {numbers}")
+
+    @hookimpl
+    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        if split == TEST:
+            self._bar.stop()
+            return
+        inner_steps = evaluation.inner_steps[-1]
+        mean, width = evaluation.mean(inner_steps), evaluation.ci95(inner_steps)
+        self._validation = f" · validation {evaluation.metric} {mean:.4g}"
+        if not self._console.is_terminal:
+            self._say(f"step {step}: validation {evaluation.metric} {mean:.4g} ± {width:.2g}")
+
+    @hookimpl
+    def on_run_end(self) -> None:
+        self._bar.stop()
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)
+
+
+class ComparisonProgress:
+    """Watches a comparison: a live table of what runs, what is left and when it ends.
+
+    Where the console is no terminal it prints a line for each run that ends.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._live = Live(console=console, auto_refresh=False, transient=True)
+        self._log: logging.Handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+
+    def __enter__(self) -> ComparisonProgress:
+        if not self._console.is_terminal:
+            self._log = logging.StreamHandler(self._console.file)
+        logging.getLogger("metareg").addHandler(self._log)
+        logging.getLogger("metareg.tuning").setLevel(logging.INFO)  # what is searched, and what was chosen
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+        logging.getLogger("metareg").removeHandler(self._log)
+
+    def look(self, comparison: Comparison) -> None:
+        """Show where the comparison stands."""
+        if self._console.is_terminal:
+            self._live.update(self._create_table(comparison), refresh=True)
+
+    def ended(self, comparison: Comparison, outcome: Outcome) -> None:
+        """Say what a run that ended came to."""
+        done, left = comparison.finished, comparison.left
+        if outcome.error is not None:
+            how = "[yellow]failed[/]" if outcome.again else "[yellow]diverged[/]"
+            if outcome.run.path in comparison.broken:
+                how = "[red]broken[/]"
+            self._console.print(f"{how} {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
+        elif not self._console.is_terminal:
+            line = f"finished {outcome.run} ({done} of {done + left}{_format_time_left(comparison)})"
+            self._console.print(escape(line), soft_wrap=True)
+
+    def _create_table(self, comparison: Comparison) -> RenderableType:
+        from metareg.comparison.runner import progress_of
+
+        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
+        for column in ("running", "seed", "step", "steps/s", "since"):
+            table.add_column(column, justify="left" if column == "running" else "right")
+        for run, began in comparison.running.values():
+            step, speed = progress_of(run)
+            chosen_by = "" if run.is_final else f" ({run.path.parent.name})"
+            table.add_row(
+                escape(f"{run.arm}{chosen_by}"), str(run.seed), str(step) if step else "…",
+                _format_speed(speed) if speed else "", _format_duration(time.monotonic() - began),
+            )  # fmt: skip
+        done, left, broken = comparison.finished, comparison.left, len(comparison.broken)
+        words = Text.assemble(
+            (f"{done} of {done + left + broken} runs", "bold"),
+            (f", {broken} broken" if broken else "", "red"),
+            _format_time_left(comparison),
+        )
+        return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+
+
+def _format_speed(steps_per_second: float) -> str:
+    return f"{steps_per_second:.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
+
+
+def _format_time_left(comparison: Comparison) -> str:
+    seconds = comparison.seconds_left
+    if not seconds:
+        return ""
+    end = datetime.now() + timedelta(seconds=seconds)
+    return f", about {_format_duration(seconds)} left, until {end:%H:%M}"
+
+
+def _format_duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02} min"
+    return f"{minutes} min {rest:02} s" if minutes else f"{rest} s"
