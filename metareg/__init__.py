@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from metareg.contract.config import Field, PluginConfig
     from metareg.contract.episodes import Episodes
     from metareg.contract.evaluation import Evaluation
-    from metareg.contract.hookspecs import hookimpl, hookspec
+    from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
     from metareg.contract.losses import Metric
     from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
@@ -38,6 +38,7 @@ _WHERE = {
     "PluginConfig": "metareg.contract.config",
     "Episodes": "metareg.contract.episodes",
     "Evaluation": "metareg.contract.evaluation",
+    "CONTRACT_VERSION": "metareg.contract.hookspecs",
     "hookimpl": "metareg.contract.hookspecs",
     "hookspec": "metareg.contract.hookspecs",
     "Metric": "metareg.contract.losses",
@@ -63,6 +64,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "CONTRACT_VERSION",
     "Dataset",
     "DivergenceError",
     "Episodes",

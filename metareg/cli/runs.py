@@ -43,11 +43,10 @@ def export(
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
-    from metareg.runs.exports import export as export_run
     from metareg.runs.run import Run
 
     with errors.status("Exporting …"):
-        export_run(Run.load(path, device="cpu"), to, support=support, inner_steps=inner_steps)
+        Run.load(path, device="cpu").export(to, support=support, inner_steps=inner_steps)
     output.print(escape(str(to)), soft_wrap=True)
 
 
@@ -64,11 +63,10 @@ def predict(
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Adapt a finished run's learner to your own examples, and predict others."""
-    from metareg.runs.exports import predict as predict_with
     from metareg.runs.run import Run
     from metareg.util.files import write_text
 
-    text = predict_with(Run.load(path, device=device), support, query, inner_steps=inner_steps)
+    text = Run.load(path, device=device).predict(support, query, inner_steps=inner_steps)
     if to is None:
         print(text, end="")
     else:

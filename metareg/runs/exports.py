@@ -8,17 +8,16 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError
+from metareg.learner.learner import MetaLearner
+from metareg.registry.plugins import Plugin
 from metareg.util.files import write_bytes
-
-if TYPE_CHECKING:
-    from metareg.runs.run import Run
 
 __all__ = ["export", "predict"]
 
@@ -26,36 +25,22 @@ _LARGEST_TABLE = 1 << 28
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
-def export(run: Run, to: Path, *, support: Path | None = None, inner_steps: int | None = None) -> None:
-    """Write a run's learner without anything of its augmenters.
-
-    ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`, with
-    any number of examples: at the learned initialisation, or adapted to `support`.
-
-    Args:
-        run: a finished run.
-        to: the file.
-        support: labelled examples, as for `predict`.
-        inner_steps: how many steps to adapt; as many as in training by default.
-
-    Raises:
-        UsageError: another ending, or a model that `torch.export` cannot take.
-    """
+def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, inner_steps: int | None) -> None:
+    """Write a learner that was trained on a task's tasks, as `metareg.Run.export` says."""
     if to.suffix == ".safetensors":
         if support is not None:
             raise UsageError(
                 f"{to} would hold the learner, which adapts wherever it is loaded; --support is for FILE.pt2."
             )
-        run.learner.save(to)
+        learner.save(to)
         return
     if to.suffix != ".pt2":
         raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
-    learner = run.learner
     if support is None:
         module = learner.model.adapted_module(learner.meta_parameters)
     else:
-        module = _Examples(run, support).adapt(inner_steps)
-    example = torch.zeros(2, *_get_input_shape(run))
+        module = _Examples(learner, task, support).adapt(inner_steps)
+    example = torch.zeros(2, *_get_input_shape(task))
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
@@ -68,27 +53,13 @@ def export(run: Run, to: Path, *, support: Path | None = None, inner_steps: int 
     write_bytes(to, buffer.getvalue())
 
 
-def predict(run: Run, support: Path, query: Path, *, inner_steps: int | None = None) -> str:
-    """Adapt a run's learner to a user's examples and predict others.
-
-    Args:
-        run: a finished run.
-        support: labelled examples: a CSV file whose columns are the inputs and then the targets (for class targets one
-            column with the classes' names), or a folder with a folder of images for each class.
-        query: what to predict: a CSV file with the input columns, or a folder of images.
-        inner_steps: how many steps to adapt; as many as in training by default.
-
-    Returns:
-        CSV: the inputs and the predicted targets, or the image's name, its class and that class's probability.
-
-    Raises:
-        UsageError: the examples cannot be read, or do not suit the model.
-    """
-    examples = _Examples(run, support)
+def predict(learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None) -> str:
+    """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
+    examples = _Examples(learner, task, support)
     module = examples.adapt(inner_steps)
     rows, x = examples.read_queries(query)
     with torch.no_grad():
-        outputs = module(x.to(run.learner.device)).cpu()
+        outputs = module(x.to(learner.device)).cpu()
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*rows[0], *examples.name_columns(outputs)])
@@ -101,15 +72,16 @@ class _Examples:
     """A user's labelled examples.
 
     Args:
-        run: the run whose learner they are for.
+        learner: what they are for.
+        task: the task plugin that it was trained on.
         support: where they are.
     """
 
-    def __init__(self, run: Run, support: Path) -> None:
-        self._run = run
-        self._shape = _get_input_shape(run)
-        task = run.source.plugin.instance
-        self._outputs = math.prod(task.spec.output_shape)
+    def __init__(self, learner: MetaLearner, task: Plugin, support: Path) -> None:
+        self._learner = learner
+        self._task = task.instance
+        self._shape = _get_input_shape(task)
+        self._outputs = math.prod(task.instance.spec.output_shape)
         self.classes: list[str] | None = None
         """The classes' names in the order of the model's outputs; None where targets are numbers."""
         if support.is_dir():
@@ -136,11 +108,11 @@ class _Examples:
 
     @property
     def _classifies(self) -> bool:
-        return self._run.learner.loss is nn.functional.cross_entropy
+        return self._learner.loss is nn.functional.cross_entropy
 
     def adapt(self, inner_steps: int | None) -> nn.Module:
         """The learner's module, adapted to them."""
-        return self._run.learner.adapt(self.x, self.y, inner_steps)
+        return self._learner.adapt(self.x, self.y, inner_steps)
 
     def read_queries(self, path: Path) -> tuple[tuple[list[str], list[list[str]]], Tensor]:
         """What names the rows of the answer (a header and a list per row), and the inputs."""
@@ -185,15 +157,14 @@ class _Examples:
             raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
         if not paths:
             raise UsageError(f"{where} holds no images ({', '.join(_IMAGES)}), or not in a folder for each class.")
-        task = self._run.source.plugin.instance
-        read = getattr(task, "read_image", None) or partial(Task.read_image, task)
+        read = getattr(self._task, "read_image", None) or partial(Task.read_image, self._task)
         return torch.stack([read(path) for path in paths])
 
 
-def _get_input_shape(run: Run) -> tuple[int, ...]:
-    shape = run.source.plugin.instance.spec.input_shape
+def _get_input_shape(task: Plugin) -> tuple[int, ...]:
+    shape = task.instance.spec.input_shape
     if not all(isinstance(size, int) for size in shape):
-        raise UsageError(f"The {run.source.plugin.label} has inputs that are neither vectors nor images.")
+        raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
     return tuple(shape)
 
 

@@ -15,6 +15,7 @@ from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import find_entry, resolve
 from metareg.registry.sources import TaskSource
+from metareg.runs import exports
 from metareg.runs.config import RunConfig
 from metareg.runs.folder import CONFIG, FINAL, METRICS, PLOTS, RESULTS
 from metareg.runs.options import update_option_names
@@ -104,6 +105,40 @@ class Run:
             inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
             own = {name: own[name] for name in inherited if name in own}
         return TaskSource(resolve("tasks", task, {**own, **options}))
+
+    def predict(self, support: str | Path, query: str | Path, *, inner_steps: int | None = None) -> str:
+        """Adapt the run's learner to a user's examples and predict others.
+
+        Args:
+            support: labelled examples: a CSV file whose columns are the inputs and then the targets (for class targets one
+                column with the classes' names), or a folder with a folder of images for each class.
+            query: what to predict: a CSV file with the input columns, or a folder of images.
+            inner_steps: how many steps to adapt; as many as in training by default.
+
+        Returns:
+            CSV: the inputs and the predicted targets, or the image's name, its class and that class's probability.
+
+        Raises:
+            UsageError: the examples cannot be read, or do not suit the model.
+        """
+        return exports.predict(self.learner, self.source.plugin, Path(support), Path(query), inner_steps)
+
+    def export(self, to: str | Path, *, support: str | Path | None = None, inner_steps: int | None = None) -> None:
+        """Write the run's learner without anything of its augmenters.
+
+        ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`,
+        with any number of examples: at the learned initialisation, or adapted to `support`.
+
+        Args:
+            to: the file.
+            support: labelled examples, as for `predict`.
+            inner_steps: how many steps to adapt; as many as in training by default.
+
+        Raises:
+            UsageError: another ending, or a model that `torch.export` cannot take.
+        """
+        examples = None if support is None else Path(support)
+        exports.export(self.learner, self.source.plugin, Path(to), examples, inner_steps)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.

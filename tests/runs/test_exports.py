@@ -15,7 +15,6 @@ from torch import nn
 
 import metareg
 from metareg import Episodes, MetaLearner, Run, UsageError, hookimpl
-from metareg.runs.exports import export, predict
 
 SMALL: dict[str, Any] = {
     "steps": 3, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial",
@@ -84,7 +83,7 @@ def _images(folder: Path, shades: Mapping[str, list[int]]) -> Path:
 
 
 def test_exported_learner_adapts_as_the_run_does(curves: Run, tmp_path: Path) -> None:
-    export(curves, tmp_path / "learner.safetensors")
+    curves.export(tmp_path / "learner.safetensors")
     learner = MetaLearner.load(tmp_path / "learner.safetensors")
     assert not [name for name in learner.meta_parameters if "cml" in name]
     assert [name for name in learner.meta_parameters if name.startswith("metasgd.")]
@@ -94,11 +93,11 @@ def test_exported_learner_adapts_as_the_run_does(curves: Run, tmp_path: Path) ->
 
 def test_exported_program_is_the_module(curves: Run, support: Path, tmp_path: Path) -> None:
     x = torch.randn(7, 1)
-    export(curves, tmp_path / "plain.pt2")
+    curves.export(tmp_path / "plain.pt2")
     plain = torch.export.load(tmp_path / "plain.pt2").module()
     own = {name: value for name, value in curves.learner.meta_parameters.items() if not name.startswith("metasgd.")}
     assert torch.equal(plain(x), torch.func.functional_call(curves.learner.model.module, own, (x,)))
-    export(curves, tmp_path / "adapted.pt2", support=support, inner_steps=3)
+    curves.export(tmp_path / "adapted.pt2", support=support, inner_steps=3)
     adapted = torch.export.load(tmp_path / "adapted.pt2").module()
     inputs, targets = torch.tensor([[-1.0], [0.0], [2.0]]), torch.tensor([[0.5], [1.5], [-1.0]])
     assert torch.equal(adapted(x), curves.learner.adapt(inputs, targets, 3)(x))
@@ -107,7 +106,7 @@ def test_exported_program_is_the_module(curves: Run, support: Path, tmp_path: Pa
 def test_predictions_for_a_table(curves: Run, support: Path, tmp_path: Path) -> None:
     query = tmp_path / "query.csv"
     query.write_text("0.25\n-3\n")
-    rows = list(csv.reader(io.StringIO(predict(curves, support, query, inner_steps=2))))
+    rows = list(csv.reader(io.StringIO(curves.predict(support, query, inner_steps=2))))
     inputs, targets = torch.tensor([[-1.0], [0.0], [2.0]]), torch.tensor([[0.5], [1.5], [-1.0]])
     expected = curves.learner.adapt(inputs, targets, 2)(torch.tensor([[0.25], [-3.0]]))
     assert rows[0] == ["x1", "y"]
@@ -118,7 +117,7 @@ def test_predictions_for_a_table(curves: Run, support: Path, tmp_path: Path) -> 
 def test_predictions_for_images(shades: Run, tmp_path: Path) -> None:
     support = _images(tmp_path / "support", {"dark": [5, 20], "grey": [110, 125], "light": [220, 240]})
     query = _images(tmp_path, {"query": [230, 10, 120]}) / "query"
-    rows = list(csv.reader(io.StringIO(predict(shades, support, query, inner_steps=10))))
+    rows = list(csv.reader(io.StringIO(shades.predict(support, query, inner_steps=10))))
     assert rows[0] == ["image", "class", "probability"]
     assert [row[:2] for row in rows[1:]] == [["0.png", "light"], ["1.png", "dark"], ["2.png", "grey"]]
 
@@ -140,25 +139,25 @@ def test_tables_that_will_not_do(curves: Run, tmp_path: Path, text: str, message
     path = tmp_path / "support.csv"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(UsageError, match=message):
-        predict(curves, path, path)
+        curves.predict(path, path)
 
 
 def test_folders_that_will_not_do(shades: Run, curves: Run, tmp_path: Path, support: Path) -> None:
     with pytest.raises(UsageError, match="takes no images but a CSV file"):
-        predict(curves, _images(tmp_path / "one", {"a": [1]}), support)
+        curves.predict(_images(tmp_path / "one", {"a": [1]}), support)
     with pytest.raises(UsageError, match="has 4 classes; this learner tells 3 apart"):
-        predict(shades, _images(tmp_path / "four", {name: [1] for name in "abcd"}), support)
+        shades.predict(_images(tmp_path / "four", {name: [1] for name in "abcd"}), support)
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="holds no images"):
-        predict(shades, tmp_path / "empty", support)
+        shades.predict(tmp_path / "empty", support)
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "0.png").write_bytes(b"no picture")
     with pytest.raises(UsageError, match=r"0\.png cannot be read as an image"):
-        predict(shades, tmp_path / "broken", support)
+        shades.predict(tmp_path / "broken", support)
 
 
 @pytest.mark.parametrize("name", ["run.onnx", "run", "run.safetensors"])
 def test_what_cannot_be_exported(curves: Run, tmp_path: Path, support: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"FILE\.pt2"):
-        export(curves, tmp_path / name, support=support)
+        curves.export(tmp_path / name, support=support)
     assert not (tmp_path / name).exists()
