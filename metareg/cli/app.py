@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 
 from metareg._version import __version__
-from metareg.cli.common import errors, output
+from metareg.cli.common import stderr, stdout
 from metareg.cli.compare import compare, report, reproduce
 from metareg.cli.data import data
 from metareg.cli.flags import RunCommand
@@ -57,7 +57,7 @@ TRACEBACK_VARIABLE = "METAREG_TRACEBACK"
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        output.print(f"metareg {__version__}")
+        stdout.print(f"metareg {__version__}")
         raise typer.Exit
 
 
@@ -103,18 +103,12 @@ def _run_command(arguments: Sequence[str]) -> int:
         app(args=list(arguments))
     except SystemExit as exit:  # typer's way of ending, after printing its own errors
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
-    except MetaregError as error:
-        if os.environ.get(TRACEBACK_VARIABLE):
-            raise
-        errors.print(f"[bold red]Error:[/] {escape(str(error))}", soft_wrap=True)
-        return error.exit_code
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        errors.print(
-            f"[bold red]Error:[/] {escape(f'{type(error).__name__}: {error}')}\nThis is a bug in metareg or in a plugin; "
-            f"{TRACEBACK_VARIABLE}=1 shows where.",
-            soft_wrap=True,
-        )
-        return 1
+        known = isinstance(error, MetaregError)
+        sentence = str(error) if known else f"{type(error).__name__}: {error}"
+        hint = "" if known else f"\nThis is a bug in metareg or in a plugin; {TRACEBACK_VARIABLE}=1 shows where."
+        stderr.print(f"[bold red]Error:[/] {escape(sentence)}{hint}", soft_wrap=True)
+        return error.exit_code if isinstance(error, MetaregError) else 1
     return 0

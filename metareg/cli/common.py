@@ -21,17 +21,17 @@ __all__ = [
     "NoPlugin",
     "RunFolder",
     "complete_names",
-    "errors",
-    "output",
     "path_option",
     "set_data_folder",
     "set_option",
+    "stderr",
+    "stdout",
     "write_output",
 ]
 
 # Errors and progress go to stderr, results to stdout: `metareg eval RUN --json | jq` works.
-errors = Console(stderr=True, highlight=False)
-output = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+stdout = Console(highlight=False)
 
 
 def complete_names(kind: str) -> Callable[[str], list[str]]:

@@ -14,11 +14,11 @@ from metareg.cli.common import (
     Device,
     NoPlugin,
     complete_names,
-    errors,
-    output,
     path_option,
     set_data_folder,
     set_option,
+    stderr,
+    stdout,
     write_output,
 )
 from metareg.cli.flags import takes_run_options
@@ -102,12 +102,12 @@ def compare(
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; `metareg compare --help` says how it is given.")
     searched = [key.strip() for key in (search_over or "").split(",") if key.strip()]
-    with ComparisonProgress(errors) as progress:
+    with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
             algo, augment, task, seeds=seeds, out=out, config=config, space={**dict.fromkeys(searched), **space},
             search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress, **(given | options),
         )  # fmt: skip
-    print_comparison(comparison, output)
+    print_comparison(comparison, stdout)
     if comparison.broken:
         raise typer.Exit(1)
 
@@ -139,7 +139,7 @@ def report(
     if out is None and chosen != "html":
         write_output(format_report(path, chosen, inner_steps=inner_steps))
     else:
-        output.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
+        stdout.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
 
 
 def reproduce(
@@ -174,16 +174,16 @@ def reproduce(
             raise UsageError("Name a recipe; `metareg reproduce` lists them.")
         from metareg.cli.tables import create_recipe_table
 
-        output.print(create_recipe_table(recipes()))
+        stdout.print(create_recipe_table(recipes()))
         return
     recipe = find_recipe(name)
     set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
 
     for text in filter(None, (recipe.summary, recipe.notes)):
-        errors.print(escape(text))
-    with ComparisonProgress(errors) as progress:
+        stderr.print(escape(text))
+    with ComparisonProgress(stderr) as progress:
         verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, watcher=progress)
-    output.print(escape(str(verdict)), soft_wrap=True)
+    stdout.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from metareg.cli.common import Data, NoPlugin, errors, output
+from metareg.cli.common import Data, NoPlugin, stderr, stdout
 from metareg.errors import UsageError
 
 __all__ = ["data"]
@@ -29,7 +29,7 @@ def data(
     from metareg.registry.datasets import find_dataset, list_datasets
 
     if name is None:
-        output.print(create_dataset_table(list_datasets(where)))
+        stdout.print(create_dataset_table(list_datasets(where)))
         return
     dataset = find_dataset(name, where)
     if download and not dataset.present:
@@ -37,8 +37,8 @@ def data(
             raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")
         dataset.download()
         dataset = find_dataset(name, where)
-    output.print(create_dataset_table([(name, dataset)]))
+    stdout.print(create_dataset_table([(name, dataset)]))
     if verify:
-        with errors.status("Reading …"):
+        with stderr.status("Reading …"):
             found = dataset.verify()
-        output.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)
+        stdout.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)

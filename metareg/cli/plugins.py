@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from metareg.cli.common import errors, output, path_option, set_option
+from metareg.cli.common import path_option, set_option, stderr, stdout
 from metareg.errors import MetaregError, UnknownNameError
 from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries
 
@@ -30,7 +30,7 @@ def plugins(
         return
     from metareg.cli.pages import create_plugin_table
 
-    output.print(create_plugin_table(rows, check))
+    stdout.print(create_plugin_table(rows, check))
 
 
 def show(
@@ -41,7 +41,7 @@ def show(
     entry = find_entry(_parse_kind(kind), name)
     from metareg.cli.pages import describe_plugin
 
-    output.print(describe_plugin(entry, entry.load()))
+    stdout.print(describe_plugin(entry, entry.load()))
 
 
 def new_plugin(
@@ -54,7 +54,7 @@ def new_plugin(
 
     plural = _parse_kind(kind)
     folder = write_plugin(plural, name, out)
-    output.print(
+    stdout.print(
         f"{escape(str(folder))} is a package that works as it is:\n"
         f"  pip install -e '{escape(str(folder))}'\n"
         f"  metareg check-plugin {plural} {name}",
@@ -79,10 +79,10 @@ def check_plugin(
     config = parse_assignments(assignments or [])
     failures = 0
     for check in checks(_parse_kind(kind), name, config, compiled=compile):
-        with errors.status(f"{check.name}: {check.summary}"):
+        with stderr.status(f"{check.name}: {check.summary}"):
             problem = check.problem()
         failures += problem is not None
-        output.print(describe_check(check, problem), soft_wrap=True)
+        stdout.print(describe_check(check, problem), soft_wrap=True)
     if failures:
         raise typer.Exit(1)
 
@@ -92,7 +92,7 @@ def doctor() -> None:
     from metareg.cli.pages import describe_installation
 
     rows = [_describe(entry, check=True) for entry in list_entries()]
-    output.print(describe_installation(rows))
+    stdout.print(describe_installation(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
 

@@ -16,10 +16,10 @@ from metareg.cli.common import (
     NoPlugin,
     RunFolder,
     complete_names,
-    errors,
-    output,
     path_option,
     set_option,
+    stderr,
+    stdout,
 )
 from metareg.errors import UsageError
 
@@ -45,9 +45,9 @@ def export(
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
     from metareg.runs.run import Run
 
-    with errors.status("Exporting …"):
+    with stderr.status("Exporting …"):
         Run.load(path, device="cpu").export(to, support=support, inner_steps=inner_steps)
-    output.print(escape(str(to)), soft_wrap=True)
+    stdout.print(escape(str(to)), soft_wrap=True)
 
 
 def predict(
@@ -101,9 +101,9 @@ def evaluate(
     from metareg.runs.run import Run
 
     options = parse_assignments(assignments or []) | ({} if data is None else {"data": str(data)})
-    with errors.status("Testing …"):
+    with stderr.status("Testing …"):
         evaluation = Run.load(path, device=device).evaluate(tasks, numbers, task, options)
     if as_json:
         print(json.dumps(evaluation.to_dict()))
     else:
-        output.print(create_evaluation_table(evaluation))
+        stdout.print(create_evaluation_table(evaluation))

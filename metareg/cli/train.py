@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from metareg.cli.common import Data, NoPlugin, RunFolder, errors, output, path_option, set_option
+from metareg.cli.common import Data, NoPlugin, RunFolder, path_option, set_option, stderr, stdout
 from metareg.cli.flags import takes_run_options
 from metareg.errors import UsageError
 
@@ -48,10 +48,10 @@ def train(
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})
     of_task = {"ways": ways, "shots": shots, "query": query, "data": None if data is None else str(data)}
     given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}
-    with Progress(errors) as progress:
+    with Progress(stderr) as progress:
         observers = [progress, *options.pop("observers", [])]
         run = train_run(out=out, config=config, observers=observers, resume=resume, **(given | options))
-    print_results(run, output)
+    print_results(run, stdout)
 
 
 @takes_run_options(lambda config: config.list_resumable())
@@ -72,10 +72,10 @@ def resume(
     from metareg.runs.training import resume as resume_run
 
     given = _parse_options(assignments, {"observers": "--observe"})
-    with Progress(errors) as progress:
+    with Progress(stderr) as progress:
         observers = [progress, *options.pop("observers", [])]
         run = resume_run(path, observers=observers, **(given | options))
-    print_results(run, output)
+    print_results(run, stdout)
 
 
 def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:
