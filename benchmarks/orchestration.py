@@ -17,7 +17,8 @@ from pathlib import Path
 from harness import RESULTS, Row, machine, report
 
 from metareg import compare
-from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.plan import Plan, PlannedRun
 from metareg.comparison.pool import carry_out
 from metareg.runs.folder import CONFIG
 from metareg.runs.folder import RESULTS as RUN_RESULTS
@@ -36,7 +37,7 @@ def steps_for(seconds: float, folder: Path) -> int:
     for number in range(2):  # the first run imports and warms up
         config = configuration(1, 2000)
         began = time.perf_counter()
-        (run,) = Plan(folder / str(number), config).runs()
+        (run,) = Plan(folder / str(number), config).list_runs()
         carry_out(run)
         speeds.append(2000 / (time.perf_counter() - began))
     return round(speeds[-1] * seconds)
@@ -63,7 +64,7 @@ def main() -> None:
         took = time.perf_counter() - began
         if comparison.broken:
             raise SystemExit(f"{len(comparison.broken)} runs broke: {next(iter(comparison.broken.values())).error}")
-        each = [seconds_of(run) for run in comparison.plan.runs()]
+        each = [seconds_of(run) for run in comparison.plan.list_runs()]
     ideal = sum(each) / arguments.jobs
     mean = sum(each) / len(each)
     rounds = math.ceil(arguments.runs / arguments.jobs)

@@ -105,7 +105,7 @@ def compare(
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
             algo, augment, task, seeds=seeds, out=out, config=config, space={**dict.fromkeys(searched), **space},
-            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, watcher=progress, **(given | options),
+            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **(given | options),
         )  # fmt: skip
     print_comparison(comparison, stdout)
     if comparison.broken:
@@ -166,7 +166,7 @@ def reproduce(
 
     The exit code is 1 where the value was not reached.
     """
-    from metareg.comparison.reproduction import find_recipe, recipes
+    from metareg.comparison.reproduction import find_recipe, list_recipes
     from metareg.comparison.reproduction import reproduce as carry_out
 
     if name is None:
@@ -174,7 +174,7 @@ def reproduce(
             raise UsageError("Name a recipe; `metareg reproduce` lists them.")
         from metareg.cli.tables import create_recipe_table
 
-        stdout.print(create_recipe_table(recipes()))
+        stdout.print(create_recipe_table(list_recipes()))
         return
     recipe = find_recipe(name)
     set_data_folder(data)
@@ -183,7 +183,7 @@ def reproduce(
     for text in filter(None, (recipe.summary, recipe.notes)):
         stderr.print(escape(text))
     with ComparisonProgress(stderr) as progress:
-        verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, watcher=progress)
+        verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, observer=progress)
     stdout.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

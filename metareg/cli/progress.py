@@ -127,12 +127,12 @@ class ComparisonProgress:
         self._live.stop()
         logging.getLogger("metareg").removeHandler(self._log)
 
-    def look(self, comparison: Comparison) -> None:
+    def on_progress(self, comparison: Comparison) -> None:
         """Show where the comparison stands."""
         if self._console.is_terminal:
             self._live.update(self._create_table(comparison), refresh=True)
 
-    def ended(self, comparison: Comparison, outcome: Outcome) -> None:
+    def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
         """Say what a run that ended came to."""
         done, left = comparison.finished, comparison.left
         if outcome.error is not None:
@@ -145,13 +145,13 @@ class ComparisonProgress:
             self._console.print(escape(line), soft_wrap=True)
 
     def _create_table(self, comparison: Comparison) -> RenderableType:
-        from metareg.comparison.runner import progress_of
+        from metareg.comparison.runner import read_progress
 
         table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         for column in ("running", "seed", "step", "steps/s", "since"):
             table.add_column(column, justify="left" if column == "running" else "right")
         for run, began in comparison.running.values():
-            step, speed = progress_of(run)
+            step, speed = read_progress(run)
             chosen_by = "" if run.is_final else f" ({run.path.parent.name})"
             table.add_row(
                 escape(f"{run.arm}{chosen_by}"), str(run.seed), str(step) if step else "…",

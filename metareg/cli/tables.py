@@ -39,7 +39,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
     folder = comparison.plan.folder
     rows: list[tuple[str, object]] = [("comparison", folder)]
-    if any(run.finished for run in comparison.plan.runs()):
+    if any(run.finished for run in comparison.plan.list_runs()):
         analysis = analyse(folder)
         for task in analysis.tasks:
             console.print(_create_short_table(overview(analysis, task)))
@@ -124,7 +124,10 @@ def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"
         if recipe.expected is not None:
-            value, interval = recipe.written(recipe.expected.mean), recipe.span(recipe.expected.interval)
+            value, interval = (
+                recipe.format_value(recipe.expected.mean),
+                recipe.format_interval(recipe.expected.interval),
+            )
             expected = f"{recipe.metric} {value} ({interval})"
         times = f"{len(recipe.seeds)} × " if len(recipe.seeds) > 1 else ""
         table.add_row(

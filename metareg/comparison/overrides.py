@@ -6,13 +6,12 @@ from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
-from metareg.comparison.plan import stacked
 from metareg.contract.search import check_distinct
 from metareg.errors import UsageError
 from metareg.runs.options import parse_assignments
 from metareg.util.yaml_files import parse_yaml
 
-__all__ = ["override", "split_assignments"]
+__all__ = ["merge_options", "override", "split_assignments"]
 
 
 def override(
@@ -69,6 +68,14 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[
     return fixed, swept
 
 
+def merge_options(options: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    """Options with others that stand before them.
+
+    Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: all of `later` goes to the end.
+    """
+    return {**{key: value for key, value in options.items() if key not in later}, **later}
+
+
 # Whatever is no mapping or list is left as it is, for `validate` to refuse.
 
 
@@ -108,7 +115,7 @@ def _set_tuning(values: dict[str, Any], tune: Mapping[str, Any], said: Collectio
 
 
 def _merged(given: Any, more: Mapping[str, Any]) -> Any:
-    return stacked(given or {}, more) if isinstance(given or {}, Mapping) else given
+    return merge_options(given or {}, more) if isinstance(given or {}, Mapping) else given
 
 
 def _mappings(listed: Any) -> list[Mapping[str, Any]]:

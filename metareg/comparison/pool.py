@@ -23,7 +23,7 @@ from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageErro
 from metareg.util.allocation import keep_freed_memory
 from metareg.util.files import write_text
 
-__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "cpu_cores", "divergence"]
+__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "count_cpu_cores", "read_divergence"]
 
 ERROR_FILE = "error.txt"
 _GRACE_SECONDS = 20.0
@@ -91,7 +91,7 @@ def carry_out(run: PlannedRun) -> Outcome:
     return Outcome(run)
 
 
-def divergence(path: Path) -> str | None:
+def read_divergence(path: Path) -> str | None:
     """What error.txt in a run's folder says where the run diverged; None where it did not."""
     try:
         kind, _, problem = (path / ERROR_FILE).read_text(encoding="utf-8").partition(": ")
@@ -100,7 +100,7 @@ def divergence(path: Path) -> str | None:
     return problem.strip() if kind == DivergenceError.__name__ else None
 
 
-def cpu_cores() -> int:
+def count_cpu_cores() -> int:
     """How many CPU cores this process may use: not all of the machine's where it is bound to some."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
@@ -123,26 +123,26 @@ class LocalPool:
         self._log = log
         self._gpus = gpus
         self._workers: list[_Worker] = []
-        self._ended: queue.Queue[Outcome] = queue.Queue()
+        self._outcomes: queue.Queue[Outcome] = queue.Queue()
 
     def submit(self, run: PlannedRun) -> None:
         """Give a run to an idle process, or to a new one."""
-        self._bury()
+        self._remove_dead_workers()
         worker = next((each for each in self._workers if each.run is None), None)
         if worker is None:
             taken = Counter(each.gpu for each in self._workers)
             gpu = min(self._gpus, key=taken.__getitem__, default=None)
-            worker = _Worker(self._threads, self._log, self._ended, gpu)
+            worker = _Worker(self._threads, self._log, self._outcomes, gpu)
             self._workers.append(worker)
         worker.begin(run)
 
     def wait(self, seconds: float) -> list[Outcome]:
         """The runs that ended."""
-        self._bury()
+        self._remove_dead_workers()
         outcomes: list[Outcome] = []
         with suppress(queue.Empty):
             while True:
-                outcomes.append(self._ended.get(timeout=seconds) if not outcomes else self._ended.get_nowait())
+                outcomes.append(self._outcomes.get(timeout=seconds) if not outcomes else self._outcomes.get_nowait())
         return outcomes
 
     def stop(self) -> None:
@@ -159,7 +159,7 @@ class LocalPool:
             worker.kill()
         self._workers.clear()
 
-    def _bury(self) -> None:
+    def _remove_dead_workers(self) -> None:
         """Take leave of processes that have died, with all that they started."""
         for worker in [each for each in self._workers if not each.alive]:
             worker.kill()
@@ -169,7 +169,7 @@ class LocalPool:
 class _Worker:
     """One process, and the thread that hears of it."""
 
-    def __init__(self, threads: int, log: Path, ended: queue.Queue[Outcome], gpu: str | None) -> None:
+    def __init__(self, threads: int, log: Path, outcomes: queue.Queue[Outcome], gpu: str | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
@@ -184,7 +184,7 @@ class _Worker:
         self.gpu = gpu
         self._log = log
         self._lock = threading.Lock()
-        self._ended = ended
+        self._outcomes = outcomes
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
@@ -198,7 +198,7 @@ class _Worker:
         self.run = run
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write((json.dumps(_packed(run)) + "\n").encode())
+            self._process.stdin.write((json.dumps(_serialize(run)) + "\n").encode())
             self._process.stdin.flush()
         except (OSError, ValueError):  # it has died: the pipe is broken, or closed
             self._report_death()
@@ -241,24 +241,24 @@ class _Worker:
         with self._lock:
             run, self.run = self.run, None
         if run is not None:
-            self._ended.put(Outcome(run, error, again))
+            self._outcomes.put(Outcome(run, error, again))
 
 
-def _packed(run: PlannedRun) -> dict[str, Any]:
+def _serialize(run: PlannedRun) -> dict[str, Any]:
     return {**asdict(run), "path": str(run.path)}
 
 
-def _unpacked(content: dict[str, Any]) -> PlannedRun:
+def _deserialize(content: dict[str, Any]) -> PlannedRun:
     return PlannedRun(**{**content, "arm": Arm(**content["arm"]), "path": Path(content["path"])})
 
 
-def _work(answers: Any) -> None:
+def _serve(answers: Any) -> None:
     """What a worker's process does: a run for every line of its input, and the outcome as a line of its output."""
     runs: queue.Queue[PlannedRun] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
-            runs.put(_unpacked(json.loads(line)))
+            runs.put(_deserialize(json.loads(line)))
         # The comparison has ended, or was killed: whatever is under way can be gone on with.
         os._exit(0)
 
@@ -275,7 +275,7 @@ def _main() -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:
-        _work(answers)
+        _serve(answers)
     except (Interrupted, KeyboardInterrupt):
         return Interrupted.exit_code
     return 0

@@ -48,8 +48,8 @@ class RayLauncher:
         if self._connected:
             _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "local", jobs, threads)
         self._gpus = self._ray.cluster_resources().get("GPU", 0) > 0
-        self._task = self._ray.remote(_task).options(num_cpus=threads, max_retries=_RESTARTS)
-        self._variables = _variables()
+        self._task = self._ray.remote(_carry_out_with).options(num_cpus=threads, max_retries=_RESTARTS)
+        self._variables = _collect_variables()
 
     @property
     def capacity(self) -> int:
@@ -76,7 +76,7 @@ class RayLauncher:
         ended, _ = self._ray.wait(list(self._runs), timeout=seconds)
         if ended:
             ended, _ = self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=0)
-        return [self._outcome(task) for task in ended]
+        return [self._fetch_outcome(task) for task in ended]
 
     def stop(self) -> None:
         """Let every run write a checkpoint and end; those that do not within half a minute are ended as they are."""
@@ -94,7 +94,7 @@ class RayLauncher:
             self._ray.shutdown()
             self._connected = False
 
-    def _outcome(self, task: Any) -> Outcome:
+    def _fetch_outcome(self, task: Any) -> Outcome:
         run = self._runs.pop(task)
         try:
             return Outcome(run, *self._ray.get(task))
@@ -117,13 +117,13 @@ def _import_ray() -> Any:
     return ray
 
 
-def _variables() -> dict[str, str]:
+def _collect_variables() -> dict[str, str]:
     """What a run takes from the environment, for the nodes."""
     folders = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in _FOLDERS if os.environ.get(name)}
     return {**folders, DISABLE_VARIABLE: os.environ.get(DISABLE_VARIABLE, ""), "MPLBACKEND": "agg"}
 
 
-def _task(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:
+def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:
     """What a node does: the run; returns what went wrong and whether to try again."""
     os.environ.update(variables)
     outcome = carry_out(run)

@@ -16,9 +16,9 @@ from metareg.util.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from metareg.comparison.plan import PlannedRun
-    from metareg.comparison.runner import Watcher
+    from metareg.comparison.runner import ComparisonObserver
 
-__all__ = ["Expected", "Recipe", "Verdict", "find_recipe", "recipes", "reproduce"]
+__all__ = ["Expected", "Recipe", "Verdict", "find_recipe", "list_recipes", "reproduce"]
 
 FILE = "reproduction.json"
 
@@ -36,7 +36,7 @@ class Expected(PluginConfig):
     source: str = Field(description="Where it comes from.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Expected:
+    def _check_interval(self) -> Expected:
         if not self.interval[0] <= self.mean <= self.interval[1]:
             raise ValueError(f"the interval {list(self.interval)} does not hold the mean {self.mean}")
         return self
@@ -63,7 +63,7 @@ class Recipe(PluginConfig):
     notes: str = Field("", description="What differs from the source's setting.")
 
     @model_validator(mode="after")
-    def _explained(self) -> Recipe:
+    def _check_explanation(self) -> Recipe:
         if (self.expected is None) != (self.unknown is not None):
             raise ValueError("'unknown' says why there is no figure where 'expected' is null, and only there")
         if self.metric == "accuracy" and self.expected is not None and self.expected.interval[1] > 1:
@@ -79,7 +79,7 @@ class Recipe(PluginConfig):
         """
         return validate(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
 
-    def comparison(self) -> dict[str, Any]:
+    def to_comparison(self) -> dict[str, Any]:
         """The recipe as the configuration of a comparison of one arm, for `metareg.compare`."""
         return {
             "title": self.name,
@@ -91,13 +91,13 @@ class Recipe(PluginConfig):
             "options": self.options,
         }
 
-    def written(self, value: float) -> str:
+    def format_value(self, value: float) -> str:
         """A value of the metric for a reader."""
         return f"{100 * value:.2f} %" if self.metric == "accuracy" else f"{value:.4g}"
 
-    def span(self, interval: tuple[float, float]) -> str:
+    def format_interval(self, interval: tuple[float, float]) -> str:
         """An interval of the metric for a reader."""
-        low, high = map(self.written, interval)
+        low, high = map(self.format_value, interval)
         return f"{low.removesuffix(' %')} to {high}"
 
 
@@ -148,22 +148,21 @@ class Verdict:
 
     def __str__(self) -> str:
         recipe, expected = self.recipe, self.recipe.expected
+        value, interval = recipe.format_value, recipe.format_interval
         after = f"after {recipe.inner_steps} inner step{'' if recipe.inner_steps == 1 else 's'}"
-        found = (
-            f"{recipe.metric} {after} is {recipe.written(self.mean)} ({recipe.span(self.interval)} over {self.over})"
-        )
+        found = f"{recipe.metric} {after} is {value(self.mean)} ({interval(self.interval)} over {self.over})"
         if expected is None:
             return f"Nothing to compare with: {found}. {recipe.unknown}"
         over = f" over {expected.over}" if expected.over else ""
         bound, least = (expected.interval[0], "least") if self.higher_is_better else (expected.interval[1], "most")
         return (
-            f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {recipe.written(bound)} was expected, for "
-            f"{recipe.written(expected.mean)} ({recipe.span(expected.interval)}{over}) was reached before: "
+            f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {value(bound)} was expected, for "
+            f"{value(expected.mean)} ({interval(expected.interval)}{over}) was reached before: "
             f"{expected.source.rstrip('.')}."
         )
 
 
-def recipes() -> list[Recipe]:
+def list_recipes() -> list[Recipe]:
     """The shipped recipes, by name."""
     return [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
 
@@ -191,7 +190,7 @@ def reproduce(
     seeds: int | str | Sequence[int] | None = None,
     jobs: int | None = None,
     device: str | None = None,
-    watcher: Watcher | None = None,
+    observer: ComparisonObserver | None = None,
 ) -> Verdict:
     """Carry a recipe out, or go on with it, and judge it, as ``metareg reproduce`` does.
 
@@ -203,7 +202,7 @@ def reproduce(
         seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
         jobs: runs at a time; by default as `metareg.compare`.
         device: where to compute; a GPU where there is one by default.
-        watcher: hears of the runs.
+        observer: hears of the runs.
 
     Returns:
         What came out beside what was expected; as a text, a sentence.
@@ -219,10 +218,10 @@ def reproduce(
         recipe = find_recipe(str(recipe))
     out = Path("reproductions", recipe.name) if out is None else Path(out)
     options = recipe.options | ({} if device is None else {"device": device})
-    values = recipe.comparison() | {"options": options} | ({} if seeds is None else {"seeds": seeds})
-    _check(recipe, values, out)
+    values = recipe.to_comparison() | {"options": options} | ({} if seeds is None else {"seeds": seeds})
+    _check_judged(recipe, values, out)
     try:
-        comparison = compare(config=values, out=out, jobs=jobs, watcher=watcher)
+        comparison = compare(config=values, out=out, jobs=jobs, observer=observer)
     except Interrupted as error:
         raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
     if comparison.broken:
@@ -231,14 +230,15 @@ def reproduce(
             f"{len(comparison.broken)} of the runs of the recipe '{recipe.name}' could not be finished. {outcome.run}: "
             f"{outcome.error}"
         )
-    verdict = judge(recipe, comparison.plan.runs())
+    verdict = judge(recipe, comparison.plan.list_runs())
     write_json(out / FILE, verdict.to_dict())
     return verdict
 
 
-def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
+def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
     """Raise a UsageError where the runs could not be judged, or the folder is another recipe's."""
-    from metareg.comparison.plan import ComparisonConfig, Plan
+    from metareg.comparison.config import ComparisonConfig
+    from metareg.comparison.plan import Plan
     from metareg.contract.losses import find_metric
     from metareg.runs.options import assemble
 
@@ -247,7 +247,7 @@ def _check(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
         other = written.get("recipe") if isinstance(written, dict) else None
         if other != recipe.name:
             raise UsageError(f"{out} holds what came out of the recipe '{other}'; name another folder with --out.")
-    run = Plan(out, validate(ComparisonConfig, values, f"the recipe {recipe.name}")).runs()[0]
+    run = Plan(out, validate(ComparisonConfig, values, f"the recipe {recipe.name}")).list_runs()[0]
     selection = assemble(run.config, run.options)
     tested = selection.config.test_inner_steps
     if recipe.inner_steps not in tested:

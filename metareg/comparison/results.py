@@ -15,20 +15,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from metareg.comparison.plan import Arm, Plan, PlannedRun
-from metareg.comparison.pool import ERROR_FILE, divergence
+from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
+from metareg.comparison.pool import ERROR_FILE, read_divergence
 from metareg.contract.config import update_names
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.options import parse_assignments
 from metareg.util.files import read_json
 
-__all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "command_of", "read"]
+__all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "format_command", "read_results"]
 
 Array = NDArray[np.float64]
-
-_CHOSEN = "chosen.json"
-"""What tuning.py writes, which is not imported for it: that would import torch, and a report needs none."""
 
 _OF_ENVIRONMENT = ("metareg", "python", "platform", "processor", "torch", "torch_threads", "cuda", "device", "strategy")
 
@@ -177,7 +174,7 @@ class Results:
         return len(self.plan.arms) * len(self.plan.config.seeds)
 
 
-def read(folder: str | Path) -> Results:
+def read_results(folder: str | Path) -> Results:
     """Read a comparison's folder.
 
     Nothing that is missing or damaged is left out in silence: `Results.gaps` names it.
@@ -187,23 +184,23 @@ def read(folder: str | Path) -> Results:
     """
     plan = Plan.read(folder)
     gaps: list[Gap] = []
-    chosen = {arm: found for arm in plan.arms if (found := _chosen(plan, arm, gaps)) is not None}
+    chosen = {arm: found for arm in plan.arms if (found := _read_chosen(plan, arm, gaps)) is not None}
     runs: dict[Arm, list[PlannedRun]] = {arm: [] for arm in plan.arms}
-    for run in plan.runs({arm: dict(each.options) for arm, each in chosen.items()}):
+    for run in plan.list_runs({arm: dict(each.options) for arm, each in chosen.items()}):
         runs[run.arm].append(run)
     environment: dict[str, Counter[str]] = {}
     tasks = []
     for task in plan.config.tasks:
         arms = [arm for arm in plan.arms if arm.task == task.label]
         reader = _TaskReader(plan, gaps, environment)
-        results = tuple(reader.arm(arm, runs[arm], chosen.get(arm)) for arm in arms)
+        results = tuple(reader.read_arm(arm, runs[arm], chosen.get(arm)) for arm in arms)
         test = reader.test or _Test("", False, (), ())
         tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.bn_statistics), results))
-    gaps += _broken_trials(plan)
+    gaps += _list_broken_trials(plan)
     return Results(plan, tuple(tasks), tuple(gaps), environment)
 
 
-def command_of(run: PlannedRun) -> str:
+def format_command(run: PlannedRun) -> str:
     """The command that trains a run, with SEED for its seed."""
     words = ["metareg", "train", "--algo", run.arm.algorithm]
     if run.arm.augmenters:
@@ -218,7 +215,7 @@ def command_of(run: PlannedRun) -> str:
         words += ["--model", str(model)]
     words += ["--seed", "SEED"]
     for key, value in options.items():
-        words += ["--set", f"{key}={_as_yaml(value)}"]
+        words += ["--set", f"{key}={_format_value(value)}"]
     return shlex.join(words)
 
 
@@ -235,7 +232,7 @@ class _Test:
     scores: Sequence[Array]
 
     @classmethod
-    def of(cls, content: Any) -> _Test:
+    def parse(cls, content: Any) -> _Test:
         """From the file's content.
 
         Raises:
@@ -272,24 +269,24 @@ class _TaskReader:
         self._gaps = gaps
         self._environment = environment
 
-    def arm(self, arm: Arm, runs: Sequence[PlannedRun], chosen: Chosen | None) -> ArmResults:
+    def read_arm(self, arm: Arm, runs: Sequence[PlannedRun], chosen: Chosen | None) -> ArmResults:
         tests: dict[int, _Test] = {}
         curves: dict[int, Curve] = {}
         seconds, peaks = [], []
-        trained = {run.seed: _steps(run) for run in runs}
-        planned = _planned_steps(runs, trained)
+        trained = {run.seed: _read_steps(run) for run in runs}
+        planned = _find_planned_steps(runs, trained)
         for run in runs:
             longer = ""
             if trained[run.seed] not in (None, planned):
                 longer = f"it was trained for {trained[run.seed]} steps, not for the {planned} of the comparison"
-            test = self._tested(run, longer, next(iter(tests.values()), None))
+            test = self._read_test(run, longer, next(iter(tests.values()), None))
             if test is None:
                 continue
             tests[run.seed] = test
-            curve = self._curve(run, test.metric)
+            curve = self._read_curve(run, test.metric)
             if curve is not None:
                 curves[run.seed] = curve
-            second, peak = self._cost(run)
+            second, peak = self._read_cost(run)
             seconds.append(second)
             peaks.append(peak)
             self._note_environment(run)
@@ -297,7 +294,7 @@ class _TaskReader:
         return ArmResults(
             arm=arm,
             seeds=tuple(tests),
-            diverged=tuple(run.seed for run in runs if not run.finished and divergence(run.path) is not None),
+            diverged=tuple(run.seed for run in runs if not run.finished and read_divergence(run.path) is not None),
             inner_steps=first.inner_steps if first else (),
             scores=np.array([test.scores for test in tests.values()]) if first else np.empty((0, 0, 0)),
             curves=curves,
@@ -305,10 +302,10 @@ class _TaskReader:
             peak_bytes=np.array(peaks),
             planned=len(runs),
             chosen=chosen,
-            command=command_of(runs[0]),
+            command=format_command(runs[0]),
         )
 
-    def _tested(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:
+    def _read_test(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:
         """The run's test; None where it cannot count, which is then noted.
 
         Args:
@@ -317,16 +314,16 @@ class _TaskReader:
             before: the first test of its arm.
         """
         if not run.finished:
-            self._gap(run, *self._unfinished(run, tuned=self._plan.tuning(run.arm) is not None))
+            self._add_gap(run, *self._explain_unfinished(run, tuned=self._plan.get_tuning(run.arm) is not None))
             return None
         try:
             content = read_json(run.path / "results.json")
-            test = _Test.of(content)
+            test = _Test.parse(content)
         except UsageError as error:
-            self._gap(run, "broken", str(error))
+            self._add_gap(run, "broken", str(error))
             return None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            self._gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
+            self._add_gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
             return None
         difference = (
             longer
@@ -334,46 +331,46 @@ class _TaskReader:
             or (before and test.differs_from(before, same_arm=True))
         )
         if difference:
-            self._gap(run, "broken", difference)
+            self._add_gap(run, "broken", difference)
             return None
         self.test = self.test or test
         content = update_names(LearnerConfig, content)
         self.bn_statistics[str(content.get("bn_statistics", "none"))] = None
         return test
 
-    def _unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
-        failure = _failure(run.path)
+    def _explain_unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
+        failure = _read_failure(run.path)
         if failure:
             return failure
         if (run.path / "config.yaml").is_file():
             return "unfinished", "it has begun and has no results.json yet"
-        if tuned and not (self._plan.tuning_folder(run.arm) / _CHOSEN).is_file():
+        if tuned and not (self._plan.get_tuning_folder(run.arm) / CHOSEN_FILE).is_file():
             return "not begun", "the arm's settings are not chosen yet"
         return "not begun", "there is nothing of it yet"
 
-    def _curve(self, run: PlannedRun, metric: str) -> Curve | None:
+    def _read_curve(self, run: PlannedRun, metric: str) -> Curve | None:
         points: dict[int, float] = {}
         try:
-            for line in _lines(run.path / "metrics.jsonl"):
+            for line in _read_lines(run.path / "metrics.jsonl"):
                 # Training lines are many; only those of a validation need parsing.
                 if '"validation"' in line:
                     content = json.loads(line)
                     if content["split"] == "validation":
                         points[int(content["step"])] = float(content[metric])
         except (OSError, LookupError, TypeError, ValueError) as error:
-            self._gap(run, "damaged", f"metrics.jsonl cannot be read, so that it has no learning curve: {error}")
+            self._add_gap(run, "damaged", f"metrics.jsonl cannot be read, so that it has no learning curve: {error}")
             return None
         steps = sorted(points)
         return Curve(np.array(steps), np.array([points[step] for step in steps])) if points else None
 
-    def _cost(self, run: PlannedRun) -> tuple[float, float]:
+    def _read_cost(self, run: PlannedRun) -> tuple[float, float]:
         """Seconds per training step and peak memory."""
         try:
-            lines = [json.loads(line) for line in _lines(run.path / "timing.jsonl")]
+            lines = [json.loads(line) for line in _read_lines(run.path / "timing.jsonl")]
             speeds = [float(line["steps_per_second"]) for line in lines]
             peaks = [float(line["peak_bytes"]) for line in lines if line.get("peak_bytes") is not None]
         except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-            self._gap(
+            self._add_gap(
                 run, "damaged", f"timing.jsonl cannot be read, so that its time and memory are not known: {error}"
             )
             return np.nan, np.nan
@@ -383,26 +380,26 @@ class _TaskReader:
     def _note_environment(self, run: PlannedRun) -> None:
         try:
             content = read_json(run.path / "environment.json")
-            facts = _facts(content)
+            facts = _list_facts(content)
         except (UsageError, LookupError, TypeError, AttributeError) as error:
-            self._gap(run, "damaged", f"environment.json cannot be read: {error}")
+            self._add_gap(run, "damaged", f"environment.json cannot be read: {error}")
             return
         for name, value in facts:
             self._environment.setdefault(name, Counter())[value] += 1
 
-    def _gap(self, run: PlannedRun, state: str, reason: str) -> None:
-        self._gaps.append(_gap(self._plan, str(run.arm), str(run.seed), state, reason, run.path))
+    def _add_gap(self, run: PlannedRun, state: str, reason: str) -> None:
+        self._gaps.append(_make_gap(self._plan, str(run.arm), str(run.seed), state, reason, run.path))
 
 
-def _gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: Path) -> Gap:
+def _make_gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: Path) -> Gap:
     # A report that is published need not say where on whose machine it was made.
     reason = reason.replace(f"{plan.folder.resolve()}/", "").replace(f"{plan.folder}/", "")
     return Gap(what, seed, state, reason, path.relative_to(plan.folder))
 
 
-def _failure(folder: Path) -> tuple[str, str] | None:
+def _read_failure(folder: Path) -> tuple[str, str] | None:
     """The state of a run that ended with an error, and the reason; None where it did not."""
-    problem = divergence(folder)
+    problem = read_divergence(folder)
     if problem is not None:
         return "diverged", problem
     with suppress(OSError):
@@ -412,7 +409,7 @@ def _failure(folder: Path) -> tuple[str, str] | None:
     return None
 
 
-def _planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:
+def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:
     """For how many steps an arm's runs are to be trained; None before one has begun.
 
     Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
@@ -423,7 +420,7 @@ def _planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]
     return min((steps for steps in trained.values() if steps is not None), default=None)
 
 
-def _steps(run: PlannedRun) -> int | None:
+def _read_steps(run: PlannedRun) -> int | None:
     """The steps in a run's config.yaml; its line alone, for to parse the YAML of all runs takes longer than the report."""
     with suppress(OSError):
         text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
@@ -432,7 +429,7 @@ def _steps(run: PlannedRun) -> int | None:
     return None
 
 
-def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _list_facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """What an environment.json says that readers of a comparison want to know."""
     for name in _OF_ENVIRONMENT:
         if content.get(name) is not None:
@@ -451,8 +448,8 @@ def _facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 # --------------------------------------------------------------------------------------------------------------- tuning
 
 
-def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
-    path = plan.tuning_folder(arm) / _CHOSEN
+def _read_chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
+    path = plan.get_tuning_folder(arm) / CHOSEN_FILE
     if not path.is_file():
         return None
     try:
@@ -461,31 +458,31 @@ def _chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
         return Chosen(dict(content["options"]), len(trials), sum(trial["score"] is None for trial in trials))
     except (UsageError, LookupError, TypeError, ValueError) as error:
         reason = f"chosen.json cannot be read, so that its settings are not known: {error}"
-        gaps.append(_gap(plan, f"tuning of {arm}", "", "damaged", reason, path.parent))
+        gaps.append(_make_gap(plan, f"tuning of {arm}", "", "damaged", reason, path.parent))
         return None
 
 
-def _broken_trials(plan: Plan) -> Iterator[Gap]:
+def _list_broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
-        folder = plan.tuning_folder(arm)
+        folder = plan.get_tuning_folder(arm)
         for path in sorted(folder.glob("trial-*/seed-*")):
-            failure = _failure(path)
+            failure = _read_failure(path)
             if failure is None or failure[0] == "diverged":
                 continue  # the choice took note of a divergence
             trial, seed = path.parent.name.replace("-", " "), path.name.removeprefix("seed-")
-            yield _gap(plan, f"{arm}, {trial}", seed, *failure, path)
+            yield _make_gap(plan, f"{arm}, {trial}", seed, *failure, path)
 
 
 # ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _lines(path: Path) -> Iterator[str]:
+def _read_lines(path: Path) -> Iterator[str]:
     if path.is_file():
         with path.open(encoding="utf-8") as file:
             yield from file
 
 
-def _as_yaml(value: Any) -> str:
+def _format_value(value: Any) -> str:
     """A value as ``--set`` reads it."""
     if isinstance(value, str):
         with suppress(UsageError):

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pydantic_core import PydanticSerializationError
 
+from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.overrides import override
-from metareg.comparison.plan import FILE, Arm, ComparisonConfig, Plan, PlannedRun, check
-from metareg.comparison.pool import Launcher, LocalPool, Outcome, cpu_cores, divergence
+from metareg.comparison.plan import CONFIG_FILE, Arm, Plan, PlannedRun, check_plan
+from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.util.files import is_leftover, lock_folder
@@ -29,23 +30,23 @@ from metareg.util.yaml_files import read_yaml
 if TYPE_CHECKING:
     from metareg.comparison.tuning import Tuner
 
-__all__ = ["LAUNCHERS", "Comparison", "Watcher", "compare"]
+__all__ = ["LAUNCHERS", "Comparison", "ComparisonObserver", "compare"]
 
 log = logging.getLogger("metareg")
 
 LAUNCHERS = ("local", "ray")
 _TRIES = 2
-_SECONDS_BETWEEN_LOOKS = 0.5
+_POLL_SECONDS = 0.5
 
 
-class Watcher(Protocol):
+class ComparisonObserver(Protocol):
     """Hears of a comparison while it is carried out."""
 
-    def look(self, comparison: Comparison) -> None:
+    def on_progress(self, comparison: Comparison) -> None:
         """Something may have changed; called about twice a second."""
         ...
 
-    def ended(self, comparison: Comparison, outcome: Outcome) -> None:
+    def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
         """A run has ended."""
         ...
 
@@ -70,14 +71,14 @@ class Comparison:
         self._seconds: dict[tuple[str, bool], list[float]] = {}
         self._waiting: list[tuple[tuple[int, ...], PlannedRun]] = []
         self._tuners: dict[Arm, Tuner] = {}
-        tuned = [arm for arm in plan.arms if plan.tuning(arm)]
+        tuned = [arm for arm in plan.arms if plan.get_tuning(arm)]
         if tuned:
             from metareg.comparison.tuning import Tuner
 
             self._tuners = {arm: Tuner(plan, arm) for arm in tuned}
         self._order = {arm: number for number, arm in enumerate(plan.arms)}
         for arm in plan.arms:
-            self._queue_runs_of(arm)
+            self._queue_arm(arm)
 
     def __repr__(self) -> str:
         arms, seeds = len(self.plan.arms), len(self.plan.config.seeds)
@@ -114,7 +115,7 @@ class Comparison:
         mean = sum(known) / len(known)
 
         def expected(run: PlannedRun) -> float:
-            similar = self._seconds.get(_sort(run), [mean])
+            similar = self._seconds.get(_get_duration_group(run), [mean])
             return sum(similar) / len(similar)
 
         now = time.monotonic()
@@ -123,7 +124,7 @@ class Comparison:
         unknown = max(0, self.left - len(self.running) - len(self._waiting))
         return (under_way + waiting + unknown * mean) / self._launcher.capacity
 
-    def carry_out(self, stop: StopRequest, watcher: Watcher | None = None) -> None:
+    def carry_out(self, stop: StopRequest, observer: ComparisonObserver | None = None) -> None:
         """Run until nothing is left; what cannot be finished is in `broken`.
 
         Raises:
@@ -135,38 +136,38 @@ class Comparison:
                 self.running[run.path] = (run, time.monotonic())
                 self._tries[run.path] += 1
                 self._launcher.submit(run)
-            for outcome in self._launcher.wait(_SECONDS_BETWEEN_LOOKS):
-                self._take(outcome)
-                if watcher is not None:
-                    watcher.ended(self, outcome)
+            for outcome in self._launcher.wait(_POLL_SECONDS):
+                self._record(outcome)
+                if observer is not None:
+                    observer.on_run_end(self, outcome)
             if stop.asked:
                 self._launcher.stop()
                 folder = shlex.quote(str(self.path))
                 raise Interrupted(f"Stopped. `metareg compare --out {folder}` goes on with the comparison.")
-            if watcher is not None:
-                watcher.look(self)
+            if observer is not None:
+                observer.on_progress(self)
 
-    def _take(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         run = outcome.run
         _, began = self.running.pop(run.path)
         if outcome.error is not None and outcome.again and self._tries[run.path] < _TRIES:
             log.warning("%s: %s It is tried again.", run, outcome.error)
             self._queue(run)
         elif outcome.error is None:
-            self._seconds.setdefault(_sort(run), []).append(time.monotonic() - began)
+            self._seconds.setdefault(_get_duration_group(run), []).append(time.monotonic() - began)
             if run.is_final:
                 self._finished.add(run.path)
-        elif run.is_final or divergence(run.path) is None:  # a trial that diverged has told what it is good for
+        elif run.is_final or read_divergence(run.path) is None:  # a trial that diverged has told what it is good for
             self.broken[run.path] = outcome
         if not run.is_final:
-            self._queue_runs_of(run.arm)
+            self._queue_arm(run.arm)
 
-    def _queue_runs_of(self, arm: Arm) -> None:
+    def _queue_arm(self, arm: Arm) -> None:
         """Queue the arm's trials, or the runs that count once its settings are chosen."""
         tuner = self._tuners.get(arm)
-        wanted = tuner.next_jobs() if tuner else []
+        wanted = tuner.next_runs() if tuner else []
         if tuner is None or tuner.done:
-            wanted = self.plan.runs_of(arm, tuner.chosen if tuner else {})
+            wanted = self.plan.list_arm_runs(arm, tuner.chosen if tuner else {})
         self._drop_trials(arm, but={run.path for run in wanted})
         known = {run.path for _, run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
@@ -186,13 +187,13 @@ class Comparison:
 
     def _queue(self, run: PlannedRun) -> None:
         final = run.is_final
-        read_rank = (
+        rank = (
             final,
             self.plan.config.seeds.index(run.seed) if final else 0,
             self._order[run.arm],
             len(self._waiting),
         )
-        self._waiting.append((read_rank, run))
+        self._waiting.append((rank, run))
         self._waiting.sort(key=lambda waiting: waiting[0])
 
 
@@ -209,7 +210,7 @@ def compare(
     jobs: int | None = None,
     launcher: str = "local",
     ray_address: str | None = None,
-    watcher: Watcher | None = None,
+    observer: ComparisonObserver | None = None,
     **options: Any,
 ) -> Comparison:
     """Carry out a comparison, or go on with it, as ``metareg compare`` does.
@@ -231,7 +232,7 @@ def compare(
         jobs: how many runs at a time; by default one for every GPU that they take, or as many as leave each run its threads.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
-        watcher: hears of what happens.
+        observer: hears of what happens.
         options: fields of `RunConfig` and options of the plugins, by name, for every run.
 
     Returns:
@@ -255,17 +256,17 @@ def compare(
     }  # fmt: skip
     said = {key: value for key, value in given.items() if value is not None}
     folder = _choose_folder(config, task) if out is None else Path(out)
-    plan = _make_plan(folder, config, said, jobs)
-    check(plan)
-    with catch_stop_signals() as stop, closing(_launcher(launcher, plan, jobs, ray_address)) as workers:
-        _make(folder)
+    plan = _build_plan(folder, config, said, jobs)
+    check_plan(plan)
+    with catch_stop_signals() as stop, closing(_create_launcher(launcher, plan, jobs, ray_address)) as workers:
+        _create_folder(folder)
         # What is left of the runs ends before another process may work on the folder.
         with lock_folder(folder), closing(workers):
-            if (folder / FILE).is_file():  # another process may have changed it since
+            if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
                 _refuse_changes(Plan.read(folder), plan)
             plan.write()
             comparison = Comparison(plan, workers)
-            comparison.carry_out(stop, watcher)
+            comparison.carry_out(stop, observer)
     return comparison
 
 
@@ -279,21 +280,21 @@ def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | 
     return Path("comparisons", re.sub("[,:]", "-", ",".join(map(str, tasks))))
 
 
-def _make(folder: Path) -> None:
+def _create_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
 
 
-def _make_plan(
+def _build_plan(
     folder: Path,
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None,
     said: Mapping[str, Any],
     jobs: int | None,
 ) -> Plan:
     """The plan, if it agrees with what the folder holds."""
-    begun = Plan.read(folder) if (folder / FILE).is_file() else None
+    begun = Plan.read(folder) if (folder / CONFIG_FILE).is_file() else None
     if config is None and not said:
         if begun is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
@@ -304,9 +305,9 @@ def _make_plan(
         values, where = read_yaml(Path(values)), str(values)
     elif isinstance(values, ComparisonConfig):
         values = values.model_dump()
-    compared = _storable(validate(ComparisonConfig, override(values, **said), where))
+    compared = _make_storable(validate(ComparisonConfig, override(values, **said), where))
     # Threads can change the last bit of a result, so that their number is part of what is compared.
-    threads = _threads(compared, jobs) if begun is None else begun.config.options.get("threads")
+    threads = _choose_threads(compared, jobs) if begun is None else begun.config.options.get("threads")
     plan = Plan(folder, compared.model_copy(update={"options": {"threads": threads, **compared.options}}))
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
@@ -315,15 +316,15 @@ def _make_plan(
     return plan
 
 
-def _threads(config: ComparisonConfig, jobs: int | None) -> int:
+def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:
     """How many threads each run gets: all cores are at work, also where there are fewer runs than cores."""
     runs = len(config.algo) * len(config.augment) * len(config.tasks) * len(config.seeds)
     tuned = config.tune or any(task.tune for task in config.tasks)
-    cores = cpu_cores()
+    cores = count_cpu_cores()
     return max(1, cores // (jobs or (cores if tuned else min(cores, runs))))
 
 
-def _storable(config: ComparisonConfig) -> ComparisonConfig:
+def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
     """The same in values that a file can hold, as a text for a path."""
     try:
         values = config.model_dump(mode="json")
@@ -336,15 +337,17 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
     """Raise a UsageError where a run that was begun would become another one, or be left out."""
     where = f"The comparison at {plan.folder} cannot go on as another one"
     for arm in (arm for arm in plan.arms if arm in begun.arms):
-        places = plan.tuning_folder(arm), plan.folder / "runs" / arm.folder
-        ways = [(of.tuning(arm), of.tuning(arm) and of.tuning_seeds(arm)) for of in (begun, plan)]
-        if ways[0] != ways[1] and any(read_rank.is_dir() for read_rank in places):
+        places = plan.get_tuning_folder(arm), plan.folder / "runs" / arm.folder
+        ways = [(of.get_tuning(arm), of.get_tuning(arm) and of.get_tuning_seeds(arm)) for of in (begun, plan)]
+        if ways[0] != ways[1] and any(place.is_dir() for place in places):
             raise UsageError(
                 f"{where}: the settings of {arm} were to be chosen in another way; name another folder with --out."
             )
 
     def defaults(of: Plan) -> list[PlannedRun]:
-        return of.runs() + [of.trial(arm, 0, of.tuning_seeds(arm)[0], {}) for arm in of.arms if of.tuning(arm)]
+        return of.list_runs() + [
+            of.make_trial(arm, 0, of.get_tuning_seeds(arm)[0], {}) for arm in of.arms if of.get_tuning(arm)
+        ]
 
     wanted = {run.path: run for run in defaults(plan)}
     for before in defaults(begun):
@@ -364,20 +367,20 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
                 )
 
 
-def _launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) -> Launcher:
+def _create_launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) -> Launcher:
     threads = int(plan.config.options.get("threads") or 1)
     if name == "ray":
         from metareg.comparison.ray_launcher import RayLauncher
 
         return RayLauncher(jobs, threads, ray_address)
-    gpus = _gpus(plan)
-    jobs = jobs or len(gpus) or max(1, cpu_cores() // threads)
+    gpus = _list_gpus(plan)
+    jobs = jobs or len(gpus) or max(1, count_cpu_cores() // threads)
     return LocalPool(jobs, threads, plan.folder / "workers.log", gpus)
 
 
-def _gpus(plan: Plan) -> list[str]:
+def _list_gpus(plan: Plan) -> list[str]:
     """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where a run asks for a device of its own."""
-    if any(plan.options(arm).get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
+    if any(plan.get_options(arm).get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
         return []
     import torch
 
@@ -386,7 +389,7 @@ def _gpus(plan: Plan) -> list[str]:
     return visible.split(",")[:count] if visible else [str(number) for number in range(count)]
 
 
-def progress_of(run: PlannedRun) -> tuple[int, float | None]:
+def read_progress(run: PlannedRun) -> tuple[int, float | None]:
     """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
     with suppress(OSError, ValueError, LookupError):
         last = (run.path / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1]
@@ -395,6 +398,6 @@ def progress_of(run: PlannedRun) -> tuple[int, float | None]:
     return 0, None
 
 
-def _sort(run: PlannedRun) -> tuple[str, bool]:
+def _get_duration_group(run: PlannedRun) -> tuple[str, bool]:
     """Runs of one sort take about the same time."""
     return run.arm.task, run.is_final

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Final, Literal
+from typing import Any
 
-from pydantic import AfterValidator, BeforeValidator, model_validator
 from pydantic.fields import FieldInfo
 
-from metareg.contract.config import Field, PluginConfig
+from metareg.comparison.config import GRID, Tuning
 from metareg.contract.search import (
     Domain,
     Range,
@@ -24,7 +22,6 @@ from metareg.contract.search import (
     check_domain,
     format_domain,
     get_declared_domain,
-    parse_domain,
 )
 from metareg.errors import UnknownNameError, UsageError
 from metareg.registry.plugins import Plugin, get_config_class
@@ -33,92 +30,16 @@ from metareg.runs.options import Selection
 
 __all__ = [
     "Dimension",
-    "Seeds",
-    "Tuning",
-    "check",
-    "dimensions",
-    "seeds_of",
+    "check_tuning",
+    "list_dimensions",
 ]
 
-GRID: Final = "grid"
-
 _LARGEST_GRID = 1000
-_MOST_SEEDS = 1000
 
 _OF_A_RUN = (
     "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "reset_optimizer_every", "select",
 )  # fmt: skip
 """Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
-
-
-def _parse_space(given: Any) -> Any:
-    if not isinstance(given, Mapping):
-        return given
-    return {str(key): None if value is None else parse_domain(str(key), value) for key, value in given.items()}
-
-
-def _trials(given: Any) -> Any:
-    if given == GRID or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
-        return given
-    raise ValueError("it should be a number from 2 on (the first trial is the defaults), or grid")
-
-
-def seeds_of(given: Any) -> Any:
-    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything else as it is.
-
-    Raises:
-        ValueError: it is a text of anything else, or no number of seeds.
-    """
-    if isinstance(given, str):
-        if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", given):
-            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7")
-        numbers = [int(part) for part in given.split(",")]
-        given = numbers if "," in given else numbers[0]
-    if not isinstance(given, int) or isinstance(given, bool):
-        return given
-    if not 1 <= given <= _MOST_SEEDS:
-        raise ValueError(f"a number of seeds is one from 1 to {_MOST_SEEDS}, not {given}")
-    return list(range(given))
-
-
-def _different(seeds: list[int]) -> list[int]:
-    twice = [seed for seed in seeds if seeds.count(seed) > 1]
-    if twice:
-        raise ValueError(f"the seed '{twice[0]}' stands twice")
-    return seeds
-
-
-_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
-Seeds = Annotated[list[_Seed], BeforeValidator(seeds_of), Field(min_length=1), AfterValidator(_different)]
-
-
-class Tuning(PluginConfig):
-    """How the settings of each arm of a comparison are chosen, on validation tasks."""
-
-    trials: Annotated[int | Literal["grid"], BeforeValidator(_trials)] = Field(
-        GRID, description="How many settings each arm tries, or grid: every combination of the values in 'space'."
-    )
-    seeds: Seeds | None = Field(
-        None,
-        description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
-    )
-    space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_parse_space)] = Field(
-        {},
-        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, {factor: …} around the "
-        "option's default, or null for what its plugin declares. Empty, all that the algorithm and the augmenters declare.",
-    )
-    options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> Tuning:
-        for key in self.space.keys() & self.options.keys():
-            raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
-        if self.trials == GRID and not self.space:
-            raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
-        return self
-
-
-# --------------------------------------------------------------------------------------------------- an arm's options
 
 
 @dataclass(frozen=True)
@@ -166,7 +87,7 @@ class _Option:
         return None if domain is None else check_domain(key, self.field, domain)
 
 
-def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
+def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
     """Refuse what cannot be chosen, before anything is run.
 
     Args:
@@ -179,13 +100,15 @@ def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
     if tuning.trials != GRID and importlib.util.find_spec("optuna") is None:
         raise UsageError("A search needs Optuna, which is not installed: pip install 'metareg[search]'.")
     for key in tuning.space:
-        if not any(_found(key, selection) for selection in arms.values()):
-            known = {name for selection in arms.values() for name, _ in _options(selection, "algo", "augment", "model")}
+        if not any(_find_options(key, selection) for selection in arms.values()):
+            known = {
+                name for selection in arms.values() for name, _ in _list_options(selection, "algo", "augment", "model")
+            }
             raise UnknownNameError("option to choose", key, {*known, *_OF_A_RUN})
     spaces = []
     for name, selection in arms.items():
         try:
-            spaces.append(dimensions(tuning, selection))
+            spaces.append(list_dimensions(tuning, selection))
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
     if not any(spaces):
@@ -195,7 +118,7 @@ def check(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
         )
 
 
-def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
+def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
     """What is chosen for an arm, the algorithm's options first.
 
     Args:
@@ -206,18 +129,18 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
         UsageError: an option has no such values, or two keys mean the same one.
     """
     if not tuning.space:
-        own = ((key, option, option.choose_domain(key)) for key, option in _options(selection, "algo", "augment"))
+        own = ((key, option, option.choose_domain(key)) for key, option in _list_options(selection, "algo", "augment"))
         return [Dimension(key, domain, option.default) for key, option, domain in own if domain]
     chosen: dict[tuple[str, str], tuple[str, _Option]] = {}
     for key in tuning.space:
-        for option in _found(key, selection):
+        for option in _find_options(key, selection):
             place = option.owner, option.name
             other = chosen.get(place, ("", option))[0]
             if other and ("." in key) == ("." in other):
                 raise UsageError(f"'{other}' and '{key}' are one option; choose it by one of these names.")
             if not other or "." in key:  # the key that names the plugin stands before the one that does not
                 chosen[place] = key, option
-    space = [_dimension(key, option, tuning) for key, option in chosen.values()]
+    space = [_make_dimension(key, option, tuning) for key, option in chosen.values()]
     if tuning.trials == GRID:
         size = math.prod(len(each.domain) for each in space if isinstance(each.domain, list))
         if size > _LARGEST_GRID:
@@ -227,7 +150,7 @@ def dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
     return space
 
 
-def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
+def _make_dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
     domain = option.choose_domain(key, tuning.space[key])
     if domain is None:
         raise UsageError(
@@ -243,29 +166,29 @@ def _dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
     return Dimension(key, domain, option.default)
 
 
-def _plugins(selection: Selection) -> list[tuple[str, Plugin]]:
+def _list_plugins(selection: Selection) -> list[tuple[str, Plugin]]:
     augmenters = [("augment", plugin) for plugin in selection.augmenters]
     return [("algo", selection.algorithm), *augmenters, ("model", selection.model), ("task", selection.task)]
 
 
-def _options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]]:
+def _list_options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]]:
     """The options of some plugins of an arm by the names that users give them: the algorithm's without its name."""
-    plugins = _plugins(selection)
-    every = [option.name for _, plugin in plugins for option in _options_of(plugin)]
+    plugins = _list_plugins(selection)
+    every = [option.name for _, plugin in plugins for option in _list_plugin_options(plugin)]
     named = [plugin.name for _, plugin in plugins]
     for field, plugin in plugins:
         owner = plugin.name if named.count(plugin.name) == 1 else field
-        for option in _options_of(plugin) if field in fields else ():
+        for option in _list_plugin_options(plugin) if field in fields else ():
             ambiguous = every.count(option.name) > 1 or option.name in RunConfig.model_fields
             yield option.name if field == "algo" and not ambiguous else f"{owner}.{option.name}", option
 
 
-def _options_of(plugin: Plugin) -> list[_Option]:
+def _list_plugin_options(plugin: Plugin) -> list[_Option]:
     fields = get_config_class(plugin.instance).model_fields
     return [_Option(plugin.label, field, name, getattr(plugin.config, name)) for name, field in fields.items()]
 
 
-def _found(key: str, selection: Selection) -> list[_Option]:
+def _find_options(key: str, selection: Selection) -> list[_Option]:
     """The options of an arm that a key means; none where the arm has no such option.
 
     Raises:
@@ -274,17 +197,17 @@ def _found(key: str, selection: Selection) -> list[_Option]:
     owner, dot, name = key.partition(".")
     if not dot and key in RunConfig.model_fields:
         if key not in _OF_A_RUN:
-            raise _no_choice(key)
+            raise _refuse_choice(key)
         return [_Option("", RunConfig.model_fields[key], key, getattr(selection.config, key))]
     found = [
         (field, option)
-        for field, plugin in _plugins(selection)
+        for field, plugin in _list_plugins(selection)
         if not dot or owner in (field, plugin.name)
-        for option in _options_of(plugin)
+        for option in _list_plugin_options(plugin)
         if option.name == (name if dot else key)
     ]
     if any(field == "task" for field, _ in found):
-        raise _no_choice(key)
+        raise _refuse_choice(key)
     if len(found) > 1:
         raise UsageError(
             f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{name if dot else key}."
@@ -292,7 +215,7 @@ def _found(key: str, selection: Selection) -> list[_Option]:
     return [option for _, option in found]
 
 
-def _no_choice(key: str) -> UsageError:
+def _refuse_choice(key: str) -> UsageError:
     return UsageError(
         f"'{key}' cannot be chosen by validation: it is none of the options that say how an arm learns, which are those of "
         f"its algorithm, augmenters and model, and {', '.join(_OF_A_RUN)}."

@@ -16,20 +16,19 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from metareg.comparison.plan import Arm, Plan, PlannedRun
-from metareg.comparison.pool import divergence
-from metareg.comparison.space import GRID, Dimension, dimensions
+from metareg.comparison.config import GRID
+from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
+from metareg.comparison.pool import read_divergence
+from metareg.comparison.space import Dimension, list_dimensions
 from metareg.contract.search import Range
 from metareg.errors import UsageError
 from metareg.runs.options import assemble
 from metareg.util.files import read_json, write_json
 from metareg.util.seeding import derive_seed
 
-__all__ = ["CHOSEN_FILE", "Tuner", "proposal"]
+__all__ = ["Tuner", "propose"]
 
 log = logging.getLogger("metareg.tuning")
-
-CHOSEN_FILE = "chosen.json"
 
 _RANDOM_TRIALS = 5
 """So many trials, the defaults among them, are drawn without regard to others, and can run at once."""
@@ -70,20 +69,20 @@ class Tuner:
     """
 
     def __init__(self, plan: Plan, arm: Arm) -> None:
-        tuning = plan.tuning(arm)
+        tuning = plan.get_tuning(arm)
         assert tuning is not None
         self._plan = plan
         self._arm = arm
         self._tuning = tuning
-        self._seeds = plan.tuning_seeds(arm)
-        self.folder = plan.tuning_folder(arm)
+        self._seeds = plan.get_tuning_seeds(arm)
+        self.folder = plan.get_tuning_folder(arm)
         """Where its trials are."""
-        run = plan.trial(arm, 0, self._seeds[0], {})
-        self._dimensions = dimensions(self._tuning, assemble(run.config, run.options))
-        self._grid = _grid(self._dimensions) if self._tuning.trials == GRID else None
+        run = plan.make_trial(arm, 0, self._seeds[0], {})
+        self._dimensions = list_dimensions(self._tuning, assemble(run.config, run.options))
+        self._grid = _build_grid(self._dimensions) if self._tuning.trials == GRID else None
         self._trials: list[_Trial] = []
         self._measured: tuple[str, bool, int] | None = None
-        self._chosen = self._stored()
+        self._chosen = self._read_chosen()
 
     @property
     def trials(self) -> int:
@@ -110,7 +109,7 @@ class Tuner:
 
     @property
     def done(self) -> bool:
-        """Whether the settings are chosen, as of the last `next_jobs`."""
+        """Whether the settings are chosen, as of the last `next_runs`."""
         return self._chosen is not None
 
     @property
@@ -118,7 +117,7 @@ class Tuner:
         """The chosen options; empty where the defaults are, or nothing is chosen yet."""
         return dict(self._chosen or {})
 
-    def next_jobs(self) -> list[PlannedRun]:
+    def next_runs(self) -> list[PlannedRun]:
         """Take note of the runs that ended, and choose once all have.
 
         Returns:
@@ -133,87 +132,89 @@ class Tuner:
             log.info("%s: %d trials of %s.", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
         while True:
             for trial in self._trials:
-                self._look(trial)
-            if not self._may_begin():
+                self._update(trial)
+            if not self._may_start_trial():
                 break
-            self._trials.append(self._begun(len(self._trials)))
+            self._trials.append(self._start_trial(len(self._trials)))
         if len(self._trials) == self.trials and all(trial.ended for trial in self._trials):
             self._choose()
         return [run for trial in self._trials if not trial.ended for run in trial.runs if not run.finished]
 
     # ---------------------------------------------------------------------------------------------------------- trials
 
-    def _may_begin(self) -> bool:
+    def _may_start_trial(self) -> bool:
         number = len(self._trials)
         if number >= self.trials:
             return False
         return self._grid is not None or number < _RANDOM_TRIALS or all(trial.ended for trial in self._trials)
 
-    def _begun(self, number: int) -> _Trial:
+    def _start_trial(self, number: int) -> _Trial:
         """The trial of a number: as it was begun before, or with settings of its own."""
         file = self.folder / f"trial-{number}" / "trial.json"
         if not file.is_file():
-            options = self._proposed(number)
-            write_json(file, {"options": options, "error": self._objection(options)})
-        options = _content(file, "options")
-        runs = [self._plan.trial(self._arm, number, seed, options) for seed in self._seeds]
-        trial = _Trial(options, runs, error=_content(file, "error"))
-        trial.twin = next((each for each in self._trials if self._values(each.options) == self._values(options)), None)
+            options = self._propose(number)
+            write_json(file, {"options": options, "error": self._explain_refusal(options)})
+        options = _read_key(file, "options")
+        runs = [self._plan.make_trial(self._arm, number, seed, options) for seed in self._seeds]
+        trial = _Trial(options, runs, error=_read_key(file, "error"))
+        trial.twin = next(
+            (each for each in self._trials if self._fill_defaults(each.options) == self._fill_defaults(options)), None
+        )
         return trial
 
-    def _objection(self, options: Settings) -> str | None:
+    def _explain_refusal(self, options: Settings) -> str | None:
         """Why the arm cannot have such settings together."""
-        run = self._plan.trial(self._arm, 0, self._seeds[0], options)
+        run = self._plan.make_trial(self._arm, 0, self._seeds[0], options)
         try:
             assemble(run.config, run.options)
         except UsageError as error:
             return str(error)
         return None
 
-    def _values(self, options: Settings) -> Settings:
+    def _fill_defaults(self, options: Settings) -> Settings:
         """All that is chosen, the defaults of what a trial leaves alone among it."""
         return {each.key: options.get(each.key, each.default) for each in self._dimensions}
 
-    def _proposed(self, number: int) -> Settings:
+    def _propose(self, number: int) -> Settings:
         if self._grid is not None:
             return self._grid[number]
         if number == 0:
             return {}  # the defaults, so that a search never ends below them
         known = self._trials if number >= _RANDOM_TRIALS else []
-        history = [(self._values(trial.options), self._cost(trial)) for trial in known]
+        history = [(self._fill_defaults(trial.options), self._compute_cost(trial)) for trial in known]
         # The seed is the same for every arm: they begin with the same step sizes.
-        options = proposal(self._dimensions, history, derive_seed(self._seeds[0], "tuning", number))
-        tried = [self._values(trial.options) for trial in self._trials]
+        options = propose(self._dimensions, history, derive_seed(self._seeds[0], "tuning", number))
+        tried = [self._fill_defaults(trial.options) for trial in self._trials]
         for draw in range(_DRAWS):
-            if self._values(options) not in tried:
+            if self._fill_defaults(options) not in tried:
                 break
-            options = proposal(self._dimensions, [], derive_seed(self._seeds[0], "tuning", number, draw))
+            options = propose(self._dimensions, [], derive_seed(self._seeds[0], "tuning", number, draw))
         return options
 
-    def _look(self, trial: _Trial) -> None:
+    def _update(self, trial: _Trial) -> None:
         """Take note of how a trial's runs ended."""
         if trial.ended:
             return
         if trial.twin is not None:
             trial.score, trial.error = trial.twin.score, trial.twin.error
             return
-        trial.error = next(filter(None, (divergence(run.path) for run in trial.runs)), None)
+        trial.error = next(filter(None, (read_divergence(run.path) for run in trial.runs)), None)
         if trial.error is None and all(run.finished for run in trial.runs):
-            score = statistics.fmean(map(self._score, trial.runs))
+            score = statistics.fmean(map(self._read_score, trial.runs))
             if math.isfinite(score):
                 trial.score = score
             else:
                 trial.error = f"Its score is {score}."
 
-    def _score(self, run: PlannedRun) -> float:
+    def _read_score(self, run: PlannedRun) -> float:
         file = run.path / "results.json"
-        if _content(file, "split") != "validation":
+        if _read_key(file, "split") != "validation":
             raise UsageError(f"{file} is no result on validation tasks; the comparison needs a folder of its own.")
-        last = _content(file, "steps")[-1]
-        self._measured = _content(file, "metric"), _content(file, "higher_is_better"), last["inner_steps"]
+        last = _read_key(file, "steps")[-1]
+        self._measured = _read_key(file, "metric"), _read_key(file, "higher_is_better"), last["inner_steps"]
         return float(last["mean"])
 
-    def _cost(self, trial: _Trial) -> float:
+    def _compute_cost(self, trial: _Trial) -> float:
         """What a search makes as small as it can."""
         if trial.score is None:
             return math.inf
@@ -222,7 +223,7 @@ class Tuner:
     # ---------------------------------------------------------------------------------------------------------- choice
 
     def _choose(self) -> None:
-        best = min(self._trials, key=self._cost, default=None)
+        best = min(self._trials, key=self._compute_cost, default=None)
         if best is not None and best.score is None:
             log.warning("%s: none of its %d trials has a score; the defaults are taken.", self._arm, len(self._trials))
         self._chosen = {} if best is None or best.score is None else best.options
@@ -235,7 +236,7 @@ class Tuner:
                 "higher_is_better": higher_is_better,
                 "inner_steps": inner_steps,
                 "split": "validation",
-                "space": self._space,
+                "space": self._describe_space,
                 "trials": [
                     {"options": trial.options, "score": trial.score, "seeds": self._seeds, "error": trial.error}
                     for trial in self._trials
@@ -245,14 +246,14 @@ class Tuner:
         if best is not None and best.score is not None:
             log.info(
                 "%s: chosen by %d trials: %s, with a validation %s of %.4g.",
-                self._arm, self.trials, _named(self._chosen), metric, best.score,
+                self._arm, self.trials, _format_settings(self._chosen), metric, best.score,
             )  # fmt: skip
 
     @property
-    def _space(self) -> dict[str, str]:
+    def _describe_space(self) -> dict[str, str]:
         return {each.key: str(each).partition(": ")[2] for each in self._dimensions}
 
-    def _stored(self) -> Settings | None:
+    def _read_chosen(self) -> Settings | None:
         """What was chosen before.
 
         Raises:
@@ -261,8 +262,8 @@ class Tuner:
         file = self.folder / CHOSEN_FILE
         if not file.is_file():
             return None
-        options, space, trials = (_content(file, key) for key in ("options", "space", "trials"))
-        if space != self._space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
+        options, space, trials = (_read_key(file, key) for key in ("options", "space", "trials"))
+        if space != self._describe_space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
             raise UsageError(
                 f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
             )
@@ -272,7 +273,7 @@ class Tuner:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
-def _grid(space: Sequence[Dimension]) -> list[Settings]:
+def _build_grid(space: Sequence[Dimension]) -> list[Settings]:
     """Every combination; none where there is nothing to choose from."""
     if not space:
         return []
@@ -280,7 +281,7 @@ def _grid(space: Sequence[Dimension]) -> list[Settings]:
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(each.domain for each in space))]
 
 
-def proposal(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]], seed: int) -> Settings:
+def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]], seed: int) -> Settings:
     """Settings to try next.
 
     Without any history they are drawn at random, else by the tree-structured Parzen estimator of Optuna.
@@ -295,24 +296,24 @@ def proposal(space: Sequence[Dimension], history: Sequence[tuple[Settings, float
     """
     import optuna
 
-    distributions = {each.key: _distribution(each) for each in space}
+    distributions = {each.key: _make_distribution(each) for each in space}
     seed %= 1 << 32  # NumPy's largest
     sampler: Any = optuna.samplers.RandomSampler(seed)
     if history:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
-    with _quiet(optuna):
+    with _silence(optuna):
         study = optuna.create_study(sampler=sampler)
         for values, cost in history:
             # A default can lie outside of what is searched, or be None; such a trial tells nothing of that option.
-            known = {each.key: _position(each, values[each.key]) for each in space}
+            known = {each.key: _encode(each, values[each.key]) for each in space}
             params = {key: position for key, position in known.items() if position is not None}
             tried = {key: distributions[key] for key in params}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=tried, value=cost))
         drawn = study.ask(distributions).params
-    return {each.key: _value(each, drawn[each.key]) for each in space}
+    return {each.key: _decode(each, drawn[each.key]) for each in space}
 
 
-def _distribution(dimension: Dimension) -> Any:
+def _make_distribution(dimension: Dimension) -> Any:
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     domain = dimension.domain
@@ -322,7 +323,7 @@ def _distribution(dimension: Dimension) -> Any:
     return CategoricalDistribution(range(len(domain)))
 
 
-def _position(dimension: Dimension, value: Any) -> Any:
+def _encode(dimension: Dimension, value: Any) -> Any:
     """A value as Optuna knows it; None where it is not among those that are searched."""
     domain = dimension.domain
     if isinstance(domain, list):
@@ -331,7 +332,7 @@ def _position(dimension: Dimension, value: Any) -> Any:
     return value if inside else None
 
 
-def _value(dimension: Dimension, position: Any) -> Any:
+def _decode(dimension: Dimension, position: Any) -> Any:
     domain = dimension.domain
     if isinstance(domain, list):
         return domain[position]
@@ -341,7 +342,7 @@ def _value(dimension: Dimension, position: Any) -> Any:
 
 
 @contextmanager
-def _quiet(optuna: Any) -> Iterator[None]:
+def _silence(optuna: Any) -> Iterator[None]:
     """Optuna without its log of what it does."""
     before = optuna.logging.get_verbosity()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -351,12 +352,12 @@ def _quiet(optuna: Any) -> Iterator[None]:
         optuna.logging.set_verbosity(before)
 
 
-def _content(file: Any, key: str) -> Any:
+def _read_key(file: Any, key: str) -> Any:
     content = read_json(file)
     if not isinstance(content, Mapping) or key not in content:
         raise UsageError(f"{file} is not what metareg wrote there: it has no '{key}'.")
     return content[key]
 
 
-def _named(options: Settings) -> str:
+def _format_settings(options: Settings) -> str:
     return ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items()) or "the defaults"

@@ -96,7 +96,7 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
     Raises:
         UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
     """
-    found = results.read(folder)
+    found = results.read_results(folder)
     if not found.finished:
         raise UsageError(
             f"No run of the comparison at {folder} has finished ({_states(found)}); a report needs at least one."

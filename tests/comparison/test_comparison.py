@@ -24,11 +24,12 @@ from comparisons import DEMO, write_comparison
 from metareg.cli import app as cli
 from metareg.cli.progress import ComparisonProgress
 from metareg.cli.tables import print_comparison
+from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.overrides import override
-from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun, check
+from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
-from metareg.comparison.results import read
-from metareg.comparison.runner import Comparison, _launcher, _make_plan, compare
+from metareg.comparison.results import read_results
+from metareg.comparison.runner import Comparison, _build_plan, _create_launcher, compare
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
@@ -62,7 +63,7 @@ def test_every_algorithm_meets_every_augmenter_on_every_task_for_every_seed(tmp_
         tmp_path, algo="maml,anil", augment=["none", "dropgrad+cml"], tasks=["sinusoid", {"task": "harmonic"}], seeds=3
     )
 
-    runs = plan.runs()
+    runs = plan.list_runs()
 
     assert len({run.path for run in runs}) == len(runs) == 2 * 2 * 2 * 3
     assert {run.arm for run in runs} == {
@@ -91,10 +92,10 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
         ],
     )
 
-    assert plan.options(Arm("maml", "none", "sinusoid")) == {"inner_lr": 0.01}
-    assert plan.options(Arm("maml", "cml", "5-shot")) == {"inner_lr": 0.02, "shots": 5, "cml.gamma": 0.3}
-    assert plan.options(Arm("boil", "none", "sinusoid")) == {"inner_lr": 0.5}
-    assert plan.options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
+    assert plan.get_options(Arm("maml", "none", "sinusoid")) == {"inner_lr": 0.01}
+    assert plan.get_options(Arm("maml", "cml", "5-shot")) == {"inner_lr": 0.02, "shots": 5, "cml.gamma": 0.3}
+    assert plan.get_options(Arm("boil", "none", "sinusoid")) == {"inner_lr": 0.5}
+    assert plan.get_options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
 
 
 def test_of_two_names_of_an_option_the_later_rule_counts(tmp_path: Path) -> None:
@@ -105,7 +106,7 @@ def test_of_two_names_of_an_option_the_later_rule_counts(tmp_path: Path) -> None
     ]
     plan = plan_of(tmp_path, augment="none, cml", tasks=tasks, options={"inner_lr": 0.01}, arms=rules)
 
-    without, with_cml = (assemble(run.config, run.options) for run in plan.runs())
+    without, with_cml = (assemble(run.config, run.options) for run in plan.list_runs())
 
     assert without.algorithm.config.inner_lr == 0.02
     assert (with_cml.algorithm.config.inner_lr, with_cml.augmenters[0].config.gamma) == (0.05, 0.4)
@@ -130,12 +131,12 @@ def test_names_and_seeds_can_be_written_as_texts() -> None:
 )
 def test_arms_that_do_not_make_a_paired_comparison(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=sentence):
-        check(plan_of(tmp_path, **values))
+        check_plan(plan_of(tmp_path, **values))
 
 
 def test_a_model_can_have_its_tasks_prepared_in_its_own_way(tmp_path: Path) -> None:
     rules = [{"augment": "cml", "options": {"model": "sgc", "sgc.layers": 1}}]
-    check(plan_of(tmp_path, augment="none,cml", tasks="csbm", options={"model": "sgc"}, arms=rules))
+    check_plan(plan_of(tmp_path, augment="none,cml", tasks="csbm", options={"model": "sgc"}, arms=rules))
 
 
 def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
@@ -219,7 +220,7 @@ def test_what_is_said_stands_before_the_file(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"algo": ["anil"], "seeds": 2, "options": {"steps": 7, "inner_lr": 0.1}}))
 
-    config = _make_plan(
+    config = _build_plan(
         tmp_path / "c", file, {"algo": "maml, boil", "seeds": "3,5", "options": {"steps": 9, "inner_lr": 0.2}}, None
     ).config
 
@@ -241,9 +242,9 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
 
     plan = Plan(tmp_path, config)
     for arm in plan.arms:
-        assert plan.options(arm)["steps"] == plan.trial(arm, 0, 0, {}).options["steps"] == 9
-        assert assemble({"algo": "maml"}, plan.options(arm)).algorithm.config.inner_lr == 0.7
-        tuning = plan.tuning(arm)
+        assert plan.get_options(arm)["steps"] == plan.make_trial(arm, 0, 0, {}).options["steps"] == 9
+        assert assemble({"algo": "maml"}, plan.get_options(arm)).algorithm.config.inner_lr == 0.7
+        tuning = plan.get_tuning(arm)
         assert tuning is not None
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
     assert config.options["threads"] == 1
@@ -264,14 +265,14 @@ def test_a_malformed_file_beside_options_is_refused(content: str, tmp_path: Path
 def test_flags_alone_change_what_a_folder_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: None))
+    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: None))
     monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
     folder = tmp_path / "c"
     options = [f"--set={key}={value}" for key, value in TINY.items()]
 
     def carried_out(*arguments: str) -> int:
         code = cli.run(["compare", *arguments, f"--out={folder}"])
-        for run in Plan.read(folder).runs():
+        for run in Plan.read(folder).list_runs():
             write_text(run.path / "config.yaml", "")
         return code
 
@@ -293,7 +294,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path: Path) -> None:
     plan.write()
 
     assert Plan.read(tmp_path).config == plan.config
-    assert Plan.read(tmp_path).runs() == plan.runs()
+    assert Plan.read(tmp_path).list_runs() == plan.list_runs()
 
 
 # --------------------------------------------------------------------------------------------------------------- pairing
@@ -303,7 +304,7 @@ def test_the_same_seed_gives_every_arm_the_same_weights_and_tasks(tmp_path: Path
     plan = plan_of(tmp_path, algo=["maml", "metasgd"], augment=["none", "cml", "gradient-noise"], seeds=2)
     weights: dict[int, list[dict[str, torch.Tensor]]] = {0: [], 1: []}
     tasks: dict[tuple[int, str], list[torch.Tensor]] = {}
-    for run in plan.runs():
+    for run in plan.list_runs():
         learner, source = prepare_run(assemble(run.config, run.options))
         weights[run.seed].append(
             {name: value for name, value in learner.meta_parameters.items() if name[:4] in ("body", "head")}
@@ -359,7 +360,7 @@ class Fake:
 
 def test_what_dies_is_tried_again_and_what_stays_broken_is_named(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, augment=["none", "cml"], seeds=3)
-    once, always = plan.runs()[1], plan.runs()[4]
+    once, always = plan.list_runs()[1], plan.list_runs()[4]
     launcher = Fake(lambda run, time: "it died" if run == always or (run == once and time == 1) else None)
     comparison = Comparison(plan, launcher)
     assert comparison.left == 6
@@ -417,10 +418,10 @@ def test_the_time_left_is_that_of_similar_runs(tmp_path: Path, monkeypatch: pyte
     seen = []
 
     class Watch:
-        def look(self, comparison: Comparison) -> None:
+        def on_progress(self, comparison: Comparison) -> None:
             pass
 
-        def ended(self, comparison: Comparison, _outcome: Outcome) -> None:
+        def on_run_end(self, comparison: Comparison, _outcome: Outcome) -> None:
             seen.append(comparison.seconds_left)
 
     Comparison(plan, launcher).carry_out(StopRequest(), Watch())
@@ -430,8 +431,8 @@ def test_the_time_left_is_that_of_similar_runs(tmp_path: Path, monkeypatch: pyte
 def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "c", seeds=1)
     plan.write()
-    (plan.runs()[0].path).mkdir(parents=True)
-    (plan.runs()[0].path / "config.yaml").write_text("")
+    (plan.list_runs()[0].path).mkdir(parents=True)
+    (plan.list_runs()[0].path / "config.yaml").write_text("")
 
     with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
         compare(config=config_of(options={**TINY, "inner_lr": 0.5}), out=tmp_path / "c")
@@ -452,9 +453,9 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
 
     def extend(_plan: Plan) -> None:
         extended.write()
-        write_text(extended.runs()[1].path / "config.yaml", "")
+        write_text(extended.list_runs()[1].path / "config.yaml", "")
 
-    monkeypatch.setattr("metareg.comparison.runner.check", extend)
+    monkeypatch.setattr("metareg.comparison.runner.check_plan", extend)
     with pytest.raises(UsageError, match=r"it has begun maml\+cml on sinusoid, seed 0, which this one leaves out"):
         compare(out=tmp_path)
     assert Plan.read(tmp_path).config == extended.config
@@ -462,7 +463,9 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
 
 def test_python_says_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: Fake(lambda _run, _time: "no", again=False))
+    monkeypatch.setattr(
+        "metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: "no", again=False)
+    )
     monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
 
     space = {"inner_lr": [0.01, 0.1], "outer_lr": None}
@@ -486,7 +489,7 @@ def test_what_has_a_flag_is_not_set(key: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Fake(lambda _run, _time: None)
-    monkeypatch.setattr("metareg.comparison.runner._launcher", lambda *_: launcher)
+    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: launcher)
 
     compare(out=tmp_path / "c", **TINY, device=Path("cpu"))
 
@@ -499,10 +502,10 @@ def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("options", [{"steps": 5000}, {}])  # the comparison's, or the task's
 def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any], tmp_path: Path) -> None:
     plan = write_comparison(tmp_path, {**DEMO, "tune": None, "options": options})
-    run = plan.runs()[3]
+    run = plan.list_runs()[3]
     write_text(run.path / "config.yaml", "algo:\n  config:\n    steps: 5000\ninner_steps: 1\nsteps: 9000\n")
 
-    (gap,) = read(tmp_path).gaps
+    (gap,) = read_results(tmp_path).gaps
 
     assert (gap.run, gap.state) == (str(run), "broken")
     assert gap.reason == "it was trained for 9000 steps, not for the 5000 of the comparison"
@@ -551,7 +554,7 @@ def test_an_output_that_cannot_take_a_report(encoding: str, output: str, sentenc
 
 def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
     plan = write_comparison(tmp_path / "c", {**DEMO, "tune": None})
-    lost = plan.runs()[5]
+    lost = plan.list_runs()[5]
     (lost.path / "results.json").unlink()
     comparison = Comparison(plan, Fake(lambda _run, _time: "the disk is full", again=False))
     comparison.carry_out(StopRequest())
@@ -571,7 +574,7 @@ def test_the_end_shows_the_answer_and_what_is_missing(tmp_path: Path) -> None:
 
 
 def test_what_goes_wrong_in_a_run_is_kept_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = plan_of(tmp_path, options={**TINY, "inner_lr": 1e30, "steps": 3}).runs()[0]
+    run = plan_of(tmp_path, options={**TINY, "inner_lr": 1e30, "steps": 3}).list_runs()[0]
 
     diverged = carry_out(run)
 
@@ -621,7 +624,7 @@ def test_a_process_that_dies_is_reported_and_replaced(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
     monkeypatch.setattr("metareg.comparison.pool._SECONDS_TO_CLOSE", 1.0)
-    long = plan_of(tmp_path, options={**TINY, "steps": 1_000_000}).runs()[0]
+    long = plan_of(tmp_path, options={**TINY, "steps": 1_000_000}).list_runs()[0]
     pool = LocalPool(1, 1, tmp_path / "workers.log")
     try:
         pool.submit(long)
@@ -629,7 +632,7 @@ def test_a_process_that_dies_is_reported_and_replaced(
         worker._process.kill()
         sentence = f"The process of the run was ended by SIGKILL; {tmp_path / 'workers.log'} holds what it printed."
         assert outcomes(pool, 1) == [Outcome(long, sentence, again=True)]
-        short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).runs()[0]
+        short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).list_runs()[0]
         pool.submit(short)
         assert outcomes(pool, 1) == [Outcome(short)]
         assert short.finished
@@ -656,13 +659,13 @@ def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {1, 4, 6}, raising=False)
-    pool = _launcher("local", plan_of(tmp_path), None, None)
+    pool = _create_launcher("local", plan_of(tmp_path), None, None)
     assert pool.capacity == 2
-    run = plan_of(tmp_path).runs()[0]
+    run = plan_of(tmp_path).list_runs()[0]
     for _ in range(3):
         pool.submit(run)
     assert given == ["3", "5", "3"]
-    on_cpu = _launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
+    on_cpu = _create_launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
     on_cpu.submit(run)
     assert (on_cpu.capacity, given[-1]) == (3, None)
 
@@ -684,9 +687,9 @@ def test_few_runs_leave_the_cores_to_their_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
-    plan = _make_plan(tmp_path / "new", values, {}, jobs)
+    plan = _build_plan(tmp_path / "new", values, {}, jobs)
     assert plan.config.options["threads"] == threads
-    assert _launcher("local", plan, jobs, None).capacity == capacity
+    assert _create_launcher("local", plan, jobs, None).capacity == capacity
 
 
 def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -740,7 +743,7 @@ def found(folder: Path) -> dict[str, Any]:
 
 def test_a_comparison_that_is_killed_and_run_again_ends_the_same(tmp_path: Path) -> None:
     config = config_of(augment=["none", "cml"], options=KILLED)
-    for run in Plan(tmp_path / "whole", config).runs():
+    for run in Plan(tmp_path / "whole", config).list_runs():
         assert carry_out(run).error is None
     expected = found(tmp_path / "whole")
     assert len(expected) == 4

@@ -19,16 +19,17 @@ from rich.console import Console
 
 from metareg import MetaregError, UsageError
 from metareg.cli import app as cli
-from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
-from metareg.comparison.reproduction import Recipe, find_recipe, judge, recipes, reproduce
+from metareg.comparison.reproduction import Recipe, find_recipe, judge, list_recipes, reproduce
 from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted
 from metareg.runs.options import assemble
 from metareg.util.files import write_json
 
-SHIPPED = {recipe.name: recipe for recipe in recipes()}
+SHIPPED = {recipe.name: recipe for recipe in list_recipes()}
 
 TINY: dict[str, Any] = {
     "summary": "Three steps on sine curves",
@@ -50,7 +51,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def runs_of(recipe: Recipe, folder: Path) -> list[PlannedRun]:
-    return Plan(folder, validate(ComparisonConfig, recipe.comparison(), "the comparison")).runs()
+    return Plan(folder, validate(ComparisonConfig, recipe.to_comparison(), "the comparison")).list_runs()
 
 
 # ------------------------------------------------------------------------------------------------------ shipped recipes

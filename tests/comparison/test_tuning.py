@@ -18,14 +18,14 @@ from rich.console import Console
 
 from metareg import Field, PluginConfig, PluginError, UnknownNameError, UsageError, hookimpl
 from metareg.cli.progress import ComparisonProgress
+from metareg.comparison.config import ComparisonConfig, Tuning
 from metareg.comparison.overrides import override, split_assignments
-from metareg.comparison.plan import Arm, ComparisonConfig, Plan, PlannedRun
-from metareg.comparison.plan import check as check_plan
+from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
-from metareg.comparison.results import read
+from metareg.comparison.results import read_results
 from metareg.comparison.runner import Comparison, compare
-from metareg.comparison.space import Tuning, check, dimensions
-from metareg.comparison.tuning import Tuner, proposal
+from metareg.comparison.space import check_tuning, list_dimensions
+from metareg.comparison.tuning import Tuner, propose
 from metareg.contract.config import validate
 from metareg.contract.search import Range, describe_search_space
 from metareg.runs.options import Selection, assemble
@@ -120,7 +120,7 @@ def selection(algo: Any = "maml", augment: Any = None, task: str = "sinusoid", *
 
 
 def searched(settings: Tuning, **chosen: Any) -> dict[str, str]:
-    return dict(str(dimension).split(": ") for dimension in dimensions(settings, selection(**chosen)))
+    return dict(str(dimension).split(": ") for dimension in list_dimensions(settings, selection(**chosen)))
 
 
 SEARCH = {"trials": 5}
@@ -197,7 +197,7 @@ def test_what_is_searched_is_what_is_declared() -> None:
     search = tuning(**SEARCH)
     found = searched(search, augment=[Many], step=0.4)
     assert {key.removeprefix("many."): text for key, text in found.items() if key != "inner_lr"} == expected
-    whole = {each.key for each in dimensions(search, selection(augment=[Many])) if each.whole}
+    whole = {each.key for each in list_dimensions(search, selection(augment=[Many])) if each.whole}
     assert whole == {"many.count", "many.maybe"}
 
 
@@ -222,7 +222,7 @@ def test_a_search_of_nothing_is_refused() -> None:
             return params
 
     with pytest.raises(UsageError, match="nothing to search"):
-        check(tuning(**SEARCH), {"silent": selection(algo=Silent)})
+        check_tuning(tuning(**SEARCH), {"silent": selection(algo=Silent)})
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_plugin_that_declares_what_cannot_be(search: Any) -> None:
     with pytest.raises(
         PluginError, match="option 'strength' of the augmenter 'broken' declares a search that cannot be"
     ):
-        dimensions(tuning(**SEARCH), selection(augment=[Broken]))
+        list_dimensions(tuning(**SEARCH), selection(augment=[Broken]))
 
 
 @pytest.fixture(scope="module")
@@ -279,7 +279,7 @@ def two_arms() -> dict[str, Selection]:
 )  # fmt: skip
 def test_what_cannot_be_chosen(values: dict[str, Any], sentence: str, two_arms: dict[str, Selection]) -> None:
     with pytest.raises(UsageError, match=sentence):
-        check(tuning(**values), two_arms)
+        check_tuning(tuning(**values), two_arms)
 
 
 def test_an_option_of_two_plugins() -> None:
@@ -290,9 +290,9 @@ def test_an_option_of_two_plugins() -> None:
             rate: float = Field(0.1, ge=0, le=1, description="Like dropgrad's.")
 
     with pytest.raises(UsageError, match=r"write it as PLUGIN\.rate"):
-        dimensions(tuning(space={"rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
+        list_dimensions(tuning(space={"rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
     with pytest.raises(UsageError, match=r"'augment\.rate' is an option of several .* write it as PLUGIN\.rate"):
-        dimensions(tuning(space={"augment.rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
+        list_dimensions(tuning(space={"augment.rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
 
 
 def test_options_of_plugins_of_one_name_are_searched_each_by_itself() -> None:
@@ -306,7 +306,7 @@ def test_options_of_plugins_of_one_name_are_searched_each_by_itself() -> None:
 
 def test_unknown_names_carry_the_known_ones() -> None:
     with pytest.raises(UnknownNameError) as caught:
-        check(tuning(space={"zzz": [1, 2]}), {"maml": selection(augment="cml")})
+        check_tuning(tuning(space={"zzz": [1, 2]}), {"maml": selection(augment="cml")})
     assert {"inner_lr", "cml.gamma", "outer_lr", "mlp.hidden"} <= set(caught.value.known)
 
 
@@ -335,7 +335,7 @@ def finish(run: PlannedRun, mean: float, *, split: str = "validation", higher_is
 
 def carried_out(tuner: Tuner, score: Callable[[PlannedRun], float] = loss) -> dict[str, Any]:
     """All of a tuning, one run at a time; what chosen.json says in the end."""
-    while jobs := tuner.next_jobs():
+    while jobs := tuner.next_runs():
         finish(jobs[0], score(jobs[0]))
     assert tuner.done
     assert tuner.remaining == 0
@@ -356,12 +356,12 @@ def test_a_search_finds_the_best_and_says_so(tmp_path: Path) -> None:
 
 
 def test_a_search_is_better_than_chance(tmp_path: Path) -> None:
-    search = dimensions(tuning(**SEARCH), selection(augment="cml"))
+    search = list_dimensions(tuning(**SEARCH), selection(augment="cml"))
 
     def searched_for(rounds: int, seed: int, *, blind: bool) -> float:
         tried: list[tuple[dict[str, Any], float]] = []
         for number in range(rounds):
-            options = proposal(search, [] if blind or number < 5 else tried, 1000 * seed + number)
+            options = propose(search, [] if blind or number < 5 else tried, 1000 * seed + number)
             tried.append((options, loss(PlannedRun(Arm("maml", "cml", ""), 0, tmp_path, {}, options))))
         return min(cost for _, cost in tried)
 
@@ -378,7 +378,7 @@ def test_a_tuning_that_is_killed_tries_what_one_left_alone_tries(tmp_path: Path,
     seen = set()
     for _ in range(1000):
         restarted = tuner(tmp_path / "killed", **settings)
-        jobs = restarted.next_jobs()
+        jobs = restarted.next_runs()
         seen.add(restarted.remaining)
         if restarted.done:
             break
@@ -399,14 +399,14 @@ def test_what_is_proposed_is_a_function_of_what_was_tried(tmp_path: Path) -> Non
 
 
 def test_arms_begin_with_the_same_step_sizes(tmp_path: Path) -> None:
-    with_cml, with_noise = (tuner(tmp_path, augment, trials=9).next_jobs() for augment in ("cml", "gradient-noise"))
+    with_cml, with_noise = (tuner(tmp_path, augment, trials=9).next_runs() for augment in ("cml", "gradient-noise"))
     assert [run.options.get("inner_lr") for run in with_cml] == [run.options.get("inner_lr") for run in with_noise]
     assert len({run.options.get("inner_lr") for run in with_cml}) == 5
 
 
 def test_trials_are_on_validation_tasks_with_options_of_their_own(tmp_path: Path) -> None:
     grid = tuner(tmp_path, space={"cml.gamma": [1, 2]}, options={"steps": 3, "cml.width": 4})
-    jobs = grid.next_jobs()
+    jobs = grid.next_runs()
     assert [run.seed for run in jobs] == [0, 0]
     expected = {"steps": 3, "test_inner_steps": [0, 3], "cml.width": 4, "cml.gamma": 1.0, "test_split": "validation"}
     assert jobs[0].options == expected
@@ -422,7 +422,7 @@ def test_the_mean_over_seeds_decides(tmp_path: Path) -> None:
 
 def test_the_greatest_is_chosen_where_higher_is_better(tmp_path: Path) -> None:
     search = tuner(tmp_path, trials=20)
-    while jobs := search.next_jobs():
+    while jobs := search.next_runs():
         finish(jobs[0], -loss(jobs[0]), higher_is_better=True)
     chosen = json.loads((search.folder / "chosen.json").read_text())
     scores = [trial["score"] for trial in chosen["trials"]]
@@ -436,7 +436,7 @@ def diverge(run: PlannedRun) -> None:
 
 def test_trials_that_diverge_are_the_worst(tmp_path: Path) -> None:
     search = tuner(tmp_path, trials=20)
-    while jobs := search.next_jobs():
+    while jobs := search.next_runs():
         for job in jobs:
             if job.options.get("inner_lr", 1) > 0.02:  # the defaults included
                 diverge(job)
@@ -460,7 +460,7 @@ def test_a_score_that_is_no_number_is_the_worst(tmp_path: Path, score: float) ->
 
 def test_defaults_where_every_trial_fails(tmp_path: Path) -> None:
     search = tuner(tmp_path, trials=8)
-    while jobs := search.next_jobs():
+    while jobs := search.next_runs():
         diverge(jobs[0])
     assert search.done
     assert search.chosen == {}
@@ -468,10 +468,10 @@ def test_defaults_where_every_trial_fails(tmp_path: Path) -> None:
 
 def test_a_run_that_broke_is_not_taken_for_a_bad_one(tmp_path: Path) -> None:
     grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
-    broken, good = grid.next_jobs()
+    broken, good = grid.next_runs()
     write_text(broken.path / ERROR_FILE, "MetaregError: The disk is full.\n")
     finish(good, 1.0)
-    assert grid.next_jobs() == [broken]
+    assert grid.next_runs() == [broken]
     assert not grid.done
     assert (grid.runs, grid.remaining) == (2, 1)
 
@@ -489,7 +489,7 @@ def test_settings_that_cannot_be_together_are_the_worst(tmp_path: Path) -> None:
 def test_the_same_settings_are_not_run_twice(tmp_path: Path) -> None:
     search = tuner(tmp_path, "dropgrad", trials=12, space={"dropgrad.kind": None})
     runs = []
-    while jobs := search.next_jobs():
+    while jobs := search.next_runs():
         runs.append(jobs[0].options.get("dropgrad.kind", "bernoulli"))
         finish(jobs[0], float(len(runs)))
     assert sorted(runs) == ["bernoulli", "gaussian"]
@@ -509,7 +509,7 @@ def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
     plan_values = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [1, 2]}}}
     plan = Plan(tmp_path, validate(ComparisonConfig, plan_values, "the comparison"))
     alone = Tuner(plan, plan.arms[0])
-    assert (alone.trials, alone.remaining, alone.next_jobs(), alone.done, alone.chosen) == (0, 0, [], True, {})
+    assert (alone.trials, alone.remaining, alone.next_runs(), alone.done, alone.chosen) == (0, 0, [], True, {})
 
 
 def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
@@ -519,15 +519,17 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
     plan = Plan(tmp_path, validate(ComparisonConfig, values, "the comparison"))
     common, own = (Tuner(plan, arm) for arm in plan.arms)
     assert (common.runs, own.runs) == (3, 4)
-    assert {run.options["inner_lr"] for run in common.next_jobs()} == {0.1, 0.2, 0.3}
-    jobs = own.next_jobs()
+    assert {run.options["inner_lr"] for run in common.next_runs()} == {0.1, 0.2, 0.3}
+    jobs = own.next_runs()
     assert {(run.seed, run.options["inner_lr"], run.options["steps"]) for run in jobs} == {
         (seed, rate, 7) for seed in (4, 5) for rate in (0.5, 0.7)
     }
     # What is said beside it stands before both.
     said = validate(ComparisonConfig, override(values, search=9, space={"outer_lr": None}), "the comparison")
     other = Plan(tmp_path, said)
-    assert [(each.trials, [*each.space]) for each in map(other.tuning, other.arms) if each] == [(9, ["outer_lr"])] * 2
+    assert [(each.trials, [*each.space]) for each in map(other.get_tuning, other.arms) if each] == [
+        (9, ["outer_lr"])
+    ] * 2
     values["tasks"] = ["sinusoid", {**few, "tune": {"space": {"no_option": [1, 2]}}}]
     with pytest.raises(UnknownNameError, match="no_option"):
         check_plan(Plan(tmp_path, validate(ComparisonConfig, values, "the comparison")))
@@ -546,7 +548,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
     assert [str(run) for run in launcher.submitted] == [
         "maml on few, trial-0, seed 0", "maml on few, trial-1, seed 0", "maml on sinusoid, seed 0", "maml on few, seed 0",
     ]  # fmt: skip
-    assert [arm.chosen is not None for task in read(tmp_path).tasks for arm in task.arms] == [False, True]
+    assert [arm.chosen is not None for task in read_results(tmp_path).tasks for arm in task.arms] == [False, True]
     # Neither is chosen in another way once it has begun: its runs would not be what the table says.
     other = {"space": {"inner_lr": [0.5, 0.6]}}
     for number, label in enumerate(("sinusoid", "few")):
@@ -557,10 +559,10 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
 
 def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> None:
     grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
-    for job in grid.next_jobs():
+    for job in grid.next_runs():
         finish(job, 1.0, split="test")
     with pytest.raises(UsageError, match="no result on validation tasks"):
-        grid.next_jobs()
+        grid.next_runs()
 
 
 def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
@@ -575,9 +577,9 @@ def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
 
 def test_without_optuna_a_search_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
-    check(tuning(space={"inner_lr": [0.1, 0.2]}), {"maml": selection()})
+    check_tuning(tuning(space={"inner_lr": [0.1, 0.2]}), {"maml": selection()})
     with pytest.raises(UsageError, match=r"pip install 'metareg\[search\]'"):
-        check(tuning(trials=3), {"maml": selection()})
+        check_tuning(tuning(trials=3), {"maml": selection()})
 
 
 def test_optuna_stays_silent_and_keeps_its_own_settings(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -649,9 +651,9 @@ def test_runs_are_counted_once_where_a_trial_ends_before_its_last_seed(tmp_path:
     totals = []
 
     class Watch:
-        def look(self, comparison: Comparison) -> None: ...
+        def on_progress(self, comparison: Comparison) -> None: ...
 
-        def ended(self, comparison: Comparison, _outcome: Outcome) -> None:
+        def on_run_end(self, comparison: Comparison, _outcome: Outcome) -> None:
             totals.append(comparison.finished + comparison.left + len(comparison.broken))
 
     def end(run: PlannedRun) -> str | None:
@@ -693,16 +695,16 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
 
     assert comparison.broken == {}
     assert "diverged maml+cml on sinusoid, trial-2, seed 0: Training diverged" in output.getvalue()
-    assert read(tmp_path).gaps == ()
+    assert read_results(tmp_path).gaps == ()
     assert "maml+cml on sinusoid: chosen by 3 trials: inner_lr = 0.0" in output.getvalue()
     assert (comparison.finished, comparison.left) == (4, 0)
     (arm,) = plan.arms
-    chosen = json.loads((plan.tuning_folder(arm) / "chosen.json").read_text())
+    chosen = json.loads((plan.get_tuning_folder(arm) / "chosen.json").read_text())
     tried = {trial["options"]["inner_lr"]: trial for trial in chosen["trials"]}
     assert tried[1e30]["error"].startswith("Training diverged")
     # The comparison names its own option in another way; what was chosen stands before it all the same.
     for value in (0.001, 0.03):
-        score = Tuned(plan.trial(arm, chosen["trials"].index(tried[value]), 0, {}).path)
+        score = Tuned(plan.make_trial(arm, chosen["trials"].index(tried[value]), 0, {}).path)
         assert (score.split, score.steps, score.inner_lr) == ("validation", 4, value)
         assert score.mean == tried[value]["score"]
     final = Tuned(tmp_path / "runs" / arm.folder / "seed-0")

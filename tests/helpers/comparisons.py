@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from metareg.comparison.plan import ComparisonConfig, Plan, PlannedRun
+from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.plan import Plan, PlannedRun
 from metareg.util.intervals import compute_half_width
 
 INNER_STEPS = (0, 1, 5, 10)
@@ -51,7 +52,7 @@ def write_comparison(folder: Path, config: dict[str, Any] | None = None, *, task
             path = folder / "tuning" / arm.folder / "chosen.json"
             path.parent.mkdir(parents=True)
             path.write_text(json.dumps({"options": chosen, "trials": trials}))
-    for run in plan.runs():
+    for run in plan.list_runs():
         write_run(run, tasks)
     return plan
 

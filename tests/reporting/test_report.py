@@ -25,8 +25,9 @@ from markdown_it import MarkdownIt
 from comparisons import DEMO, INNER_STEPS, write_comparison, write_run
 from metareg import UsageError
 from metareg.cli import app as cli
-from metareg.comparison.plan import ComparisonConfig, Plan
-from metareg.comparison.results import command_of, read
+from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.plan import Plan
+from metareg.comparison.results import format_command, read_results
 from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.reporting import FORMATS, report, tables
 from metareg.reporting.analysis import analyse
@@ -73,7 +74,7 @@ def metareg(capsys: pytest.CaptureFixture[str]) -> Command:
 
 
 def test_everything_is_read(demo: Path) -> None:
-    found = read(demo)
+    found = read_results(demo)
     assert (found.finished, found.planned, found.gaps) == (120, 120, ())
     assert [task.metric for task in found.tasks] == ["mse", "accuracy"]
     sinusoid, omniglot = found.tasks
@@ -110,12 +111,12 @@ def test_the_command_of_an_arm_trains_its_runs(
 ) -> None:
     config = {"algo": ["metasgd"], "augment": ["gradient-noise+cml"], "seeds": [7], "options": options}
     plan = Plan(tmp_path, ComparisonConfig.model_validate(config))
-    (run,) = plan.runs({plan.arms[0]: chosen})
+    (run,) = plan.list_runs({plan.arms[0]: chosen})
     given: list[Any] = []
     monkeypatch.setattr("metareg.runs.training.train", lambda **rest: given.append(rest))
     monkeypatch.setattr("metareg.cli.tables.print_results", lambda *_: None)
 
-    assert cli.run(shlex.split(command_of(run).replace("SEED", "7"))[1:]) == 0
+    assert cli.run(shlex.split(format_command(run).replace("SEED", "7"))[1:]) == 0
 
     fields = {"out", "config", "observers", "resume"}
     typed = assemble({}, {key: value for key, value in given[0].items() if key not in fields})
@@ -174,7 +175,7 @@ def test_a_run_that_does_not_count_is_named(small: Plan, how: str, state: str, r
     path = small.folder / "runs/sinusoid/maml+cml/seed-1"
     break_run(path, how)
 
-    found = read(small.folder)
+    found = read_results(small.folder)
 
     (gap,) = found.gaps
     assert (gap.run, gap.state, str(gap.path)) == (
@@ -207,10 +208,10 @@ def test_what_is_missing_for_one_reason_is_one_row(small: Plan) -> None:
 
 
 def test_other_test_tasks_or_steps_within_an_arm_do_not_count(small: Plan) -> None:
-    runs = {run.path.relative_to(small.folder).as_posix(): run for run in small.runs()}
+    runs = {run.path.relative_to(small.folder).as_posix(): run for run in small.list_runs()}
     write_run(runs["runs/sinusoid/maml/seed-1"], tasks=8)
     write_run(runs["runs/sinusoid/anil/seed-5"], tasks=7, steps=(0, 1))
-    reasons = [gap.reason for gap in read(small.folder).gaps]
+    reasons = [gap.reason for gap in read_results(small.folder).gaps]
     assert reasons == [
         "it has 8 test tasks, those before it 7",
         "it was tested after 0, 1 inner steps, those before it after 0, 1, 5, 10",
@@ -220,7 +221,7 @@ def test_other_test_tasks_or_steps_within_an_arm_do_not_count(small: Plan) -> No
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "environment.json"])
 def test_a_damaged_file_costs_only_what_is_in_it(small: Plan, name: str) -> None:
     (small.folder / "runs/sinusoid/maml/seed-1" / name).write_text('{"split": "validation"}\nnull\n')
-    found = read(small.folder)
+    found = read_results(small.folder)
     assert found.finished == 18
     (gap,) = found.gaps
     assert gap.state == "damaged"
@@ -243,7 +244,7 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
     failed.write_text(json.dumps(content))
     for seed in plan.config.seeds:
         shutil.rmtree(tmp_path / f"runs/sinusoid/maml+cml/seed-{seed}")
-    gaps = {gap.run: (gap.state, gap.reason) for gap in read(tmp_path).gaps}
+    gaps = {gap.run: (gap.state, gap.reason) for gap in read_results(tmp_path).gaps}
     assert gaps["maml+cml on sinusoid, seed 5"] == ("not begun", "the arm's settings are not chosen yet")
     assert gaps["maml+cml on sinusoid, trial 2, seed 0"] == ("broken", "MemoryError: x")
     assert gaps["tuning of anil on sinusoid"][0] == "damaged"
@@ -278,7 +279,7 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
 
 def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp_path: Path) -> None:
     plan = write_comparison(tmp_path, SMALL | {"tasks": ["sinusoid", "harmonic"]}, tasks=7)
-    for run in plan.runs():
+    for run in plan.list_runs():
         if run.arm.task == "harmonic":
             write_run(run, tasks=7, steps=(0, 5))
 
@@ -333,7 +334,7 @@ def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, h
 
 
 def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) -> None:
-    for run in small.runs():
+    for run in small.list_runs():
         if run.arm.augmenter == "cml" or (run.arm.algorithm == "anil" and run.arm.augmenters):
             break_run(run.path, "diverged")
         elif run.arm.augmenters and run.seed:
@@ -346,7 +347,7 @@ def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) ->
     assert "no pair of this report could be tested" in text
     assert "9 diverged" in text
     assert page.count(">3 of 3 pairs diverged</text>") == 3
-    for run in small.runs():
+    for run in small.list_runs():
         if run.arm.augmenters and run.finished:
             break_run(run.path, "diverged")
     assert "Paired differences on" not in report(small.folder, "html")
@@ -611,7 +612,7 @@ def test_an_interval_that_goes_on_beyond_its_axis_has_an_arrow(small: Plan) -> N
 
 
 def test_what_is_tested_or_validated_once_is_no_line(small: Plan) -> None:
-    for run in small.runs():
+    for run in small.list_runs():
         write_run(run, tasks=7, steps=(1,))
         lines = (run.path / "metrics.jsonl").read_text().splitlines()
         (run.path / "metrics.jsonl").write_text(next(line for line in lines if "validation" in line))
@@ -683,7 +684,7 @@ def test_notes_are_little_markdown(tmp_path: Path, notes: str, expected: str) ->
 def test_large_comparisons_are_read_quickly(tmp_path: Path) -> None:
     config = DEMO | {"seeds": 14, "augment": ["none", "cml", "dropgrad"]}
     plan = write_comparison(tmp_path, config, tasks=600)
-    assert len(plan.runs()) > 320
+    assert len(plan.list_runs()) > 320
     start = time.process_time()
     assert report(tmp_path, "html")
     assert time.process_time() - start < 3
@@ -722,7 +723,7 @@ def pages(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
         "notes": f"`{'code' * 60}`",
     }
     plan = write_comparison(folder / "odd", config, tasks=3)
-    break_run(plan.runs()[3].path, "error")
+    break_run(plan.list_runs()[3].path, "error")
     for name, source in (("demo", demo), ("odd", folder / "odd")):
         (folder / f"{name}.html").write_text(report(source, "html"), encoding="utf-8")
     return {name: folder / f"{name}.html" for name in ("demo", "odd")}
@@ -892,7 +893,7 @@ def test_bad_reports_end_with_one_sentence(
     small.folder.rename("SMALL")
     empty = Plan(Path("EMPTY"), small.config)
     empty.write()
-    for number, run in enumerate(empty.runs()[:2]):
+    for number, run in enumerate(empty.list_runs()[:2]):
         run.path.mkdir(parents=True)
         (run.path / ("config.yaml" if number else "error.txt")).write_text("x: 1")
     before = sorted(tmp_path.rglob("*"))

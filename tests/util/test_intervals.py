@@ -19,7 +19,8 @@ import metareg
 from comparisons import write_comparison
 from metareg import Evaluation
 from metareg.cli.tables import create_evaluation_table
-from metareg.comparison.plan import ComparisonConfig, Plan
+from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.plan import Plan
 from metareg.comparison.reproduction import Recipe, judge
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.reporting import report
@@ -91,7 +92,7 @@ def test_reports_and_verdicts_of_a_single_seed(tmp_path: Path) -> None:
     config = {"algo": ["maml"], "tasks": ["sinusoid"], "seeds": [0]}
     write_comparison(tmp_path, config, tasks=6)
     plan = Plan(tmp_path, ComparisonConfig(**config))
-    (planned,) = plan.runs()
+    (planned,) = plan.list_runs()
     tested = json.loads((planned.path / "results.json").read_text())["steps"]
     for row, each in zip(csv.DictReader(io.StringIO(report(tmp_path, "csv"))), tested, strict=True):
         assert float(row["ci95"]) == pytest.approx(scipys(each["scores"]), rel=1e-12)

@@ -1,0 +1,228 @@
+"""What a comparison is told: its configuration, as in a YAML file."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+import yaml
+from pydantic import AfterValidator, BeforeValidator, model_validator
+
+from metareg.contract.config import Field, PluginConfig, validate
+from metareg.contract.search import Range, RelativeRange, parse_domain
+from metareg.errors import UnknownNameError
+from metareg.util.yaml_files import read_yaml
+
+__all__ = [
+    "GRID",
+    "NO_AUGMENTER",
+    "ArmRule",
+    "ComparedTask",
+    "ComparisonConfig",
+    "Options",
+    "Tuning",
+    "slugify",
+]
+
+GRID: Final = "grid"
+_MOST_SEEDS = 1000
+NO_AUGMENTER = "none"
+
+_NOT_OPTIONS = {
+    "algo": "it is what 'algo' is for", "augment": "it is what 'augment' is for", "task": "it is what 'tasks' is for",
+    "seed": "it is what 'seeds' is for", "config": "it is what 'options' is for", "test_split": "it is what 'tune' is for",
+    "out": "the comparison's folder says it", "resume": "a comparison always goes on",
+    "observers": "the runs of a comparison have none",
+}  # fmt: skip
+
+
+def _split_names(value: Any) -> Any:
+    """A list from a list, or from a text with commas."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
+def _check_name(text: str) -> str:
+    if not text.strip():
+        raise ValueError("a name is missing")
+    return text.strip()
+
+
+def _check_chain(text: str) -> str:
+    """An augmenter or several in a chain, without blanks."""
+    parts = [_check_name(part) for part in text.split("+")]
+    if NO_AUGMENTER in parts and len(parts) > 1:
+        raise ValueError(f"'{NO_AUGMENTER}' is no part of a chain")
+    return "+".join(parts)
+
+
+Name = Annotated[str, AfterValidator(_check_name)]
+Chain = Annotated[str, AfterValidator(_check_chain)]
+Options = dict[str, Any]
+
+
+def _parse_space(given: Any) -> Any:
+    if not isinstance(given, Mapping):
+        return given
+    return {str(key): None if value is None else parse_domain(str(key), value) for key, value in given.items()}
+
+
+def _check_trials(given: Any) -> Any:
+    if given == GRID or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
+        return given
+    raise ValueError("it should be a number from 2 on (the first trial is the defaults), or grid")
+
+
+def parse_seeds(given: Any) -> Any:
+    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything else as it is.
+
+    Raises:
+        ValueError: it is a text of anything else, or no number of seeds.
+    """
+    if isinstance(given, str):
+        if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", given):
+            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7")
+        numbers = [int(part) for part in given.split(",")]
+        given = numbers if "," in given else numbers[0]
+    if not isinstance(given, int) or isinstance(given, bool):
+        return given
+    if not 1 <= given <= _MOST_SEEDS:
+        raise ValueError(f"a number of seeds is one from 1 to {_MOST_SEEDS}, not {given}")
+    return list(range(given))
+
+
+def _check_distinct_seeds(seeds: list[int]) -> list[int]:
+    twice = [seed for seed in seeds if seeds.count(seed) > 1]
+    if twice:
+        raise ValueError(f"the seed '{twice[0]}' stands twice")
+    return seeds
+
+
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
+Seeds = Annotated[list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1), AfterValidator(_check_distinct_seeds)]
+
+
+class Tuning(PluginConfig):
+    """How the settings of each arm of a comparison are chosen, on validation tasks."""
+
+    trials: Annotated[int | Literal["grid"], BeforeValidator(_check_trials)] = Field(
+        GRID, description="How many settings each arm tries, or grid: every combination of the values in 'space'."
+    )
+    seeds: Seeds | None = Field(
+        None,
+        description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
+    )
+    space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_parse_space)] = Field(
+        {},
+        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, {factor: …} around the "
+        "option's default, or null for what its plugin declares. Empty, all that the algorithm and the augmenters declare.",
+    )
+    options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> Tuning:
+        for key in self.space.keys() & self.options.keys():
+            raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
+        if self.trials == GRID and not self.space:
+            raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
+        return self
+
+
+class ComparedTask(PluginConfig):
+    """One task of a comparison: a plugin with options. In YAML a bare name is enough."""
+
+    task: Name = Field(description="The task plugin.")
+    label: str = Field("", description="How tables name it; the plugin's name where it is not given.")
+    options: Options = Field({}, description="Options of the run and its plugins, for this task.")
+    tune: Tuning | None = Field(
+        None, description="How settings are chosen on this task; as on all others where it is not given."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_label(cls, value: Any) -> Any:
+        value = {"task": value} if isinstance(value, str) else value
+        if isinstance(value, Mapping) and not value.get("label"):
+            value = {**value, "label": value.get("task", "")}
+        return value
+
+
+class ArmRule(PluginConfig):
+    """Options for the arms that it fits; a later rule stands before an earlier one."""
+
+    algo: str | None = Field(None, description="Only arms with this algorithm.")
+    augment: Chain | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
+    task: str | None = Field(None, description="Only arms on the task with this label.")
+    options: Options = Field(description="Options of the run and its plugins.")
+
+
+class ComparisonConfig(PluginConfig):
+    """A comparison: every algorithm with every augmenter on every task, for every seed.
+
+    Options are given by the names that ``metareg train --set`` takes. One that names its plugin, as ``cml.gamma``, is for
+    the arms that have that plugin.
+    """
+
+    title: str = Field("", description="The heading of its reports.")
+    notes: str = Field("", description="Markdown that its reports show below the heading.")
+    algo: Annotated[list[Name], BeforeValidator(_split_names)] = Field(
+        ["maml"], min_length=1, description="Algorithms."
+    )
+    augment: Annotated[list[Chain], BeforeValidator(_split_names)] = Field(
+        [NO_AUGMENTER], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
+    )
+    tasks: Annotated[list[ComparedTask], BeforeValidator(_split_names)] = Field(
+        [ComparedTask(task="sinusoid")], min_length=1, description="Tasks."
+    )
+    seeds: Seeds = Field([0], description="The seeds, or a number n for the seeds 0 to n − 1.")
+    options: Options = Field({}, description="Options of every run and its plugins.")
+    arms: list[ArmRule] = Field([], description="Options for some arms.")
+    tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
+
+    @model_validator(mode="after")
+    def _check_consistency(self) -> ComparisonConfig:
+        labels = [each.label for each in self.tasks]
+        for what, names, hint in (
+            ("algorithm", self.algo, ""),
+            ("augmenter", self.augment, ""),
+            ("task label", labels, "; give each of its tasks a label of its own"),
+        ):
+            twice = [name for name in names if names.count(name) > 1]
+            if twice:
+                raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+        for one, other in itertools.combinations(labels, 2):
+            if slugify(one) == slugify(other):
+                raise ValueError(f"the task labels '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
+        for known, given, what in (
+            (self.algo, [rule.algo for rule in self.arms], "algorithm of this comparison"),
+            (self.augment, [rule.augment for rule in self.arms], "augmenter of this comparison"),
+            (labels, [rule.task for rule in self.arms], "task label of this comparison"),
+        ):
+            for name in given:
+                if name is not None and name not in known:
+                    raise UnknownNameError(what, name, known)
+        every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
+        every += [tune.options for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
+        for key in (key for options in every for key in options if key in _NOT_OPTIONS):
+            raise ValueError(f"'{key}' is no option here; {_NOT_OPTIONS[key]}")
+        return self
+
+    @classmethod
+    def read(cls, path: Path) -> ComparisonConfig:
+        """The configuration in a YAML file.
+
+        Raises:
+            UsageError: it cannot be read, or something in it is wrong.
+        """
+        return validate(cls, read_yaml(path), str(path))
+
+    def to_yaml(self) -> str:
+        """What `read` reads."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def slugify(text: str) -> str:
+    """A text as the name of a folder."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"
