@@ -82,9 +82,10 @@ def parse_seeds(given: Any) -> Any:
         ValueError: it is a text of anything else, or no number of seeds.
     """
     if isinstance(given, str):
-        if not re.fullmatch(r"\s*-?\d+\s*(,\s*-?\d+\s*)*", given):
-            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7")
-        numbers = [int(part) for part in given.split(",")]
+        try:
+            numbers = [int(part) for part in given.split(",")]
+        except ValueError:
+            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7") from None
         given = numbers if "," in given else numbers[0]
     if not isinstance(given, int) or isinstance(given, bool):
         return given

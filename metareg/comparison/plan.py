@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from metareg.comparison.config import (
     NO_AUGMENTER,
@@ -20,10 +20,8 @@ from metareg.comparison.config import (
 from metareg.comparison.overrides import merge_options
 from metareg.comparison.space import check_tuning
 from metareg.errors import UsageError
+from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_text
-
-if TYPE_CHECKING:
-    from metareg.runs.options import Selection
 
 __all__ = ["CHOSEN_FILE", "CONFIG_FILE", "Arm", "Plan", "PlannedRun", "check_plan"]
 
@@ -149,13 +147,8 @@ class Plan:
             folder: relative to the comparison's.
             options: stand before those of the configuration.
         """
-        task = self.get_task(arm)
-        config = {
-            "algo": arm.algorithm,
-            "augment": arm.augmenters,
-            "task": task.task,
-            "seed": seed,
-        }
+        task = self.get_task(arm).task
+        config = {"algo": arm.algorithm, "augment": arm.augmenters, "task": task, "seed": seed}
         return PlannedRun(arm, seed, self.folder / folder, config, merge_options(self._options[arm], options))
 
     def make_trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
@@ -226,8 +219,7 @@ def check_plan(plan: Plan) -> None:
         UsageError: an unknown name or option, an impossible value, missing data, a model that does not fit, or arms of a
             task that would not see the same tasks.
     """
-    from metareg.runs.options import assemble
-    from metareg.runs.training import prepare_run
+    from metareg.runs.training import prepare_run  # it imports torch, which reports do without
 
     first: dict[str, tuple[Arm, Selection]] = {}
     known: dict[tuple[Any, ...], Arm] = {}

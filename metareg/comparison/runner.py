@@ -1,7 +1,8 @@
-"""Carries a comparison out: what is run next, what is tried again, and what is left at the end."""
+"""Carries out a comparison: what runs next, what is tried again, and what is left at the end."""
 
 from __future__ import annotations
 
+import bisect
 import json
 import logging
 import os
@@ -12,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 from pydantic_core import PydanticSerializationError
 
@@ -20,15 +21,13 @@ from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.overrides import override
 from metareg.comparison.plan import CONFIG_FILE, Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
+from metareg.comparison.tuning import Tuner
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.util.files import is_leftover, lock_folder
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
 from metareg.util.yaml_files import read_yaml
-
-if TYPE_CHECKING:
-    from metareg.comparison.tuning import Tuner
 
 __all__ = ["LAUNCHERS", "Comparison", "ComparisonObserver", "compare"]
 
@@ -40,23 +39,23 @@ _POLL_SECONDS = 0.5
 
 
 class ComparisonObserver(Protocol):
-    """Hears of a comparison while it is carried out."""
+    """Is told how a comparison gets on."""
 
     def on_progress(self, comparison: Comparison) -> None:
-        """Something may have changed; called about twice a second."""
+        """About twice a second, whether anything has changed or not."""
         ...
 
     def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
-        """A run has ended."""
+        """A run has finished, failed or diverged."""
         ...
 
 
 class Comparison:
-    """A comparison that is carried out.
+    """A comparison and how far its runs are.
 
     Args:
         plan: what is compared, and where.
-        launcher: who carries out the runs.
+        launcher: carries out the runs.
     """
 
     def __init__(self, plan: Plan, launcher: Launcher) -> None:
@@ -69,13 +68,8 @@ class Comparison:
         self._launcher = launcher
         self._tries: Counter[Path] = Counter()
         self._seconds: dict[tuple[str, bool], list[float]] = {}
-        self._waiting: list[tuple[tuple[int, ...], PlannedRun]] = []
-        self._tuners: dict[Arm, Tuner] = {}
-        tuned = [arm for arm in plan.arms if plan.get_tuning(arm)]
-        if tuned:
-            from metareg.comparison.tuning import Tuner
-
-            self._tuners = {arm: Tuner(plan, arm) for arm in tuned}
+        self._waiting: list[PlannedRun] = []
+        self._tuners = {arm: Tuner(plan, arm) for arm in plan.arms if plan.get_tuning(arm)}
         self._order = {arm: number for number, arm in enumerate(plan.arms)}
         for arm in plan.arms:
             self._queue_arm(arm)
@@ -102,7 +96,7 @@ class Comparison:
         """Runs that are neither finished nor given up."""
         undecided = [tuner for tuner in self._tuners.values() if not tuner.done]
         to_come = sum(tuner.remaining for tuner in undecided) + len(undecided) * len(self.plan.config.seeds)
-        under_way = [run for run, _ in self.running.values()] + [run for _, run in self._waiting]
+        under_way = [run for run, _ in self.running.values()] + self._waiting
         broken_trials = sum(not outcome.run.is_final for outcome in self.broken.values())
         return to_come + sum(run.is_final for run in under_way) - broken_trials
 
@@ -120,7 +114,7 @@ class Comparison:
 
         now = time.monotonic()
         under_way = sum(max(0.0, expected(run) - (now - began)) for run, began in self.running.values())
-        waiting = sum(expected(run) for _, run in self._waiting)
+        waiting = sum(map(expected, self._waiting))
         unknown = max(0, self.left - len(self.running) - len(self._waiting))
         return (under_way + waiting + unknown * mean) / self._launcher.capacity
 
@@ -132,7 +126,7 @@ class Comparison:
         """
         while self._waiting or self.running:
             while self._waiting and len(self.running) < self._launcher.capacity and not stop.asked:
-                _, run = self._waiting.pop(0)
+                run = self._waiting.pop(0)
                 self.running[run.path] = (run, time.monotonic())
                 self._tries[run.path] += 1
                 self._launcher.submit(run)
@@ -169,7 +163,7 @@ class Comparison:
         if tuner is None or tuner.done:
             wanted = self.plan.list_arm_runs(arm, tuner.chosen if tuner else {})
         self._drop_trials(arm, but={run.path for run in wanted})
-        known = {run.path for _, run in self._waiting} | self.running.keys() | self.broken.keys()
+        known = {run.path for run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
             if run.finished:
                 self._finished.add(run.path)
@@ -182,19 +176,17 @@ class Comparison:
         def useless(run: PlannedRun) -> bool:
             return run.arm == arm and not run.is_final and run.path not in but
 
-        self._waiting = [waiting for waiting in self._waiting if not useless(waiting[1])]
+        self._waiting = [run for run in self._waiting if not useless(run)]
         self.broken = {path: outcome for path, outcome in self.broken.items() if not useless(outcome.run)}
 
     def _queue(self, run: PlannedRun) -> None:
-        final = run.is_final
-        rank = (
-            final,
-            self.plan.config.seeds.index(run.seed) if final else 0,
-            self._order[run.arm],
-            len(self._waiting),
-        )
-        self._waiting.append((rank, run))
-        self._waiting.sort(key=lambda waiting: waiting[0])
+        """Queue a run: trials first, then whole tables seed after seed."""
+
+        def rank(run: PlannedRun) -> tuple[bool, int, int]:
+            seed = self.plan.config.seeds.index(run.seed) if run.is_final else 0
+            return run.is_final, seed, self._order[run.arm]
+
+        bisect.insort(self._waiting, run, key=rank)
 
 
 def compare(
@@ -232,7 +224,7 @@ def compare(
         jobs: how many runs at a time; by default one for every GPU that they take, or as many as leave each run its threads.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
-        observer: hears of what happens.
+        observer: is told how the comparison gets on.
         options: fields of `RunConfig` and options of the plugins, by name, for every run.
 
     Returns:

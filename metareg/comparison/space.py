@@ -28,11 +28,7 @@ from metareg.registry.plugins import Plugin, get_config_class
 from metareg.runs.config import RunConfig
 from metareg.runs.options import Selection
 
-__all__ = [
-    "Dimension",
-    "check_tuning",
-    "list_dimensions",
-]
+__all__ = ["Dimension", "check_tuning", "list_dimensions"]
 
 _LARGEST_GRID = 1000
 
@@ -101,9 +97,8 @@ def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
         raise UsageError("A search needs Optuna, which is not installed: pip install 'metareg[search]'.")
     for key in tuning.space:
         if not any(_find_options(key, selection) for selection in arms.values()):
-            known = {
-                name for selection in arms.values() for name, _ in _list_options(selection, "algo", "augment", "model")
-            }
+            options = (_list_options(selection, "algo", "augment", "model") for selection in arms.values())
+            known = {name for of_arm in options for name, _ in of_arm}
             raise UnknownNameError("option to choose", key, {*known, *_OF_A_RUN})
     spaces = []
     for name, selection in arms.items():
@@ -129,8 +124,8 @@ def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
         UsageError: an option has no such values, or two keys mean the same one.
     """
     if not tuning.space:
-        own = ((key, option, option.choose_domain(key)) for key, option in _list_options(selection, "algo", "augment"))
-        return [Dimension(key, domain, option.default) for key, option, domain in own if domain]
+        options = _list_options(selection, "algo", "augment")
+        return [Dimension(key, domain, each.default) for key, each in options if (domain := each.choose_domain(key))]
     chosen: dict[tuple[str, str], tuple[str, _Option]] = {}
     for key in tuning.space:
         for option in _find_options(key, selection):
