@@ -93,8 +93,8 @@ def compare(
     set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
     from metareg.cli.tables import print_comparison
-    from metareg.comparison.overrides import split_assignments
     from metareg.comparison.runner import compare as carry_out
+    from metareg.comparison.space import split_assignments
 
     if search_over is not None and search is None:
         raise UsageError("--search-over names what --search N varies; give the number of trials too.")

@@ -24,6 +24,7 @@ __all__ = [
     "ComparisonConfig",
     "Options",
     "Tuning",
+    "merge_options",
     "slugify",
 ]
 
@@ -210,6 +211,37 @@ class ComparisonConfig(PluginConfig):
             raise ValueError(f"'{key}' is no option here; {_NOT_OPTIONS[key]}")
         return self
 
+    def override(
+        self, *, options: Options | None = None, space: Mapping[str, Any] | None = None, search: int | None = None
+    ) -> ComparisonConfig:
+        """The comparison with what stands before all that it says.
+
+        Args:
+            options: for every run, whatever tasks, rules and tunings say of them.
+            space: what every arm is tuned over, as in `Tuning`.
+            search: a number of trials for each arm; without it, those of a grid over `space`.
+
+        Raises:
+            UsageError: a value that cannot be.
+        """
+        options, space = options or {}, space or {}
+        values = self.model_dump()
+        values["options"] = merge_options(values["options"], options)
+        rules = values["arms"]
+        if options and any(each["options"] for each in values["tasks"] + rules):
+            # A last rule for all arms stands before tasks and other rules; the same call finds it again and adds no other.
+            if not rules or any(rules[-1][key] for key in ("algo", "augment", "task")):
+                rules.append({"options": {}})
+            rules[-1]["options"] = merge_options(rules[-1]["options"], options)
+        tune: dict[str, Any] = {"space": space} if space else {}
+        if tune or search is not None:
+            tune["trials"] = GRID if search is None else search
+            values["tune"] = values["tune"] or {"options": {}}
+        for tuning in filter(None, (values["tune"], *(each["tune"] for each in values["tasks"]))):
+            own = {key: value for key, value in tuning["options"].items() if key not in {*options, *space}}
+            tuning |= {"options": own, **tune}
+        return validate(ComparisonConfig, values, "the comparison")
+
     @classmethod
     def read(cls, path: Path) -> ComparisonConfig:
         """The configuration in a YAML file.
@@ -227,3 +259,11 @@ class ComparisonConfig(PluginConfig):
 def slugify(text: str) -> str:
     """A text as the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"
+
+
+def merge_options(options: Mapping[str, Any], later: Mapping[str, Any]) -> Options:
+    """Options with others that stand before them.
+
+    Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: all of `later` goes to the end.
+    """
+    return {**{key: value for key, value in options.items() if key not in later}, **later}

@@ -15,9 +15,9 @@ from metareg.comparison.config import (
     ComparisonConfig,
     Options,
     Tuning,
+    merge_options,
     slugify,
 )
-from metareg.comparison.overrides import merge_options
 from metareg.comparison.space import check_tuning
 from metareg.errors import UsageError
 from metareg.runs.options import Selection, assemble

@@ -18,7 +18,6 @@ from typing import Any, Protocol
 from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.config import ComparisonConfig
-from metareg.comparison.overrides import override
 from metareg.comparison.plan import CONFIG_FILE, Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
 from metareg.comparison.tuning import Tuner
@@ -242,13 +241,10 @@ def compare(
         raise UnknownNameError("launcher", launcher, LAUNCHERS)
     if ray_address is not None and launcher != "ray":
         raise UsageError("--ray-address is for --launcher ray.")
-    given = {
-        "algo": algo, "augment": augment, "tasks": task, "seeds": seeds, "search": search, "space": space or None,
-        "options": options or None,
-    }  # fmt: skip
-    said = {key: value for key, value in given.items() if value is not None}
+    fields = _drop_none(algo=algo, augment=augment, tasks=task, seeds=seeds)
+    changes = _drop_none(options=options or None, space=space or None, search=search)
     folder = _choose_folder(config, task) if out is None else Path(out)
-    plan = _build_plan(folder, config, said, jobs)
+    plan = _build_plan(folder, config, fields, changes, jobs)
     check_plan(plan)
     with catch_stop_signals() as stop, closing(_create_launcher(launcher, plan, jobs, ray_address)) as workers:
         _create_folder(folder)
@@ -260,6 +256,10 @@ def compare(
             comparison = Comparison(plan, workers)
             comparison.carry_out(stop, observer)
     return comparison
+
+
+def _drop_none(**values: Any) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | None) -> Path:
@@ -282,12 +282,21 @@ def _create_folder(folder: Path) -> None:
 def _build_plan(
     folder: Path,
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None,
-    said: Mapping[str, Any],
+    fields: Mapping[str, Any],
+    changes: Mapping[str, Any],
     jobs: int | None,
 ) -> Plan:
-    """The plan, if it agrees with what the folder holds."""
+    """The plan, if it agrees with what the folder holds.
+
+    Args:
+        folder: the comparison's.
+        config: what is compared; None stands for what the folder holds.
+        fields: values that take the place of those of `config`.
+        changes: arguments of `ComparisonConfig.override`.
+        jobs: how many runs at a time.
+    """
     begun = Plan.read(folder) if (folder / CONFIG_FILE).is_file() else None
-    if config is None and not said:
+    if config is None and not fields and not changes:
         if begun is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
         return begun
@@ -297,7 +306,8 @@ def _build_plan(
         values, where = read_yaml(Path(values)), str(values)
     elif isinstance(values, ComparisonConfig):
         values = values.model_dump()
-    compared = _make_storable(validate(ComparisonConfig, override(values, **said), where))
+    compared = validate(ComparisonConfig, {**values, **fields}, where)
+    compared = _make_storable(compared.override(**changes) if changes else compared)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
     threads = _choose_threads(compared, jobs) if begun is None else begun.config.options.get("threads")
     plan = Plan(folder, compared.model_copy(update={"options": {"threads": threads, **compared.options}}))

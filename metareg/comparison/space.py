@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from metareg.contract.search import (
     Domain,
     Range,
     RelativeRange,
+    check_distinct,
     check_domain,
     format_domain,
     get_declared_domain,
@@ -26,9 +28,10 @@ from metareg.contract.search import (
 from metareg.errors import UnknownNameError, UsageError
 from metareg.registry.plugins import Plugin, get_config_class
 from metareg.runs.config import RunConfig
-from metareg.runs.options import Selection
+from metareg.runs.options import Selection, parse_assignments
+from metareg.util.yaml_files import parse_yaml
 
-__all__ = ["Dimension", "check_tuning", "list_dimensions"]
+__all__ = ["Dimension", "check_tuning", "list_dimensions", "split_assignments"]
 
 _LARGEST_GRID = 1000
 
@@ -36,6 +39,32 @@ _OF_A_RUN = (
     "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "reset_optimizer_every", "select",
 )  # fmt: skip
 """Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
+
+
+def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """``["steps=300", "inner_lr=0.01,0.1"]`` as the options with one value, and those with several.
+
+    Several values are a YAML list without its brackets. What has brackets is one value, as in ``metareg train``:
+    ``hidden=[40,40]`` is a list, and ``hidden=[40,40],[80]`` are two.
+
+    Raises:
+        UsageError: one is malformed, or an option is given twice.
+    """
+    fixed: dict[str, Any] = {}
+    swept: dict[str, list[Any]] = {}
+    for assignment in assignments:
+        key, _, text = assignment.partition("=")
+        key = key.strip()
+        if key in fixed or key in swept:
+            raise UsageError(f"--set {key} is given twice; to choose among values, write {key}=VALUE,VALUE.")
+        values = None
+        with suppress(ValueError):
+            values = parse_yaml(f"[{text}]")
+        if key and isinstance(values, list) and len(values) > 1:
+            swept[key] = check_distinct(key, values)
+        else:
+            fixed |= parse_assignments([assignment])
+    return fixed, swept
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,6 @@ from metareg.cli import app as cli
 from metareg.cli.progress import ComparisonProgress
 from metareg.cli.tables import print_comparison
 from metareg.comparison.config import ComparisonConfig
-from metareg.comparison.overrides import override
 from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read_results
@@ -216,16 +215,16 @@ def test_wrong_use_writes_nothing(
     assert not (tmp_path / "c").exists()
 
 
-def test_what_is_said_stands_before_the_file(tmp_path: Path) -> None:
+def test_what_is_said_stands_before_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"algo": ["anil"], "seeds": 2, "options": {"steps": 7, "inner_lr": 0.1}}))
 
-    config = _build_plan(
-        tmp_path / "c", file, {"algo": "maml, boil", "seeds": "3,5", "options": {"steps": 9, "inner_lr": 0.2}}, None
-    ).config
+    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: None))
+    out = tmp_path / "c"
+    config = compare("maml, boil", seeds="3,5", config=file, out=out, steps=9, inner_lr=0.2, threads=1).plan.config
 
     assert (config.algo, config.seeds) == (["maml", "boil"], [3, 5])
-    assert config.options.items() >= {"steps": 9, "inner_lr": 0.2}.items()
+    assert config.options == {"steps": 9, "inner_lr": 0.2, "threads": 1}
 
 
 def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> None:
@@ -238,7 +237,7 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
     }
     options = {"inner_lr": 0.7, "threads": 1, "test_inner_steps": [0, 3], "steps": 9}
 
-    config = config_of(**override(content, options=options, search=20))
+    config = config_of(**content).override(options=options, search=20)
 
     plan = Plan(tmp_path, config)
     for arm in plan.arms:
@@ -249,7 +248,7 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
     assert config.options["threads"] == 1
     # The same options again find their own rule.
-    assert config_of(**override(config.model_dump(), options=options, search=20)) == config
+    assert config.override(options=options, search=20) == config
 
 
 @pytest.mark.parametrize(
@@ -687,7 +686,7 @@ def test_few_runs_leave_the_cores_to_their_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
-    plan = _build_plan(tmp_path / "new", values, {}, jobs)
+    plan = _build_plan(tmp_path / "new", values, {}, {}, jobs)
     assert plan.config.options["threads"] == threads
     assert _create_launcher("local", plan, jobs, None).capacity == capacity
 

@@ -19,12 +19,11 @@ from rich.console import Console
 from metareg import Field, PluginConfig, UnknownNameError, UsageError, hookimpl
 from metareg.cli.progress import ComparisonProgress
 from metareg.comparison.config import ComparisonConfig, Tuning
-from metareg.comparison.overrides import override, split_assignments
 from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
 from metareg.comparison.results import read_results
 from metareg.comparison.runner import Comparison, compare
-from metareg.comparison.space import check_tuning, list_dimensions
+from metareg.comparison.space import check_tuning, list_dimensions, split_assignments
 from metareg.comparison.tuning import Tuner, propose
 from metareg.contract.config import validate
 from metareg.contract.search import Range
@@ -488,8 +487,7 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
         (seed, rate, 7) for seed in (4, 5) for rate in (0.5, 0.7)
     }
     # What is said beside it stands before both.
-    said = validate(ComparisonConfig, override(values, search=9, space={"outer_lr": None}), "the comparison")
-    other = Plan(tmp_path, said)
+    other = Plan(tmp_path, plan.config.override(search=9, space={"outer_lr": None}))
     assert [(each.trials, [*each.space]) for each in map(other.get_tuning, other.arms) if each] == [
         (9, ["outer_lr"])
     ] * 2
