@@ -61,7 +61,7 @@ def _create_short_table(content: ReportTable) -> Table:
         caption=content.note, caption_justify="left",
     )  # fmt: skip
     for number, column in enumerate(content.columns):
-        words = number < content.headers or number in content.texts
+        words = content.is_text(number)
         table.add_column(column, justify="left" if words else "right", no_wrap=words)
     for row in content.rows:
         table.add_row(*map(escape, row))

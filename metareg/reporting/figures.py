@@ -103,7 +103,6 @@ def draw_differences(report: Report, task: TaskResults) -> Markup | None:
         return None
     scale = Scale(task.metric, task.higher_is_better)
     figure, axes, rows = _create_rows([(pair.algorithm, pair.augmenter) for pair in pairs], _WIDE)
-    figure.suptitle(_shorten(task.label, 38), x=0.01, horizontalalignment="left", fontweight="bold", fontsize=12.5)
     axes.axvline(0, color=SOFT, linewidth=1)
     axes.set_xlim(*(scale.factor * end for end in _limit_differences(pairs)))
     for row, pair in zip(rows, pairs, strict=True):
@@ -203,7 +202,7 @@ def _create_rows(arms: Iterable[tuple[str, str]], width: int) -> tuple[Figure, A
         rows.append(len(labels))
         labels.append((augmenter, False))
     figure, axes = create_axes(width * _PIXEL, (_ROW * len(labels) + 48) * _PIXEL)
-    axes.set_yticks(range(len(labels)), [_shorten(label, _LONGEST_LABEL) for label, _ in labels])
+    axes.set_yticks(range(len(labels)), [_shorten(label) for label, _ in labels])
     axes.tick_params(axis="y", length=0)
     for tick, (_, heading) in zip(axes.get_yticklabels(), labels, strict=True):
         if heading:
@@ -309,10 +308,10 @@ def _to_arrays(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
     return np.array([(each.mean, each.half) for each in estimates]).T
 
 
-def _shorten(name: str, longest: int) -> str:
+def _shorten(name: str) -> str:
     """Leave out the middle of a name that is too long: chains of augmenters begin alike."""
-    half = longest // 2
-    return name if len(name) <= longest else f"{name[: longest - half - 1]}…{name[-half:]}"
+    half = _LONGEST_LABEL // 2
+    return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
 
 
 def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:

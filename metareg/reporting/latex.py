@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
 from dataclasses import replace
 
 from metareg.reporting import tables
 from metareg.reporting.analysis import Report
 from metareg.reporting.tables import Table
+from metareg.reporting.templating import load_template
 
 __all__ = ["render"]
 
@@ -47,8 +47,9 @@ _HEADS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}
 
 def render(report: Report) -> str:
     """The results, the paired differences and the costs of every task, a table each."""
-    lines = [rf"% {_escaped(report.title)}", r"% \usepackage{booktabs,graphicx}", ""]
-    explained: dict[str, str] = {}
+    entries = []
+    first: dict[str, str] = {}
+    """For every key, the label of the first table that has it, which the others refer to."""
     for number, task in enumerate(report.tasks, 1):
         differences = tables.differences(report, task)
         for name, what, table in (
@@ -57,8 +58,13 @@ def render(report: Report) -> str:
             ("costs", "Time and memory", tables.costs(task)),
         ):
             if table is not None:
-                lines += [*_table(table, what, f"tab:{name}-{number}", explained), ""]
-    return "\n".join(lines)
+                label = f"tab:{name}-{number}"
+                entries.append((what, label, table, first.setdefault(table.key, label)))
+    delimiters = {
+        "block_start_string": "<%", "block_end_string": "%>", "variable_start_string": "<<", "variable_end_string": ">>",
+        "comment_start_string": "<#", "comment_end_string": "#>",
+    }  # fmt: skip
+    return load_template("report.tex", escape, **delimiters).render(report=report, entries=entries)
 
 
 def _narrow(table: Table) -> Table:
@@ -71,42 +77,8 @@ def _narrow(table: Table) -> Table:
     )
 
 
-def _table(table: Table, what: str, label: str, explained: dict[str, str]) -> list[str]:
-    """A table; `explained` has the label of the first table with a key, where the others find it."""
-    title = f"{what}: {_escaped(table.title)}"
-    first = explained.setdefault(table.key, label)
-    key = _escaped(table.key) if first == label else rf"The rest is as in Table~\ref{{{first}}}."
-    columns = [
-        "r" if number >= table.headers and number not in table.texts else "l" for number in range(len(table.columns))
-    ]
-    lines = [
-        r"\begin{table}",
-        r"\centering",
-        rf"\caption[{{{title}}}]{{{title}. {_escaped(table.note)} {key}}}",
-        rf"\label{{{label}}}",
-        r"\medskip",
-        r"\small\setlength{\tabcolsep}{4pt}",
-        # As wide as the text at most, whatever the number of columns.
-        r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
-        rf"\begin{{tabular}}{{{''.join(columns)}}}",
-        r"\toprule",
-        _row(table.columns),
-        r"\midrule",
-    ]
-    before = None
-    for row in table.rows:
-        if before is not None and row[0] != before:
-            lines.append(r"\addlinespace")
-        before = row[0]
-        lines.append(_row(row))
-    return [*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return " & ".join(map(_escaped, cells)) + r" \\"
-
-
-def _escaped(text: str) -> str:
+def escape(text: str) -> str:
+    """Make LaTeX show text as it is."""
     return "".join(_SIGNS.get(sign) or _plain(sign) for sign in " ".join(text.split()))
 
 

@@ -14,7 +14,7 @@ from metareg.reporting.analysis import Pair, Report, average_validations, seed_i
 from metareg.reporting.numbers import MISSING, Scale, p_value, significant
 
 __all__ = [
-    "Table", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
+    "Table", "collect", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
     "validations", "verdict_note", "verdict_text",
 ]  # fmt: skip
 
@@ -42,6 +42,22 @@ class Table:
     key: str = ""
     headers: int = 2
     texts: Sequence[int] = ()
+
+    def is_text(self, column: int) -> bool:
+        """Whether a column holds words, not numbers."""
+        return column < self.headers or column in self.texts
+
+
+def collect(report: Report) -> dict[str, list[Table]]:
+    """The tables of all tasks, by what they show."""
+    found: dict[str, list[Table | None]] = {
+        "results": [results(report, task) for task in report.tasks],
+        "differences": [differences(report, task) for task in report.tasks],
+        "validations": [validations(task) for task in report.tasks],
+        "costs": [costs(task) for task in report.tasks],
+        "settings": [settings(task) for task in report.results.tasks],
+    }
+    return {name: [table for table in each if table] for name, each in found.items()}
 
 
 def results(report: Report, task: TaskResults) -> Table:
