@@ -130,16 +130,16 @@ def report(
     ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
-    from metareg.reporting import format_of, write
+    from metareg.reporting import infer_format, write_report
     from metareg.reporting import report as format_report
 
     if out is not None and out.is_dir():
         raise UsageError(f"--out takes a file; {out} is a folder.")
-    chosen = format_of(out) if format is None else format
+    chosen = infer_format(out) if format is None else format
     if out is None and chosen != "html":
         write_output(format_report(path, chosen, inner_steps=inner_steps))
     else:
-        stdout.print(escape(str(write(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
+        stdout.print(escape(str(write_report(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
 
 
 def reproduce(

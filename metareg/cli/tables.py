@@ -33,18 +33,18 @@ __all__ = [
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
     """The end of a comparison: its tables, its page, and what is missing."""
-    from metareg.reporting import write
-    from metareg.reporting.analysis import analyse
-    from metareg.reporting.tables import overview
+    from metareg.reporting import write_report
+    from metareg.reporting.analysis import analyze_comparison
+    from metareg.reporting.tables import build_overview
 
     folder = comparison.plan.folder
     rows: list[tuple[str, object]] = [("comparison", folder)]
     if any(run.finished for run in comparison.plan.list_runs()):
-        analysis = analyse(folder)
+        analysis = analyze_comparison(folder)
         for task in analysis.tasks:
-            console.print(_create_short_table(overview(analysis, task)))
+            console.print(_create_short_table(build_overview(analysis, task)))
             console.print()
-        rows.append(("page", write(folder, "html")))
+        rows.append(("page", write_report(folder, "html")))
     for label, value in rows:
         console.print(f"[dim]{label:<12}[/]{escape(str(value))}", soft_wrap=True)
     for outcome in comparison.broken.values():

@@ -6,19 +6,17 @@ import importlib
 from pathlib import Path
 
 from metareg.errors import UnknownNameError, UsageError
-from metareg.reporting.analysis import analyse
+from metareg.reporting.analysis import analyze_comparison
 from metareg.util.files import write_text
 
-__all__ = ["FORMATS", "format_of", "report", "write"]
+__all__ = ["FORMATS", "infer_format", "report", "write_report"]
 
 FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv"}
 """The formats, with the suffixes of their files."""
 
-_MODULES = {"csv": "tidy"}
-
 
 def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | None = None) -> str:
-    """The report of a comparison, finished or not.
+    """Render the report of a comparison, finished or not.
 
     Args:
         folder: the comparison's.
@@ -32,16 +30,16 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
     """
     if format not in FORMATS:
         raise UnknownNameError("format of reports", format, FORMATS)
-    module = importlib.import_module(f"metareg.reporting.{_MODULES.get(format, format)}")
-    text: str = module.render(analyse(folder, inner_steps))
+    module = importlib.import_module(f"metareg.reporting.{format}")
+    text: str = module.render(analyze_comparison(folder, inner_steps))
     return text
 
 
-def format_of(out: Path | None) -> str:
-    """The format that a file's name asks for; Markdown where it asks for none.
+def infer_format(out: Path | None) -> str:
+    """Infer the format from a file's name; Markdown where it says nothing.
 
     Raises:
-        UsageError: it asks for one that there is not.
+        UsageError: no format has its suffix.
     """
     suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
     suffix = out.suffix.lower() if out else ""
@@ -52,7 +50,7 @@ def format_of(out: Path | None) -> str:
     return suffixes[suffix]
 
 
-def write(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
+def write_report(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
     """Write a report into a file, by default ``report.md`` and its like in the comparison's folder; return its path."""
     text = report(folder, format, inner_steps=inner_steps)
     path = Path(folder, f"report{FORMATS[format]}") if out is None else out

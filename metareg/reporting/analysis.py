@@ -22,7 +22,7 @@ from metareg.comparison.statistics import (
 from metareg.errors import UsageError
 from metareg.reporting.numbers import Scale
 
-__all__ = ["Pair", "Report", "analyse", "average_validations", "seed_interval", "task_interval"]
+__all__ = ["Pair", "Report", "analyze_comparison", "average_over_seeds", "average_over_tasks", "average_validations"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,14 +41,14 @@ class Pair:
     verdict: Verdict
 
     @property
-    def single(self) -> bool:
+    def has_single_seed(self) -> bool:
         """Whether there is one difference alone, which has no interval over seeds."""
         return len(self.difference.by_seed) == 1
 
     @property
     def estimate(self) -> Estimate:
         """The difference with its interval over seeds; of a single one, with that over test tasks."""
-        return self.difference.over_tasks if self.single else self.difference.over_seeds
+        return self.difference.over_tasks if self.has_single_seed else self.difference.over_seeds
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class Report:
         return " ".join(config.title.split()) or f"Comparison {self.results.plan.folder.resolve().name}"
 
     @property
-    def tested(self) -> int:
+    def family_size(self) -> int:
         """How many comparisons the correction covers."""
         return sum(not pair.difference.untested for pair in self.pairs)
 
@@ -85,7 +85,7 @@ class Report:
         return self.results.plan.config.augment
 
 
-def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
+def analyze_comparison(folder: str | Path, inner_steps: int | None = None) -> Report:
     """Read a comparison and compare what it holds.
 
     Args:
@@ -99,10 +99,12 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
     found = results.read_results(folder)
     if not found.finished:
         raise UsageError(
-            f"No run of the comparison at {folder} has finished ({_states(found)}); a report needs at least one."
+            f"No run of the comparison at {folder} has finished ({_count_states(found)}); a report needs at least one."
         )
-    headline = _headline(found, inner_steps)
-    pairs = [pair for task in found.tasks if task.label in headline for pair in _pairs(task, headline[task.label])]
+    headline = _choose_inner_steps(found, inner_steps)
+    pairs = [
+        pair for task in found.tasks if task.label in headline for pair in _compare_pairs(task, headline[task.label])
+    ]
     corrected = holm([difference.p for *_, difference in pairs])
     return Report(
         found,
@@ -124,12 +126,12 @@ def analyse(folder: str | Path, inner_steps: int | None = None) -> Report:
     )
 
 
-def seed_interval(results: ArmResults, inner_steps: int) -> Estimate:
+def average_over_seeds(results: ArmResults, inner_steps: int) -> Estimate:
     """The mean of an arm with its interval over seeds."""
     return over_seeds([float(scores.mean()) for scores in results.by_seed(inner_steps).values()])
 
 
-def task_interval(results: ArmResults, inner_steps: int) -> Estimate:
+def average_over_tasks(results: ArmResults, inner_steps: int) -> Estimate:
     """The mean of an arm with its interval over tasks."""
     return over_tasks([*results.by_seed(inner_steps).values()])
 
@@ -141,7 +143,7 @@ def average_validations(results: ArmResults) -> dict[int, Estimate]:
     return {step: over_seeds([curve[step] for curve in curves]) for step in sorted(shared)}
 
 
-def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
+def _compare_pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
     baselines = {algorithm: arm.outcomes(inner_steps) for algorithm, arm in task.baselines.items()}
     return [
         (
@@ -154,7 +156,7 @@ def _pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmRe
     ]
 
 
-def _headline(found: Results, wanted: int | None) -> dict[str, int]:
+def _choose_inner_steps(found: Results, wanted: int | None) -> dict[str, int]:
     tasks = [task for task in found.tasks if task.inner_steps]
     known = sorted({number for task in tasks for number in task.inner_steps})
     if wanted is not None and wanted not in known:
@@ -167,7 +169,7 @@ def _headline(found: Results, wanted: int | None) -> dict[str, int]:
     }
 
 
-def _states(found: Results) -> str:
+def _count_states(found: Results) -> str:
     counts = Counter(gap.state for gap in found.gaps)
     states = ("diverged", "broken", "unfinished", "not begun")
     return ", ".join(f"{counts[state]} {state}" for state in states if counts[state])

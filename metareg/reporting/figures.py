@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 from metareg.comparison.plan import Arm
 from metareg.comparison.results import TaskResults
 from metareg.comparison.statistics import Estimate, Verdict
-from metareg.reporting.analysis import Pair, Report, average_validations, seed_interval, task_interval
-from metareg.reporting.numbers import MISSING, Scale, significant
-from metareg.reporting.tables import verdict_text
+from metareg.reporting.analysis import Pair, Report, average_over_seeds, average_over_tasks, average_validations
+from metareg.reporting.numbers import MISSING, Scale, format_significant
+from metareg.reporting.tables import describe_verdict
 from metareg.util.plotting import COLOURS, GRID, INK, PAPER, SOFT, STYLE, create_axes, set_log_scale
 
 __all__ = ["draw_costs", "draw_differences", "draw_inner_steps", "draw_key", "draw_learning_curves"]
@@ -53,7 +53,7 @@ _Curve = Mapping[int, Estimate]
 def draw_key(report: Report, augmenter: str, section: str) -> Markup:
     """Draw an augmenter's line and marker for the legend of a section."""
     figure = Figure(figsize=(28 * _PIXEL, 14 * _PIXEL))
-    figure.add_artist(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **_style(report, augmenter)))
+    figure.add_artist(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **_choose_style(report, augmenter)))
     return _write_svg(figure, f"{augmenter} in {section}")
 
 
@@ -63,7 +63,7 @@ def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
 
     def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
         for augmenter, curve in curves.items():
-            style = _style(report, augmenter)
+            style = _choose_style(report, augmenter)
             steps, (mean, half) = list(curve), _to_arrays(curve.values())
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.14, linewidth=0)
             axes.plot(steps, mean, markersize=5, **style)
@@ -80,7 +80,7 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
     def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
         gap = min(0.1, 0.8 / len(curves))
         for number, (augmenter, curve) in enumerate(curves.items()):
-            style = _style(report, augmenter)
+            style = _choose_style(report, augmenter)
             places = np.array([task.inner_steps.index(int(step)) for step in curve], dtype=float)
             places += gap * (number - (len(curves) - 1) / 2)
             mean, half = _to_arrays(curve.values())
@@ -90,7 +90,7 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
         axes.set_xticks(range(len(task.inner_steps)), [str(step) for step in task.inner_steps])
         axes.set_xlim(-0.5, len(task.inner_steps) - 0.5)
 
-    estimate = task_interval if task.single else seed_interval
+    estimate = average_over_tasks if task.single else average_over_seeds
     curves = {each.arm: {step: estimate(each, step) for step in each.inner_steps} for each in task.arms}
     return _draw_panels(task, curves, draw, "inner steps", "on test tasks against the number of inner steps")
 
@@ -104,17 +104,15 @@ def draw_differences(report: Report, task: TaskResults) -> Markup | None:
     scale = Scale(task.metric, task.higher_is_better)
     figure, axes, rows = _create_rows([(pair.algorithm, pair.augmenter) for pair in pairs], _WIDE)
     axes.axvline(0, color=SOFT, linewidth=1)
-    axes.set_xlim(*(scale.factor * end for end in _limit_differences(pairs)))
+    axes.set_xlim(*(scale.factor * end for end in _choose_horizontal_limits(pairs)))
     for row, pair in zip(rows, pairs, strict=True):
-        _draw_difference(axes, row, pair, scale.factor, _style(report, pair.augmenter))
+        _draw_difference(axes, row, pair, scale.factor, _choose_style(report, pair.augmenter))
     unit = "percentage points" if scale.percent else scale.metric
     axes.set_xlabel(f"{unit} (better →)" if scale.higher_is_better else f"{unit} (← better)")
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:.6g}")
-    values = "; ".join(f"{pair.algorithm} {pair.augmenter} {_describe(pair)}, {verdict_text(pair)}" for pair in pairs)
-    return _write_svg(
-        figure, f"Paired differences on {task.label}, augmenter minus none, in {scale.difference}", f"{values}."
-    )
+    title = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference_heading}"
+    return _write_svg(figure, title, f"{'; '.join(map(_describe_difference, pairs))}.")
 
 
 @rc_context(_STYLE)
@@ -151,7 +149,7 @@ def _draw_panels(
     shown = [curve for panel in panels.values() for curve in panel.values()]
     if len({x for curve in shown for x in curve}) < 2:
         return []
-    low, high, log = _limit_curves([each for curve in shown for each in curve.values()], scale)
+    low, high, log = _choose_vertical_limits([each for curve in shown for each in curve.values()], scale)
     drawings = []
     for algorithm, panel in panels.items():
         figure, axes = create_axes(_WIDTH * _PIXEL, _HEIGHT * _PIXEL)
@@ -164,13 +162,13 @@ def _draw_panels(
         draw(axes, panel)
         axes.grid(axis="x", visible=False)
         axes.set(title=algorithm, xlabel=label, ylabel=f"{scale.heading}, log scale" if log else scale.heading)
-        ends = ", ".join(f"{name} {significant([*curve.values()][-1].mean)}" for name, curve in panel.items())
+        ends = ", ".join(f"{name} {format_significant([*curve.values()][-1].mean)}" for name, curve in panel.items())
         title = f"{algorithm} on {task.label}: {task.metric} {what}"
         drawings.append(_write_svg(figure, title, f"At the end, in {scale.heading}: {ends}."))
     return drawings
 
 
-def _limit_curves(estimates: Sequence[Estimate], scale: Scale) -> tuple[float, float, bool]:
+def _choose_vertical_limits(estimates: Sequence[Estimate], scale: Scale) -> tuple[float, float, bool]:
     """The ends of the vertical axis, and whether it is logarithmic.
 
     There is room for all means, and for their intervals unless those are far larger than what the means differ by.
@@ -225,14 +223,16 @@ def _draw_difference(axes: Axes, row: int, pair: Pair, factor: float, style: dic
     )
     (mean,), (half,) = (factor * values for values in _to_arrays([pair.estimate]))
     low, high = mean - half, mean + half
-    axes.hlines(row, low, high, color=style["color"], linewidth=2, linestyle=(0, (2, 2)) if pair.single else "-")
+    axes.hlines(
+        row, low, high, color=style["color"], linewidth=2, linestyle=(0, (2, 2)) if pair.has_single_seed else "-"
+    )
     _mark_clipped(axes, np.array([low]), np.array([high]), np.array([row]), style["color"], vertical=False)
     filled = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
     fill = {} if filled else {"markerfacecolor": PAPER, "markeredgecolor": style["color"], "markeredgewidth": 1.5}
     axes.plot(mean, row, **style | fill)
 
 
-def _limit_differences(pairs: Sequence[Pair]) -> tuple[float, float]:
+def _choose_horizontal_limits(pairs: Sequence[Pair]) -> tuple[float, float]:
     """The ends of an axis with zero, every seed, and the intervals as far as they leave the rest legible."""
     values = [0.0, *(value for pair in pairs for value in pair.difference.by_seed)]
     room = np.ptp(values) or 1e-9
@@ -253,8 +253,8 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     labels = []
     for row, each, values in zip(rows, task.arms, known, strict=True):
         mean = values.mean() if values.size else 0.0
-        text = significant(mean) if values.size else MISSING
-        bars = axes.barh(row, mean, 0.6, color=_style(report, each.arm.augmenter)["color"], alpha=0.8)
+        text = format_significant(mean) if values.size else MISSING
+        bars = axes.barh(row, mean, 0.6, color=_choose_style(report, each.arm.augmenter)["color"], alpha=0.8)
         axes.bar_label(bars, [text], padding=5)
         axes.hlines(row, values.min(initial=mean), values.max(initial=mean), color=INK, linewidth=1.2)
         labels.append(f"{each.arm.name} {text}")
@@ -264,18 +264,18 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     return _write_svg(figure, f"{what} on {task.label}", f"{'; '.join(labels)}.")
 
 
-def _describe(pair: Pair) -> str:
-    """A difference and its interval as text."""
-    if not pair.difference.by_seed:
-        return MISSING
-    over = " over test tasks, one seed" if pair.single else ""
-    return f"{pair.scale.signed(pair.estimate)} ({pair.scale.interval(pair.estimate)}{over})"
+def _describe_difference(pair: Pair) -> str:
+    text = MISSING
+    if pair.difference.by_seed:
+        over = " over test tasks, one seed" if pair.has_single_seed else ""
+        text = f"{pair.scale.format_difference(pair.estimate)} ({pair.scale.format_interval(pair.estimate)}{over})"
+    return f"{pair.algorithm} {pair.augmenter} {text}, {describe_verdict(pair)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- elements
 
 
-def _style(report: Report, augmenter: str) -> dict[str, Any]:
+def _choose_style(report: Report, augmenter: str) -> dict[str, Any]:
     """An augmenter's line and marker, the same in every figure; where colours repeat, the markers do not."""
     if augmenter == "none":
         return {"color": COLOURS[0], "marker": _MARKERS[0], "linestyle": _DASHES[0]}

@@ -29,7 +29,7 @@ _NOTES = MarkdownIt("zero", {"html": False}).enable(
 
 
 def render(report: Report) -> str:
-    """The page."""
+    """Render the page."""
     differences = [(task.label, figures.draw_differences(report, task)) for task in report.tasks]
     inner_steps = [
         (f"{task.label} (± over {'test tasks, one seed' if task.single else 'seeds'})", panels)
@@ -43,21 +43,21 @@ def render(report: Report) -> str:
         folder=report.results.plan.folder.resolve().name,
         version=__version__,
         notes=Markup(_NOTES.render(report.results.plan.config.notes.strip())),
-        overview=summary.overview(report),
-        findings=summary.findings(report),
-        caveats=summary.caveats(report),
+        overview=summary.describe_runs(report),
+        findings=summary.list_findings(report),
+        caveats=summary.describe_tests(report),
         missing=len({gap.path for gap in report.results.gaps}),
         verdicts=_arrange_verdicts(report),
         signs=_SIGNS,
-        verdict_note=tables.verdict_note,
+        explain_verdict=tables.explain_verdict,
         differences=[(title, panel) for title, panel in differences if panel],
         inner_steps=inner_steps,
         curves=[(title, panels) for title, panels in curves if panels],
         costs=[(title, panels) for title, panels in costs if panels],
         draw_key=partial(figures.draw_key, report),
-        tables=tables.collect(report),
-        gaps=tables.gaps(report),
-        environment=tables.environment(report),
+        tables=tables.build_all(report),
+        gaps=tables.build_gaps(report),
+        environment=tables.build_environment(report),
     )
 
 

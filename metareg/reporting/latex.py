@@ -40,22 +40,22 @@ _KNOWN = frozenset("¡¿£¥€§¶©®°·²³µ†‡•‘’“”—ßÆæ�
 
 _OGONEK = "\N{COMBINING OGONEK}"
 
-_LEFT_OUT = {"95 % over tasks", "p"}
-_HEADS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}
+_OMITTED_COLUMNS = {"95 % over tasks", "p"}
+_SHORT_HEADINGS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}
 """Paired differences have many columns: without these, and with short heads, they are legible on a page of paper."""
 
 
 def render(report: Report) -> str:
-    """The results, the paired differences and the costs of every task, a table each."""
+    """Render the results, the paired differences and the costs of every task, a table each."""
     entries = []
     first: dict[str, str] = {}
     """For every key, the label of the first table that has it, which the others refer to."""
     for number, task in enumerate(report.tasks, 1):
-        differences = tables.differences(report, task)
+        differences = tables.build_differences(report, task)
         for name, what, table in (
-            ("results", "Results", tables.results(report, task)),
-            ("differences", "Paired differences", differences and _narrow(differences)),
-            ("costs", "Time and memory", tables.costs(task)),
+            ("results", "Results", tables.build_results(report, task)),
+            ("differences", "Paired differences", differences and _drop_columns(differences)),
+            ("costs", "Time and memory", tables.build_costs(task)),
         ):
             if table is not None:
                 label = f"tab:{name}-{number}"
@@ -67,11 +67,11 @@ def render(report: Report) -> str:
     return load_template("report.tex", escape, **delimiters).render(report=report, entries=entries)
 
 
-def _narrow(table: Table) -> Table:
-    places = [number for number, column in enumerate(table.columns) if column not in _LEFT_OUT]
+def _drop_columns(table: Table) -> Table:
+    places = [number for number, column in enumerate(table.columns) if column not in _OMITTED_COLUMNS]
     return replace(
         table,
-        columns=[_HEADS.get(table.columns[place], table.columns[place]) for place in places],
+        columns=[_SHORT_HEADINGS.get(table.columns[place], table.columns[place]) for place in places],
         rows=[[row[place] for place in places] for row in table.rows],
         texts=[places.index(place) for place in table.texts],
     )
@@ -79,10 +79,10 @@ def _narrow(table: Table) -> Table:
 
 def escape(text: str) -> str:
     """Make LaTeX show text as it is."""
-    return "".join(_SIGNS.get(sign) or _plain(sign) for sign in " ".join(text.split()))
+    return "".join(_SIGNS.get(sign) or _replace_unknown(sign) for sign in " ".join(text.split()))
 
 
-def _plain(sign: str) -> str:
+def _replace_unknown(sign: str) -> str:
     """A sign that stands for itself; one that would stop LaTeX, as its number."""
     parts = unicodedata.normalize("NFD", sign)
     accented = sign < "\u0180" and parts[0].isascii() and _OGONEK not in parts

@@ -14,15 +14,15 @@ __all__ = ["render"]
 
 
 def render(report: Report) -> str:
-    """The whole report; the notes of the comparison stand in it as they are."""
+    """Render the whole report; the comparison's notes are Markdown already."""
     return load_template("report.md", escape).render(
         report=report,
         notes=Markup(report.results.plan.config.notes.strip()),
-        overview=summary.overview(report),
-        findings=summary.findings(report),
-        caveats=summary.caveats(report),
-        tables=tables.collect(report),
-        others=[table for table in (tables.gaps(report), tables.environment(report)) if table],
+        overview=summary.describe_runs(report),
+        findings=summary.list_findings(report),
+        caveats=summary.describe_tests(report),
+        tables=tables.build_all(report),
+        others=[table for table in (tables.build_gaps(report), tables.build_environment(report)) if table],
     )
 
 

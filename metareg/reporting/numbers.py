@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from metareg.comparison.statistics import Estimate
 
-__all__ = ["MISSING", "Scale", "p_value", "significant"]
+__all__ = ["MISSING", "Scale", "format_count", "format_p_value", "format_significant"]
 
 MISSING = "–"
 """Stands for a number that does not exist."""
 
 _MINUS = "\N{MINUS SIGN}"
-_MORE = 2
-"""How many more decimals there are at most, so that what is nonzero does not show as zero."""
+_MAX_EXTRA_DECIMALS = 2
+"""More decimals than usual, at most, for a nonzero number not to show as zero."""
 
 
 @dataclass(frozen=True)
@@ -44,69 +44,74 @@ class Scale:
         return "accuracy in %" if self.percent else self.metric
 
     @property
-    def difference(self) -> str:
-        """What a difference is, with its unit."""
+    def difference_heading(self) -> str:
+        """What a difference is in."""
         return "accuracy in percentage points" if self.percent else self.metric
 
     @property
-    def better(self) -> str:
-        """Which way is better."""
+    def direction(self) -> str:
+        """Whether higher or lower is better."""
         return "higher is better" if self.higher_is_better else "lower is better"
 
-    def value(self, number: float) -> str:
+    def format_value(self, number: float) -> str:
         """One value, as ``81.3`` or ``0.137``."""
-        return _fixed(number * self.factor, self._decimals(number))
+        return _format_number(number * self.factor, self._count_decimals(number))
 
-    def estimate(self, found: Estimate) -> str:
+    def format_estimate(self, found: Estimate) -> str:
         """A mean with half its interval, as ``0.137 ± 0.017``; the mean alone where there is no interval."""
         if not math.isfinite(found.mean):
             return MISSING
         if not math.isfinite(found.half):
-            return self.value(found.mean)
-        decimals = self._decimals(found.mean)
-        shared = self._shared(decimals, found.half)
+            return self.format_value(found.mean)
+        decimals = self._count_decimals(found.mean)
+        shared = self._count_shared_decimals(decimals, found.half)
         # With an exponent for one of them, each has its own.
-        mean = _fixed(found.mean * self.factor, decimals if shared is None else shared)
-        return f"{mean} ± {_fixed(found.half * self.factor, shared)}"
+        mean = _format_number(found.mean * self.factor, decimals if shared is None else shared)
+        return f"{mean} ± {_format_number(found.half * self.factor, shared)}"
 
-    def half(self, found: Estimate) -> str:
+    def format_half_width(self, found: Estimate) -> str:
         """Half an interval alone, with the decimals of its mean."""
-        return self.estimate(found).partition(" ± ")[2] or MISSING
+        return self.format_estimate(found).partition(" ± ")[2] or MISSING
 
-    def signed(self, found: Estimate) -> str:
+    def format_difference(self, found: Estimate) -> str:
         """A difference, as ``+1.2`` or ``−0.021``."""
-        return _signed(found.mean * self.factor, self._common(found))
+        return _format_signed(found.mean * self.factor, self._count_difference_decimals(found))
 
-    def interval(self, found: Estimate) -> str:
+    def format_interval(self, found: Estimate) -> str:
         """A difference's interval, as ``−0.030 to −0.012``."""
         if not math.isfinite(found.half):
             return MISSING
-        decimals = self._common(found)
-        return " to ".join(_signed(end * self.factor, decimals) for end in (found.low, found.high))
+        decimals = self._count_difference_decimals(found)
+        return " to ".join(_format_signed(end * self.factor, decimals) for end in (found.low, found.high))
 
-    def _decimals(self, number: float) -> int | None:
-        return 1 if self.percent else _decimals(number, 3)
+    def _count_decimals(self, number: float) -> int | None:
+        return 1 if self.percent else _count_decimals(number, 3)
 
-    def _shared(self, decimals: int | None, half: float) -> int | None:
-        """So many decimals for a mean, or as many as show a digit of half its interval too."""
+    def _count_shared_decimals(self, decimals: int | None, half: float) -> int | None:
+        """The decimals of a mean, or more where half its interval needs them to show a digit."""
         if self.percent:
-            return _telling([half * self.factor], 1)
-        own = _decimals(half, 1)
+            return _find_nonzero_decimals([half * self.factor], 1)
+        own = _count_decimals(half, 1)
         return None if decimals is None or own is None else max(decimals, own)
 
-    def _common(self, found: Estimate) -> int | None:
-        """Decimals for a difference and the ends of its interval alike."""
+    def _count_difference_decimals(self, found: Estimate) -> int | None:
+        """The decimals of a difference and of the ends of its interval."""
         ends = [found.mean] if math.isnan(found.half) else [found.mean, found.low, found.high]
-        fewest = self._decimals(max(map(abs, ends)))
-        return None if fewest is None else _telling([end * self.factor for end in ends], fewest)
+        fewest = self._count_decimals(max(map(abs, ends)))
+        return None if fewest is None else _find_nonzero_decimals([end * self.factor for end in ends], fewest)
 
 
-def significant(number: float, digits: int = 3) -> str:
-    """A number with so many significant digits."""
-    return _fixed(number, _decimals(number, digits))
+def format_count(number: int, what: str) -> str:
+    """As ``1 seed`` or ``5 seeds``."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
-def p_value(p: float) -> str:
+def format_significant(number: float, digits: int = 3) -> str:
+    """Format a number with so many significant digits."""
+    return _format_number(number, _count_decimals(number, digits))
+
+
+def format_p_value(p: float) -> str:
     """As ``0.032`` or ``< 0.001``."""
     if math.isnan(p):
         return MISSING
@@ -114,7 +119,7 @@ def p_value(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{math.floor(p * 1000 + 1e-9) / 1000:.3f}"
 
 
-def _decimals(number: float, digits: int) -> int | None:
+def _count_decimals(number: float, digits: int) -> int | None:
     """The decimals that show so many significant digits; None for a number that is written with an exponent."""
     if number == 0 or not math.isfinite(number):
         return digits - 1
@@ -122,28 +127,29 @@ def _decimals(number: float, digits: int) -> int | None:
     return None if exponent >= 4 or exponent < -4 else max(0, digits - 1 - exponent)
 
 
-def _telling(numbers: Sequence[float], fewest: int) -> int:
-    """How many decimals, not many more than `fewest`, show none of the numbers as zero that is not."""
+def _find_nonzero_decimals(numbers: Sequence[float], fewest: int) -> int:
+    """The decimals, few more than `fewest` at most, with which no nonzero number shows as zero."""
     largest = max(map(abs, numbers))
     # What is left of a sum that should be zero is zero.
     nonzero = [number for number in numbers if abs(number) > 1e-12 * largest]
-    most = fewest + _MORE
-    return next((each for each in range(fewest, most) if all(float(_plain(number, each)) for number in nonzero)), most)
+    most = fewest + _MAX_EXTRA_DECIMALS
+    enough = (n for n in range(fewest, most) if all(float(_format_ascii(number, n)) for number in nonzero))
+    return next(enough, most)
 
 
-def _plain(number: float, decimals: int | None) -> str:
+def _format_ascii(number: float, decimals: int | None) -> str:
     return f"{number:.2e}" if decimals is None else f"{number:.{decimals}f}"
 
 
-def _fixed(number: float, decimals: int | None) -> str:
+def _format_number(number: float, decimals: int | None) -> str:
     if not math.isfinite(number):
         return MISSING
-    text = _plain(number, decimals)
+    text = _format_ascii(number, decimals)
     if float(text) == 0:
         text = text.removeprefix("-")
     return text.replace("-", _MINUS)
 
 
-def _signed(number: float, decimals: int | None) -> str:
-    text = _fixed(number, decimals)
-    return text if text in (MISSING, _fixed(0, decimals)) or text.startswith(_MINUS) else f"+{text}"
+def _format_signed(number: float, decimals: int | None) -> str:
+    text = _format_number(number, decimals)
+    return text if text in (MISSING, _format_number(0, decimals)) or text.startswith(_MINUS) else f"+{text}"

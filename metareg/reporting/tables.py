@@ -1,4 +1,4 @@
-"""The tables of a report as text, which every format lays out in its own way."""
+"""The tables of a report, which every format lays out in its own way."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
 from metareg.comparison.statistics import ALPHA
-from metareg.reporting.analysis import Pair, Report, average_validations, seed_interval, task_interval
-from metareg.reporting.numbers import MISSING, Scale, p_value, significant
+from metareg.reporting.analysis import Pair, Report, average_over_seeds, average_over_tasks, average_validations
+from metareg.reporting.numbers import MISSING, Scale, format_count, format_p_value, format_significant
 
 __all__ = [
-    "Table", "collect", "costs", "differences", "environment", "favour", "gaps", "overview", "results", "settings", "steps",
-    "validations", "verdict_note", "verdict_text",
+    "Table", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps", "build_overview",
+    "build_results", "build_settings", "build_validations", "describe_verdict", "explain_verdict", "format_seeds_in_favour",
 ]  # fmt: skip
 
 _LONGEST_REASON = 400
@@ -48,40 +48,40 @@ class Table:
         return column < self.headers or column in self.texts
 
 
-def collect(report: Report) -> dict[str, list[Table]]:
-    """The tables of all tasks, by what they show."""
+def build_all(report: Report) -> dict[str, list[Table]]:
+    """Build the tables of all tasks, by what they show."""
     found: dict[str, list[Table | None]] = {
-        "results": [results(report, task) for task in report.tasks],
-        "differences": [differences(report, task) for task in report.tasks],
-        "validations": [validations(task) for task in report.tasks],
-        "costs": [costs(task) for task in report.tasks],
-        "settings": [settings(task) for task in report.results.tasks],
+        "results": [build_results(report, task) for task in report.tasks],
+        "differences": [build_differences(report, task) for task in report.tasks],
+        "validations": [build_validations(task) for task in report.tasks],
+        "costs": [build_costs(task) for task in report.tasks],
+        "settings": [build_settings(task) for task in report.results.tasks],
     }
     return {name: [table for table in each if table] for name, each in found.items()}
 
 
-def results(report: Report, task: TaskResults) -> Table:
-    """The means of every arm of a task, after each number of inner steps."""
+def build_results(report: Report, task: TaskResults) -> Table:
+    """Tabulate the means of every arm of a task after each number of inner steps."""
     scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     rows = [
         [
             each.arm.algorithm,
             each.arm.augmenter,
-            _count(len(each.seeds), each.planned),
-            *(_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps),
-            *([] if of_tasks else [scale.half(task_interval(each, headline))]),
+            _format_finished(len(each.seeds), each.planned),
+            *(_format_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps),
+            *([] if of_tasks else [scale.format_half_width(average_over_tasks(each, headline))]),
         ]
         for each in task.arms
     ]
-    columns = ["algorithm", "augmenter", "seeds", *map(steps, task.inner_steps)]
-    note = f"{_capital(scale.heading)} on the test tasks after so many inner steps, {scale.better}. "
+    columns = ["algorithm", "augmenter", "seeds", *(format_count(number, "step") for number in task.inner_steps)]
+    note = f"{_capitalize(scale.heading)} on the test tasks after so many inner steps, {scale.direction}. "
     if of_tasks:
         note += (
             "± is half the 95 % interval over test tasks (Student's t). With one seed there is no interval over seeds: "
             "nothing here says what another seed would give."
         )
     else:
-        columns.append(f"± over tasks, {steps(headline)}")
+        columns.append(f"± over tasks, {format_count(headline, 'step')}")
         note += (
             "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval "
             "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
@@ -96,23 +96,23 @@ def results(report: Report, task: TaskResults) -> Table:
     return Table(task.label, columns, rows, note)
 
 
-def differences(report: Report, task: TaskResults) -> Table | None:
-    """Every augmenter against none on a task; None where no pair of arms is there to be compared."""
+def build_differences(report: Report, task: TaskResults) -> Table | None:
+    """Tabulate every augmenter against none on a task; None where no pair of arms is there to be compared."""
     pairs = [pair for pair in report.pairs if pair.task == task.label]
     if not pairs:
         return None
-    scale, after = Scale(task.metric, task.higher_is_better), steps(report.headline[task.label])
+    scale, after = Scale(task.metric, task.higher_is_better), format_count(report.headline[task.label], "step")
     rows = [
         [
             pair.algorithm,
             pair.augmenter,
-            scale.signed(pair.difference.over_seeds),
-            scale.interval(pair.difference.over_seeds),
-            scale.interval(pair.difference.over_tasks),
-            favour(pair),
-            p_value(pair.difference.p),
-            p_value(pair.corrected),
-            verdict_text(pair),
+            scale.format_difference(pair.difference.over_seeds),
+            scale.format_interval(pair.difference.over_seeds),
+            scale.format_interval(pair.difference.over_tasks),
+            format_seeds_in_favour(pair),
+            format_p_value(pair.difference.p),
+            format_p_value(pair.corrected),
+            describe_verdict(pair),
         ]
         for pair in pairs
     ]
@@ -120,18 +120,18 @@ def differences(report: Report, task: TaskResults) -> Table | None:
         "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
         "p (Holm)", "in words",
     ]  # fmt: skip
-    note = f"Augmenter minus none after {after} in {scale.difference}; {scale.better}."
+    note = f"Augmenter minus none after {after} in {scale.difference_heading}; {scale.direction}."
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
         "t): over seeds, or where it says so over test tasks with these trained models given. p is that of the two-sided "
-        f"paired t test over seeds; {_corrected(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
+        f"paired t test over seeds; {_describe_correction(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
         "difference shown' does not say that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
 
 
-def overview(report: Report, task: TaskResults) -> Table:
-    """The means and the differences to none of a task in few columns, for a terminal."""
+def build_overview(report: Report, task: TaskResults) -> Table:
+    """Tabulate the means and the differences to none of a task in few columns, for a terminal."""
     scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     pairs = {(pair.algorithm, pair.augmenter): pair for pair in report.pairs if pair.task == task.label}
     rows = []
@@ -141,14 +141,14 @@ def overview(report: Report, task: TaskResults) -> Table:
             [
                 each.arm.algorithm,
                 each.arm.augmenter,
-                _mean(each, scale, headline, of_tasks=of_tasks),
+                _format_mean(each, scale, headline, of_tasks=of_tasks),
                 *(
                     [""] * 3
                     if pair is None
                     else [
-                        scale.interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds),
-                        p_value(pair.corrected),
-                        verdict_text(pair),
+                        scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds),
+                        format_p_value(pair.corrected),
+                        describe_verdict(pair),
                     ]
                 ),
             ]
@@ -156,25 +156,32 @@ def overview(report: Report, task: TaskResults) -> Table:
     seeds = "tasks (one seed)" if of_tasks else "seeds"
     return Table(
         task.label,
-        ["algorithm", "augmenter", f"{scale.heading} ({steps(headline)})", "minus none", "p (Holm)", "in words"],
+        [
+            "algorithm",
+            "augmenter",
+            f"{scale.heading} ({format_count(headline, 'step')})",
+            "minus none",
+            "p (Holm)",
+            "in words",
+        ],
         rows,
-        f"± and intervals are 95 % over {seeds}; {scale.better}.",
+        f"± and intervals are 95 % over {seeds}; {scale.direction}.",
         texts=(5,),
     )
 
 
-def costs(task: TaskResults) -> Table:
-    """Time and memory of every arm of a task."""
+def build_costs(task: TaskResults) -> Table:
+    """Tabulate time and memory of every arm of a task."""
     rows = []
     for each in task.arms:
-        milliseconds, peak = 1000 * _finite(each.seconds_per_step), _finite(each.peak_bytes)
+        milliseconds, peak = 1000 * _drop_nonfinite(each.seconds_per_step), _drop_nonfinite(each.peak_bytes)
         rows.append(
             [
                 each.arm.algorithm,
                 each.arm.augmenter,
-                significant(milliseconds.mean()) if milliseconds.size else MISSING,
-                _range([significant(value) for value in np.sort(milliseconds)]),
-                _range([f"{ratio:.2f}" for ratio in np.sort(_times_none(task, each))]),
+                format_significant(milliseconds.mean()) if milliseconds.size else MISSING,
+                _format_range([format_significant(value) for value in np.sort(milliseconds)]),
+                _format_range([f"{ratio:.2f}" for ratio in np.sort(_compute_time_ratios(task, each))]),
                 f"{peak.min() / 2**20:.0f}" if peak.size else MISSING,
             ]
         )
@@ -191,8 +198,8 @@ def costs(task: TaskResults) -> Table:
     )
 
 
-def validations(task: TaskResults) -> Table | None:
-    """The metric in validation of every arm, after up to five training steps; None without a validation of all arms."""
+def build_validations(task: TaskResults) -> Table | None:
+    """Tabulate the metric in validation of every arm after up to five training steps; None without validations."""
     curves = {each.arm: average_validations(each) for each in task.arms}
     shared = sorted(set.intersection(*map(set, filter(None, curves.values())))) if any(curves.values()) else []
     if not shared:
@@ -200,16 +207,18 @@ def validations(task: TaskResults) -> Table | None:
     scale = Scale(task.metric, task.higher_is_better)
     shown = [shared[place] for place in np.unique(np.linspace(len(shared) - 1, 0, 5).round().astype(int))]
     rows = [
-        [arm.algorithm, arm.augmenter, *(scale.estimate(curve[step]) for step in shown)]
+        [arm.algorithm, arm.augmenter, *(scale.format_estimate(curve[step]) for step in shown)]
         for arm, curve in curves.items()
         if curve
     ]
-    note = f"{_capital(scale.heading)} in validation: the mean over seeds ± half its 95 % interval; {scale.better}."
-    return Table(task.label, ["algorithm", "augmenter", *map(steps, shown)], rows, note)
+    note = (
+        f"{_capitalize(scale.heading)} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
+    )
+    return Table(task.label, ["algorithm", "augmenter", *(format_count(step, "step") for step in shown)], rows, note)
 
 
-def settings(task: TaskResults) -> Table | None:
-    """What tuning chose for the arms of a task; None where nothing was tuned."""
+def build_settings(task: TaskResults) -> Table | None:
+    """Tabulate what tuning chose for the arms of a task; None where nothing was tuned."""
     tuned = [(each.arm, each.chosen) for each in task.arms if each.chosen]
     if not tuned:
         return None
@@ -217,7 +226,7 @@ def settings(task: TaskResults) -> Table | None:
         [
             arm.algorithm,
             arm.augmenter,
-            ", ".join(f"{key} = {_setting(value)}" for key, value in chosen.options.items()) or "the defaults",
+            ", ".join(f"{key} = {_format_setting(value)}" for key, value in chosen.options.items()) or "the defaults",
             f"{chosen.trials}, {chosen.failed} failed" if chosen.failed else str(chosen.trials),
         ]
         for arm, chosen in tuned
@@ -233,8 +242,8 @@ def settings(task: TaskResults) -> Table | None:
     )
 
 
-def environment(report: Report) -> Table:
-    """What the runs were made with."""
+def build_environment(report: Report) -> Table:
+    """Tabulate what the runs were made with."""
     finished = report.results.finished
     rows = [
         [
@@ -255,8 +264,8 @@ def environment(report: Report) -> Table:
     )
 
 
-def gaps(report: Report) -> Table | None:
-    """What is missing, a row for the seeds of an arm that share the reason; None where nothing is."""
+def build_gaps(report: Report) -> Table | None:
+    """Tabulate what is missing, a row for the seeds of an arm that share the reason; None where nothing is."""
     alike: dict[tuple[str, str, str], list[Gap]] = {}
     for gap in report.results.gaps:
         alike.setdefault((gap.what, gap.state, gap.reason), []).append(gap)
@@ -267,7 +276,7 @@ def gaps(report: Report) -> Table | None:
             what,
             ", ".join(gap.seed for gap in found if gap.seed) or MISSING,
             state,
-            _shortened(reason),
+            _shorten(reason),
             str(found[0].path if len(found) == 1 else found[0].path.parent),
         ]
         for (what, state, reason), found in alike.items()
@@ -283,24 +292,19 @@ def gaps(report: Report) -> Table | None:
     )
 
 
-def verdict_text(pair: Pair) -> str:
-    """The words for a pair, with what is to be known of them."""
-    note = verdict_note(pair)
+def describe_verdict(pair: Pair) -> str:
+    """The verdict on a pair, with its explanation."""
+    note = explain_verdict(pair)
     return f"{pair.verdict.value} ({note})" if note else pair.verdict.value
 
 
-def verdict_note(pair: Pair) -> str:
-    """Why a pair was not tested, or that seeds are missing; empty where the words are final."""
+def explain_verdict(pair: Pair) -> str:
+    """Say why a pair was not tested, or that seeds are missing; empty where the verdict is final."""
     missing = f"{pair.difference.pairs} of {pair.planned} seeds" if pair.difference.pairs < pair.planned else ""
     return pair.difference.untested or missing
 
 
-def steps(number: int) -> str:
-    """A number of steps."""
-    return "1 step" if number == 1 else f"{number} steps"
-
-
-def favour(pair: Pair) -> str:
+def format_seeds_in_favour(pair: Pair) -> str:
     """How many seeds are in favour of an augmenter, of how many that say anything, and what became of the others."""
     found = pair.difference
     others = [f"{found.diverged} diverged"] if found.diverged else []
@@ -309,51 +313,51 @@ def favour(pair: Pair) -> str:
     return f"{count} ({', '.join(others)})" if others else count
 
 
-def _corrected(report: Report) -> str:
-    if not report.tested:
+def _describe_correction(report: Report) -> str:
+    if not report.family_size:
         return "no pair of this report could be tested"
-    which = f"all {report.tested} tested comparisons" if report.tested > 1 else "the one tested comparison"
+    which = f"all {report.family_size} tested comparisons" if report.family_size > 1 else "the one tested comparison"
     return f"Holm's correction covers {which} of this report"
 
 
-def _mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool) -> str:
+def _format_mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_tasks: bool) -> str:
     scores = results.outcomes(inner_steps)
     diverged = sum(not math.isfinite(each.mean()) for each in scores.values())
     if scores and diverged == len(scores):
         return "diverged"
-    text = scale.estimate((task_interval if of_tasks else seed_interval)(results, inner_steps))
+    text = scale.format_estimate((average_over_tasks if of_tasks else average_over_seeds)(results, inner_steps))
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
-def _times_none(task: TaskResults, results: ArmResults) -> np.ndarray:
-    """For each seed of an arm that ran without an augmenter too, the ratio of the times per step."""
+def _compute_time_ratios(task: TaskResults, results: ArmResults) -> np.ndarray:
+    """The ratios ``[seeds]`` of an arm's times per step to those without an augmenter, where a seed has both."""
     baseline = task.baselines.get(results.arm.algorithm)
     of_none = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
     times = zip(results.seeds, results.seconds_per_step, strict=True)
-    return _finite(np.array([seconds / of_none[seed] for seed, seconds in times if seed in of_none]))
+    return _drop_nonfinite(np.array([seconds / of_none[seed] for seed, seconds in times if seed in of_none]))
 
 
-def _range(ascending: Sequence[str]) -> str:
-    """The ends of a range; once where they are written alike."""
+def _format_range(ascending: Sequence[str]) -> str:
+    """Format the ends of a range, or one where both look alike."""
     return " to ".join(dict.fromkeys([ascending[0], ascending[-1]])) if ascending else MISSING
 
 
-def _count(finished: int, planned: int) -> str:
+def _format_finished(finished: int, planned: int) -> str:
     return str(finished) if finished == planned else f"{finished} of {planned}"
 
 
-def _setting(value: object) -> str:
+def _format_setting(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _shortened(reason: str) -> str:
+def _shorten(reason: str) -> str:
     line = " ".join(reason.split())
     return line if len(line) <= _LONGEST_REASON else f"{line[:_LONGEST_REASON]} …"
 
 
-def _capital(text: str) -> str:
+def _capitalize(text: str) -> str:
     return text if text == "mse" else text[:1].upper() + text[1:]
 
 
-def _finite(values: np.ndarray) -> np.ndarray:
+def _drop_nonfinite(values: np.ndarray) -> np.ndarray:
     return values[np.isfinite(values)]

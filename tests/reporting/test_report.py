@@ -30,8 +30,8 @@ from metareg.comparison.plan import Plan
 from metareg.comparison.results import format_command, read_results
 from metareg.comparison.statistics import Estimate, Verdict, over_seeds
 from metareg.reporting import FORMATS, report, tables
-from metareg.reporting.analysis import analyse
-from metareg.reporting.numbers import Scale, p_value
+from metareg.reporting.analysis import analyze_comparison
+from metareg.reporting.numbers import Scale, format_p_value
 from metareg.runs.options import assemble
 
 SMALL: dict[str, Any] = {
@@ -196,7 +196,7 @@ def test_what_is_missing_for_one_reason_is_one_row(small: Plan) -> None:
     for name in ("metrics.jsonl", "timing.jsonl"):
         (small.folder / "runs/sinusoid/anil/seed-0" / name).write_text('"validation"\n')
 
-    table = tables.gaps(analyse(small.folder))
+    table = tables.build_gaps(analyze_comparison(small.folder))
 
     assert table is not None
     assert [list(row) for row in table.rows[:2]] == [
@@ -256,14 +256,14 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
 
 def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     break_run(small.folder / "runs/sinusoid/maml/seed-0", "error")
-    found = analyse(small.folder)
+    found = analyze_comparison(small.folder)
     pair = found.pairs[0]
     none, cml = found.results.tasks[0].arms[:2]
     expected = [cml.by_seed(10)[seed].mean() - none.by_seed(10)[seed].mean() for seed in (1, 5)]
     assert (pair.algorithm, pair.augmenter, pair.planned, pair.difference.pairs) == ("maml", "cml", 3, 2)
     assert pair.difference.over_seeds.mean == pytest.approx(np.mean(expected))
     assert pair.difference.over_seeds.half == pytest.approx(over_seeds(expected).half)
-    table = tables.differences(found, found.tasks[0])
+    table = tables.build_differences(found, found.tasks[0])
     assert table is not None
     assert table.rows[0][5].endswith("of 2 (3 planned)")
     # What is not finished does not read as final.
@@ -283,7 +283,7 @@ def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp
         if run.arm.task == "harmonic":
             write_run(run, tasks=7, steps=(0, 5))
 
-    found = analyse(tmp_path, 1)
+    found = analyze_comparison(tmp_path, 1)
 
     assert found.headline == {"sinusoid": 1, "harmonic": 5}
     assert {pair.difference.pairs for pair in found.pairs} == {3}
@@ -294,8 +294,8 @@ def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp
 
 
 def test_holm_covers_the_whole_table(demo: Path) -> None:
-    found = analyse(demo)
-    assert found.tested == len(found.pairs) == 16
+    found = analyze_comparison(demo)
+    assert found.family_size == len(found.pairs) == 16
     smallest = min(found.pairs, key=lambda pair: pair.difference.p)
     assert smallest.corrected == pytest.approx(16 * smallest.difference.p)
     assert all(pair.corrected >= pair.difference.p for pair in found.pairs)
@@ -303,11 +303,11 @@ def test_holm_covers_the_whole_table(demo: Path) -> None:
 
 
 def test_the_number_of_inner_steps_can_be_chosen(demo: Path) -> None:
-    first, last = (analyse(demo, number).pairs[0].difference.over_seeds.mean for number in (1, 10))
+    first, last = (analyze_comparison(demo, number).pairs[0].difference.over_seeds.mean for number in (1, 10))
     assert first != last
-    assert analyse(demo).pairs[0].difference.over_seeds.mean == last
+    assert analyze_comparison(demo).pairs[0].difference.over_seeds.mean == last
     with pytest.raises(UsageError, match="No run was tested after 3 inner steps; there are results after 0, 1, 5, 10"):
-        analyse(demo, 3)
+        analyze_comparison(demo, 3)
 
 
 @pytest.mark.parametrize("how", ["training", "score"])
@@ -321,11 +321,11 @@ def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, h
         content["steps"][-1]["scores"][2] = float("nan")
         (path / "results.json").write_text(json.dumps(content))
 
-    found = analyse(small.folder)
+    found = analyze_comparison(small.folder)
 
     pair = next(each for each in found.pairs if (each.algorithm, each.augmenter) == ("anil", "cml"))
     assert (pair.verdict, pair.difference.pairs, len(pair.difference.by_seed)) == (Verdict.NOT_TESTED, 3, 2)
-    assert re.fullmatch(r"\d of 2 \(1 diverged\)", tables.favour(pair))
+    assert re.fullmatch(r"\d of 2 \(1 diverged\)", tables.format_seeds_in_favour(pair))
     text = report(small.folder)
     assert re.search(rf"\| anil \| {'cml' if 'cml' in arm else 'none'} \| (2 of )?3 \|.*\(1 diverged\)", text)
     assert "the mean is that of the other seeds" in text
@@ -355,9 +355,9 @@ def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) ->
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
     write_comparison(tmp_path, SMALL | {"seeds": [3]}, tasks=50)
-    found = analyse(tmp_path)
-    over_tasks = found.pairs[0].scale.interval(found.pairs[0].difference.over_tasks)
-    assert tables.overview(found, found.tasks[0]).rows[1][3] == over_tasks
+    found = analyze_comparison(tmp_path)
+    over_tasks = found.pairs[0].scale.format_interval(found.pairs[0].difference.over_tasks)
+    assert tables.build_overview(found, found.tasks[0]).rows[1][3] == over_tasks
     page = report(tmp_path, "html")
     assert f"({over_tasks} over test tasks, one seed)" in page
     assert "(–" not in page
@@ -396,17 +396,17 @@ def test_without_a_baseline_there_is_no_difference(tmp_path: Path) -> None:
 )
 def test_numbers(mean: float, half: float, accuracy: str, mse: str) -> None:
     found = Estimate(mean, half, 5)
-    assert Scale("accuracy", True).estimate(found) == accuracy
-    assert Scale("mse", False).estimate(found) == mse
+    assert Scale("accuracy", True).format_estimate(found) == accuracy
+    assert Scale("mse", False).format_estimate(found) == mse
 
 
 def test_signed_numbers() -> None:
     found = over_seeds([-0.0213, -0.0301, -0.0125])
-    assert Scale("mse", False).signed(found) == "−0.0213"
-    assert Scale("mse", False).interval(found) == "−0.0432 to +0.0006"
-    assert Scale("accuracy", True).signed(over_seeds([0.012, 0.012])) == "+1.2"
-    assert Scale("accuracy", True).signed(over_seeds([0.0, 0.0])) == "0.0"
-    assert Scale("accuracy", True).signed(Estimate(0.012, 0.012 - 1e-18, 5)) == "+1.2"
+    assert Scale("mse", False).format_difference(found) == "−0.0213"
+    assert Scale("mse", False).format_interval(found) == "−0.0432 to +0.0006"
+    assert Scale("accuracy", True).format_difference(over_seeds([0.012, 0.012])) == "+1.2"
+    assert Scale("accuracy", True).format_difference(over_seeds([0.0, 0.0])) == "0.0"
+    assert Scale("accuracy", True).format_difference(Estimate(0.012, 0.012 - 1e-18, 5)) == "+1.2"
 
 
 @pytest.mark.parametrize(
@@ -420,12 +420,12 @@ def test_signed_numbers() -> None:
 )
 def test_rounding_does_not_hide_the_sign(low: float, high: float, accuracy: str, mse: str) -> None:
     found = Estimate((low + high) / 2, (high - low) / 2, 5)
-    assert Scale("accuracy", True).interval(found) == accuracy
-    assert Scale("mse", False).interval(found) == mse
+    assert Scale("accuracy", True).format_interval(found) == accuracy
+    assert Scale("mse", False).format_interval(found) == mse
 
 
 def test_p_values_are_cut_not_rounded() -> None:
-    assert [p_value(p) for p in (0.04999, 0.05, 0.0009, float("nan"))] == ["0.049", "0.050", "< 0.001", "–"]
+    assert [format_p_value(p) for p in (0.04999, 0.05, 0.0009, float("nan"))] == ["0.049", "0.050", "< 0.001", "–"]
 
 
 def test_csv_is_tidy(demo: Path) -> None:
@@ -469,13 +469,17 @@ def test_markdown_shows_labels_as_they_are(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["markdown", "latex", "html"])
 def test_every_table_says_what_its_numbers_mean(demo: Path, format: str) -> None:
-    found = analyse(demo)
+    found = analyze_comparison(demo)
     text = report(demo, format)
     plain = html.unescape(text) if format == "html" else re.sub(r"\\ensuremath\{\\pm\}", "±", text)
     plain = plain.replace("\\<", "<").replace(r"\ensuremath{<}", "<").replace(r"\%", "%")
     for task in found.tasks:
-        assert "±" in tables.results(found, task).note
-        for table in (tables.results(found, task), tables.differences(found, task), tables.costs(task)):
+        assert "±" in tables.build_results(found, task).note
+        for table in (
+            tables.build_results(found, task),
+            tables.build_differences(found, task),
+            tables.build_costs(task),
+        ):
             assert table is not None
             assert table.note in plain
             assert table.key in plain
@@ -648,7 +652,7 @@ def test_memory_is_the_least_and_times_are_paired(small: Plan) -> None:
             line = {"steps_per_second": speed, "peak_bytes": (400 + 100 * number + 10 * seed) * 2**20}
             (small.folder / f"runs/sinusoid/{arm}/seed-{seed}/timing.jsonl").write_text(json.dumps(line))
 
-    rows = tables.costs(analyse(small.folder).results.tasks[0]).rows
+    rows = tables.build_costs(analyze_comparison(small.folder).results.tasks[0]).rows
 
     assert list(rows[0][2:]) == ["11.7", "5.00 to 20.0", "1.00", "400"]
     assert list(rows[1][2:]) == ["14.2", "10.0 to 20.0", "1.00 to 2.00", "500"]
@@ -771,7 +775,7 @@ def test_the_page_fits_its_window(browser: Any, pages: dict[str, Path], name: st
 
 
 def test_the_tables_hold_the_numbers(browser: Any, pages: dict[str, Path], demo: Path) -> None:
-    found = analyse(demo)
+    found = analyze_comparison(demo)
     with opened(browser, pages["demo"]) as page:
         shown = page.evaluate(
             "Object.fromEntries(['differences', 'results', 'costs', 'settings', 'environment'].map(id => [id,"
@@ -779,11 +783,11 @@ def test_the_tables_hold_the_numbers(browser: Any, pages: dict[str, Path], demo:
             "[...r.cells].flatMap(c => c.tagName === 'TH' ? [...c.children].map(s => s.textContent) : [c.textContent])))]))"
         )
     expected = {
-        "differences": [tables.differences(found, task) for task in found.tasks],
-        "results": [tables.results(found, task) for task in found.tasks],
-        "costs": [tables.costs(task) for task in found.tasks],
-        "settings": [tables.settings(task) for task in found.tasks],
-        "environment": [tables.environment(found)],
+        "differences": [tables.build_differences(found, task) for task in found.tasks],
+        "results": [tables.build_results(found, task) for task in found.tasks],
+        "costs": [tables.build_costs(task) for task in found.tasks],
+        "settings": [tables.build_settings(task) for task in found.tasks],
+        "environment": [tables.build_environment(found)],
     }
     for name, wanted in expected.items():
         assert shown[name] == [[list(row) for row in table.rows] for table in wanted if table], name

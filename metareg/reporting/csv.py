@@ -16,7 +16,7 @@ COLUMNS = (
 
 
 def render(report: Report) -> str:
-    """The CSV; `ci95` is half the 95 % interval over tasks (Student's t) of that seed's mean."""
+    """Render the CSV; `ci95` is half the 95 % interval over tasks (Student's t) of that seed's mean."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
