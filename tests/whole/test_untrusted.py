@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import pickle
 import random
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -260,20 +262,29 @@ def test_any_values_in_a_configuration(base: dict[str, Any]) -> None:
 
 @_FUZZ
 @given(st.dictionaries(st.text(max_size=10) | st.sampled_from(["inner_lr", "cml.gamma", "task.shots"]), _VALUES))
+@example({"cml.gamma": 0.5, "task.shots": 3})
+@example({"cml.gama": 0.5})
 def test_any_options(options: dict[str, Any]) -> None:
-    try:
-        assemble({"augment": "cml"}, options)
-    except MetaregError:
-        return
+    _assembled_or_refused({"augment": "cml"}, options)
 
 
-def _assembled_or_refused(base: dict[str, Any]) -> None:
+def _assembled_or_refused(base: dict[str, Any], options: Mapping[str, Any] = MappingProxyType({})) -> None:
     try:
-        selection = assemble(base, {})
+        selection = assemble(base, options)
     except MetaregError:
         return
-    again = assemble(yaml.safe_load(selection.config.to_yaml()), {})
-    assert again.config == selection.config
+    written = yaml.safe_load(selection.config.to_yaml())
+    assert assemble(written, {}).config == selection.config
+    assert {option.rpartition(".")[2] for option in options} <= set(_names(written))
+
+
+def _names(value: Any) -> Iterator[str]:
+    """The names in a configuration, of plugins' options too."""
+    if isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _names(part)
 
 
 @_FUZZ
