@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from metareg.comparison.reproduction import reproduce
     from metareg.comparison.runner import compare
     from metareg.contract.attributes import StepExample
-    from metareg.contract.config import Field, PluginConfig
+    from metareg.contract.config import Field, PathText, PluginConfig
     from metareg.contract.episodes import Episodes
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from metareg.runs.config import RunConfig
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
-    from metareg.util.files import cache_folder
+    from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.seeding import derive_seed, task_uniform
 
 _WHERE = {
@@ -35,6 +35,7 @@ _WHERE = {
     "compare": "metareg.comparison.runner",
     "StepExample": "metareg.contract.attributes",
     "Field": "metareg.contract.config",
+    "PathText": "metareg.contract.config",
     "PluginConfig": "metareg.contract.config",
     "Episodes": "metareg.contract.episodes",
     "Evaluation": "metareg.contract.evaluation",
@@ -58,7 +59,9 @@ _WHERE = {
     "Run": "metareg.runs.run",
     "resume": "metareg.runs.training",
     "train": "metareg.runs.training",
-    "cache_folder": "metareg.util.files",
+    "cache_folder": "metareg.util.data_files",
+    "data_folder": "metareg.util.data_files",
+    "download": "metareg.util.data_files",
     "derive_seed": "metareg.util.seeding",
     "task_uniform": "metareg.util.seeding",
 }
@@ -74,6 +77,7 @@ __all__ = [
     "MetaLearner",
     "MetaregError",
     "Metric",
+    "PathText",
     "PluginConfig",
     "PluginError",
     "Run",
@@ -86,7 +90,9 @@ __all__ = [
     "__version__",
     "cache_folder",
     "compare",
+    "data_folder",
     "derive_seed",
+    "download",
     "hookimpl",
     "hookspec",
     "join_processes",

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from metareg.errors import MetaregError
 from metareg.registry.plugins import DISABLE_VARIABLE, list_entries
+from metareg.util.data_files import absolute_path
 
 __all__ = [
     "Data",
@@ -79,7 +80,7 @@ NoPlugin = Annotated[
 def set_data_folder(data: Path | None) -> None:
     """Let this process, and those that it starts, look for data in a folder."""
     if data is not None:
-        os.environ["METAREG_DATA"] = str(data.absolute())
+        os.environ["METAREG_DATA"] = str(absolute_path(data))
 
 
 def write_output(text: str) -> None:

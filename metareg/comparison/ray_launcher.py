@@ -14,6 +14,7 @@ from metareg.comparison.plan import PlannedRun
 from metareg.comparison.pool import Outcome, carry_out
 from metareg.errors import MetaregError, UsageError
 from metareg.registry.plugins import DISABLE_VARIABLE
+from metareg.util.data_files import absolute_path
 
 __all__ = ["RayLauncher"]
 
@@ -119,7 +120,7 @@ def _import_ray() -> Any:
 
 def _collect_variables() -> dict[str, str]:
     """What a run takes from the environment, for the nodes."""
-    folders = {name: str(Path(os.environ[name]).expanduser().absolute()) for name in _FOLDERS if os.environ.get(name)}
+    folders = {name: str(absolute_path(os.environ[name])) for name in _FOLDERS if os.environ.get(name)}
     return {**folders, DISABLE_VARIABLE: os.environ.get(DISABLE_VARIABLE, ""), "MPLBACKEND": "agg"}
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from metareg.errors import UnknownNameError, UsageError, nearest
+from metareg.util.data_files import absolute_path
 
 __all__ = [
     "NO_PLUGIN",
     "Field",
+    "PathText",
     "PluginConfig",
     "PluginSpec",
     "split_names",
@@ -23,6 +25,17 @@ __all__ = [
 
 NO_PLUGIN = "none"
 """What a user writes in the place of a plugin's name for none, as in ``--augment none,cml``."""
+
+
+def _absolute(path: str) -> str:
+    try:
+        return str(absolute_path(path))
+    except UsageError as error:
+        raise ValueError(str(error).removesuffix(".")) from error
+
+
+PathText = Annotated[str, AfterValidator(_absolute)]
+"""A path as text, made absolute, so that a run finds its data from wherever it is tested or resumed."""
 
 
 class PluginConfig(BaseModel):

@@ -18,7 +18,6 @@ from metareg.errors import MetaregError, UsageError
 
 __all__ = [
     "LinesFile",
-    "cache_folder",
     "is_leftover",
     "lock_folder",
     "read_json",
@@ -73,14 +72,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; lists of numbers stand on one line."""
     write_text(path, _json(content, "") + "\n")
-
-
-def cache_folder() -> Path:
-    """Where downloads and what is made of them are kept: METAREG_CACHE, or the user's cache folder of the system."""
-    import platformdirs
-
-    given = os.environ.get("METAREG_CACHE")
-    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("metareg", appauthor=False))
 
 
 def read_json(path: Path) -> Any:

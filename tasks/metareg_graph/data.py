@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
-import hashlib
 import json
-import os
-import shutil
-import urllib.error
-import urllib.request
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,10 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metareg import MetaregError, UsageError, cache_folder
+from metareg import UsageError, cache_folder, data_folder, download
 from metareg_graph._dgl import dgl
 
-__all__ = ["GraphData", "Source", "download", "home", "load", "locate", "present", "union"]
+__all__ = ["GraphData", "Source", "fetch", "load", "locate", "present", "union"]
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
 
@@ -149,39 +144,29 @@ class Source:
     Args:
         names: paths, relative to a data folder, under which people keep it.
         url: where it can be downloaded from; None where it cannot.
-        md5: its checksum, where one is known.
+        checksum: ``"sha256:"`` and the file's, where it is known.
         row_normalised: divide each node's features by their sum, as is usual for bags of words.
         advice: what to say where it can be neither found nor downloaded.
     """
 
     names: tuple[str, ...]
     url: str | None = None
-    md5: str | None = None
+    checksum: str | None = None
     row_normalised: bool = False
     advice: str = ""
 
 
-def home(data: str | None) -> Path:
-    """The folder that holds the datasets, and that downloads go to: `data`, else ``METAREG_DATA``, else the cache."""
-    if data is not None:
-        return Path(data).expanduser()
-    if os.environ.get("METAREG_DATA"):
-        return Path(os.environ["METAREG_DATA"])
-    return cache_folder()
-
-
 def present(source: Source, data: str | None) -> Path | None:
-    """The file or folder of a dataset, where it is there: in `data`, else in ``METAREG_DATA`` or the cache."""
-    given = home(data)
-    if data is not None and given.is_file():
-        return given
-    roots = [given] if data is not None else [given, cache_folder()]
+    """The file or folder of a dataset, where it is there: in `data`, else in the data folder or the cache."""
+    if data is not None and Path(data).is_file():
+        return Path(data)
+    roots = [Path(data)] if data is not None else [data_folder(), cache_folder()]
     candidates = (root / folder / name for root in roots for folder in ("", "graphs") for name in source.names)
     return next((path for path in candidates if path.exists()), None)
 
 
 def locate(name: str, source: Source, data: str | None) -> Path:
-    """The file or folder of a dataset, downloaded to the cache where it is not there and the user named no place.
+    """The file or folder of a dataset, downloaded where it is not there and the user named no place.
 
     Args:
         name: the dataset's name.
@@ -196,42 +181,23 @@ def locate(name: str, source: Source, data: str | None) -> Path:
     if found is not None:
         return found
     if data is not None:
-        given = home(data)
-        if not given.exists():
-            raise UsageError(f"There is no {given}, where --data says that the data of '{name}' is.")
-        raise UsageError(f"{given} does not hold '{name}': none of {', '.join(source.names)} is there.")
+        if not Path(data).exists():
+            raise UsageError(f"There is no {data}, where --data says that the data of '{name}' is.")
+        raise UsageError(f"{data} does not hold '{name}': none of {', '.join(source.names)} is there.")
     if source.url is None:
         raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
-    return download(name, source, cache_folder() / "graphs")
+    return fetch(source, data_folder())
 
 
-def download(name: str, source: Source, folder: Path) -> Path:
-    """Fetch a dataset's file into a folder.
+def fetch(source: Source, folder: Path) -> Path:
+    """Download a dataset's file into the folder of graphs in a data folder.
 
     Raises:
         MetaregError: that cannot be done, or the file is not the one that is known.
     """
     assert source.url is not None
-    path = folder / Path(source.url).name
-    partial = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(source.url, timeout=60) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        found = hashlib.md5(partial.read_bytes(), usedforsecurity=False).hexdigest()
-        if source.md5 is not None and found != source.md5:
-            raise MetaregError(
-                f"The download of '{name}' from {source.url} is damaged or changed: its MD5 is {found}, not {source.md5}."
-            )
-        partial.replace(path)
-    except (OSError, urllib.error.URLError) as error:
-        reason = getattr(error, "reason", None) or error
-        raise MetaregError(
-            f"'{name}' cannot be downloaded from {source.url} ({reason}); get the file by other means and name it with "
-            "--data."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    path = folder / "graphs" / Path(source.url).name
+    download(source.url, path, source.checksum)
     return path
 
 

@@ -17,15 +17,17 @@ from metareg import (
     Dataset,
     Episodes,
     MetaLearner,
+    PathText,
     PluginConfig,
     Task,
     TaskSpec,
     UsageError,
+    data_folder,
     derive_seed,
     hookimpl,
     task_uniform,
 )
-from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, download, home, load, locate, present
+from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, fetch, load, locate, present
 from metareg_graph.figures import confusion, features_in_two_dimensions
 from metareg_graph.sampling import Inputs, Pools, Seeds
 from metareg_graph.splits import SPLITS, ClassSplit, groups_of
@@ -64,9 +66,9 @@ class FileConfig(GraphTaskConfig):
 
     # On Cora's validation tasks sgc is a point above gcn, at half the cost.
     inputs: GraphInputs = Field("sgc", description=_INPUTS)
-    data: str | None = Field(
+    data: PathText | None = Field(
         None,
-        description="The graph's file, or the folder that it is in; unset, METAREG_DATA, then a download to the cache.",
+        description="The graph's file, or the folder that it is in; unset, in METAREG_DATA or the cache.",
     )
     classes: dict[Literal["train", "validation", "test"], list[int]] | None = Field(
         None, description="The classes of each split, instead of the dataset's own rule."
@@ -151,15 +153,20 @@ class _FileTask(_GraphTask):
         source = self.source
         found = present(source, self.config.data)
         return Dataset(
-            location=found.parent if found is not None else home(self.config.data) / "graphs",
+            location=found.parent if found is not None else self._root / "graphs",
             present=found is not None,
             obtain=f"It comes from {source.url}." if source.url else f"{source.advice[:1].upper()}{source.advice[1:]}.",
             download=self._download if source.url else None,
             verify=self._described,
         )
 
+    @property
+    def _root(self) -> Path:
+        """The folder of data that downloads go to."""
+        return data_folder() if self.config.data is None else Path(self.config.data)
+
     def _download(self) -> None:
-        download(self.name, self.source, home(self.config.data) / "graphs")
+        fetch(self.source, self._root)
 
     def _described(self) -> str:
         data = self.data
@@ -242,9 +249,9 @@ def _stamp(path: Path) -> int:
     return hash(tuple((str(file), file.stat().st_mtime_ns) for file in files if file.exists()))
 
 
-def _gnn_benchmark(file: str, *others: str, md5: str | None = None) -> Source:
+def _gnn_benchmark(file: str, *others: str, checksum: str | None = None) -> Source:
     """A file of the GNN benchmark of Shchur et al. (2018, arXiv 1811.05868), or DGL's cached copy of the dataset."""
-    return Source((file, *others), GNN_BENCHMARK + file, md5)
+    return Source((file, *others), GNN_BENCHMARK + file, checksum)
 
 
 class Cora(_FileTask):
@@ -255,7 +262,9 @@ class Cora(_FileTask):
 
     name = "cora"
     source = _gnn_benchmark(
-        "cora.npz", "cora_v2_d697a464/cora_v2_dgl_graph.bin", md5="94f51d3544979ba0ed2501d04a85b1a6"
+        "cora.npz",
+        "cora_v2_d697a464/cora_v2_dgl_graph.bin",
+        checksum="sha256:068e22d90c3849b4057dfb05851741428992af058efcd4e7ebb4186f3d581de2",
     )
 
 
@@ -267,7 +276,9 @@ class CiteSeer(_FileTask):
 
     name = "citeseer"
     source = _gnn_benchmark(
-        "citeseer.npz", "citeseer_d6836239/citeseer_dgl_graph.bin", md5="1c9cddb2df4c801ba10ec8c5b054c0b3"
+        "citeseer.npz",
+        "citeseer_d6836239/citeseer_dgl_graph.bin",
+        checksum="sha256:280278b21b434c047922e8389518861416fb3ad39389c27865ff0e6bbb0aaab7",
     )
 
 
@@ -367,7 +378,7 @@ class GraphFolder(_FileTask):
     def _path(self) -> Path:
         if self.config.data is None:
             raise UsageError("The task 'graph-folder' needs the file or folder of your graph: --data PATH.")
-        return Path(self.config.data).expanduser()
+        return Path(self.config.data)
 
     def _directed(self) -> bool:
         return self.config.directed

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from metareg import (
     Dataset,
     Episodes,
     MetaLearner,
+    PathText,
     PluginConfig,
     Task,
     TaskSpec,
     UsageError,
-    cache_folder,
+    data_folder,
     hookimpl,
     task_uniform,
 )
@@ -32,22 +32,11 @@ from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
 from metareg_image.store import UNREADABLE, ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, pixels
 
-__all__ = ["DATA_VARIABLE", "Channels", "ImageConfig", "ImageTask", "PathText"]
+__all__ = ["Channels", "ImageConfig", "ImageTask"]
 
 Channels = Literal[1, 3]
 
 
-def _absolute(path: str) -> str:
-    try:
-        return str(Path(path).expanduser().absolute())
-    except RuntimeError as error:  # ~NAME, and there is no user of that name
-        raise ValueError(f"{path} has no home folder to begin with") from error
-
-
-PathText = Annotated[str, AfterValidator(_absolute)]
-"""A path as text, made absolute, so that a run finds its data from wherever it is tested or resumed."""
-
-DATA_VARIABLE = "METAREG_DATA"
 _PICTURED = 3
 
 
@@ -247,8 +236,7 @@ class ImageTask(Task):
                 raise UsageError(f"There is no folder {given}.")
             inside = given / self.folder
             return inside if inside.is_dir() else given
-        root = os.environ.get(DATA_VARIABLE)
-        return (Path(root).expanduser() if root else cache_folder() / "data") / self.folder
+        return data_folder() / self.folder
 
     @property
     def dataset(self) -> Dataset | None:
@@ -274,7 +262,7 @@ class ImageTask(Task):
         if not self.is_complete():
             fetch = f"`metareg data {self.name} --download` fetches it." if self.downloadable else self.obtain
             raise UsageError(
-                f"The data of the task '{self.name}' is not in {self.location}. {fetch} --data DIR or {DATA_VARIABLE} names "
+                f"The data of the task '{self.name}' is not in {self.location}. {fetch} --data DIR or METAREG_DATA names "
                 "another folder."
             )
         return self.classes()

@@ -14,8 +14,8 @@ import yaml
 from PIL import Image
 from pydantic import Field
 
-from metareg import UnknownNameError, UsageError, task_uniform
-from metareg_image.base import ImageConfig, ImageTask, PathText
+from metareg import PathText, UnknownNameError, UsageError, task_uniform
+from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
 from metareg_image.store import SPLITS, ClassImages, Cut, Source

@@ -10,9 +10,8 @@ from typing import Any, ClassVar
 from PIL import Image, ImageOps
 from pydantic import Field
 
-from metareg import UsageError
+from metareg import UsageError, download
 from metareg_image.base import Channels, ImageConfig, ImageTask
-from metareg_image.fetch import download
 from metareg_image.standard import TorchvisionTask
 from metareg_image.store import ClassImages, Source
 
@@ -20,8 +19,8 @@ __all__ = ["Omniglot", "OmniglotSmall"]
 
 _ORIGIN = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
 _SMALL = {
-    "images_background_small1.zip": "e704a628b5459e08445c13499850abc4",
-    "images_background_small2.zip": "b75a71a51d3b13f821f212756fe481fd",
+    "images_background_small1.zip": "sha256:f38eb80f801274ac2b4dff5b24289016bfaba4a7d5bb50deebf27104ad6cb8a4",
+    "images_background_small2.zip": "sha256:3ccaa407515a8778e5d0861875af38b17e418f301ad5bb3b5a6b65d901a41c7f",
 }
 _VALIDATION_ALPHABET = "Early_Aramaic"
 

@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 import yaml
 from rich.console import Console
 
+from downloads import cut_off
 from metareg import MetaregError, UsageError
 from metareg.cli import app as cli
 from metareg.comparison.config import ComparisonConfig
@@ -85,13 +85,9 @@ def test_missing_data_is_one_sentence_and_nothing_is_written(
         pytest.importorskip("dgl", reason="DGL is not installed")
     monkeypatch.setenv("METAREG_DATA", str(tmp_path / "data"))
     monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
-
-    def offline(*_: Any, **__: Any) -> None:
-        raise urllib.error.URLError("there is no network here")
-
-    monkeypatch.setattr("urllib.request.urlopen", offline)
+    cut_off(monkeypatch)
     task = SHIPPED[name].task
-    sentence = "no network here" if task == "cora" else f"The data of the task '{task}' is not in"
+    sentence = "there is no connection" if task == "cora" else f"The data of the task '{task}' is not in"
     with pytest.raises(MetaregError, match=sentence):
         reproduce(SHIPPED[name], tmp_path / "out")
     assert not (tmp_path / "out").exists()

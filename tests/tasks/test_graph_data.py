@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from downloads import cut_off, serve
 from metareg import MetaregError, UsageError
 
 if sys.version_info >= (3, 12):
@@ -185,21 +186,25 @@ def test_bad_files(tmp_path: Path) -> None:
 
 
 def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("METAREG_DATA", raising=False)
-    local = tmp_path / "upstream.npz"
-    source = Source(("mine.npz",), url=npz(local).as_uri())
-    with pytest.raises(UsageError, match="where --data says"):
-        locate("mine", source, str(tmp_path / "nowhere"))
-    with pytest.raises(UsageError, match=r"does not hold 'mine': none of mine\.npz"):
-        locate("mine", source, str(tmp_path))
-    downloaded = locate("mine", source, None)
-    assert downloaded.read_bytes() == local.read_bytes()
-    assert [path.name for path in downloaded.parent.iterdir()] == ["upstream.npz"]
-    with pytest.raises(MetaregError, match="damaged or changed: its MD5 is"):
-        locate("mine", Source(("other.npz",), url=local.as_uri(), md5="0" * 32), None)
-    with pytest.raises(MetaregError, match="cannot be downloaded"):
-        locate("mine", Source(("other.npz",), url=(tmp_path / "gone.npz").as_uri()), None)
+    local = npz(tmp_path / "upstream.npz")
+    with serve(tmp_path) as address:
+        source = Source(("mine.npz",), url=f"{address}/upstream.npz")
+        with pytest.raises(UsageError, match="where --data says"):
+            locate("mine", source, str(tmp_path / "nowhere"))
+        with pytest.raises(UsageError, match=r"does not hold 'mine': none of mine\.npz"):
+            locate("mine", source, str(tmp_path))
+        downloaded = locate("mine", source, None)
+        assert downloaded == tmp_path / "cache" / "data" / "graphs" / "upstream.npz"
+        assert downloaded.read_bytes() == local.read_bytes()
+    cut_off(monkeypatch)
+    with pytest.raises(MetaregError, match="cannot be fetched: there is no connection"):
+        locate("mine", Source(("other.npz",), url="https://host.invalid/gone.npz"), None)
+    # Where earlier versions put downloads.
+    (tmp_path / "cache" / "graphs").mkdir(parents=True)
+    earlier = npz(tmp_path / "cache" / "graphs" / "mine.npz")
+    assert locate("mine", source, None) == earlier
     (tmp_path / "data" / "graphs").mkdir(parents=True)
     kept = npz(tmp_path / "data" / "graphs" / "mine.npz")
     assert locate("mine", source, str(tmp_path / "data")) == kept

@@ -1,0 +1,116 @@
+"""Where data is kept, and how it gets there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from metareg.errors import MetaregError, UsageError
+
+__all__ = ["absolute_path", "cache_folder", "data_folder", "download"]
+
+_BLOCK = 1 << 16
+_SECONDS = 60
+
+
+def absolute_path(path: str | Path) -> Path:
+    """A path from the root on, with a home folder in the place of ``~`` or ``~NAME``.
+
+    Raises:
+        UsageError: there is no user NAME.
+    """
+    try:
+        return Path(path).expanduser().absolute()
+    except RuntimeError as error:
+        raise UsageError(f"{path} has no home folder to begin with.") from error
+
+
+def cache_folder() -> Path:
+    """Where what is made of data is kept: METAREG_CACHE, or the user's cache folder of the system."""
+    import platformdirs
+
+    given = os.environ.get("METAREG_CACHE")
+    return absolute_path(given) if given else Path(platformdirs.user_cache_dir("metareg", appauthor=False))
+
+
+def data_folder() -> Path:
+    """Where data is looked for and downloads go, each data set in a folder of its own: METAREG_DATA, or the cache."""
+    given = os.environ.get("METAREG_DATA")
+    return absolute_path(given) if given else cache_folder() / "data"
+
+
+def download(url: str, path: Path, checksum: str | None = None) -> None:
+    """Fetch a file, unless it is there; the progress is shown on standard error.
+
+    Args:
+        url: where it is, by http or https.
+        path: where it is to be; folders are made.
+        checksum: ``"sha256:"`` or ``"md5:"`` and the digits; None where none is known.
+
+    Raises:
+        MetaregError: it cannot be fetched, or is another file than the checksum says. Nothing of it is kept.
+    """
+    if path.is_file():
+        return
+    import pooch
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    pooch.get_logger().setLevel("WARNING")
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        bar: Any = _Bar(progress, path.name)
+        fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
+        try:
+            pooch.retrieve(url, checksum, path.name, path.parent, downloader=fetch)
+        except OSError as error:
+            raise MetaregError(
+                f"{url} cannot be fetched: {_explain(error, url)}; put the file at {path} by hand, or try again."
+            ) from error
+        except ValueError as error:
+            raise MetaregError(
+                f"{url} gave another file than expected, whose checksum is not {checksum}; nothing was kept."
+            ) from error
+
+
+class _Bar:
+    """A progress bar as pooch calls it, drawn by rich."""
+
+    def __init__(self, progress: Any, name: str) -> None:
+        self._progress = progress
+        self._task = progress.add_task(name, total=None)
+
+    @property
+    def total(self) -> int | None:
+        """Bytes; None where the server does not say how many."""
+        return self._progress.tasks[0].total
+
+    @total.setter
+    def total(self, size: int) -> None:
+        self._progress.update(self._task, total=size or None)
+
+    def update(self, amount: int) -> None:
+        self._progress.advance(self._task, amount)
+
+    def reset(self) -> None:
+        self._progress.reset(self._task)
+
+    def close(self) -> None:
+        """rich's own progress is closed by who opened it."""
+
+
+def _explain(error: OSError, url: str) -> str:
+    import requests
+
+    if isinstance(error, requests.HTTPError) and error.response is not None:
+        error.response.close()  # pooch leaves the connection open
+        return f"the server answers {error.response.status_code} {error.response.reason}"
+    if isinstance(error, requests.Timeout):
+        return f"there was no answer within {_SECONDS} seconds"
+    if isinstance(error, requests.ConnectionError):
+        return f"there is no connection to {urlsplit(url).hostname}"
+    if isinstance(error, requests.exceptions.ChunkedEncodingError):
+        return "the connection broke off"
+    return error.strerror or str(error)

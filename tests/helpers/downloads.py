@@ -1,0 +1,42 @@
+"""A web server on this machine, and a machine without a network."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+class _Handler(SimpleHTTPRequestHandler):
+    def log_message(self, *_: Any) -> None:
+        """Nothing."""
+
+    def copyfile(self, source: Any, outputfile: Any) -> None:
+        content = source.read()
+        # A file of this name ends too early.
+        outputfile.write(content[: len(content) // 2] if "broken" in self.path else content)
+
+
+@contextmanager
+def serve(folder: Path) -> Iterator[str]:
+    """The address under which a folder's files can be fetched."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let no name of a host be found."""
+
+    def find_no_address(*_: Any, **__: Any) -> None:
+        raise socket.gaierror("there is no network here")
+
+    monkeypatch.setattr(socket, "getaddrinfo", find_no_address)
