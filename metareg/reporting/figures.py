@@ -29,8 +29,8 @@ from metareg.util.plotting import COLOURS, GRID, INK, PAPER, SOFT, STYLE, create
 __all__ = ["draw_costs", "draw_differences", "draw_inner_steps", "draw_key", "draw_learning_curves"]
 
 _STYLE = STYLE | {
-    "axes.titlesize": 12.5, "axes.titleweight": "bold", "axes.unicode_minus": True, "font.size": 11, "lines.markersize": 7,
-    "lines.markeredgecolor": PAPER, "lines.linewidth": 1.8, "svg.fonttype": "none",
+    "axes.titlesize": 12.5, "axes.titleweight": "bold", "figure.titlesize": 12.5, "figure.titleweight": "bold",
+    "font.size": 11, "lines.linewidth": 1.8, "lines.markeredgecolor": PAPER, "lines.markersize": 7, "svg.fonttype": "none",
 }  # fmt: skip
 _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _DASHES = ("--", "-", ":", "-", "-.", (0, (3, 2)), (0, (9, 3)))
@@ -249,7 +249,7 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     if not any(values.any() for values in known):
         return None
     figure, axes, rows = _create_rows([(each.arm.algorithm, each.arm.augmenter) for each in task.arms], _WIDTH)
-    axes.set_title(what)
+    figure.suptitle(what, x=0, horizontalalignment="left")  # a title of the axes would begin right of long names
     labels = []
     for row, each, values in zip(rows, task.arms, known, strict=True):
         mean = values.mean() if values.size else 0.0

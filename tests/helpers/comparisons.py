@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,15 @@ DEMO: dict[str, Any] = {
     "seeds": 5,
     "options": {"steps": STEPS, "threads": 1},
     "tune": {"trials": 8, "space": {"inner_lr": [0.01, 0.03, 0.1]}},
+}
+
+
+SMALL: dict[str, Any] = {
+    "algo": ["maml", "anil"],
+    "augment": ["none", "cml", "dropgrad+cml"],
+    "tasks": ["sinusoid"],
+    "seeds": [0, 1, 5],
+    "options": {"steps": 100},
 }
 
 
@@ -91,6 +101,35 @@ def write_run(
     (run.path / "environment.json").write_text(json.dumps(ENVIRONMENT))
     (run.path / "metrics.jsonl").write_text("".join(map(_line, _metrics(metric, level, own))))
     (run.path / "timing.jsonl").write_text("".join(map(_line, _timing(run, own))))
+
+
+_ERRORS = {
+    "diverged": "DivergenceError: Training diverged at step 7.\n",
+    "error": 'RuntimeError: {folder}/x is full\n\nTraceback (most recent call last):\n  File "/home/me/runs.py", line 3\n',
+}
+
+
+def break_run(path: Path, how: str) -> None:
+    """Break a finished run: one of the ways below, or what its results.json shall contain."""
+    if how in _ERRORS:
+        (path / "results.json").unlink(missing_ok=True)
+        (path / "error.txt").write_text(_ERRORS[how].format(folder=path))
+    elif how == "unfinished":
+        (path / "results.json").unlink()
+    elif how == "gone":
+        shutil.rmtree(path)
+    elif how == "split":
+        content = json.loads((path / "results.json").read_text())
+        (path / "results.json").write_text(json.dumps(content | {"split": "validation"}))
+    elif how == "metric":
+        content = json.loads((path / "results.json").read_text())
+        (path / "results.json").write_text(json.dumps(content | {"metric": "accuracy"}))
+    elif how == "unequal":
+        content = json.loads((path / "results.json").read_text())
+        content["steps"][1]["scores"].pop()
+        (path / "results.json").write_text(json.dumps(content))
+    else:
+        (path / "results.json").write_text(how)
 
 
 def _metrics(metric: str, level: float, own: np.random.Generator) -> list[dict[str, Any]]:
