@@ -66,8 +66,9 @@ def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
             style = _choose_style(report, augmenter)
             steps, (mean, half) = list(curve), _to_arrays(curve.values())
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.14, linewidth=0)
-            axes.plot(steps, mean, markersize=5, **style)
+            axes.plot(steps, mean, markersize=5, markevery=max(1, len(steps) // 10), **style)
         axes.set_xlim(left=0)
+        axes.locator_params(axis="x", nbins=5)
 
     curves = {each.arm: average_validations(each) for each in task.arms}
     return _draw_panels(task, curves, draw, "training step", "in validation against training steps")
@@ -182,7 +183,9 @@ def _choose_vertical_limits(estimates: Sequence[Estimate], scale: Scale) -> tupl
         ends = means - halves
         return min(means.min(), ends[ends > means.min() / 2].min(initial=np.inf)) / 1.15, high * 1.1, True
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
-    return low - room, high + room, False
+    low, high = low - room, high + room
+    # No tick beyond 0 and 100 %, but room for markers there.
+    return (max(low, -2), min(high, 102), False) if scale.percent else (low, high, False)
 
 
 # ----------------------------------------------------------------------------------------------------------------- rows
