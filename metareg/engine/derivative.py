@@ -33,12 +33,12 @@ def compute_meta_gradient(
         weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
     """
     stages, steps = functions.stages, functions.options.inner_steps
-    if not stages.has_outer_gradient:
+    if not stages.implements("outer_gradient"):
         return _differentiate(functions, meta, task, noise, weights)
     context = functions.prepare(meta, task, noise)
     adapted = functions.adapt(context, steps)
     gradient = stages.outer_gradient(meta, adapted, steps)
-    if stages.has_outer_loss:
+    if stages.implements("augment_outer_loss"):
         of_terms, terms, logs = _differentiate(functions, meta, task, noise, None)
         gradient = {name: gradient[name] + of_terms[name] for name in meta}
     else:

@@ -181,7 +181,7 @@ class TaskFunctions:
         )
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
         weighted = query_loss if weights is None else weights[-1] * query_loss
-        total = terms if self.stages.has_outer_gradient else weighted + terms
+        total = terms if self.stages.implements("outer_gradient") else weighted + terms
         reported = query_loss.detach()
         same = self.metric.function is self.loss
         logs = {"query_loss": reported, self.metric.name: reported if same else self.metric(outputs.detach(), targets)}

@@ -58,37 +58,22 @@ class Stages:
 
     # ------------------------------------------------------------------------------------------------ what there is
 
-    @property
-    def has_outer_loss(self) -> bool:
-        return bool(self._implementations["augment_outer_loss"])
-
-    @property
-    def has_outer_gradient(self) -> bool:
-        return bool(self._implementations["outer_gradient"])
-
-    @property
-    def has_outer_update(self) -> bool:
-        return bool(self._implementations["outer_update"])
-
-    @property
-    def has_outer_batch_gradient(self) -> bool:
-        return bool(self._implementations["augment_outer_gradient"])
+    def implements(self, hook: str) -> bool:
+        """Whether some plugin has an implementation of a hook."""
+        return bool(self._implementations[hook])
 
     @property
     def draws_noise(self) -> bool:
+        """Whether some augmenter draws noise for each task."""
         return bool(self._drawing["task"])
 
-    def wanting(self, *arguments: str) -> Plugin | None:
-        """The first plugin with a hook that names one of these arguments."""
-        for implementations in self._implementations.values():
+    def find_asking(self, *arguments: str, hook: str | None = None) -> Plugin | None:
+        """The first plugin that names one of these arguments, in a hook or in any."""
+        for implementations in self._implementations.values() if hook is None else [self._implementations[hook]]:
             for each in implementations:
                 if set(arguments) & set(each.arguments):
                     return each.plugin
         return None
-
-    def init_wants(self, *arguments: str) -> bool:
-        """Whether some `init_meta` names one of these arguments."""
-        return any(set(arguments) & set(each.arguments) for each in self._implementations["init_meta"])
 
     def without_augmenters(self) -> Stages:
         """The stages of the algorithm alone: what evaluation, adaptation and the exported learner use."""
@@ -120,21 +105,18 @@ class Stages:
 
     # ---------------------------------------------------------------------------------------------------------- noise
 
-    def draw_task_noise(
-        self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
-    ) -> dict[str, Any]:
-        """What each augmenter draws for one task, by the augmenter's name."""
-        return self._draw("task", shapes, inner_steps, seed, *labels)
-
-    def draw_batch_noise(
-        self, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
-    ) -> dict[str, Any]:
-        """What each augmenter draws for one meta-batch, by the augmenter's name."""
-        return self._draw("batch", shapes, inner_steps, seed, *labels)
-
-    def _draw(
+    def draw_noise(
         self, stage: str, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
     ) -> dict[str, Any]:
+        """What each augmenter draws for one task or one meta-batch, by the augmenter's name.
+
+        Args:
+            stage: ``"task"`` or ``"batch"``.
+            shapes: of the parameters by name.
+            inner_steps: how many inner steps the task takes.
+            seed: the run's.
+            labels: what else decides the draw: the training step, the number of the task in its batch.
+        """
         noise = {}
         for each in self._drawing[stage]:
             generator = create_generator(seed, "noise", stage, each.name, *labels)

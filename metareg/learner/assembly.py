@@ -66,7 +66,7 @@ def check_head(stages: Stages, split: SplitModel, model: nn.Module) -> None:
     Raises:
         UsageError: the head's name is missing.
     """
-    if split.has_head or not (plugin := stages.wanting("features", "outputs", "head", "body")):
+    if split.has_head or not (plugin := stages.find_asking("features", "outputs", "head", "body")):
         return
     children = ", ".join(name for name, _ in model.named_children()) or "no submodule"
     raise UsageError(

@@ -100,7 +100,7 @@ class BatchRunner:
             return self._compute_mean_gradient(meta, batches, first, training_step, strategy)
 
         gradient = self.split.gradient(meta, batches, compute_mean)
-        if not stages.has_outer_batch_gradient:
+        if not stages.implements("augment_outer_gradient"):
             return gradient
         noise = draw_batch_noise(stages, self._config, meta, training_step)
         augmented = stages.augment_outer_gradient(gradient.grads, meta, noise)
@@ -150,7 +150,7 @@ def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: 
 
     None stands for the loss after the last step alone, and where a plugin computes the outer gradient itself.
     """
-    weights = None if stages.has_outer_gradient else stages.outer_loss_weights(inner_steps, training_step)
+    weights = None if stages.implements("outer_gradient") else stages.outer_loss_weights(inner_steps, training_step)
     return None if weights is None else torch.tensor(weights, dtype=like.dtype, device=like.device)
 
 

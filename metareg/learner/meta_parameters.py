@@ -66,7 +66,7 @@ class MetaParameters:
 
     def _create(self, example: Any) -> Tensors:
         features = outputs = None
-        if self._stages.init_wants("example", "features", "outputs"):
+        if self._stages.find_asking("example", "features", "outputs", hook="init_meta"):
             with torch.no_grad():
                 features = self._guess_features() if example is None else self._model.body(self.tensors, example)
                 outputs = self._model.head(self.tensors, features)

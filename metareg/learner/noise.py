@@ -33,7 +33,7 @@ def draw_task_noise(
     if not stages.draws_noise:
         return []
     shapes = {name: tuple(value.shape) for name, value in params.items()}
-    drawn = (stages.draw_task_noise(shapes, config.inner_steps, config.seed, training_step, task) for task in tasks)
+    drawn = (stages.draw_noise("task", shapes, config.inner_steps, config.seed, training_step, task) for task in tasks)
     return [_match(noise, params) for noise in drawn]
 
 
@@ -49,7 +49,7 @@ def draw_batch_noise(
         training_step: training steps before this batch.
     """
     shapes = {name: tuple(value.shape) for name, value in meta.items()}
-    return _match(stages.draw_batch_noise(shapes, config.inner_steps, config.seed, training_step), meta)
+    return _match(stages.draw_noise("batch", shapes, config.inner_steps, config.seed, training_step), meta)
 
 
 def _match(noise: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class OuterOptimizer:
         if reset_every is not None and training_step % reset_every == 0:
             self._adam, self._plugin_state = None, {}
         with torch.no_grad():
-            if self._stages.has_outer_update:
+            if self._stages.implements("outer_update"):
                 updated, self._plugin_state = self._stages.outer_update(meta, grads, self._plugin_state)
                 return {name: value.contiguous() for name, value in updated.items()}
             if self._adam is None:

@@ -209,13 +209,12 @@ def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: 
     """
     meta, config = learner.meta_parameters, learner.config
     shapes = {name: tuple(meta[name].shape) for name in names}
-    draw = learner.stages.draw_task_noise if stage == "task" else learner.stages.draw_batch_noise
     dtype = next(iter(meta.values())).dtype
 
     def cast(leaf: Any) -> Any:
         return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
 
-    return tree_map(cast, draw(shapes, config.inner_steps, config.seed, *labels))
+    return tree_map(cast, learner.stages.draw_noise(stage, shapes, config.inner_steps, config.seed, *labels))
 
 
 def unstack(episodes: Episodes) -> list[Task]:

@@ -56,7 +56,7 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
         every = learner.config.reset_optimizer_every
         if every is not None and step % every == 0:
             adam, state = _new_adam(meta, learner.config.outer_lr), {}
-        if learner.stages.has_outer_update:
+        if learner.stages.implements("outer_update"):
             with torch.no_grad():
                 meta, state = learner.stages.outer_update(meta, grads, state)
         else:
@@ -106,7 +106,7 @@ def _task_gradient(
     terms, _ = stages.augment_outer_loss(
         meta, noise, features=features, outputs=outputs, targets=query_y, loss=learner.loss, metric=learner.metric
     )
-    if not stages.has_outer_gradient:
+    if not stages.implements("outer_gradient"):
         return _gradient(objective + terms, meta)
     of_terms = _gradient(terms, meta)
     with torch.no_grad():

@@ -43,7 +43,7 @@ class Combination:
         pair = self.pair()
         plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
         exact = all(getattr(each.instance, "exact_gradient", True) for each in plugins) and not (
-            pair.learner(pair.benches[0]).stages.has_outer_gradient
+            pair.learner(pair.benches[0]).stages.implements("outer_gradient")
         )
         found: dict[str, str | None] = {}
         for name, run in (

@@ -254,7 +254,7 @@ def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]
     adapted = learner.stages.adapted_parameters(model.names, model.body_names, model.head_names)
     shapes = {name: tuple(learner.meta_parameters[name].shape) for name in adapted}
     return [
-        learner.stages.draw_task_noise(shapes, learner.config.inner_steps, learner.config.seed, step, task)
+        learner.stages.draw_noise("task", shapes, learner.config.inner_steps, learner.config.seed, step, task)
         for task in range(tasks)
     ]
 
