@@ -27,7 +27,6 @@ __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights"]
 log = logging.getLogger("metareg")
 
 Tensors = dict[str, Tensor]
-_EVALUATION_CHUNK = 100
 
 
 class BatchRunner:
@@ -141,8 +140,7 @@ class BatchRunner:
         like = next(iter(meta.values()))
         batch = batch.to(like.device, like.dtype)
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
-        chunk = self._config.chunk or _EVALUATION_CHUNK
-        return self._engine.scores(meta, batch, inner_steps, strategy, chunk).cpu()
+        return self._engine.scores(meta, batch, inner_steps, strategy, self._config.chunk).cpu()
 
 
 def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: int, like: Tensor) -> Tensor | None:

@@ -20,7 +20,7 @@ from metareg.util.torch_internals import tree_map
 __all__ = ["adapt_model", "score_tasks", "sort_inner_steps"]
 
 _BLOCK = 100
-"""Tasks that are drawn at once."""
+"""Tasks that are drawn at once, and vectorized at once unless `chunk` says fewer."""
 
 
 def adapt_model(functions: TaskFunctions, meta: MetaParameters, x: Any, y: Tensor, steps: int) -> nn.Module:

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
@@ -151,67 +152,88 @@ def fit(
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
-    hooks = connect_observers(observers, learner)
-    progress = progress or Progress()
-    progress.averager.start_clock()
+    _Loop(learner, source, schedule, connect_observers(observers, learner), progress or Progress(), manager).run()
 
-    def report() -> None:
-        if progress.averager.count:
-            learner.logs = progress.averager.means()
-            hooks.on_step(step=learner.steps_done, logs=learner.logs)
 
-    def validate() -> bool:
-        evaluation = learner.evaluate(
-            source, schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
-        )
-        hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
-        return progress.improves(evaluation, learner.steps_done)
+@dataclass(frozen=True)
+class _Loop:
+    """The loop of `fit`."""
 
-    def take_step(episodes: list[Episodes]) -> None:
+    learner: Trainee
+    source: TaskSource
+    schedule: Schedule
+    hooks: Any
+    progress: Progress
+    manager: Checkpointer | None
+
+    def run(self) -> None:
+        learner, schedule = self.learner, self.schedule
+        self.progress.averager.start_clock()
+        while learner.steps_done < schedule.steps:
+            batches = _draw_batches(learner, self.source, schedule, self.progress.left_out)
+            try:
+                for episodes in batches:
+                    self.take_step(episodes)
+            except DivergenceError as error:
+                self.roll_back(error)
+        # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
+        if schedule.steps % schedule.log_every:
+            self.report()
+        if schedule.eval_every and schedule.steps % schedule.eval_every:
+            self.validate()
+
+    def take_step(self, episodes: list[Episodes]) -> None:
+        """One training step and what is due after it."""
+        learner, schedule = self.learner, self.schedule
         try:
             gradient = learner.take_step(episodes)
         except DivergenceError as error:
-            if schedule.on_nonfinite != "skip" or progress.nonfinite >= schedule.max_nonfinite:
-                raise
-            progress.nonfinite += 1
-            log.warning("%s The step is skipped (%d of at most %d).", error, progress.nonfinite, schedule.max_nonfinite)
-            learner.steps_done += 1
+            self.skip_step(error)
         else:
-            progress.averager.add(gradient.loss, gradient.logs)
+            self.progress.averager.add(gradient.loss, gradient.logs)
         step = learner.steps_done
         if step % schedule.log_every == 0:
-            report()
-        improved = bool(schedule.eval_every) and step % (schedule.eval_every or 1) == 0 and validate()
-        if manager is not None:
-            manager.after_step(must=improved or step == schedule.steps)
+            self.report()
+        improved = schedule.eval_every is not None and step % schedule.eval_every == 0 and self.validate()
+        if self.manager is not None:
+            self.manager.after_step(must=improved or step == schedule.steps)
 
-    while learner.steps_done < schedule.steps:
-        batches = _draw_batches(learner, source, schedule, progress.left_out)
-        try:
-            for episodes in batches:
-                take_step(episodes)
-        except DivergenceError as error:
-            if schedule.on_nonfinite != "rollback" or progress.nonfinite >= schedule.max_nonfinite or manager is None:
-                raise
-            _roll_back(learner, progress, manager, error, schedule.max_nonfinite)
-    # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
-    if schedule.steps % schedule.log_every:
-        report()
-    if schedule.eval_every and schedule.steps % schedule.eval_every:
-        validate()
+    def report(self) -> None:
+        """Tell the observers the means since the last report."""
+        if self.progress.averager.count:
+            self.learner.logs = self.progress.averager.means()
+            self.hooks.on_step(step=self.learner.steps_done, logs=self.learner.logs)
 
+    def validate(self) -> bool:
+        """Evaluate, tell the observers, and return whether the score is the best so far."""
+        learner = self.learner
+        evaluation = learner.evaluate(
+            self.source, self.schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
+        )
+        self.hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
+        return self.progress.improves(evaluation, learner.steps_done)
 
-def _roll_back(
-    learner: Trainee, progress: Progress, manager: Checkpointer, error: DivergenceError, at_most: int
-) -> None:
-    """Go back to the newest checkpoint and leave out the tasks that led from there to the error."""
-    next_batch = learner.steps_done + progress.left_out + 1
-    times = progress.nonfinite + 1
-    manager.restore()
-    progress.nonfinite, progress.left_out = times, next_batch - learner.steps_done
-    log.warning(
-        "%s Going on from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
-    )
+    def skip_step(self, error: DivergenceError) -> None:
+        """Count a step that diverged as done, or raise its error where the schedule does not allow for that."""
+        progress, at_most = self.progress, self.schedule.max_nonfinite
+        if self.schedule.on_nonfinite != "skip" or progress.nonfinite >= at_most:
+            raise error
+        progress.nonfinite += 1
+        log.warning("%s The step is skipped (%d of at most %d).", error, progress.nonfinite, at_most)
+        self.learner.steps_done += 1
+
+    def roll_back(self, error: DivergenceError) -> None:
+        """Go back to the newest checkpoint and leave out the tasks that led from there to the error, or raise it."""
+        learner, progress, at_most = self.learner, self.progress, self.schedule.max_nonfinite
+        if self.schedule.on_nonfinite != "rollback" or progress.nonfinite >= at_most or self.manager is None:
+            raise error
+        next_batch = learner.steps_done + progress.left_out + 1
+        times = progress.nonfinite + 1
+        self.manager.restore()
+        progress.nonfinite, progress.left_out = times, next_batch - learner.steps_done
+        log.warning(
+            "%s Going on from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
+        )
 
 
 def _draw_batches(learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int) -> Iterator[list[Episodes]]:
