@@ -106,7 +106,7 @@ def _create_parameter(name: str, flag: str, field: FieldInfo) -> inspect.Paramet
     text = (field.description or "").removesuffix(".")
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
-    option = partial(typer.Option, flag)
+    option = partial(typer.Option, flag, show_default=False)
     if get_origin(kind) is Literal:
         # RunConfig refuses what is no choice, as it does wherever that is written.
         choices, kind = get_args(kind), str

@@ -14,11 +14,15 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from metareg.cli.tables import create_table
+
 if TYPE_CHECKING:
     from metareg.registry.plugins import Entry
     from metareg.testing import Check
 
 __all__ = ["create_plugin_table", "describe_check", "describe_installation", "describe_plugin"]
+
+_PADDING = (0, 2, 0, 0)
 
 
 def describe_check(check: Check, problem: str | None) -> Text:
@@ -32,9 +36,8 @@ def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> Renderable
     """The installed plugins, one a row."""
     if not rows:
         return Text("No plugin is installed or enabled.")
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("kind", "name", "distribution", "version", *(("works", "what it is") if checked else ())):
-        table.add_column(column, overflow="fold")
+    columns = ("kind", "name", "distribution", "version", *(("works", "what it is") if checked else ()))
+    table = create_table(*columns)
     for row in rows:
         cells = [row["kind"], row["name"], row["distribution"], row["version"]]
         if checked:
@@ -55,10 +58,9 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
     ]
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})
     if fields:
-        table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
         searched = entry.kind in ("algorithms", "augmenters")
-        for column in ("option", "default", "allowed", *(("a search tries",) if searched else ()), "what it is"):
-            table.add_column(column, overflow="fold")
+        columns = ("option", "default", "allowed", *(("a search tries",) if searched else ()), "what it is")
+        table = create_table(*columns, padding=_PADDING)
         for name, field in fields.items():
             default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
             cells = [name, default, _format_type(field), field.description or ""]
@@ -68,19 +70,17 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
                 )
             table.add_row(*map(escape, cells))
         parts += [Text(), table]
-    wishes = getattr(cls, "recommended", {})
-    if wishes and isinstance(wishes, Mapping):
-        parts += [Text(), _create_recommendation_table(wishes)]
+    recommended = getattr(cls, "recommended", {})
+    if recommended and isinstance(recommended, Mapping):
+        parts += [Text(), _create_recommendation_table(recommended)]
     return Group(*parts)
 
 
-def _create_recommendation_table(wishes: Mapping[str, Any]) -> Table:
+def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
     """What a plugin recommends: options of the run, then those of each owner, then what is for one algorithm alone."""
-    table = Table(box=None, header_style="bold", pad_edge=False, padding=(0, 2, 0, 0))
-    for column in ("recommends", "value", "for"):
-        table.add_column(column, overflow="fold")
-    alone = {name: value for name, value in wishes.items() if isinstance(value, Mapping)}
-    general = {key: value for key, value in wishes.items() if key not in alone}
+    table = create_table("recommends", "value", "for", padding=_PADDING)
+    alone = {name: value for name, value in recommended.items() if isinstance(value, Mapping)}
+    general = {key: value for key, value in recommended.items() if key not in alone}
     for algorithm, options in (("", general), *alone.items()):
         for key in sorted(options, key=lambda key: key.rpartition(".")[0]):
             table.add_row(*map(escape, (key, str(options[key]), algorithm or "any algorithm")))
@@ -104,7 +104,7 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
         "C++ compiler": compiler or "none: the strategy 'compiled' cannot be used on the CPU",
         **machine["libraries"],
     }
-    table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    table = create_table(show_header=False, padding=_PADDING)
     for name, value in facts.items():
         table.add_row(name, escape(str(value)))
     broken = sum(bool(row["broken"]) for row in rows)

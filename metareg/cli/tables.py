@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from metareg.contract.splits import TEST
 from metareg.runs.folder import RESULTS
@@ -26,6 +26,7 @@ __all__ = [
     "create_dataset_table",
     "create_evaluation_table",
     "create_recipe_table",
+    "create_table",
     "print_comparison",
     "print_results",
 ]
@@ -56,10 +57,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 def _create_short_table(content: ReportTable) -> Table:
     """A table of a report for the terminal."""
-    table = Table(
-        box=None, header_style="bold", pad_edge=False, title=content.title, title_justify="left",
-        caption=content.note, caption_justify="left",
-    )  # fmt: skip
+    table = create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
     for number, column in enumerate(content.columns):
         words = content.is_text(number)
         table.add_column(column, justify="left" if words else "right", no_wrap=words)
@@ -68,15 +66,18 @@ def _create_short_table(content: ReportTable) -> Table:
     return table
 
 
+def create_table(*columns: str, **layout: Any) -> Table:
+    """A table without lines, whose columns fold."""
+    folding = (Column(name, overflow="fold") for name in columns)
+    return Table(*folding, box=None, header_style="bold", pad_edge=False, **layout)
+
+
 def print_results(run: Run, console: Console) -> None:
     """The end of a training: the table of the test, and where everything is."""
     assert run.evaluation is not None
     console.print(create_evaluation_table(run.evaluation, run.config.test_split))
-    for label, value in (
-        ("run", run.path),
-        ("results", run.path / RESULTS),
-        *(("plot", path) for path in run.plots),
-    ):
+    plots = (("plot", path) for path in run.plots)
+    for label, value in (("run", run.path), ("results", run.path / RESULTS), *plots):
         console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
 
 
@@ -99,9 +100,7 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST) -> Table:
 
 def create_dataset_table(rows: Sequence[tuple[str, Dataset | str]]) -> RenderableType:
     """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("task", "there", "where it is, or how to get it"):
-        table.add_column(column, overflow="fold")
+    table = create_table("task", "there", "where it is, or how to get it")
     for name, dataset in rows:
         if isinstance(dataset, str):
             table.add_row(escape(name), "?", escape(dataset), style="red")
@@ -117,9 +116,8 @@ def create_dataset_table(rows: Sequence[tuple[str, Dataset | str]]) -> Renderabl
 
 def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
     """Recipes, one a row: what they need, what they are expected to reach, and about how long they take."""
-    table = Table(box=None, header_style="bold", pad_edge=False)
-    for column in ("recipe", "needs", "expected (95 %)", "on one CPU core"):
-        table.add_column(column, overflow="fold", no_wrap=column == "recipe")  # a name is to be copied
+    table = create_table("recipe", "needs", "expected (95 %)", "on one CPU core")
+    table.columns[0].no_wrap = True  # a name is to be copied
     for recipe in recipes:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"
