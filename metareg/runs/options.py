@@ -105,9 +105,8 @@ def _choose_model(draft: _Draft, user: Mapping[str, Any]) -> None:
         return
     (algorithm,), (own_task,) = draft.chosen["algo"], draft.chosen["task"]
     # The task's options can decide which: it gets those of the user that are its own before the model's are known.
-    draft.layers.insert(
-        0, draft.read_layer({key: value for key, value in user.items() if draft.find_plugins(key) == [own_task]})
-    )
+    early = {key: value for key, value in user.items() if draft.find_plugins(key) == [own_task]}
+    draft.layers.insert(0, draft.read_layer(early))
     task = draft.build(own_task)
     del draft.layers[0]
     # An algorithm that needs models of its own kind names one, and that stands before the task's.
@@ -256,7 +255,7 @@ class _Draft:
         Raises:
             UsageError: nothing has such an option, or several plugins.
         """
-        return {(self.find_owner(key), _option(key)): value for key, value in values.items()}
+        return {(self.find_owner(key), _get_option(key)): value for key, value in values.items()}
 
     def find_owner(self, key: str) -> _Selected | None:
         """The one plugin whose option a key is; None where it is one of the run.
@@ -294,14 +293,14 @@ class _Draft:
         return [each for each in named if option in each.options] or (named if dot else [])
 
 
-def _option(key: str) -> str:
+def _get_option(key: str) -> str:
     """An option's name without its owner's."""
     return key.rpartition(".")[2]
 
 
 def _list_present_names(key: str, plugins: Sequence[_Selected]) -> list[str]:
     """The names that options of the run and of some plugins have today which once had that of a key."""
-    option = _option(key)
+    option = _get_option(key)
     of_run = [RunConfig.former_names[option]] if option in RunConfig.former_names else []
     return of_run + [f"{each.name}.{each.former_names[option]}" for each in plugins if option in each.former_names]
 
@@ -353,7 +352,7 @@ def _split_by_algorithm(draft: _Draft) -> tuple[Mapping[str, Any], Mapping[str, 
     for name in sorted(for_algorithms.keys() - {algorithm.name}):
         known = list_names("algorithms")
         if _is_misspelt(name, known):
-            raise _fault(task, UnknownNameError("algorithm", name, known))
+            raise _create_error(task, UnknownNameError("algorithm", name, known))
     general = {key: value for key, value in recommended.items() if key not in for_algorithms}
     return for_algorithms.get(algorithm.name, {}), general
 
@@ -371,13 +370,13 @@ def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping
         try:
             owner = draft.find_owner(key)
         except UsageError as error:
-            raise _fault(source, error) from error
+            raise _create_error(source, error) from error
         if key in PLUGIN_FIELDS:
-            raise _fault(
+            raise _create_error(
                 source, UsageError(f"'{key}' is no option but a choice of the user; an option of it is '{key}.OPTION'.")
             )
         if owner is None or owner.configurable:
-            layer[owner, _option(key)] = value
+            layer[owner, _get_option(key)] = value
     return layer
 
 
@@ -397,6 +396,6 @@ def _is_misspelt(name: str, known: Collection[str]) -> bool:
     return name not in known and bool(nearest(name, known))
 
 
-def _fault(source: _Selected, error: UsageError) -> PluginError:
+def _create_error(source: _Selected, error: UsageError) -> PluginError:
     sentence = str(error)
     return PluginError(f"What the {source.label} recommends cannot be used: {sentence[0].lower()}{sentence[1:]}")
