@@ -214,7 +214,7 @@ class ComparisonConfig(PluginConfig):
     def override(
         self, *, options: Options | None = None, space: Mapping[str, Any] | None = None, search: int | None = None
     ) -> ComparisonConfig:
-        """The comparison with what stands before all that it says.
+        """The comparison with values that take precedence over all that it says.
 
         Args:
             options: for every run, whatever tasks, rules and tunings say of them.

@@ -1,4 +1,4 @@
-"""Who carries out the runs of a comparison: processes on this machine, which stay for many runs each."""
+"""Worker processes on this machine, each of which carries out many runs of a comparison."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Launcher(Protocol):
         ...
 
     def submit(self, run: PlannedRun) -> None:
-        """Begin a run, or go on with it where its folder holds a part of it."""
+        """Start a run, or continue it where its folder holds a part of it."""
         ...
 
     def wait(self, seconds: float) -> list[Outcome]:
@@ -134,7 +134,7 @@ class LocalPool:
             gpu = min(self._gpus, key=taken.__getitem__, default=None)
             worker = _Worker(self._threads, self._log, self._outcomes, gpu)
             self._workers.append(worker)
-        worker.begin(run)
+        worker.start(run)
 
     def wait(self, seconds: float) -> list[Outcome]:
         """The runs that ended."""
@@ -160,14 +160,14 @@ class LocalPool:
         self._workers.clear()
 
     def _remove_dead_workers(self) -> None:
-        """Take leave of processes that have died, with all that they started."""
+        """Remove processes that have died, and end all that they started."""
         for worker in [each for each in self._workers if not each.alive]:
             worker.kill()
             self._workers.remove(worker)
 
 
 class _Worker:
-    """One process, and the thread that hears of it."""
+    """One process, and the thread that reads its answers."""
 
     def __init__(self, threads: int, log: Path, outcomes: queue.Queue[Outcome], gpu: str | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
@@ -193,7 +193,7 @@ class _Worker:
         """Whether it can take another run."""
         return self._process.poll() is None
 
-    def begin(self, run: PlannedRun) -> None:
+    def start(self, run: PlannedRun) -> None:
         """Hand it a run."""
         self.run = run
         assert self._process.stdin is not None
@@ -259,7 +259,7 @@ def _serve(answers: Any) -> None:
     def read() -> None:
         for line in sys.stdin:
             runs.put(_deserialize(json.loads(line)))
-        # The comparison has ended, or was killed: whatever is under way can be gone on with.
+        # The comparison has ended, or was killed: what is under way can be resumed.
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()

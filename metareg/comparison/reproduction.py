@@ -192,7 +192,7 @@ def reproduce(
     device: str | None = None,
     observer: ComparisonObserver | None = None,
 ) -> Verdict:
-    """Carry a recipe out, or go on with it, and judge it, as ``metareg reproduce`` does.
+    """Carry out a recipe, or continue it, and judge it, as ``metareg reproduce`` does.
 
     What came out is written into its folder, as reproduction.json.
 
@@ -202,7 +202,7 @@ def reproduce(
         seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
         jobs: runs at a time; by default as `metareg.compare`.
         device: where to compute; a GPU where there is one by default.
-        observer: hears of the runs.
+        observer: is told how the runs get on.
 
     Returns:
         What came out beside what was expected; as a text, a sentence.

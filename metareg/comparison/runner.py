@@ -204,10 +204,10 @@ def compare(
     observer: ComparisonObserver | None = None,
     **options: Any,
 ) -> Comparison:
-    """Carry out a comparison, or go on with it, as ``metareg compare`` does.
+    """Carry out a comparison, or continue it, as ``metareg compare`` does.
 
-    What is said beside `config` stands before it; without a `config`, before what `out` holds. Runs that were begun in
-    `out` are gone on with; one that would change or leave them out is refused.
+    What is said beside `config` takes precedence over it; without a `config`, over what `out` holds. Runs that were begun
+    in `out` are continued; a comparison that would change them or leave them out is refused.
 
     Args:
         algo: the algorithms' names, as a list or a text with commas; ``"maml"`` by default.

@@ -118,10 +118,10 @@ class Tuner:
         return dict(self._chosen or {})
 
     def next_runs(self) -> list[PlannedRun]:
-        """Take note of the runs that ended, and choose once all have.
+        """Update the trials by the runs that ended, and choose once all trials have ended.
 
         Returns:
-            the runs that can be done now, those under way among them.
+            The runs that can be carried out now, those under way among them.
 
         Raises:
             UsageError: the arm's folder holds what is not of this comparison.
@@ -149,7 +149,7 @@ class Tuner:
         return self._grid is not None or number < _RANDOM_TRIALS or all(trial.ended for trial in self._trials)
 
     def _start_trial(self, number: int) -> _Trial:
-        """The trial of a number: as it was begun before, or with settings of its own."""
+        """The trial of this number: as an earlier process started it, or with settings of its own."""
         file = self.folder / f"trial-{number}" / "trial.json"
         if not file.is_file():
             options = self._propose(number)
@@ -157,9 +157,8 @@ class Tuner:
         options = _read_key(file, "options")
         runs = [self._plan.make_trial(self._arm, number, seed, options) for seed in self._seeds]
         trial = _Trial(options, runs, error=_read_key(file, "error"))
-        trial.twin = next(
-            (each for each in self._trials if self._fill_defaults(each.options) == self._fill_defaults(options)), None
-        )
+        settings = self._fill_defaults(options)
+        trial.twin = next((each for each in self._trials if self._fill_defaults(each.options) == settings), None)
         return trial
 
     def _explain_refusal(self, options: Settings) -> str | None:
@@ -172,7 +171,7 @@ class Tuner:
         return None
 
     def _fill_defaults(self, options: Settings) -> Settings:
-        """All that is chosen, the defaults of what a trial leaves alone among it."""
+        """A value for every dimension: the default of each that a trial leaves alone."""
         return {each.key: options.get(each.key, each.default) for each in self._dimensions}
 
     def _propose(self, number: int) -> Settings:
@@ -192,7 +191,7 @@ class Tuner:
         return options
 
     def _update(self, trial: _Trial) -> None:
-        """Take note of how a trial's runs ended."""
+        """Set a trial's score or error once its runs have ended."""
         if trial.ended:
             return
         if trial.twin is not None:
@@ -215,7 +214,7 @@ class Tuner:
         return float(last["mean"])
 
     def _compute_cost(self, trial: _Trial) -> float:
-        """What a search makes as small as it can."""
+        """What a search minimises."""
         if trial.score is None:
             return math.inf
         return -trial.score if self._measured and self._measured[1] else trial.score
@@ -236,7 +235,7 @@ class Tuner:
                 "higher_is_better": higher_is_better,
                 "inner_steps": inner_steps,
                 "split": "validation",
-                "space": self._describe_space,
+                "space": self._space,
                 "trials": [
                     {"options": trial.options, "score": trial.score, "seeds": self._seeds, "error": trial.error}
                     for trial in self._trials
@@ -250,7 +249,7 @@ class Tuner:
             )  # fmt: skip
 
     @property
-    def _describe_space(self) -> dict[str, str]:
+    def _space(self) -> dict[str, str]:
         return {each.key: str(each).partition(": ")[2] for each in self._dimensions}
 
     def _read_chosen(self) -> Settings | None:
@@ -263,7 +262,7 @@ class Tuner:
         if not file.is_file():
             return None
         options, space, trials = (_read_key(file, key) for key in ("options", "space", "trials"))
-        if space != self._describe_space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
+        if space != self._space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
             raise UsageError(
                 f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
             )

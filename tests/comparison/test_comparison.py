@@ -651,7 +651,7 @@ def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: py
             self.gpu = gpu
             given.append(gpu)
 
-        def begin(self, run: Any) -> None:
+        def start(self, run: Any) -> None:
             self.run = run
 
     monkeypatch.setattr("metareg.comparison.pool._Worker", Worker)
