@@ -28,7 +28,7 @@ from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read_results
-from metareg.comparison.runner import Comparison, _build_plan, _create_launcher, compare
+from metareg.comparison.runner import Comparison, compare
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
@@ -219,7 +219,7 @@ def test_what_is_said_stands_before_the_file(tmp_path: Path, monkeypatch: pytest
     file = tmp_path / "c.yaml"
     file.write_text(yaml.safe_dump({"algo": ["anil"], "seeds": 2, "options": {"steps": 7, "inner_lr": 0.1}}))
 
-    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: None))
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: Fake(lambda _run, _time: None))
     out = tmp_path / "c"
     config = compare("maml, boil", seeds="3,5", config=file, out=out, steps=9, inner_lr=0.2, threads=1).plan.config
 
@@ -264,7 +264,7 @@ def test_a_malformed_file_beside_options_is_refused(content: str, tmp_path: Path
 def test_flags_alone_change_what_a_folder_holds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: None))
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: Fake(lambda _run, _time: None))
     monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
     folder = tmp_path / "c"
     options = [f"--set={key}={value}" for key, value in TINY.items()]
@@ -462,9 +462,7 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
 
 def test_python_says_what_the_command_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "metareg.comparison.runner._create_launcher", lambda *_: Fake(lambda _run, _time: "no", again=False)
-    )
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: Fake(lambda _run, _time: "no", again=False))
     monkeypatch.setattr("metareg.cli.tables.print_comparison", lambda *_: None)
 
     space = {"inner_lr": [0.01, 0.1], "outer_lr": None}
@@ -488,7 +486,7 @@ def test_what_has_a_flag_is_not_set(key: str, tmp_path: Path, capsys: pytest.Cap
 
 def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     launcher = Fake(lambda _run, _time: None)
-    monkeypatch.setattr("metareg.comparison.runner._create_launcher", lambda *_: launcher)
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: launcher)
 
     compare(out=tmp_path / "c", **TINY, device=Path("cpu"))
 
@@ -641,13 +639,37 @@ def test_a_process_that_dies_is_reported_and_replaced(
     assert time.monotonic() - began < 20
 
 
+def record_pools(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[str]]]:
+    """Processes, threads and GPUs of every pool that a comparison asks for from now on; nothing is trained."""
+    pools: list[tuple[int, int, list[str]]] = []
+
+    def make_pool(jobs: int, threads: int, _log: Path, gpus: list[str]) -> Fake:
+        pools.append((jobs, threads, gpus))
+        return Fake(lambda _run, _time: "no", again=False)
+
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", make_pool)
+    return pools
+
+
 def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = record_pools(monkeypatch)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {1, 4, 6}, raising=False)
+
+    compare(out=tmp_path / "gpu", threads=1)
+    compare(out=tmp_path / "cpu", threads=1, device="cpu")
+
+    assert pools == [(2, 1, ["3", "5"]), (3, 1, [])]
+
+
+def test_processes_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = []
 
     class Worker:
         alive, run = True, None
 
-        def __init__(self, _threads: int, _log: Path, _ended: Any, gpu: str | None) -> None:
+        def __init__(self, _threads: int, _log: Path, _outcomes: Any, gpu: str | None) -> None:
             self.gpu = gpu
             given.append(gpu)
 
@@ -655,18 +677,10 @@ def test_there_is_a_process_for_each_gpu_or_core(tmp_path: Path, monkeypatch: py
             self.run = run
 
     monkeypatch.setattr("metareg.comparison.pool._Worker", Worker)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: {1, 4, 6}, raising=False)
-    pool = _create_launcher("local", plan_of(tmp_path), None, None)
-    assert pool.capacity == 2
-    run = plan_of(tmp_path).list_runs()[0]
-    for _ in range(3):
+    pool = LocalPool(3, 1, tmp_path / "workers.log", ["3", "5"])
+    for run in plan_of(tmp_path, seeds=3).list_runs():
         pool.submit(run)
     assert given == ["3", "5", "3"]
-    on_cpu = _create_launcher("local", plan_of(tmp_path, options={"device": "cpu"}), None, None)
-    on_cpu.submit(run)
-    assert (on_cpu.capacity, given[-1]) == (3, None)
 
 
 @pytest.mark.parametrize(
@@ -686,9 +700,12 @@ def test_few_runs_leave_the_cores_to_their_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(16)), raising=False)
-    plan = _build_plan(tmp_path / "new", values, {}, {}, jobs)
-    assert plan.config.options["threads"] == threads
-    assert _create_launcher("local", plan, jobs, None).capacity == capacity
+    pools = record_pools(monkeypatch)
+
+    comparison = compare(config=values, out=tmp_path / "new", jobs=jobs)
+
+    assert pools == [(capacity, threads, [])]
+    assert comparison.plan.config.options["threads"] == threads
 
 
 def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
