@@ -23,7 +23,16 @@ from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageErro
 from metareg.util.allocation import keep_freed_memory
 from metareg.util.files import write_text
 
-__all__ = ["ERROR_FILE", "Launcher", "LocalPool", "Outcome", "carry_out", "count_cpu_cores", "read_divergence"]
+__all__ = [
+    "ERROR_FILE",
+    "Launcher",
+    "LocalPool",
+    "Outcome",
+    "carry_out",
+    "count_cpu_cores",
+    "read_divergence",
+    "read_failure",
+]
 
 ERROR_FILE = "error.txt"
 _GRACE_SECONDS = 20.0
@@ -91,13 +100,23 @@ def carry_out(run: PlannedRun) -> Outcome:
     return Outcome(run)
 
 
-def read_divergence(path: Path) -> str | None:
-    """What error.txt in a run's folder says where the run diverged; None where it did not."""
+def read_failure(path: Path) -> tuple[str, str] | None:
+    """How a run failed by error.txt in its folder: ``"diverged"`` or ``"broken"``, and why; None where it did not."""
     try:
-        kind, _, problem = (path / ERROR_FILE).read_text(encoding="utf-8").partition(": ")
+        text = (path / ERROR_FILE).read_text(encoding="utf-8", errors="replace")
     except OSError:
         return None
-    return problem.strip() if kind == DivergenceError.__name__ else None
+    kind, _, problem = text.partition(": ")
+    if kind == DivergenceError.__name__:
+        return "diverged", problem.strip()
+    # The traceback of an unknown error names files of the machine that it was made on.
+    return "broken", text.partition("\n\nTraceback")[0].strip() or f"{ERROR_FILE} is empty"
+
+
+def read_divergence(path: Path) -> str | None:
+    """Why the run in a folder diverged; None where it did not."""
+    state, problem = read_failure(path) or ("", "")
+    return problem if state == "diverged" else None
 
 
 def count_cpu_cores() -> int:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
-from metareg.comparison.pool import ERROR_FILE, read_divergence
+from metareg.comparison.pool import read_divergence, read_failure
 from metareg.contract.config import update_names
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
@@ -339,7 +339,7 @@ class _TaskReader:
         return test
 
     def _explain_unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
-        failure = _read_failure(run.path)
+        failure = read_failure(run.path)
         if failure:
             return failure
         if (run.path / "config.yaml").is_file():
@@ -395,18 +395,6 @@ def _make_gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: P
     # A report that is published need not say where on whose machine it was made.
     reason = reason.replace(f"{plan.folder.resolve()}/", "").replace(f"{plan.folder}/", "")
     return Gap(what, seed, state, reason, path.relative_to(plan.folder))
-
-
-def _read_failure(folder: Path) -> tuple[str, str] | None:
-    """The state of a run that ended with an error, and the reason; None where it did not."""
-    problem = read_divergence(folder)
-    if problem is not None:
-        return "diverged", problem
-    with suppress(OSError):
-        text = (folder / ERROR_FILE).read_text(encoding="utf-8", errors="replace")
-        # The traceback of an unknown error is for the log: it names the files of the machine that it was made on.
-        return "broken", text.partition("\n\nTraceback")[0].strip() or f"{ERROR_FILE} is empty"
-    return None
 
 
 def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:
@@ -466,7 +454,7 @@ def _list_broken_trials(plan: Plan) -> Iterator[Gap]:
     for arm in plan.arms:
         folder = plan.get_tuning_folder(arm)
         for path in sorted(folder.glob("trial-*/seed-*")):
-            failure = _read_failure(path)
+            failure = read_failure(path)
             if failure is None or failure[0] == "diverged":
                 continue  # the choice took note of a divergence
             trial, seed = path.parent.name.replace("-", " "), path.name.removeprefix("seed-")
