@@ -117,8 +117,7 @@ def report(
         Path, typer.Argument(help="The comparison's folder, finished or not.", metavar="DIR", show_default=False)
     ],
     format: Annotated[
-        str | None,
-        typer.Option(metavar="FORMAT", help="markdown, html, latex or csv (what --out ends in; markdown)."),
+        str | None, typer.Option(metavar="FORMAT", help="markdown, html, latex or csv (what --out ends in; markdown).")
     ] = None,
     out: Annotated[
         Path | None,

@@ -33,10 +33,7 @@ def plugins(
     stdout.print(create_plugin_table(rows, check))
 
 
-def show(
-    kind: _Kind,
-    name: _Name,
-) -> None:
+def show(kind: _Kind, name: _Name) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
     entry = find_entry(_parse_kind(kind), name)
     from metareg.cli.pages import describe_plugin
@@ -66,8 +63,7 @@ def check_plugin(
     kind: _Kind,
     name: _Name,
     assignments: Annotated[
-        list[str] | None,
-        set_option("An option of the plugin to check it with. Repeatable."),
+        list[str] | None, set_option("An option of the plugin to check it with. Repeatable.")
     ] = None,
     compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
 ) -> None:

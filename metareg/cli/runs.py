@@ -36,8 +36,7 @@ def export(
         ),
     ],
     support: Annotated[
-        Path | None,
-        path_option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first."),
+        Path | None, path_option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first.")
     ] = None,
     inner_steps: InnerSteps = None,
     _no_plugin: NoPlugin = None,
@@ -53,8 +52,7 @@ def export(
 def predict(
     path: RunFolder,
     support: Annotated[
-        Path,
-        path_option(metavar="FILE", help="Labelled examples: a CSV file, or a folder of images in one per class."),
+        Path, path_option(metavar="FILE", help="Labelled examples: a CSV file, or a folder of images in one per class.")
     ],
     query: Annotated[Path, path_option(metavar="FILE", help="What to predict: a CSV file, or a folder of images.")],
     to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,

@@ -9,14 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.contract.config import (
-    PluginConfig,
-    PluginSpec,
-    split_names,
-    unknown_option_error,
-    update_names,
-    validate,
-)
+from metareg.contract.config import PluginConfig, PluginSpec, split_names, unknown_option_error, update_names, validate
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, find_entry, get_config_class, list_names, resolve
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig

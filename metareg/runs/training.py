@@ -29,14 +29,7 @@ from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESU
 from metareg.runs.options import Selection, assemble
 from metareg.runs.run import Run, check_fit, format_resume_command, read_config
 from metareg.util.devices import peak_memory, reset_peak_memory
-from metareg.util.files import (
-    LinesFile,
-    is_leftover,
-    lock_folder,
-    remove_leftovers,
-    write_json,
-    write_text,
-)
+from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import is_launched
 from metareg.util.yaml_files import read_yaml
