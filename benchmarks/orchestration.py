@@ -26,16 +26,16 @@ from metareg.runs.folder import RESULTS as RUN_RESULTS
 TARGET = 1.15
 
 
-def seconds_of(run: PlannedRun) -> float:
+def measure_run(run: PlannedRun) -> float:
     """How long a run took by itself."""
     return (run.path / RUN_RESULTS).stat().st_mtime - (run.path / CONFIG).stat().st_mtime
 
 
-def steps_for(seconds: float, folder: Path) -> int:
+def choose_steps(seconds: float, folder: Path) -> int:
     """Training steps of a run that takes so long."""
     speeds = []
     for number in range(2):  # the first run imports and warms up
-        config = configuration(1, 2000)
+        config = build_config(1, 2000)
         began = time.perf_counter()
         (run,) = Plan(folder / str(number), config).list_runs()
         carry_out(run)
@@ -43,7 +43,7 @@ def steps_for(seconds: float, folder: Path) -> int:
     return round(speeds[-1] * seconds)
 
 
-def configuration(runs: int, steps: int) -> ComparisonConfig:
+def build_config(runs: int, steps: int) -> ComparisonConfig:
     """MAML on the sinusoid, vectorized: nothing to compile, nothing to download."""
     options = {"steps": steps, "strategy": "vectorized", "threads": 1, "test_tasks": 100, "test_inner_steps": [0, 1]}
     return ComparisonConfig(algo=["maml"], seeds=list(range(runs)), options=options)
@@ -57,14 +57,14 @@ def main() -> None:
     arguments = parser.parse_args()
     about = machine(1)
     with tempfile.TemporaryDirectory() as folder:
-        steps = steps_for(arguments.seconds, Path(folder))
+        steps = choose_steps(arguments.seconds, Path(folder))
         began = time.perf_counter()
-        config = configuration(arguments.runs, steps)
+        config = build_config(arguments.runs, steps)
         comparison = compare(config=config, out=Path(folder, "comparison"), jobs=arguments.jobs)
         took = time.perf_counter() - began
         if comparison.broken:
             raise SystemExit(f"{len(comparison.broken)} runs broke: {next(iter(comparison.broken.values())).error}")
-        each = [seconds_of(run) for run in comparison.plan.list_runs()]
+        each = [measure_run(run) for run in comparison.plan.list_runs()]
     ideal = sum(each) / arguments.jobs
     mean = sum(each) / len(each)
     rounds = math.ceil(arguments.runs / arguments.jobs)
