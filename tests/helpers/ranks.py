@@ -68,8 +68,8 @@ class Momentum:
 
 def _reptile() -> type:
     """The example's class, which nothing installs."""
-    read_rank = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("metareg_reptile", read_rank)
+    place = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
+    spec = importlib.util.spec_from_file_location("metareg_reptile", place)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.Reptile
