@@ -137,7 +137,7 @@ def generated(nodes: int) -> GraphData:
     """A random graph of mean degree 10 with random features and 10 classes."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.randint(nodes, (2, nodes * DEGREE // 2), generator=generator)
-    return GraphData.of(
+    return GraphData.from_edges(
         ends[0],
         ends[1],
         torch.randn(nodes, FEATURES, generator=generator),

@@ -21,7 +21,7 @@ from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.registry.plugins import resolve
-from metareg.util.allocation import keep_freed_memory
+from metareg.util.malloc import keep_freed_memory
 
 WAYS, SHOTS, QUERY = 5, 1, 15
 TASKS = {28: 4, 84: 2}

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 
-from metareg.util.allocation import keep_freed_memory
+from metareg.util.malloc import keep_freed_memory
 
 
 def main() -> None:

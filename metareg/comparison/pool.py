@@ -20,8 +20,8 @@ from typing import Any, Protocol
 
 from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
-from metareg.util.allocation import keep_freed_memory
 from metareg.util.files import write_text
+from metareg.util.malloc import keep_freed_memory
 
 __all__ = [
     "ERROR_FILE",

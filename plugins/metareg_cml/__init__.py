@@ -57,7 +57,7 @@ class CML:
                 f"[examples, outputs]; the model gives {tuple(features.shape)} and {tuple(outputs.shape)}."
             )
         shape, classes = tuple(features.shape[1:]), outputs.shape[-1]
-        build = _on_maps if len(shape) == 3 else _on_vectors
+        build = _build_for_maps if len(shape) == 3 else _build_for_vectors
         return {
             f"colearner.{name}": value for name, value in build(shape, self.config.width, classes).named_parameters()
         }
@@ -78,7 +78,7 @@ class CML:
         return gamma * loss(predictions, targets), {"colearner_metric": metric(predictions.detach(), targets)}
 
 
-def _on_vectors(shape: tuple[int, ...], width: int | None, outputs: int) -> nn.Module:
+def _build_for_vectors(shape: tuple[int, ...], width: int | None, outputs: int) -> nn.Module:
     features = shape[-1]
     width = width or min(features, _WIDEST)
     return nn.Sequential(
@@ -92,10 +92,10 @@ def _predict_vectors(meta: dict[str, Tensor], features: Tensor) -> Tensor:
     return _linear(meta, 4, features)
 
 
-def _on_maps(shape: tuple[int, ...], width: int | None, outputs: int) -> nn.Module:
+def _build_for_maps(shape: tuple[int, ...], width: int | None, outputs: int) -> nn.Module:
     channels, height, breadth = shape
     width = width or channels
-    pool = _pool(height, breadth)
+    pool = _choose_pool(height, breadth)
     return nn.Sequential(
         nn.Conv2d(channels, width, 3, padding=1),
         nn.BatchNorm2d(width, track_running_stats=False),
@@ -113,7 +113,7 @@ def _predict_maps(meta: dict[str, Tensor], features: Tensor) -> Tensor:
     for layer in (0, 3):
         features = F.conv2d(features, *_weights(meta, layer), padding=1)
         features = F.batch_norm(features, None, None, *_weights(meta, layer + 1), training=True).relu()
-    return _linear(meta, 8, F.max_pool2d(features, _pool(*features.shape[-2:])).flatten(1))
+    return _linear(meta, 8, F.max_pool2d(features, _choose_pool(*features.shape[-2:])).flatten(1))
 
 
 def _linear(meta: dict[str, Tensor], layer: int, x: Tensor) -> Tensor:
@@ -124,6 +124,6 @@ def _weights(meta: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
     return meta[f"colearner.{layer}.weight"], meta[f"colearner.{layer}.bias"]
 
 
-def _pool(height: int, breadth: int) -> int:
+def _choose_pool(height: int, breadth: int) -> int:
     """2×2 pooling, unless the map is a single row or column."""
     return 2 if min(height, breadth) >= 2 else 1

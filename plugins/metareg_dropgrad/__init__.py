@@ -45,7 +45,9 @@ class DropGrad:
     def draw_noise(
         self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int
     ) -> list[dict[str, Tensor]]:
-        return [{name: self._factors(shape, generator) for name, shape in shapes.items()} for _ in range(inner_steps)]
+        return [
+            {name: self._draw_factors(shape, generator) for name, shape in shapes.items()} for _ in range(inner_steps)
+        ]
 
     @hookimpl
     def augment_inner_gradient(
@@ -53,7 +55,7 @@ class DropGrad:
     ) -> dict[str, Tensor]:
         return {name: value * noise[step][name] for name, value in grads.items()}
 
-    def _factors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def _draw_factors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         rate = self.config.rate
         if self.config.kind == "bernoulli":
             return (torch.rand(shape, generator=generator) >= rate).float() / (1 - rate)

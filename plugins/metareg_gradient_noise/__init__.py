@@ -51,15 +51,15 @@ class GradientNoise:
     def augment_inner_gradient(
         self, grads: dict[str, Tensor], noise: list[dict[str, Tensor]] | None, step: int
     ) -> dict[str, Tensor]:
-        return grads if noise is None else self._noisy(grads, noise[step])
+        return grads if noise is None else self._add_noise(grads, noise[step])
 
     @hookimpl
     def augment_outer_gradient(
         self, grads: dict[str, Tensor], noise: list[dict[str, Tensor]] | None
     ) -> dict[str, Tensor]:
-        return grads if noise is None else self._noisy(grads, noise[0])
+        return grads if noise is None else self._add_noise(grads, noise[0])
 
-    def _noisy(self, grads: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _add_noise(self, grads: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         scale: Tensor | float = self.config.sigma
         if self.config.relative:
             # A constant of the meta-gradient: the norm's own derivative is infinite where the gradient is zero.

@@ -32,7 +32,7 @@ class MetaSGD:
         )
 
         @model_validator(mode="after")
-        def _ordered(self) -> MetaSGD.Config:
+        def _check_order(self) -> MetaSGD.Config:
             if self.inner_lr_max is not None and self.inner_lr_max < self.inner_lr:
                 raise ValueError(f"inner_lr_max = {self.inner_lr_max} must not be below inner_lr = {self.inner_lr}")
             return self

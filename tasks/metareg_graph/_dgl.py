@@ -15,10 +15,10 @@ from torch import Tensor
 
 from metareg import PluginError, UsageError
 
-__all__ = ["dgl", "opaque", "twice_differentiable"]
+__all__ = ["call_opaque", "import_dgl", "make_softmax_twice_differentiable"]
 
 
-def dgl() -> ModuleType:
+def import_dgl() -> ModuleType:
     """The module `dgl`.
 
     Raises:
@@ -29,10 +29,10 @@ def dgl() -> ModuleType:
     try:
         return importlib.import_module("dgl")
     except Exception as error:  # a DGL built for another torch fails with OSError or FileNotFoundError
-        raise PluginError(_advice(error)) from error
+        raise PluginError(_advise(error)) from error
 
 
-def _advice(error: Exception) -> str:
+def _advise(error: Exception) -> str:
     install = "`pip install 'metareg[graph]'` brings dgl 1.1.3"
     if sys.version_info >= (3, 12):
         python = ".".join(map(str, sys.version_info[:2]))
@@ -42,7 +42,7 @@ def _advice(error: Exception) -> str:
     return f"Graph tasks need DGL, which {problem}; {install}. All other tasks work without it."
 
 
-def opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+def call_opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, which sees plain tensors and ordinary autograd even inside `torch.func.grad` and `vjp`.
 
     DGL hands its tensors to compiled code and has autograd functions of the old kind; `torch.func` refuses both.
@@ -97,7 +97,7 @@ class _Opaque(torch.autograd.Function):
 
 
 @contextmanager
-def twice_differentiable() -> Iterator[None]:
+def make_softmax_twice_differentiable() -> Iterator[None]:
     """Give DGL's edge softmax a derivative that can be differentiated again, inside the block.
 
     On a CPU its own backward pass calls a compiled kernel that autograd does not see: second-order meta-gradients of

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from metareg import UsageError, cache_folder, data_folder, download
-from metareg_graph._dgl import dgl
+from metareg_graph._dgl import import_dgl
 
-__all__ = ["GraphData", "Source", "fetch", "load", "locate", "present", "union"]
+__all__ = ["GraphData", "Source", "fetch", "find_local", "join_graphs", "load", "locate"]
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
 
@@ -45,7 +45,7 @@ class GraphData:
     splits: Mapping[str, Mapping[str, Any]]
 
     @classmethod
-    def of(
+    def from_edges(
         cls,
         source: Tensor,
         destination: Tensor,
@@ -103,7 +103,7 @@ class GraphData:
             source, destination = torch.cat([source, destination]), torch.cat([destination, source])
         # Sorted by destination and unique, without the diagonal.
         keys = (destination * nodes + source)[source != destination].unique()
-        graph = dgl().graph((keys % nodes, keys // nodes), num_nodes=nodes)
+        graph = import_dgl().graph((keys % nodes, keys // nodes), num_nodes=nodes)
         return cls(
             graph,
             features.to(torch.get_default_dtype()),
@@ -114,7 +114,7 @@ class GraphData:
         )
 
 
-def union(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+def join_graphs(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
     """Several graphs with shared labels as one.
 
     Raises:
@@ -125,7 +125,7 @@ def union(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> G
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise UsageError(f"Graphs of one folder must have the same number of features; they have: {listed}.")
     return GraphData(
-        dgl().batch([each.graph for each in graphs]),
+        import_dgl().batch([each.graph for each in graphs]),
         torch.cat([each.features for each in graphs]),
         torch.cat([each.labels for each in graphs]),
         torch.cat([torch.full_like(each.members, number) for number, each in enumerate(graphs)]),
@@ -156,7 +156,7 @@ class Source:
     advice: str = ""
 
 
-def present(source: Source, data: str | None) -> Path | None:
+def find_local(source: Source, data: str | None) -> Path | None:
     """The file or folder of a dataset, where it is there: in `data`, else in the data folder or the cache."""
     if data is not None and Path(data).is_file():
         return Path(data)
@@ -177,7 +177,7 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         UsageError: it is not where the user said.
         MetaregError: it cannot be downloaded.
     """
-    found = present(source, data)
+    found = find_local(source, data)
     if found is not None:
         return found
     if data is not None:
@@ -227,20 +227,20 @@ def _read(path: Path, directed: bool) -> GraphData:
     if not path.exists():
         raise UsageError(f"There is no graph at {path}.")
     if path.suffix == ".npz":
-        return _from_npz(path, directed)
+        return _read_npz(path, directed)
     if path.suffix == ".bin":
-        return _from_dgl(path, directed, {})
+        return _read_dgl(path, directed, {})
     if path.is_dir():
-        return _from_folder(path, directed)
+        return _read_folder(path, directed)
     raise UsageError(f"{path} is no graph that can be read: it must be .npz, .bin (DGL) or a folder.")
 
 
-def _from_folder(folder: Path, directed: bool) -> GraphData:
-    splits = _splits_file(folder / "splits.json")
+def _read_folder(folder: Path, directed: bool) -> GraphData:
+    splits = _read_splits(folder / "splits.json")
     if (folder / "edges.csv").exists() or (folder / "nodes.csv").exists():
-        return _from_csv(folder, directed, splits)
+        return _read_csv(folder, directed, splits)
     if (folder / "raw" / "edge.csv.gz").exists():
-        return _from_ogb(folder, directed)
+        return _read_ogb(folder, directed)
     parts = sorted(
         each
         for each in folder.iterdir()
@@ -255,10 +255,10 @@ def _from_folder(folder: Path, directed: bool) -> GraphData:
     if len(graphs) == 1:
         only = graphs[0]
         return GraphData(only.graph, only.features, only.labels, only.members, only.names, splits or only.splits)
-    return union(graphs, splits)
+    return join_graphs(graphs, splits)
 
 
-def _splits_file(path: Path) -> dict[str, Any]:
+def _read_splits(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
@@ -271,7 +271,7 @@ def _splits_file(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
-def _reading(path: Path) -> Iterator[None]:
+def _explain_errors(path: Path) -> Iterator[None]:
     """Turn what goes wrong in reading a file into one sentence."""
     try:
         yield
@@ -286,9 +286,9 @@ def _reading(path: Path) -> Iterator[None]:
         raise UsageError(f"{path} cannot be read as a graph: {text.rstrip('.')}.") from error
 
 
-def _from_npz(path: Path, directed: bool) -> GraphData:
+def _read_npz(path: Path, directed: bool) -> GraphData:
     """CSR arrays as in gnn-benchmark: ``adj_indptr, adj_indices``, ``attr_*`` (CSR) or ``features``, and ``labels``."""
-    with _reading(path), np.load(path, allow_pickle=False) as file:
+    with _explain_errors(path), np.load(path, allow_pickle=False) as file:
 
         def array(*names: str) -> np.ndarray:
             for name in names:
@@ -316,7 +316,7 @@ def _from_npz(path: Path, directed: bool) -> GraphData:
                 if mask in file
             }
         }
-    return GraphData.of(
+    return GraphData.from_edges(
         torch.from_numpy(sources),
         torch.from_numpy(columns.astype(np.int64)),
         torch.from_numpy(features),
@@ -327,12 +327,12 @@ def _from_npz(path: Path, directed: bool) -> GraphData:
     )
 
 
-def _from_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
     """DGL's binary format, as `dgl.save_graphs` and DGL's own datasets write it: tensors only, no pickle."""
     if path.read_bytes()[:1] == b"\x80":
         raise UsageError(f"{path} is a pickle, which could run code and is not read.")
     try:
-        graphs, _ = dgl().load_graphs(str(path))
+        graphs, _ = import_dgl().load_graphs(str(path))
     except Exception as error:  # whatever DGL's reader makes of a damaged file
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(f"{path} cannot be read by DGL: {reason}.") from error
@@ -347,33 +347,33 @@ def _from_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
                 )
         source, destination = graph.edges()
         found.append(
-            GraphData.of(
+            GraphData.from_edges(
                 source, destination, nodes["feat"], nodes["label"], directed=directed, name=name, splits=splits
             )
         )
     if not found:
         raise UsageError(f"{path} holds no graph.")
-    return found[0] if len(found) == 1 else union(found, splits)
+    return found[0] if len(found) == 1 else join_graphs(found, splits)
 
 
-def _from_ogb(folder: Path, directed: bool) -> GraphData:
+def _read_ogb(folder: Path, directed: bool) -> GraphData:
     """An unpacked folder of the Open Graph Benchmark's node property prediction, read from its raw CSV files."""
     raw = folder / "raw"
     edges, features, labels = (
-        _table(raw / f"{name}.csv.gz", kind)
+        _read_table(raw / f"{name}.csv.gz", kind)
         for name, kind in (("edge", np.int64), ("node-feat", np.float32), ("node-label", np.float64))
     )
     ends = torch.from_numpy(edges)
     classes = torch.from_numpy(np.nan_to_num(labels[:, 0], nan=-1).astype(np.int64))
-    return GraphData.of(
+    return GraphData.from_edges(
         ends[:, 0], ends[:, 1], torch.from_numpy(features), classes, directed=directed, name=folder.name
     )
 
 
-def _from_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
+def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
     """``nodes.csv`` with the columns id, label and any number of features; ``edges.csv`` with source and destination."""
     path = folder / "nodes.csv"
-    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+    with _explain_errors(path), path.open(newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
         header = [column.strip() for column in rows[0]] if rows else []
         for column in ("id", "label"):
@@ -387,15 +387,17 @@ def _from_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, An
         labels = torch.tensor([int(row[at_label].strip() or -1) for row in rows[1:]])
         features = torch.tensor([[float(row[position]) for position in others] for row in rows[1:]])
     path = folder / "edges.csv"
-    with _reading(path), path.open(newline="", encoding="utf-8") as file:
+    with _explain_errors(path), path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.reader(file))[1:]
         unknown = [end.strip() for line in lines for end in line[:2] if end.strip() not in numbers]
         if unknown:
             raise UsageError(f"An edge of {path} names node {unknown[0]}, which does not exist in nodes.csv.")
         ends = torch.tensor([[numbers[end.strip()] for end in line[:2]] for line in lines]).view(-1, 2)
-    return GraphData.of(ends[:, 0], ends[:, 1], features, labels, directed=directed, name=folder.name, splits=splits)
+    return GraphData.from_edges(
+        ends[:, 0], ends[:, 1], features, labels, directed=directed, name=folder.name, splits=splits
+    )
 
 
-def _table(path: Path, kind: type) -> np.ndarray:
-    with _reading(path), gzip.open(path, "rt", encoding="utf-8") as file:
+def _read_table(path: Path, kind: type) -> np.ndarray:
+    with _explain_errors(path), gzip.open(path, "rt", encoding="utf-8") as file:
         return np.loadtxt(file, delimiter=",", dtype=kind, ndmin=2)

@@ -12,19 +12,19 @@ from torch import Tensor
 
 from metareg import Episodes, MetaLearner
 
-__all__ = ["confusion", "features_in_two_dimensions"]
+__all__ = ["draw_confusion", "draw_features"]
 
 Named = tuple[Episodes, list[str]]
 """One task, and the names of its classes in their order."""
 
 
-def confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
+def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     """How often query nodes of each class are taken for which, over some tasks, after adaptation."""
     names = sorted({name for _, labels in tasks for name in labels}, key=lambda name: (len(name), name))
     counts = np.zeros((len(names), len(names)))
     for episode, labels in tasks:
         where = np.array([names.index(label) for label in labels])
-        _, outputs = _adapted(learner, episode)
+        _, outputs = _adapt(learner, episode)
         np.add.at(counts, (where[episode.query_y[0].numpy()], where[outputs.argmax(-1).numpy()]), 1)
     shares = counts / counts.sum(1, keepdims=True)
     side = 2.6 + 0.55 * len(names)
@@ -45,7 +45,7 @@ def confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     return figure
 
 
-def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
+def draw_features(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     """The adapted body's features of each task's query nodes on their first two principal components."""
     names = sorted({name for _, labels in tasks for name in labels})
     figure = Figure(figsize=(9, 2.2 + 3 * ((len(tasks) + 1) // 2)), layout="constrained")
@@ -53,7 +53,7 @@ def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> 
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_axis_off()
     for number, ((episode, labels), axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        features, outputs = _adapted(learner, episode)
+        features, outputs = _adapt(learner, episode)
         truth = episode.query_y[0]
         centred = (features.flatten(1) - features.flatten(1).mean(0)).double()
         _, _, components = torch.linalg.svd(centred, full_matrices=False)
@@ -71,7 +71,7 @@ def features_in_two_dimensions(learner: MetaLearner, tasks: Sequence[Named]) -> 
     return figure
 
 
-def _adapted(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor]:
+def _adapt(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor]:
     """Features and outputs of the query nodes of a single task after adaptation."""
     support_x, support_y, query_x, _ = episode.to(learner.device).unstack(0)
     module: Any = learner.adapt(support_x, support_y)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metareg import PluginConfig, TaskSpec, UsageError, hookimpl
-from metareg_graph._dgl import dgl, opaque, twice_differentiable
+from metareg_graph._dgl import call_opaque, import_dgl, make_softmax_twice_differentiable
 
 __all__ = ["GCN", "SGC", "BlockNetwork", "GraphSAGE", "OnGraph"]
 
@@ -119,7 +119,7 @@ class _Blocks(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Any) -> Tensor:
-        rows, blocks = self._unpacked(x)
+        rows, blocks = self._unpack(x)
         first, *others = self.layers
         hidden: Tensor = first(rows).relu()
         for layer, block in zip(others, blocks, strict=True):
@@ -130,7 +130,7 @@ class _Blocks(nn.Module):
             rows = block @ rows
         return torch.cat([hidden, rows], 1) if self.skip else hidden
 
-    def _unpacked(self, x: Any) -> tuple[Tensor, list[Tensor]]:
+    def _unpack(self, x: Any) -> tuple[Tensor, list[Tensor]]:
         if isinstance(x, Tensor):
             rows, blocks = x, []
         elif isinstance(x, dict) and "blocks" in x:
@@ -182,14 +182,14 @@ class _OnGraphBody(nn.Module):
             raise UsageError("A module on the DGL graph itself needs tasks with inputs='nodes'.")
         # Inside functional_call these are the parameters that were passed, no longer the module's own.
         names, parameters = zip(*self.module.named_parameters(), strict=True)
-        return opaque(self._run(names), x["edges"], x["features"], x["nodes"], *parameters)
+        return call_opaque(self._run(names), x["edges"], x["features"], x["nodes"], *parameters)
 
     def _run(self, names: tuple[str, ...]) -> Callable[..., Tensor]:
         def run(edges: Tensor, features: Tensor, nodes: Tensor, *parameters: Tensor) -> Tensor:
-            graph = dgl().graph((edges[0], edges[1]), num_nodes=len(features))
+            graph = import_dgl().graph((edges[0], edges[1]), num_nodes=len(features))
             if self.self_loops:
-                graph = dgl().add_self_loop(graph)
-            with twice_differentiable():
+                graph = import_dgl().add_self_loop(graph)
+            with make_softmax_twice_differentiable():
                 out: Tensor = functional_call(self.module, dict(zip(names, parameters, strict=True)), (graph, features))
             return out[nodes]
 

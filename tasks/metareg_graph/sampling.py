@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metareg import Episodes, UsageError, task_uniform
-from metareg_graph._dgl import dgl
+from metareg_graph._dgl import import_dgl
 from metareg_graph.data import GraphData
 
 __all__ = ["Inputs", "Pools", "Seeds"]
@@ -86,12 +86,12 @@ class Pools:
             classes = np.sort(classes, axis=1)
         pool = (self._first_pool[group][:, None] + classes).reshape(-1)
         picks, order = u[:, 1 + most :].reshape(tasks * self.ways, 2, each).transpose(1, 0, 2)
-        chosen = np.take_along_axis(_distinct(picks, self._sizes[pool]), np.argsort(order, axis=1), axis=1)
+        chosen = np.take_along_axis(_draw_distinct(picks, self._sizes[pool]), np.argsort(order, axis=1), axis=1)
         nodes = self.nodes[self._starts[pool][:, None] + chosen].reshape(tasks, self.ways, each)
         return Seeds(nodes[:, :, : self.shots].reshape(tasks, -1), nodes[:, :, self.shots :].reshape(tasks, -1))
 
 
-def _distinct(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+def _draw_distinct(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """A uniformly drawn set of ``u.shape[1]`` different numbers below ``sizes[row]`` for each row of uniform numbers.
 
     Floyd's algorithm (Bentley and Floyd, A sample of brilliance, CACM 1987): no work or memory grows with the sizes.
@@ -167,11 +167,11 @@ class Inputs:
         """Each node's features before the first layer that has parameters ``[nodes, …]``."""
         x = self.data.features
         if self.kind == "mean":
-            x = torch.cat([x, self._near.propagated(x)], 1)
+            x = torch.cat([x, self._near.propagate(x)], 1)
         else:
             for _ in range(self.hops if self.kind == "sgc" else 1):
-                x = self._near.propagated(x)
-        return _standardised(x, self.data.members, self.LENGTH) if self.standardised else x
+                x = self._near.propagate(x)
+        return _standardise(x, self.data.members, self.LENGTH) if self.standardised else x
 
     def episodes(self, seeds: Seeds, targets: tuple[Tensor, Tensor], uniform: Uniform) -> list[Episodes]:
         """The tasks as stacks of equal shapes, most often one.
@@ -182,39 +182,46 @@ class Inputs:
             uniform: the tasks' random numbers.
         """
         if self.kind == "nodes":
-            return [Episodes(self._whole(seeds.support), targets[0], self._whole(seeds.query), targets[1])]
+            return [
+                Episodes(self._expand_graph(seeds.support), targets[0], self._expand_graph(seeds.query), targets[1])
+            ]
         if self.kind == "sgc" or self.hops == 1:
             support, query = (self.table[torch.from_numpy(nodes)] for nodes in (seeds.support, seeds.query))
             return [Episodes(support, targets[0], query, targets[1])]
-        parts = [self._layers(nodes, uniform, label) for nodes, label in ((seeds.support, "s"), (seeds.query, "q"))]
+        parts = [
+            self._sample_layers(nodes, uniform, label) for nodes, label in ((seeds.support, "s"), (seeds.query, "q"))
+        ]
         sizes = np.stack([layer.counts for layers in parts for layer in layers], 1)
-        floors = [self._floor(layer) if not depth else 0 for layers in parts for depth, layer in enumerate(layers)]
+        floors = [
+            self._choose_floor(layer) if not depth else 0 for layers in parts for depth, layer in enumerate(layers)
+        ]
         stacks = []
         split = self.hops - 1
-        for tasks, capacities in _stacks(sizes, np.array(floors, dtype=np.int64), self._most, split):
-            support_x = self._dense(seeds.support, parts[0], tasks, capacities[:split])
-            query_x = self._dense(seeds.query, parts[1], tasks, capacities[split:])
+        for tasks, capacities in _group_by_size(sizes, np.array(floors, dtype=np.int64), self._most, split):
+            support_x = self._fill_blocks(seeds.support, parts[0], tasks, capacities[:split])
+            query_x = self._fill_blocks(seeds.query, parts[1], tasks, capacities[split:])
             stacks.append(Episodes(support_x, targets[0][tasks], query_x, targets[1][tasks]).placed(tasks.tolist()))
         return stacks
 
-    def _layers(self, seeds: np.ndarray, uniform: Uniform, label: str) -> list[_Layer]:
+    def _sample_layers(self, seeds: np.ndarray, uniform: Uniform, label: str) -> list[_Layer]:
         """From the last layer of the model to its second: the edges into the nodes that the layer after it needs."""
         tasks, each = seeds.shape
         node, task, row = seeds.reshape(-1), np.repeat(np.arange(tasks), each), np.tile(np.arange(each), tasks)
         layers = []
         for depth in range(self.hops - 1):
-            layer = self._near.into(node, task, row, tasks, self.fanout, partial(uniform, label=f"{label}{depth}"))
+            own = partial(uniform, label=f"{label}{depth}")
+            layer = self._near.sample_edges_into(node, task, row, tasks, self.fanout, own)
             layers.append(layer)
             node, task, row = layer.node, layer.node_task, layer.node_column
         return layers
 
-    def _floor(self, layer: _Layer) -> int:
+    def _choose_floor(self, layer: _Layer) -> int:
         """A size that holds most tasks, at less than twice what is to be expected."""
         drawn = layer.rows / len(layer.counts) * self._usual
         different = self._most * -math.expm1(-drawn / self._most)
         return min(4 * math.ceil(1.6 * different / 4), self._most)
 
-    def _dense(
+    def _fill_blocks(
         self, seeds: np.ndarray, layers: list[_Layer], tasks: np.ndarray, capacities: np.ndarray
     ) -> dict[str, Any]:
         """The blocks and input rows of some tasks, padded to `capacities`, in the order in which a model uses them."""
@@ -235,7 +242,7 @@ class Inputs:
         x = self.table.index_select(0, torch.from_numpy(nodes.reshape(-1))).view(*nodes.shape, -1)
         return {"x": x, "blocks": blocks[::-1]}
 
-    def _whole(self, nodes: np.ndarray) -> dict[str, Tensor]:
+    def _expand_graph(self, nodes: np.ndarray) -> dict[str, Tensor]:
         """Views of the whole graph, the same for every task."""
         edges, features = torch.stack(self.data.graph.edges()), self.data.features
         return {
@@ -245,7 +252,7 @@ class Inputs:
         }
 
 
-def _standardised(x: Tensor, members: Tensor, length: float) -> Tensor:
+def _standardise(x: Tensor, members: Tensor, length: float) -> Tensor:
     """Rows less the mean row of their graph, all of one length ``[nodes, …]``."""
     sums = x.new_zeros(int(members.max()) + 1, x.shape[1]).index_add_(0, members, x)
     means = sums / torch.bincount(members, minlength=len(sums)).unsqueeze(1)
@@ -279,7 +286,7 @@ class _Neighbourhoods:
     """
 
     def __init__(self, data: GraphData, *, loops: bool) -> None:
-        self.graph = dgl().add_self_loop(data.graph) if loops else data.graph
+        self.graph = import_dgl().add_self_loop(data.graph) if loops else data.graph
         pointers, sources, _ = self.graph.adj_tensors("csc")
         self._pointers, self._sources = pointers.numpy(), sources.numpy()
         into = self.graph.in_degrees().to(data.features.dtype).clamp(min=1)
@@ -288,12 +295,12 @@ class _Neighbourhoods:
         self._from = out_of.rsqrt() if loops else torch.ones_like(out_of)
         self.dtype = self._to.numpy().dtype
 
-    def propagated(self, x: Tensor) -> Tensor:
+    def propagate(self, x: Tensor) -> Tensor:
         """The weighted sum over each node's neighbours ``[nodes, features]``."""
-        result: Tensor = dgl().ops.copy_u_sum(self.graph, x * self._from[:, None]) * self._to[:, None]
+        result: Tensor = import_dgl().ops.copy_u_sum(self.graph, x * self._from[:, None]) * self._to[:, None]
         return result
 
-    def into(
+    def sample_edges_into(
         self,
         node: np.ndarray,
         task: np.ndarray,
@@ -309,7 +316,7 @@ class _Neighbourhoods:
         source = self._sources[self._pointers[node][owner] + within]
         weight = self._to.numpy()[node][owner] * self._from.numpy()[source]
         if fanout is not None and (degree > fanout).any():
-            keep, scale = _thinned(owner, source == node[owner], task[owner], fanout, uniform)
+            keep, scale = _thin_out(owner, source == node[owner], task[owner], fanout, uniform)
             owner, source, weight = owner[keep], source[keep], (weight * scale)[keep]
         # The tasks' nodes side by side: every (task, node) has a number of its own.
         base = len(self._pointers)
@@ -335,7 +342,7 @@ class _Neighbourhoods:
         )
 
 
-def _thinned(
+def _thin_out(
     owner: np.ndarray, loop: np.ndarray, task: np.ndarray, fanout: int, uniform: Callable[[int], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which edges stay, `fanout` of each owner beside its self-loop, and by what their weights grow."""
@@ -352,7 +359,7 @@ def _thinned(
     return rank < fanout + loops[owner], scale
 
 
-def _stacks(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
+def _group_by_size(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
     """Groups of tasks that are padded together, and what to.
 
     Args:
@@ -362,15 +369,15 @@ def _stacks(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int) -> lis
         depth: so many parts at a time are the layers of one set.
     """
     tasks = np.arange(len(sizes))
-    together = _capacities(sizes.max(0, initial=0), floors, most, depth)
+    together = _choose_capacities(sizes.max(0, initial=0), floors, most, depth)
     if len(tasks) * together.sum() <= 2 * sizes.sum():
         return [(tasks, together)]
-    own = np.stack([_capacities(each, floors, most, depth) for each in sizes])
+    own = np.stack([_choose_capacities(each, floors, most, depth) for each in sizes])
     kinds, which = np.unique(own, axis=0, return_inverse=True)
     return [(tasks[which.reshape(-1) == number], kind) for number, kind in enumerate(kinds)]
 
 
-def _capacities(needed: np.ndarray, floors: np.ndarray, most: int, depth: int) -> np.ndarray:
+def _choose_capacities(needed: np.ndarray, floors: np.ndarray, most: int, depth: int) -> np.ndarray:
     """The next of a few sizes for each part, each half again as large as the one before.
 
     A layer's own rows are its first columns, padding included: none is smaller than the one before it.

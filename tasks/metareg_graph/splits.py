@@ -12,7 +12,7 @@ import torch
 from metareg import UsageError, derive_seed
 from metareg_graph.data import GraphData
 
-__all__ = ["SPLITS", "ClassSplit", "groups_of"]
+__all__ = ["SPLITS", "ClassSplit", "split_nodes"]
 
 Group = dict[int, np.ndarray]
 _NAMES = ("train", "validation", "test")
@@ -46,7 +46,7 @@ SPLITS: Mapping[str, ClassSplit | str] = {
 Fixed: Wang et al., Task-Adaptive Few-shot Node Classification, KDD 2022 (TENT), and its follower TEG (Kim et al., 2023)."""
 
 
-def groups_of(
+def split_nodes(
     data: GraphData, rule: ClassSplit | str, split: str, seed: int, ways: int, each: int
 ) -> tuple[list[Group], bool]:
     """The nodes of each class, in each graph, that belong to a split.
@@ -70,18 +70,21 @@ def groups_of(
     labels = data.labels.numpy()
     present = [label for label in np.unique(labels).tolist() if label >= 0]
     if isinstance(rule, str):
-        kind = _kind(data, rule, present, ways)
+        kind = _choose_kind(data, rule, present, ways)
         given = data.splits.get(kind)
         if kind == "graphs":
-            return _by_graphs(data, given, split, seed, ways, each), True
+            return _select_graphs(data, given, split, seed, ways, each), True
         if kind == "nodes":
-            return [_by_nodes(labels, present, given, split, seed)], True
-        rule = ClassSplit(fixed=given) if given is not None else ClassSplit(_counts(len(present), ways))
-    classes = _drawn(rule.counts, present, seed) if rule.counts is not None else _fixed(rule.fixed or {}, present)
+            return [_select_nodes(labels, present, given, split, seed)], True
+        rule = ClassSplit(fixed=given) if given is not None else ClassSplit(_choose_counts(len(present), ways))
+    if rule.counts is not None:
+        classes = _draw_classes(rule.counts, present, seed)
+    else:
+        classes = _check_classes(rule.fixed or {}, present)
     return [{label: np.flatnonzero(labels == label) for label in classes[split]}], False
 
 
-def _kind(data: GraphData, rule: str, present: Sequence[int], ways: int) -> str:
+def _choose_kind(data: GraphData, rule: str, present: Sequence[int], ways: int) -> str:
     if rule != "auto":
         return rule
     if data.splits:
@@ -91,7 +94,7 @@ def _kind(data: GraphData, rule: str, present: Sequence[int], ways: int) -> str:
     return "classes" if len(present) >= 3 * ways else "nodes"
 
 
-def _counts(classes: int, ways: int) -> tuple[int, int, int]:
+def _choose_counts(classes: int, ways: int) -> tuple[int, int, int]:
     """A quarter of the classes each for validation and test, and enough for a task."""
     held = max(ways, classes // 4)
     if classes < 2 * held + ways:
@@ -102,19 +105,19 @@ def _counts(classes: int, ways: int) -> tuple[int, int, int]:
     return classes - 2 * held, held, held
 
 
-def _drawn(counts: tuple[int, int, int], present: Sequence[int], seed: int) -> dict[str, list[int]]:
+def _draw_classes(counts: tuple[int, int, int], present: Sequence[int], seed: int) -> dict[str, list[int]]:
     if sum(counts) != len(present):
         raise UsageError(
             f"The split {' / '.join(map(str, counts))} needs {sum(counts)} classes; the graph has {len(present)}. Say which "
             "classes are for what with classes={train: […], validation: […], test: […]}."
         )
-    order = [present[position] for position in _permutation(len(present), seed, "classes")]
+    order = [present[position] for position in _permute(len(present), seed, "classes")]
     first, second = counts[0], counts[0] + counts[1]
     return {"train": order[:first], "validation": order[first:second], "test": order[second:]}
 
 
-def _fixed(given: Mapping[str, Any], present: Sequence[int]) -> dict[str, list[int]]:
-    _complete(given, "classes")
+def _check_classes(given: Mapping[str, Any], present: Sequence[int]) -> dict[str, list[int]]:
+    _require_all_splits(given, "classes")
     seen: set[int] = set()
     for split in _NAMES:
         for label in given[split]:
@@ -126,7 +129,7 @@ def _fixed(given: Mapping[str, Any], present: Sequence[int]) -> dict[str, list[i
     return {split: list(given[split]) for split in _NAMES}
 
 
-def _by_graphs(
+def _select_graphs(
     data: GraphData, given: Mapping[str, Any] | None, split: str, seed: int, ways: int, each: int
 ) -> list[Group]:
     names = list(data.names)
@@ -134,9 +137,9 @@ def _by_graphs(
         held = max(1, len(names) // 5)
         if len(names) < 3:
             raise UsageError(f"Keeping graphs apart takes three or more; there are {len(names)}: {', '.join(names)}.")
-        order = [names[position] for position in _permutation(len(names), seed, "graphs")]
+        order = [names[position] for position in _permute(len(names), seed, "graphs")]
         given = {"train": order[2 * held :], "validation": order[:held], "test": order[held : 2 * held]}
-    _complete(given, "graphs")
+    _require_all_splits(given, "graphs")
     groups = []
     for name in given[split]:
         if name not in names:
@@ -155,11 +158,11 @@ def _by_graphs(
     return groups
 
 
-def _by_nodes(
+def _select_nodes(
     labels: np.ndarray, present: Sequence[int], given: Mapping[str, Any] | None, split: str, seed: int
 ) -> Group:
     if given is not None:
-        _complete(given, "nodes")
+        _require_all_splits(given, "nodes")
         chosen = np.asarray(given[split], dtype=np.int64)
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(labels)):
             raise UsageError(
@@ -169,17 +172,17 @@ def _by_nodes(
     group = {}
     for label in present:
         nodes = np.flatnonzero(labels == label)
-        nodes = nodes[_permutation(len(nodes), seed, "nodes", label)]
+        nodes = nodes[_permute(len(nodes), seed, "nodes", label)]
         first, second = round(0.6 * len(nodes)), round(0.8 * len(nodes))
         group[label] = {"train": nodes[:first], "validation": nodes[first:second], "test": nodes[second:]}[split]
     return group
 
 
-def _complete(given: Mapping[str, Any], kind: str) -> None:
+def _require_all_splits(given: Mapping[str, Any], kind: str) -> None:
     if given.keys() != set(_NAMES) or not all(isinstance(given[split], Sequence) for split in _NAMES):
         raise UsageError(f"A split of {kind} needs the lists {', '.join(_NAMES)}; it has {', '.join(given) or 'none'}.")
 
 
-def _permutation(count: int, seed: int, *labels: str | int) -> list[int]:
+def _permute(count: int, seed: int, *labels: str | int) -> list[int]:
     generator = torch.Generator().manual_seed(derive_seed(seed, "graph split", *labels))
     return torch.randperm(count, generator=generator).tolist()

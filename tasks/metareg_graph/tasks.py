@@ -27,10 +27,10 @@ from metareg import (
     hookimpl,
     task_uniform,
 )
-from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, fetch, load, locate, present
-from metareg_graph.figures import confusion, features_in_two_dimensions
+from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, fetch, find_local, load, locate
+from metareg_graph.figures import draw_confusion, draw_features
 from metareg_graph.sampling import Inputs, Pools, Seeds
-from metareg_graph.splits import SPLITS, ClassSplit, groups_of
+from metareg_graph.splits import SPLITS, ClassSplit, split_nodes
 
 __all__ = [
     "CSBM", "AmazonComputer", "CiteSeer", "CoauthorCS", "Cora", "CoraFull", "GraphFolder", "OgbnArxiv", "PubMed",
@@ -105,7 +105,7 @@ class _GraphTask(Task):
         """Modules on the DGL graph itself run task after task."""
         return self.config.inputs != "nodes"
 
-    def _targets(self, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def _repeat_targets(self, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
         config, classes = self.config, torch.arange(self.config.ways)
         return (
             classes.repeat_interleave(config.shots).expand(tasks, -1),
@@ -115,10 +115,10 @@ class _GraphTask(Task):
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Which classes are taken for which, and the adapted features of some test tasks in two dimensions."""
-        tasks = self._pictured(seed)
-        return {"confusion": confusion(learner, tasks), "features": features_in_two_dimensions(learner, tasks[:4])}
+        tasks = self._select_pictured(seed)
+        return {"confusion": draw_confusion(learner, tasks), "features": draw_features(learner, tasks[:4])}
 
-    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+    def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
         """Some test tasks, each with the names of its classes in their order."""
         raise NotImplementedError
 
@@ -151,13 +151,13 @@ class _FileTask(_GraphTask):
     def dataset(self) -> Dataset | None:
         """Where the graph is, and how to get it."""
         source = self.source
-        found = present(source, self.config.data)
+        found = find_local(source, self.config.data)
         return Dataset(
             location=found.parent if found is not None else self._root / "graphs",
             present=found is not None,
             obtain=f"It comes from {source.url}." if source.url else f"{source.advice[:1].upper()}{source.advice[1:]}.",
             download=self._download if source.url else None,
-            verify=self._described,
+            verify=self._describe,
         )
 
     @property
@@ -168,7 +168,7 @@ class _FileTask(_GraphTask):
     def _download(self) -> None:
         fetch(self.source, self._root)
 
-    def _described(self) -> str:
+    def _describe(self) -> str:
         data = self.data
         classes = len(data.labels[data.labels >= 0].unique())
         return (
@@ -181,7 +181,7 @@ class _FileTask(_GraphTask):
         seeds = self._pool(split, seed).draw(split, indices, seed)
         return self._inputs.episodes(
             seeds,
-            self._targets(len(indices)),
+            self._repeat_targets(len(indices)),
             lambda count, label: task_uniform(seed, split, indices, count, label),
         )
 
@@ -189,8 +189,8 @@ class _FileTask(_GraphTask):
     def _inputs(self) -> Inputs:
         config = self.config
         path = self._path()
-        return _prepared(
-            path, _stamp(path), torch.get_default_dtype(), self._directed(), self.source.row_normalised, config.inputs,
+        return _prepare(
+            path, _hash_files(path), torch.get_default_dtype(), self._directed(), self.source.row_normalised, config.inputs,
             config.hops, config.fanout, config.standardised,
         )  # fmt: skip
 
@@ -208,14 +208,14 @@ class _FileTask(_GraphTask):
             config, rule = self.config, self._rule()
             if config.classes is not None:
                 rule = ClassSplit(fixed={str(name): labels for name, labels in config.classes.items()})
-            groups, shared = groups_of(self.data, rule, split, seed, config.ways, config.shots + config.query)
+            groups, shared = split_nodes(self.data, rule, split, seed, config.ways, config.shots + config.query)
             where = f"the {split} split of '{self.name}'"
             self._pools[split, seed] = Pools(
                 groups, where, config.ways, config.shots, config.query, shared_labels=shared
             )
         return self._pools[split, seed]
 
-    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+    def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
         return [
             (
                 self.episodes("test", [number], seed)[0],
@@ -229,7 +229,7 @@ class _FileTask(_GraphTask):
 
 
 @lru_cache(maxsize=2)
-def _prepared(
+def _prepare(
     path: Path,
     stamp: int,  # noqa: ARG001 - a changed file is another key
     dtype: torch.dtype,  # noqa: ARG001 - as the tables are in torch's default type
@@ -244,7 +244,7 @@ def _prepared(
     return Inputs(data, kind, hops, fanout, standardised=standardised)
 
 
-def _stamp(path: Path) -> int:
+def _hash_files(path: Path) -> int:
     files = [path, *sorted(path.iterdir())] if path.is_dir() else [path]
     return hash(tuple((str(file), file.stat().st_mtime_ns) for file in files if file.exists()))
 
@@ -372,7 +372,7 @@ class GraphFolder(_FileTask):
             return None
         path = self._path()
         return Dataset(
-            path, path.exists(), "It is your own: name its file or folder with --data.", None, self._described
+            path, path.exists(), "It is your own: name its file or folder with --data.", None, self._describe
         )
 
     def _path(self) -> Path:
@@ -439,7 +439,7 @@ class CSBM(_GraphTask):
             return [self.episodes(split, [index], seed)[0].placed([place]) for place, index in enumerate(indices)]
         config, tasks = self.config, len(indices)
         inputs = Inputs(
-            self._graphs(split, indices, seed),
+            self._generate_graphs(split, indices, seed),
             config.inputs,
             config.hops,
             config.fanout,
@@ -451,7 +451,7 @@ class CSBM(_GraphTask):
         seeds = Seeds(nodes[:, :, : config.shots].reshape(tasks, -1), nodes[:, :, config.shots :].reshape(tasks, -1))
         return inputs.episodes(
             seeds,
-            self._targets(tasks),
+            self._repeat_targets(tasks),
             lambda count, label: task_uniform(seed, split, indices, count, label),
         )
 
@@ -461,16 +461,16 @@ class CSBM(_GraphTask):
         config = self.config
         return np.arange(config.ways)[:, None] + config.ways * np.arange(config.nodes // config.ways)
 
-    def _graphs(self, split: str, indices: Sequence[int], seed: int) -> GraphData:
+    def _generate_graphs(self, split: str, indices: Sequence[int], seed: int) -> GraphData:
         """The graphs of some tasks side by side."""
         config, tasks = self.config, len(indices)
         labels = np.arange(config.nodes) % config.ways
         draw = partial(task_uniform, seed, split, indices)
         generator = torch.Generator().manual_seed(derive_seed(seed, "csbm", "subspace"))
         basis, _ = torch.linalg.qr(torch.randn(config.features, config.rank, generator=generator, dtype=torch.float64))
-        directions = _normal(draw(config.ways * config.rank, "means")).view(tasks, config.ways, config.rank)
+        directions = _to_normal(draw(config.ways * config.rank, "means")).view(tasks, config.ways, config.rank)
         means = config.signal * directions / directions.norm(dim=-1, keepdim=True) @ basis.T
-        noise = _normal(draw(config.nodes * config.features, "noise")).view(tasks, config.nodes, config.features)
+        noise = _to_normal(draw(config.nodes * config.features, "noise")).view(tasks, config.nodes, config.features)
         features = means[:, torch.from_numpy(labels)] + noise
 
         first, second = np.triu_indices(config.nodes, 1)
@@ -479,7 +479,7 @@ class CSBM(_GraphTask):
         shares = np.where(within, config.homophily / within.sum(), (1 - config.homophily) / (~within).sum())
         task, pair = np.nonzero(draw(len(first), "edges") < edges * shares)
         offset = task * config.nodes
-        data = GraphData.of(
+        data = GraphData.from_edges(
             torch.from_numpy(offset + first[pair]),
             torch.from_numpy(offset + second[pair]),
             features.reshape(-1, config.features),
@@ -489,11 +489,11 @@ class CSBM(_GraphTask):
         members = torch.arange(tasks).repeat_interleave(config.nodes)
         return GraphData(data.graph, data.features, data.labels, members, data.names, data.splits)
 
-    def _pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
+    def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
         names = [str(label) for label in range(self.config.ways)]
         return [(self.episodes("test", [number], seed)[0], names) for number in range(40)]
 
 
-def _normal(u: np.ndarray) -> torch.Tensor:
+def _to_normal(u: np.ndarray) -> torch.Tensor:
     """Standard normal numbers from uniform ones."""
     return math.sqrt(2) * torch.erfinv(2 * torch.from_numpy(u).clamp(min=1e-15) - 1)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metareg_image.vision import torchvision_for
+from metareg_image.vision import import_torchvision
 
 __all__ = ["crop", "flip"]
 
@@ -22,7 +22,7 @@ def flip(images: Tensor, uniform: np.ndarray) -> Tensor:
         uniform: a number in [0, 1) an image ``[tasks, ways × each]``.
     """
     mirrored = torch.from_numpy(uniform.reshape(images.shape[:3]) < 0.5)
-    images[mirrored] = torchvision_for("flips").transforms.v2.functional.horizontal_flip(images[mirrored])
+    images[mirrored] = import_torchvision("flips").transforms.v2.functional.horizontal_flip(images[mirrored])
     return images
 
 
@@ -35,7 +35,7 @@ def crop(images: Tensor, padding: int, uniform: np.ndarray) -> Tensor:
         uniform: two numbers in [0, 1) an image ``[tasks, 2 × ways × each]``.
     """
     shape, (height, width) = images.shape, images.shape[-2:]
-    functional = torchvision_for("crops").transforms.v2.functional
+    functional = import_torchvision("crops").transforms.v2.functional
     padded = functional.pad(images.flatten(0, 2), [padding], padding_mode="reflect")
     top, left = torch.from_numpy((uniform * (2 * padding + 1)).astype(np.int64)).reshape(-1, 2).T
     rows = (top[:, None] + torch.arange(height))[:, None, :, None]

@@ -30,7 +30,7 @@ from metareg import (
 from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
-from metareg_image.store import UNREADABLE, ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, pixels
+from metareg_image.store import UNREADABLE, ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
 
 __all__ = ["Channels", "ImageConfig", "ImageTask"]
 
@@ -116,7 +116,7 @@ class ImageTask(Task):
         """What changes when the images may have changed; a standard data set never does."""
         return ""
 
-    def resized(self, image: Image.Image) -> Image.Image:
+    def resize(self, image: Image.Image) -> Image.Image:
         """An image in the task's size; the aspect is not kept."""
         size = (self.config.size, self.config.size)
         return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
@@ -134,30 +134,30 @@ class ImageTask(Task):
     @functools.cached_property
     def store(self) -> ImageStore:
         """The decoded images, out of the cache or decoded now."""
-        return ImageStore.cached(
+        return ImageStore.load_or_build(
             self.name,
             {"version": self.version, "source": self.fingerprint()},
             self._present_classes,
             (self.config.size, self.config.size, self.config.channels),
-            self._pixels,
+            self._read_pixels,
             self._check_contents,
         )
 
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
-        images, _ = self._drawn(split, indices, seed)
+        images, _ = self._draw_tasks(split, indices, seed)
         ways, shots = self.config.ways, self.config.shots
         labels = torch.arange(ways).expand(len(indices), ways)
         return Episodes(
-            _normalised(images[:, :, :shots]),
+            _normalise(images[:, :, :shots]),
             labels.repeat_interleave(shots, 1),
-            _normalised(images[:, :, shots:]),
+            _normalise(images[:, :, shots:]),
             labels.repeat_interleave(images.shape[2] - shots, 1),
         )
 
     def read_image(self, path: Path) -> Tensor:
         try:
-            image = self._pixels(path)
+            image = self._read_pixels(path)
         except UNREADABLE as error:
             raise UsageError(f"{path} cannot be read as an image: {error}.") from error
         return torch.from_numpy(image.copy()).movedim(-1, 0).to(torch.float32).div_(255)
@@ -166,13 +166,13 @@ class ImageTask(Task):
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Test episodes: support images, query images, predicted and true labels with the model's confidence."""
         indices = range(_PICTURED)
-        _, names = self._drawn("test", indices, seed)
+        _, names = self._draw_tasks("test", indices, seed)
         return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names)}
 
-    def _drawn(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
+    def _draw_tasks(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
         """Images uint8 ``[tasks, ways, shots + query, channels, height, width]``, and the names of the classes."""
-        config, index = self.config, self._index(split)
-        ways, each = config.ways, config.shots + self._queries(split)
+        config, index = self.config, self._find_index(split)
+        ways, each = config.ways, config.shots + self._count_queries(split)
         kinds = 4 if config.rotations else 1
         uniform = task_uniform(seed, split, indices, ways * (1 + each), "images")
         chosen = draw_distinct(uniform[:, :ways], kinds * len(index.names))
@@ -194,15 +194,15 @@ class ImageTask(Task):
         ]
         return images, names
 
-    def _queries(self, split: str) -> int:
+    def _count_queries(self, split: str) -> int:
         return self.config.query if split == "train" else self.config.eval_query
 
-    def _index(self, split: str) -> SplitIndex:
+    def _find_index(self, split: str) -> SplitIndex:
         """The classes of a split, if there are enough of them and of their images."""
         index = self.store.splits.get(split)
         if index is None:
             raise UsageError(f"There is no split '{split}'; there are {', '.join(self.store.splits)}.")
-        ways, queries = self.config.ways, self._queries(split)
+        ways, queries = self.config.ways, self._count_queries(split)
         available = len(index.names) * (4 if self.config.rotations else 1)
         if not available:
             raise UsageError(
@@ -245,18 +245,18 @@ class ImageTask(Task):
             self.is_complete(),
             self.obtain,
             self.download if self.downloadable else None,
-            self.verified,
+            self.verify,
         )
 
-    def verified(self) -> str:
+    def verify(self) -> str:
         """Read every image from its place, whatever the cache holds, and say what there is."""
-        splits = decode_all(self._present_classes(), self._pixels, self._check_contents)
+        splits = decode_all(self._present_classes(), self._read_pixels, self._check_contents)
         classes = "/".join(str(len(listed)) for listed in splits.values())
         images = sum(count for listed in splits.values() for _, count in listed)
         return f"{classes} classes ({'/'.join(splits)}), {images:,} images"
 
-    def _pixels(self, image: Source) -> np.ndarray:
-        return pixels(image, self.config.channels, self.resized)
+    def _read_pixels(self, image: Source) -> np.ndarray:
+        return read_pixels(image, self.config.channels, self.resize)
 
     def _present_classes(self) -> Iterable[ClassImages]:
         if not self.is_complete():
@@ -282,7 +282,7 @@ class ImageTask(Task):
             )
 
 
-def _normalised(images: Tensor) -> Tensor:
+def _normalise(images: Tensor) -> Tensor:
     """``[tasks, ways, each, channels, height, width]`` uint8 → ``[tasks, ways × each, …]`` in [0, 1].
 
     In memory the channels come last, in which order convolutions and poolings are faster.

@@ -63,16 +63,16 @@ class ImageFolder(ImageTask):
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(f"{self.config.ratios} {self.config.split_seed}".encode(), digest_size=16)
         if self.config.split_file is not None:
-            digest.update(_text(Path(self.config.split_file)).encode())
+            digest.update(_read_text(Path(self.config.split_file)).encode())
         if self.location.is_dir():
-            for name, paths in sorted(_images_by_folder(self.location).items()):
+            for name, paths in sorted(_list_images(self.location).items()):
                 for path in paths:
                     state = path.stat()
                     digest.update(f"{name}/{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
     def classes(self) -> Iterable[ClassImages]:
-        found = _images_by_folder(self.location)
+        found = _list_images(self.location)
         if not found:
             raise UsageError(
                 f"There are no images in the folders inside {self.location}; put a folder for each class there."
@@ -103,7 +103,7 @@ class _Benchmark(ImageTask):
 
     def images(self) -> Mapping[str, Sequence[Source]]:
         """The images of each class by its name; here, those of the folder of that name, wherever it is."""
-        return {Path(name).name: paths for name, paths in _images_by_folder(self.location).items()}
+        return {Path(name).name: paths for name, paths in _list_images(self.location).items()}
 
 
 class MiniImageNet(_Benchmark):
@@ -123,7 +123,7 @@ class MiniImageNet(_Benchmark):
 
     def images(self) -> Mapping[str, Sequence[Source]]:
         found: dict[str, list[Source]] = {}
-        for folder, paths in _images_by_folder(self.location).items():
+        for folder, paths in _list_images(self.location).items():
             name = Path(folder).name
             for path in paths:
                 found.setdefault(name if _is_wordnet(name) else path.name[:9], []).append(path)
@@ -164,7 +164,7 @@ class CUB(_Benchmark):
     )
     contents = (200, 11_788)
 
-    def resized(self, image: Image.Image) -> Image.Image:
+    def resize(self, image: Image.Image) -> Image.Image:
         size = self.config.size
         scale = round(1.5 * size) / min(image.size)
         image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BILINEAR)
@@ -194,7 +194,7 @@ class Cars(_Benchmark):
 
     def images(self) -> Mapping[str, Sequence[Source]]:
         root = self._root()
-        annotations, meta = _matlab(root / self.marker), _matlab(root / "devkit" / "cars_meta.mat")
+        annotations, meta = _read_matlab(root / self.marker), _read_matlab(root / "devkit" / "cars_meta.mat")
         names = [str(name) for name in meta["class_names"]]
         found: dict[str, list[Source]] = {}
         for each in annotations["annotations"]:
@@ -210,7 +210,7 @@ class Cars(_Benchmark):
         return inside if inside.is_dir() else self.location
 
 
-def _images_by_folder(root: Path) -> dict[str, list[Path]]:
+def _list_images(root: Path) -> dict[str, list[Path]]:
     """The image files of each folder below `root` that has some, by the folder's path inside `root`."""
     found: dict[str, list[Path]] = {}
     for folder, folders, files in os.walk(root, followlinks=True):
@@ -232,7 +232,7 @@ def _split_by_folders(names: Iterable[str]) -> dict[str, str] | None:
 
 def _read_split(path: Path, known: Iterable[str]) -> dict[str, str]:
     """Splits by class name out of a JSON, YAML or CSV file."""
-    text = _text(path)
+    text = _read_text(path)
     if path.suffix.lower() == ".csv":
         rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
         bad = next((number for number, row in enumerate(rows, 1) if len(row) != 2), None)
@@ -266,7 +266,7 @@ def _split_mapping(path: Path, text: str) -> dict[str, list[str]]:
     return {str(split): [str(name) for name in names] for split, names in content.items()}
 
 
-def _text(path: Path) -> str:
+def _read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -278,7 +278,7 @@ def _is_wordnet(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
 
 
-def _matlab(path: Path) -> Any:
+def _read_matlab(path: Path) -> Any:
     from scipy.io import loadmat
 
     try:

@@ -76,13 +76,13 @@ class Glyphs(ImageTask):
 
     @property
     def dataset(self) -> Dataset | None:
-        return Dataset(None, True, self.obtain, None, self.verified)
+        return Dataset(None, True, self.obtain, None, self.verify)
 
     def fingerprint(self) -> str:
         return matplotlib.__version__
 
     def classes(self) -> Iterable[ClassImages]:
-        charmaps = {face: set(FT2Font(str(_path(face))).get_charmap()) for face in _FACES}
+        charmaps = {face: set(FT2Font(str(_find_font(face))).get_charmap()) for face in _FACES}
         letters = [
             (split, chr(code), faces)
             for split, scripts in _SCRIPTS.items()
@@ -91,9 +91,9 @@ class Glyphs(ImageTask):
             if _is_letter_of(chr(code), script)
             and len(faces := [face for face in _FACES if code in charmaps[face]]) >= _FEWEST_FACES
         ]
-        for number in _all_different([_centred(_drawn(letter, faces[0])) for _, letter, faces in letters]):
+        for number in _find_distinct([_centre(_draw_letter(letter, faces[0])) for _, letter, faces in letters]):
             split, letter, faces = letters[number]
-            images = [partial(_example, letter, faces, example, self.config.size) for example in range(_EXAMPLES)]
+            images = [partial(_draw_example, letter, faces, example, self.config.size) for example in range(_EXAMPLES)]
             yield ClassImages(split, unicodedata.name(letter).capitalize(), images)
 
 
@@ -105,7 +105,7 @@ def _is_letter_of(letter: str, script: str) -> bool:
     )
 
 
-def _path(face: str) -> Path:
+def _find_font(face: str) -> Path:
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():
         raise UsageError(
@@ -115,19 +115,19 @@ def _path(face: str) -> Path:
 
 
 @cache
-def _font(face: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_path(face), _POINTS, layout_engine=ImageFont.Layout.BASIC)
+def _load_font(face: str) -> ImageFont.FreeTypeFont:
+    return ImageFont.truetype(_find_font(face), _POINTS, layout_engine=ImageFont.Layout.BASIC)
 
 
-def _drawn(letter: str, face: str) -> Image.Image:
+def _draw_letter(letter: str, face: str) -> Image.Image:
     """A letter, bright on dark, cut at its edges."""
-    left, top, right, bottom = _font(face).getbbox(letter)
+    left, top, right, bottom = _load_font(face).getbbox(letter)
     image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-    ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=_font(face))
+    ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=_load_font(face))
     return image.crop(image.getbbox())
 
 
-def _centred(
+def _centre(
     image: Image.Image, size: int = 28, matrix: np.ndarray | None = None, shift: tuple[float, float] = (0, 0)
 ) -> Image.Image:
     """A letter in the middle of an image of ``size × size``, its larger side taking `_INK` of it, changed by an affine map.
@@ -153,16 +153,18 @@ def _centred(
     return image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
 
 
-def _example(letter: str, faces: list[str], number: int, size: int) -> Image.Image:
+def _draw_example(letter: str, faces: list[str], number: int, size: int) -> Image.Image:
     """An example of a letter: the next of its faces, turned, sheared, scaled and shifted a little."""
     turn, shear, scale, right, down = 2 * task_uniform(0, "glyphs", [ord(letter)], 5, str(number))[0] - 1
     angle = np.deg2rad(12 * turn)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     matrix = (1 + 0.15 * scale) * rotation @ np.array([[1, 0.2 * shear], [0, 1]])
-    return _centred(_drawn(letter, faces[number % len(faces)]), size, matrix, (0.06 * size * right, 0.06 * size * down))
+    return _centre(
+        _draw_letter(letter, faces[number % len(faces)]), size, matrix, (0.06 * size * right, 0.06 * size * down)
+    )
 
 
-def _all_different(images: list[Image.Image]) -> Iterator[int]:
+def _find_distinct(images: list[Image.Image]) -> Iterator[int]:
     """The numbers of the images that do not look like one that was kept before."""
     flat = np.stack([np.asarray(image, dtype=np.float32).ravel() for image in images])
     squares = (flat**2).sum(1)

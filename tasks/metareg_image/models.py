@@ -44,7 +44,7 @@ class Conv4:
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
-        channels, height, breadth = _image_shape(spec, "conv4", 16)
+        channels, height, breadth = _check_image_shape(spec, "conv4", 16)
         config, layers = self.config, []
         for block in range(4):
             layers.append(_convolution(channels if block == 0 else config.width, config.width, config.norm_layer))
@@ -83,7 +83,7 @@ class ResNet12:
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
-        channels, *_ = _image_shape(spec, "resnet12", 16)
+        channels, *_ = _check_image_shape(spec, "resnet12", 16)
         widths = self.config.widths
         blocks = [
             _Residual(before, after, self.config.norm_layer)
@@ -141,7 +141,7 @@ def _pool(kind: Pool) -> nn.Module:
     return nn.MaxPool2d(2) if kind == "max" else nn.AvgPool2d(2)
 
 
-def _image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, int, int]:
+def _check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, int, int]:
     if len(spec.input_shape) != 3 or len(spec.output_shape) != 1:
         raise UsageError(
             f"The model '{model}' takes images [channels, height, width] and gives one score a class; this task's "

@@ -37,9 +37,9 @@ class _Characters(ImageTask):
     Config = OmniglotConfig
     folder = "omniglot"
 
-    def resized(self, image: Image.Image) -> Image.Image:
+    def resize(self, image: Image.Image) -> Image.Image:
         """Ink is bright on a dark ground."""
-        return super().resized(ImageOps.invert(image))
+        return super().resize(ImageOps.invert(image))
 
 
 class Omniglot(_Characters, TorchvisionTask):
@@ -108,7 +108,7 @@ class OmniglotSmall(_Characters):
             download(f"{_ORIGIN}/{name}", self.location / name, checksum)
 
     def classes(self) -> Iterable[ClassImages]:
-        first, second = (_characters(self.location / name) for name in _SMALL)
+        first, second = (_read_characters(self.location / name) for name in _SMALL)
         for name, images in first.items():
             split = "validation" if name.startswith(f"{_VALIDATION_ALPHABET}/") else "train"
             yield ClassImages(split, name, images)
@@ -118,7 +118,7 @@ class OmniglotSmall(_Characters):
                 yield ClassImages("test", name, images)
 
 
-def _characters(path: Path) -> dict[str, list[Image.Image]]:
+def _read_characters(path: Path) -> dict[str, list[Image.Image]]:
     """Images by ``alphabet/character`` of a zip archive ``set/alphabet/character/drawing.png``."""
     characters: dict[str, list[Image.Image]] = {}
     try:

@@ -25,12 +25,12 @@ def draw_distinct(uniform: np.ndarray, population: np.ndarray | int) -> np.ndarr
     target = step + (uniform * (np.asarray(population)[..., None] - step)).astype(np.int64)
     drawn, moved = np.empty_like(target), np.empty_like(target)
     for j in range(draws):
-        drawn[..., j] = _entry(target[..., j], target[..., :j], moved[..., :j])
-        moved[..., j] = _entry(np.full(target.shape[:-1], j), target[..., :j], moved[..., :j])
+        drawn[..., j] = _look_up(target[..., j], target[..., :j], moved[..., :j])
+        moved[..., j] = _look_up(np.full(target.shape[:-1], j), target[..., :j], moved[..., :j])
     return drawn
 
 
-def _entry(position: np.ndarray, target: np.ndarray, moved: np.ndarray) -> np.ndarray:
+def _look_up(position: np.ndarray, target: np.ndarray, moved: np.ndarray) -> np.ndarray:
     """What stands at a position after some swaps: what the last one with this target put there, else its number."""
     if not target.shape[-1]:
         return position

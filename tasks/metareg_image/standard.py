@@ -15,7 +15,7 @@ from metareg import MetaregError, UsageError
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.splits import read_splits
 from metareg_image.store import ClassImages, Cut, Source
-from metareg_image.vision import torchvision_for
+from metareg_image.vision import import_torchvision
 
 __all__ = ["CIFARFS", "FC100", "SVHN", "Aircraft", "TorchvisionTask", "TrafficSign", "VGGFlower"]
 
@@ -49,7 +49,7 @@ class TorchvisionTask(ImageTask):
         return (self.location / self.marker).exists()
 
     def download(self) -> None:
-        datasets = torchvision_for(self.name).datasets
+        datasets = import_torchvision(self.name).datasets
         try:
             location = self.location
             location.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ class TorchvisionTask(ImageTask):
             raise MetaregError(f"The data of the task '{self.name}' cannot be fetched: {error}.") from error
 
     def classes(self) -> Iterable[ClassImages]:
-        datasets = torchvision_for(self.name).datasets
+        datasets = import_torchvision(self.name).datasets
         try:
             images = self.images(self.parts(datasets, self.location, download=False))
         except (OSError, RuntimeError, KeyError, ValueError) as error:

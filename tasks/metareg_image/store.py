@@ -27,7 +27,7 @@ __all__ = [
     "SplitIndex",
     "Splits",
     "decode_all",
-    "pixels",
+    "read_pixels",
 ]
 
 SPLITS = ("train", "validation", "test")
@@ -97,7 +97,7 @@ class ImageStore:
             start += int(counts.sum())
 
     @classmethod
-    def cached(
+    def load_or_build(
         cls,
         name: str,
         identity: Mapping[str, Any],
@@ -181,7 +181,7 @@ def decode_all(
     unreadable: list[str] = []
     for each in sorted(classes, key=lambda each: SPLITS.index(each.split)):
         count = 0
-        for image in _decoded(each.images, decode, unreadable):
+        for image in _decode(each.images, decode, unreadable):
             keep(image)
             count += 1
         splits[each.split].append((each.name, count))
@@ -190,7 +190,7 @@ def decode_all(
     return splits
 
 
-def _decoded(
+def _decode(
     images: Iterable[Source], decode: Callable[[Source], np.ndarray], unreadable: list[str]
 ) -> Iterator[np.ndarray]:
     for image in images:
@@ -211,17 +211,17 @@ def _refuse_unreadable(names: list[str]) -> None:
         raise UsageError(f"{count} cannot be read: {'; '.join(names[:5])}{more}. Repair or remove them.")
 
 
-def pixels(image: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def read_pixels(image: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """An image's pixels as uint8 ``[height, width, channels]``: grey, or red, green and blue."""
     if isinstance(image, Path):
         with Image.open(image) as opened:
-            return _array(opened, channels, resize)
+            return _to_array(opened, channels, resize)
     if isinstance(image, np.ndarray):
-        return _array(Image.fromarray(image), channels, resize)
-    return _array(image if isinstance(image, Image.Image) else image(), channels, resize)
+        return _to_array(Image.fromarray(image), channels, resize)
+    return _to_array(image if isinstance(image, Image.Image) else image(), channels, resize)
 
 
-def _array(image: Image.Image, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def _to_array(image: Image.Image, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
         # What is transparent is seen on white.
         image = image.convert("RGBA")

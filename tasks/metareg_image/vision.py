@@ -11,14 +11,14 @@ import torch
 
 from metareg import MetaregError
 
-__all__ = ["torchvision_for"]
+__all__ = ["import_torchvision"]
 
 _declared: list[torch.library.Library] = []
 """Declarations of operators last as long as these objects."""
 _INSTALL = "pip install 'metareg[images]'"
 
 
-def torchvision_for(what: str) -> ModuleType:
+def import_torchvision(what: str) -> ModuleType:
     """The module torchvision, with `datasets` and `transforms.v2`.
 
     Args:
@@ -28,7 +28,7 @@ def torchvision_for(what: str) -> ModuleType:
         MetaregError: it is not installed, or does not work with the torch that is.
     """
     try:
-        return _imported()
+        return _import_repaired()
     except ModuleNotFoundError as error:
         raise MetaregError(f"'{what}' needs {error.name}, which is not installed: {_INSTALL}.") from error
     except Exception as error:
@@ -40,7 +40,7 @@ def torchvision_for(what: str) -> ModuleType:
 
 
 @functools.cache
-def _imported() -> ModuleType:
+def _import_repaired() -> ModuleType:
     try:
         torchvision = importlib.import_module("torchvision")
     except RuntimeError as error:

@@ -64,7 +64,7 @@ class _Curves(Task):
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Four test curves: support points, truth, and the model before and after adaptation."""
-        return {"fits": _fits(self, learner, seed)}
+        return {"fits": _draw_fits(self, learner, seed)}
 
 
 class Sinusoid(_Curves):
@@ -166,7 +166,7 @@ class MultilayerPerceptron(nn.Module):
         return outputs
 
 
-def _fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
+def _draw_fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     x = torch.linspace(_LOW, _HIGH, 200).unsqueeze(-1)
     curves = task_uniform(seed, "test", range(4), task.numbers, "curve")

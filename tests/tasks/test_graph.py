@@ -23,7 +23,7 @@ if sys.version_info >= (3, 12):
     pytest.skip("DGL has no wheels for this Python", allow_module_level=True)
 
 from metareg_graph import CSBM, BlockNetwork, CiteSeer, Cora, GraphData, GraphFolder, Inputs, OnGraph, Pools, Seeds
-from metareg_graph._dgl import dgl, opaque, twice_differentiable
+from metareg_graph._dgl import call_opaque, import_dgl, make_softmax_twice_differentiable
 
 conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
 WAYS, SHOTS, QUERY, HIDDEN = 2, 2, 3, 5
@@ -97,7 +97,7 @@ def network(task: Any, inputs: str = "gcn", hidden: int = HIDDEN) -> BlockNetwor
 
 def full_graph(data: GraphData) -> Net:
     """The GCN on the whole graph with `dgl.nn.GraphConv`, in the parameters' names of the block path; x are node numbers."""
-    graph = dgl().add_self_loop(data.graph)
+    graph = import_dgl().add_self_loop(data.graph)
     modules = [conv.GraphConv(1, 1, weight=False, bias=False) for _ in range(2)]
 
     def body(p: Any, nodes: Tensor) -> Tensor:
@@ -201,10 +201,10 @@ def layers_of_dgl(model: BlockNetwork, data: GraphData) -> Tensor:
     if body.inputs == "sgc":
         layer = conv.SGConv(x.shape[1], HIDDEN, k=body.depth)
         layer.fc.load_state_dict(body.layers[0].state_dict())
-        return layer(dgl().add_self_loop(graph), x).relu()
+        return layer(import_dgl().add_self_loop(graph), x).relu()
     for linear in body.layers:
         if body.inputs == "gcn":
-            propagated = conv.GraphConv(1, 1, weight=False, bias=False)(dgl().add_self_loop(graph), x)
+            propagated = conv.GraphConv(1, 1, weight=False, bias=False)(import_dgl().add_self_loop(graph), x)
             x = linear(propagated).relu()
             continue
         width = linear.in_features // 2
@@ -279,7 +279,7 @@ def test_strategies_agree(folder: Path, inputs: str, strategy: str) -> None:
 def test_second_derivatives_of_dgl_layers(layer: str) -> None:
     """Through `opaque`, inside torch.func, against ordinary autograd on the same layer and against differences."""
     torch.manual_seed(0)
-    graph = dgl().add_self_loop(dgl().rand_graph(20, 60))
+    graph = import_dgl().add_self_loop(import_dgl().rand_graph(20, 60))
     x = torch.randn(20, 4)
     module = {
         "GraphConv": lambda: conv.GraphConv(4, 3),
@@ -291,12 +291,12 @@ def test_second_derivatives_of_dgl_layers(layer: str) -> None:
     names, values = zip(*((name, value.detach()) for name, value in module.named_parameters()), strict=True)
 
     def run(*values: Tensor) -> Tensor:
-        with twice_differentiable():
+        with make_softmax_twice_differentiable():
             return functional_call(module, dict(zip(names, values, strict=True)), (graph, x))
 
     def objective(values: tuple[Tensor, ...]) -> Tensor:
         def loss(values: tuple[Tensor, ...]) -> Tensor:
-            return opaque(run, *values).tanh().square().sum()
+            return call_opaque(run, *values).tanh().square().sum()
 
         grads = torch.func.grad(loss)(values)
         return loss(tuple(value - 0.003 * grad for value, grad in zip(values, grads, strict=True)))
@@ -397,7 +397,7 @@ def test_padding_changes_nothing_and_less_than_doubles_the_rows(folder: Path) ->
 
 def test_a_hub_gets_a_stack_of_its_own() -> None:
     star = torch.zeros(200, dtype=torch.int64), torch.arange(1, 201)
-    data = GraphData.of(*star, torch.randn(220, 2), torch.zeros(220, dtype=torch.int64))
+    data = GraphData.from_edges(*star, torch.randn(220, 2), torch.zeros(220, dtype=torch.int64))
     seeds = Seeds(np.array([[0, 1], [2, 3], [201, 202], [203, 204]]), np.arange(205, 213).reshape(4, 2))
     targets = torch.zeros(4, 2, dtype=torch.int64), torch.zeros(4, 2, dtype=torch.int64)
     stacks = Inputs(data, "gcn", 2).episodes(seeds, targets, lambda count, label: np.zeros((4, count)))
@@ -425,13 +425,13 @@ def test_fanout_bounds_neighbours_and_keeps_sums_right_on_average(folder: Path) 
 
 def test_csbm_graphs_are_new_and_as_asked(folder: Path) -> None:  # noqa: ARG001
     task = CSBM(CSBM.Config(nodes=60, degree=5.0, homophily=0.9))
-    data = task._graphs("test", range(40), 0)
+    data = task._generate_graphs("test", range(40), 0)
     source, destination = data.graph.edges()
     assert (data.members[source] == data.members[destination]).all()
     assert data.graph.num_edges() / data.graph.num_nodes() == pytest.approx(5.0, rel=0.1)
     within = (data.labels[source] == data.labels[destination]).double().mean().item()
     assert within == pytest.approx(0.9, abs=0.02)
-    one, two = (task._graphs(split, [0], 0).features for split in ("train", "test"))
+    one, two = (task._generate_graphs(split, [0], 0).features for split in ("train", "test"))
     assert not torch.allclose(one, two)
     batch, alone = task.episodes("test", range(6), 0), task.episodes("test", [4], 0)
     torch.testing.assert_close(
@@ -499,13 +499,13 @@ def test_a_newer_python_is_told_that_there_are_no_wheels(monkeypatch: pytest.Mon
     monkeypatch.setitem(sys.modules, "dgl", None)
     monkeypatch.setattr("metareg_graph._dgl.sys.version_info", (3, 13))
     with pytest.raises(PluginError, match=r"no wheels for Python 3.13: use Python 3.11"):
-        dgl()
+        import_dgl()
 
 
 @pytest.mark.parametrize("inputs", ["gcn", "sgc", "mean"])
 def test_standardised_rows_are_centred_in_each_graph_and_of_one_length(inputs: str) -> None:
     task = CSBM(CSBM.Config(nodes=30, standardised=False))
-    data = task._graphs("test", range(3), 0)
+    data = task._generate_graphs("test", range(3), 0)
     raw, standardised = (Inputs(data, inputs, 2, standardised=each).table for each in (False, True))
     for number in range(3):
         rows = raw[data.members == number]

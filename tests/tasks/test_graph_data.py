@@ -23,7 +23,7 @@ if sys.version_info >= (3, 12):
 
 from metareg_graph import AmazonComputer, CiteSeer, CoauthorCS, Cora, CoraFull, GraphFolder, OgbnArxiv, PubMed
 from metareg_graph.data import Source, load, locate
-from metareg_graph.splits import SPLITS, groups_of
+from metareg_graph.splits import SPLITS, split_nodes
 
 dgl = pytest.importorskip("dgl", reason="DGL is not installed")
 
@@ -330,7 +330,7 @@ def test_impossible_tasks(options: dict[str, Any], message: str, tmp_path: Path)
 def test_no_such_split(tmp_path: Path) -> None:
     data = load(npz(tmp_path / "g.npz"))
     with pytest.raises(UsageError, match="there is no 'dev'"):
-        groups_of(data, "auto", "dev", 0, 2, 4)
+        split_nodes(data, "auto", "dev", 0, 2, 4)
 
 
 def test_graphs_of_different_widths(tmp_path: Path) -> None:

@@ -293,7 +293,7 @@ _CLASS_OF = {
 @pytest.mark.parametrize("task_class", _CLASS_OF)
 def test_torchvision_tasks(task_class: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = SimpleNamespace(**{_CLASS_OF[task_class]: fakes(tmp_path)[task_class]})
-    monkeypatch.setattr(standard, "torchvision_for", lambda _: SimpleNamespace(datasets=fake))
+    monkeypatch.setattr(standard, "import_torchvision", lambda _: SimpleNamespace(datasets=fake))
     task = task_class(task_class.Config(data=str(tmp_path), ways=5, query=1, eval_query=1))
     (tmp_path / task.marker).mkdir(parents=True, exist_ok=True)
     classes, _ = task.contents
@@ -317,30 +317,30 @@ def test_torchvision_tasks(task_class: type, tmp_path: Path, monkeypatch: pytest
         assert task.store.pixels[index.starts, 0, 0, 0].tolist() == [n + 1 for n in numbers]
 
 
-def test_a_torchvision_that_cannot_be_imported_costs_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torchvision_that_cannot_be_import_repaired_costs_only_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> Any:
         raise ModuleNotFoundError(f"No module named '{name}'", name=name)
 
     def broken(_: str) -> Any:
         raise RuntimeError("undefined symbol: at_foo")
 
-    vision._imported.cache_clear()
+    vision._import_repaired.cache_clear()
     for importer, sentence in (
         (missing, r"needs torchvision, which is not installed: pip install 'metareg\[images\]'"),
         (broken, "import fails beside torch .* undefined symbol"),
     ):
         monkeypatch.setattr(vision.importlib, "import_module", importer)
         with pytest.raises(MetaregError, match=sentence):
-            vision.torchvision_for("cifar-fs")
-    vision._imported.cache_clear()
+            vision.import_torchvision("cifar-fs")
+    vision._import_repaired.cache_clear()
 
 
-def test_torchvision_is_imported_by_nothing_that_does_not_need_it(animals: Path, cache: Path) -> None:
+def test_torchvision_is_import_repaired_by_nothing_that_does_not_need_it(animals: Path, cache: Path) -> None:
     code = (
         "import sys; from metareg_image import ImageFolder; "
         f"ImageFolder(ImageFolder.Config(data={str(animals)!r}, size=16, ways=2, query=2)).episodes('train', [0], 0); "
-        "assert 'torchvision' not in sys.modules; from metareg_image.vision import torchvision_for; "
-        "tv = torchvision_for('x'); assert tv.transforms.v2 and tv.datasets.CIFAR100"
+        "assert 'torchvision' not in sys.modules; from metareg_image.vision import import_torchvision; "
+        "tv = import_torchvision('x'); assert tv.transforms.v2 and tv.datasets.CIFAR100"
     )
     environment = os.environ | {"METAREG_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", code], check=True, env=environment)
@@ -358,7 +358,7 @@ def test_miniimagenet_in_both_layouts(tmp_path: Path, monkeypatch: pytest.Monkey
             draw(tmp_path / "b" / ("train" if number < 64 else "rest") / name / f"{image}.jpg", number)
     for layout in "ab":
         task = MiniImageNet(MiniImageNet.Config(data=str(tmp_path / layout), size=8, query=1, eval_query=1))
-        assert task.verified() == "64/16/20 classes (train/validation/test), 200 images"
+        assert task.verify() == "64/16/20 classes (train/validation/test), 200 images"
 
 
 def test_cub_takes_the_middle_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,19 +372,19 @@ def test_cub_takes_the_middle_and_counts(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(
         UsageError, match=r"is not complete: 200 classes and 200 images, where 200 and 11,788 belong\. Put"
     ):
-        task.verified()
+        task.verify()
     monkeypatch.setattr(CUB, "contents", (200, 200))
-    assert task.verified() == "100/50/50 classes (train/validation/test), 200 images"
+    assert task.verify() == "100/50/50 classes (train/validation/test), 200 images"
     wide = Image.new("RGB", (90, 30))
     wide.paste((255, 255, 255), (35, 0, 55, 30))
-    assert np.asarray(task.resized(wide)).mean() > 250  # the middle 20 of 90 columns
-    assert task.resized(Image.new("RGB", (17, 200))).size == (16, 16)
+    assert np.asarray(task.resize(wide)).mean() > 250  # the middle 20 of 90 columns
+    assert task.resize(Image.new("RGB", (17, 200))).size == (16, 16)
 
 
 def test_tieredimagenet_names_missing_classes(tmp_path: Path) -> None:
     draw(tmp_path / "train" / "n01530575" / "1.jpg")
     with pytest.raises(UsageError, match=r"1 classes and 1 images.*Without images: n0"):
-        TieredImageNet(TieredImageNet.Config(data=str(tmp_path), size=8)).verified()
+        TieredImageNet(TieredImageNet.Config(data=str(tmp_path), size=8)).verify()
 
 
 def test_cars_are_cut_at_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -402,14 +402,14 @@ def test_cars_are_cut_at_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyP
         picture.save(path)
     monkeypatch.setattr(Cars, "contents", (196, 196))
     task = Cars(Cars.Config(data=str(tmp_path), size=8))
-    assert task.verified() == "98/49/49 classes (train/validation/test), 196 images"
+    assert task.verify() == "98/49/49 classes (train/validation/test), 196 images"
     assert task.store.pixels.min() == 255
     # A data set is verified where it is, though a cache of it is there.
     damaged = tmp_path / "cars_train" / rows[7][-1]
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert task.store.pixels.min() == 255
     with pytest.raises(UsageError, match=f"An image cannot be read: .*{damaged.name} "):
-        task.verified()
+        task.verify()
 
 
 # --------------------------------------------------------------------------------------------- downloads and the command

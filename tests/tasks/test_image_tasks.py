@@ -98,7 +98,7 @@ def test_rotations_are_further_classes() -> None:
     ]
     counts = np.bincount(turns, minlength=4)
     assert counts.min() > 100  # 150 of each are expected
-    _, names = task._drawn("test", range(30), 0)
+    _, names = task._draw_tasks("test", range(30), 0)
     assert [turn for turn in turns if turn] == [
         int(name.rsplit(" ", 1)[1].removesuffix("°")) // 90 for name in itertools.chain(*names) if name.endswith("°")
     ]
@@ -170,7 +170,7 @@ def test_glyphs_fill_their_images_and_differ() -> None:
 def test_omniglot_small(data_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("METAREG_DATA", str(data_folder))
     task = OmniglotSmall(OmniglotSmall.Config())
-    assert task.verified() == "114/22/106 classes (train/validation/test), 4,840 images"
+    assert task.verify() == "114/22/106 classes (train/validation/test), 4,840 images"
     alphabets = {split: {name.split("/")[0] for name in index.names} for split, index in task.store.splits.items()}
     assert alphabets == {
         "train": {"Balinese", "Greek", "Korean", "Latin"},
