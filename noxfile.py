@@ -59,6 +59,42 @@ def tests(session: nox.Session) -> None:
     session.run(environment(session), "-m", "pytest", *session.posargs, external=True)
 
 
+def lower_bounds() -> list[str]:
+    """The requirements of pyproject.toml at the oldest versions that they allow."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    extras = (requirement for extra in project["optional-dependencies"].values() for requirement in extra)
+    return [
+        requirement.replace(">=", "==")
+        for requirement in (*project["dependencies"], *extras)
+        if not requirement.startswith("metareg[")
+    ]
+
+
+def run_suite(session: nox.Session, *options: str) -> None:
+    """Run the suite, or what follows --, with what pip chooses, in an environment of its own."""
+    folder = ROOT / ".nox" / session.name
+    session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
+    python = str(folder / BIN.name / "python")
+    session.run(python, "-m", "pip", "install", "-q", *options, "-e", ".[test,graph,images]", external=True)
+    # What other packages say of each other's age is not for this one.
+    quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning")
+    session.run(python, "-m", "pytest", *quiet, *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def oldest(session: nox.Session) -> None:
+    """The test suite with the lower bounds of pyproject.toml: nox -s oldest -- tests/engine."""
+    bounds = Path(session.create_tmp()) / "bounds.txt"
+    bounds.write_text("\n".join(lower_bounds()), "utf-8")
+    run_suite(session, "-c", str(bounds.resolve()))
+
+
+@nox.session(default=False)
+def newest(session: nox.Session) -> None:
+    """The test suite with the newest versions that install."""
+    run_suite(session, "--upgrade")
+
+
 @nox.session(default=False)
 def steps(session: nox.Session) -> None:
     """Whole training steps in all combinations, a day's work; -k "not compiled" leaves the hour without a compiler."""

@@ -37,7 +37,7 @@ __all__ = [
     "writes_in_place",
 ]
 
-_TESTED = "2.6 to 2.14"
+_TESTED = "2.8 to 2.14"
 
 
 def _find(*names: str, default: Any = None) -> Any:

@@ -93,7 +93,7 @@ def test_trees_are_those_of_the_public_module_where_the_private_one_is_gone() ->
 
 
 def test_a_torch_without_trees_is_refused_in_one_sentence() -> None:
-    with pytest.raises(MetaregError, match=r"tree_map.*2\.6 to"):
+    with pytest.raises(MetaregError, match=r"tree_map.*2\.8 to"):
         load_without((_pytree, "tree_map"))
 
 
