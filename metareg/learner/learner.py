@@ -53,7 +53,7 @@ class MetaLearner:
         spec: the shapes for a model named by its plugin.
         model_options: options of a model named by its plugin.
         algo_config: the algorithm's options; they may also be given by name (``inner_lr=0.4``).
-        inner_steps and others: the options of `LearnerConfig`, which `help(MetaLearner)` lists.
+        inner_steps … seed: the options of `LearnerConfig`, which `help(MetaLearner)` lists.
 
     Raises:
         UsageError: an unknown name, an impossible value, or a model that does not fit.
@@ -92,7 +92,7 @@ class MetaLearner:
         self.config = create_config(locals())
         model, self._recipe = resolve_model(model, model_options, spec, self.config.seed)
         self.loss, self.metric = find_loss(loss), find_metric(metric, loss)
-        self._names = {"head": head, "loss": loss if isinstance(loss, str) else None, "metric": self.metric.name}
+        self._file_facts = {"head": head, "loss": loss if isinstance(loss, str) else None, "metric": self.metric.name}
         self.algorithm = resolve("algorithms", algo, {**(algo_config or {}), **algo_options})
         self.augmenters = [resolve_augmenter(each) for each in split_names(augment)]
         self.stages = Stages(self.algorithm, self.augmenters)
@@ -254,7 +254,7 @@ class MetaLearner:
         """
         write_learner(
             Path(path), self.config, self.algorithm, self.model, self._recipe, self.plain_meta_parameters,
-            **self._names, steps_done=self.steps_done,
+            **self._file_facts, steps_done=self.steps_done,
         )  # fmt: skip
 
     @classmethod

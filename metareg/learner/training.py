@@ -116,8 +116,8 @@ class Progress:
             raise TypeError(f"best_step is a {type(self.best_step).__name__}")
         self.averager.load_state(state["window"], device)
 
-    def improves(self, evaluation: Evaluation, step: int) -> bool:
-        """Take note of a validation; returns whether it is the best so far."""
+    def record(self, evaluation: Evaluation, step: int) -> bool:
+        """Record a validation; returns whether it is the best so far."""
         score = evaluation.mean(evaluation.inner_steps[-1])
         sign = 1 if evaluation.higher_is_better else -1
         if not math.isfinite(score) or (self.best_score is not None and sign * score <= sign * self.best_score):
@@ -211,7 +211,7 @@ class _Loop:
             self.source, self.schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
         )
         self.hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
-        return self.progress.improves(evaluation, learner.steps_done)
+        return self.progress.record(evaluation, learner.steps_done)
 
     def skip_step(self, error: DivergenceError) -> None:
         """Count a step that diverged as done, or raise its error where the schedule does not allow for that."""
