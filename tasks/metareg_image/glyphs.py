@@ -116,7 +116,7 @@ def _find_font(face: str) -> Path:
 
 @cache
 def _load_font(face: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(_find_font(face), _POINTS, layout_engine=ImageFont.Layout.BASIC)
+    return ImageFont.truetype(str(_find_font(face)), _POINTS, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _draw_letter(letter: str, face: str) -> Image.Image:
