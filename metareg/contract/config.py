@@ -51,11 +51,7 @@ _Config = TypeVar("_Config", bound=BaseModel)
 
 
 def validate(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-    """Build `cls` from `values`.
-
-    Raises:
-        UsageError: one sentence that names each bad key, what it holds, what is allowed and the nearest valid key.
-    """
+    """Build `cls` from `values`, or say of each bad key what it holds, what is allowed and the nearest valid key."""
     values = update_names(cls, values)
     unknown = [key for key in values if key not in cls.model_fields]
     if unknown and cls.model_config.get("extra") == "forbid":
@@ -73,14 +69,7 @@ def update_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unknown_option_error(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
-    """The error for an option that there is not, or no longer.
-
-    Args:
-        what: what it should be one of.
-        name: what was written.
-        known: the names that there are.
-        present_names: those of options that once had this name.
-    """
+    """The error for a `name` that no option has, or no longer: `present_names` are those of options that once had it."""
     if present_names:
         present = " or ".join(f"'{each}'" for each in present_names)
         return UsageError(f"There is no {what} named '{name}' any more: it is {present} now.")
@@ -88,14 +77,9 @@ def unknown_option_error(what: str, name: str, known: Iterable[str], present_nam
 
 
 def split_names(value: Any) -> list[Any]:
-    """The plugins that a user lists.
+    """The plugins of a list (names, classes, objects or pairs), or of a text with commas.
 
-    Args:
-        value: a list of names, classes, objects or pairs; a text with commas; or None. `NO_PLUGIN` and empty texts stand for
-            no plugin and are left out.
-
-    Raises:
-        UsageError: it is no list.
+    `NO_PLUGIN`, empty texts and None stand for no plugin and are left out.
     """
     if value is None:
         return []

@@ -51,21 +51,17 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""
+        steps = [
+            {
+                "inner_steps": k, "mean": self.mean(k), "ci95": self.ci95(k), "tasks": self.tasks,
+                "scores": self._column(k).tolist(),
+            }
+            for k in self.inner_steps
+        ]  # fmt: skip
         return {
-            "metric": self.metric,
-            "higher_is_better": self.higher_is_better,
-            "bn_statistics": self.bn_statistics,
-            "steps": [
-                {
-                    "inner_steps": steps,
-                    "mean": self.mean(steps),
-                    "ci95": self.ci95(steps),
-                    "tasks": self.tasks,
-                    "scores": self._column(steps).tolist(),
-                }
-                for steps in self.inner_steps
-            ],
-        }
+            "metric": self.metric, "higher_is_better": self.higher_is_better, "bn_statistics": self.bn_statistics,
+            "steps": steps,
+        }  # fmt: skip
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:

@@ -49,16 +49,12 @@ _METRIC_OF = {"cross_entropy": "accuracy", "mse": "mse"}
 
 
 def find_loss(loss: str | Loss) -> Loss:
-    """A loss by name, or the callable itself.
-
-    Raises:
-        UnknownNameError: there is none of that name.
-    """
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise UnknownNameError("loss", loss, LOSSES)
-        return LOSSES[loss]
-    return loss
+    """A loss by name, or the callable itself."""
+    if not isinstance(loss, str):
+        return loss
+    if loss not in LOSSES:
+        raise UnknownNameError("loss", loss, LOSSES)
+    return LOSSES[loss]
 
 
 def find_metric(metric: str | Metric | None, loss: str | Loss) -> Metric:

@@ -13,16 +13,9 @@ from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import PluginError, UsageError
 
 __all__ = [
-    "Domain",
-    "Range",
-    "RelativeRange",
-    "check_distinct",
-    "check_domain",
-    "describe_search_space",
-    "format_domain",
-    "get_declared_domain",
-    "parse_domain",
-]
+    "Domain", "Range", "RelativeRange", "check_distinct", "check_domain", "describe_search_space", "format_domain",
+    "get_declared_domain", "parse_domain",
+]  # fmt: skip
 
 
 class Range(PluginConfig):
@@ -63,15 +56,7 @@ Domain = Range | RelativeRange | list[Any]
 
 
 def parse_domain(key: str, value: Any) -> Domain:
-    """What an option is to be chosen from, as a plugin or a user wrote it.
-
-    Args:
-        key: the option.
-        value: ``[VALUE, VALUE]``, ``{"low": …, "high": …, "log": …}`` or ``{"factor": …}``.
-
-    Raises:
-        UsageError: it is none of these.
-    """
+    """What an option is to be chosen from: ``[VALUE, VALUE]``, ``{"low": …, "high": …, "log": …}`` or ``{"factor": …}``."""
     if isinstance(value, Range | RelativeRange):
         return value
     if isinstance(value, Mapping):
@@ -85,11 +70,7 @@ def parse_domain(key: str, value: Any) -> Domain:
 
 
 def check_distinct(key: str, values: Sequence[Any]) -> list[Any]:
-    """The values of an option that a search chooses from.
-
-    Raises:
-        UsageError: there are none, or one stands twice.
-    """
+    """The values of an option that a search chooses from, of which there are some and none stands twice."""
     if not values:
         raise UsageError(f"'{key}' has no values to choose from; write them as {key}: [VALUE, VALUE].")
     texts = [json.dumps(value, default=str) for value in values]
@@ -100,11 +81,7 @@ def check_distinct(key: str, values: Sequence[Any]) -> list[Any]:
 
 
 def check_domain(key: str, field: FieldInfo, domain: Range | list[Any]) -> Range | list[Any]:
-    """The domain in the type of the option's field: bounds of a whole number are whole.
-
-    Raises:
-        UsageError: it holds a value that the option cannot have.
-    """
+    """The domain in the type of the option's field, which allows it: bounds of a whole number are whole."""
     typed: Any = Annotated[field.annotation, field]  # with the field's own bounds
 
     def convert(given: Any) -> Any:
@@ -123,16 +100,7 @@ def check_domain(key: str, field: FieldInfo, domain: Range | list[Any]) -> Range
 
 
 def get_declared_domain(plugin_label: str, option_name: str, field: FieldInfo) -> Domain | None:
-    """What a search chooses an option from by its plugin's declaration; None where there is none.
-
-    Args:
-        plugin_label: how messages name the plugin: ``"augmenter 'cml'"``.
-        option_name: the option.
-        field: the option's field in the plugin's `Config`.
-
-    Raises:
-        PluginError: the declaration is malformed, or holds a value that the option cannot have.
-    """
+    """What a search chooses an option from by its plugin's declaration, which is checked; None where there is none."""
     extra = field.json_schema_extra
     declared = extra.get("search") if isinstance(extra, Mapping) else None
     if declared is None or declared is False:
@@ -142,27 +110,16 @@ def get_declared_domain(plugin_label: str, option_name: str, field: FieldInfo) -
         if not isinstance(domain, RelativeRange):
             return check_domain(option_name, field, domain)
         default = None if field.is_required() else field.get_default(call_default_factory=True)
-        around = domain.around(default)
-        if around is not None:
+        if around := domain.around(default):
             check_domain(option_name, field, around)
     except UsageError as error:
-        raise PluginError(
-            f"The option '{option_name}' of the {plugin_label} declares a search that cannot be: {error}"
-        ) from error
+        where = f"The option '{option_name}' of the {plugin_label}"
+        raise PluginError(f"{where} declares a search that cannot be: {error}") from error
     return domain
 
 
 def describe_search_space(plugin_label: str, option_name: str, field: FieldInfo) -> str:
-    """What a search chooses an option from, for a reader; empty where it leaves the option alone.
-
-    Args:
-        plugin_label: how messages name the plugin: ``"augmenter 'cml'"``.
-        option_name: the option.
-        field: the option's field in the plugin's `Config`.
-
-    Raises:
-        PluginError: the plugin declares a search that cannot be.
-    """
+    """What a search chooses an option from, for a reader; empty where it leaves the option alone."""
     domain = get_declared_domain(plugin_label, option_name, field)
     return "" if domain is None else format_domain(domain)
 

@@ -18,48 +18,31 @@ __all__ = ["LearnerView", "RunView"]
 class LearnerView(Protocol):
     """A `metareg.MetaLearner`, as hooks see it."""
 
-    @property
-    def config(self) -> PluginConfig:
-        """Its options, as ``learner.config.inner_steps``."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its parameters are."""
-
-    @property
-    def meta_parameters(self) -> dict[str, Tensor]:
-        """Every meta-parameter by name."""
+    config: PluginConfig
+    """Its options, as ``learner.config.inner_steps``."""
+    device: torch.device
+    """Where its parameters are."""
+    meta_parameters: dict[str, Tensor]
+    """Every meta-parameter by name."""
 
     def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
         """A module adapted to one task: support inputs ``[examples, …]`` and targets, without a task dimension."""
 
     def evaluate(
-        self,
-        task_source: Any,
-        tasks: int = 600,
-        *,
-        split: str = "test",
-        inner_steps: Sequence[int] = (0, 1, 5, 10),
+        self, task_source: Any, tasks: int = 600, *, split: str = "test", inner_steps: Sequence[int] = (0, 1, 5, 10),
         seed: int | None = None,
-    ) -> Evaluation:
+    ) -> Evaluation:  # fmt: skip
         """The metric over tasks, after each number of inner steps."""
 
 
 class RunView(Protocol):
     """A `metareg.Run`, as observers see it."""
 
-    @property
-    def path(self) -> Path:
-        """Its folder."""
-
-    @property
-    def config(self) -> PluginConfig:
-        """Its complete configuration, a `metareg.RunConfig`."""
-
-    @property
-    def learner(self) -> LearnerView:
-        """What is trained."""
-
-    @property
-    def evaluation(self) -> Evaluation | None:
-        """The test at the end; None until then."""
+    path: Path
+    """Its folder."""
+    config: PluginConfig
+    """Its complete configuration, a `metareg.RunConfig`."""
+    learner: LearnerView
+    """What is trained."""
+    evaluation: Evaluation | None
+    """The test at the end; None until then."""
