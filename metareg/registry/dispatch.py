@@ -56,11 +56,7 @@ class Implementation:
 
 
 def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
-    """A manager that holds the plugins of one run, and the plugins by their names in it.
-
-    Raises:
-        PluginError: a hook is misspelt, asks for an argument that the hook does not have, or is a wrapper.
-    """
+    """A manager that holds the plugins of one run, and the plugins by their names in it; each keeps the hooks' contract."""
     manager = pluggy.PluginManager("metareg")
     manager.add_hookspecs(hookspecs)
     named: dict[str, Plugin] = {}
@@ -72,12 +68,12 @@ def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManag
         try:
             manager.register(plugin.instance, name)
         except pluggy.PluginValidationError as error:
-            raise PluginError(_validation_message(plugin)) from error
+            raise PluginError(_explain_refusal(plugin)) from error
         except ValueError as error:
             raise PluginError(f"The {plugin.label} cannot be used twice as one object; pass its class.") from error
         named[name] = plugin
     for plugin in plugins:
-        for attribute, method in _marked(plugin.instance):
+        for attribute, method in _list_marked(plugin.instance):
             attribute = getattr(method, "metareg_impl")["specname"] or attribute  # noqa: B009 - set by pluggy
             if attribute not in HOOKS:
                 close = nearest(attribute, HOOKS)
@@ -112,31 +108,28 @@ def list_hooks(cls: type) -> list[str]:
     return [name for name in sorted(dir(cls)) if _is_marked(inspect.getattr_static(cls, name))]
 
 
-def _marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
+def _list_marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
     """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
-    found = []
-    for name in dir(type(instance)):
-        if _is_marked(inspect.getattr_static(instance, name)):
-            found.append((name, getattr(instance, name)))
-    return found
+    names = (name for name in dir(type(instance)) if _is_marked(inspect.getattr_static(instance, name)))
+    return [(name, getattr(instance, name)) for name in names]
 
 
 def _is_marked(attribute: Any) -> bool:
     return hasattr(getattr(attribute, "__func__", attribute), "metareg_impl")
 
 
-def _validation_message(plugin: Plugin) -> str:
-    for name, method in _marked(plugin.instance):
+def _explain_refusal(plugin: Plugin) -> str:
+    """Why pluggy refused a plugin."""
+    for name, method in _list_marked(plugin.instance):
         if name not in HOOKS:
             continue
         allowed = list(inspect.signature(getattr(hookspecs, name)).parameters)
-        wanted = list(inspect.signature(method).parameters)
-        unknown = [argument for argument in wanted if argument not in allowed]
-        if unknown:
-            close = nearest(unknown[0], allowed)
+        unknown = next((each for each in inspect.signature(method).parameters if each not in allowed), None)
+        if unknown is not None:
+            close = nearest(unknown, allowed)
             hint = f"; did you mean '{close[0]}'?" if close else "."
             return (
-                f"The {plugin.label} asks for the argument '{unknown[0]}' in {name}, which that hook does not have; "
+                f"The {plugin.label} asks for the argument '{unknown}' in {name}, which that hook does not have; "
                 f"it has {', '.join(allowed)}{hint}"
             )
     return f"The {plugin.label} cannot be registered: its hooks do not keep their specifications."

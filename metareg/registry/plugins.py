@@ -28,6 +28,7 @@ __all__ = [
     "check_contract",
     "find_entry",
     "get_config_class",
+    "get_name",
     "list_entries",
     "list_names",
     "resolve",
@@ -55,13 +56,14 @@ class Entry:
         """``DIST:NAME``, which names this one also where two distributions claim the name."""
         return f"{self.distribution}:{self.name}"
 
-    def load(self) -> Any:
-        """Import the plugin's class.
+    @property
+    def disabled(self) -> bool:
+        """Whether it is named in the variable ``METAREG_DISABLE_PLUGINS``."""
+        names = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
+        return bool({self.name, self.qualified} & names)
 
-        Raises:
-            PluginError: the import failed, whatever the exception, the target is no class, or it was written for a
-                contract that this metareg does not keep.
-        """
+    def load(self) -> Any:
+        """Import the plugin's class; whatever goes wrong in that is a PluginError."""
         group = f"metareg.{self.kind}"
         where = f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
         try:
@@ -70,7 +72,7 @@ class Entry:
             raise
         # A stranger's module can raise anything while it is imported, SystemExit included.
         except BaseException as error:
-            raise PluginError(f"The {where} cannot be imported: {_cause(error)}") from error
+            raise PluginError(f"The {where} cannot be imported: {_describe_error(error)}") from error
         if not isinstance(loaded, type):
             raise PluginError(f"The {where} is a {type(loaded).__name__}; an entry point must name a class.")
         check_contract(loaded, where)
@@ -96,50 +98,33 @@ class Plugin:
 
 
 def list_entries(kind: str | None = None) -> list[Entry]:
-    """The installed plugins, in the order of `KINDS` and of their names.
+    """The installed plugins, of one kind or of all, in the order of `KINDS` and of their names.
 
     Those named in the variable ``METAREG_DISABLE_PLUGINS`` (``NAME`` or ``DIST:NAME``, with commas) are left out.
-
-    Args:
-        kind: one of `KINDS`; None for all.
     """
-    left_out = _disabled()
-    return [entry for entry in _installed(kind) if not {entry.name, entry.qualified} & left_out]
+    return [entry for entry in _read_entries(kind) if not entry.disabled]
 
 
 def list_names(kind: str | None = None) -> set[str]:
-    """The names of the installed plugins, those that are disabled among them.
-
-    Args:
-        kind: one of `KINDS`; None for all.
-    """
+    """The names of the installed plugins, of one kind or of all, those that are disabled among them."""
     kinds = KINDS if kind is None else (kind,)
     return {point.name for each in kinds for point in importlib.metadata.entry_points(group=f"metareg.{each}")}
 
 
 def find_entry(kind: str, name: str) -> Entry:
-    """The one installed plugin that `name` (or ``DIST:NAME``) stands for.
-
-    Raises:
-        UnknownNameError: there is none; the message holds the nearest names.
-        UsageError: it is installed but disabled.
-        PluginError: two distributions claim the name.
-    """
-    candidates = _installed(kind, name.rpartition(":")[2])
-    installed = [entry for entry in candidates if name in (entry.name, entry.qualified)]
-    left_out = _disabled()
-    found = [entry for entry in installed if not {entry.name, entry.qualified} & left_out]
+    """The one installed plugin that `name` (or ``DIST:NAME``) stands for, where it is not disabled."""
+    installed = [entry for entry in _read_entries(kind, get_name(name)) if name in (entry.name, entry.qualified)]
+    found = [entry for entry in installed if not entry.disabled]
+    singular = _SINGULAR[kind]
     if not found and installed:
-        raise UsageError(
-            f"The {_SINGULAR[kind]} '{name}' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}."
-        )
+        raise UsageError(f"The {singular} '{name}' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}.")
     if not found:
         known = {entry.name for entry in list_entries(kind)}
-        raise UnknownNameError(_SINGULAR[kind], name, known, "`metareg plugins` lists what is installed.")
+        raise UnknownNameError(singular, name, known, "`metareg plugins` lists what is installed.")
     if len(found) > 1:
         owners = " and ".join(entry.distribution for entry in found)
         choices = " or ".join(f"'{entry.qualified}'" for entry in found)
-        raise PluginError(f"The {_SINGULAR[kind]} name '{name}' is claimed by {owners}; write {choices} to choose one.")
+        raise PluginError(f"The {singular} name '{name}' is claimed by {owners}; write {choices} to choose one.")
     return found[0]
 
 
@@ -161,63 +146,59 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
     if isinstance(plugin, Plugin):
         return plugin
     config = dict(config or {})
+    name = get_name(plugin)
+    label = f"{_SINGULAR[kind]} '{name}'"
     if not isinstance(plugin, str | type):
         if config:
             raise UsageError(
                 f"The {_SINGULAR[kind]} {plugin!r} is an object already; pass its class to configure it "
                 f"with {', '.join(config)}."
             )
-        name = getattr(plugin, "name", None) or _name_of(type(plugin))
-        check_contract(plugin, f"{_SINGULAR[kind]} '{name}'")
+        check_contract(plugin, label)
         return Plugin(kind, name, plugin, getattr(plugin, "config", None), None, None)
 
+    distribution = version = None
     if isinstance(plugin, str):
         entry = find_entry(kind, plugin)
-        name, cls = entry.name, entry.load()
+        cls, distribution, version = entry.load(), entry.distribution, entry.version
     else:
-        entry, cls = None, plugin
-        name = getattr(plugin, "name", None) or _name_of(plugin)
-        check_contract(cls, f"{_SINGULAR[kind]} '{name}'")
+        cls = plugin
+        check_contract(cls, label)
 
-    validated_config = validate(get_config_class(cls), config, f"{_SINGULAR[kind]} '{name}'")
+    validated_config = validate(get_config_class(cls), config, label)
     takes_config = cls.__init__ is not object.__init__
     try:
         instance = cls(validated_config) if takes_config else cls()
-    except (UsageError, PluginError):
+    except UsageError:
         raise
     except Exception as error:
-        raise PluginError(f"The {_SINGULAR[kind]} '{name}' cannot be built: {_cause(error)}") from error
-    return Plugin(
-        kind, name, instance, validated_config, entry.distribution if entry else None, entry.version if entry else None
-    )
+        raise PluginError(f"The {label} cannot be built: {_describe_error(error)}") from error
+    return Plugin(kind, name, instance, validated_config, distribution, version)
+
+
+def get_name(plugin: str | type | object) -> str:
+    """The name of a plugin that was given by its name, as a class or as an object."""
+    if isinstance(plugin, str):
+        return plugin.rpartition(":")[2]
+    cls = plugin if isinstance(plugin, type) else type(plugin)
+    return str(getattr(plugin, "name", None) or cls.__name__.lower())
 
 
 def get_config_class(plugin: type | object) -> type[PluginConfig]:
-    """The class of a plugin's options, given its class or the object: its `Config`, or one without any.
-
-    Raises:
-        PluginError: its `Config` is something else.
-    """
+    """The class of a plugin's options, given its class or the object: its `Config`, or one without any."""
     from metareg.contract.config import PluginConfig
 
     config = getattr(plugin, "Config", PluginConfig)
     if not (isinstance(config, type) and issubclass(config, PluginConfig)):
-        name = plugin.__name__ if isinstance(plugin, type) else type(plugin).__name__
+        name = (plugin if isinstance(plugin, type) else type(plugin)).__name__
         raise PluginError(f"The plugin class '{name}' has a Config that is no metareg.PluginConfig.")
     return config
 
 
 def check_contract(plugin: Any, label: str) -> None:
-    """Refuse a plugin that was written for a contract which this metareg does not keep.
+    """Refuse a plugin class or object that was written for a contract which this metareg does not keep.
 
     A class without a statement passes, so that one can be tried before it is a package.
-
-    Args:
-        plugin: a plugin class or object.
-        label: how the message names it.
-
-    Raises:
-        PluginError: its contract is too new, too old, or no number.
     """
     stated = getattr(plugin, "contract", None)
     if stated is None:
@@ -236,32 +217,20 @@ def check_contract(plugin: Any, label: str) -> None:
         )
 
 
-def _installed(kind: str | None, name: str | None = None) -> list[Entry]:
+def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
     """The entries of a kind, and of a name where one is given: reading their distributions' metadata takes time."""
     found: dict[tuple[str, str, str], Entry] = {}
     for each in KINDS if kind is None else (kind,):
         for point in importlib.metadata.entry_points(group=f"metareg.{each}"):
             if name not in (None, point.name):
                 continue
-            distribution = (point.dist.name if point.dist else None) or "unknown"
-            version = (point.dist.version if point.dist else None) or "unknown"
+            distribution = (point.dist and point.dist.name) or "unknown"
+            version = (point.dist and point.dist.version) or "unknown"
             entry = Entry(each, point.name, distribution, version, point.value)
             # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
-            found.setdefault((each, point.name, _normalised(distribution)), entry)
+            found.setdefault((each, point.name, re.sub(r"[-_.]+", "-", distribution).lower()), entry)
     return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
 
 
-def _disabled() -> set[str]:
-    return {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",") if name.strip()}
-
-
-def _normalised(distribution: str) -> str:
-    return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def _name_of(cls: type) -> str:
-    return cls.__name__.lower()
-
-
-def _cause(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -15,19 +15,12 @@ __all__ = ["TaskSource"]
 
 
 class TaskSource:
-    """The tasks of a plugin or object, by split and number.
-
-    Args:
-        plugin: the task plugin; its `episodes` may also stand without `metareg.hookimpl`.
-
-    Raises:
-        UsageError: it has no `episodes`.
-    """
+    """The tasks of a task plugin, by split and number; its `episodes` may also stand without `metareg.hookimpl`."""
 
     def __init__(self, plugin: Plugin) -> None:
         self.plugin = plugin
         self.stackable: bool = getattr(plugin.instance, "stackable", True)
-        self._episodes: Callable[..., Any] = _episodes_of(plugin)
+        self._episodes: Callable[..., Any] = _find_episodes(plugin)
 
     @classmethod
     def of(cls, source: str | type | object) -> TaskSource:
@@ -64,7 +57,7 @@ class TaskSource:
         return batches, positions
 
 
-def _episodes_of(plugin: Plugin) -> Callable[..., Any]:
+def _find_episodes(plugin: Plugin) -> Callable[..., Any]:
     implementation = find_hook(plugin, "episodes")
     if implementation is not None:
         return implementation
