@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
-from metareg.learner.processes import Processes
 from metareg.util.files import LinesFile
 from metareg.util.seeding import restore_global_generators, save_global_generators
 from metareg.util.signals import StopRequest
@@ -38,10 +37,7 @@ class Checkpoints:
     """A folder with the checkpoints of a run, ``step-000001000.safetensors`` and so on.
 
     Each is written aside, flushed and renamed, and holds a checksum: one that is there is whole, or is known not to be.
-
-    Args:
-        folder: where they are.
-        keep: how many of the newest to keep.
+    `keep` is how many of the newest to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -58,15 +54,10 @@ class Checkpoints:
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def save(self, step: int, state: Mapping[str, Any], best: int | None = None) -> None:
-        """Write a checkpoint; then remove those that are neither among the newest nor the best.
+        """Write the checkpoint after a step; then remove those that are neither among the newest nor the best.
 
-        Args:
-            step: how many training steps it is after.
-            state: tensors, texts, numbers, None, and dicts, lists and tuples of these.
-            best: the step of the best one.
-
-        Raises:
-            MetaregError: it cannot be written; the others are as they were.
+        A state is made of tensors, texts, numbers, None, and dicts, lists and tuples of these. Where it cannot be written,
+        the other checkpoints are as they were.
         """
         tensors: dict[str, Tensor] = {}
         content = _pack(state, (), tensors)
@@ -77,19 +68,12 @@ class Checkpoints:
                     self.path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:
-        """The state that `save` was given.
-
-        Raises:
-            UsageError: there is none.
-            DamagedFileError: it is damaged.
-        """
+        """The state that `save` was given; a DamagedFileError where the file is damaged."""
         file = TensorFile(self.path(step), "checkpoint")
         tensors = file.read()
         if file.header.get("format") != FILE_FORMAT or file.header.get("step") != step:
-            raise DamagedFileError(
-                f"{file.path} is no checkpoint of format {FILE_FORMAT} after step {step}; it was renamed, or written by "
-                "another version of metareg."
-            )
+            problem = f"is no checkpoint of format {FILE_FORMAT} after step {step}"
+            raise DamagedFileError(f"{file.path} {problem}; it was renamed, or written by another version of metareg.")
         try:
             state: dict[str, Any] = _unpack(file.header["content"], tensors)
         except (KeyError, TypeError) as error:
@@ -120,7 +104,8 @@ class CheckpointManager:
         every_steps: training steps between two checkpoints; None for no such rule.
         every_minutes: minutes between two; more where writing one takes longer than half a percent of that.
         stop: asked for by a signal.
-        processes: those that train the learner together, each with a manager: the first writes and reads for all.
+
+    Where several processes train the learner together, each has a manager; the first writes and reads for all.
     """
 
     def __init__(
@@ -133,7 +118,6 @@ class CheckpointManager:
         every_steps: int | None,
         every_minutes: float,
         stop: StopRequest,
-        processes: Processes | None = None,
     ) -> None:
         self.store = store
         self.last_saved: int | None = None
@@ -144,16 +128,12 @@ class CheckpointManager:
         self._every_steps = every_steps
         self._every_seconds = self._seconds_to_next = 60 * every_minutes
         self._saved_at = time.monotonic()
-        self._processes = processes or Processes()
+        self._processes = learner.processes
         self._processes.ask("stop", lambda: stop.asked)
         self._processes.ask("save", lambda: time.monotonic() - self._saved_at >= self._seconds_to_next)
 
     def after_step(self, *, must: bool) -> None:
-        """Write a checkpoint where one is due, or must be; stop where a signal asked for it.
-
-        Raises:
-            Interrupted: a signal asked for the end; the checkpoint is written.
-        """
+        """Write a checkpoint where one is due, or must be; then raise Interrupted where a signal asked for the end."""
         step = self._learner.steps_done
         due = self._every_steps is not None and step % self._every_steps == 0
         stop = self._processes.answer("stop")
@@ -170,9 +150,11 @@ class CheckpointManager:
             MetaregError: it cannot be written; the message names the newest good one.
         """
         began, step = time.monotonic(), self._learner.steps_done
-        bad = [name for name, value in self._learner.meta_parameters.items() if not bool(torch.isfinite(value).all())]
-        if bad:
-            raise DivergenceError(f"Training diverged: after step {step} the meta-parameter '{bad[0]}' is not finite.")
+        for name, value in self._learner.meta_parameters.items():
+            if not torch.isfinite(value).all():
+                raise DivergenceError(
+                    f"Training diverged: after step {step} the meta-parameter '{name}' is not finite."
+                )
         try:
             self._processes.first(self._write)
         except LostProcessError:
@@ -199,9 +181,6 @@ class CheckpointManager:
 
         Returns:
             Whether there was one.
-
-        Raises:
-            UsageError: it is of another model.
         """
         state = self._processes.first(self.store.load_newest)
         if state is None:

@@ -56,6 +56,12 @@ class RunConfig(LearnerConfig, Schedule):
         [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."
     )
 
+    @property
+    def title(self) -> str:
+        """Such as ``maml + cml on sinusoid, seed 3``."""
+        names = [self.algo.name, *(choice.name for choice in self.augment)]
+        return f"{' + '.join(names)} on {self.task.name}, seed {self.seed}"
+
     def to_yaml(self) -> str:
         """The complete configuration, the plugins first."""
         values = self.model_dump(mode="json")

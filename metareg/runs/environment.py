@@ -21,7 +21,7 @@ from metareg.util.files import read_json, write_json
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["describe_machine", "describe_run", "write"]
+__all__ = ["describe_machine", "write"]
 
 log = logging.getLogger("metareg")
 
@@ -45,8 +45,7 @@ def describe_machine() -> dict[str, Any]:
     }
 
 
-def describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
-    """What environment.json holds."""
+def _describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
     learner = run.learner
     plugins = [learner.algorithm, *learner.augmenters, run.source.plugin]
     return describe_machine() | {
@@ -57,23 +56,15 @@ def describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "backend": learner.processes.backend(learner.device),
         "bn_statistics": learner.bn_statistics,
         "plugins": [
-            {"kind": plugin.kind, "name": plugin.name, "distribution": plugin.distribution, "version": plugin.version}
-            for plugin in plugins
+            {key: getattr(each, key) for key in ("kind", "name", "distribution", "version")} for each in plugins
         ],
     }
 
 
 def write(run: Run, strategy: str, reason: str, step: int) -> None:
-    """Write environment.json; where a resumed run finds another environment than before, add that to it.
-
-    Args:
-        run: the run.
-        strategy: what runs its tasks.
-        reason: why.
-        step: the step that it goes on from.
-    """
+    """Write environment.json; where a run that goes on from a step finds another environment than before, add that to it."""
     path = run.path / ENVIRONMENT
-    now = describe_run(run, strategy, reason)
+    now = _describe_run(run, strategy, reason)
     if not path.is_file():
         write_json(path, now)
         return
@@ -89,8 +80,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
             "stopped.",
             "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
         )
-        resumed = [*before.get("resumed", []), {"step": step, "changed": changed}]
-        write_json(path, before | {"resumed": resumed})
+        write_json(path, before | {"resumed": [*before.get("resumed", []), {"step": step, "changed": changed}]})
 
 
 def _find_version(distribution: str) -> str | None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections import ChainMap
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from metareg.contract.config import PluginConfig, PluginSpec, split_names, unknown_option_error, update_names, validate
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
-from metareg.registry.plugins import Plugin, find_entry, get_config_class, list_names, resolve
+from metareg.registry.plugins import Plugin, find_entry, get_config_class, get_name, list_names, resolve
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.util.yaml_files import parse_yaml
 
@@ -31,31 +32,21 @@ class Selection:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["inner_lr=0.1", "cml.gamma=0.5"]`` as a dict; values are read as YAML.
-
-    Raises:
-        UsageError: one has no ``=``, or its value is no YAML.
-    """
+    """``["inner_lr=0.1", "cml.gamma=0.5"]`` as a dict; values are read as YAML."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise UsageError(f"--set takes KEY=VALUE; got '{assignment}'.")
         try:
-            values[key.strip()] = _read_number(parse_yaml(text))
+            value = parse_yaml(text)
         except ValueError as error:
             raise UsageError(f"--set {assignment}: the value is no valid YAML{error}.") from error
+        if isinstance(value, str):  # YAML 1.1 reads ``1e-3`` as a text; a user means the number
+            with suppress(ValueError):
+                value = float(value)
+        values[key.strip()] = value
     return values
-
-
-def _read_number(value: Any) -> Any:
-    """YAML 1.1 reads ``1e-3`` as a text; a user means the number."""
-    if isinstance(value, str):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
 
 
 def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
@@ -119,15 +110,12 @@ def update_option_names(stored: RunConfig) -> RunConfig:
             return choice
         return PluginSpec(name=choice.name, config=update_names(cls, choice.config))
 
-    choices = {field: getattr(stored, field) for field in PLUGIN_FIELDS}
-    update = {
-        field: [rename(field, each) for each in given] if isinstance(given, list) else given and rename(field, given)
-        for field, given in choices.items()
-    }
+    update: dict[str, Any] = {}
+    for field in PLUGIN_FIELDS:
+        given = getattr(stored, field)
+        listed = isinstance(given, list)
+        update[field] = [rename(field, each) for each in given] if listed else given and rename(field, given)
     return stored.model_copy(update=update)
-
-
-# ------------------------------------------------------------------------------------------------------ the plugins chosen
 
 
 @dataclass(eq=False)  # two that are alike are two
@@ -141,25 +129,23 @@ class _Selected:
     _built: tuple[dict[str, Any], Plugin] | None = None
 
     @classmethod
-    def of(cls, field_name: str, value: Any) -> _Selected:
+    def of(cls, field: str, value: Any) -> _Selected:
         """From a name, a class, an object, a pair ``(name or class, config)`` or a mapping with name and config."""
         if isinstance(value, tuple | list):
             if len(value) != 2 or not isinstance(value[1], Mapping):
-                raise UsageError(f"'{field_name}' takes a name, a class or a pair (name, config); got {value!r}.")
-            return cls(field_name, *value)
-        if isinstance(value, Mapping | PluginSpec):
-            spec = value if isinstance(value, PluginSpec) else validate(PluginSpec, value, f"'{field_name}'")
-            return cls(field_name, spec.name, spec.config)
+                raise UsageError(f"'{field}' takes a name, a class or a pair (name, config); got {value!r}.")
+            return cls(field, *value)
+        if isinstance(value, Mapping):
+            value = validate(PluginSpec, value, f"'{field}'")
+        if isinstance(value, PluginSpec):
+            return cls(field, value.name, value.config)
         if value is None or isinstance(value, bool | int | float):
-            raise UsageError(f"'{field_name}' takes the name of a plugin; got {value!r}.")
-        return cls(field_name, value)
+            raise UsageError(f"'{field}' takes the name of a plugin; got {value!r}.")
+        return cls(field, value)
 
     @property
     def name(self) -> str:
-        if isinstance(self.plugin, str):
-            return self.plugin.rpartition(":")[2]
-        cls = self.plugin if isinstance(self.plugin, type) else type(self.plugin)
-        return str(getattr(self.plugin, "name", cls.__name__.lower()))
+        return get_name(self.plugin)
 
     @property
     def label(self) -> str:
@@ -167,19 +153,9 @@ class _Selected:
         return f"{PLUGIN_FIELDS[self.field].removesuffix('s')} '{self.name}'"
 
     @property
-    def configurable(self) -> bool:
-        """Whether it is still to be built: an object has its options already."""
-        return isinstance(self.plugin, str | type)
-
-    @property
     def options(self) -> Mapping[str, Any]:
         """The fields of its `Config`."""
         return get_config_class(self.loaded).model_fields
-
-    @property
-    def former_names(self) -> Mapping[str, str]:
-        """Names that its options once had, and those they have today."""
-        return get_config_class(self.loaded).former_names
 
     @cached_property  # an installed plugin is looked for in the metadata of every distribution
     def loaded(self) -> type | object:
@@ -189,7 +165,6 @@ class _Selected:
         return self.plugin
 
     def build(self, config: dict[str, Any]) -> Plugin:
-        """The plugin with this configuration."""
         if self._built is None or self._built[0] != config:
             self._built = config, resolve(PLUGIN_FIELDS[self.field], self.plugin, config)
         return self._built[1]
@@ -208,11 +183,7 @@ _Layer = dict[tuple[_Selected | None, str], Any]
 
 
 class _Draft:
-    """A run whose options are not complete.
-
-    Args:
-        base: values by the field names of `RunConfig`.
-    """
+    """A run whose options are not complete, from values by the field names of `RunConfig`."""
 
     def __init__(self, base: Mapping[str, Any]) -> None:
         given = {name: base.get(name, RunConfig.model_fields[name].default) for name in PLUGIN_FIELDS}
@@ -243,19 +214,11 @@ class _Draft:
         return selected.build(self.get_config(selected))
 
     def read_layer(self, values: Mapping[str, Any]) -> _Layer:
-        """Values by option, or ``NAME.OPTION``, as a layer.
-
-        Raises:
-            UsageError: nothing has such an option, or several plugins.
-        """
-        return {(self.find_owner(key), _get_option(key)): value for key, value in values.items()}
+        """Values by option, or ``NAME.OPTION``, as a layer."""
+        return {(self.find_owner(key), key.rpartition(".")[2]): value for key, value in values.items()}
 
     def find_owner(self, key: str) -> _Selected | None:
-        """The one plugin whose option a key is; None where it is one of the run.
-
-        Raises:
-            UsageError: nothing has such an option, or several plugins.
-        """
+        """The one plugin whose option a key is; None where it is one of the run."""
         if key in RunConfig.model_fields:
             return None
         plugins = self.find_plugins(key)
@@ -286,23 +249,16 @@ class _Draft:
         return [each for each in named if option in each.options] or (named if dot else [])
 
 
-def _get_option(key: str) -> str:
-    """An option's name without its owner's."""
-    return key.rpartition(".")[2]
-
-
 def _list_present_names(key: str, plugins: Sequence[_Selected]) -> list[str]:
     """The names that options of the run and of some plugins have today which once had that of a key."""
-    option = _get_option(key)
+    option = key.rpartition(".")[2]
     of_run = [RunConfig.former_names[option]] if option in RunConfig.former_names else []
-    return of_run + [f"{each.name}.{each.former_names[option]}" for each in plugins if option in each.former_names]
-
-
-# ------------------------------------------------------------------------------------------------ what plugins recommend
+    former = [(each.name, get_config_class(each.loaded).former_names) for each in plugins]
+    return of_run + [f"{name}.{names[option]}" for name, names in former if option in names]
 
 
 def _add_recommendations(draft: _Draft) -> None:
-    """Put what the plugins recommend behind what is said already: the task's for this algorithm first, the model's last."""
+    """Put what the plugins recommend behind what is said already, in the order that `assemble` describes."""
     (algorithm,), (task,), (model,) = draft.chosen["algo"], draft.chosen["task"], draft.chosen["model"]
     for_algorithm, in_general = _split_by_algorithm(draft)
     draft.layers += [
@@ -316,11 +272,6 @@ def _add_recommendations(draft: _Draft) -> None:
 
 
 def _get_recommended(selected: _Selected, plugin: Any) -> Mapping[str, Any]:
-    """What a plugin recommends.
-
-    Raises:
-        PluginError: it is no mapping.
-    """
     recommended = getattr(plugin, "recommended", {})
     if not isinstance(recommended, Mapping):
         raise PluginError(
@@ -330,11 +281,7 @@ def _get_recommended(selected: _Selected, plugin: Any) -> Mapping[str, Any]:
 
 
 def _split_by_algorithm(draft: _Draft) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What the task recommends for the run's algorithm, and for every one.
-
-    Raises:
-        PluginError: it misspells an algorithm's name.
-    """
+    """What the task recommends for the run's algorithm, and for every one."""
     (algorithm,), (task,) = draft.chosen["algo"], draft.chosen["task"]
     recommended = _get_recommended(task, draft.build(task).instance)
     for_algorithms = {
@@ -351,11 +298,7 @@ def _split_by_algorithm(draft: _Draft) -> tuple[Mapping[str, Any], Mapping[str, 
 
 
 def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping[str, Any]) -> _Layer:
-    """The layer of what a plugin recommends for this run.
-
-    Raises:
-        PluginError: it is no option, or one of several plugins.
-    """
+    """The layer of what a plugin recommends for this run."""
     layer: _Layer = {}
     for key, value in recommended.items():
         if _is_for_others(draft, key):
@@ -365,11 +308,10 @@ def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping
         except UsageError as error:
             raise _create_error(source, error) from error
         if key in PLUGIN_FIELDS:
-            raise _create_error(
-                source, UsageError(f"'{key}' is no option but a choice of the user; an option of it is '{key}.OPTION'.")
-            )
-        if owner is None or owner.configurable:
-            layer[owner, _get_option(key)] = value
+            problem = f"'{key}' is no option but a choice of the user; an option of it is '{key}.OPTION'."
+            raise _create_error(source, UsageError(problem))
+        if owner is None or isinstance(owner.plugin, str | type):  # an object has its options already
+            layer[owner, key.rpartition(".")[2]] = value
     return layer
 
 

@@ -22,11 +22,7 @@ __all__ = ["draw", "plot_inner_steps", "plot_learning_curve"]
 
 
 def draw(run: Run) -> list[Path]:
-    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures.
-
-    Returns:
-        The files that were written.
-    """
+    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures; the files written."""
     assert run.evaluation is not None
     figures = {"learning-curve": plot_learning_curve(run), "inner-steps": plot_inner_steps(run.evaluation)}
     of_task = find_hook(run.source.plugin, "figures")
@@ -60,7 +56,7 @@ def plot_learning_curve(run: Run) -> Figure:
         set_log_scale(axes)
     axes.set_xlabel("training step")
     axes.set_ylabel(f"query {_format_metric(metric.name)}")
-    axes.set_title(_format_title(run), fontsize=10)
+    axes.set_title(run.config.title, fontsize=10)
     axes.legend()
     return figure
 
@@ -83,11 +79,6 @@ def plot_inner_steps(evaluation: Evaluation) -> Figure:
     axes.set_ylabel(f"test {_format_metric(evaluation.metric)}")
     axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
     return figure
-
-
-def _format_title(run: Run) -> str:
-    names = [run.config.algo.name, *(choice.name for choice in run.config.augment)]
-    return f"{' + '.join(names)} on {run.config.task.name}, seed {run.config.seed}"
 
 
 def _format_metric(metric: str) -> str:

@@ -70,7 +70,11 @@ class Run:
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
         if (path / RESULTS).is_file():
-            run.evaluation = _read_evaluation(path / RESULTS)
+            try:
+                run.evaluation = Evaluation.from_dict(read_json(path / RESULTS))
+            except (LookupError, TypeError, ValueError, AttributeError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                raise UsageError(f"{path / RESULTS} holds no results of metareg ({problem}).") from error
         run.plots = sorted((path / PLOTS).glob("*.png"))
         return run
 
@@ -95,16 +99,13 @@ class Run:
         """
         source = self.source
         if task or task_options:
-            source = self._create_source(task or self.config.task.name, task_options or {}, same=not task)
+            own = self.config.task.config
+            if task:
+                inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
+                own = {name: own[name] for name in inherited if name in own}
+            source = TaskSource(resolve("tasks", task or self.config.task.name, {**own, **(task_options or {})}))
             check_fit(self.learner, source, split)
         return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
-
-    def _create_source(self, task: str, options: Mapping[str, Any], *, same: bool) -> TaskSource:
-        own = self.config.task.config
-        if not same:
-            inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
-            own = {name: own[name] for name in inherited if name in own}
-        return TaskSource(resolve("tasks", task, {**own, **options}))
 
     def predict(self, support: str | Path, query: str | Path, *, inner_steps: int | None = None) -> str:
         """Adapt the run's learner to a user's examples and predict others.
@@ -160,13 +161,6 @@ def read_config(path: Path) -> RunConfig:
     return update_option_names(validate(RunConfig, read_yaml(file), str(file)))
 
 
-def _read_evaluation(path: Path) -> Evaluation:
-    try:
-        return Evaluation.from_dict(read_json(path))
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} holds no results of metareg ({type(error).__name__}: {error}).") from error
-
-
 def format_resume_command(path: Path) -> str:
     return f"`metareg resume {shlex.quote(str(path))}`"
 
@@ -176,6 +170,5 @@ def check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
     try:
         learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"The model cannot be run on the {source.plugin.label}: {str(error).splitlines()[0]}."
-        ) from error
+        problem = str(error).splitlines()[0]
+        raise UsageError(f"The model cannot be run on the {source.plugin.label}: {problem}.") from error

@@ -136,11 +136,7 @@ def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], li
 
 
 def _should_resume(out: Path, resume: bool) -> bool:
-    """Whether there is a run in a folder to go on with.
-
-    Raises:
-        UsageError: there is something else, or going on was not asked for.
-    """
+    """Whether there is a run in a folder to go on with; anything else that is there is refused."""
     has_run = (out / CONFIG).is_file()
     if not (resume and has_run) and _is_taken(out):
         hint = f"; {format_resume_command(out)} goes on with the run in it" if has_run else ""
@@ -176,13 +172,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
 
 @contextmanager
 def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[None]:
-    """A run's folder for these processes alone, for a block.
-
-    Args:
-        path: the folder.
-        processes: the first of them takes the lock.
-        new: whether the folder has to be empty.
-    """
+    """A run's folder for these processes alone, for a block; a new one has to be empty."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -212,22 +202,14 @@ def _is_taken(out: Path) -> bool:
 
 
 def _set_eval_every(selection: Selection) -> Selection:
-    """With what depends on the number of steps written out, so that it stays when that number is raised."""
+    """Write out what depends on the number of steps, so that it stays when that number is raised."""
     config = selection.config
     every = config.eval_every or max(1, config.steps // 10)
     return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
 
 
 def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
-    """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written.
-
-    Args:
-        selection: what to prepare.
-        processes: those that will train the learner together; this one alone by default.
-
-    Raises:
-        UsageError: the parts do not fit each other, or the task's data is missing.
-    """
+    """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written."""
     config, task = selection.config, selection.task.instance
     processes = processes or Processes()
     processes.check_batch(config.meta_batch)
@@ -249,13 +231,12 @@ def prepare_run(selection: Selection, processes: Processes | None = None) -> tup
 
 
 def _create_folder(out: Path | None, config: RunConfig) -> Path:
-    """The run's folder, new."""
     try:
         if out is not None:
             out.mkdir(parents=True, exist_ok=True)
             return out
-        augmenters = "".join(f"+{choice.name}" for choice in config.augment)
-        name = f"{config.task.name}-{config.algo.name}{augmenters}-seed{config.seed}".replace(":", "-")
+        arm = "+".join([config.algo.name, *(choice.name for choice in config.augment)])
+        name = f"{config.task.name}-{arm}-seed{config.seed}".replace(":", "-")
         for number in itertools.count(1):
             path = Path("runs", name if number == 1 else f"{name}-{number}")
             with suppress(FileExistsError):
@@ -279,15 +260,10 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
     with _set_threads(run):
+        lines = [metrics, timing] if processes.leads else []
+        every_steps, every_minutes = config.checkpoint_every, config.checkpoint_minutes
         manager = CheckpointManager(
-            store,
-            learner,
-            progress,
-            [metrics, timing] if processes.leads else [],
-            every_steps=config.checkpoint_every,
-            every_minutes=config.checkpoint_minutes,
-            stop=stop,
-            processes=processes,
+            store, learner, progress, lines, every_steps=every_steps, every_minutes=every_minutes, stop=stop
         )
         try:
             _start(run, manager)
@@ -387,9 +363,7 @@ class _LinesWriter:
     """Writes metrics.jsonl, which a resumed run repeats bit for bit, and timing.jsonl, which it cannot."""
 
     def __init__(self, metrics: LinesFile, timing: LinesFile, device: torch.device) -> None:
-        self._metrics = metrics
-        self._timing = timing
-        self._device = device
+        self._metrics, self._timing, self._device = metrics, timing, device
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
@@ -401,12 +375,5 @@ class _LinesWriter:
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
         for inner_steps in evaluation.inner_steps:
-            self._metrics.append(
-                {
-                    "step": step,
-                    "split": split,
-                    "inner_steps": inner_steps,
-                    evaluation.metric: evaluation.mean(inner_steps),
-                    "ci95": evaluation.ci95(inner_steps),
-                }
-            )
+            scores = {evaluation.metric: evaluation.mean(inner_steps), "ci95": evaluation.ci95(inner_steps)}
+            self._metrics.append({"step": step, "split": split, "inner_steps": inner_steps, **scores})
