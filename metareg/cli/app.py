@@ -19,11 +19,9 @@ from rich.markup import escape
 from metareg._version import __version__
 from metareg.cli.common import stderr, stdout
 from metareg.cli.compare import compare, report, reproduce
-from metareg.cli.data import data
 from metareg.cli.flags import RunCommand
-from metareg.cli.plugins import check_plugin, doctor, new_plugin, plugins, show
-from metareg.cli.runs import evaluate, export, predict
-from metareg.cli.train import resume, train
+from metareg.cli.plugins import check_plugin, data, doctor, new_plugin, plugins, show
+from metareg.cli.runs import evaluate, export, predict, resume, train
 from metareg.errors import MetaregError, UsageError
 from metareg.util.torchrun import is_follower, read_rank
 

@@ -23,6 +23,7 @@ __all__ = [
     "RunFolder",
     "complete_names",
     "path_option",
+    "plugin_option",
     "set_data_folder",
     "set_option",
     "stderr",
@@ -56,6 +57,11 @@ def path_option(*flags: str, metavar: str, help: str) -> Any:
     return typer.Option(*flags, metavar=metavar, help=help, callback=_expand_path)
 
 
+def plugin_option(kind: str, *, metavar: str, help: str) -> Any:
+    """An option that takes the names of plugins of a kind, which a shell completes."""
+    return typer.Option(metavar=metavar, help=help, autocompletion=complete_names(kind))
+
+
 def set_option(help: str) -> Any:
     """The option ``--set KEY=VALUE``."""
     return typer.Option("--set", metavar="KEY=VALUE", help=help)
@@ -84,18 +90,13 @@ def set_data_folder(data: Path | None) -> None:
 
 
 def write_output(text: str) -> None:
-    """Write a text to the output.
-
-    Raises:
-        MetaregError: it cannot take it: a full disk, a reader that has gone, an encoding without one of the signs.
-    """
+    """Write a text to the output, which may be on a full disk, have lost its reader, or lack one of the signs."""
     try:
         print(text, end="", flush=True)
     except UnicodeEncodeError as error:
         sign = error.object[error.start]
-        raise MetaregError(
-            f"The output's encoding, {error.encoding}, has no '{sign}'; --out FILE writes UTF-8."
-        ) from error
+        problem = f"The output's encoding, {error.encoding}, has no '{sign}'"
+        raise MetaregError(f"{problem}; --out FILE writes UTF-8.") from error
     except OSError as error:
         # What is left would be tried again at the end of the process, and say more than this sentence.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

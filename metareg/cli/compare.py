@@ -13,8 +13,8 @@ from metareg.cli.common import (
     Data,
     Device,
     NoPlugin,
-    complete_names,
     path_option,
+    plugin_option,
     set_data_folder,
     set_option,
     stderr,
@@ -26,27 +26,25 @@ from metareg.errors import UsageError
 
 __all__ = ["compare", "report", "reproduce"]
 
+_Jobs = Annotated[
+    int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
+]
+
 
 @takes_run_options(lambda _: ("steps",))
 def compare(
     algo: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Algorithms, with commas (maml).", autocompletion=complete_names("algorithms")
-        ),
+        str | None, plugin_option("algorithms", metavar="NAMES", help="Algorithms, with commas (maml).")
     ] = None,
     augment: Annotated[
         str | None,
-        typer.Option(
+        plugin_option(
+            "augmenters",
             metavar="NAMES",
             help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain (none).",
-            autocompletion=complete_names("augmenters"),
         ),
     ] = None,
-    task: Annotated[
-        str | None,
-        typer.Option(metavar="NAMES", help="Tasks, with commas (sinusoid).", autocompletion=complete_names("tasks")),
-    ] = None,
+    task: Annotated[str | None, plugin_option("tasks", metavar="NAMES", help="Tasks, with commas (sinusoid).")] = None,
     seeds: Annotated[
         str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (1).")
     ] = None,
@@ -54,7 +52,7 @@ def compare(
         list[str] | None,
         set_option(
             "An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1) are tried "
-            "for each arm on validation tasks. Repeatable.",
+            "for each arm on validation tasks. Repeatable."
         ),
     ] = None,
     search: Annotated[
@@ -72,9 +70,7 @@ def compare(
     out: Annotated[
         Path | None, path_option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
-    ] = None,
+    jobs: _Jobs = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
@@ -101,10 +97,10 @@ def compare(
     given, space = split_assignments(assignments or [])
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; `metareg compare --help` says how it is given.")
-    searched = [key.strip() for key in (search_over or "").split(",") if key.strip()]
+    searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
-            algo, augment, task, seeds=seeds, out=out, config=config, space={**dict.fromkeys(searched), **space},
+            algo, augment, task, seeds=seeds, out=out, config=config, space={**searched, **space},
             search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **(given | options),
         )  # fmt: skip
     print_comparison(comparison, stdout)
@@ -154,9 +150,7 @@ def reproduce(
         Path | None,
         path_option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
     ] = None,
-    jobs: Annotated[
-        int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
-    ] = None,
+    jobs: _Jobs = None,
     data: Data = None,
     device: Device = None,
     _no_plugin: NoPlugin = None,

@@ -15,8 +15,6 @@ from metareg.cli.common import complete_names
 from metareg.errors import UsageError
 
 if TYPE_CHECKING:
-    from pydantic.fields import FieldInfo
-
     from metareg.runs.config import RunConfig
 
 __all__ = ["RunCommand", "takes_run_options"]
@@ -25,11 +23,7 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
 def takes_run_options(choose: Callable[[type[RunConfig]], Collection[str]]) -> Callable[[_Function], _Function]:
-    """Say which options of a run a function takes as its ``**options``; it is to be registered as a `RunCommand`.
-
-    Args:
-        choose: names some fields of `RunConfig`; those of them that have a flag are taken.
-    """
+    """Give a `RunCommand`'s function as its ``**options`` those of the chosen fields of `RunConfig` that have a flag."""
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function, eval_str=True)
@@ -48,12 +42,17 @@ class RunCommand(TyperCommand):
     """
 
     def make_context(self, *arguments: Any, **more: Any) -> Any:
+        from metareg.runs.config import PLUGIN_FIELDS, RunConfig
+
         function: Any = inspect.unwrap(self.callback)  # type: ignore[arg-type]
-        parameters = [*_create_parameters(function.choose), *function.__signature__.parameters.values()]
+        taken = RunConfig.list_flags().keys() & set(function.choose(RunConfig))
+        plugins_first = [*PLUGIN_FIELDS, *(name for name in RunConfig.model_fields if name not in PLUGIN_FIELDS)]
+        options = [_create_parameter(name) for name in plugins_first if name in taken]
 
         def call(**values: Any) -> None:
             function(**{name: value for name, value in values.items() if value is not None})
 
+        parameters = [*options, *function.__signature__.parameters.values()]
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
             [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
         )
@@ -87,30 +86,23 @@ def _refuse_wrong_flag(given: str, flags: Collection[str]) -> None:
         raise UsageError(f"There is no option named '{given}' in this command; write '{right}'.")
 
 
-def _create_parameters(choose: Callable[[type[RunConfig]], Collection[str]]) -> list[inspect.Parameter]:
-    """The parameters of a command's function for options of a run, plugins first."""
+def _create_parameter(name: str) -> inspect.Parameter:
+    """An option of typer with the flag, type, choices, description and default of a field of `RunConfig`."""
+    from metareg.contract.config import PluginSpec
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 
-    chosen = choose(RunConfig)
-    flags = {name: flag for name, flag in RunConfig.list_flags().items() if name in chosen}
-    plugins_first = sorted(flags, key=lambda name: name not in PLUGIN_FIELDS)
-    return [_create_parameter(name, flags[name], RunConfig.model_fields[name]) for name in plugins_first]
-
-
-def _create_parameter(name: str, flag: str, field: FieldInfo) -> inspect.Parameter:
-    """An option of typer with a field's flag, type, choices, description and default."""
-    from metareg.contract.config import PluginSpec
-    from metareg.runs.config import PLUGIN_FIELDS
-
+    field = RunConfig.model_fields[name]
     kind, default = field.annotation, field.default
     text = (field.description or "").removesuffix(".")
     if get_origin(kind) in (Union, types.UnionType):
         (kind,) = (each for each in get_args(kind) if each is not type(None))
-    option = partial(typer.Option, flag, show_default=False)
+    option = partial(typer.Option, RunConfig.list_flags()[name], show_default=False)
     if get_origin(kind) is Literal:
         # RunConfig refuses what is no choice, as it does wherever that is written.
         choices, kind = get_args(kind), str
-        option = partial(option, metavar="NAME", autocompletion=_complete_among(choices))
+        option = partial(
+            option, metavar="NAME", autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)]
+        )
         text += f": {', '.join(choices)}"
     elif name in PLUGIN_FIELDS:
         kind = list[str] if get_origin(kind) is list else str
@@ -119,13 +111,5 @@ def _create_parameter(name: str, flag: str, field: FieldInfo) -> inspect.Paramet
     text += "." if default is None or default is False else f" ({default})."
     if kind == list[str]:
         text += " Repeatable, takes commas."
-    return inspect.Parameter(
-        name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=None,
-        annotation=Annotated[kind | None, option(help=text)],  # type: ignore[operator]
-    )
-
-
-def _complete_among(choices: Collection[str]) -> Callable[[str], list[str]]:
-    return lambda incomplete: [each for each in choices if each.startswith(incomplete)]
+    annotation: Any = Annotated[kind | None, option(help=text)]  # type: ignore[operator]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)

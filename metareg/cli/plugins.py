@@ -1,19 +1,22 @@
-"""``metareg plugins``, ``show``, ``new-plugin``, ``check-plugin`` and ``doctor``."""
+"""``metareg plugins``, ``show``, ``new-plugin``, ``check-plugin``, ``doctor``, and ``data``: what is installed."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 
-from metareg.cli.common import path_option, set_option, stderr, stdout
-from metareg.errors import MetaregError, UnknownNameError
-from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries
+from metareg.cli.common import Data, NoPlugin, path_option, set_option, stderr, stdout
+from metareg.errors import MetaregError, UnknownNameError, UsageError
+from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries, resolve
 
-__all__ = ["check_plugin", "doctor", "new_plugin", "plugins", "show"]
+if TYPE_CHECKING:
+    from metareg.contract.tasks import Dataset
+
+__all__ = ["check_plugin", "data", "doctor", "new_plugin", "plugins", "show"]
 
 _Kind = Annotated[str, typer.Argument(metavar="KIND", help="algorithms, augmenters, tasks, models or observers.")]
 _Name = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")]
@@ -24,11 +27,11 @@ def plugins(
     check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
 ) -> None:
     """List the installed plugins. Without --check nothing of them is imported."""
-    rows = [_describe(entry, check) for entry in list_entries()]
+    rows = [_describe_entry(entry, check) for entry in list_entries()]
     if as_json:
         print(json.dumps(rows, indent=2))
         return
-    from metareg.cli.pages import create_plugin_table
+    from metareg.cli.tables import create_plugin_table
 
     stdout.print(create_plugin_table(rows, check))
 
@@ -36,7 +39,7 @@ def plugins(
 def show(kind: _Kind, name: _Name) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
     entry = find_entry(_parse_kind(kind), name)
-    from metareg.cli.pages import describe_plugin
+    from metareg.cli.tables import describe_plugin
 
     stdout.print(describe_plugin(entry, entry.load()))
 
@@ -68,7 +71,7 @@ def check_plugin(
     compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
 ) -> None:
     """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
-    from metareg.cli.pages import describe_check
+    from metareg.cli.tables import describe_check
     from metareg.runs.options import parse_assignments
     from metareg.testing import checks
 
@@ -85,12 +88,64 @@ def check_plugin(
 
 def doctor() -> None:
     """Check the installation: versions, devices, compiler, and every plugin."""
-    from metareg.cli.pages import describe_installation
+    from metareg.cli.tables import describe_installation
 
-    rows = [_describe(entry, check=True) for entry in list_entries()]
+    rows = [_describe_entry(entry, check=True) for entry in list_entries()]
     stdout.print(describe_installation(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
+
+
+def data(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[TASK]", help="One task; all where none is named.", show_default=False)
+    ] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the task's data.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read all of the task's data, and count it.")] = False,
+    where: Data = None,
+    _no_plugin: NoPlugin = None,
+) -> None:
+    """List the data that tasks read: where it is, or how to get it; download and verify it."""
+    from metareg.cli.tables import create_dataset_table
+
+    if name is None:
+        if download or verify:
+            raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
+        stdout.print(create_dataset_table(_list_datasets(where)))
+        return
+    dataset = _read_dataset(name, where)
+    if dataset is not None and download and not dataset.present:
+        if dataset.download is None:
+            raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")
+        dataset.download()
+        dataset = _read_dataset(name, where)
+    if dataset is None:
+        raise UsageError(f"The task '{name}' reads no data.")
+    stdout.print(create_dataset_table([(name, dataset)]))
+    if verify:
+        with stderr.status("Reading …"):
+            found = dataset.verify()
+        stdout.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)
+
+
+def _list_datasets(where: Path | None) -> list[tuple[str, Dataset | str]]:
+    """Every installed task that reads data, and what it says of it; a text where it cannot be asked."""
+    rows: list[tuple[str, Dataset | str]] = []
+    for entry in list_entries("tasks"):
+        try:
+            if (dataset := _read_dataset(entry.name, where)) is not None:
+                rows.append((entry.name, dataset))
+        except MetaregError as error:
+            rows.append((entry.name, str(error)))
+    return rows
+
+
+def _read_dataset(name: str, where: Path | None) -> Dataset | None:
+    """What a task says about its data; `where` is the folder to look in, for a task with an option `data`."""
+    options = getattr(getattr(find_entry("tasks", name).load(), "Config", None), "model_fields", {})
+    given = {"data": str(where)} if where is not None and "data" in options else {}
+    dataset: Dataset | None = getattr(resolve("tasks", name, given).instance, "dataset", None)
+    return dataset
 
 
 def _parse_kind(given: str) -> str:
@@ -101,14 +156,9 @@ def _parse_kind(given: str) -> str:
     return matches[0]
 
 
-def _describe(entry: Entry, check: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "kind": entry.kind,
-        "name": entry.name,
-        "distribution": entry.distribution,
-        "version": entry.version,
-        "broken": None,
-    }
+def _describe_entry(entry: Entry, check: bool) -> dict[str, Any]:
+    row: dict[str, Any] = {key: getattr(entry, key) for key in ("kind", "name", "distribution", "version")}
+    row["broken"] = None
     if check:
         try:
             cls = entry.load()

@@ -53,13 +53,8 @@ class Progress:
         self._printed = 0.0
 
     def __enter__(self) -> Progress:
-        handler = RichHandler(console=self._console, show_time=False, show_path=False, show_level=False)
-        if not self._console.is_terminal:
-            handler = logging.StreamHandler(self._console.file)  # type: ignore[assignment]
-        self._handler = handler
-        logger = logging.getLogger("metareg")
-        logger.addHandler(handler)
-        logger.setLevel(logging.INFO)
+        self._handler = _add_handler(self._console)
+        logging.getLogger("metareg").setLevel(logging.INFO)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -68,11 +63,9 @@ class Progress:
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        config = run.config
-        names = [config.algo.name, *(choice.name for choice in config.augment)]
-        self._say(f"{' + '.join(names)} on {config.task.name}, seed {config.seed} → {run.path}")
+        self._say(f"{run.config.title} → {run.path}")
         compiling = run.learner.strategy == "compiled"
-        self._task = self._bar.add_task("training", total=config.steps, numbers="compiling …" if compiling else "")
+        self._task = self._bar.add_task("training", total=run.config.steps, numbers="compiling …" if compiling else "")
         self._bar.start()
 
     @hookimpl
@@ -112,12 +105,9 @@ class ComparisonProgress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._live = Live(console=console, auto_refresh=False, transient=True)
-        self._log: logging.Handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
 
     def __enter__(self) -> ComparisonProgress:
-        if not self._console.is_terminal:
-            self._log = logging.StreamHandler(self._console.file)
-        logging.getLogger("metareg").addHandler(self._log)
+        self._handler = _add_handler(self._console)
         logging.getLogger("metareg.tuning").setLevel(logging.INFO)  # what is searched, and what was chosen
         if self._console.is_terminal:
             self._live.start()
@@ -125,7 +115,7 @@ class ComparisonProgress:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
-        logging.getLogger("metareg").removeHandler(self._log)
+        logging.getLogger("metareg").removeHandler(self._handler)
 
     def on_progress(self, comparison: Comparison) -> None:
         """Show where the comparison stands."""
@@ -164,6 +154,15 @@ class ComparisonProgress:
             _format_time_left(comparison),
         )
         return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+
+
+def _add_handler(console: Console) -> logging.Handler:
+    """Show on a console what metareg logs."""
+    handler: logging.Handler = logging.StreamHandler(console.file)
+    if console.is_terminal:
+        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    logging.getLogger("metareg").addHandler(handler)
+    return handler
 
 
 def _format_speed(steps_per_second: float) -> str:

@@ -30,22 +30,12 @@ _USES = {
 def write_plugin(kind: str, name: str, parent: Path) -> Path:
     """Write the package ``metareg-NAME`` with a working plugin, its entry point, tests and a README.
 
-    Args:
-        kind: ``"algorithms"``, ``"augmenters"``, ``"tasks"``, ``"models"`` or ``"observers"``.
-        name: what users will type.
-        parent: the folder in which the package's folder is made.
-
     Returns:
-        The package's folder.
-
-    Raises:
-        UsageError: the name cannot be used, is taken, or the folder exists.
-        MetaregError: the folder cannot be written; nothing is left of it.
+        The package's folder, in `parent`. Where an error ends it, nothing is left of the folder.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(
-            f"'{name}' cannot be a plugin's name: use lower-case letters, digits and hyphens, as sign-maml."
-        )
+        allowed = "use lower-case letters, digits and hyphens, as sign-maml"
+        raise UsageError(f"'{name}' cannot be a plugin's name: {allowed}.")
     owner = next((entry.distribution for entry in list_entries(kind) if entry.name == name), None)
     if owner is not None:
         raise UsageError(f"The name '{name}' is taken by the {kind.removesuffix('s')} of {owner}; choose another one.")
@@ -66,29 +56,25 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
 
 
 def _render_files(kind: str, name: str) -> dict[str, str]:
-    words = name.split("-")
     flags, arguments = _USES[kind]
     module = f"metareg_{name.replace('-', '_')}"
     values = {
         "kind": kind,
         "singular": kind.removesuffix("s"),
         "name": name,
-        "title": " ".join(words).capitalize(),
+        "title": name.replace("-", " ").capitalize(),
         "distribution": f"metareg-{name}",
         "module": module,
-        "cls": "".join(word.capitalize() for word in words),
+        "cls": "".join(word.capitalize() for word in name.split("-")),
         "contract": str(CONTRACT_VERSION),
         "metareg": __version__,
         "flags": flags.format(name=name),
         "arguments": arguments.format(name=name),
     }
-    templates = importlib.resources.files("metareg.cli") / "templates"
+    folder = importlib.resources.files("metareg.cli") / "templates"
+    templates = {"pyproject.toml": "pyproject.toml", "README.md": "README.md"}
+    templates |= {f"{module}/__init__.py": f"{kind}.py", "tests/test_plugin.py": "test_plugin.py"}
     return {
-        path: Template((templates / f"{template}.template").read_text(encoding="utf-8")).substitute(values)
-        for path, template in (
-            ("pyproject.toml", "pyproject.toml"),
-            ("README.md", "README.md"),
-            (f"{module}/__init__.py", f"{kind}.py"),
-            ("tests/test_plugin.py", "test_plugin.py"),
-        )
+        path: Template((folder / f"{template}.template").read_text(encoding="utf-8")).substitute(values)
+        for path, template in templates.items()
     }

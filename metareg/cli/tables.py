@@ -1,13 +1,18 @@
-"""What trainings, tests and comparisons came to, for the terminal; and tables of data and recipes."""
+"""What the commands show: results, plugins, data, recipes and the installation."""
 
 from __future__ import annotations
 
+import inspect
+import platform
 import shlex
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Column, Table
+from rich.text import Text
 
 from metareg.contract.splits import TEST
 from metareg.runs.folder import RESULTS
@@ -19,17 +24,24 @@ if TYPE_CHECKING:
     from metareg.comparison.runner import Comparison
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.tasks import Dataset
+    from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
     from metareg.runs.run import Run
+    from metareg.testing import Check
 
 __all__ = [
     "create_dataset_table",
     "create_evaluation_table",
+    "create_plugin_table",
     "create_recipe_table",
-    "create_table",
+    "describe_check",
+    "describe_installation",
+    "describe_plugin",
     "print_comparison",
     "print_results",
 ]
+
+_PADDING = (0, 2, 0, 0)
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -39,7 +51,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     from metareg.reporting.tables import build_overview
 
     folder = comparison.plan.folder
-    rows: list[tuple[str, object]] = [("comparison", folder)]
+    rows = [("comparison", folder)]
     if any(run.finished for run in comparison.plan.list_runs()):
         analysis = analyze_comparison(folder)
         for task in analysis.tasks:
@@ -56,8 +68,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _create_short_table(content: ReportTable) -> Table:
-    """A table of a report for the terminal."""
-    table = create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
+    table = _create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
     for number, column in enumerate(content.columns):
         words = content.is_text(number)
         table.add_column(column, justify="left" if words else "right", no_wrap=words)
@@ -66,7 +77,7 @@ def _create_short_table(content: ReportTable) -> Table:
     return table
 
 
-def create_table(*columns: str, **layout: Any) -> Table:
+def _create_table(*columns: str, **layout: Any) -> Table:
     """A table without lines, whose columns fold."""
     folding = (Column(name, overflow="fold") for name in columns)
     return Table(*folding, box=None, header_style="bold", pad_edge=False, **layout)
@@ -85,10 +96,8 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST) -> Table:
     """The metric before and after each number of inner steps."""
     better = "higher" if evaluation.higher_is_better else "lower"
     statistics = "" if evaluation.bn_statistics == "none" else f", BatchNorm {evaluation.bn_statistics}"
-    table = Table(
-        title=f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics})",
-        title_justify="left",
-    )
+    title = f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics})"
+    table = Table(title=title, title_justify="left")
     table.add_column("inner steps", justify="right")
     table.add_column(evaluation.metric, justify="right")
     table.add_column("95 % interval", justify="right")
@@ -100,7 +109,7 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST) -> Table:
 
 def create_dataset_table(rows: Sequence[tuple[str, Dataset | str]]) -> RenderableType:
     """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
-    table = create_table("task", "there", "where it is, or how to get it")
+    table = _create_table("task", "there", "where it is, or how to get it")
     for name, dataset in rows:
         if isinstance(dataset, str):
             table.add_row(escape(name), "?", escape(dataset), style="red")
@@ -116,21 +125,17 @@ def create_dataset_table(rows: Sequence[tuple[str, Dataset | str]]) -> Renderabl
 
 def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
     """Recipes, one a row: what they need, what they are expected to reach, and about how long they take."""
-    table = create_table("recipe", "needs", "expected (95 %)", "on one CPU core")
+    table = _create_table("recipe", "needs", "expected (95 %)", "on one CPU core")
     table.columns[0].no_wrap = True  # a name is to be copied
     for recipe in recipes:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"
         if recipe.expected is not None:
-            value, interval = (
-                recipe.format_value(recipe.expected.mean),
-                recipe.format_interval(recipe.expected.interval),
-            )
-            expected = f"{recipe.metric} {value} ({interval})"
+            value = recipe.format_value(recipe.expected.mean)
+            expected = f"{recipe.metric} {value} ({recipe.format_interval(recipe.expected.interval)})"
         times = f"{len(recipe.seeds)} × " if len(recipe.seeds) > 1 else ""
-        table.add_row(
-            *map(escape, (recipe.name, needs or "nothing", expected, times + _format_minutes(recipe.minutes)))
-        )
+        cells = (recipe.name, needs or "nothing", expected, times + _format_minutes(recipe.minutes))
+        table.add_row(*map(escape, cells))
     return table
 
 
@@ -140,3 +145,105 @@ def _format_minutes(minutes: float) -> str:
     if minutes < 90:
         return f"{minutes:.0f} min"
     return f"{minutes / 60:.0f} h" if minutes < 60 * 48 else f"{minutes / 60 / 24:.1f} days"
+
+
+def describe_check(check: Check, problem: str | None) -> Text:
+    """What one check of a plugin found."""
+    result = ("passed  ", "green") if problem is None else ("failed  ", "red")
+    return Text.assemble(result, (f"{check.name:<20}", "bold"), problem or check.summary)
+
+
+def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
+    """The installed plugins, one a row."""
+    if not rows:
+        return Text("No plugin is installed or enabled.")
+    columns = ("kind", "name", "distribution", "version")
+    table = _create_table(*columns, *(("works", "what it is") if checked else ()))
+    for row in rows:
+        cells = [row[column] for column in columns]
+        if checked:
+            cells += ["no", row["broken"]] if row["broken"] else ["yes", row["summary"]]
+        table.add_row(*map(escape, cells), style="red" if row["broken"] else None)
+    return table
+
+
+def describe_plugin(entry: Entry, cls: type) -> RenderableType:
+    """All that there is to know of a plugin."""
+    from metareg.registry.dispatch import list_hooks
+
+    parts: list[RenderableType] = [
+        Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
+        Padding(Text(inspect.cleandoc(cls.__doc__ or "It has no description.")), (1, 0, 1, 2)),
+        Text.assemble(("hooks: ", "bold"), ", ".join(list_hooks(cls)) or "none"),
+    ]
+    fields = getattr(getattr(cls, "Config", None), "model_fields", {})
+    if fields:
+        parts += [Text(), _create_option_table(entry, fields)]
+    recommended = getattr(cls, "recommended", {})
+    if recommended and isinstance(recommended, Mapping):
+        parts += [Text(), _create_recommendation_table(recommended)]
+    return Group(*parts)
+
+
+def _create_option_table(entry: Entry, fields: Mapping[str, Any]) -> Table:
+    from metareg.contract.search import describe_search_space
+
+    searched = ("a search tries",) if entry.kind in ("algorithms", "augmenters") else ()
+    table = _create_table("option", "default", "allowed", *searched, "what it is", padding=_PADDING)
+    for name, field in fields.items():
+        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
+        cells = [name, default, _format_type(field), field.description or ""]
+        if searched:
+            label = f"{entry.kind.removesuffix('s')} '{entry.name}'"
+            cells.insert(3, describe_search_space(label, name, field) or "nothing")
+        table.add_row(*map(escape, cells))
+    return table
+
+
+def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
+    """What a plugin recommends: options of the run, then those of each owner, then what is for one algorithm alone."""
+    table = _create_table("recommends", "value", "for", padding=_PADDING)
+    alone = {name: value for name, value in recommended.items() if isinstance(value, Mapping)}
+    general = {key: value for key, value in recommended.items() if key not in alone}
+    for algorithm, options in (("", general), *alone.items()):
+        for key in sorted(options, key=lambda key: key.rpartition(".")[0]):
+            table.add_row(*map(escape, (key, str(options[key]), algorithm or "any algorithm")))
+    return table
+
+
+def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
+    """The state of the installation: versions, hardware and plugins."""
+    from metareg.engine.strategies import find_compiler
+    from metareg.runs.environment import describe_machine
+
+    machine = describe_machine()
+    facts = {
+        "metareg": f"{machine['metareg']}, plugin contract {machine['contract']}",
+        "python": f"{machine['python']} on {platform.system()} {machine['processor']}",
+        "torch": f"{machine['torch']}, {machine['torch_threads']} of {machine['cpu_count']} CPU threads",
+        "GPU": ", ".join(machine["gpus"]) or "none",
+        "C++ compiler": find_compiler() or "none: the strategy 'compiled' cannot be used on the CPU",
+        **machine["libraries"],
+    }
+    table = _create_table(show_header=False, padding=_PADDING)
+    for name, value in facts.items():
+        table.add_row(name, escape(str(value)))
+    broken = sum(bool(row["broken"]) for row in rows)
+    verdict = f"{broken} of {len(rows)} plugins do not work." if broken else f"All {len(rows)} plugins work."
+    style = "bold red" if broken else "green"
+    return Group(table, Text(), create_plugin_table(rows, checked=True), Text(), Text(verdict, style))
+
+
+def _format_type(field: Any) -> str:
+    """The type and bounds of a configuration field, as a reader would write them."""
+    kind = getattr(field.annotation, "__name__", str(field.annotation))
+    if not isinstance(field.annotation, type):
+        kind = str(field.annotation).replace("typing.", "").removeprefix("Literal")
+    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
+    bounds = [
+        f"{sign} {value}"
+        for constraint in field.metadata
+        for key, sign in signs.items()
+        if (value := getattr(constraint, key, None)) is not None
+    ]
+    return " ".join([kind, *bounds])

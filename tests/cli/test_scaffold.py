@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -18,14 +21,11 @@ ROOT = Path(__file__).parents[2]
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As pip would leave it: the module on the path, with the metadata of its pyproject.toml."""
-    import tomllib
-
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
-    (metadata / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
+    named = f"Name: {project['name']}\nVersion: {project['version']}\n"
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\n{named}")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {target}" for name, target in points.items())]
@@ -44,14 +44,8 @@ def test_new_plugin_is_listed_trains_and_passes_its_checks(
     installed(folder, monkeypatch)
     assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in list_entries(kind)}
 
-    flags = {
-        "algorithms": "--algo",
-        "augmenters": "--augment",
-        "tasks": "--task",
-        "models": "--model",
-        "observers": "--observe",
-    }
-    assert run(["train", flags[kind], "of-mine", "--steps", "4", "--set", "test_tasks=4", "--out", "run"]) == 0
+    flag = dict(zip(KINDS, ("--algo", "--augment", "--task", "--model", "--observe"), strict=True))[kind]
+    assert run(["train", flag, "of-mine", "--steps", "4", "--set", "test_tasks=4", "--out", "run"]) == 0
     capsys.readouterr()
     assert run(["check-plugin", kind, "of-mine", "--no-compile"]) == 0
     printed = capsys.readouterr().out
@@ -99,9 +93,8 @@ def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
 ) -> None:
     folder = write_plugin("algorithms", "halved", tmp_path)
     module = folder / "metareg_halved" / "__init__.py"
-    module.write_text(
-        module.read_text(encoding="utf-8").replace("value - self", "value - 0.5 * self"), encoding="utf-8"
-    )
+    halved = module.read_text(encoding="utf-8").replace("value - self", "value - 0.5 * self")
+    module.write_text(halved, encoding="utf-8")
     installed(folder, monkeypatch)
     assert run(["check-plugin", "algorithms", "halved", "--no-compile"]) == 1
     printed = capsys.readouterr().out
@@ -112,8 +105,6 @@ def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
 
 @pytest.mark.parametrize("name", ["reptile", "mamlpp", "cavia"])
 def test_example_package_trains_beside_cml(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import shutil
-
     folder = tmp_path / f"metareg-{name}"
     shutil.copytree(ROOT / "examples" / f"metareg-{name}", folder)
     installed(folder, monkeypatch)
@@ -129,17 +120,8 @@ def test_example_package_passes_its_own_tests(name: str, tmp_path: Path) -> None
     target = tmp_path / "installed"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(target)]
     subprocess.run([*pip, str(ROOT / "examples" / f"metareg-{name}")], check=True, capture_output=True)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-c",
-        "/dev/null",
-        str(ROOT / "examples" / f"metareg-{name}" / "tests"),
-    ]
-    import os
-
+    tests = str(ROOT / "examples" / f"metareg-{name}" / "tests")
+    command = [sys.executable, "-m", "pytest", "-q", "-c", "/dev/null", tests]
     environment = os.environ | {"PYTHONPATH": str(target), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout[-3000:]
