@@ -30,84 +30,41 @@ if TYPE_CHECKING:
     from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.seeding import derive_seed, task_uniform
 
-_WHERE = {
-    "reproduce": "metareg.comparison.reproduction",
-    "compare": "metareg.comparison.runner",
-    "StepExample": "metareg.contract.attributes",
-    "Field": "metareg.contract.config",
-    "PathText": "metareg.contract.config",
-    "PluginConfig": "metareg.contract.config",
-    "Episodes": "metareg.contract.episodes",
-    "Evaluation": "metareg.contract.evaluation",
-    "CONTRACT_VERSION": "metareg.contract.hookspecs",
-    "hookimpl": "metareg.contract.hookspecs",
-    "hookspec": "metareg.contract.hookspecs",
-    "Metric": "metareg.contract.losses",
-    "Dataset": "metareg.contract.tasks",
-    "Task": "metareg.contract.tasks",
-    "TaskSpec": "metareg.contract.tasks",
-    "DivergenceError": "metareg.errors",
-    "Interrupted": "metareg.errors",
-    "MetaregError": "metareg.errors",
-    "PluginError": "metareg.errors",
-    "UnknownNameError": "metareg.errors",
-    "UsageError": "metareg.errors",
-    "MetaLearner": "metareg.learner.learner",
-    "join_processes": "metareg.learner.processes",
-    "report": "metareg.reporting",
-    "RunConfig": "metareg.runs.config",
-    "Run": "metareg.runs.run",
-    "resume": "metareg.runs.training",
-    "train": "metareg.runs.training",
-    "cache_folder": "metareg.util.data_files",
-    "data_folder": "metareg.util.data_files",
-    "download": "metareg.util.data_files",
-    "derive_seed": "metareg.util.seeding",
-    "task_uniform": "metareg.util.seeding",
+_NAMES = {
+    "comparison.reproduction": "reproduce",
+    "comparison.runner": "compare",
+    "contract.attributes": "StepExample",
+    "contract.config": "Field PathText PluginConfig",
+    "contract.episodes": "Episodes",
+    "contract.evaluation": "Evaluation",
+    "contract.hookspecs": "CONTRACT_VERSION hookimpl hookspec",
+    "contract.losses": "Metric",
+    "contract.tasks": "Dataset Task TaskSpec",
+    "errors": "DivergenceError Interrupted MetaregError PluginError UnknownNameError UsageError",
+    "learner.learner": "MetaLearner",
+    "learner.processes": "join_processes",
+    "reporting": "report",
+    "runs.config": "RunConfig",
+    "runs.run": "Run",
+    "runs.training": "resume train",
+    "util.data_files": "cache_folder data_folder download",
+    "util.seeding": "derive_seed task_uniform",
 }
+_MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "CONTRACT_VERSION",
-    "Dataset",
-    "DivergenceError",
-    "Episodes",
-    "Evaluation",
-    "Field",
-    "Interrupted",
-    "MetaLearner",
-    "MetaregError",
-    "Metric",
-    "PathText",
-    "PluginConfig",
-    "PluginError",
-    "Run",
-    "RunConfig",
-    "StepExample",
-    "Task",
-    "TaskSpec",
-    "UnknownNameError",
-    "UsageError",
-    "__version__",
-    "cache_folder",
-    "compare",
-    "data_folder",
-    "derive_seed",
-    "download",
-    "hookimpl",
-    "hookspec",
-    "join_processes",
-    "report",
-    "reproduce",
-    "resume",
-    "task_uniform",
-    "train",
-]
+    "CONTRACT_VERSION", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted", "MetaLearner",
+    "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig", "StepExample", "Task",
+    "TaskSpec", "UnknownNameError", "UsageError", "__version__", "cache_folder", "compare", "data_folder",
+    "derive_seed", "download", "hookimpl", "hookspec", "join_processes", "report", "reproduce", "resume",
+    "task_uniform", "train",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _MODULES:
         raise AttributeError(f"module 'metareg' has no attribute '{name}'")
-    value = getattr(importlib.import_module(_WHERE[name]), name)
+    value = getattr(importlib.import_module(_MODULES[name]), name)
     globals()[name] = value
     return value
 
