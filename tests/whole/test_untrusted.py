@@ -28,9 +28,7 @@ from metareg.util.tensorfile import TensorFile, write_tensors
 from metareg.util.yaml_files import read_yaml
 
 _FUZZ = settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 _SCALARS = (
     st.none()
@@ -49,13 +47,8 @@ _VALUES = st.recursive(
 
 
 def _state() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "weight": torch.randn(3, 4, generator=generator),
-        "step": 7,
-        "loss": 0.1,
-        "nested": {"moments": torch.ones(5)},
-    }
+    weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    return {"weight": weight, "step": 7, "loss": 0.1, "nested": {"moments": torch.ones(5)}}
 
 
 def _learner() -> MetaLearner:
