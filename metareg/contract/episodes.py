@@ -102,8 +102,7 @@ class Episodes:
 
     def unstack(self, number: int) -> tuple[Any, Tensor, Any, Tensor]:
         """One task, numbered from 0 on, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
-        support_x, support_y, query_x, query_y = tree_map(lambda leaf: leaf[number], self.parts)
-        return support_x, support_y, query_x, query_y
+        return tree_map(lambda leaf: leaf[number], self.parts)
 
     def placed(self, positions: Sequence[int]) -> Episodes:
         """The same tasks as those at some positions of what a source was asked for.
