@@ -16,5 +16,5 @@ def test_outputs_need_a_dimension_of_their_own() -> None:
             self.body = nn.Sequential(nn.Linear(1, 4), nn.ReLU())
             self.head = nn.Sequential(nn.Linear(4, 1), nn.Flatten(0))
 
-    with pytest.raises(UsageError, match=r"CML needs features .* the model gives \(3, 4\) and \(3,\)"):
+    with pytest.raises(UsageError, match=r"\(3, 4\) and \(3,\)"):
         MetaLearner(Scalar(), augment=["cml"], loss="mse").initialize(torch.zeros(3, 1))

@@ -87,7 +87,5 @@ def test_a_failing_observer_is_named(tmp_path: Path) -> None:
         def on_step(self) -> None:
             raise RuntimeError("the tracker is down")
 
-    with pytest.raises(
-        PluginError, match="observer 'broken' failed in its hook on_step: RuntimeError: the tracker is down"
-    ):
+    with pytest.raises(PluginError, match=r"'broken'.*on_step.*the tracker is down"):
         trained(tmp_path / "run", Broken())

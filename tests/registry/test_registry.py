@@ -138,7 +138,7 @@ def test_unknown_names(kind: str, name: str, sentence: str) -> None:
 @pytest.mark.parametrize("disabled", ["maml", "metareg:maml", "cml, maml"])
 def test_disabled_plugins(disabled: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DISABLE_VARIABLE, disabled)
-    with pytest.raises(UsageError, match=f"'maml' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}"):
+    with pytest.raises(UsageError, match=f"'maml'.*disabled.*{DISABLE_VARIABLE}"):
         find_entry("algorithms", "maml")
     assert "maml" not in {entry.name for entry in list_entries()}
     assert find_entry("algorithms", "anil")
@@ -197,9 +197,9 @@ def test_classes_and_objects_need_no_installation() -> None:
     ready = Mine(Mine.Config())
     assert resolve("augmenters", ready).instance is ready
     assert resolve("augmenters", plugin) is plugin
-    with pytest.raises(UsageError, match="is an object already; pass its class to configure it with rate"):
+    with pytest.raises(UsageError, match=r"object.*rate"):
         resolve("augmenters", ready, {"rate": 0.1})
-    with pytest.raises(UnknownNameError, match="no option of augmenter 'mine' named 'rat'; did you mean 'rate'"):
+    with pytest.raises(UnknownNameError, match=r"'mine'.*'rat'.*'rate'"):
         resolve("augmenters", Mine, {"rat": 1})
 
 
@@ -217,7 +217,7 @@ def test_a_constructor_that_fails() -> None:
         def __init__(self, config: Any) -> None:
             raise RuntimeError(f"cannot work with {config!r}")
 
-    with pytest.raises(PluginError, match="augmenter 'failing' cannot be built: RuntimeError: cannot work with"):
+    with pytest.raises(PluginError, match=r"'failing'.*cannot work with"):
         resolve("augmenters", Failing)
 
 

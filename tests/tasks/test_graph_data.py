@@ -175,9 +175,7 @@ def test_bad_files(tmp_path: Path) -> None:
         load(tables(tmp_path / "a", edges="source,destination\nn0,n99"))
     with pytest.raises(UsageError, match="must name the column 'label'"):
         load(tables(tmp_path / "b", nodes="id,a\nn0,1"))
-    with pytest.raises(
-        UsageError, match=r"nodes\.csv cannot be read as a graph: could not convert string to float: 'x'"
-    ):
+    with pytest.raises(UsageError, match=r"nodes\.csv.*'x'"):
         load(tables(tmp_path / "c", nodes="id,label,a\nn0,1,x"))
     folder = tables(tmp_path / "d")
     (folder / "splits.json").write_text('{"classs": {}}')

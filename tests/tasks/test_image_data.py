@@ -298,9 +298,7 @@ def test_torchvision_tasks(task_class: type, tmp_path: Path, monkeypatch: pytest
     (tmp_path / task.marker).mkdir(parents=True, exist_ok=True)
     classes, _ = task.contents
     fewer = {CIFARFS: 200, FC100: 200, Aircraft: 200, VGGFlower: 204, TrafficSign: 86, SVHN: 20, Omniglot: 1623}
-    with pytest.raises(
-        UsageError, match=f"is not complete: {classes:,} classes and {fewer[task_class]:,} images, where"
-    ):
+    with pytest.raises(UsageError, match=f"{classes:,} classes.*{fewer[task_class]:,} images"):
         task.episodes("test", [0], 0)
     monkeypatch.setattr(task_class, "contents", (classes, fewer[task_class]))
     if task_class is Omniglot:
@@ -309,7 +307,7 @@ def test_torchvision_tasks(task_class: type, tmp_path: Path, monkeypatch: pytest
         return
     assert task.episodes("test", range(2), 0).support_x.shape == (2, 5, 3, 32, 32)
     if task_class in (TrafficSign, SVHN):
-        with pytest.raises(UsageError, match=rf"has no train classes.*metareg eval RUN --task {task.name}"):
+        with pytest.raises(UsageError, match=rf"train.*metareg eval RUN --task {task.name}"):
             task.episodes("train", [0], 0)
     if task_class is CIFARFS:  # a class's pixels are its number in the order of all names, in both parts
         index = task.store.splits["test"]
@@ -369,9 +367,7 @@ def test_cub_takes_the_middle_and_counts(tmp_path: Path, monkeypatch: pytest.Mon
                 {"train": 0, "validation": 100, "test": 200}[split],
             )
     task = CUB(CUB.Config(data=str(tmp_path), size=16))
-    with pytest.raises(
-        UsageError, match=r"is not complete: 200 classes and 200 images, where 200 and 11,788 belong\. Put"
-    ):
+    with pytest.raises(UsageError, match=r"200 images.*11,788"):
         task.verify()
     monkeypatch.setattr(CUB, "contents", (200, 200))
     assert task.verify() == "100/50/50 classes (train/validation/test), 200 images"
