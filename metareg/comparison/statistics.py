@@ -19,17 +19,7 @@ from scipy.special import stdtr
 
 from metareg.util.intervals import compute_half_width, compute_quantile, compute_spread
 
-__all__ = [
-    "ALPHA",
-    "Difference",
-    "Estimate",
-    "Verdict",
-    "compare",
-    "holm",
-    "over_seeds",
-    "over_tasks",
-    "verdict",
-]
+__all__ = ["ALPHA", "Difference", "Estimate", "Verdict", "compare", "holm", "over_seeds", "over_tasks", "verdict"]
 
 ALPHA = 0.05
 """What a corrected p value must be below."""

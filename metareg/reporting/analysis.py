@@ -9,16 +9,7 @@ from pathlib import Path
 
 from metareg.comparison import results
 from metareg.comparison.results import ArmResults, Results, TaskResults
-from metareg.comparison.statistics import (
-    Difference,
-    Estimate,
-    Verdict,
-    compare,
-    holm,
-    over_seeds,
-    over_tasks,
-    verdict,
-)
+from metareg.comparison.statistics import Difference, Estimate, Verdict, compare, holm, over_seeds, over_tasks, verdict
 from metareg.errors import UsageError
 from metareg.reporting.numbers import Scale
 
