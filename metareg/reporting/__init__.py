@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 from pathlib import Path
 
 from metareg.errors import UnknownNameError, UsageError
+from metareg.reporting import formats
 from metareg.reporting.analysis import analyze_comparison
 from metareg.util.files import write_text
 
@@ -30,17 +30,12 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
     """
     if format not in FORMATS:
         raise UnknownNameError("format of reports", format, FORMATS)
-    module = importlib.import_module(f"metareg.reporting.{format}")
-    text: str = module.render(analyze_comparison(folder, inner_steps))
-    return text
+    render = getattr(formats, f"render_{format}")
+    return render(analyze_comparison(folder, inner_steps))
 
 
 def infer_format(out: Path | None) -> str:
-    """Infer the format from a file's name; Markdown where it says nothing.
-
-    Raises:
-        UsageError: no format has its suffix.
-    """
+    """Infer the format from a file's suffix; Markdown without one, a `UsageError` for one that no format has."""
     suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
     suffix = out.suffix.lower() if out else ""
     if suffix not in suffixes:

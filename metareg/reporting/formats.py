@@ -1,0 +1,224 @@
+"""The formats of a report: Markdown, one HTML page, LaTeX tables, and a CSV of the scores."""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import re
+import unicodedata
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markdown_it import MarkdownIt
+from markupsafe import Markup
+
+from metareg._version import __version__
+from metareg.comparison.statistics import Verdict, over_tasks
+from metareg.reporting import summary, tables
+from metareg.reporting.analysis import Report
+from metareg.reporting.tables import Table
+
+__all__ = ["render_csv", "render_html", "render_latex", "render_markdown"]
+
+
+def _render(name: str, report: Report, escape: Callable[[str], str], *, delimiters: Any = None, **values: Any) -> str:
+    """Render the template of this name; `escape` is applied to every inserted value that is no `Markup`."""
+
+    def finalize(value: object) -> Markup:
+        return value if isinstance(value, Markup) else Markup(escape(str(value)))
+
+    environment = Environment(
+        loader=PackageLoader("metareg.reporting"),
+        autoescape=True,  # so that what macros return is markup
+        finalize=finalize,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        **delimiters or {},
+    )
+    return environment.get_template(name).render(report=report, **values)
+
+
+def _describe(report: Report) -> dict[str, Any]:
+    """What the templates of Markdown and HTML share."""
+    return {
+        "overview": summary.describe_runs(report),
+        "findings": summary.list_findings(report),
+        "caveats": summary.describe_tests(report),
+        "tables": tables.build_all(report),
+        "gaps": tables.build_gaps(report),
+        "environment": tables.build_environment(report),
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------------ CSV
+
+_CSV_COLUMNS = (
+    "task", "algorithm", "augmenter", "seed", "inner_steps", "metric", "higher_is_better", "mean", "ci95", "tasks",
+)  # fmt: skip
+
+
+def render_csv(report: Report) -> str:
+    """Render a row for every task, arm, seed and number of inner steps.
+
+    `ci95` is half the 95 % interval over tasks (Student's t) of that seed's mean.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_CSV_COLUMNS)
+    for task in report.tasks:
+        better = str(task.higher_is_better).lower()
+        for each in task.arms:
+            arm = (task.label, each.arm.algorithm, each.arm.augmenter)
+            for number in each.inner_steps:
+                for seed, scores in each.by_seed(number).items():
+                    test = (float(scores.mean()), over_tasks([scores]).half, len(scores))
+                    writer.writerow((*arm, seed, number, task.metric, better, *test))
+    return text.getvalue()
+
+
+# ------------------------------------------------------------------------------------------------------------- Markdown
+
+
+def render_markdown(report: Report) -> str:
+    """Render the whole report, as GitHub shows it; the comparison's notes are Markdown already."""
+    notes = Markup(report.results.plan.config.notes.strip())
+    return _render("report.md", report, _escape_markdown, notes=notes, **_describe(report))
+
+
+def _escape_markdown(text: str) -> str:
+    """Make Markdown show text as it is; GitHub takes dollars for formulas."""
+    return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))
+
+
+# ----------------------------------------------------------------------------------------------------------------- HTML
+
+_MOST_COLUMNS = 4
+"""How many augmenters a page has room for side by side."""
+
+_VERDICT_SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
+
+# Text, links and code. No headings, which would disturb the page's own; no HTML; no pictures, which would be fetched.
+_NOTES = MarkdownIt("zero", {"html": False}).enable(
+    ["escape", "entity", "backticks", "emphasis", "link", "autolink", "newline", "list", "fence", "code", "blockquote"]
+)
+
+
+def render_html(report: Report) -> str:
+    """Render one page that needs nothing beside itself: no script, no font, no picture from elsewhere."""
+    from metareg.reporting import figures  # it imports matplotlib, which the other formats do without
+
+    def draw(name: str) -> list[tuple[str, Any]]:
+        drawings = [(task, getattr(figures, f"draw_{name}")(report, task)) for task in report.tasks]
+        return [(task.label, drawing) for task, drawing in drawings if drawing]
+
+    single = {task.label for task in report.tasks if task.single}
+    inner_steps = [
+        (f"{label} (± over {'test tasks, one seed' if label in single else 'seeds'})", panels)
+        for label, panels in draw("inner_steps")
+    ]
+    return _render(
+        "report.html",
+        report,
+        html.escape,
+        folder=report.results.plan.folder.resolve().name,
+        version=__version__,
+        notes=Markup(_NOTES.render(report.results.plan.config.notes.strip())),
+        missing=len({gap.path for gap in report.results.gaps}),
+        verdicts=_arrange_verdicts(report),
+        signs=_VERDICT_SIGNS,
+        explain_verdict=tables.explain_verdict,
+        differences=draw("differences"),
+        inner_steps=inner_steps,
+        curves=draw("learning_curves"),
+        costs=draw("costs"),
+        draw_key=partial(figures.draw_key, report),
+        **_describe(report),
+    )
+
+
+def _arrange_verdicts(report: Report) -> dict[str, Any]:
+    """Lay out every pair's verdict: algorithms down and augmenters across, or many augmenters down."""
+    algorithms = list(dict.fromkeys(pair.algorithm for pair in report.pairs))
+    augmenters = list(dict.fromkeys(pair.augmenter for pair in report.pairs))
+    layout = {"tasks": {pair.task: pair.scale for pair in report.pairs}}
+    if len(augmenters) > _MOST_COLUMNS:
+        pairs = {(pair.task, pair.augmenter, pair.algorithm): pair for pair in report.pairs}
+        return layout | {"corner": "augmenter", "rows": augmenters, "columns": algorithms, "pairs": pairs}
+    pairs = {(pair.task, pair.algorithm, pair.augmenter): pair for pair in report.pairs}
+    return layout | {"corner": "algorithm", "rows": algorithms, "columns": augmenters, "pairs": pairs}
+
+
+# ---------------------------------------------------------------------------------------------------------------- LaTeX
+
+_DELIMITERS = {
+    "block_start_string": "<%", "block_end_string": "%>", "variable_start_string": "<<", "variable_end_string": ">>",
+    "comment_start_string": "<#", "comment_end_string": "#>",
+}  # fmt: skip
+
+_GREEK = "αβγδεζηθικλμνξπρστυφχψωςΓΔΘΛΞΠΣΥΦΨΩ"
+_GREEK_NAMES = (
+    "alpha beta gamma delta epsilon zeta eta theta iota kappa lambda mu nu xi pi rho sigma tau upsilon phi chi psi omega "
+    "varsigma Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega"
+)
+_LATEX_SIGNS = {
+    "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
+    "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\ensuremath{<}", ">": r"\ensuremath{>}",
+    "|": r"\textbar{}", '"': "''", "±": r"\ensuremath{\pm}", "\N{MINUS SIGN}": r"\ensuremath{-}",
+    "–": "--", "×": r"\ensuremath{\times}", "…": r"\ldots{}", "→": r"\ensuremath{\to}", "←": r"\ensuremath{\gets}",
+    "≤": r"\ensuremath{\le}", "≥": r"\ensuremath{\ge}", "≈": r"\ensuremath{\approx}", "∞": r"\ensuremath{\infty}",
+    **{sign: rf"\ensuremath{{\{name}}}" for sign, name in zip(_GREEK, _GREEK_NAMES.split(), strict=True)},
+    **dict(zip("οΑΒΕΖΗΙΚΜΝΟΡΤΧ", "oABEZHIKMNOPTX", strict=True)),
+}  # fmt: skip
+
+_LATEX_KNOWN = frozenset("¡¿£¥€§¶©®°·²³µ†‡•‘’“”—ßÆæØøŒœŁłı")
+"""Signs that LaTeX sets as they are in any of its fonts, beside accented letters."""
+
+_OMITTED_COLUMNS = {"95 % over tasks", "p"}
+_SHORT_HEADINGS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}
+"""Paired differences have many columns: without these, and with short heads, they are legible on a page of paper."""
+
+
+def render_latex(report: Report) -> str:
+    """Render the results, differences and costs of every task as tables for ``\\input``; they need booktabs and graphicx."""
+    entries = []
+    first: dict[str, str] = {}
+    """For every key, the label of the first table that has it, which the others refer to."""
+    for number, task in enumerate(report.tasks, 1):
+        differences = tables.build_differences(report, task)
+        for name, what, table in (
+            ("results", "Results", tables.build_results(report, task)),
+            ("differences", "Paired differences", differences and _drop_columns(differences)),
+            ("costs", "Time and memory", tables.build_costs(task)),
+        ):
+            if table is not None:
+                label = f"tab:{name}-{number}"
+                entries.append((what, label, table, first.setdefault(table.key, label)))
+    return _render("report.tex", report, _escape_latex, delimiters=_DELIMITERS, entries=entries)
+
+
+def _drop_columns(table: Table) -> Table:
+    places = [number for number, column in enumerate(table.columns) if column not in _OMITTED_COLUMNS]
+    return replace(
+        table,
+        columns=[_SHORT_HEADINGS.get(table.columns[place], table.columns[place]) for place in places],
+        rows=[[row[place] for place in places] for row in table.rows],
+        texts=[places.index(place) for place in table.texts],
+    )
+
+
+def _escape_latex(text: str) -> str:
+    """Make LaTeX show text as it is."""
+    return "".join(_LATEX_SIGNS.get(sign) or _replace_unknown(sign) for sign in " ".join(text.split()))
+
+
+def _replace_unknown(sign: str) -> str:
+    """A sign that stands for itself; one that would stop LaTeX, as its number."""
+    parts = unicodedata.normalize("NFD", sign)
+    accented = sign < "\u0180" and parts[0].isascii() and "\N{COMBINING OGONEK}" not in parts
+    return sign if accented or sign in _LATEX_KNOWN else f"[U+{ord(sign):04X}]"
