@@ -5,20 +5,20 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import yaml
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
-from metareg.contract.config import Field, PluginConfig, validate
+from metareg.contract.config import NO_PLUGIN, Field, PluginConfig, validate
 from metareg.contract.search import Range, RelativeRange, parse_domain
 from metareg.errors import UnknownNameError
 from metareg.util.yaml_files import read_yaml
 
 __all__ = [
     "GRID",
-    "NO_AUGMENTER",
     "ArmRule",
     "ComparedTask",
     "ComparisonConfig",
@@ -30,7 +30,6 @@ __all__ = [
 
 GRID: Final = "grid"
 _MOST_SEEDS = 1000
-NO_AUGMENTER = "none"
 
 _NOT_OPTIONS = {
     "algo": "it is what 'algo' is for", "augment": "it is what 'augment' is for", "task": "it is what 'tasks' is for",
@@ -54,9 +53,16 @@ def _check_name(text: str) -> str:
 def _check_chain(text: str) -> str:
     """An augmenter or several in a chain, without blanks."""
     parts = [_check_name(part) for part in text.split("+")]
-    if NO_AUGMENTER in parts and len(parts) > 1:
-        raise ValueError(f"'{NO_AUGMENTER}' is no part of a chain")
+    if NO_PLUGIN in parts and len(parts) > 1:
+        raise ValueError(f"'{NO_PLUGIN}' is no part of a chain")
     return "+".join(parts)
+
+
+def _check_distinct(what: str, values: list[Any], hint: str = "") -> list[Any]:
+    twice = [value for value in values if values.count(value) > 1]
+    if twice:
+        raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+    return values
 
 
 Name = Annotated[str, AfterValidator(_check_name)]
@@ -77,11 +83,7 @@ def _check_trials(given: Any) -> Any:
 
 
 def parse_seeds(given: Any) -> Any:
-    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything else as it is.
-
-    Raises:
-        ValueError: it is a text of anything else, or no number of seeds.
-    """
+    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything but a number or a text as it is."""
     if isinstance(given, str):
         try:
             numbers = [int(part) for part in given.split(",")]
@@ -95,15 +97,9 @@ def parse_seeds(given: Any) -> Any:
     return list(range(given))
 
 
-def _check_distinct_seeds(seeds: list[int]) -> list[int]:
-    twice = [seed for seed in seeds if seeds.count(seed) > 1]
-    if twice:
-        raise ValueError(f"the seed '{twice[0]}' stands twice")
-    return seeds
-
-
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
-Seeds = Annotated[list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1), AfterValidator(_check_distinct_seeds)]
+_DISTINCT_SEEDS = AfterValidator(partial(_check_distinct, "seed"))
+Seeds = Annotated[list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1), _DISTINCT_SEEDS]
 
 
 class Tuning(PluginConfig):
@@ -173,7 +169,7 @@ class ComparisonConfig(PluginConfig):
         ["maml"], min_length=1, description="Algorithms."
     )
     augment: Annotated[list[Chain], BeforeValidator(_split_names)] = Field(
-        [NO_AUGMENTER], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
+        [NO_PLUGIN], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
     )
     tasks: Annotated[list[ComparedTask], BeforeValidator(_split_names)] = Field(
         [ComparedTask(task="sinusoid")], min_length=1, description="Tasks."
@@ -186,25 +182,17 @@ class ComparisonConfig(PluginConfig):
     @model_validator(mode="after")
     def _check_consistency(self) -> ComparisonConfig:
         labels = [each.label for each in self.tasks]
-        for what, names, hint in (
-            ("algorithm", self.algo, ""),
-            ("augmenter", self.augment, ""),
-            ("task label", labels, "; give each of its tasks a label of its own"),
-        ):
-            twice = [name for name in names if names.count(name) > 1]
-            if twice:
-                raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+        _check_distinct("algorithm", self.algo)
+        _check_distinct("augmenter", self.augment)
+        _check_distinct("task label", labels, "; give each of its tasks a label of its own")
         for one, other in itertools.combinations(labels, 2):
             if slugify(one) == slugify(other):
                 raise ValueError(f"the task labels '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
-        for known, given, what in (
-            (self.algo, [rule.algo for rule in self.arms], "algorithm of this comparison"),
-            (self.augment, [rule.augment for rule in self.arms], "augmenter of this comparison"),
-            (labels, [rule.task for rule in self.arms], "task label of this comparison"),
-        ):
-            for name in given:
+        for rule in self.arms:
+            given = ("algorithm", rule.algo, self.algo), ("augmenter", rule.augment, self.augment)
+            for what, name, known in (*given, ("task label", rule.task, labels)):
                 if name is not None and name not in known:
-                    raise UnknownNameError(what, name, known)
+                    raise UnknownNameError(f"{what} of this comparison", name, known)
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
         every += [tune.options for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
@@ -220,9 +208,6 @@ class ComparisonConfig(PluginConfig):
             options: for every run, whatever tasks, rules and tunings say of them.
             space: what every arm is tuned over, as in `Tuning`.
             search: a number of trials for each arm; without it, those of a grid over `space`.
-
-        Raises:
-            UsageError: a value that cannot be.
         """
         options, space = options or {}, space or {}
         values = self.model_dump()
@@ -244,11 +229,7 @@ class ComparisonConfig(PluginConfig):
 
     @classmethod
     def read(cls, path: Path) -> ComparisonConfig:
-        """The configuration in a YAML file.
-
-        Raises:
-            UsageError: it cannot be read, or something in it is wrong.
-        """
+        """The configuration in a YAML file; a `UsageError` where it cannot be read, or something in it is wrong."""
         return validate(cls, read_yaml(path), str(path))
 
     def to_yaml(self) -> str:

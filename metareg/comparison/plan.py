@@ -8,18 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metareg.comparison.config import (
-    NO_AUGMENTER,
-    ArmRule,
-    ComparedTask,
-    ComparisonConfig,
-    Options,
-    Tuning,
-    merge_options,
-    slugify,
-)
+from metareg.comparison.config import ArmRule, ComparisonConfig, Options, Tuning, merge_options, slugify
 from metareg.comparison.space import check_tuning
+from metareg.contract.config import NO_PLUGIN
+from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
+from metareg.runs.folder import RESULTS
 from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_text
 
@@ -43,7 +37,7 @@ class Arm:
     @property
     def augmenters(self) -> list[str]:
         """The chain."""
-        return [] if self.augmenter == NO_AUGMENTER else self.augmenter.split("+")
+        return [] if self.augmenter == NO_PLUGIN else self.augmenter.split("+")
 
     @property
     def name(self) -> str:
@@ -72,12 +66,11 @@ class PlannedRun:
     @property
     def is_final(self) -> bool:
         """Whether its test counts; a trial's is on validation tasks."""
-        return self.options.get("test_split", "test") == "test"
+        return self.options.get("test_split", TEST) == TEST
 
     @property
     def finished(self) -> bool:
-        """Whether its results are there."""
-        return (self.path / "results.json").is_file()
+        return (self.path / RESULTS).is_file()
 
     def __str__(self) -> str:
         trial = "" if self.is_final else f"{self.path.parent.name}, "
@@ -85,12 +78,7 @@ class PlannedRun:
 
 
 class Plan:
-    """A comparison and its folder.
-
-    Args:
-        folder: the comparison's folder.
-        config: what is compared.
-    """
+    """A comparison and its folder."""
 
     def __init__(self, folder: Path, config: ComparisonConfig) -> None:
         self.folder = folder
@@ -101,70 +89,43 @@ class Plan:
         ]
         self._tasks = {task.label: task for task in config.tasks}
         self._plugins = {name for arm in self.arms for name in self._list_plugins(arm)}
-        self._options = {arm: self._collect_options(arm) for arm in self.arms}
+        self.options = {arm: self._collect_options(arm) for arm in self.arms}
+        """The options that the configuration gives each arm, before any are chosen."""
 
     @classmethod
     def read(cls, folder: str | Path) -> Plan:
-        """The plan of a comparison that was begun.
-
-        Raises:
-            UsageError: there is none, or its configuration is damaged.
-        """
+        """The plan of a comparison that was begun; a `UsageError` where there is none, or its configuration is damaged."""
         folder = Path(folder)
         if not (folder / CONFIG_FILE).is_file():
             raise UsageError(f"There is no comparison at {folder}: it has no {CONFIG_FILE}.")
         return cls(folder, ComparisonConfig.read(folder / CONFIG_FILE))
 
     def write(self) -> None:
-        """Write the configuration into the folder."""
         write_text(self.folder / CONFIG_FILE, self.config.to_yaml())
 
     def list_runs(self, chosen: Mapping[Arm, Options] | None = None) -> list[PlannedRun]:
-        """The runs, whole tables seed after seed.
-
-        Args:
-            chosen: options that were chosen for some arms; they stand before those of the configuration.
-        """
+        """The runs, whole tables seed after seed; `chosen` are the options that were chosen for some arms."""
         arms = [self.list_arm_runs(arm, (chosen or {}).get(arm, {})) for arm in self.arms]
         return [run for of_a_seed in zip(*arms, strict=True) for run in of_a_seed]
 
     def list_arm_runs(self, arm: Arm, chosen: Mapping[str, Any]) -> list[PlannedRun]:
-        """The runs of one arm, seed after seed.
-
-        Args:
-            arm: one of `arms`.
-            chosen: options that were chosen for it; they stand before those of the configuration.
-        """
+        """The runs of one arm, seed after seed, with the options that were chosen for it."""
         folder = Path("runs", arm.folder)
         return [self.make_run(arm, seed, folder / f"seed-{seed}", chosen) for seed in self.config.seeds]
 
     def make_run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
-        """A run of an arm.
-
-        Args:
-            arm: one of `arms`.
-            seed: fixes weights, tasks and noise: the same ones for every arm.
-            folder: relative to the comparison's.
-            options: stand before those of the configuration.
-        """
-        task = self.get_task(arm).task
+        """A run of an arm, in a folder relative to the comparison's; `options` stand before the configuration's."""
+        task = self._tasks[arm.task].task
         config = {"algo": arm.algorithm, "augment": arm.augmenters, "task": task, "seed": seed}
-        return PlannedRun(arm, seed, self.folder / folder, config, merge_options(self._options[arm], options))
+        return PlannedRun(arm, seed, self.folder / folder, config, merge_options(self.options[arm], options))
 
     def make_trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
-        """A run on validation tasks, by which an arm's settings are chosen.
-
-        Args:
-            arm: one of `arms`.
-            number: the trial's.
-            seed: as in `make_run`.
-            options: what the trial tries.
-        """
+        """A run of a trial on validation tasks; `options` are the settings that it tries."""
         tuning = self.get_tuning(arm)
         assert tuning is not None
-        own = {key: value for key, value in tuning.options.items() if self.concerns(arm, key)}
+        own = {key: value for key, value in tuning.options.items() if self._concerns(arm, key)}
         folder = self.get_tuning_folder(arm).relative_to(self.folder) / f"trial-{number}" / f"seed-{seed}"
-        return self.make_run(arm, seed, folder, {**own, **options, "test_split": "validation"})
+        return self.make_run(arm, seed, folder, {**own, **options, "test_split": VALIDATION})
 
     def get_tuning_folder(self, arm: Arm) -> Path:
         """Where an arm's trials are."""
@@ -172,22 +133,14 @@ class Plan:
 
     def get_tuning(self, arm: Arm) -> Tuning | None:
         """How the settings of an arm are chosen; None where they are not."""
-        return self.get_task(arm).tune or self.config.tune
+        return self._tasks[arm.task].tune or self.config.tune
 
     def get_tuning_seeds(self, arm: Arm) -> list[int]:
         """The seeds of every trial of an arm."""
         tuning = self.get_tuning(arm)
         return (tuning and tuning.seeds) or self.config.seeds[:1]
 
-    def get_task(self, arm: Arm) -> ComparedTask:
-        """The task of an arm."""
-        return self._tasks[arm.task]
-
-    def get_options(self, arm: Arm) -> Options:
-        """The options that the configuration gives an arm, before any are chosen."""
-        return dict(self._options[arm])
-
-    def concerns(self, arm: Arm, key: str) -> bool:
+    def _concerns(self, arm: Arm, key: str) -> bool:
         """Whether an option concerns an arm: one that names a plugin of other arms does not."""
         owner, dot, _ = key.partition(".")
         if owner == "augment" and dot:
@@ -197,12 +150,12 @@ class Plan:
     def _collect_options(self, arm: Arm) -> Options:
         rules = [rule.options for rule in self.config.arms if _fits(rule, arm)]
         merged: Options = {}
-        for options in (self.config.options, self.get_task(arm).options, *rules):
+        for options in (self.config.options, self._tasks[arm.task].options, *rules):
             merged = merge_options(merged, options)
-        return {key: value for key, value in merged.items() if self.concerns(arm, key)}
+        return {key: value for key, value in merged.items() if self._concerns(arm, key)}
 
     def _list_plugins(self, arm: Arm) -> set[str]:
-        names = arm.algorithm, *arm.augmenters, self.get_task(arm).task
+        names = arm.algorithm, *arm.augmenters, self._tasks[arm.task].task
         return {name.rpartition(":")[2] for name in names}
 
 
@@ -233,7 +186,8 @@ def check_plan(plan: Plan) -> None:
             tuning = plan.get_tuning(arm)
             if tuning:
                 trial = plan.make_trial(arm, 0, plan.get_tuning_seeds(arm)[0], {})
-                alike = arm.task if plan.get_task(arm).tune else ""  # an option to choose must be one of some arm there
+                # An option to choose must be one of some arm there.
+                alike = "" if tuning is plan.config.tune else arm.task
                 trials = tuned.setdefault(alike, (tuning, {}))[1]
                 trials[str(arm)] = assemble(trial.config, trial.options)
         except UsageError as error:

@@ -41,17 +41,13 @@ _SECONDS_TO_CLOSE = 5.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended.
-
-    Args:
-        run: the run.
-        error: what went wrong; None where it finished.
-        again: whether a second try may end better: not after wrong use or a divergence, which repeat themselves.
-    """
+    """How a run ended."""
 
     run: PlannedRun
     error: str | None = None
+    """What went wrong; None where it finished."""
     again: bool = False
+    """Whether a second try may end better: not after wrong use or a divergence, which repeat themselves."""
 
 
 class Launcher(Protocol):
@@ -60,23 +56,18 @@ class Launcher(Protocol):
     @property
     def capacity(self) -> int:
         """How many runs it takes at a time."""
-        ...
 
     def submit(self, run: PlannedRun) -> None:
         """Start a run, or continue it where its folder holds a part of it."""
-        ...
 
     def wait(self, seconds: float) -> list[Outcome]:
         """The runs that ended since the last call; returns as soon as there is one, or after so many seconds."""
-        ...
 
     def stop(self) -> None:
         """Ask every run under way to stop with a checkpoint, and wait for that."""
-        ...
 
     def close(self) -> None:
         """End at once whatever is left; a second call does nothing."""
-        ...
 
 
 def carry_out(run: PlannedRun) -> Outcome:
@@ -156,7 +147,6 @@ class LocalPool:
         worker.start(run)
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """The runs that ended."""
         self._remove_dead_workers()
         outcomes: list[Outcome] = []
         with suppress(queue.Empty):
@@ -165,22 +155,21 @@ class LocalPool:
         return outcomes
 
     def stop(self) -> None:
-        """Let every run write a checkpoint and end."""
         for worker in self._workers:
-            worker.ask_to_stop()
+            worker.process.terminate()  # a training stops after its step
         deadline = time.monotonic() + _GRACE_SECONDS
         for worker in self._workers:
-            worker.join(max(0.0, deadline - time.monotonic()))
+            with suppress(subprocess.TimeoutExpired):
+                worker.process.wait(max(0.0, deadline - time.monotonic()))
 
     def close(self) -> None:
-        """End every process."""
         for worker in self._workers:
             worker.kill()
         self._workers.clear()
 
     def _remove_dead_workers(self) -> None:
         """Remove processes that have died, and end all that they started."""
-        for worker in [each for each in self._workers if not each.alive]:
+        for worker in [each for each in self._workers if each.process.poll() is not None]:
             worker.kill()
             self._workers.remove(worker)
 
@@ -195,7 +184,7 @@ class _Worker:
         with log.open("ab") as file:
             # In a session of its own: Ctrl-C in a terminal reaches the comparison alone, which then asks for the stop.
             # Without the working directory on the path (-P), where a user's queue.py would stand before Python's.
-            self._process = subprocess.Popen(
+            self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "metareg.comparison.pool"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True,
             )  # fmt: skip
@@ -207,52 +196,37 @@ class _Worker:
         self._listener = threading.Thread(target=self._listen, daemon=True)
         self._listener.start()
 
-    @property
-    def alive(self) -> bool:
-        """Whether it can take another run."""
-        return self._process.poll() is None
-
     def start(self, run: PlannedRun) -> None:
-        """Hand it a run."""
         self.run = run
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         try:
-            self._process.stdin.write((json.dumps(_serialize(run)) + "\n").encode())
-            self._process.stdin.flush()
+            self.process.stdin.write((json.dumps(_serialize(run)) + "\n").encode())
+            self.process.stdin.flush()
         except (OSError, ValueError):  # it has died: the pipe is broken, or closed
             self._report_death()
-
-    def ask_to_stop(self) -> None:
-        """By SIGTERM, on which a training stops after its step."""
-        self._process.terminate()
-
-    def join(self, seconds: float) -> None:
-        """Wait for its end."""
-        with suppress(subprocess.TimeoutExpired):
-            self._process.wait(seconds)
 
     def kill(self) -> None:
         """End it at once, and what it started: a process that it leaves behind would keep its output open."""
         if hasattr(os, "killpg"):
             with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
-                os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(self.process.pid, signal.SIGKILL)
         else:  # Windows has no groups of processes
-            self._process.kill()
+            self.process.kill()
         self._listener.join(_SECONDS_TO_CLOSE)
         self._report_death()  # for a process in a session of its own, which keeps it open all the same
 
     def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as answers:
+        assert self.process.stdout is not None
+        with self.process.stdout as answers:
             for line in answers:
                 self._report(**json.loads(line))
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         with suppress(OSError):
-            self._process.stdin.close()
+            self.process.stdin.close()
         self._report_death()
 
     def _report_death(self) -> None:
-        code = self._process.wait()
+        code = self.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
         self._report(f"The process of the run {how}; {self._log} holds what it printed.", again=True)
 

@@ -70,7 +70,6 @@ class RayLauncher:
         self._runs[task.remote(absolute, self._variables)] = run
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """The runs that ended."""
         if not self._runs:
             time.sleep(seconds)
             return []
@@ -106,11 +105,6 @@ class RayLauncher:
 
 
 def _import_ray() -> Any:
-    """The package.
-
-    Raises:
-        UsageError: it is not installed.
-    """
     try:
         import ray
     except ImportError as error:
@@ -125,7 +119,7 @@ def _collect_variables() -> dict[str, str]:
 
 
 def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:
-    """What a node does: the run; returns what went wrong and whether to try again."""
+    """What a node does: the run. Returns what went wrong and whether to try again."""
     os.environ.update(variables)
     outcome = carry_out(run)
     return outcome.error, outcome.again

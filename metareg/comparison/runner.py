@@ -23,6 +23,7 @@ from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_core
 from metareg.comparison.tuning import Tuner
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.runs.folder import CONFIG, TIMING
 from metareg.util.files import is_leftover, lock_folder
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
@@ -42,20 +43,13 @@ class ComparisonObserver(Protocol):
 
     def on_progress(self, comparison: Comparison) -> None:
         """About twice a second, whether anything has changed or not."""
-        ...
 
     def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
         """A run has finished, failed or diverged."""
-        ...
 
 
 class Comparison:
-    """A comparison and how far its runs are.
-
-    Args:
-        plan: what is compared, and where.
-        launcher: carries out the runs.
-    """
+    """A comparison and how far its runs are."""
 
     def __init__(self, plan: Plan, launcher: Launcher) -> None:
         self.plan = plan
@@ -93,7 +87,7 @@ class Comparison:
     @property
     def left(self) -> int:
         """Runs that are neither finished nor given up."""
-        undecided = [tuner for tuner in self._tuners.values() if not tuner.done]
+        undecided = [tuner for tuner in self._tuners.values() if tuner.chosen is None]
         to_come = sum(tuner.remaining for tuner in undecided) + len(undecided) * len(self.plan.config.seeds)
         under_way = [run for run, _ in self.running.values()] + self._waiting
         broken_trials = sum(not outcome.run.is_final for outcome in self.broken.values())
@@ -159,8 +153,9 @@ class Comparison:
         """Queue the arm's trials, or the runs that count once its settings are chosen."""
         tuner = self._tuners.get(arm)
         wanted = tuner.next_runs() if tuner else []
-        if tuner is None or tuner.done:
-            wanted = self.plan.list_arm_runs(arm, tuner.chosen if tuner else {})
+        chosen = tuner.chosen if tuner else {}
+        if chosen is not None:
+            wanted = self.plan.list_arm_runs(arm, chosen)
         self._drop_trials(arm, but={run.path for run in wanted})
         known = {run.path for run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
@@ -353,7 +348,7 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
 
     wanted = {run.path: run for run in defaults(plan)}
     for before in defaults(begun):
-        if not (before.path / "config.yaml").is_file():
+        if not (before.path / CONFIG).is_file():
             continue
         run = wanted.get(before.path)
         if run is None:
@@ -382,7 +377,7 @@ def _create_launcher(name: str, plan: Plan, jobs: int | None, ray_address: str |
 
 def _list_gpus(plan: Plan) -> list[str]:
     """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where a run asks for a device of its own."""
-    if any(plan.get_options(arm).get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
+    if any(plan.options[arm].get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
         return []
     import torch
 
@@ -394,8 +389,7 @@ def _list_gpus(plan: Plan) -> list[str]:
 def read_progress(run: PlannedRun) -> tuple[int, float | None]:
     """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
     with suppress(OSError, ValueError, LookupError):
-        last = (run.path / "timing.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        line = json.loads(last)
+        line = json.loads((run.path / TIMING).read_text(encoding="utf-8").splitlines()[-1])
         return int(line["step"]), float(line["steps_per_second"])
     return 0, None
 

@@ -11,17 +11,19 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from metareg.comparison.config import GRID
 from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
 from metareg.comparison.pool import read_divergence
 from metareg.comparison.space import Dimension, list_dimensions
-from metareg.contract.search import Range
+from metareg.contract.search import Range, format_domain
+from metareg.contract.splits import VALIDATION
 from metareg.errors import UsageError
+from metareg.runs.folder import RESULTS
 from metareg.runs.options import assemble
 from metareg.util.files import read_json, write_json
 from metareg.util.seeding import derive_seed
@@ -61,11 +63,7 @@ class Tuner:
 
     The score of a trial is the mean validation metric after the largest of ``test_inner_steps``, over the seeds of trials.
     A trial that diverges, or whose settings the arm cannot have, is worse than any other. The chosen settings are written to
-    chosen.json, which is final.
-
-    Args:
-        plan: the comparison.
-        arm: one of its arms, on a task with a `tune`.
+    chosen.json, which is final. The arm must be on a task with a `tune`.
     """
 
     def __init__(self, plan: Plan, arm: Arm) -> None:
@@ -73,60 +71,39 @@ class Tuner:
         assert tuning is not None
         self._plan = plan
         self._arm = arm
-        self._tuning = tuning
         self._seeds = plan.get_tuning_seeds(arm)
         self.folder = plan.get_tuning_folder(arm)
         """Where its trials are."""
         run = plan.make_trial(arm, 0, self._seeds[0], {})
-        self._dimensions = list_dimensions(self._tuning, assemble(run.config, run.options))
-        self._grid = _build_grid(self._dimensions) if self._tuning.trials == GRID else None
+        self._dimensions = list_dimensions(tuning, assemble(run.config, run.options))
+        self._space = {each.key: format_domain(each.domain) for each in self._dimensions}
+        self._grid = _build_grid(self._dimensions) if tuning.trials == GRID else None
+        count = len(self._grid) if self._grid is not None else int(tuning.trials)
+        self.trials = count if self._dimensions else 0
+        """How many settings are tried: none where there is nothing to choose from."""
+        self.runs = self.trials * len(self._seeds)
+        """How many runs that takes."""
         self._trials: list[_Trial] = []
         self._measured: tuple[str, bool, int] | None = None
-        self._chosen = self._read_chosen()
-
-    @property
-    def trials(self) -> int:
-        """How many settings are tried: none where there is nothing to choose from."""
-        if self._grid is not None:
-            return len(self._grid)
-        assert isinstance(self._tuning.trials, int)
-        return self._tuning.trials if self._dimensions else 0
-
-    @property
-    def runs(self) -> int:
-        """How many runs that takes."""
-        return self.trials * len(self._seeds)
+        self.chosen = self._read_chosen()
+        """The chosen options, empty where the defaults are; None where nothing was chosen as of the last `next_runs`."""
 
     @property
     def remaining(self) -> int:
         """How many of them are to come or under way."""
-        if self.done:
+        if self.chosen is not None:
             return 0
         settled = sum(
             len(self._seeds) if trial.ended else sum(run.finished for run in trial.runs) for trial in self._trials
         )
         return self.runs - settled
 
-    @property
-    def done(self) -> bool:
-        """Whether the settings are chosen, as of the last `next_runs`."""
-        return self._chosen is not None
-
-    @property
-    def chosen(self) -> Settings:
-        """The chosen options; empty where the defaults are, or nothing is chosen yet."""
-        return dict(self._chosen or {})
-
     def next_runs(self) -> list[PlannedRun]:
         """Update the trials by the runs that ended, and choose once all trials have ended.
 
-        Returns:
-            The runs that can be carried out now, those under way among them.
-
-        Raises:
-            UsageError: the arm's folder holds what is not of this comparison.
+        Returns the runs that can be carried out now, those under way among them.
         """
-        if self.done:
+        if self.chosen is not None:
             return []
         if not self._trials and self.trials:
             log.info("%s: %d trials of %s.", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
@@ -206,8 +183,8 @@ class Tuner:
                 trial.error = f"Its score is {score}."
 
     def _read_score(self, run: PlannedRun) -> float:
-        file = run.path / "results.json"
-        if _read_key(file, "split") != "validation":
+        file = run.path / RESULTS
+        if _read_key(file, "split") != VALIDATION:
             raise UsageError(f"{file} is no result on validation tasks; the comparison needs a folder of its own.")
         last = _read_key(file, "steps")[-1]
         self._measured = _read_key(file, "metric"), _read_key(file, "higher_is_better"), last["inner_steps"]
@@ -225,16 +202,16 @@ class Tuner:
         best = min(self._trials, key=self._compute_cost, default=None)
         if best is not None and best.score is None:
             log.warning("%s: none of its %d trials has a score; the defaults are taken.", self._arm, len(self._trials))
-        self._chosen = {} if best is None or best.score is None else best.options
+        self.chosen = {} if best is None or best.score is None else best.options
         metric, higher_is_better, inner_steps = self._measured or (None, None, None)
         write_json(
             self.folder / CHOSEN_FILE,
             {
-                "options": self._chosen,
+                "options": self.chosen,
                 "metric": metric,
                 "higher_is_better": higher_is_better,
                 "inner_steps": inner_steps,
-                "split": "validation",
+                "split": VALIDATION,
                 "space": self._space,
                 "trials": [
                     {"options": trial.options, "score": trial.score, "seeds": self._seeds, "error": trial.error}
@@ -245,19 +222,11 @@ class Tuner:
         if best is not None and best.score is not None:
             log.info(
                 "%s: chosen by %d trials: %s, with a validation %s of %.4g.",
-                self._arm, self.trials, _format_settings(self._chosen), metric, best.score,
+                self._arm, self.trials, _format_settings(self.chosen), metric, best.score,
             )  # fmt: skip
 
-    @property
-    def _space(self) -> dict[str, str]:
-        return {each.key: str(each).partition(": ")[2] for each in self._dimensions}
-
     def _read_chosen(self) -> Settings | None:
-        """What was chosen before.
-
-        Raises:
-            UsageError: it was chosen in another way.
-        """
+        """What was chosen before; a `UsageError` where that was in another way."""
         file = self.folder / CHOSEN_FILE
         if not file.is_file():
             return None
@@ -273,9 +242,6 @@ class Tuner:
 
 
 def _build_grid(space: Sequence[Dimension]) -> list[Settings]:
-    """Every combination; none where there is nothing to choose from."""
-    if not space:
-        return []
     keys = [dimension.key for dimension in space]
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(each.domain for each in space))]
 
@@ -300,7 +266,9 @@ def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]
     sampler: Any = optuna.samplers.RandomSampler(seed)
     if history:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
-    with _silence(optuna):
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
         study = optuna.create_study(sampler=sampler)
         for values, cost in history:
             # A default can lie outside of what is searched, or be None; such a trial tells nothing of that option.
@@ -309,6 +277,8 @@ def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]
             tried = {key: distributions[key] for key in params}
             study.add_trial(optuna.trial.create_trial(params=params, distributions=tried, value=cost))
         drawn = study.ask(distributions).params
+    finally:
+        optuna.logging.set_verbosity(verbosity)
     return {each.key: _decode(each, drawn[each.key]) for each in space}
 
 
@@ -340,18 +310,7 @@ def _decode(dimension: Dimension, position: Any) -> Any:
     return min(max(float(f"{position:.{_DIGITS}g}"), domain.low), domain.high)
 
 
-@contextmanager
-def _silence(optuna: Any) -> Iterator[None]:
-    """Optuna without its log of what it does."""
-    before = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(before)
-
-
-def _read_key(file: Any, key: str) -> Any:
+def _read_key(file: Path, key: str) -> Any:
     content = read_json(file)
     if not isinstance(content, Mapping) or key not in content:
         raise UsageError(f"{file} is not what metareg wrote there: it has no '{key}'.")

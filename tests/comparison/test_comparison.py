@@ -91,10 +91,10 @@ def test_options_reach_the_arms_that_they_are_for(tmp_path: Path) -> None:
         ],
     )
 
-    assert plan.get_options(Arm("maml", "none", "sinusoid")) == {"inner_lr": 0.01}
-    assert plan.get_options(Arm("maml", "cml", "5-shot")) == {"inner_lr": 0.02, "shots": 5, "cml.gamma": 0.3}
-    assert plan.get_options(Arm("boil", "none", "sinusoid")) == {"inner_lr": 0.5}
-    assert plan.get_options(Arm("boil", "cml", "5-shot"))["inner_lr"] == 0.7
+    assert plan.options[Arm("maml", "none", "sinusoid")] == {"inner_lr": 0.01}
+    assert plan.options[Arm("maml", "cml", "5-shot")] == {"inner_lr": 0.02, "shots": 5, "cml.gamma": 0.3}
+    assert plan.options[Arm("boil", "none", "sinusoid")] == {"inner_lr": 0.5}
+    assert plan.options[Arm("boil", "cml", "5-shot")]["inner_lr"] == 0.7
 
 
 def test_of_two_names_of_an_option_the_later_rule_counts(tmp_path: Path) -> None:
@@ -241,8 +241,8 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
 
     plan = Plan(tmp_path, config)
     for arm in plan.arms:
-        assert plan.get_options(arm)["steps"] == plan.make_trial(arm, 0, 0, {}).options["steps"] == 9
-        assert assemble({"algo": "maml"}, plan.get_options(arm)).algorithm.config.inner_lr == 0.7
+        assert plan.options[arm]["steps"] == plan.make_trial(arm, 0, 0, {}).options["steps"] == 9
+        assert assemble({"algo": "maml"}, plan.options[arm]).algorithm.config.inner_lr == 0.7
         tuning = plan.get_tuning(arm)
         assert tuning is not None
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
@@ -626,7 +626,7 @@ def test_a_process_that_dies_is_reported_and_replaced(
     try:
         pool.submit(long)
         (worker,) = pool._workers
-        worker._process.kill()
+        worker.process.kill()
         sentence = f"The process of the run was ended by SIGKILL; {tmp_path / 'workers.log'} holds what it printed."
         assert outcomes(pool, 1) == [Outcome(long, sentence, again=True)]
         short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).list_runs()[0]
@@ -667,7 +667,7 @@ def test_processes_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     given = []
 
     class Worker:
-        alive, run = True, None
+        process, run = SimpleNamespace(poll=lambda: None), None
 
         def __init__(self, _threads: int, _log: Path, _outcomes: Any, gpu: str | None) -> None:
             self.gpu = gpu
@@ -719,7 +719,7 @@ def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.Monk
 def test_all_runs_have_the_same_time_to_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("metareg.comparison.pool._GRACE_SECONDS", 1.0)
     pool = LocalPool(3, 1, tmp_path / "workers.log")
-    stuck = SimpleNamespace(ask_to_stop=lambda: None, join=time.sleep)
+    stuck = SimpleNamespace(process=SimpleNamespace(terminate=lambda: None, wait=time.sleep))
     monkeypatch.setattr(pool, "_workers", [stuck] * 3)
 
     began = time.monotonic()

@@ -236,7 +236,7 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "_output", Console(width=160, highlight=False))
+    monkeypatch.setattr("metareg.cli.compare.stdout", Console(width=160, highlight=False))
     code, output, _ = command(capsys)
     assert code == 0
     for name in SHIPPED:

@@ -299,7 +299,7 @@ def carried_out(tuner: Tuner, score: Callable[[PlannedRun], float] = loss) -> di
     """All of a tuning, one run at a time; what chosen.json says in the end."""
     while jobs := tuner.next_runs():
         finish(jobs[0], score(jobs[0]))
-    assert tuner.done
+    assert tuner.chosen is not None
     assert tuner.remaining == 0
     (file,) = tuner.folder.glob("chosen.json")
     return dict(json.loads(file.read_text()))
@@ -342,7 +342,7 @@ def test_a_tuning_that_is_killed_tries_what_one_left_alone_tries(tmp_path: Path,
         restarted = tuner(tmp_path / "killed", **settings)
         jobs = restarted.next_runs()
         seen.add(restarted.remaining)
-        if restarted.done:
+        if restarted.chosen is not None:
             break
         for job in dice.sample(jobs, dice.randint(0, len(jobs))):
             finish(job, loss(job))
@@ -424,7 +424,6 @@ def test_defaults_where_every_trial_fails(tmp_path: Path) -> None:
     search = tuner(tmp_path, trials=8)
     while jobs := search.next_runs():
         diverge(jobs[0])
-    assert search.done
     assert search.chosen == {}
 
 
@@ -434,7 +433,7 @@ def test_a_run_that_broke_is_not_taken_for_a_bad_one(tmp_path: Path) -> None:
     write_text(broken.path / ERROR_FILE, "MetaregError: The disk is full.\n")
     finish(good, 1.0)
     assert grid.next_runs() == [broken]
-    assert not grid.done
+    assert grid.chosen is None
     assert (grid.runs, grid.remaining) == (2, 1)
 
 
@@ -471,7 +470,7 @@ def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
     plan_values = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [1, 2]}}}
     plan = Plan(tmp_path, validate(ComparisonConfig, plan_values, "the comparison"))
     alone = Tuner(plan, plan.arms[0])
-    assert (alone.trials, alone.remaining, alone.next_runs(), alone.done, alone.chosen) == (0, 0, [], True, {})
+    assert (alone.trials, alone.remaining, alone.next_runs(), alone.chosen) == (0, 0, [], {})
 
 
 def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
@@ -528,7 +527,7 @@ def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> Non
 
 def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
     carried_out(tuner(tmp_path, space={"cml.gamma": [1, 2]}))
-    assert tuner(tmp_path, space={"cml.gamma": [1, 2]}).done
+    assert tuner(tmp_path, space={"cml.gamma": [1, 2]}).chosen is not None
     with pytest.raises(UsageError, match="were chosen in another way"):
         tuner(tmp_path, space={"cml.gamma": [1, 2, 3]})
     for other in ({"trials": 2}, {"space": {"cml.gamma": [1, 2]}, "seeds": [1]}):
