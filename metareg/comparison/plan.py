@@ -103,9 +103,9 @@ class Plan:
     def write(self) -> None:
         write_text(self.folder / CONFIG_FILE, self.config.to_yaml())
 
-    def list_runs(self, chosen: Mapping[Arm, Options] | None = None) -> list[PlannedRun]:
-        """The runs, whole tables seed after seed; `chosen` are the options that were chosen for some arms."""
-        arms = [self.list_arm_runs(arm, (chosen or {}).get(arm, {})) for arm in self.arms]
+    def list_runs(self) -> list[PlannedRun]:
+        """The runs, whole tables seed after seed, before options are chosen for an arm."""
+        arms = [self.list_arm_runs(arm, {}) for arm in self.arms]
         return [run for of_a_seed in zip(*arms, strict=True) for run in of_a_seed]
 
     def list_arm_runs(self, arm: Arm, chosen: Mapping[str, Any]) -> list[PlannedRun]:

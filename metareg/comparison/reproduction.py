@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.runs.folder import RESULTS
 from metareg.util.files import read_json, write_json
 from metareg.util.yaml_files import read_yaml
 
@@ -72,11 +73,7 @@ class Recipe(PluginConfig):
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """A recipe from its YAML file.
-
-        Raises:
-            UsageError: it cannot be read, or something in it is wrong.
-        """
+        """A recipe from its YAML file; a `UsageError` where it cannot be read, or something in it is wrong."""
         return validate(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
 
     def to_comparison(self) -> dict[str, Any]:
@@ -106,10 +103,8 @@ class Verdict:
     """What came out of a recipe, beside what was expected.
 
     Args:
-        recipe: the recipe.
-        higher_is_better: whether a larger value is better.
         by_seed: the mean over test tasks for each seed.
-        tasks: test tasks of each seed.
+        tasks: the number of test tasks of each seed.
         mean: over the seeds.
         interval: of 95 %.
         over: what that is over: the seeds, or the test tasks where there is one seed.
@@ -168,18 +163,13 @@ def list_recipes() -> list[Recipe]:
 
 
 def find_recipe(name: str) -> Recipe:
-    """A shipped recipe by its name, or one of the user's by its file.
-
-    Raises:
-        UsageError: there is none, or its file is malformed.
-    """
+    """A shipped recipe by its name, or one of the user's by its file; a `UsageError` where there is none."""
     if name.endswith((".yaml", ".yml")):
         return Recipe.read(Path(name))
     known = [path.stem for path in _FOLDER.glob("*.yaml")]
     if name not in known:
-        raise UnknownNameError(
-            "recipe", name, known, "`metareg reproduce` lists them; one of your own is a file NAME.yaml."
-        )
+        hint = "`metareg reproduce` lists them; one of your own is a file NAME.yaml."
+        raise UnknownNameError("recipe", name, known, hint)
     return Recipe.read(_FOLDER / f"{name}.yaml")
 
 
@@ -266,7 +256,7 @@ def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     from metareg.comparison.statistics import over_seeds, over_tasks
     from metareg.contract.evaluation import Evaluation
 
-    found = {run.seed: Evaluation.from_dict(read_json(run.path / "results.json")) for run in runs}
+    found = {run.seed: Evaluation.from_dict(read_json(run.path / RESULTS)) for run in runs}
     one = next(iter(found.values()))
     by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
     estimate, over = over_seeds(list(by_seed.values())), f"{len(by_seed)} seeds"

@@ -7,7 +7,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
 from metareg.comparison.pool import read_divergence, read_failure
 from metareg.contract.config import update_names
+from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.runs.options import parse_assignments
 from metareg.util.files import read_json
 
@@ -44,11 +46,6 @@ class Gap:
     reason: str
     path: Path
     """The run's folder, relative to the comparison's."""
-
-    @property
-    def run(self) -> str:
-        """For a reader: arm, task and seed."""
-        return f"{self.what}, seed {self.seed}" if self.seed else self.what
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,27 +172,21 @@ class Results:
 
 
 def read_results(folder: str | Path) -> Results:
-    """Read a comparison's folder.
-
-    Nothing that is missing or damaged is left out in silence: `Results.gaps` names it.
+    """Read a comparison's folder; `Results.gaps` names all that is missing or damaged.
 
     Raises:
         UsageError: there is no comparison, or its configuration is damaged.
     """
     plan = Plan.read(folder)
     gaps: list[Gap] = []
-    chosen = {arm: found for arm in plan.arms if (found := _read_chosen(plan, arm, gaps)) is not None}
-    runs: dict[Arm, list[PlannedRun]] = {arm: [] for arm in plan.arms}
-    for run in plan.list_runs({arm: dict(each.options) for arm, each in chosen.items()}):
-        runs[run.arm].append(run)
+    chosen = {arm: _read_chosen(plan, arm, gaps) for arm in plan.arms}
     environment: dict[str, Counter[str]] = {}
     tasks = []
     for task in plan.config.tasks:
-        arms = [arm for arm in plan.arms if arm.task == task.label]
         reader = _TaskReader(plan, gaps, environment)
-        results = tuple(reader.read_arm(arm, runs[arm], chosen.get(arm)) for arm in arms)
+        arms = tuple(reader.read_arm(arm, chosen[arm]) for arm in plan.arms if arm.task == task.label)
         test = reader.test or _Test("", False, (), ())
-        tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.bn_statistics), results))
+        tasks.append(TaskResults(task.label, test.metric, test.higher_is_better, tuple(reader.bn_statistics), arms))
     gaps += _list_broken_trials(plan)
     return Results(plan, tuple(tasks), tuple(gaps), environment)
 
@@ -233,12 +224,8 @@ class _Test:
 
     @classmethod
     def parse(cls, content: Any) -> _Test:
-        """From the file's content.
-
-        Raises:
-            LookupError, TypeError, ValueError: it is not what metareg writes.
-        """
-        if content.get("split", "test") != "test":
+        """From the file's content; a LookupError, TypeError or ValueError where it is not what metareg writes."""
+        if content.get("split", TEST) != TEST:
             raise ValueError(f"its tasks are of the split '{content['split']}'")
         scores = [np.array(each["scores"], dtype=np.float64) for each in content["steps"]]
         if not scores or any(each.ndim != 1 or len(each) != len(scores[0]) or not len(each) for each in scores):
@@ -269,28 +256,28 @@ class _TaskReader:
         self._gaps = gaps
         self._environment = environment
 
-    def read_arm(self, arm: Arm, runs: Sequence[PlannedRun], chosen: Chosen | None) -> ArmResults:
+    def read_arm(self, arm: Arm, chosen: Chosen | None) -> ArmResults:
+        runs = self._plan.list_arm_runs(arm, chosen.options if chosen else {})
         tests: dict[int, _Test] = {}
         curves: dict[int, Curve] = {}
-        seconds, peaks = [], []
+        costs = []
         trained = {run.seed: _read_steps(run) for run in runs}
         planned = _find_planned_steps(runs, trained)
+        first = None
         for run in runs:
-            longer = ""
-            if trained[run.seed] not in (None, planned):
-                longer = f"it was trained for {trained[run.seed]} steps, not for the {planned} of the comparison"
-            test = self._read_test(run, longer, next(iter(tests.values()), None))
+            steps = trained[run.seed]
+            longer = f"it was trained for {steps} steps, not for the {planned} of the comparison"
+            test = self._read_test(run, "" if steps in (None, planned) else longer, first)
             if test is None:
                 continue
+            first = first or test
             tests[run.seed] = test
             curve = self._read_curve(run, test.metric)
             if curve is not None:
                 curves[run.seed] = curve
-            second, peak = self._read_cost(run)
-            seconds.append(second)
-            peaks.append(peak)
+            costs.append(self._read_cost(run))
             self._note_environment(run)
-        first = next(iter(tests.values()), None)
+        seconds, peaks = np.array(costs).reshape(-1, 2).T
         return ArmResults(
             arm=arm,
             seeds=tuple(tests),
@@ -298,8 +285,8 @@ class _TaskReader:
             inner_steps=first.inner_steps if first else (),
             scores=np.array([test.scores for test in tests.values()]) if first else np.empty((0, 0, 0)),
             curves=curves,
-            seconds_per_step=np.array(seconds),
-            peak_bytes=np.array(peaks),
+            seconds_per_step=seconds,
+            peak_bytes=peaks,
             planned=len(runs),
             chosen=chosen,
             command=format_command(runs[0]),
@@ -314,16 +301,16 @@ class _TaskReader:
             before: the first test of its arm.
         """
         if not run.finished:
-            self._add_gap(run, *self._explain_unfinished(run, tuned=self._plan.get_tuning(run.arm) is not None))
+            self._add_gap(run, *self._explain_unfinished(run))
             return None
         try:
-            content = read_json(run.path / "results.json")
+            content = read_json(run.path / RESULTS)
             test = _Test.parse(content)
         except UsageError as error:
             self._add_gap(run, "broken", str(error))
             return None
         except (LookupError, TypeError, ValueError, AttributeError) as error:
-            self._add_gap(run, "broken", f"results.json is not what metareg writes ({type(error).__name__}: {error})")
+            self._add_gap(run, "broken", f"{RESULTS} is not what metareg writes ({type(error).__name__}: {error})")
             return None
         difference = (
             longer
@@ -338,54 +325,50 @@ class _TaskReader:
         self.bn_statistics[str(content.get("bn_statistics", "none"))] = None
         return test
 
-    def _explain_unfinished(self, run: PlannedRun, *, tuned: bool) -> tuple[str, str]:
+    def _explain_unfinished(self, run: PlannedRun) -> tuple[str, str]:
         failure = read_failure(run.path)
         if failure:
             return failure
-        if (run.path / "config.yaml").is_file():
-            return "unfinished", "it has begun and has no results.json yet"
-        if tuned and not (self._plan.get_tuning_folder(run.arm) / CHOSEN_FILE).is_file():
+        if (run.path / CONFIG).is_file():
+            return "unfinished", f"it has begun and has no {RESULTS} yet"
+        if self._plan.get_tuning(run.arm) and not (self._plan.get_tuning_folder(run.arm) / CHOSEN_FILE).is_file():
             return "not begun", "the arm's settings are not chosen yet"
         return "not begun", "there is nothing of it yet"
 
     def _read_curve(self, run: PlannedRun, metric: str) -> Curve | None:
         points: dict[int, float] = {}
-        try:
-            for line in _read_lines(run.path / "metrics.jsonl"):
+        with self._note_damage(run, f"{METRICS} cannot be read, so that it has no learning curve"):
+            for line in _read_lines(run.path / METRICS):
                 # Training lines are many; only those of a validation need parsing.
-                if '"validation"' in line:
+                if f'"{VALIDATION}"' in line:
                     content = json.loads(line)
-                    if content["split"] == "validation":
+                    if content["split"] == VALIDATION:
                         points[int(content["step"])] = float(content[metric])
-        except (OSError, LookupError, TypeError, ValueError) as error:
-            self._add_gap(run, "damaged", f"metrics.jsonl cannot be read, so that it has no learning curve: {error}")
-            return None
-        steps = sorted(points)
-        return Curve(np.array(steps), np.array([points[step] for step in steps])) if points else None
+            steps = sorted(points)
+            return Curve(np.array(steps), np.array([points[step] for step in steps])) if points else None
+        return None
 
     def _read_cost(self, run: PlannedRun) -> tuple[float, float]:
         """Seconds per training step and peak memory."""
-        try:
-            lines = [json.loads(line) for line in _read_lines(run.path / "timing.jsonl")]
+        with self._note_damage(run, f"{TIMING} cannot be read, so that its time and memory are not known"):
+            lines = [json.loads(line) for line in _read_lines(run.path / TIMING)]
             speeds = [float(line["steps_per_second"]) for line in lines]
             peaks = [float(line["peak_bytes"]) for line in lines if line.get("peak_bytes") is not None]
-        except (OSError, LookupError, TypeError, ValueError, AttributeError) as error:
-            self._add_gap(
-                run, "damaged", f"timing.jsonl cannot be read, so that its time and memory are not known: {error}"
-            )
-            return np.nan, np.nan
-        seconds = [1 / speed for speed in speeds if speed > 0]
-        return float(np.median(seconds)) if seconds else np.nan, max(peaks, default=np.nan)
+            seconds = [1 / speed for speed in speeds if speed > 0]
+            return float(np.median(seconds)) if seconds else np.nan, max(peaks, default=np.nan)
+        return np.nan, np.nan
 
     def _note_environment(self, run: PlannedRun) -> None:
+        with self._note_damage(run, f"{ENVIRONMENT} cannot be read"):
+            for name, value in [*_list_facts(read_json(run.path / ENVIRONMENT))]:
+                self._environment.setdefault(name, Counter())[value] += 1
+
+    @contextmanager
+    def _note_damage(self, run: PlannedRun, what: str) -> Iterator[None]:
         try:
-            content = read_json(run.path / "environment.json")
-            facts = _list_facts(content)
-        except (UsageError, LookupError, TypeError, AttributeError) as error:
-            self._add_gap(run, "damaged", f"environment.json cannot be read: {error}")
-            return
-        for name, value in facts:
-            self._environment.setdefault(name, Counter())[value] += 1
+            yield
+        except (OSError, UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
+            self._add_gap(run, "damaged", f"{what}: {error}")
 
     def _add_gap(self, run: PlannedRun, state: str, reason: str) -> None:
         self._gaps.append(_make_gap(self._plan, str(run.arm), str(run.seed), state, reason, run.path))
@@ -411,7 +394,7 @@ def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | 
 def _read_steps(run: PlannedRun) -> int | None:
     """The steps in a run's config.yaml; its line alone, for to parse the YAML of all runs takes longer than the report."""
     with suppress(OSError):
-        text = (run.path / "config.yaml").read_text(encoding="utf-8", errors="replace")
+        text = (run.path / CONFIG).read_text(encoding="utf-8", errors="replace")
         found = re.search(r"^steps: (\d+)$", text, re.MULTILINE)
         return int(found[1]) if found else None
     return None
@@ -445,7 +428,7 @@ def _read_chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
         trials = content["trials"]
         return Chosen(dict(content["options"]), len(trials), sum(trial["score"] is None for trial in trials))
     except (UsageError, LookupError, TypeError, ValueError) as error:
-        reason = f"chosen.json cannot be read, so that its settings are not known: {error}"
+        reason = f"{CHOSEN_FILE} cannot be read, so that its settings are not known: {error}"
         gaps.append(_make_gap(plan, f"tuning of {arm}", "", "damaged", reason, path.parent))
         return None
 

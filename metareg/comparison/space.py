@@ -99,12 +99,7 @@ class _Option:
     def choose_domain(self, key: str, given: Domain | None = None) -> Range | list[Any] | None:
         """The values to search that a user gives, else those that the plugin declares; None where there are none.
 
-        Args:
-            key: how the user names the option.
-            given: what the user says.
-
-        Raises:
-            UsageError: one of these is none that the option can have.
+        A `UsageError`, which names the option by `key`, where it cannot have one of these.
         """
         domain = given or get_declared_domain(self.owner, self.name, self.field)
         if isinstance(domain, RelativeRange):
@@ -113,15 +108,7 @@ class _Option:
 
 
 def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
-    """Refuse what cannot be chosen, before anything is run.
-
-    Args:
-        tuning: how settings are chosen.
-        arms: what each arm runs before that, by its name.
-
-    Raises:
-        UsageError: an option that no arm has, that is not one of how an arm learns, or has no such values.
-    """
+    """Raise a `UsageError` where an option of `tuning.space` is none of these arms, or cannot be chosen."""
     if tuning.trials != GRID and importlib.util.find_spec("optuna") is None:
         raise UsageError("A search needs Optuna, which is not installed: pip install 'metareg[search]'.")
     for key in tuning.space:
@@ -144,10 +131,6 @@ def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
 
 def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
     """What is chosen for an arm, the algorithm's options first.
-
-    Args:
-        tuning: how settings are chosen.
-        selection: what the arm runs before that.
 
     Raises:
         UsageError: an option has no such values, or two keys mean the same one.
@@ -213,11 +196,7 @@ def _list_plugin_options(plugin: Plugin) -> list[_Option]:
 
 
 def _find_options(key: str, selection: Selection) -> list[_Option]:
-    """The options of an arm that a key means; none where the arm has no such option.
-
-    Raises:
-        UsageError: it is none of how an arm learns.
-    """
+    """The options of an arm that a key means; a `UsageError` where it is none of how an arm learns."""
     owner, dot, name = key.partition(".")
     if not dot and key in RunConfig.model_fields:
         if key not in _OF_A_RUN:

@@ -41,10 +41,9 @@ _PIXEL = 1 / 72
 """In inches, the unit of matplotlib's figures."""
 _LONGEST_LABEL = 26
 
-_VARIABLES = {PAPER: "paper", INK: "ink", SOFT: "soft", GRID: "line"} | {
-    colour: f"s{number}" for number, colour in enumerate(COLOURS)
-}
-"""What the page's style sheet calls the colours, which differ in the dark."""
+_NAMES = {PAPER: "paper", INK: "ink", SOFT: "soft", GRID: "line"} | {c: f"s{n}" for n, c in enumerate(COLOURS)}
+_VARIABLES = {colour: f"var(--{name})" for colour, name in _NAMES.items()}
+"""The colours in the page's style sheet, which differ in the dark."""
 
 _Curve = Mapping[int, Estimate]
 
@@ -216,22 +215,16 @@ def _create_rows(arms: Iterable[tuple[str, str]], width: int) -> tuple[Figure, A
 
 def _draw_difference(axes: Axes, row: int, pair: Pair, factor: float, style: dict[str, Any]) -> None:
     if not pair.difference.by_seed:
-        axes.annotate(
-            pair.difference.untested, (0.02, row), xycoords=("axes fraction", "data"), va="center", color=SOFT
-        )
+        across = axes.get_yaxis_transform()  # a fraction of the axes' width
+        axes.text(0.02, row, pair.difference.untested, transform=across, verticalalignment="center", color=SOFT)
         return
-    seeds = factor * np.array(pair.difference.by_seed)
-    axes.plot(
-        seeds, np.full(len(seeds), row + 0.32), "o", color=style["color"], alpha=0.6, markersize=3, markeredgewidth=0
-    )
-    (mean,), (half,) = (factor * values for values in _to_arrays([pair.estimate]))
-    low, high = mean - half, mean + half
-    axes.hlines(
-        row, low, high, color=style["color"], linewidth=2, linestyle=(0, (2, 2)) if pair.has_single_seed else "-"
-    )
-    _mark_clipped(axes, np.array([low]), np.array([high]), np.array([row]), style["color"], vertical=False)
+    colour, seeds = style["color"], factor * np.array(pair.difference.by_seed)
+    axes.plot(seeds, 0 * seeds + row + 0.32, "o", color=colour, alpha=0.6, markersize=3, markeredgewidth=0)
+    mean, half = factor * _to_arrays([pair.estimate])
+    axes.hlines(row, mean - half, mean + half, colour, (0, (2, 2)) if pair.has_single_seed else "-", linewidth=2)
+    _mark_clipped(axes, mean - half, mean + half, np.array([row]), colour, vertical=False)
     filled = pair.verdict in (Verdict.BETTER, Verdict.WORSE)
-    fill = {} if filled else {"markerfacecolor": PAPER, "markeredgecolor": style["color"], "markeredgewidth": 1.5}
+    fill = {} if filled else {"markerfacecolor": PAPER, "markeredgecolor": colour, "markeredgewidth": 1.5}
     axes.plot(mean, row, **style | fill)
 
 
@@ -337,7 +330,7 @@ def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:
         if element.tag.endswith("}g"):
             element.attrib.pop("id", None)
         if "style" in element.attrib:
-            element.set("style", re.sub("#[0-9a-f]{6}", _replace_colour, element.get("style", "")))
+            element.set("style", re.sub("#[0-9a-f]{6}", lambda found: _VARIABLES[found[0]], element.get("style", "")))
     if description:
         root.set("role", "img")
         for tag, text in (("desc", description), ("title", title)):
@@ -347,10 +340,6 @@ def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:
     else:
         root.set("aria-hidden", "true")
     return Markup(ElementTree.tostring(root, encoding="unicode"))
-
-
-def _replace_colour(found: re.Match[str]) -> str:
-    return f"var(--{_VARIABLES[found[0]]})"
 
 
 _SVG = "http://www.w3.org/2000/svg"

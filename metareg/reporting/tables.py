@@ -26,9 +26,6 @@ class Table:
     """Cells of plain text.
 
     Args:
-        title: what it is about.
-        columns: their headings.
-        rows: cells, as many as columns.
         note: what its numbers and every ± mean.
         key: what is to be known of all tables of its kind; where several stand together, once is enough.
         headers: how many columns, from the left, name the row.
@@ -63,16 +60,12 @@ def build_all(report: Report) -> dict[str, list[Table]]:
 def build_results(report: Report, task: TaskResults) -> Table:
     """Tabulate the means of every arm of a task after each number of inner steps."""
     scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
-    rows = [
-        [
-            each.arm.algorithm,
-            each.arm.augmenter,
-            _format_finished(len(each.seeds), each.planned),
-            *(_format_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps),
-            *([] if of_tasks else [scale.format_half_width(average_over_tasks(each, headline))]),
-        ]
-        for each in task.arms
-    ]
+    rows = []
+    for each in task.arms:
+        seeds = str(each.planned) if len(each.seeds) == each.planned else f"{len(each.seeds)} of {each.planned}"
+        means = [_format_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps]
+        of_models = [] if of_tasks else [scale.format_half_width(average_over_tasks(each, headline))]
+        rows.append([each.arm.algorithm, each.arm.augmenter, seeds, *means, *of_models])
     columns = ["algorithm", "augmenter", "seeds", *(format_count(number, "step") for number in task.inner_steps)]
     note = f"{_capitalize(scale.heading)} on the test tasks after so many inner steps, {scale.direction}. "
     if of_tasks:
@@ -102,20 +95,12 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
     if not pairs:
         return None
     scale, after = Scale(task.metric, task.higher_is_better), format_count(report.headline[task.label], "step")
-    rows = [
-        [
-            pair.algorithm,
-            pair.augmenter,
-            scale.format_difference(pair.difference.over_seeds),
-            scale.format_interval(pair.difference.over_seeds),
-            scale.format_interval(pair.difference.over_tasks),
-            format_seeds_in_favour(pair),
-            format_p_value(pair.difference.p),
-            format_p_value(pair.corrected),
-            describe_verdict(pair),
-        ]
-        for pair in pairs
-    ]
+    rows = []
+    for pair in pairs:
+        over_seeds, over_tasks = pair.difference.over_seeds, pair.difference.over_tasks
+        ends = [scale.format_interval(over_seeds), scale.format_interval(over_tasks), format_seeds_in_favour(pair)]
+        test = [format_p_value(pair.difference.p), format_p_value(pair.corrected), describe_verdict(pair)]
+        rows.append([pair.algorithm, pair.augmenter, scale.format_difference(over_seeds), *ends, *test])
     columns = [
         "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
         "p (Holm)", "in words",
@@ -137,37 +122,16 @@ def build_overview(report: Report, task: TaskResults) -> Table:
     rows = []
     for each in task.arms:
         pair = pairs.get((each.arm.algorithm, each.arm.augmenter))
-        rows.append(
-            [
-                each.arm.algorithm,
-                each.arm.augmenter,
-                _format_mean(each, scale, headline, of_tasks=of_tasks),
-                *(
-                    [""] * 3
-                    if pair is None
-                    else [
-                        scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds),
-                        format_p_value(pair.corrected),
-                        describe_verdict(pair),
-                    ]
-                ),
-            ]
-        )
-    seeds = "tasks (one seed)" if of_tasks else "seeds"
-    return Table(
-        task.label,
-        [
-            "algorithm",
-            "augmenter",
-            f"{scale.heading} ({format_count(headline, 'step')})",
-            "minus none",
-            "p (Holm)",
-            "in words",
-        ],
-        rows,
-        f"± and intervals are 95 % over {seeds}; {scale.direction}.",
-        texts=(5,),
-    )
+        words = [""] * 3
+        if pair is not None:
+            interval = scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds)
+            words = [interval, format_p_value(pair.corrected), describe_verdict(pair)]
+        mean = _format_mean(each, scale, headline, of_tasks=of_tasks)
+        rows.append([each.arm.algorithm, each.arm.augmenter, mean, *words])
+    heading = f"{scale.heading} ({format_count(headline, 'step')})"
+    columns = ["algorithm", "augmenter", heading, "minus none", "p (Holm)", "in words"]
+    note = f"± and intervals are 95 % over {'tasks (one seed)' if of_tasks else 'seeds'}; {scale.direction}."
+    return Table(task.label, columns, rows, note, texts=(5,))
 
 
 def build_costs(task: TaskResults) -> Table:
@@ -175,27 +139,20 @@ def build_costs(task: TaskResults) -> Table:
     rows = []
     for each in task.arms:
         milliseconds, peak = 1000 * _drop_nonfinite(each.seconds_per_step), _drop_nonfinite(each.peak_bytes)
-        rows.append(
-            [
-                each.arm.algorithm,
-                each.arm.augmenter,
-                format_significant(milliseconds.mean()) if milliseconds.size else MISSING,
-                _format_range([format_significant(value) for value in np.sort(milliseconds)]),
-                _format_range([f"{ratio:.2f}" for ratio in np.sort(_compute_time_ratios(task, each))]),
-                f"{peak.min() / 2**20:.0f}" if peak.size else MISSING,
-            ]
-        )
-    return Table(
-        task.label,
-        ["algorithm", "augmenter", "ms per step", "from seed to seed", "times none", "peak memory in MiB"],
-        rows,
-        "",
+        mean = format_significant(milliseconds.mean()) if milliseconds.size else MISSING
+        seeds = _format_range([format_significant(value) for value in np.sort(milliseconds)])
+        ratios = _format_range([f"{ratio:.2f}" for ratio in np.sort(_compute_time_ratios(task, each))])
+        least = f"{peak.min() / 2**20:.0f}" if peak.size else MISSING
+        rows.append([each.arm.algorithm, each.arm.augmenter, mean, seeds, ratios, least])
+    columns = ["algorithm", "augmenter", "ms per step", "from seed to seed", "times none", "peak memory in MiB"]
+    key = (
         "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
         "the range, from seed to seed, of its ratio to the same algorithm and seed without an augmenter. Runs that shared "
         "the machine slowed each other down: where the range is wide, that is what it shows. "
         "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole "
-        "process, with what earlier runs in it left.",
+        "process, with what earlier runs in it left."
     )
+    return Table(task.label, columns, rows, "", key)
 
 
 def build_validations(task: TaskResults) -> Table | None:
@@ -211,57 +168,37 @@ def build_validations(task: TaskResults) -> Table | None:
         for arm, curve in curves.items()
         if curve
     ]
-    note = (
-        f"{_capitalize(scale.heading)} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
-    )
+    heading = _capitalize(scale.heading)
+    note = f"{heading} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
     return Table(task.label, ["algorithm", "augmenter", *(format_count(step, "step") for step in shown)], rows, note)
 
 
 def build_settings(task: TaskResults) -> Table | None:
     """Tabulate what tuning chose for the arms of a task; None where nothing was tuned."""
-    tuned = [(each.arm, each.chosen) for each in task.arms if each.chosen]
-    if not tuned:
+    rows = []
+    for arm, chosen in ((each.arm, each.chosen) for each in task.arms if each.chosen):
+        values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in chosen.options.items()}
+        settings = ", ".join(f"{key} = {value}" for key, value in values.items()) or "the defaults"
+        tried = f"{chosen.trials}, {chosen.failed} failed" if chosen.failed else str(chosen.trials)
+        rows.append([arm.algorithm, arm.augmenter, settings, tried])
+    if not rows:
         return None
-    rows = [
-        [
-            arm.algorithm,
-            arm.augmenter,
-            ", ".join(f"{key} = {_format_setting(value)}" for key, value in chosen.options.items()) or "the defaults",
-            f"{chosen.trials}, {chosen.failed} failed" if chosen.failed else str(chosen.trials),
-        ]
-        for arm, chosen in tuned
-    ]
-    return Table(
-        task.label,
-        ["algorithm", "augmenter", "settings", "tried"],
-        rows,
-        "",
+    key = (
         "The best of so many settings that were tried on the validation split; test tasks had no part in it. One fails "
-        "where training diverges or the arm cannot have it.",
-        texts=(2,),
+        "where training diverges or the arm cannot have it."
     )
+    return Table(task.label, ["algorithm", "augmenter", "settings", "tried"], rows, "", key, texts=(2,))
 
 
 def build_environment(report: Report) -> Table:
     """Tabulate what the runs were made with."""
     finished = report.results.finished
-    rows = [
-        [
-            name,
-            ", ".join(
-                value if count == finished else f"{value} ({count} runs)" for value, count in counts.most_common()
-            ),
-        ]
-        for name, counts in report.results.environment.items()
-    ]
-    return Table(
-        "Environment",
-        ["what", "value"],
-        rows,
-        f"What the {finished} finished runs were made with. Where they differ, the runs of each value are counted.",
-        headers=1,
-        texts=(1,),
-    )
+    rows = []
+    for name, counts in report.results.environment.items():
+        values = [value if count == finished else f"{value} ({count} runs)" for value, count in counts.most_common()]
+        rows.append([name, ", ".join(values)])
+    note = f"What the {finished} finished runs were made with. Where they differ, the runs of each value are counted."
+    return Table("Environment", ["what", "value"], rows, note, headers=1, texts=(1,))
 
 
 def build_gaps(report: Report) -> Table | None:
@@ -271,25 +208,17 @@ def build_gaps(report: Report) -> Table | None:
         alike.setdefault((gap.what, gap.state, gap.reason), []).append(gap)
     if not alike:
         return None
-    rows = [
-        [
-            what,
-            ", ".join(gap.seed for gap in found if gap.seed) or MISSING,
-            state,
-            _shorten(reason),
-            str(found[0].path if len(found) == 1 else found[0].path.parent),
-        ]
-        for (what, state, reason), found in alike.items()
-    ]
-    return Table(
-        "Missing and broken runs",
-        ["runs", "seeds", "state", "why", "folder"],
-        rows,
+    rows = []
+    for (what, state, reason), found in alike.items():
+        seeds = ", ".join(gap.seed for gap in found if gap.seed) or MISSING
+        folder = found[0].path if len(found) == 1 else found[0].path.parent
+        rows.append([what, seeds, state, _shorten(reason), str(folder)])
+    note = (
         "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. One "
-        "that diverged takes the verdict from its pair. A damaged run counts, but for the file that is named.",
-        headers=1,
-        texts=(2, 3, 4),
+        "that diverged takes the verdict from its pair. A damaged run counts, but for the file that is named."
     )
+    columns = ["runs", "seeds", "state", "why", "folder"]
+    return Table("Missing and broken runs", columns, rows, note, headers=1, texts=(2, 3, 4))
 
 
 def describe_verdict(pair: Pair) -> str:
@@ -340,14 +269,6 @@ def _compute_time_ratios(task: TaskResults, results: ArmResults) -> np.ndarray:
 def _format_range(ascending: Sequence[str]) -> str:
     """Format the ends of a range, or one where both look alike."""
     return " to ".join(dict.fromkeys([ascending[0], ascending[-1]])) if ascending else MISSING
-
-
-def _format_finished(finished: int, planned: int) -> str:
-    return str(finished) if finished == planned else f"{finished} of {planned}"
-
-
-def _format_setting(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _shorten(reason: str) -> str:

@@ -65,7 +65,7 @@ def test_the_command_of_an_arm_trains_its_runs(
 ) -> None:
     config = {"algo": ["metasgd"], "augment": ["gradient-noise+cml"], "seeds": [7], "options": options}
     plan = Plan(tmp_path, ComparisonConfig.model_validate(config))
-    (run,) = plan.list_runs({plan.arms[0]: chosen})
+    (run,) = plan.list_arm_runs(plan.arms[0], chosen)
     given: list[Any] = []
     monkeypatch.setattr("metareg.runs.training.train", lambda **rest: given.append(rest))
     monkeypatch.setattr("metareg.cli.tables.print_results", lambda *_: None)
@@ -104,8 +104,9 @@ def test_a_run_that_does_not_count_is_named(small: Plan, how: str, state: str, r
     found = read_results(small.folder)
 
     (gap,) = found.gaps
-    assert (gap.run, gap.state, str(gap.path)) == (
-        "maml+cml on sinusoid, seed 1",
+    assert (gap.what, gap.seed, gap.state, str(gap.path)) == (
+        "maml+cml on sinusoid",
+        "1",
         state,
         "runs/sinusoid/maml+cml/seed-1",
     )
@@ -124,9 +125,10 @@ def test_other_test_tasks_or_steps_within_an_arm_do_not_count(small: Plan) -> No
     assert "0, 1 inner steps" in reasons[1]
 
 
+@pytest.mark.parametrize("content", ['{"split": "validation"}\nnull\n', '["validation"]'])
 @pytest.mark.parametrize("name", ["metrics.jsonl", "timing.jsonl", "environment.json"])
-def test_a_damaged_file_costs_only_what_is_in_it(small: Plan, name: str) -> None:
-    (small.folder / "runs/sinusoid/maml/seed-1" / name).write_text('{"split": "validation"}\nnull\n')
+def test_a_damaged_file_costs_only_what_is_in_it(small: Plan, name: str, content: str) -> None:
+    (small.folder / "runs/sinusoid/maml/seed-1" / name).write_text(content)
     found = read_results(small.folder)
     assert found.finished == 18
     (gap,) = found.gaps
@@ -148,11 +150,11 @@ def test_settings_that_are_not_chosen_yet(tmp_path: Path) -> None:
     failed.write_text(json.dumps(content))
     for seed in plan.config.seeds:
         shutil.rmtree(tmp_path / f"runs/sinusoid/maml+cml/seed-{seed}")
-    gaps = {gap.run: (gap.state, gap.reason) for gap in read_results(tmp_path).gaps}
-    assert gaps["maml+cml on sinusoid, seed 5"][0] == "not begun"
-    assert "settings" in gaps["maml+cml on sinusoid, seed 5"][1]
-    assert gaps["maml+cml on sinusoid, trial 2, seed 0"] == ("broken", "MemoryError: x")
-    assert gaps["tuning of anil on sinusoid"][0] == "damaged"
+    gaps = {(gap.what, gap.seed): (gap.state, gap.reason) for gap in read_results(tmp_path).gaps}
+    assert gaps["maml+cml on sinusoid", "5"][0] == "not begun"
+    assert "settings" in gaps["maml+cml on sinusoid", "5"][1]
+    assert gaps["maml+cml on sinusoid, trial 2", "0"] == ("broken", "MemoryError: x")
+    assert gaps["tuning of anil on sinusoid", ""][0] == "damaged"
     anil = next(each.chosen for each in read_results(tmp_path).tasks[0].arms if each.arm.name == "anil+cml")
     assert anil is not None
     assert (anil.options["cml.gamma"], anil.trials, anil.failed) == (0.35, 8, 1)
