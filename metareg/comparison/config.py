@@ -6,27 +6,15 @@ import itertools
 import re
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-import yaml
 from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from metareg.contract.config import NO_PLUGIN, Field, PluginConfig, validate
 from metareg.contract.search import Range, RelativeRange, parse_domain
 from metareg.errors import UnknownNameError
-from metareg.util.yaml_files import read_yaml
 
-__all__ = [
-    "GRID",
-    "ArmRule",
-    "ComparedTask",
-    "ComparisonConfig",
-    "Options",
-    "Tuning",
-    "merge_options",
-    "slugify",
-]
+__all__ = ["GRID", "ArmRule", "ComparedTask", "ComparisonConfig", "Options", "Tuning", "merge_options", "slugify"]
 
 GRID: Final = "grid"
 _MOST_SEEDS = 1000
@@ -226,15 +214,6 @@ class ComparisonConfig(PluginConfig):
             own = {key: value for key, value in tuning["options"].items() if key not in {*options, *space}}
             tuning |= {"options": own, **tune}
         return validate(ComparisonConfig, values, "the comparison")
-
-    @classmethod
-    def read(cls, path: Path) -> ComparisonConfig:
-        """The configuration in a YAML file; a `UsageError` where it cannot be read, or something in it is wrong."""
-        return validate(cls, read_yaml(path), str(path))
-
-    def to_yaml(self) -> str:
-        """What `read` reads."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def slugify(text: str) -> str:

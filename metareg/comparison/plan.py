@@ -8,14 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from metareg.comparison.config import ArmRule, ComparisonConfig, Options, Tuning, merge_options, slugify
+import yaml
+
+from metareg.comparison.config import ComparisonConfig, Options, Tuning, merge_options, slugify
 from metareg.comparison.space import check_tuning
-from metareg.contract.config import NO_PLUGIN
+from metareg.contract.config import NO_PLUGIN, validate
 from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
 from metareg.runs.folder import RESULTS
 from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_text
+from metareg.util.yaml_files import read_yaml
 
 __all__ = ["CHOSEN_FILE", "CONFIG_FILE", "Arm", "Plan", "PlannedRun", "check_plan"]
 
@@ -83,11 +86,9 @@ class Plan:
     def __init__(self, folder: Path, config: ComparisonConfig) -> None:
         self.folder = folder
         self.config = config
-        self.arms = [
-            Arm(algorithm, augmenter, task.label)
-            for task, algorithm, augmenter in itertools.product(config.tasks, config.algo, config.augment)
-        ]
         self._tasks = {task.label: task for task in config.tasks}
+        arms = itertools.product(self._tasks, config.algo, config.augment)
+        self.arms = [Arm(algorithm, augmenter, task) for task, algorithm, augmenter in arms]
         self._plugins = {name for arm in self.arms for name in self._list_plugins(arm)}
         self.options = {arm: self._collect_options(arm) for arm in self.arms}
         """The options that the configuration gives each arm, before any are chosen."""
@@ -96,12 +97,15 @@ class Plan:
     def read(cls, folder: str | Path) -> Plan:
         """The plan of a comparison that was begun; a `UsageError` where there is none, or its configuration is damaged."""
         folder = Path(folder)
-        if not (folder / CONFIG_FILE).is_file():
+        file = folder / CONFIG_FILE
+        if not file.is_file():
             raise UsageError(f"There is no comparison at {folder}: it has no {CONFIG_FILE}.")
-        return cls(folder, ComparisonConfig.read(folder / CONFIG_FILE))
+        return cls(folder, validate(ComparisonConfig, read_yaml(file), str(file)))
 
     def write(self) -> None:
-        write_text(self.folder / CONFIG_FILE, self.config.to_yaml())
+        values = self.config.model_dump(mode="json")
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=120)
+        write_text(self.folder / CONFIG_FILE, text)
 
     def list_runs(self) -> list[PlannedRun]:
         """The runs, whole tables seed after seed, before options are chosen for an arm."""
@@ -148,7 +152,13 @@ class Plan:
         return not dot or owner not in self._plugins or owner in self._list_plugins(arm)
 
     def _collect_options(self, arm: Arm) -> Options:
-        rules = [rule.options for rule in self.config.arms if _fits(rule, arm)]
+        rules = [
+            rule.options
+            for rule in self.config.arms
+            if rule.algo in (None, arm.algorithm)
+            and rule.augment in (None, arm.augmenter)
+            and rule.task in (None, arm.task)
+        ]
         merged: Options = {}
         for options in (self.config.options, self._tasks[arm.task].options, *rules):
             merged = merge_options(merged, options)
@@ -159,18 +169,11 @@ class Plan:
         return {name.rpartition(":")[2] for name in names}
 
 
-def _fits(rule: ArmRule, arm: Arm) -> bool:
-    """Whether the rule is one for this arm."""
-    wanted = (rule.algo, arm.algorithm), (rule.augment, arm.augmenter), (rule.task, arm.task)
-    return all(given is None or given == own for given, own in wanted)
-
-
 def check_plan(plan: Plan) -> None:
     """Put together every arm's run once, and draw tasks of each task, so that what is wrong is found before anything runs.
 
     Raises:
-        UsageError: an unknown name or option, an impossible value, missing data, a model that does not fit, or arms of a
-            task that would not see the same tasks.
+        UsageError: what a run would refuse, the same arm twice, or arms of a task that would not see the same tasks.
     """
     from metareg.runs.training import prepare_run  # it imports torch, which reports do without
 
@@ -200,9 +203,8 @@ def check_plan(plan: Plan) -> None:
         other, theirs = first.setdefault(arm.task, (arm, selection))
         difference = _describe_task_difference(selection, theirs)
         if difference:
-            raise UsageError(
-                f"{arm} would not see the tasks of {other}: {difference}. Options of the task belong under 'tasks'."
-            )
+            hint = "Options of the task belong under 'tasks'."
+            raise UsageError(f"{arm} would not see the tasks of {other}: {difference}. {hint}")
     for tuning, trials in tuned.values():
         check_tuning(tuning, trials)
 

@@ -40,7 +40,13 @@ class RayLauncher:
     """
 
     def __init__(self, jobs: int | None, threads: int, address: str | None = None) -> None:
-        self._ray = _import_ray()
+        try:
+            import ray
+        except ImportError as error:
+            raise UsageError(
+                "The launcher 'ray' needs Ray, which is not installed: pip install 'metareg[ray]'."
+            ) from error
+        self._ray: Any = ray
         self._jobs = jobs
         self._threads = threads
         self._runs: dict[Any, PlannedRun] = {}
@@ -50,7 +56,10 @@ class RayLauncher:
             _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "local", jobs, threads)
         self._gpus = self._ray.cluster_resources().get("GPU", 0) > 0
         self._task = self._ray.remote(_carry_out_with).options(num_cpus=threads, max_retries=_RESTARTS)
-        self._variables = _collect_variables()
+        folders = {name: str(absolute_path(os.environ[name])) for name in _FOLDERS if os.environ.get(name)}
+        disabled = os.environ.get(DISABLE_VARIABLE, "")
+        self._variables = {**folders, DISABLE_VARIABLE: disabled, "MPLBACKEND": "agg"}
+        """What a run takes from the environment, for the nodes."""
 
     @property
     def capacity(self) -> int:
@@ -104,20 +113,6 @@ class RayLauncher:
             return Outcome(run, f"The cluster could not carry the run out: {lines[-1]}", again=True)
 
 
-def _import_ray() -> Any:
-    try:
-        import ray
-    except ImportError as error:
-        raise UsageError("The launcher 'ray' needs Ray, which is not installed: pip install 'metareg[ray]'.") from error
-    return ray
-
-
-def _collect_variables() -> dict[str, str]:
-    """What a run takes from the environment, for the nodes."""
-    folders = {name: str(absolute_path(os.environ[name])) for name in _FOLDERS if os.environ.get(name)}
-    return {**folders, DISABLE_VARIABLE: os.environ.get(DISABLE_VARIABLE, ""), "MPLBACKEND": "agg"}
-
-
 def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:
     """What a node does: the run. Returns what went wrong and whether to try again."""
     os.environ.update(variables)
@@ -128,7 +123,9 @@ def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | N
 def _connect(ray: Any, address: str, jobs: int | None, threads: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        _silence_usage_statistics()
+        # Ray reports to its makers how it is used, unless told otherwise; here that is left to who decided on it.
+        if not (Path.home() / ".ray" / "config.json").exists():
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
         if jobs is not None:
             quiet["num_cpus"] = jobs * threads
@@ -143,9 +140,3 @@ def _connect(ray: Any, address: str, jobs: int | None, threads: int) -> None:
         # Ray puts its own in the place of the one that stops a comparison with checkpoints.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
-
-
-def _silence_usage_statistics() -> None:
-    """Ray reports to its makers how it is used, unless told otherwise; here that is left to who decided on it."""
-    if not (Path.home() / ".ray" / "config.json").exists():
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

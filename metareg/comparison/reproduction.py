@@ -216,10 +216,8 @@ def reproduce(
         raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
     if comparison.broken:
         outcome = next(iter(comparison.broken.values()))
-        raise MetaregError(
-            f"{len(comparison.broken)} of the runs of the recipe '{recipe.name}' could not be finished. {outcome.run}: "
-            f"{outcome.error}"
-        )
+        failed = f"{len(comparison.broken)} of the runs of the recipe '{recipe.name}' could not be finished"
+        raise MetaregError(f"{failed}. {outcome.run}: {outcome.error}")
     verdict = judge(recipe, comparison.plan.list_runs())
     write_json(out / FILE, verdict.to_dict())
     return verdict

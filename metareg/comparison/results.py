@@ -25,7 +25,7 @@ from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.runs.options import parse_assignments
 from metareg.util.files import read_json
 
-__all__ = ["ArmResults", "Chosen", "Curve", "Gap", "Results", "TaskResults", "format_command", "read_results"]
+__all__ = ["ArmResults", "Chosen", "Gap", "Results", "TaskResults", "format_command", "read_results"]
 
 Array = NDArray[np.float64]
 
@@ -46,16 +46,6 @@ class Gap:
     reason: str
     path: Path
     """The run's folder, relative to the comparison's."""
-
-
-@dataclass(frozen=True, eq=False)
-class Curve:
-    """The validation of one run."""
-
-    steps: NDArray[np.int64]
-    """Training steps ``[n]``."""
-    values: Array
-    """The metric's means ``[n]``."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +70,8 @@ class ArmResults:
     inner_steps: tuple[int, ...]
     scores: Array
     """``[seeds, inner_steps, tasks]``."""
-    curves: Mapping[int, Curve]
-    """By seed; a run that was never validated has none."""
+    curves: Mapping[int, Mapping[int, float]]
+    """By seed, the metric in validation by training step; a run that was never validated has none."""
     seconds_per_step: Array
     """``[seeds]``: each run's median over its reports; NaN where it has none."""
     peak_bytes: Array
@@ -233,15 +223,15 @@ class _Test:
         inner_steps = tuple(int(each["inner_steps"]) for each in content["steps"])
         return cls(str(content["metric"]), bool(content["higher_is_better"]), inner_steps, scores)
 
-    def differs_from(self, other: _Test, *, same_arm: bool) -> str:
-        """How it does not belong beside another of its task; empty where it does."""
-        if (self.metric, self.higher_is_better) != (other.metric, other.higher_is_better):
-            return f"its metric is '{self.metric}', where that of the runs before it is '{other.metric}'"
-        if same_arm and self.inner_steps != other.inner_steps:
-            numbers, others = (", ".join(map(str, each.inner_steps)) for each in (self, other))
+    def explain_difference(self, of_task: _Test | None, of_arm: _Test | None) -> str:
+        """How it does not belong beside others of its task and its arm; empty where it does."""
+        if of_task and (self.metric, self.higher_is_better) != (of_task.metric, of_task.higher_is_better):
+            return f"its metric is '{self.metric}', where that of the runs before it is '{of_task.metric}'"
+        if of_arm and self.inner_steps != of_arm.inner_steps:
+            numbers, others = (", ".join(map(str, each.inner_steps)) for each in (self, of_arm))
             return f"it was tested after {numbers} inner steps, those before it after {others}"
-        if same_arm and len(self.scores[0]) != len(other.scores[0]):
-            return f"it has {len(self.scores[0])} test tasks, those before it {len(other.scores[0])}"
+        if of_arm and len(self.scores[0]) != len(of_arm.scores[0]):
+            return f"it has {len(self.scores[0])} test tasks, those before it {len(of_arm.scores[0])}"
         return ""
 
 
@@ -259,7 +249,7 @@ class _TaskReader:
     def read_arm(self, arm: Arm, chosen: Chosen | None) -> ArmResults:
         runs = self._plan.list_arm_runs(arm, chosen.options if chosen else {})
         tests: dict[int, _Test] = {}
-        curves: dict[int, Curve] = {}
+        curves: dict[int, dict[int, float]] = {}
         costs = []
         trained = {run.seed: _read_steps(run) for run in runs}
         planned = _find_planned_steps(runs, trained)
@@ -273,7 +263,7 @@ class _TaskReader:
             first = first or test
             tests[run.seed] = test
             curve = self._read_curve(run, test.metric)
-            if curve is not None:
+            if curve:
                 curves[run.seed] = curve
             costs.append(self._read_cost(run))
             self._note_environment(run)
@@ -293,13 +283,7 @@ class _TaskReader:
         )
 
     def _read_test(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:
-        """The run's test; None where it cannot count, which is then noted.
-
-        Args:
-            run: the run.
-            longer: how it was trained for longer than it should; empty where it was not.
-            before: the first test of its arm.
-        """
+        """The run's test; None where it cannot count, which is then noted, as that it was trained for `longer`."""
         if not run.finished:
             self._add_gap(run, *self._explain_unfinished(run))
             return None
@@ -312,11 +296,7 @@ class _TaskReader:
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             self._add_gap(run, "broken", f"{RESULTS} is not what metareg writes ({type(error).__name__}: {error})")
             return None
-        difference = (
-            longer
-            or (self.test and test.differs_from(self.test, same_arm=False))
-            or (before and test.differs_from(before, same_arm=True))
-        )
+        difference = longer or test.explain_difference(self.test, before)
         if difference:
             self._add_gap(run, "broken", difference)
             return None
@@ -335,7 +315,7 @@ class _TaskReader:
             return "not begun", "the arm's settings are not chosen yet"
         return "not begun", "there is nothing of it yet"
 
-    def _read_curve(self, run: PlannedRun, metric: str) -> Curve | None:
+    def _read_curve(self, run: PlannedRun, metric: str) -> dict[int, float]:
         points: dict[int, float] = {}
         with self._note_damage(run, f"{METRICS} cannot be read, so that it has no learning curve"):
             for line in _read_lines(run.path / METRICS):
@@ -344,9 +324,8 @@ class _TaskReader:
                     content = json.loads(line)
                     if content["split"] == VALIDATION:
                         points[int(content["step"])] = float(content[metric])
-            steps = sorted(points)
-            return Curve(np.array(steps), np.array([points[step] for step in steps])) if points else None
-        return None
+            return points
+        return {}
 
     def _read_cost(self, run: PlannedRun) -> tuple[float, float]:
         """Seconds per training step and peak memory."""

@@ -242,7 +242,10 @@ def compare(
     plan = _build_plan(folder, config, fields, changes, jobs)
     check_plan(plan)
     with catch_stop_signals() as stop, closing(_create_launcher(launcher, plan, jobs, ray_address)) as workers:
-        _create_folder(folder)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
         # What is left of the runs ends before another process may work on the folder.
         with lock_folder(folder), closing(workers):
             if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
@@ -267,13 +270,6 @@ def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | 
     return Path("comparisons", re.sub("[,:]", "-", ",".join(map(str, tasks))))
 
 
-def _create_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
-
-
 def _build_plan(
     folder: Path,
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None,
@@ -283,20 +279,15 @@ def _build_plan(
 ) -> Plan:
     """The plan, if it agrees with what the folder holds.
 
-    Args:
-        folder: the comparison's.
-        config: what is compared; None stands for what the folder holds.
-        fields: values that take the place of those of `config`.
-        changes: arguments of `ComparisonConfig.override`.
-        jobs: how many runs at a time.
+    `config` is by default what the folder holds. `fields` take the place of its values, before `ComparisonConfig.override`
+    makes the `changes`.
     """
     begun = Plan.read(folder) if (folder / CONFIG_FILE).is_file() else None
     if config is None and not fields and not changes:
         if begun is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
         return begun
-    values = config if config is not None else begun.config if begun else {}
-    where = "the comparison"
+    values, where = config if config is not None else begun.config if begun else {}, "the comparison"
     if isinstance(values, str | Path):
         values, where = read_yaml(Path(values)), str(values)
     elif isinstance(values, ComparisonConfig):
@@ -332,14 +323,12 @@ def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
 
 def _refuse_changes(begun: Plan, plan: Plan) -> None:
     """Raise a UsageError where a run that was begun would become another one, or be left out."""
-    where = f"The comparison at {plan.folder} cannot go on as another one"
+    where, other = f"The comparison at {plan.folder} cannot go on as another one", "name another folder with --out"
     for arm in (arm for arm in plan.arms if arm in begun.arms):
         places = plan.get_tuning_folder(arm), plan.folder / "runs" / arm.folder
         ways = [(of.get_tuning(arm), of.get_tuning(arm) and of.get_tuning_seeds(arm)) for of in (begun, plan)]
         if ways[0] != ways[1] and any(place.is_dir() for place in places):
-            raise UsageError(
-                f"{where}: the settings of {arm} were to be chosen in another way; name another folder with --out."
-            )
+            raise UsageError(f"{where}: the settings of {arm} were to be chosen in another way; {other}.")
 
     def defaults(of: Plan) -> list[PlannedRun]:
         return of.list_runs() + [
@@ -358,10 +347,8 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
         was, now = {**before.config, **before.options}, {**run.config, **run.options}
         for key in (*was, *now):
             if was.get(key) != now.get(key):
-                raise UsageError(
-                    f"{where}: {key} of {run} was {was.get(key, 'not set')!r}, not {now.get(key, 'unset')!r}; name "
-                    "another folder with --out."
-                )
+                values = f"{was.get(key, 'not set')!r}, not {now.get(key, 'unset')!r}"
+                raise UsageError(f"{where}: {key} of {run} was {values}; {other}.")
 
 
 def _create_launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) -> Launcher:

@@ -123,10 +123,8 @@ def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
         except UsageError as error:
             raise UsageError(f"{name}: {error}") from error
     if not any(spaces):
-        raise UsageError(
-            "There is nothing to search: no algorithm or augmenter of the comparison declares values of an option; give "
-            "some, as --set KEY=VALUE,VALUE."
-        )
+        lack = "no algorithm or augmenter of the comparison declares values of an option"
+        raise UsageError(f"There is nothing to search: {lack}; give some, as --set KEY=VALUE,VALUE.")
 
 
 def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
@@ -151,9 +149,8 @@ def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
     if tuning.trials == GRID:
         size = math.prod(len(each.domain) for each in space if isinstance(each.domain, list))
         if size > _LARGEST_GRID:
-            raise UsageError(
-                f"A grid of {size} settings is larger than {_LARGEST_GRID}; give fewer values, or a number of trials."
-            )
+            fix = "give fewer values, or a number of trials"
+            raise UsageError(f"A grid of {size} settings is larger than {_LARGEST_GRID}; {fix}.")
     return space
 
 
@@ -166,10 +163,8 @@ def _make_dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
             "json_schema_extra={'search': …}."
         )
     if tuning.trials == GRID and isinstance(domain, Range):
-        raise UsageError(
-            f"A grid needs values of '{key}', not the range {domain}; give some, as {key}=VALUE,VALUE, or a number of "
-            "trials (--search N)."
-        )
+        fix = f"give some, as {key}=VALUE,VALUE, or a number of trials (--search N)"
+        raise UsageError(f"A grid needs values of '{key}', not the range {domain}; {fix}.")
     return Dimension(key, domain, option.default)
 
 
@@ -198,6 +193,7 @@ def _list_plugin_options(plugin: Plugin) -> list[_Option]:
 def _find_options(key: str, selection: Selection) -> list[_Option]:
     """The options of an arm that a key means; a `UsageError` where it is none of how an arm learns."""
     owner, dot, name = key.partition(".")
+    option_name = name if dot else key
     if not dot and key in RunConfig.model_fields:
         if key not in _OF_A_RUN:
             raise _refuse_choice(key)
@@ -207,14 +203,12 @@ def _find_options(key: str, selection: Selection) -> list[_Option]:
         for field, plugin in _list_plugins(selection)
         if not dot or owner in (field, plugin.name)
         for option in _list_plugin_options(plugin)
-        if option.name == (name if dot else key)
+        if option.name == option_name
     ]
     if any(field == "task" for field, _ in found):
         raise _refuse_choice(key)
     if len(found) > 1:
-        raise UsageError(
-            f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{name if dot else key}."
-        )
+        raise UsageError(f"'{key}' is an option of several plugins of an arm; write it as PLUGIN.{option_name}.")
     return [option for _, option in found]
 
 

@@ -165,13 +165,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference, corrected: float, *, higher_is_better: bool) -> Verdict:
-    """The words for a difference: no more than its interval and the corrected test say.
-
-    Args:
-        difference: from `compare`.
-        corrected: its p value after `holm`.
-        higher_is_better: whether a larger score is better.
-    """
+    """The words for a difference, no more than its interval and its p value after `holm` say."""
     if difference.untested:
         return Verdict.NOT_TESTED
     if not corrected < ALPHA or difference.over_seeds.low <= 0 <= difference.over_seeds.high:

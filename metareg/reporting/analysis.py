@@ -77,12 +77,7 @@ class Report:
 
 
 def analyze_comparison(folder: str | Path, inner_steps: int | None = None) -> Report:
-    """Read a comparison and compare what it holds.
-
-    Args:
-        folder: the comparison's.
-        inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
-            after the last number that all its arms were tested after.
+    """Read a comparison and compare what it holds; arguments as in `metareg.report`.
 
     Raises:
         UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
@@ -97,24 +92,13 @@ def analyze_comparison(folder: str | Path, inner_steps: int | None = None) -> Re
         pair for task in found.tasks if task.label in headline for pair in _compare_pairs(task, headline[task.label])
     ]
     corrected = holm([difference.p for *_, difference in pairs])
-    return Report(
-        found,
-        inner_steps,
-        headline,
-        [
-            Pair(
-                task=task.label,
-                algorithm=each.arm.algorithm,
-                augmenter=each.arm.augmenter,
-                scale=Scale(task.metric, task.higher_is_better),
-                difference=difference,
-                planned=each.planned,
-                corrected=p,
-                verdict=verdict(difference, p, higher_is_better=task.higher_is_better),
-            )
-            for (task, each, difference), p in zip(pairs, corrected, strict=True)
-        ],
-    )
+    judged = []
+    for (task, each, difference), p in zip(pairs, corrected, strict=True):
+        words = verdict(difference, p, higher_is_better=task.higher_is_better)
+        scale = Scale(task.metric, task.higher_is_better)
+        arm = each.arm
+        judged.append(Pair(arm.task, arm.algorithm, arm.augmenter, scale, difference, each.planned, p, words))
+    return Report(found, inner_steps, headline, judged)
 
 
 def average_over_seeds(results: ArmResults, inner_steps: int) -> Estimate:
@@ -129,22 +113,19 @@ def average_over_tasks(results: ArmResults, inner_steps: int) -> Estimate:
 
 def average_validations(results: ArmResults) -> dict[int, Estimate]:
     """An arm's mean over seeds with its interval, for every training step after which all its seeds were validated."""
-    curves = [dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True)) for curve in results.curves.values()]
+    curves = list(results.curves.values())
     shared = set.intersection(*map(set, curves)) if curves else set()
     return {step: over_seeds([curve[step] for curve in curves]) for step in sorted(shared)}
 
 
 def _compare_pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
-    baselines = {algorithm: arm.outcomes(inner_steps) for algorithm, arm in task.baselines.items()}
-    return [
-        (
-            task,
-            each,
-            compare(each.outcomes(inner_steps), baselines[each.arm.algorithm], higher_is_better=task.higher_is_better),
-        )
-        for each in task.arms
-        if each.arm.augmenters and each.arm.algorithm in baselines
-    ]
+    pairs = []
+    for each in task.arms:
+        none = task.baselines.get(each.arm.algorithm)
+        if none is not None and each is not none:
+            scores = each.outcomes(inner_steps), none.outcomes(inner_steps)
+            pairs.append((task, each, compare(*scores, higher_is_better=task.higher_is_better)))
+    return pairs
 
 
 def _choose_inner_steps(found: Results, wanted: int | None) -> dict[str, int]:

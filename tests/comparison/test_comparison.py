@@ -504,7 +504,7 @@ def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any
 
     (gap,) = read_results(tmp_path).gaps
 
-    assert (gap.run, gap.state) == (str(run), "broken")
+    assert (gap.what, gap.seed, gap.state) == (str(run.arm), str(run.seed), "broken")
     assert gap.reason == "it was trained for 9000 steps, not for the 5000 of the comparison"
 
 

@@ -51,14 +51,8 @@ def test_the_file_names_the_format(metareg: Command, small: Plan, tmp_path: Path
     [
         (["nosuch"], "no comparison at nosuch"),
         (["SMALL", "--format", "markdwon"], "did you mean 'markdown'?"),
-        (
-            ["SMALL", "--inner-steps", "7"],
-            "0, 1, 5, 10",
-        ),
-        (
-            ["EMPTY"],
-            "1 broken, 1 unfinished, 16 not begun",
-        ),
+        (["SMALL", "--inner-steps", "7"], "0, 1, 5, 10"),
+        (["EMPTY"], "1 broken, 1 unfinished, 16 not begun"),
         ([], "Missing argument"),
     ],
 )
