@@ -220,9 +220,10 @@ class Tuner:
             },
         )
         if best is not None and best.score is not None:
+            settings = ", ".join(f"{key} = {json.dumps(value)}" for key, value in self.chosen.items())
             log.info(
                 "%s: chosen by %d trials: %s, with a validation %s of %.4g.",
-                self._arm, self.trials, _format_settings(self.chosen), metric, best.score,
+                self._arm, self.trials, settings or "the defaults", metric, best.score,
             )  # fmt: skip
 
     def _read_chosen(self) -> Settings | None:
@@ -315,7 +316,3 @@ def _read_key(file: Path, key: str) -> Any:
     if not isinstance(content, Mapping) or key not in content:
         raise UsageError(f"{file} is not what metareg wrote there: it has no '{key}'.")
     return content[key]
-
-
-def _format_settings(options: Settings) -> str:
-    return ", ".join(f"{key} = {json.dumps(value)}" for key, value in options.items()) or "the defaults"

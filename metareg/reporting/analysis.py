@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from metareg.comparison import results
+from metareg.comparison.plan import Arm
 from metareg.comparison.results import ArmResults, Results, TaskResults
 from metareg.comparison.statistics import Difference, Estimate, Verdict, compare, holm, over_seeds, over_tasks, verdict
 from metareg.errors import UsageError
@@ -18,11 +19,9 @@ __all__ = ["Pair", "Report", "analyze_comparison", "average_over_seeds", "averag
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An augmenter against none: one algorithm on one task."""
+    """An arm against the same without an augmenter."""
 
-    task: str
-    algorithm: str
-    augmenter: str
+    arm: Arm
     scale: Scale
     difference: Difference
     planned: int
@@ -96,8 +95,7 @@ def analyze_comparison(folder: str | Path, inner_steps: int | None = None) -> Re
     for (task, each, difference), p in zip(pairs, corrected, strict=True):
         words = verdict(difference, p, higher_is_better=task.higher_is_better)
         scale = Scale(task.metric, task.higher_is_better)
-        arm = each.arm
-        judged.append(Pair(arm.task, arm.algorithm, arm.augmenter, scale, difference, each.planned, p, words))
+        judged.append(Pair(each.arm, scale, difference, each.planned, p, words))
     return Report(found, inner_steps, headline, judged)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import io
+import itertools
 import math
 import re
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 from xml.etree import ElementTree
 
@@ -98,15 +100,15 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
 @rc_context(_STYLE)
 def draw_differences(report: Report, task: TaskResults) -> Markup | None:
     """Draw the paired differences of a task with their intervals, one row per pair; None without a difference."""
-    pairs = [pair for pair in report.pairs if pair.task == task.label]
+    pairs = [pair for pair in report.pairs if pair.arm.task == task.label]
     if not any(pair.difference.by_seed for pair in pairs):
         return None
     scale = Scale(task.metric, task.higher_is_better)
-    figure, axes, rows = _create_rows([(pair.algorithm, pair.augmenter) for pair in pairs], _WIDE)
+    figure, axes, rows = _create_rows([pair.arm for pair in pairs], _WIDE)
     axes.axvline(0, color=SOFT, linewidth=1)
     axes.set_xlim(*(scale.factor * end for end in _choose_horizontal_limits(pairs)))
     for row, pair in zip(rows, pairs, strict=True):
-        _draw_difference(axes, row, pair, scale.factor, _choose_style(report, pair.augmenter))
+        _draw_difference(axes, row, pair, scale.factor, _choose_style(report, pair.arm.augmenter))
     unit = "percentage points" if scale.percent else scale.metric
     axes.set_xlabel(f"{unit} (better →)" if scale.higher_is_better else f"{unit} (← better)")
     axes.locator_params(axis="x", nbins=5)
@@ -190,17 +192,15 @@ def _choose_vertical_limits(estimates: Sequence[Estimate], scale: Scale) -> tupl
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def _create_rows(arms: Iterable[tuple[str, str]], width: int) -> tuple[Figure, Axes, list[int]]:
+def _create_rows(arms: Iterable[Arm], width: int) -> tuple[Figure, Axes, list[int]]:
     """Create axes with a row per arm below the name of its algorithm; return the arms' rows as well."""
     labels: list[tuple[str, bool]] = []
     rows: list[int] = []
-    before = None
-    for algorithm, augmenter in arms:
-        if algorithm != before:
-            labels.append((algorithm, True))
-        before = algorithm
-        rows.append(len(labels))
-        labels.append((augmenter, False))
+    for algorithm, group in itertools.groupby(arms, key=attrgetter("algorithm")):
+        labels.append((algorithm, True))
+        for arm in group:
+            rows.append(len(labels))
+            labels.append((arm.augmenter, False))
     figure, axes = create_axes(width * _PIXEL, (_ROW * len(labels) + 48) * _PIXEL)
     axes.set_yticks(range(len(labels)), [_shorten(label) for label, _ in labels])
     axes.tick_params(axis="y", length=0)
@@ -244,7 +244,7 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     known = [values[np.isfinite(values)] for values in costs]
     if not any(values.any() for values in known):
         return None
-    figure, axes, rows = _create_rows([(each.arm.algorithm, each.arm.augmenter) for each in task.arms], _WIDTH)
+    figure, axes, rows = _create_rows([each.arm for each in task.arms], _WIDTH)
     figure.suptitle(what, x=0, horizontalalignment="left")  # a title of the axes would begin right of long names
     labels = []
     for row, each, values in zip(rows, task.arms, known, strict=True):
@@ -265,7 +265,7 @@ def _describe_difference(pair: Pair) -> str:
     if pair.difference.by_seed:
         over = " over test tasks, one seed" if pair.has_single_seed else ""
         text = f"{pair.scale.format_difference(pair.estimate)} ({pair.scale.format_interval(pair.estimate)}{over})"
-    return f"{pair.algorithm} {pair.augmenter} {text}, {describe_verdict(pair)}"
+    return f"{pair.arm.algorithm} {pair.arm.augmenter} {text}, {describe_verdict(pair)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- elements

@@ -144,13 +144,13 @@ def render_html(report: Report) -> str:
 
 def _arrange_verdicts(report: Report) -> dict[str, Any]:
     """Lay out every pair's verdict: algorithms down and augmenters across, or many augmenters down."""
-    algorithms = list(dict.fromkeys(pair.algorithm for pair in report.pairs))
-    augmenters = list(dict.fromkeys(pair.augmenter for pair in report.pairs))
-    layout = {"tasks": {pair.task: pair.scale for pair in report.pairs}}
+    algorithms = list(dict.fromkeys(pair.arm.algorithm for pair in report.pairs))
+    augmenters = list(dict.fromkeys(pair.arm.augmenter for pair in report.pairs))
+    layout = {"tasks": {pair.arm.task: pair.scale for pair in report.pairs}}
     if len(augmenters) > _MOST_COLUMNS:
-        pairs = {(pair.task, pair.augmenter, pair.algorithm): pair for pair in report.pairs}
+        pairs = {(pair.arm.task, pair.arm.augmenter, pair.arm.algorithm): pair for pair in report.pairs}
         return layout | {"corner": "augmenter", "rows": augmenters, "columns": algorithms, "pairs": pairs}
-    pairs = {(pair.task, pair.algorithm, pair.augmenter): pair for pair in report.pairs}
+    pairs = {(pair.arm.task, pair.arm.algorithm, pair.arm.augmenter): pair for pair in report.pairs}
     return layout | {"corner": "algorithm", "rows": algorithms, "columns": augmenters, "pairs": pairs}
 
 

@@ -38,13 +38,13 @@ def list_findings(report: Report) -> list[Finding]:
     """List what each augmenter does, in the comparison's order."""
     found = []
     for augmenter in report.augmenters:
-        pairs = [pair for pair in report.pairs if pair.augmenter == augmenter]
+        pairs = [pair for pair in report.pairs if pair.arm.augmenter == augmenter]
         if pairs:
             counts = [f"{each.value} in {len(members)}" for each, members in _group_by_verdict(pairs)]
             sentence = f"Against none: {', '.join(counts)} of {format_count(len(pairs), 'comparison')}."
             tasks = [
-                _describe_task(task, [pair for pair in pairs if pair.task == task])
-                for task in dict.fromkeys(pair.task for pair in pairs)
+                _describe_task(task, [pair for pair in pairs if pair.arm.task == task])
+                for task in dict.fromkeys(pair.arm.task for pair in pairs)
             ]
             found.append(Finding(augmenter, sentence, tasks))
     return found
@@ -78,7 +78,7 @@ def describe_tests(report: Report) -> str:
 def _describe_inner_steps(report: Report) -> str:
     """After how many inner steps pairs are compared, and on which tasks it could not be the number asked for."""
     tasks: dict[int, list[str]] = {}
-    for task in dict.fromkeys(pair.task for pair in report.pairs):
+    for task in dict.fromkeys(pair.arm.task for pair in report.pairs):
         tasks.setdefault(report.headline[task], []).append(task)
     numbers = [
         format_count(number, "inner step") + (f" on {_join_names(labels)}" if len(tasks) > 1 else "")
@@ -96,7 +96,7 @@ def _describe_inner_steps(report: Report) -> str:
 def _describe_task(task: str, pairs: Sequence[Pair]) -> str:
     """As 'sinusoid: better (lower mse) with maml; no difference shown with anil and boil.'"""
     parts = [
-        f"{_describe_verdict(each, members[0])} with {_join_names([pair.algorithm for pair in members])}"
+        f"{_describe_verdict(each, members[0])} with {_join_names([pair.arm.algorithm for pair in members])}"
         for each, members in _group_by_verdict(pairs)
     ]
     return f"{task}: {'; '.join(parts)}."

@@ -91,7 +91,7 @@ def build_results(report: Report, task: TaskResults) -> Table:
 
 def build_differences(report: Report, task: TaskResults) -> Table | None:
     """Tabulate every augmenter against none on a task; None where no pair of arms is there to be compared."""
-    pairs = [pair for pair in report.pairs if pair.task == task.label]
+    pairs = [pair for pair in report.pairs if pair.arm.task == task.label]
     if not pairs:
         return None
     scale, after = Scale(task.metric, task.higher_is_better), format_count(report.headline[task.label], "step")
@@ -100,7 +100,7 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
         over_seeds, over_tasks = pair.difference.over_seeds, pair.difference.over_tasks
         ends = [scale.format_interval(over_seeds), scale.format_interval(over_tasks), format_seeds_in_favour(pair)]
         test = [format_p_value(pair.difference.p), format_p_value(pair.corrected), describe_verdict(pair)]
-        rows.append([pair.algorithm, pair.augmenter, scale.format_difference(over_seeds), *ends, *test])
+        rows.append([pair.arm.algorithm, pair.arm.augmenter, scale.format_difference(over_seeds), *ends, *test])
     columns = [
         "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
         "p (Holm)", "in words",
@@ -118,10 +118,10 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
 def build_overview(report: Report, task: TaskResults) -> Table:
     """Tabulate the means and the differences to none of a task in few columns, for a terminal."""
     scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
-    pairs = {(pair.algorithm, pair.augmenter): pair for pair in report.pairs if pair.task == task.label}
+    pairs = {pair.arm: pair for pair in report.pairs}
     rows = []
     for each in task.arms:
-        pair = pairs.get((each.arm.algorithm, each.arm.augmenter))
+        pair = pairs.get(each.arm)
         words = [""] * 3
         if pair is not None:
             interval = scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds)

@@ -24,7 +24,7 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     pair = found.pairs[0]
     none, cml = found.results.tasks[0].arms[:2]
     expected = [cml.by_seed(10)[seed].mean() - none.by_seed(10)[seed].mean() for seed in (1, 5)]
-    assert (pair.algorithm, pair.augmenter, pair.planned, pair.difference.pairs) == ("maml", "cml", 3, 2)
+    assert (pair.arm.name, pair.planned, pair.difference.pairs) == ("maml+cml", 3, 2)
     assert pair.difference.over_seeds.mean == pytest.approx(np.mean(expected))
     assert pair.difference.over_seeds.half == pytest.approx(over_seeds(expected).half)
     table = tables.build_differences(found, found.tasks[0])
