@@ -18,8 +18,8 @@ from markupsafe import Markup
 
 from metareg._version import __version__
 from metareg.comparison.statistics import Verdict, over_tasks
-from metareg.reporting import summary, tables
-from metareg.reporting.analysis import Report
+from metareg.reporting import tables
+from metareg.reporting.analysis import Report, describe_runs, describe_tests, list_findings
 from metareg.reporting.tables import Table
 
 __all__ = ["render_csv", "render_html", "render_latex", "render_markdown"]
@@ -47,9 +47,9 @@ def _render(name: str, report: Report, escape: Callable[[str], str], *, delimite
 def _describe(report: Report) -> dict[str, Any]:
     """What the templates of Markdown and HTML share."""
     return {
-        "overview": summary.describe_runs(report),
-        "findings": summary.list_findings(report),
-        "caveats": summary.describe_tests(report),
+        "overview": describe_runs(report),
+        "findings": list_findings(report),
+        "caveats": describe_tests(report),
         "tables": tables.build_all(report),
         "gaps": tables.build_gaps(report),
         "environment": tables.build_environment(report),
