@@ -199,8 +199,9 @@ class _Worker:
     def start(self, run: PlannedRun) -> None:
         self.run = run
         assert self.process.stdin is not None
+        content = asdict(run) | {"path": str(run.path)}
         try:
-            self.process.stdin.write((json.dumps(_serialize(run)) + "\n").encode())
+            self.process.stdin.write((json.dumps(content) + "\n").encode())
             self.process.stdin.flush()
         except (OSError, ValueError):  # it has died: the pipe is broken, or closed
             self._report_death()
@@ -237,21 +238,14 @@ class _Worker:
             self._outcomes.put(Outcome(run, error, again))
 
 
-def _serialize(run: PlannedRun) -> dict[str, Any]:
-    return {**asdict(run), "path": str(run.path)}
-
-
-def _deserialize(content: dict[str, Any]) -> PlannedRun:
-    return PlannedRun(**{**content, "arm": Arm(**content["arm"]), "path": Path(content["path"])})
-
-
 def _serve(answers: Any) -> None:
     """What a worker's process does: a run for every line of its input, and the outcome as a line of its output."""
     runs: queue.Queue[PlannedRun] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
-            runs.put(_deserialize(json.loads(line)))
+            content = json.loads(line)
+            runs.put(PlannedRun(**{**content, "arm": Arm(**content["arm"]), "path": Path(content["path"])}))
         # The comparison has ended, or was killed: what is under way can be resumed.
         os._exit(0)
 

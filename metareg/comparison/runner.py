@@ -10,7 +10,7 @@ import re
 import shlex
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -156,22 +156,20 @@ class Comparison:
         chosen = tuner.chosen if tuner else {}
         if chosen is not None:
             wanted = self.plan.list_arm_runs(arm, chosen)
-        self._drop_trials(arm, but={run.path for run in wanted})
+        paths = {run.path for run in wanted}
+
+        def is_settled(run: PlannedRun) -> bool:
+            """Whether it is of a trial that ended: of several seeds, one that diverges says all."""
+            return run.arm == arm and not run.is_final and run.path not in paths
+
+        self._waiting = [run for run in self._waiting if not is_settled(run)]
+        self.broken = {path: outcome for path, outcome in self.broken.items() if not is_settled(outcome.run)}
         known = {run.path for run in self._waiting} | self.running.keys() | self.broken.keys()
         for run in wanted:
             if run.finished:
                 self._finished.add(run.path)
             elif run.path not in known:
                 self._queue(run)
-
-    def _drop_trials(self, arm: Arm, but: Collection[Path]) -> None:
-        """Forget an arm's runs of trials that ended: of several seeds, one that diverges says all."""
-
-        def useless(run: PlannedRun) -> bool:
-            return run.arm == arm and not run.is_final and run.path not in but
-
-        self._waiting = [run for run in self._waiting if not useless(run)]
-        self.broken = {path: outcome for path, outcome in self.broken.items() if not useless(outcome.run)}
 
     def _queue(self, run: PlannedRun) -> None:
         """Queue a run: trials first, then whole tables seed after seed."""
