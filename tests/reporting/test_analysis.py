@@ -84,7 +84,7 @@ def test_a_diverged_seed_is_shown_and_takes_the_verdict(small: Plan, arm: str, h
 
     found = analyze_comparison(small.folder)
 
-    pair = next(each for each in found.pairs if (each.algorithm, each.augmenter) == ("anil", "cml"))
+    pair = next(each for each in found.pairs if each.arm.name == "anil+cml")
     assert (pair.verdict, pair.difference.pairs, len(pair.difference.by_seed)) == (Verdict.NOT_TESTED, 3, 2)
     assert re.fullmatch(r"\d of 2 \(1 diverged\)", tables.format_seeds_in_favour(pair))
     text = report(small.folder)
