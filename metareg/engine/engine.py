@@ -86,12 +86,7 @@ class Engine:
         return Gradient(match_strides(result.grads, meta), result.loss, result.logs)
 
     def scores(
-        self,
-        meta: Tensors,
-        episodes: Episodes,
-        inner_steps: tuple[int, ...],
-        strategy: Strategy,
-        chunk: int | None,
+        self, meta: Tensors, episodes: Episodes, inner_steps: tuple[int, ...], strategy: Strategy, chunk: int | None
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
         one_by_one = strategy in ONE_BY_ONE

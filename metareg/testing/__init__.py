@@ -116,8 +116,5 @@ _OF_KIND: dict[str, dict[str, _Function]] = {
         "trains": models.check_model_trains,
         "whole-steps": models.check_model_steps,
     },
-    "observers": {
-        "run": observers.check_observer,
-        "logs": observers.check_observer_logs,
-    },
+    "observers": {"run": observers.check_observer, "logs": observers.check_observer_logs},
 }

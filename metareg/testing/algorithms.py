@@ -20,11 +20,9 @@ def check_adapted(subject: Subject) -> None:
     learner = pair.learner(bench)
     declared = subject.attribute("adapts", "all")
     names = learner.model.names
-    chosen = {
-        "all": names,
-        "body": learner.model.body_names,
-        "head": learner.model.head_names,
-    }.get(declared) or [name for name in names if fnmatch.fnmatchcase(name, declared)]
+    chosen = {"all": names, "body": learner.model.body_names, "head": learner.model.head_names}.get(declared) or [
+        name for name in names if fnmatch.fnmatchcase(name, declared)
+    ]
     if not chosen:
         fail(
             f"The {subject.label} says adapts = {declared!r}, which fits no parameter of {', '.join(names)}.",

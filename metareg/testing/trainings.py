@@ -217,12 +217,7 @@ def _gradient(pair: Pair, bench: Bench, **options: Any) -> dict[str, Tensor]:
 
 
 def _compare_gradient(
-    pair: Pair,
-    bench: Bench,
-    expected: dict[str, Tensor],
-    options: dict[str, Any],
-    *,
-    traced: bool = False,
+    pair: Pair, bench: Bench, expected: dict[str, Tensor], options: dict[str, Any], *, traced: bool = False
 ) -> None:
     described = ", ".join(f"{key}={value}" for key, value in options.items())
     learner = pair.learner(bench, **options)

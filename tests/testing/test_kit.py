@@ -14,17 +14,7 @@ from pydantic import ConfigDict, field_validator
 from torch import Tensor, nn
 from torch.func import grad
 
-from metareg import (
-    Episodes,
-    Field,
-    MetaregError,
-    PluginConfig,
-    StepExample,
-    Task,
-    TaskSpec,
-    hookimpl,
-    task_uniform,
-)
+from metareg import Episodes, Field, MetaregError, PluginConfig, StepExample, Task, TaskSpec, hookimpl, task_uniform
 from metareg.engine import engine
 from metareg.learner import optimizer
 from metareg.testing import CheckFailed, checks
@@ -493,11 +483,7 @@ def as_they_come(grads: Tensors, params: Tensors) -> Tensors:
 
 @pytest.mark.parametrize(
     ("kind", "plugin", "config"),
-    [
-        ("algorithms", Plain, {}),
-        ("tasks", "glyphs", {"query": 5}),
-        ("models", "conv4", {"width": 8}),
-    ],
+    [("algorithms", Plain, {}), ("tasks", "glyphs", {"query": 5}), ("models", "conv4", {"width": 8})],
     ids=["algorithm", "task", "model"],
 )
 def test_an_entry_moved_by_the_gradient_of_another_is_noticed(
