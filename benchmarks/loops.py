@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.optim.adam import adam
 
-from metareg.engine.graph_passes import remove_idle_operations
+from metareg.engine.tracing import remove_idle_operations
 from metareg.util.torch_internals import compile_graph, trace
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]

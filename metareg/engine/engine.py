@@ -17,10 +17,9 @@ from torch.func import vmap
 
 from metareg.contract.episodes import Episodes, stack_trees
 from metareg.engine.derivative import compute_meta_gradient
-from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, TaskFunctions, Tensors
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
-from metareg.engine.tracing import Function, Program
+from metareg.engine.tracing import Function, Program, advise_on_memory
 from metareg.util.layout import match_strides
 from metareg.util.torch_internals import tree_map
 
@@ -101,9 +100,8 @@ class Engine:
             with torch.no_grad(), advise_on_memory(1):
                 return torch.cat([score_stack(meta, part.parts, {})[0] for part in parts])
         # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        program = self._find_program(
-            ("scores", inner_steps), score_stack, "vectorized" if strategy == "compiled" else strategy
-        )
+        strategy = "vectorized" if strategy == "compiled" else strategy
+        program = self._find_program(("scores", inner_steps), score_stack, strategy)
         return torch.cat([program(meta, part, {})[0] for part in parts])
 
     def _run_stack(
@@ -125,9 +123,8 @@ class Engine:
         extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
         flat = program(meta, episodes, extra)
         count = len(meta)
-        return Gradient(
-            dict(zip(meta, flat, strict=False)), flat[count], dict(zip(self._log_names, flat[count + 1 :], strict=True))
-        )
+        logs = dict(zip(self._log_names, flat[count + 1 :], strict=True))
+        return Gradient(dict(zip(meta, flat, strict=False)), flat[count], logs)
 
     def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
         """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
@@ -138,8 +135,7 @@ class Engine:
             grads, loss, logs = compute_meta_gradient(self.training, meta, _unbatch(tasks), _unbatch(noise), weights)
         else:
             gradient = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
-            grads, losses, logs = gradient(tasks, noise)
-            grads, loss, logs = _average(grads), losses.mean(), _average(logs)
+            grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), gradient(tasks, noise))
         logs["grad_norm"] = _norm(grads)
         self._log_names = tuple(logs)
         return [*grads.values(), loss, *logs.values()]
@@ -159,10 +155,6 @@ def _unbatch(tasks: Any) -> Any:
 def _norm(grads: Tensors) -> Tensor:
     """The Euclidean norm of a whole gradient."""
     return torch.nn.utils.get_total_norm(grads.values())
-
-
-def _average(values: Tensors) -> Tensors:
-    return {name: value.mean(0) for name, value in values.items()}
 
 
 def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradient:

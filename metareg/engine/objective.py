@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -24,27 +24,22 @@ Task = tuple[Any, Tensor, Any, Tensor]
 
 
 class TaskOptions(Protocol):
-    """The options of a learner that decide what happens in one task."""
+    """The options of a learner that decide what happens in one task; `first_order` as in Finn et al. (2017), §5.2."""
 
     @property
-    def inner_steps(self) -> int:
-        """Adaptation steps in training."""
+    def inner_steps(self) -> int: ...
 
     @property
-    def first_order(self) -> bool:
-        """Whether the inner gradient is a constant (Finn et al., 2017, §5.2)."""
+    def first_order(self) -> bool: ...
 
     @property
-    def memory(self) -> str:
-        """``"store"`` or ``"recompute"``."""
+    def memory(self) -> Literal["store", "recompute"]: ...
 
     @property
-    def bn_statistics(self) -> str:
-        """``"transductive"`` or ``"support"``."""
+    def bn_statistics(self) -> Literal["transductive", "support"]: ...
 
     @property
-    def precision(self) -> str:
-        """``"full"`` or ``"bf16"``."""
+    def precision(self) -> Literal["full", "bf16"]: ...
 
 
 @dataclass(frozen=True)

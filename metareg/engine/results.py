@@ -25,18 +25,15 @@ def match(expected: Tensors, given: Any, by: Implementation) -> Tensors:
     if given.keys() != expected.keys():
         missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
         parts = [
-            f"misses {', '.join(sorted(missing))}" if missing else "",
-            f"adds {', '.join(sorted(extra))}" if extra else "",
+            f"{verb} {', '.join(sorted(names))}" for verb, names in (("misses", missing), ("adds", extra)) if names
         ]
-        by.reject(f"its result {' and '.join(filter(None, parts))}")
+        by.reject(f"its result {' and '.join(parts)}")
     for name, value in expected.items():
         if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
             by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_describe(given[name])}")
         if given[name].dtype != value.dtype or given[name].device != value.device:
-            by.reject(
-                f"'{name}' must be a tensor of {value.dtype} on {value.device}, not of {given[name].dtype} on "
-                f"{given[name].device}"
-            )
+            wanted, found = (f"{each.dtype} on {each.device}" for each in (value, given[name]))
+            by.reject(f"'{name}' must be a tensor of {wanted}, not of {found}")
     return {name: given[name] for name in expected}
 
 
@@ -84,9 +81,7 @@ def take_term(logs: Tensors, _: Any, given: Any, by: Implementation) -> Tensor:
 
 def take_tensors(given: Any, by: Implementation) -> Tensors:
     """New tensors by name."""
-    if not isinstance(given, dict) or not all(
-        isinstance(value, Tensor) and value.is_floating_point() for value in given.values()
-    ):
+    if not isinstance(given, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
         by.reject("it must return a dict of floating-point tensors by name")
     return given
 

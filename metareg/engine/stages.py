@@ -13,6 +13,7 @@ from metareg.engine import results
 from metareg.errors import PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
+from metareg.util.devices import move_tensors
 from metareg.util.layout import copy_contiguous
 from metareg.util.seeding import create_generator, use_seed
 
@@ -46,9 +47,7 @@ class Stages:
         }
         for augmenter in self.augmenters:
             if not list_hooks(type(augmenter.instance)):
-                raise PluginError(
-                    f"The {augmenter.label} implements no hook; its methods are marked with @metareg.hookimpl."
-                )
+                raise PluginError(f"The {augmenter.label} implements no hook; mark its methods with @metareg.hookimpl.")
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
 
@@ -91,10 +90,9 @@ class Stages:
         for each in self._implementations["init_meta"]:
             with use_seed(seed, "init_meta", each.name) as generator:
                 created = each(generator=generator, **arguments)
-            if created is None:
-                continue
-            created = copy_contiguous(results.take_tensors(created, each))
-            meta |= {f"{each.name}.{name}": value for name, value in created.items()}
+            if created is not None:
+                created = copy_contiguous(results.take_tensors(created, each))
+                meta |= {f"{each.name}.{name}": value for name, value in created.items()}
         return meta
 
     def adapted_parameters(
@@ -106,22 +104,27 @@ class Stages:
     # ---------------------------------------------------------------------------------------------------------- noise
 
     def draw_noise(
-        self, stage: str, shapes: dict[str, tuple[int, ...]], inner_steps: int, seed: int, *labels: str | int
+        self, stage: str, params: Tensors, inner_steps: int, seed: int, *labels: str | int
     ) -> dict[str, Any]:
         """What each augmenter draws for one task or one meta-batch, by the augmenter's name.
 
         Args:
             stage: ``"task"`` or ``"batch"``.
-            shapes: of the parameters by name.
+            params: the parameters that it is for, whose type and device it gets.
             inner_steps: how many inner steps the task takes.
             seed: the run's.
             labels: what else decides the draw: the training step, the number of the task in its batch.
         """
-        noise = {}
+        noise: dict[str, Any] = {}
+        if not self._drawing[stage]:
+            return noise
+        like = next(iter(params.values()))
+        shapes = {name: tuple(value.shape) for name, value in params.items()}
         for each in self._drawing[stage]:
             generator = create_generator(seed, "noise", stage, each.name, *labels)
             drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
-            noise[each.name] = results.take_noise(drawn, each)
+            if drawn is not None:
+                noise[each.name] = move_tensors(results.take_noise(drawn, each), like.device, like.dtype)
         return noise
 
     # ---------------------------------------------------------------------------------------------------------- inner
@@ -147,23 +150,16 @@ class Stages:
     ) -> tuple[Tensor | float, Tensors]:
         """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``."""
         logs: Tensors = {}
-        total = self._reduce(
-            "augment_outer_loss", partial(results.take_term, logs), **arguments, meta=meta, noise=noise
-        )
-        return total, logs
+        take = partial(results.take_term, logs)
+        return self._reduce("augment_outer_loss", take, **arguments, meta=meta, noise=noise), logs
 
     def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
         return self._reduce("augment_outer_gradient", results.match, grads=grads, meta=meta, noise=noise)
 
     def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
         """The weight of the query loss after each inner step; None for that after the last step alone."""
-        return self._reduce(
-            "outer_loss_weights",
-            results.match_count,
-            otherwise=None,
-            inner_steps=inner_steps,
-            training_step=training_step,
-        )
+        arguments = {"inner_steps": inner_steps, "training_step": training_step}
+        return self._reduce("outer_loss_weights", results.match_count, otherwise=None, **arguments)
 
     def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
         """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
@@ -187,8 +183,7 @@ class Stages:
         first = next(iter(arguments))
         if reduction is Reduction.FIRST:
             for each in implementations:
-                result = _call(each, arguments)
-                if result is not None:
+                if (result := _call(each, arguments)) is not None:
                     return check(arguments[first], result, each)
             if otherwise is _REQUIRED:
                 at = f" at inner step {arguments['step']}" if "step" in arguments else ""

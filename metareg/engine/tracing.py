@@ -1,9 +1,10 @@
-"""Functions traced to graphs of operations, replayed or compiled."""
+"""Functions traced to graphs of operations, less the idle ones, replayed or compiled."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,23 +12,30 @@ from torch import Tensor
 from torch.func import functionalize
 
 from metareg.contract.episodes import Episodes
-from metareg.engine.graph_passes import mutates, remove_idle_operations
-from metareg.engine.memory import advise_on_memory
 from metareg.engine.objective import Task, Tensors
 from metareg.errors import MetaregError
 from metareg.util.layout import make_contiguous, settle_layout
-from metareg.util.torch_internals import compile_graph, trace, tree_flatten, tree_unflatten
+from metareg.util.torch_internals import (
+    UNSAFE_VIEW,
+    compile_graph,
+    trace,
+    tree_flatten,
+    tree_unflatten,
+    writes_in_place,
+)
 
-__all__ = ["CompileError", "Program"]
+__all__ = ["CompileError", "Program", "advise_on_memory", "remove_idle_operations"]
 
 Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
+
+_ATEN = torch.ops.aten
+_VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
+_TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
+_CALLS_OF_ANOTHER_SHAPE = 32
 
 
 class CompileError(MetaregError):
     """torch.compile did not produce a program, most often because there is no C++ compiler."""
-
-
-_CALLS_OF_ANOTHER_SHAPE = 32
 
 
 class Program:
@@ -75,7 +83,7 @@ class Program:
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
         graph = trace(flat, leaves)
-        if mutates(graph):
+        if _mutates(graph):
             graph = trace(functionalize(graph), leaves)
         graph = remove_idle_operations(graph)
         if not self._compiled:
@@ -106,3 +114,64 @@ def _unflatten(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[
         return (support_x, support_y, query_x, query_y), {}
     parts, noise = tree_unflatten(leaves, structure)
     return parts, noise
+
+
+@contextmanager
+def advise_on_memory(tasks: int) -> Iterator[None]:
+    """Turn running out of memory into the advice that helps."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
+            raise
+        smaller = f"chunk={max(1, tasks // 2)} takes fewer tasks at once" if tasks > 1 else "take a smaller batch"
+        raise MetaregError(
+            f"Out of memory with {tasks} task{'s' * (tasks > 1)} at once; {smaller}, and memory='recompute' keeps "
+            "only the parameters of each inner step."
+        ) from error
+
+
+def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """The graph less the operations that give back what they were given.
+
+    `torch.func` leaves many of them: views as the same shape, transpositions of transpositions, products with 1. Small
+    tasks spend their time on the number of operations, not on arithmetic. A graph in which something is written in place
+    stays as it is.
+    """
+    if _mutates(graph):
+        return graph
+    for node in graph.graph.nodes:
+        source = node.args[0] if node.op == "call_function" and node.args else None
+        if not isinstance(source, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
+            continue
+        if node.target in _TRANSPOSITIONS and source.target is node.target and source.args[1:] == node.args[1:]:
+            node.replace_all_uses_with(source.args[0])
+        elif node.target is _ATEN.detach.default or (
+            (
+                (node.target in _VIEWS and _has_one_layout(source.meta["val"]))
+                or (node.target is _ATEN.mul.Scalar and node.args[1] == 1)
+            )
+            and _layout(node.meta["val"]) == _layout(source.meta["val"])
+        ):
+            node.replace_all_uses_with(source)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return graph
+
+
+def _mutates(graph: torch.fx.GraphModule) -> bool:
+    """Whether something is written in place."""
+    return any(writes_in_place(node.target) for node in graph.graph.nodes)
+
+
+def _layout(value: Tensor) -> tuple[Any, ...]:
+    return value.dtype, value.shape, value.stride()
+
+
+def _has_one_layout(value: Tensor) -> bool:
+    """Whether a view of the same shape has the same strides too.
+
+    A view sets that of a dimension of size 1 anew, which fake tensors do not show. No element's place depends on it, but
+    products choose their kernel by it, and so the last bit of their result.
+    """
+    return 1 not in value.shape or value.stride() == torch.empty(value.shape, device="meta").stride()

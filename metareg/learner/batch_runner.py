@@ -19,7 +19,6 @@ from metareg.errors import DivergenceError, UsageError
 from metareg.learner.batch_split import BatchSplit
 from metareg.learner.config import LearnerConfig
 from metareg.learner.meta_parameters import MetaParameters
-from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from metareg.learner.processes import Processes
 
 __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights"]
@@ -30,13 +29,7 @@ Tensors = dict[str, Tensor]
 
 
 class BatchRunner:
-    """Computes the meta-gradient and the scores of batches.
-
-    Args:
-        engine: what computes them.
-        config: the learner's options.
-        device: where.
-    """
+    """Computes the meta-gradient and the scores of batches."""
 
     def __init__(self, engine: Engine, config: LearnerConfig, device: torch.device) -> None:
         self._engine = engine
@@ -48,13 +41,7 @@ class BatchRunner:
         """The processes over which batches are split."""
 
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
-        """Fix what ``strategy="auto"`` stands for; returns it and the reason.
-
-        Args:
-            tasks: tasks per batch.
-            steps: training steps that there will be.
-            stackable: whether the tasks can be stacked.
-        """
+        """Fix what ``strategy="auto"`` stands for; arguments as in `metareg.engine.strategies.choose_strategy`."""
         if self._config.strategy != "auto":
             self.strategy = self._config.strategy
             return self.strategy, "as asked for"
@@ -80,11 +67,6 @@ class BatchRunner:
     ) -> Gradient:
         """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
 
-        Args:
-            parameters: the meta-parameters.
-            episodes: the tasks, or a list of stacks where they are of unequal sizes.
-            training_step: training steps before this batch.
-
         Raises:
             UsageError: there is no task, or the tasks do not fit the learner.
         """
@@ -101,7 +83,7 @@ class BatchRunner:
         gradient = self.split.gradient(meta, batches, compute_mean)
         if not stages.implements("augment_outer_gradient"):
             return gradient
-        noise = draw_batch_noise(stages, self._config, meta, training_step)
+        noise = stages.draw_noise("batch", meta, self._config.inner_steps, self._config.seed, training_step)
         augmented = stages.augment_outer_gradient(gradient.grads, meta, noise)
         norm = torch.nn.utils.get_total_norm(list(augmented.values()))
         return Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
@@ -110,13 +92,14 @@ class BatchRunner:
         self, meta: Tensors, batches: Sequence[Episodes], first: int, training_step: int, strategy: Strategy
     ) -> Gradient:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
-        functions, config = self._engine.training, self._config
+        functions, config, stages = self._engine.training, self._config, self._engine.training.stages
         like = next(iter(meta.values()))
         batches = [batch.to(like.device, like.dtype) for batch in batches]
         tasks = range(first, first + sum(len(batch) for batch in batches))
         adapted = {name: meta[name] for name in functions.adapted_names}
-        noise = draw_task_noise(functions.stages, config, adapted, training_step, tasks)
-        weights = compute_outer_loss_weights(functions.stages, config.inner_steps, training_step, like)
+        labels = config.inner_steps, config.seed, training_step
+        noise = [stages.draw_noise("task", adapted, *labels, task) for task in tasks if stages.draws_noise]
+        weights = compute_outer_loss_weights(stages, config.inner_steps, training_step, like)
         try:
             return self._engine.gradient(meta, batches, noise, strategy, config.chunk, weights)
         except CompileError as error:
@@ -134,7 +117,7 @@ class BatchRunner:
         Args:
             meta: the meta-parameters without the augmenters'.
             batch: the tasks.
-            inner_steps: numbers of inner steps, ascending.
+            inner_steps: ascending.
             stackable: whether tasks of the batch's source can be stacked.
         """
         like = next(iter(meta.values()))
@@ -154,10 +137,6 @@ def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: 
 
 def check_finite(gradient: Gradient, training_step: int) -> None:
     """Refuse a gradient with which training would diverge.
-
-    Args:
-        gradient: the meta-gradient.
-        training_step: training steps before this one.
 
     Raises:
         DivergenceError: the objective or the gradient is not finite.

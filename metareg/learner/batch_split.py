@@ -23,11 +23,7 @@ __all__ = ["BatchSplit", "check_same_bits", "hash_tensors", "select_tasks"]
 
 
 class BatchSplit:
-    """Meta-gradients of whole batches of which each process computes its share.
-
-    Args:
-        processes: who shares them.
-    """
+    """Meta-gradients of whole batches of which each process computes its share."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
@@ -44,7 +40,7 @@ class BatchSplit:
         """The mean meta-gradient of all tasks, the same bits in every process.
 
         Args:
-            meta: every meta-parameter by name.
+            meta: every meta-parameter.
             batches: all tasks of the batch, the same in every process.
             compute: the mean meta-gradient of some tasks, given the number of the first of them in the batch.
 

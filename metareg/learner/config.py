@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
-from metareg.contract.config import Field, PluginConfig
+from metareg.contract.config import Field, PluginConfig, unknown_option_error, validate
+from metareg.registry.plugins import find_entry, get_config_class
 
-__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule", "describe_options"]
+__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule", "create_config", "describe_options"]
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,30 @@ class Schedule(PluginConfig):
     max_nonfinite: Annotated[int, Resumable()] = Field(
         10, ge=1, description="How often that may happen in a run before it stops."
     )
+
+
+def create_config(parameters: Mapping[str, Any]) -> LearnerConfig:
+    """The options among the parameters of `MetaLearner`, of which `algo` and `algo_options` are two.
+
+    Raises:
+        UsageError: an option is unknown or has an impossible value.
+    """
+    own = parameters.keys() - {"self", "algo_options"}
+    _check_algorithm_options(parameters["algo"], parameters["algo_options"], own)
+    options = [name for name in LearnerConfig.model_fields if name != "device"]
+    return validate(LearnerConfig, {name: parameters[name] for name in options}, "MetaLearner")
+
+
+def _check_algorithm_options(algo: str | type | object, options: Collection[str], own: Collection[str]) -> None:
+    """Refuse an unknown keyword; it may be meant for the learner or for the algorithm, so look for the nearest in both."""
+    if not options or not isinstance(algo, str | type):
+        return
+    cls = find_entry("algorithms", algo).load() if isinstance(algo, str) else algo
+    known = get_config_class(cls).model_fields
+    for name in options:
+        if name not in known:
+            present = [LearnerConfig.former_names[name]] if name in LearnerConfig.former_names else []
+            raise unknown_option_error("option of MetaLearner or its algorithm", name, [*known, *own], present)
 
 
 def describe_options() -> str:

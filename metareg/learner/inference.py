@@ -24,15 +24,7 @@ _BLOCK = 100
 
 
 def adapt_model(functions: TaskFunctions, meta: MetaParameters, x: Any, y: Tensor, steps: int) -> nn.Module:
-    """An ordinary module that is adapted to one task; `MetaLearner.adapt` says more.
-
-    Args:
-        functions: the algorithm's, without augmenters.
-        meta: the meta-parameters.
-        x: support inputs ``[examples, …]``.
-        y: support targets ``[examples, …]``.
-        steps: adaptation steps.
-    """
+    """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says, by functions without augmenters."""
     if steps < 0:
         raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
     x, y = tree_map(lambda leaf: leaf[None], (x, y))
@@ -78,7 +70,7 @@ def score_tasks(
         split: which of its splits.
         tasks: how many.
         seed: fixes the tasks.
-        inner_steps: numbers of adaptation steps, ascending.
+        inner_steps: ascending.
     """
     processes = runner.split.processes
 

@@ -15,14 +15,15 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
 from metareg.contract.tasks import TaskSpec
-from metareg.engine.engine import Gradient
+from metareg.engine.engine import Engine, Gradient
+from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
-from metareg.learner.assembly import check_head, create_config, create_engine, resolve_augmenter
+from metareg.errors import UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite
 from metareg.learner.batch_split import BatchSplit, check_same_bits
-from metareg.learner.config import Schedule, describe_options
+from metareg.learner.config import Schedule, create_config, describe_options
 from metareg.learner.file import LearnerFile, write_learner
 from metareg.learner.inference import adapt_model, score_tasks, sort_inner_steps
 from metareg.learner.meta_parameters import MetaParameters
@@ -94,13 +95,17 @@ class MetaLearner:
         self.loss, self.metric = find_loss(loss), find_metric(metric, loss)
         self._file_facts = {"head": head, "loss": loss if isinstance(loss, str) else None, "metric": self.metric.name}
         self.algorithm = resolve("algorithms", algo, {**(algo_config or {}), **algo_options})
-        self.augmenters = [resolve_augmenter(each) for each in split_names(augment)]
+        self.augmenters = [_resolve_augmenter(each) for each in split_names(augment)]
         self.stages = Stages(self.algorithm, self.augmenters)
         self.model = SplitModel(model, head)
-        check_head(self.stages, self.model, model)
+        _check_head(self.stages, self.model, model)
         self.device = next(model.parameters()).device if device is None else find_device(str(device))
         self.model.to(self.device)
-        self.engine = create_engine(self.model, self.stages, self.loss, self.metric, self.config)
+        training, plain = (
+            TaskFunctions(self.model, stages, self.loss, self.metric, self.config)
+            for stages in (self.stages, self.stages.without_augmenters())
+        )
+        self.engine = Engine(training, plain)
         """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
         self._meta = MetaParameters(self.model, self.stages, self.config, self.device)
         self._optimizer = OuterOptimizer(self.stages, self.config)
@@ -337,6 +342,26 @@ class MetaLearner:
     def abandon_step(self, error: Exception) -> NoReturn:
         """Raise an error that left this process without tasks; the processes that wait for its share hear of it."""
         self._runner.split.fail(error)
+
+
+def _resolve_augmenter(given: Any) -> Plugin:
+    """The augmenter that a name, a class, an object or a pair ``(name or class, config)`` stands for."""
+    if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], Mapping):
+        return resolve("augmenters", given[0], given[1])
+    if isinstance(given, tuple | list | Mapping):
+        raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
+    return resolve("augmenters", given)
+
+
+def _check_head(stages: Stages, split: SplitModel, model: nn.Module) -> None:
+    """Refuse a model of which nobody knows the head, where a plugin needs to know it."""
+    if split.has_head or not (plugin := stages.find_asking("features", "outputs", "head", "body")):
+        return
+    children = ", ".join(name for name, _ in model.named_children()) or "no submodule"
+    raise UsageError(
+        f"The {plugin.label} needs to know which part of {type(model).__name__} is its head: name the submodule with "
+        f"head=… (it has {children}), or give the model a body and a head."
+    )
 
 
 MetaLearner.__doc__ = f"{MetaLearner.__doc__}\n{describe_options()}"

@@ -23,14 +23,7 @@ Tensors = dict[str, Tensor]
 
 
 class MetaParameters:
-    """Every meta-parameter by name; the plugins' are created as soon as there is an example, if they need one.
-
-    Args:
-        model: the model.
-        stages: the hooks.
-        config: the learner's seed and number of inner steps.
-        device: where the parameters are.
-    """
+    """Every meta-parameter by name; the plugins' are created as soon as there is an example, if they need one."""
 
     def __init__(self, model: SplitModel, stages: Stages, config: LearnerConfig, device: torch.device) -> None:
         self._model = model

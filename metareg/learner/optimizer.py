@@ -20,12 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 class OuterOptimizer:
-    """The outer update of meta-parameters: a plugin's `outer_update`, or Adam.
-
-    Args:
-        stages: the hooks.
-        config: the learner's step size, and when to forget all but the meta-parameters.
-    """
+    """The outer update of meta-parameters: a plugin's `outer_update`, or Adam."""
 
     def __init__(self, stages: Stages, config: LearnerConfig) -> None:
         self._stages = stages

@@ -37,11 +37,9 @@ _PREFETCHED_STEPS = 100
 class Trainee(Protocol):
     """What is trained: a `metareg.MetaLearner`."""
 
+    config: LearnerConfig
     logs: dict[str, float]
     steps_done: int
-
-    @property
-    def config(self) -> LearnerConfig: ...
 
     @property
     def processes(self) -> Processes: ...

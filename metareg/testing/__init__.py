@@ -21,7 +21,7 @@ from typing import Any
 
 from metareg.errors import UnknownNameError
 from metareg.registry.plugins import KINDS
-from metareg.testing import algorithms, augmenters, general, models, observers, stages, steps, tasks, trainings
+from metareg.testing import general, models, observers, stages, steps, tasks, trainings
 from metareg.testing.check import Check, CheckFailed, Subject
 from metareg.testing.matrix import NOT_APPLICABLE, Combination, combinations
 
@@ -92,14 +92,14 @@ _OF_STAGES: dict[str, _Function] = {
 _OF_KIND: dict[str, dict[str, _Function]] = {
     "algorithms": {
         "recommended": general.check_recommended,
-        "adapted": algorithms.check_adapted,
-        "step-examples": algorithms.check_step_examples,
+        "adapted": stages.check_adapted,
+        "step-examples": stages.check_step_examples,
         **_OF_STAGES,
     },
     "augmenters": {
-        "inner-rule": augmenters.check_inner_rule,
-        "outer-terms": augmenters.check_outer_terms,
-        "export": augmenters.check_export,
+        "inner-rule": stages.check_inner_rule,
+        "outer-terms": stages.check_outer_terms,
+        "export": stages.check_export,
         **_OF_STAGES,
     },
     "tasks": {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,11 +15,10 @@ from metareg.contract.config import PluginConfig
 from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.tasks import TaskSpec
-from metareg.engine.objective import Task, TaskFunctions
+from metareg.learner import model_plugin
 from metareg.learner.learner import MetaLearner
-from metareg.registry.dispatch import find_hook
 from metareg.registry.plugins import Plugin, resolve
-from metareg.testing.check import Subject, fail
+from metareg.testing.check import Subject
 from metareg.util.seeding import create_generator, use_seed
 from metareg.util.torch_internals import tree_map
 
@@ -30,11 +29,8 @@ __all__ = [
     "RepeatedTasks",
     "build_model",
     "draw_noise",
-    "functions_of",
-    "list_benches",
     "new_generator",
     "to_channels_last",
-    "unstack",
 ]
 
 TASKS, SUPPORT, QUERY, STEPS = 3, 5, 4, 2
@@ -105,27 +101,22 @@ class Pair:
 
     @property
     def benches(self) -> list[Bench]:
-        return list_benches(self.algorithm)
+        """Those on which it runs: vectors for finite differences, and images with BatchNorm and feature maps.
+
+        Where the algorithm needs a model of its own, vectors with that one alone.
+        """
+        algorithm = self.algorithm.instance if isinstance(self.algorithm, Plugin) else self.algorithm
+        needed = getattr(algorithm, "default_model", None)
+        if needed is None:
+            return [_vectors(), _images()]
+        return [replace(_vectors(), model=build_model(needed, TaskSpec((3,), (2,))))]
 
     def learner(self, bench: Bench, **options: Any) -> MetaLearner:
         return bench.learner(self.algorithm, self.augmenters, **options)
 
     @property
     def label(self) -> str:
-        names = [getattr(self.algorithm, "name", None), *(each.name for each in self.augmenters)]
-        return " with ".join(str(name) for name in names)
-
-
-def list_benches(algorithm: Plugin | type) -> list[Bench]:
-    """The benches on which an algorithm runs: the model that it needs, or vectors and images.
-
-    Vectors for finite differences, images with BatchNorm and feature maps.
-    """
-    needed = getattr(algorithm.instance if isinstance(algorithm, Plugin) else algorithm, "default_model", None)
-    vectors = _vectors()
-    if needed is not None:
-        return [Bench("vectors", build_model(needed, TaskSpec((3,), (2,))), vectors.episodes, vectors.loss)]
-    return [vectors, _images()]
+        return " with ".join(getattr(each, "name", "None") for each in (self.algorithm, *self.augmenters))
 
 
 def _vectors() -> Bench:
@@ -182,20 +173,7 @@ def to_channels_last(images: Tensor) -> Tensor:
 
 def build_model(model: str | type | Plugin, spec: TaskSpec, seed: int = 0) -> nn.Module:
     """The model of a plugin, the same each time."""
-    plugin = resolve("models", model)
-    build = find_hook(plugin, "build")
-    if build is None:
-        fail(f"The {plugin.label} implements no hook 'build'.", "implement build(spec, generator) -> nn.Module.")
-    with use_seed(seed, "testing", "model") as generator:
-        module = build(spec=spec, generator=generator)
-    if not isinstance(module, nn.Module):
-        fail(f"The {plugin.label} builds a {type(module).__name__}.", "return an nn.Module from build.")
-    return module
-
-
-def functions_of(learner: MetaLearner) -> TaskFunctions:
-    """What a learner computes in one task of a training."""
-    return TaskFunctions(learner.model, learner.stages, learner.loss, learner.metric, learner.config)
+    return model_plugin.build_model(resolve("models", model), spec, seed)
 
 
 def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: int) -> dict[str, Any]:
@@ -208,18 +186,8 @@ def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: 
         labels: the training step and, for a task, its number in the batch.
     """
     meta, config = learner.meta_parameters, learner.config
-    shapes = {name: tuple(meta[name].shape) for name in names}
-    dtype = next(iter(meta.values())).dtype
-
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return tree_map(cast, learner.stages.draw_noise(stage, shapes, config.inner_steps, config.seed, *labels))
-
-
-def unstack(episodes: Episodes) -> list[Task]:
-    """The tasks of a stack, one by one."""
-    return [tree_map(lambda leaf, n=number: leaf[n], episodes.parts) for number in range(len(episodes))]
+    params = {name: meta[name] for name in names}
+    return learner.stages.draw_noise(stage, params, config.inner_steps, config.seed, *labels)
 
 
 def new_generator(*labels: str | int) -> torch.Generator:

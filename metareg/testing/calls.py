@@ -13,7 +13,7 @@ from torch import Tensor
 from metareg.learner.learner import MetaLearner
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import Plugin
-from metareg.testing.benches import STEPS, Bench, Pair, draw_noise, functions_of, new_generator, unstack
+from metareg.testing.benches import STEPS, Bench, Pair, draw_noise, new_generator
 from metareg.testing.check import Subject
 from metareg.util.seeding import use_seed
 from metareg.util.torch_internals import tree_map
@@ -47,8 +47,7 @@ def list_stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[StageCall
         plugin = pair.augmenters[0] if pair.augmenters else pair.algorithm
         assert isinstance(plugin, Plugin)
         manager, named = create_plugin_manager([plugin])
-        every = _list_arguments(learner, bench, next(iter(named)))
-        for hook, variants in every.items():
+        for hook, variants in _list_arguments(learner, bench, next(iter(named))).items():
             for implementation in find_implementations(manager, named, hook):
                 for variant in variants:
                     yield StageCall(implementation, variant)
@@ -57,8 +56,8 @@ def list_stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[StageCall
 def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[Callable[[], dict[str, Any]]]]:
     """For each hook the arguments of some calls, made anew each time that they are asked for."""
     model, meta = learner.model, learner.meta_parameters
-    task = unstack(bench.episodes.to("cpu", next(iter(meta.values())).dtype))[0]
-    adapted = {each: meta[each] for each in functions_of(learner).adapted_names}
+    task = bench.episodes.to("cpu", next(iter(meta.values())).dtype).unstack(0)
+    adapted = {each: meta[each] for each in learner.engine.training.adapted_names}
     shapes = {each: tuple(value.shape) for each, value in adapted.items()}
     every_shape = {each: tuple(value.shape) for each, value in meta.items()}
     own = {each[len(name) + 1 :]: value for each, value in meta.items() if each.startswith(f"{name}.")}

@@ -1,16 +1,29 @@
-"""One check of one plugin, and the plugin as the checks see it."""
+"""One check of one plugin, the plugin as the checks see it, and how they compare what it computed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
 
 from metareg.errors import MetaregError
 from metareg.registry.dispatch import list_hooks
 from metareg.registry.plugins import Plugin, resolve
+from metareg.util.seeding import restore_global_generators, save_global_generators
+from metareg.util.torch_internals import tree_flatten, tree_map
 
-__all__ = ["Check", "CheckFailed", "Subject", "fail"]
+__all__ = [
+    "ROUNDING", "Check", "CheckFailed", "Subject", "are_equal", "difference", "fail", "find_worst",
+    "refuse_global_randomness", "snapshot",
+]  # fmt: skip
+
+ROUNDING = 1e-9
+"""What rounding alone makes of two orders of summation stays below this in float64, for sums of a few hundred numbers."""
 
 
 class CheckFailed(AssertionError):
@@ -92,3 +105,52 @@ class Check:
 
     def __str__(self) -> str:
         return self.name
+
+
+def snapshot(tree: Any) -> Any:
+    """A copy that later changes in place do not reach; a module stands for its state."""
+
+    def copied(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor):
+            return leaf.detach().clone()
+        if isinstance(leaf, nn.Module):
+            return {name: value.detach().clone() for name, value in leaf.state_dict().items()}
+        return leaf
+
+    return tree_map(copied, tree)
+
+
+def are_equal(a: Any, b: Any) -> bool:
+    """Whether two pytrees have the same structure and the same bits."""
+    first, structure = tree_flatten(a)
+    second, other = tree_flatten(b)
+    return structure == other and all(
+        torch.equal(x, y) if isinstance(x, Tensor) and isinstance(y, Tensor) else x is y or bool(x == y)
+        for x, y in zip(first, second, strict=True)
+    )
+
+
+def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
+    """The largest difference between two dicts of tensors relative to the largest entry, and where it is."""
+    scale = max(1e-12, *(value.abs().max().item() for value in a.values()))
+    return find_worst({name: (a[name] - b[name]).abs().max().item() / scale for name in a})
+
+
+def find_worst(errors: Mapping[str, float]) -> tuple[float, str]:
+    """The largest error, or one that is NaN, and its name."""
+    name = max(errors, key=lambda each: math.inf if math.isnan(errors[each]) else errors[each])
+    return errors[name], name
+
+
+@contextmanager
+def refuse_global_randomness(subject: Subject, remedy: str, where: str = "") -> Iterator[None]:
+    """Fail where a block moves the global random generators of Python, NumPy or torch; restores them after it."""
+    before = save_global_generators()
+    try:
+        yield
+        after = save_global_generators()
+    finally:
+        restore_global_generators(before)
+    moved = [name for name in ("torch", "numpy", "python") if not are_equal(before[name], after[name])]
+    if moved:
+        fail(f"The {subject.label} moves the global random state of {' and '.join(moved)}{where}.", remedy)

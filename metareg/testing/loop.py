@@ -17,7 +17,7 @@ from torch.func import functional_call
 
 from metareg.contract.episodes import Episodes
 from metareg.learner.learner import MetaLearner
-from metareg.testing.benches import draw_noise, unstack
+from metareg.testing.benches import draw_noise
 from metareg.util.layout import copy_contiguous
 
 __all__ = ["Training", "train_in_a_loop"]
@@ -51,7 +51,8 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
     gradients: list[Tensors] = []
     for step, stacks in enumerate(batches):
         learner = new_learner()
-        grads = _meta_gradient(learner, meta, [task for stack in stacks for task in unstack(stack)], step)
+        tasks = [stack.unstack(number) for stack in stacks for number in range(len(stack))]
+        grads = _meta_gradient(learner, meta, tasks, step)
         gradients.append(grads)
         every = learner.config.reset_optimizer_every
         if every is not None and step % every == 0:

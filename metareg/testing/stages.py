@@ -1,20 +1,29 @@
-"""Checks of stage functions: they are pure, and keep and demand names, shapes and types."""
+"""Checks of an algorithm's or augmenter's hooks: they are pure, keep and demand shapes, and do what the class declares."""
 
 from __future__ import annotations
 
+import fnmatch
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
+from metareg.contract.attributes import StepExample
+from metareg.contract.hookspecs import HOOKS
 from metareg.errors import MetaregError
-from metareg.testing.benches import Pair
-from metareg.testing.calls import list_stage_calls
-from metareg.testing.check import Subject, fail
-from metareg.testing.compare import are_equal, snapshot, watch_global_randomness
+from metareg.learner.learner import MetaLearner
+from metareg.testing.benches import STEPS, Bench, Pair
+from metareg.testing.calls import StageCall, list_stage_calls
+from metareg.testing.check import ROUNDING, Subject, are_equal, fail, refuse_global_randomness, snapshot
 
-__all__ = ["check_purity", "check_shapes", "check_wrong_shapes"]
+__all__ = [
+    "check_adapted", "check_export", "check_inner_rule", "check_outer_terms", "check_purity", "check_shapes",
+    "check_step_examples", "check_wrong_shapes",
+]  # fmt: skip
 
 
 def check_purity(subject: Subject) -> None:
@@ -22,7 +31,8 @@ def check_purity(subject: Subject) -> None:
     for call in list_stage_calls(subject, torch.float64):
         arguments = call.arguments()
         before = snapshot(arguments)
-        with watch_global_randomness() as moved:
+        remedy = "draw random numbers in draw_noise, from the generator that it is given."
+        with refuse_global_randomness(subject, remedy, f" in {call.hook}"):
             first = snapshot(call(arguments))
         if not are_equal(snapshot(arguments), before):
             changed = [name for name in arguments if not are_equal(snapshot(arguments[name]), before[name])]
@@ -30,11 +40,6 @@ def check_purity(subject: Subject) -> None:
                 f"The {subject.label} changes its argument {', '.join(changed)} in place in {call.hook}.",
                 "return new tensors and dicts: no add_(), no mul_(), no +=, no assignment into a dict that was given, and "
                 "nothing added to the model.",
-            )
-        if moved:
-            fail(
-                f"The {subject.label} moves the global random state of {' and '.join(moved)} in {call.hook}.",
-                "draw random numbers in draw_noise, from the generator that it is given.",
             )
         if not are_equal(first, snapshot(call(call.arguments()))):
             fail(
@@ -120,3 +125,127 @@ def _fits(result: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def _describe(value: Tensor) -> str:
     return f"a {value.dtype} of shape {tuple(value.shape)}"
+
+
+def check_adapted(subject: Subject) -> None:
+    """The inner loop moves the parameters that the class says it does, and no other."""
+    pair = Pair.of(subject)
+    bench = pair.benches[0]
+    learner = pair.learner(bench)
+    declared = subject.attribute("adapts", "all")
+    names = learner.model.names
+    chosen = {"all": names, "body": learner.model.body_names, "head": learner.model.head_names}.get(declared) or [
+        name for name in names if fnmatch.fnmatchcase(name, declared)
+    ]
+    if not chosen:
+        fail(
+            f"The {subject.label} says adapts = {declared!r}, which fits no parameter of {', '.join(names)}.",
+            "declare 'all', 'body', 'head' or a shell pattern for parameter names.",
+        )
+    before = {name: learner.meta_parameters[name].clone() for name in names}
+    support_x, support_y, *_ = bench.episodes.parts
+    adapted = dict(learner.adapt(support_x[0], support_y[0], steps=2).named_parameters())
+    moved = [name for name in names if not torch.equal(adapted[name], before[name])]
+    stray = [name for name in moved if name not in chosen]
+    still = [name for name in chosen if name not in moved]
+    if stray:
+        fail(
+            f"The inner loop of the {subject.label} moves '{stray[0]}', and adapts = {declared!r} says that it does not.",
+            "return the right names from adapted_parameters, or declare what the inner loop adapts.",
+        )
+    if still:
+        fail(
+            f"The inner loop of the {subject.label} leaves '{still[0]}' as it was, and adapts = {declared!r} says that it "
+            "moves.",
+            "look at inner_update and adapted_parameters, or declare what the inner loop adapts.",
+        )
+
+
+def check_step_examples(subject: Subject) -> None:
+    """One inner step gives the numbers that the class's worked examples say."""
+    examples: tuple[StepExample, ...] = tuple(subject.attribute("step_examples", ()))
+    if not examples:
+        fail(
+            f"The {subject.label} states no worked example of an inner step, so that a wrong factor or sign would pass.",
+            "work one step out by hand from the formula: step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, "
+            "config={'inner_lr': 0.1}),).",
+        )
+    for example in examples:
+        pair = Pair.of(subject, **example.config)
+        learner = pair.learner(pair.benches[0], inner_steps=max(STEPS, example.step + 1))
+        meta = learner.meta_parameters
+        params = {name: torch.full_like(meta[name], example.param) for name in learner.engine.training.adapted_names}
+        grads = {name: torch.full_like(value, example.grad) for name, value in params.items()}
+        after = learner.stages.inner_update(params, grads, meta, example.step)
+        for name, value in after.items():
+            expected = torch.full_like(value, example.after)
+            if not torch.allclose(value, expected, rtol=1e-6, atol=1e-9):
+                got = value.flatten()[(value - expected).abs().argmax()].item()
+                fail(
+                    f"One inner step of the {subject.label} takes '{name}' from {example.param:g} with gradient "
+                    f"{example.grad:g} to {got:g}; its worked example says {example.after:g} (step {example.step}, "
+                    f"{dict(example.config) or 'default options'}).",
+                    "compare inner_update with the formula: its sign, its factor, the step size that it uses.",
+                )
+
+
+def check_inner_rule(subject: Subject) -> None:
+    """An augmenter leaves to the algorithm what is adapted, and how: it is not there after training."""
+    taken = [hook for hook in subject.hooks if HOOKS[hook].part == "inner"]
+    if taken:
+        fail(
+            f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which are without "
+            "it, would adapt otherwise than training did.",
+            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm.",
+        )
+
+
+def check_outer_terms(subject: Subject) -> None:
+    """A term of the outer loss is a sum of weighted losses: nothing is adapted on the way to it."""
+    for call in list_stage_calls(subject, torch.float64):
+        if call.hook != "augment_outer_loss":
+            continue
+
+        def term(factor: float, call: StageCall = call) -> float:
+            arguments = call.arguments()
+            loss = arguments["loss"]
+            arguments["loss"] = lambda outputs, targets: factor * loss(outputs, targets)
+            result = call(arguments)
+            return float(result[0] if isinstance(result, tuple) else result)
+
+        one, two, three = term(1.0), term(2.0), term(3.0)
+        if abs((three - two) - (two - one)) > ROUNDING * max(1.0, abs(three)):
+            fail(
+                f"The term that the {subject.label} adds to the outer loss does not grow in step with the loss "
+                f"({one:g}, {two:g}, {three:g} for 1, 2 and 3 times the loss): something is adapted on the way to it.",
+                "compute the term from the parameters as they are given; if adapting is meant, declare "
+                "affine_in_loss = False.",
+            )
+
+
+def check_export(subject: Subject) -> None:
+    """Nothing of an augmenter is in the saved learner, in adapted modules, or in the user's model."""
+    for bench in Pair.of(subject).benches:
+        pair = Pair.of(subject)
+        state = snapshot(bench.model)
+        learner, plain = pair.learner(bench), bench.learner(pair.algorithm)
+        learner.step(bench.episodes)
+        extra = sorted(_list_exported_names(learner, bench) - _list_exported_names(plain, bench))
+        if extra:
+            fail(
+                f"The exported learner holds '{extra[0]}', which comes from the {subject.label}.",
+                "keep an augmenter's parameters in the dict that init_meta returns; add nothing to the model.",
+            )
+        if not are_equal(snapshot(bench.model), state):
+            fail(f"The {subject.label} changed the user's model.", "treat the model that init_meta gets as read-only.")
+
+
+def _list_exported_names(learner: MetaLearner, bench: Bench) -> set[str]:
+    """What a saved learner and an adapted module hold."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "learner.safetensors")
+        learner.save(path)
+        with safe_open(path, framework="pt") as file:
+            saved = set(file.keys())
+    support_x, support_y, *_ = bench.episodes.parts
+    return saved | set(learner.adapt(support_x[0], support_y[0]).state_dict())

@@ -13,7 +13,7 @@ from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.sources import TaskSource
 from metareg.testing.benches import Bench, Pair, RepeatedTasks
-from metareg.testing.check import Subject, fail
+from metareg.testing.check import Subject, fail, find_worst
 from metareg.testing.loop import Training, train_in_a_loop
 
 __all__ = ["PRECISIONS", "STRATEGIES", "check_compiled", "check_steps", "compare_pair_steps", "compare_steps"]
@@ -158,5 +158,4 @@ def _deviation(found: Mapping[str, Tensor], plain: Training, precision: Precisio
         if where.any():
             error, way = (found[name] - plain.end[name])[where], (plain.end[name] - plain.start[name])[where]
             off[name] = (error.norm() / way.norm()).item()
-    worst = max(off, key=lambda name: off[name] if off[name] == off[name] else float("inf"))
-    return off[worst], worst
+    return find_worst(off)

@@ -13,8 +13,7 @@ from metareg.learner.learner import MetaLearner
 from metareg.registry.sources import TaskSource
 from metareg.runs.options import assemble
 from metareg.testing.benches import Descent, build_model
-from metareg.testing.check import Subject, fail
-from metareg.testing.compare import are_equal, difference, watch_global_randomness
+from metareg.testing.check import Subject, are_equal, difference, fail, refuse_global_randomness
 from metareg.testing.steps import PRECISIONS, STRATEGIES, compare_steps
 from metareg.util.torch_internals import tree_leaves
 
@@ -27,14 +26,10 @@ ROUNDING = 1e-8
 def check_task_function(subject: Subject) -> None:
     """A task is a function of seed, split and number, whatever was asked for before and beside it."""
     first, second = TaskSource(subject.resolve()), TaskSource(subject.resolve())
+    remedy = "draw with metareg.task_uniform, or from a generator seeded by metareg.derive_seed(seed, split, index)."
     for split in SPLITS:
-        with watch_global_randomness() as moved:
+        with refuse_global_randomness(subject, remedy):
             together, places = first.placed_episodes(split, [2, 0, 1], 0)
-        if moved:
-            fail(
-                f"The {subject.label} moves the global random state of {' and '.join(moved)}.",
-                "draw with metareg.task_uniform, or from a generator seeded by metareg.derive_seed(seed, split, index).",
-            )
         alone = [second.episodes(split, [number], 0)[0] for number in (2, 0, 1)]
         beside = [stack[row : row + 1] for stack in together for row in range(len(stack))]
         for place, task in zip(places, beside, strict=True):
@@ -51,35 +46,32 @@ def check_task_function(subject: Subject) -> None:
                     f"The {subject.label} gives another task number {number} of '{split}' when it is asked again.",
                     "draw from a generator that is seeded anew for every task: metareg.derive_seed(seed, split, index).",
                 )
-    _refuse_equal(
-        subject, first.episodes("train", [0], 0), first.episodes("test", [0], 0), "the splits 'train' and 'test'"
-    )
-    _refuse_equal(subject, first.episodes("train", [0], 0), first.episodes("train", [0], 1), "the seeds 0 and 1")
-    _refuse_equal(subject, first.episodes("train", [0], 0), first.episodes("train", [1], 0), "the numbers 0 and 1")
+    one = [stack.parts for stack in first.episodes("train", [0], 0)]
+    for split, number, seed, what in (
+        ("test", 0, 0, "the splits 'train' and 'test'"),
+        ("train", 0, 1, "the seeds 0 and 1"),
+        ("train", 1, 0, "the numbers 0 and 1"),
+    ):
+        if are_equal(one, [stack.parts for stack in first.episodes(split, [number], seed)]):
+            fail(
+                f"The {subject.label} gives the same task for {what}.",
+                "use seed, split and index, all three, in what seeds the draw.",
+            )
 
 
 def _is_same(subject: Subject, a: Episodes, b: Episodes) -> bool:
     """Whether two stacks hold the same task: the same bits, or what a model learns from it where inputs may be padded."""
     if are_equal(a.parts, b.parts) or isinstance(a.support_x, Tensor):
         return are_equal(a.parts, b.parts)
-    task = subject.resolve().instance
-    learner = MetaLearner(
-        build_model(task.default_model, task.spec).double(),
-        Descent,
-        loss=task.loss,
-        metric=task.metric,
-        strategy="serial",
-    )
+    learner = _create_learner(subject.resolve().instance, torch.float64)
     (loss_a, grads_a), (loss_b, grads_b) = learner.meta_gradient(a), learner.meta_gradient(b)
     return difference({"loss": loss_a} | grads_a, {"loss": loss_b} | grads_b)[0] <= ROUNDING
 
 
-def _refuse_equal(subject: Subject, a: list[Episodes], b: list[Episodes], what: str) -> None:
-    if are_equal([each.parts for each in a], [each.parts for each in b]):
-        fail(
-            f"The {subject.label} gives the same task for {what}.",
-            "use seed, split and index, all three, in what seeds the draw.",
-        )
+def _create_learner(task: Any, dtype: torch.dtype) -> MetaLearner:
+    """One of the task's own model."""
+    model = build_model(task.default_model, task.spec).to(dtype)
+    return MetaLearner(model, Descent, loss=task.loss, metric=task.metric, strategy="serial")
 
 
 def check_task_shapes(subject: Subject) -> None:
@@ -102,9 +94,7 @@ def check_task_shapes(subject: Subject) -> None:
                         f"says {tuple(spec.input_shape)}.",
                         "return [tasks, examples, *input_shape], or correct spec.",
                     )
-                if any(
-                    leaf.is_floating_point() and not bool(torch.isfinite(leaf).all()) for leaf in tree_leaves((x, y))
-                ):
+                if not all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves((x, y))):
                     fail(f"The {split} split of the {subject.label} holds NaN or infinity.", "look at the data.")
                 _check_targets(subject, y, spec, task.loss, part)
 
@@ -132,10 +122,7 @@ def check_task_trains(subject: Subject) -> None:
     task = plugin.instance
     if task.default_model is None:
         fail(f"The {subject.label} names no model.", "set default_model to the name of a model that suits it.")
-    source = TaskSource(plugin)
-    learner = MetaLearner(
-        build_model(task.default_model, task.spec), Descent, loss=task.loss, metric=task.metric, strategy="serial"
-    )
+    source, learner = TaskSource(plugin), _create_learner(task, torch.float32)
     loss, _ = learner.meta_gradient(source.episodes("train", range(2), 0))
     if not bool(torch.isfinite(loss)):
         fail(f"The loss on the {subject.label} is {loss.item()}.", "scale inputs and targets to about 1.")

@@ -10,9 +10,8 @@ from torch import Tensor
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
 from metareg.registry.plugins import list_entries, resolve
-from metareg.testing.benches import STEPS, Bench, Descent, Pair, draw_noise, functions_of, new_generator, unstack
-from metareg.testing.check import Subject, fail
-from metareg.testing.compare import ROUNDING, are_equal, difference, snapshot
+from metareg.testing.benches import STEPS, Bench, Descent, Pair, draw_noise, new_generator
+from metareg.testing.check import ROUNDING, Subject, are_equal, difference, fail, snapshot
 from metareg.util.seeding import use_seed
 from metareg.util.torch_internals import tree_leaves
 
@@ -37,12 +36,12 @@ def check_model_unchanged(subject: Subject) -> None:
     """Training leaves the model's buffers and its own parameters alone: all that learns are the meta-parameters."""
     for bench in Pair.of(subject).benches:
         learner = Pair.of(subject).learner(bench)
-        before = snapshot(learner.model.module)
-        structure = [name for name, _ in learner.model.module.named_modules()]
+        module = learner.model.module
+        before, structure = snapshot(module), [name for name, _ in module.named_modules()]
         for _ in range(2):
             learner.step(bench.episodes)
-        after = snapshot(learner.model.module)
-        if before.keys() != after.keys() or structure != [name for name, _ in learner.model.module.named_modules()]:
+        after = snapshot(module)
+        if before.keys() != after.keys() or structure != [name for name, _ in module.named_modules()]:
             fail(f"Training with the {subject.label} added to the model.", "keep what learns in init_meta's dict.")
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         if changed:
@@ -61,7 +60,7 @@ def compare_finite_differences(pair: Pair) -> None:
     """Compare the meta-gradient of a pair with central differences of its objective."""
     bench = pair.benches[0]
     learner = pair.learner(bench)
-    functions, task = functions_of(learner), unstack(bench.episodes)[0]
+    functions, task = learner.engine.training, bench.episodes.unstack(0)
     # Away from the start, where meta-parameters that begin at zero would hide a missing factor.
     meta = {
         name: value
@@ -104,15 +103,13 @@ def compare_strategies(pair: Pair) -> None:
             {"strategy": "vectorized", "memory": "recompute"},
             {"strategy": "serial", "memory": "recompute"},
         ):
-            _compare_gradient(
-                pair, bench, expected, options, traced=bench.name == "vectors" and options["strategy"] == "vectorized"
-            )
+            traced = bench.name == "vectors" and options["strategy"] == "vectorized"
+            _compare_gradient(pair, bench, expected, options, traced=traced)
     bench = pair.benches[0]
     _compare_gradient(pair, bench, _gradient(pair, bench), {"strategy": "vectorized", "chunk": 2})
     first_order = _gradient(pair, bench, first_order=True)
-    _compare_gradient(
-        pair, bench, first_order, {"strategy": "vectorized", "memory": "recompute", "first_order": True}, traced=True
-    )
+    recompute: dict[str, Any] = {"strategy": "vectorized", "memory": "recompute", "first_order": True}
+    _compare_gradient(pair, bench, first_order, recompute, traced=True)
 
 
 def check_determinism(subject: Subject) -> None:
@@ -143,21 +140,20 @@ def check_resume(subject: Subject) -> None:
     pair, again = Pair.of(subject), Pair.of(subject)
     bench = pair.benches[0]
     through, resumed = pair.learner(bench), again.learner(bench)
-    state: dict[str, Any] = {}
-    for step in range(4):
-        if step == 2:
-            state = snapshot(through.state())
-            kept = tree_leaves(state["outer_state"])
-            odd = [leaf for leaf in kept if not isinstance(leaf, Tensor | int | float | str | None)]
-            if odd:
-                fail(
-                    f"The state that outer_update of the {subject.label} returns holds a {type(odd[0]).__name__}.",
-                    "keep tensors, numbers, texts and dicts of them in it, which a checkpoint can hold.",
-                )
-        through.step(bench.episodes)
-    resumed.load_state(state)
     for _ in range(2):
-        resumed.step(bench.episodes)
+        through.step(bench.episodes)
+    state = snapshot(through.state())
+    odd = [
+        leaf for leaf in tree_leaves(state["outer_state"]) if not isinstance(leaf, Tensor | int | float | str | None)
+    ]
+    if odd:
+        fail(
+            f"The state that outer_update of the {subject.label} returns holds a {type(odd[0]).__name__}.",
+            "keep tensors, numbers, texts and dicts of them in it, which a checkpoint can hold.",
+        )
+    resumed.load_state(state)
+    for learner in (through, through, resumed, resumed):
+        learner.step(bench.episodes)
     if not are_equal(through.meta_parameters, resumed.meta_parameters):
         fail(
             f"A training with the {subject.label} that goes on from a checkpoint ends in other values than one that was "
@@ -199,8 +195,7 @@ def check_composition(subject: Subject) -> None:
         pair = Pair(own, (plugin,)) if other == "augmenters" else Pair(plugin, (own,))
         bench = pair.benches[0]
         try:
-            expected = _gradient(pair, bench)
-            _compare_gradient(pair, bench, expected, {"strategy": "vectorized", "memory": "recompute"})
+            _compare_gradient(pair, bench, _gradient(pair, bench), {"strategy": "vectorized", "memory": "recompute"})
         except MetaregError as error:
             fail(
                 f"The {subject.label} does not work with '{entry.name}' of {entry.distribution}: {error}",

@@ -252,9 +252,9 @@ def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]
     """What a training step draws for each of its tasks, drawn again."""
     model = learner.model
     adapted = learner.stages.adapted_parameters(model.names, model.body_names, model.head_names)
-    shapes = {name: tuple(learner.meta_parameters[name].shape) for name in adapted}
+    params = {name: learner.meta_parameters[name] for name in adapted}
     return [
-        learner.stages.draw_noise("task", shapes, learner.config.inner_steps, learner.config.seed, step, task)
+        learner.stages.draw_noise("task", params, learner.config.inner_steps, learner.config.seed, step, task)
         for task in range(tasks)
     ]
 

@@ -238,7 +238,7 @@ def test_one_plugin_twice_in_a_run() -> None:
     assert set(learner.stages.plugins) == {"sound", "scale", "scale-2", "dropgrad", "dropgrad-2"}
     _, grads = learner.meta_gradient(episodes("mlp"))
     assert grads["scale.log"].item() == pytest.approx(grads["scale-2.log"].item())
-    noise = learner.stages.draw_noise("task", {"head.bias": (50,)}, 1, 0, 0, 0)
+    noise = learner.stages.draw_noise("task", {"head.bias": torch.zeros(50)}, 1, 0, 0, 0)
     assert not (noise["dropgrad"][0]["head.bias"] == 0).equal(noise["dropgrad-2"][0]["head.bias"] == 0)
 
 

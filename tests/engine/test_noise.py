@@ -6,7 +6,6 @@ import torch
 from torch.utils import _pytree as pytree
 
 from metareg import MetaLearner
-from metareg.learner.noise import draw_batch_noise, draw_task_noise
 from samples import MLP
 
 
@@ -14,7 +13,7 @@ def test_a_tasks_noise_depends_on_its_number_and_the_step() -> None:
     learner = MetaLearner(MLP(), augment=["dropgrad"], loss="mse")
     params = learner.plain_meta_parameters
     every, some, later = (
-        draw_task_noise(learner.stages, learner.config, params, step, tasks)
+        [learner.stages.draw_noise("task", params, 2, 0, step, task) for task in tasks]
         for step, tasks in ((0, range(5)), (0, range(2, 4)), (1, range(5)))
     )
     flat = [
@@ -29,11 +28,12 @@ def test_noise_has_the_type_of_the_parameters() -> None:
     learner = MetaLearner(MLP(), augment=[("gradient-noise", {"where": "outer"})], loss="mse")
     for dtype in (torch.float32, torch.float64):
         params = {name: value.to(dtype) for name, value in learner.meta_parameters.items()}
-        leaves = pytree.tree_leaves(draw_batch_noise(learner.stages, learner.config, params, 0))
+        leaves = pytree.tree_leaves(learner.stages.draw_noise("batch", params, 1, 0, 0))
         assert leaves
         assert all(leaf.dtype == dtype for leaf in leaves)
 
 
 def test_who_draws_nothing_has_none() -> None:
-    learner = MetaLearner(MLP(), augment=["cml"], loss="mse")
-    assert draw_task_noise(learner.stages, learner.config, learner.meta_parameters, 0, range(3)) == []
+    stages = MetaLearner(MLP(), augment=["cml"], loss="mse").stages
+    assert not stages.draws_noise
+    assert stages.draw_noise("task", {}, 1, 0, 0, 0) == {}
