@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 from metareg.errors import MetaregError, UsageError
@@ -55,13 +54,11 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
     if path.is_file():
         return
     import pooch
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+    from tqdm import tqdm
 
     pooch.get_logger().setLevel("WARNING")
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        bar: Any = _Bar(progress, path.name)
+    # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
+    with tqdm(desc=path.name, total=1, unit="B", unit_scale=True) as bar:
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
         try:
             pooch.retrieve(url, checksum, path.name, path.parent, downloader=fetch)
@@ -73,32 +70,6 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
             raise MetaregError(
                 f"{url} gave another file than expected, whose checksum is not {checksum}; nothing was kept."
             ) from error
-
-
-class _Bar:
-    """A progress bar as pooch calls it, drawn by rich."""
-
-    def __init__(self, progress: Any, name: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(name, total=None)
-
-    @property
-    def total(self) -> int | None:
-        """Bytes; None where the server does not say how many."""
-        return self._progress.tasks[0].total
-
-    @total.setter
-    def total(self, size: int) -> None:
-        self._progress.update(self._task, total=size or None)
-
-    def update(self, amount: int) -> None:
-        self._progress.advance(self._task, amount)
-
-    def reset(self) -> None:
-        self._progress.reset(self._task)
-
-    def close(self) -> None:
-        """rich's own progress is closed by who opened it."""
 
 
 def _explain(error: OSError, url: str) -> str:

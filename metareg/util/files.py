@@ -17,16 +17,9 @@ from filelock import FileLock, Timeout
 from metareg.errors import MetaregError, UsageError
 
 __all__ = [
-    "LinesFile",
-    "is_leftover",
-    "lock_folder",
-    "read_json",
-    "remove_leftovers",
-    "replace_file",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
+    "LinesFile", "is_leftover", "lock_folder", "read_json", "remove_leftovers", "replace_file", "write_bytes",
+    "write_json", "write_text",
+]  # fmt: skip
 
 log = logging.getLogger("metareg")
 

@@ -16,13 +16,9 @@ import numpy as np
 import torch
 
 __all__ = [
-    "create_generator",
-    "derive_seed",
-    "restore_global_generators",
-    "save_global_generators",
-    "task_uniform",
+    "create_generator", "derive_seed", "restore_global_generators", "save_global_generators", "task_uniform",
     "use_seed",
-]
+]  # fmt: skip
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:

@@ -20,22 +20,10 @@ from torch.overrides import TorchFunctionMode
 from metareg.errors import MetaregError
 
 __all__ = [
-    "BATCH_NORM",
-    "DROPOUT",
-    "NORM_WITH_STATISTICS",
-    "UNSAFE_VIEW",
-    "OperationMode",
-    "compile_graph",
-    "copy_shell",
-    "list_places",
-    "open_store",
-    "trace",
-    "tree_flatten",
-    "tree_leaves",
-    "tree_map",
-    "tree_unflatten",
+    "BATCH_NORM", "DROPOUT", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph", "copy_shell",
+    "list_places", "open_store", "trace", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
     "writes_in_place",
-]
+]  # fmt: skip
 
 _TESTED = "2.8 to 2.14"
 

@@ -40,7 +40,7 @@ def test_progress_is_shown_on_standard_error(
         download(f"{address}/file.bin", tmp_path / "target.bin")
     shown = capsys.readouterr()
     assert "target.bin" in shown.err
-    assert "200.0/200.0 kB" in shown.err
+    assert "200k/200k" in shown.err
     assert not shown.out
 
 
