@@ -23,15 +23,7 @@ Derivative = tuple[Tensors, Tensor, Tensors]
 def compute_meta_gradient(
     functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
 ) -> Derivative:
-    """The meta-gradient of one task, its objective, and what is logged.
-
-    Args:
-        functions: of the task.
-        meta: every meta-parameter by name.
-        task: support and query set.
-        noise: what the augmenters drew for it.
-        weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
-    """
+    """The meta-gradient of one task, its objective, and what is logged; arguments as in `TaskFunctions.prepare`."""
     stages, steps = functions.stages, functions.options.inner_steps
     if not stages.implements("outer_gradient"):
         return _differentiate(functions, meta, task, noise, weights)

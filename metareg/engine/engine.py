@@ -38,12 +38,7 @@ class Gradient:
 
 
 class Engine:
-    """Runs `TaskFunctions` over batches of tasks with one strategy.
-
-    Args:
-        training: the functions with every stage.
-        plain: the functions without augmenters, for evaluation.
-    """
+    """Runs `TaskFunctions` over batches of tasks: those with every stage in training, those without augmenters otherwise."""
 
     def __init__(self, training: TaskFunctions, plain: TaskFunctions) -> None:
         self.training = training

@@ -67,15 +67,7 @@ class TaskContext:
 
 
 class TaskFunctions:
-    """What happens in one task, as pure functions; there is no task dimension here.
-
-    Args:
-        model: the model as functions of its parameters.
-        stages: the algorithm's and the augmenters' hooks.
-        loss: ``loss(outputs, targets) -> scalar``.
-        metric: the task's metric.
-        options: those of the learner.
-    """
+    """What happens in one task, as pure functions; there is no task dimension here."""
 
     def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
         self.model = model
@@ -95,14 +87,7 @@ class TaskFunctions:
     def prepare(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any] | None = None, weights: Tensor | None = None
     ) -> TaskContext:
-        """What does not change from one inner step to the next.
-
-        Args:
-            meta: every meta-parameter by name.
-            task: support and query set.
-            noise: what each augmenter drew for it.
-            weights: of the query loss after each inner step ``[inner_steps]``.
-        """
+        """What does not change from one inner step to the next; `TaskContext` says what the arguments are."""
         support_x, query_x = self._lower(task[0]), self._lower(task[2])
         features: tuple[Tensor, ...] = ()
         if self.head_only and self.support_statistics:

@@ -23,7 +23,7 @@ from metareg.util.torch_internals import (
     list_places,
     tree_leaves,
     tree_map,
-)
+)  # fmt: skip
 
 __all__ = ["SplitModel"]
 
@@ -122,7 +122,7 @@ class SplitModel:
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
-        examples = _count_examples(support_x)
+        examples = int(tree_leaves(support_x)[0].shape[0])
         body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
         features = _call(body, params, self._in_body, both)
@@ -317,7 +317,3 @@ def _call(module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -
     # Every place of a tied weight is among the names. Looking for others would find those of a submodule that stands twice.
     outputs: Tensor = functional_call(module, values, (x,), tie_weights=False)
     return outputs
-
-
-def _count_examples(x: Any) -> int:
-    return int(tree_leaves(x)[0].shape[0])

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metareg.contract.hookspecs import HOOKS, Reduction
-from metareg.engine import results
 from metareg.errors import PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
 from metareg.util.devices import move_tensors
 from metareg.util.layout import copy_contiguous
 from metareg.util.seeding import create_generator, use_seed
+from metareg.util.torch_internals import tree_leaves
 
 __all__ = ["Stages"]
 
@@ -29,12 +30,7 @@ _NOISE = {"task": ("augment_inner_gradient", "augment_outer_loss"), "batch": ("a
 
 
 class Stages:
-    """The stage hooks of an algorithm and its augmenters.
-
-    Args:
-        algorithm: the algorithm.
-        augmenters: in the order in which they are chained.
-    """
+    """The stage hooks of an algorithm and its augmenters, which are chained in their order."""
 
     def __init__(self, algorithm: Plugin, augmenters: Sequence[Plugin]) -> None:
         self.algorithm = algorithm
@@ -91,7 +87,7 @@ class Stages:
             with use_seed(seed, "init_meta", each.name) as generator:
                 created = each(generator=generator, **arguments)
             if created is not None:
-                created = copy_contiguous(results.take_tensors(created, each))
+                created = copy_contiguous(_take_tensors(created, each))
                 meta |= {f"{each.name}.{name}": value for name, value in created.items()}
         return meta
 
@@ -99,7 +95,7 @@ class Stages:
         self, names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]
     ) -> tuple[str, ...]:
         """The names that the inner loop adapts, in the model's order."""
-        return self._reduce("adapted_parameters", results.select, otherwise=names, names=names, body=body, head=head)
+        return self._reduce("adapted_parameters", _select, otherwise=names, names=names, body=body, head=head)
 
     # ---------------------------------------------------------------------------------------------------------- noise
 
@@ -124,24 +120,24 @@ class Stages:
             generator = create_generator(seed, "noise", stage, each.name, *labels)
             drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
             if drawn is not None:
-                noise[each.name] = move_tensors(results.take_noise(drawn, each), like.device, like.dtype)
+                noise[each.name] = move_tensors(_take_noise(drawn, each), like.device, like.dtype)
         return noise
 
     # ---------------------------------------------------------------------------------------------------------- inner
 
     def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
         """The adapted parameters before the first inner step."""
-        return self._reduce("start_task", results.match, otherwise=params, params=params, meta=meta)
+        return self._reduce("start_task", _match, otherwise=params, params=params, meta=meta)
 
     def augment_inner_gradient(
         self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int
     ) -> Tensors:
         return self._reduce(
-            "augment_inner_gradient", results.match, grads=grads, params=params, meta=meta, noise=noise, step=step
+            "augment_inner_gradient", _match, grads=grads, params=params, meta=meta, noise=noise, step=step
         )
 
     def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
-        return self._reduce("inner_update", results.match, params=params, grads=grads, meta=meta, step=step)
+        return self._reduce("inner_update", _match, params=params, grads=grads, meta=meta, step=step)
 
     # ---------------------------------------------------------------------------------------------------------- outer
 
@@ -150,23 +146,23 @@ class Stages:
     ) -> tuple[Tensor | float, Tensors]:
         """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``."""
         logs: Tensors = {}
-        take = partial(results.take_term, logs)
+        take = partial(_take_term, logs)
         return self._reduce("augment_outer_loss", take, **arguments, meta=meta, noise=noise), logs
 
     def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
-        return self._reduce("augment_outer_gradient", results.match, grads=grads, meta=meta, noise=noise)
+        return self._reduce("augment_outer_gradient", _match, grads=grads, meta=meta, noise=noise)
 
     def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
         """The weight of the query loss after each inner step; None for that after the last step alone."""
         arguments = {"inner_steps": inner_steps, "training_step": training_step}
-        return self._reduce("outer_loss_weights", results.match_count, otherwise=None, **arguments)
+        return self._reduce("outer_loss_weights", _match_count, otherwise=None, **arguments)
 
     def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
         """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
-        return self._reduce("outer_gradient", results.complete, meta=meta, adapted=adapted, inner_steps=inner_steps)
+        return self._reduce("outer_gradient", _complete, meta=meta, adapted=adapted, inner_steps=inner_steps)
 
     def outer_update(self, meta: Tensors, grads: Tensors, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-        return self._reduce("outer_update", results.match_with_state, meta=meta, grads=grads, state=state)
+        return self._reduce("outer_update", _match_with_state, meta=meta, grads=grads, state=state)
 
     # -------------------------------------------------------------------------------------------------------- private
 
@@ -204,3 +200,89 @@ def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
     if "noise" in implementation.arguments:
         own["noise"] = arguments["noise"].get(implementation.name)
     return implementation(**own)
+
+
+# What hooks return: each function gives back a result that keeps the contract of its hook, and refuses any other.
+
+
+def _match(expected: Tensors, given: Any, by: Implementation) -> Tensors:
+    """The tensors in the order of `expected`, if they have its names, shapes, types and devices."""
+    if not isinstance(given, dict):
+        by.reject(f"it must return a dict of tensors, not {_describe(given)}")
+    if given.keys() != expected.keys():
+        missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+        parts = [
+            f"{verb} {', '.join(sorted(names))}" for verb, names in (("misses", missing), ("adds", extra)) if names
+        ]
+        by.reject(f"its result {' and '.join(parts)}")
+    for name, value in expected.items():
+        if not isinstance(given[name], Tensor) or given[name].shape != value.shape:
+            by.reject(f"'{name}' must be a tensor of shape {tuple(value.shape)}, not {_describe(given[name])}")
+        if given[name].dtype != value.dtype or given[name].device != value.device:
+            wanted, found = (f"{each.dtype} on {each.device}" for each in (value, given[name]))
+            by.reject(f"'{name}' must be a tensor of {wanted}, not of {found}")
+    return {name: given[name] for name in expected}
+
+
+def _complete(expected: Tensors, given: Any, by: Implementation) -> Tensors:
+    """`_match`, with zeros for the tensors that are left out."""
+    zeros = {name: torch.zeros_like(value) for name, value in expected.items()}
+    return _match(expected, zeros | given if isinstance(given, dict) else given, by)
+
+
+def _match_with_state(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, dict[str, Any]]:
+    """`_match` for the first of two parts, the second of which is a state."""
+    if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
+        by.reject("it must return the new meta-parameters and a dict, the new state")
+    return _match(expected, given[0], by), given[1]
+
+
+def _match_count(count: int, given: Any, by: Implementation) -> list[float]:
+    """The weights, one for each inner step."""
+    weights = [float(weight) for weight in given]
+    if len(weights) != count:
+        by.reject(f"it returned {len(weights)} weights for {count} inner steps")
+    return weights
+
+
+def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str, ...]:
+    """Those of the names that are given, in the order of `names`; there must be one."""
+    if isinstance(given, str) or not isinstance(given, Collection):
+        by.reject(f"it must return a sequence of names, not {_describe(given)}")
+    unknown = [name for name in given if name not in names]
+    if unknown or not given:
+        by.reject(f"it named {unknown or 'no parameter'}; the model has {', '.join(names)}")
+    return tuple(name for name in names if name in set(given))
+
+
+def _take_term(logs: Tensors, _: Any, given: Any, by: Implementation) -> Tensor:
+    """A term of the outer loss; what is to be logged beside it is added to `logs`."""
+    term, extra = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
+    if not _is_scalar(term):
+        by.reject(f"it must return a scalar tensor, not {_describe(term)}")
+    if not isinstance(extra, dict) or not all(_is_scalar(value) for value in extra.values()):
+        by.reject("what it wants logged must be a dict of scalar tensors")
+    logs |= {f"{by.name}.{key}": value.detach() for key, value in extra.items()}
+    return term
+
+
+def _take_tensors(given: Any, by: Implementation) -> Tensors:
+    """New tensors by name."""
+    if not isinstance(given, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
+        by.reject("it must return a dict of floating-point tensors by name")
+    return given
+
+
+def _take_noise(given: Any, by: Implementation) -> Any:
+    """A pytree of tensors, in which None may stand."""
+    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(given) if leaf is not None):
+        by.reject("it must return a pytree of tensors")
+    return given
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dim() == 0
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

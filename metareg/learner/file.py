@@ -59,11 +59,6 @@ def write_learner(
     """Write a learner's file.
 
     Args:
-        path: the file.
-        config: the learner's options.
-        algorithm: its algorithm.
-        model: its model.
-        recipe: how a plugin built the model.
         meta: its meta-parameters without the augmenters'.
         facts: the other entries of `Header`.
 
@@ -147,10 +142,6 @@ class LearnerFile:
         self, meta: Mapping[str, Tensor], constants: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The meta-parameters and constants, with the types and on the devices of those of a learner.
-
-        Args:
-            meta: the learner's meta-parameters.
-            constants: the constants of its model.
 
         Raises:
             UsageError: the file is damaged, or its names or shapes are not the learner's.

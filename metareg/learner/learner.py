@@ -21,11 +21,10 @@ from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
 from metareg.errors import UsageError
-from metareg.learner.batch_runner import BatchRunner, check_finite
+from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
 from metareg.learner.batch_split import BatchSplit, check_same_bits
 from metareg.learner.config import Schedule, create_config, describe_options
 from metareg.learner.file import LearnerFile, write_learner
-from metareg.learner.inference import adapt_model, score_tasks, sort_inner_steps
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.model_plugin import resolve_model
 from metareg.learner.optimizer import OuterOptimizer
@@ -233,7 +232,7 @@ class MetaLearner:
         """
         wanted = sort_inner_steps(inner_steps, tasks)
         seed = self.config.seed if seed is None else seed
-        scores = score_tasks(self._runner, self._meta, TaskSource.of(task_source), split, tasks, seed, wanted)
+        scores = self._runner.score_tasks(self._meta, TaskSource.of(task_source), split, tasks, seed, wanted)
         check_same_bits(self.processes, self._meta.tensors, self.steps_done)
         return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, scores, self.bn_statistics)
 
@@ -250,7 +249,7 @@ class MetaLearner:
             the batch at hand, or with ``bn_statistics="support"`` the support set's statistics.
         """
         steps = self.config.inner_steps if steps is None else steps
-        return adapt_model(self.engine.plain, self._meta, x, y, steps)
+        return self._runner.adapt(self._meta, x, y, steps)
 
     def save(self, path: str | Path) -> None:
         """Write the learner, without anything of the augmenters, as one safetensors file.

@@ -37,12 +37,6 @@ def resolve_model(
 ) -> tuple[nn.Module, ModelRecipe | None]:
     """A model and its recipe; a module has none, nor has a plugin that no package installs.
 
-    Args:
-        model: a module, or the plugin that builds one.
-        options: the plugin's.
-        spec: the shapes that it is built for.
-        seed: fixes its initial weights.
-
     Raises:
         UsageError: there is no such plugin, or no `spec`.
     """

@@ -53,12 +53,7 @@ class OuterOptimizer:
         return {"adam": self._adam.state() if self._adam else {}, "outer_state": self._plugin_state}
 
     def load_state(self, state: Mapping[str, Any], meta: Tensors) -> None:
-        """Take over what `state` returned.
-
-        Args:
-            state: holds what `state` returned, and may hold more.
-            meta: the meta-parameters that the next `update` will be given.
-        """
+        """Take over what `state` returned, which may hold more, for the meta-parameters that `update` will be given next."""
         self._adam = None
         if state["adam"]:
             self._adam = Adam(meta, self._config.outer_lr)
@@ -69,11 +64,8 @@ class OuterOptimizer:
 class Adam:
     """`torch.optim.Adam` with its default coefficients, called as a function.
 
-    The bookkeeping of the optimiser's object takes longer than the update of a small model.
-
-    Args:
-        params: what it updates, in place: contiguous tensors by name.
-        lr: the step size.
+    The bookkeeping of the optimiser's object takes longer than the update of a small model. It changes `params`, contiguous
+    tensors, in place.
     """
 
     def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:

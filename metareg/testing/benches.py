@@ -177,14 +177,7 @@ def build_model(model: str | type | Plugin, spec: TaskSpec, seed: int = 0) -> nn
 
 
 def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: int) -> dict[str, Any]:
-    """What a learner's augmenters draw for some meta-parameters, in the precision of these.
-
-    Args:
-        learner: after `initialize`.
-        stage: ``"task"`` or ``"batch"``.
-        names: the meta-parameters.
-        labels: the training step and, for a task, its number in the batch.
-    """
+    """What an initialized learner's augmenters draw for some meta-parameters; arguments as in `Stages.draw_noise`."""
     meta, config = learner.meta_parameters, learner.config
     params = {name: meta[name] for name in names}
     return learner.stages.draw_noise(stage, params, config.inner_steps, config.seed, *labels)

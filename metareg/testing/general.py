@@ -69,10 +69,11 @@ def check_configuration(subject: Subject) -> None:
 def check_recommended(subject: Subject) -> None:
     """What it recommends are options of runs with it, each of one plugin, and values that these options can have."""
     own = subject.plugin, subject.config
+    algorithms = sorted(list_names("algorithms") & (subject.attribute("recommended") or {}).keys())
     runs: dict[str, list[dict[str, Any]]] = {
         "algorithms": [{"algo": own}],
         "models": [{"model": own, "task": subject.attribute("example_task", _DEFAULT_TASK)}],
-        "tasks": [{"task": own}, *({"task": own, "algo": name} for name in _algorithms_named(subject))],
+        "tasks": [{"task": own}, *({"task": own, "algo": name} for name in algorithms)],
     }
     for run in runs[subject.kind]:
         try:
@@ -82,8 +83,3 @@ def check_recommended(subject: Subject) -> None:
                 f"A run with the {subject.label} and no other option cannot be put together. {error}",
                 "recommend options of the run by their names (steps), those of plugins with their owner (algo.inner_lr).",
             )
-
-
-def _algorithms_named(subject: Subject) -> list[str]:
-    """The installed algorithms for which a task recommends something of its own."""
-    return sorted(list_names("algorithms") & subject.attribute("recommended", {}).keys())

@@ -70,11 +70,7 @@ def check_compiled(subject: Subject) -> None:
 
 
 def compare_pair_steps(new_pair: Callable[[], Pair]) -> None:
-    """Compare trainings of a pair with the steps written out.
-
-    Args:
-        new_pair: builds its plugins anew.
-    """
+    """Compare trainings of a pair, whose plugins are built anew for each, with the steps written out."""
     for bench in new_pair().benches:
         if bench.name == "images":
             _compare_pair(new_pair, bench, SINGLE, STRATEGIES)
@@ -117,7 +113,7 @@ def compare_steps(
         ways: the options; all of them are ways to the same result.
         label: what is trained, for the message.
         remedy: what to do where they do not end alike.
-        steps: how many training steps.
+        steps: of training.
 
     Raises:
         CheckFailed: one of the trainings ends elsewhere than the steps written out.

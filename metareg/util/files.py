@@ -121,11 +121,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 class LinesFile:
-    """A file of JSON lines that only grows, and can be cut back to where it was at a checkpoint.
-
-    Args:
-        path: the file.
-    """
+    """A file of JSON lines that only grows, and can be cut back to where it was at a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
