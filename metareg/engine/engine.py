@@ -16,8 +16,11 @@ from torch import Tensor
 from torch.func import vmap
 
 from metareg.contract.episodes import Episodes, stack_trees
+from metareg.contract.losses import Loss, Metric
 from metareg.engine.derivative import compute_meta_gradient
-from metareg.engine.objective import Task, TaskFunctions, Tensors
+from metareg.engine.objective import Task, TaskFunctions, TaskOptions, Tensors
+from metareg.engine.split_model import SplitModel
+from metareg.engine.stages import Stages
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
 from metareg.engine.tracing import Function, Program, advise_on_memory
 from metareg.util.layout import match_strides
@@ -38,11 +41,13 @@ class Gradient:
 
 
 class Engine:
-    """Runs `TaskFunctions` over batches of tasks: those with every stage in training, those without augmenters otherwise."""
+    """Runs the functions of one task over batches of tasks; arguments as those of `TaskFunctions`."""
 
-    def __init__(self, training: TaskFunctions, plain: TaskFunctions) -> None:
-        self.training = training
-        self.plain = plain
+    def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
+        self.training = TaskFunctions(model, stages, loss, metric, options)
+        """With every stage."""
+        self.plain = TaskFunctions(model, stages.without_augmenters(), loss, metric, options)
+        """Without augmenters, for evaluation and adaptation."""
         self._programs: dict[Any, Program] = {}
         self._log_names: tuple[str, ...] = ()
 

@@ -116,16 +116,7 @@ class BatchRunner:
     def score_tasks(
         self, meta: MetaParameters, source: TaskSource, split: str, tasks: int, seed: int, inner_steps: tuple[int, ...]
     ) -> Tensor:
-        """The metric of the first tasks of a split ``[tasks, len(inner_steps)]``, in their order, the same in all processes.
-
-        Args:
-            meta: the meta-parameters.
-            source: where the tasks come from.
-            split: which of its splits.
-            tasks: how many.
-            seed: fixes the tasks.
-            inner_steps: ascending.
-        """
+        """The metric of a split's first tasks ``[tasks, len(inner_steps)]`` in their order, the same in all processes."""
         processes = self.split.processes
 
         def score_block(indices: range) -> tuple[list[int], list[Tensor]]:

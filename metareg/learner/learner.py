@@ -16,7 +16,6 @@ from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
 from metareg.contract.tasks import TaskSpec
 from metareg.engine.engine import Engine, Gradient
-from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
@@ -100,11 +99,7 @@ class MetaLearner:
         _check_head(self.stages, self.model, model)
         self.device = next(model.parameters()).device if device is None else find_device(str(device))
         self.model.to(self.device)
-        training, plain = (
-            TaskFunctions(self.model, stages, self.loss, self.metric, self.config)
-            for stages in (self.stages, self.stages.without_augmenters())
-        )
-        self.engine = Engine(training, plain)
+        self.engine = Engine(self.model, self.stages, self.loss, self.metric, self.config)
         """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
         self._meta = MetaParameters(self.model, self.stages, self.config, self.device)
         self._optimizer = OuterOptimizer(self.stages, self.config)

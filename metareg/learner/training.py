@@ -140,9 +140,6 @@ def fit(
 
     Args:
         learner: goes on from the steps that it has done.
-        source: where its tasks come from.
-        schedule: when what happens.
-        observers: hear of it.
         progress: where an earlier training stood; from the beginning by default.
         manager: is called after every step, and can put the training back to an earlier one.
 

@@ -48,11 +48,7 @@ class StopRequest:
 
 @contextmanager
 def catch_stop_signals(launched: bool = False) -> Iterator[StopRequest]:
-    """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing.
-
-    Args:
-        launched: as in `StopRequest`.
-    """
+    """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing."""
     stop = StopRequest(launched)
     if threading.current_thread() is not threading.main_thread():
         yield stop

@@ -37,7 +37,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     """Write tensors and a header as one file, complete or not at all.
 
     Args:
-        path: the file.
         tensors: by name; on any device, in any layout.
         header: what JSON can hold.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from learners import AUGMENTERS, Source, same
 from torch import Tensor, nn
 
 from metareg import DivergenceError, Episodes, MetaLearner, TaskSpec, hookimpl
+from metareg.learner.config import LearnerConfig
 from samples import LOSSES, MLP, MODELS, episodes
 
 
@@ -129,3 +131,11 @@ def test_an_augmenter_that_returns_nan_is_found_before_the_update() -> None:
     with pytest.raises(DivergenceError, match=r"the meta-gradient is not finite, first in 'body\.0\.weight'"):
         learner.step(episodes("mlp"))
     assert all(value.isfinite().all() for value in learner.meta_parameters.values())
+
+
+@pytest.mark.parametrize("name", sorted(LearnerConfig.model_fields.keys() - {"device"}))
+def test_the_constructor_and_its_help_have_every_option(name: str) -> None:
+    parameter = inspect.signature(MetaLearner).parameters[name]
+    assert parameter.default == LearnerConfig.model_fields[name].default
+    assert parameter.kind is parameter.KEYWORD_ONLY
+    assert f"{name}: {LearnerConfig.model_fields[name].description}" in (MetaLearner.__doc__ or "")
