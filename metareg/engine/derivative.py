@@ -86,15 +86,11 @@ def _differentiate_by_steps(
         of_meta, adjoint, of_step_features = pull((adjoint, tuple(torch.ones_like(each) for each in earlier)))
         del pull
         objective = sum(earlier, objective)
-        gradient = _add(gradient, of_meta)
-        of_features = _add(of_features, of_step_features)
+        gradient = tree_map(torch.add, gradient, of_meta)
+        of_features = tree_map(torch.add, of_features, of_step_features)
     _, pull, *_ = vjp(functions.start, meta)
-    gradient = _add(gradient, pull(adjoint)[0])
+    gradient = tree_map(torch.add, gradient, pull(adjoint)[0])
     if context.features:
         _, pull, *_ = vjp(features_of, meta)
-        gradient = _add(gradient, pull(of_features)[0])
+        gradient = tree_map(torch.add, gradient, pull(of_features)[0])
     return gradient, objective, logs
-
-
-def _add(a: Any, b: Any) -> Any:
-    return tree_map(torch.add, a, b)

@@ -82,8 +82,6 @@ class TaskFunctions:
         self.support_statistics = options.bn_statistics == "support" and bool(model.batch_norms)
         """Whether query predictions use the support set's statistics."""
 
-    # ------------------------------------------------------------------------------------------------------ inner loop
-
     def prepare(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any] | None = None, weights: Tensor | None = None
     ) -> TaskContext:
@@ -125,8 +123,6 @@ class TaskFunctions:
         for step in range(steps):
             adapted = self.inner_step(adapted, context, step)
         return adapted
-
-    # ------------------------------------------------------------------------------------------------------ outer loop
 
     def predict(self, adapted: Tensors, context: TaskContext) -> tuple[Tensor, Tensor]:
         """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
@@ -187,8 +183,6 @@ class TaskFunctions:
         last, logs = self.outer_loss(adapted, context)
         return sum(earlier, last), logs
 
-    # ------------------------------------------------------------------------------------------------------ evaluation
-
     def scores(self, meta: Tensors, task: Task, inner_steps: Sequence[int]) -> Tensor:
         """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
         context = self.prepare(meta, task)
@@ -204,8 +198,6 @@ class TaskFunctions:
             if step < inner_steps[-1]:
                 adapted = self.inner_step(adapted, context, step)
         return torch.stack(scores)
-
-    # ------------------------------------------------------------------------------------------------------- precision
 
     def _lower(self, tree: Any) -> Any:
         """Parameters or inputs in the precision that the model runs in."""

@@ -51,8 +51,6 @@ class Stages:
         """The names of the plugins that implement one of these hooks."""
         return {each.name for hook in hooks for each in self._implementations[hook]}
 
-    # ------------------------------------------------------------------------------------------------ what there is
-
     def implements(self, hook: str) -> bool:
         """Whether some plugin has an implementation of a hook."""
         return bool(self._implementations[hook])
@@ -78,8 +76,6 @@ class Stages:
         """The name of the plugin whose meta-parameter it is; None for the model's own."""
         return next((name for name in self.plugins if meta_name.startswith(f"{name}.")), None)
 
-    # ----------------------------------------------------------------------------------------------------- parameters
-
     def init_meta(self, seed: int, **arguments: Any) -> Tensors:
         """Every plugin's extra meta-parameters, by full name."""
         meta: Tensors = {}
@@ -96,8 +92,6 @@ class Stages:
     ) -> tuple[str, ...]:
         """The names that the inner loop adapts, in the model's order."""
         return self._reduce("adapted_parameters", _select, otherwise=names, names=names, body=body, head=head)
-
-    # ---------------------------------------------------------------------------------------------------------- noise
 
     def draw_noise(
         self, stage: str, params: Tensors, inner_steps: int, seed: int, *labels: str | int
@@ -123,8 +117,6 @@ class Stages:
                 noise[each.name] = move_tensors(_take_noise(drawn, each), like.device, like.dtype)
         return noise
 
-    # ---------------------------------------------------------------------------------------------------------- inner
-
     def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
         """The adapted parameters before the first inner step."""
         return self._reduce("start_task", _match, otherwise=params, params=params, meta=meta)
@@ -138,8 +130,6 @@ class Stages:
 
     def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
         return self._reduce("inner_update", _match, params=params, grads=grads, meta=meta, step=step)
-
-    # ---------------------------------------------------------------------------------------------------------- outer
 
     def augment_outer_loss(
         self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
@@ -163,8 +153,6 @@ class Stages:
 
     def outer_update(self, meta: Tensors, grads: Tensors, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         return self._reduce("outer_update", _match_with_state, meta=meta, grads=grads, state=state)
-
-    # -------------------------------------------------------------------------------------------------------- private
 
     def _reduce(self, hook: str, check: Check, *, otherwise: Any = _REQUIRED, **arguments: Any) -> Any:
         """The results of a hook's implementations made one, as its `Reduction` says.

@@ -102,8 +102,6 @@ class Processes:
         """What adds up the gradients of a device: ``"gloo"`` or ``"nccl"``; None for a single process."""
         return None if self.size == 1 else _list_backends().get(device.type, _list_backends().get("cpu"))
 
-    # ----------------------------------------------------------------------------------------------------- agreement
-
     def each(self, produce: Callable[[], T]) -> T:
         """What `produce` returns in this process, once it has succeeded in all.
 
@@ -166,8 +164,6 @@ class Processes:
                 kind, text = failure
                 raise kind(f"Process {rank} of {self.size}: {text}")
         return [value for value, _ in outcomes]
-
-    # ---------------------------------------------------------------------------------------------------------- sums
 
     def ask(self, name: str, question: Callable[[], bool]) -> None:
         """Have a question answered with every sum; the answer is yes in all processes where it is in one."""

@@ -23,7 +23,7 @@ from metareg.errors import UnknownNameError
 from metareg.registry.plugins import KINDS
 from metareg.testing import general, models, observers, stages, steps, tasks, trainings
 from metareg.testing.check import Check, CheckFailed, Subject
-from metareg.testing.matrix import NOT_APPLICABLE, Combination, combinations
+from metareg.testing.trainings import NOT_APPLICABLE, Combination, combinations
 
 __all__ = ["NOT_APPLICABLE", "Check", "CheckFailed", "Combination", "checks", "combinations"]
 

@@ -1,7 +1,8 @@
-"""Checks of trainings with an algorithm or an augmenter: gradients, strategies, repetition, composition."""
+"""Checks of trainings with an algorithm, an augmenter or both: gradients, strategies, repetition, composition."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -9,16 +10,22 @@ from torch import Tensor
 
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
+from metareg.learner.batch_runner import compute_outer_loss_weights
 from metareg.registry.plugins import list_entries, resolve
 from metareg.testing.benches import STEPS, Bench, Descent, Pair, draw_noise, new_generator
-from metareg.testing.check import ROUNDING, Subject, are_equal, difference, fail, snapshot
+from metareg.testing.check import ROUNDING, CheckFailed, Subject, are_equal, difference, fail, snapshot
+from metareg.testing.steps import compare_pair_steps
 from metareg.util.seeding import use_seed
 from metareg.util.torch_internals import tree_leaves
 
 __all__ = [
-    "check_composition", "check_determinism", "check_finite_differences", "check_learns", "check_model_unchanged",
-    "check_resume", "check_strategies", "compare_finite_differences", "compare_strategies", "compare_trainings",
+    "NOT_APPLICABLE", "Combination", "check_composition", "check_determinism", "check_finite_differences", "check_learns",
+    "check_model_unchanged", "check_resume", "check_strategies", "combinations",
 ]  # fmt: skip
+
+NO_PLUGIN = "none"
+NOT_APPLICABLE = "not applicable"
+"""What stands for a check that a plugin's declarations leave out."""
 
 # Central differences of step 1e-5 in float64 err by about 1e-10 of the objective.
 DIFFERENCE_STEP = 1e-5
@@ -68,8 +75,7 @@ def compare_finite_differences(pair: Pair) -> None:
         for name, value in learner.meta_parameters.items()
     }
     noise = draw_noise(learner, "task", functions.adapted_names, 0, 0)
-    of_steps = learner.stages.outer_loss_weights(STEPS, 0)
-    weights = None if of_steps is None else torch.tensor(of_steps, dtype=torch.float64)
+    weights = compute_outer_loss_weights(learner.stages, STEPS, 0, next(iter(meta.values())))
     with torch.no_grad():
         grads, *_ = compute_meta_gradient(functions, meta, task, noise, weights)
         for name, value in meta.items():
@@ -229,3 +235,58 @@ def _compare_gradient(
                 f"'{name}' differs by {off:.1e} of the largest entry.",
                 _STRATEGY_REMEDY,
             )
+
+
+@dataclass(frozen=True)
+class Combination:
+    """An algorithm and an augmenter, or none, by their names."""
+
+    algorithm: str
+    augmenter: str = NO_PLUGIN
+
+    def __str__(self) -> str:
+        return f"{self.algorithm}, {self.augmenter}"
+
+    def pair(self) -> Pair:
+        """Both, built anew."""
+        augmenters = () if self.augmenter == NO_PLUGIN else (resolve("augmenters", self.augmenter),)
+        return Pair(resolve("algorithms", self.algorithm), augmenters)
+
+    def check(self) -> dict[str, str | None]:
+        """What each check of the combination found: None where it passed, or the problem.
+
+        The strategies and memories agree, in one gradient and over whole steps; the meta-gradient is the objective's
+        derivative, where both plugins say that it is; a training repeats itself. `NOT_APPLICABLE` stands where a plugin
+        declares otherwise.
+        """
+        pair = self.pair()
+        plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
+        exact = all(getattr(each.instance, "exact_gradient", True) for each in plugins) and not (
+            pair.learner(pair.benches[0]).stages.implements("outer_gradient")
+        )
+        found: dict[str, str | None] = {}
+        for name, run in (
+            ("strategies", lambda: compare_strategies(pair)),
+            ("whole steps", lambda: compare_pair_steps(self.pair)),
+            ("finite differences", lambda: compare_finite_differences(pair) if exact else None),
+            ("determinism", lambda: compare_trainings(pair, self.pair())),
+        ):
+            try:
+                run()
+                found[name] = None if exact or name != "finite differences" else NOT_APPLICABLE
+            except (CheckFailed, MetaregError) as error:
+                found[name] = str(error)
+        return found
+
+
+def combinations() -> list[Combination]:
+    """All of them, each algorithm alone first; read from entry points, nothing is imported."""
+    augmenters = [NO_PLUGIN, *_names("augmenters")]
+    return [Combination(algorithm, augmenter) for algorithm in _names("algorithms") for augmenter in augmenters]
+
+
+def _names(kind: str) -> list[str]:
+    """Names as a user must write them: with the distribution in front where two claim one."""
+    installed = list_entries(kind)
+    names = [entry.name for entry in installed]
+    return [entry.qualified if names.count(entry.name) > 1 else entry.name for entry in installed]

@@ -58,7 +58,7 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
 
     pooch.get_logger().setLevel("WARNING")
     # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
-    with tqdm(desc=path.name, total=1, unit="B", unit_scale=True) as bar:
+    with tqdm(desc=path.name, total=1, unit="B", unit_scale=True, disable=None) as bar:
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
         try:
             pooch.retrieve(url, checksum, path.name, path.parent, downloader=fetch)

@@ -36,11 +36,7 @@ PRIVATE_ATTRIBUTES = {
     if name.startswith("_") and not name.startswith("__")
 }
 # Written out without metareg, to be compared with it.
-EXCEPTIONS = {
-    ("benchmarks/loops.py", "_modules"),
-    ("benchmarks/loops.py", "_parameters"),
-    ("benchmarks/loops.py", "_buffers"),
-}
+EXCEPTIONS = {("benchmarks/loops.py", name) for name in ("_modules", "_parameters", "_buffers")}
 TREE_NAMES = ("tree_map", "tree_leaves", "tree_flatten", "tree_unflatten")
 
 
