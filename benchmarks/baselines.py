@@ -27,7 +27,7 @@ from torch import Tensor
 from metareg import Episodes, RunConfig, train
 from metareg.comparison.statistics import Estimate, over_seeds
 from metareg.registry.plugins import resolve
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.runs.options import Selection, assemble
 from metareg.runs.training import prepare_run
 from metareg.util.files import read_json, write_json, write_text

@@ -20,7 +20,7 @@ from harness import RESULTS, Row, check_same_gradient, interleaved, machine, pai
 from loops import ClonedModules, Conv4, FunctionalLoop, Higher, ParallelMetalearn, Reference, Tasks, TracedByHand, mlp
 
 from metareg import Episodes, MetaLearner
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 
 Result = tuple[list[Row], dict[str, Any]]
 

@@ -20,7 +20,7 @@ from metareg.learner.batch_split import BatchSplit, select_tasks
 from metareg.learner.config import LearnerConfig
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.util.torch_internals import tree_map
 
 __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights", "sort_inner_steps"]

@@ -30,7 +30,7 @@ from metareg.learner.optimizer import OuterOptimizer
 from metareg.learner.processes import Processes
 from metareg.learner.training import Observer, fit
 from metareg.registry.plugins import Plugin, resolve
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.util.devices import find_device
 
 __all__ = ["MetaLearner"]

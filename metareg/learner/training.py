@@ -22,7 +22,7 @@ from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.util.torch_internals import tree_leaves
 
 __all__ = ["Progress", "connect_observers", "fit"]

@@ -14,7 +14,7 @@ from metareg.contract.splits import TEST
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import find_entry, resolve
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.runs import exports
 from metareg.runs.config import RunConfig
 from metareg.runs.folder import CONFIG, FINAL, METRICS, PLOTS, RESULTS

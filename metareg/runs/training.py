@@ -21,7 +21,7 @@ from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
 from metareg.learner.processes import Processes, join_processes
 from metareg.learner.training import Progress, connect_observers, fit
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import RunConfig

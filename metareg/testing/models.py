@@ -14,7 +14,7 @@ from metareg.engine.split_model import SplitModel
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import resolve
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.testing.benches import Descent, RepeatedTasks, build_model, new_generator, to_channels_last
 from metareg.testing.check import Subject, are_equal, fail, refuse_global_randomness, snapshot
 from metareg.testing.steps import PRECISIONS, STRATEGIES, compare_steps

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.testing.benches import Bench, Pair, RepeatedTasks
 from metareg.testing.check import Subject, fail, find_worst
 from metareg.testing.loop import Training, train_in_a_loop

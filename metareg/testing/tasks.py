@@ -10,7 +10,7 @@ from torch import Tensor
 from metareg.contract.episodes import Episodes
 from metareg.contract.tasks import TaskSpec
 from metareg.learner.learner import MetaLearner
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.runs.options import assemble
 from metareg.testing.benches import Descent, build_model
 from metareg.testing.check import Subject, are_equal, difference, fail, refuse_global_randomness

@@ -34,7 +34,7 @@ from metareg import (
 )
 from metareg.learner.config import Schedule
 from metareg.learner.training import Progress, fit
-from metareg.registry.sources import TaskSource
+from metareg.registry.task_source import TaskSource
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.util.files import LinesFile, lock_folder
 from metareg.util.signals import StopRequest
