@@ -433,9 +433,9 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
     (plan.list_runs()[0].path).mkdir(parents=True)
     (plan.list_runs()[0].path / "config.yaml").write_text("")
 
-    with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0 was 'not set', not 0\.5"):
+    with pytest.raises(UsageError, match=r"inner_lr of maml on sinusoid, seed 0.*0\.5"):
         compare(config=config_of(options={**TINY, "inner_lr": 0.5}), out=tmp_path / "c")
-    with pytest.raises(UsageError, match="it has begun maml on sinusoid, seed 0, which this one leaves out"):
+    with pytest.raises(UsageError, match=r"maml on sinusoid, seed 0"):
         compare(seeds=[1], out=tmp_path / "c")
     assert Plan.read(tmp_path / "c").config == plan.config
     (tmp_path / "other").mkdir()
@@ -455,7 +455,7 @@ def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeyp
         write_text(extended.list_runs()[1].path / "config.yaml", "")
 
     monkeypatch.setattr("metareg.comparison.runner.check_plan", extend)
-    with pytest.raises(UsageError, match=r"it has begun maml\+cml on sinusoid, seed 0, which this one leaves out"):
+    with pytest.raises(UsageError, match=r"maml\+cml on sinusoid, seed 0"):
         compare(out=tmp_path)
     assert Plan.read(tmp_path).config == extended.config
 

@@ -194,7 +194,7 @@ def test_other_clusters_are_joined_and_left(ray: StandIn, monkeypatch: pytest.Mo
 
 @pytest.mark.usefixtures("ray")
 def test_no_cluster() -> None:
-    with pytest.raises(UsageError, match="There is no Ray cluster at 'nowhere:1': nothing answers there"):
+    with pytest.raises(UsageError, match=r"'nowhere:1'"):
         RayLauncher(jobs=1, threads=1, address="nowhere:1")
 
 

@@ -70,7 +70,7 @@ def test_malformed_sweeps(text: str, sentence: str) -> None:
 
 
 def test_an_option_given_twice_is_no_sweep() -> None:
-    with pytest.raises(UsageError, match=r"--set a is given twice; to choose among values, write a=VALUE,VALUE"):
+    with pytest.raises(UsageError, match=r"twice.*a=VALUE,VALUE"):
         split_assignments(["a=1", "a=2"])
     with pytest.raises(UsageError, match="KEY=VALUE; got 'a'"):
         split_assignments(["a"])
@@ -253,7 +253,7 @@ def test_an_option_of_two_plugins() -> None:
 
     with pytest.raises(UsageError, match=r"write it as PLUGIN\.rate"):
         list_dimensions(tuning(space={"rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
-    with pytest.raises(UsageError, match=r"'augment\.rate' is an option of several .* write it as PLUGIN\.rate"):
+    with pytest.raises(UsageError, match=r"'augment\.rate'.*PLUGIN\.rate"):
         list_dimensions(tuning(space={"augment.rate": [0.1, 0.2]}), selection(augment=["dropgrad", Rated]))
 
 
@@ -513,7 +513,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
     other = {"space": {"inner_lr": [0.5, 0.6]}}
     for number, label in enumerate(("sinusoid", "few")):
         changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
-        with pytest.raises(UsageError, match=f"the settings of maml on {label} were to be chosen in another way"):
+        with pytest.raises(UsageError, match=rf"maml on {label}.*another way"):
             compare(config={**values, "tasks": changed}, out=tmp_path)
 
 

@@ -67,9 +67,7 @@ def test_misspelt_hook() -> None:
         def augment_outer_los(self, features: Tensor) -> Tensor:
             return features.sum()
 
-    with pytest.raises(
-        PluginError, match=r"implements 'augment_outer_los', which is no hook.*did you mean 'augment_outer_"
-    ):
+    with pytest.raises(PluginError, match=r"'augment_outer_los'.*'augment_outer_"):
         run(Typo)
 
 
@@ -79,7 +77,7 @@ def test_hook_unlike_any_other() -> None:
         def zzz(self) -> None:
             """Nothing."""
 
-    with pytest.raises(PluginError, match=r"'zzz', which is no hook of metareg; the hooks are .*inner_update"):
+    with pytest.raises(PluginError, match=r"'zzz'.*inner_update"):
         run(Typo)
 
 
@@ -89,7 +87,7 @@ def test_wrong_argument() -> None:
         def inner_update(self, params: Tensors, gradients: Tensors) -> Tensors:  # noqa: ARG002
             return params
 
-    with pytest.raises(PluginError, match=r"asks for the argument 'gradients' in inner_update.*did you mean 'grads'"):
+    with pytest.raises(PluginError, match=r"'gradients' in inner_update.*'grads'"):
         run(Typo)
 
 
@@ -100,7 +98,7 @@ def test_wrappers_are_refused(options: dict[str, bool]) -> None:
         def inner_update(self) -> Any:
             return (yield)
 
-    with pytest.raises(PluginError, match="implements inner_update as a wrapper; stages are plain functions"):
+    with pytest.raises(PluginError, match=r"inner_update.*wrapper"):
         run(Wrapper)
 
 
@@ -192,9 +190,7 @@ def test_a_hook_that_raises(hook: str, strategy: str) -> None:
     def fail(_: Any) -> None:
         raise ZeroDivisionError("no such luck")
 
-    with pytest.raises(
-        PluginError, match=f"augmenter 'mine' failed in its hook {hook}: ZeroDivisionError: no such luck"
-    ):
+    with pytest.raises(PluginError, match=rf"'mine'.*{hook}.*no such luck"):
         run(Sound, plugin(hook, fail), strategy=strategy)
 
 
@@ -245,7 +241,7 @@ def test_one_plugin_twice_in_a_run() -> None:
 
 def test_one_object_twice_in_a_run() -> None:
     scale = Scale()
-    with pytest.raises(PluginError, match="cannot be used twice as one object; pass its class"):
+    with pytest.raises(PluginError, match=r"twice.*class"):
         run(Sound, scale, scale)
 
 

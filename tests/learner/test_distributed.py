@@ -335,7 +335,7 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     assert Processes(5, 8, 1).device("auto") == torch.device("cuda:1")
     assert chosen == [1]
-    with pytest.raises(UsageError, match=r"no GPU for process 2 of this machine, which has 2; .* --device cpu"):
+    with pytest.raises(UsageError, match=r"process 2.*--device cpu"):
         Processes(2, 4, 2).device("auto")
     assert Processes(0, 1, 0).device("auto") == torch.device("cuda")
     assert Processes(1, 2, 1).device("cpu") == torch.device("cpu")

@@ -49,7 +49,7 @@ def test_algorithm_and_loss_that_are_not_installed(tmp_path: Path) -> None:
 
     learner = MetaLearner(MLP(), SignMAML, loss=loss, metric="mse", inner_lr=0.05)
     learner.save(tmp_path / "x")
-    with pytest.raises(UsageError, match="'signmaml', which no package installs; pass algo="):
+    with pytest.raises(UsageError, match=r"'signmaml'.*algo="):
         MetaLearner.load(tmp_path / "x", MLP(), loss=loss)
     with pytest.raises(UsageError, match="loss of its own; pass it as loss="):
         MetaLearner.load(tmp_path / "x", MLP(), algo=SignMAML)
@@ -135,9 +135,7 @@ def test_damaged_files_are_refused_in_one_sentence(kind: str, tmp_path: Path) ->
 
 def test_another_models_file(tmp_path: Path) -> None:
     MetaLearner(MLP(), loss="mse").save(tmp_path / "x")
-    with pytest.raises(
-        UsageError, match=r"does not fit the model: 'body\.0\.weight' has the shape \(6, 2\) instead of"
-    ):
+    with pytest.raises(UsageError, match=r"'body\.0\.weight'.*\(6, 2\)"):
         MetaLearner.load(tmp_path / "x", ConvNet())
 
 
@@ -147,9 +145,7 @@ def test_a_class_that_the_file_cannot_name_is_asked_for(model: str, tmp_path: Pa
     if model == "frozen":
         module.body[0].weight.requires_grad_(False)
     MetaLearner(module, loss="mse").save(tmp_path / "x")
-    with pytest.raises(
-        UsageError, match=f"holds the weights of a {type(module).__name__}; pass such a module as model="
-    ):
+    with pytest.raises(UsageError, match=rf"{type(module).__name__}.*model="):
         MetaLearner.load(tmp_path / "x")
 
 

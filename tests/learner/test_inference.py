@@ -112,7 +112,7 @@ def test_the_interval_is_students_over_tasks() -> None:
     assert evaluation.mean(3) == pytest.approx(scores.mean(), rel=1e-12)
     assert evaluation.ci95(3) == pytest.approx(stats.t.interval(0.95, 29, 0, stats.sem(scores))[1], rel=1e-12)
     assert "after inner steps 0: " in str(evaluation)
-    with pytest.raises(UsageError, match="no scores after 2 inner steps; there are some after 0, 1, 3"):
+    with pytest.raises(UsageError, match=r"after 2 inner steps.*0, 1, 3"):
         evaluation.mean(2)
 
 

@@ -107,9 +107,7 @@ def test_divergence_leaves_the_learner_as_it_was(strategy: str) -> None:
     learner.step(batch)
     before = {name: value.clone() for name, value in learner.meta_parameters.items()}
     bad = Episodes(batch.support_x, batch.support_y, batch.query_x, batch.query_y * math.nan)
-    with pytest.raises(
-        DivergenceError, match=r"diverged at step 2: the objective is not finite.*after step 1"
-    ) as error:
+    with pytest.raises(DivergenceError, match=r"step 2.*objective.*after step 1") as error:
         learner.step(bad)
     assert error.value.exit_code == 1
     assert same(before, learner.meta_parameters)
@@ -128,7 +126,7 @@ def test_an_augmenter_that_returns_nan_is_found_before_the_update() -> None:
             return {name: value * math.nan for name, value in grads.items()}
 
     learner = MetaLearner(MLP(), "maml", [Broken], loss="mse")
-    with pytest.raises(DivergenceError, match=r"the meta-gradient is not finite, first in 'body\.0\.weight'"):
+    with pytest.raises(DivergenceError, match=r"meta-gradient.*'body\.0\.weight'"):
         learner.step(episodes("mlp"))
     assert all(value.isfinite().all() for value in learner.meta_parameters.values())
 

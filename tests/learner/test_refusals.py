@@ -18,7 +18,7 @@ from samples import MLP, episodes, tasks_of
 def test_parameters_of_several_types() -> None:
     model = MLP()
     model.head.float()
-    with pytest.raises(UsageError, match=r"'head.weight' is torch.float32, while 'body.0.weight' is torch.float64"):
+    with pytest.raises(UsageError, match=r"'head\.weight'.*float32.*'body\.0\.weight'.*float64"):
         MetaLearner(model)
     model.head.weight.requires_grad_(False)
     model.head.bias = None
@@ -120,7 +120,7 @@ def test_bad_models(model: Any, sentence: str) -> None:
 
 def test_name_of_a_plugin_in_the_model() -> None:
     model = nn.Sequential(OrderedDict(maml=nn.Linear(2, 2), out=nn.Linear(2, 1)))
-    with pytest.raises(UsageError, match=r"'maml\.weight' has the name of a plugin in front"):
+    with pytest.raises(UsageError, match=r"'maml\.weight'.*plugin"):
         _ = MetaLearner(model, "maml").meta_parameters
 
 
@@ -133,7 +133,7 @@ def test_loss_that_is_no_scalar() -> None:
 def test_mse_does_not_broadcast() -> None:
     batch = episodes("mlp")
     flat = Episodes(batch.support_x, batch.support_y.squeeze(-1), batch.query_x, batch.query_y.squeeze(-1))
-    with pytest.raises(UsageError, match=r"outputs and targets of one shape; the model gives \(8, 1\)"):
+    with pytest.raises(UsageError, match=r"shape.*\(8, 1\)"):
         MetaLearner(MLP(), loss="mse").step(flat)
 
 

@@ -303,7 +303,7 @@ def test_several_graphs_share_labels_and_are_kept_apart(tmp_path: Path) -> None:
     assert len(set.union(*graphs.values())) == 5
     given = {"graphs": {"train": ["g0"], "validation": ["g1"], "test": ["g9"]}}
     (tmp_path / "splits.json").write_text(json.dumps(given))
-    with pytest.raises(UsageError, match="names the graph 'g9', which is not there; there are g0"):
+    with pytest.raises(UsageError, match=r"'g9'.*g0"):
         folder_task(tmp_path, ways=3)._pool("test", 0)
 
 

@@ -124,7 +124,7 @@ def test_compiled_trainings_are_the_serial_ones(name: str) -> None:
 
 def test_too_small_images_are_one_sentence() -> None:
     for plugin in (Conv4, ResNet12):
-        with pytest.raises(UsageError, match="needs 16×16 pixels at least; this task's are 12×12"):
+        with pytest.raises(UsageError, match=r"16×16.*12×12"):
             built(plugin, 12)
         with pytest.raises(UsageError, match=r"takes images \[channels, height, width\]"):
             plugin(plugin.Config()).build(TaskSpec((4,), (5,)))
