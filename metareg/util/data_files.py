@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -41,7 +42,7 @@ def data_folder() -> Path:
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """Fetch a file, unless it is there; the progress is shown on standard error.
+    """Fetch a file, unless it is there; standard error shows the progress.
 
     Args:
         url: where it is, by http or https.
@@ -59,6 +60,8 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
     pooch.get_logger().setLevel("WARNING")
     # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
     with tqdm(desc=path.name, total=1, unit="B", unit_scale=True, disable=None) as bar:
+        if bar.disable:  # no terminal: a line in place of a bar
+            print(f"Fetching {path.name} from {url}", file=sys.stderr)
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
         try:
             pooch.retrieve(url, checksum, path.name, path.parent, downloader=fetch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,14 +34,16 @@ def test_a_file_is_fetched_with_its_checksum(tmp_path: Path, upstream: Path, alg
     assert [each.name for each in path.parent.iterdir()] == ["target.bin"]
 
 
+@pytest.mark.parametrize("terminal", [True, False])
 def test_progress_is_shown_on_standard_error(
-    tmp_path: Path, upstream: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, upstream: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, terminal: bool
 ) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with serve(upstream) as address:
         download(f"{address}/file.bin", tmp_path / "target.bin")
     shown = capsys.readouterr()
     assert "target.bin" in shown.err
-    assert "200k/200k" in shown.err
+    assert ("\r" in shown.err) is terminal
     assert not shown.out
 
 
@@ -73,7 +76,7 @@ def test_a_damaged_download_leaves_nothing(
 
 def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cut_off(monkeypatch)
-    with pytest.raises(MetaregError, match=r"no connection to host\.invalid; put the file at .*target\.bin by hand"):
+    with pytest.raises(MetaregError, match=r"host\.invalid.*target\.bin"):
         download("https://host.invalid/file.bin", tmp_path / "target.bin")
     assert not list(tmp_path.iterdir())
 
@@ -105,5 +108,5 @@ def test_paths_among_options_are_absolute(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert Config(data="~/a").data == Config(data="a").data == str(tmp_path / "a")
-    with pytest.raises(UsageError, match=r"In mine, data = '~no-such-user' cannot be used: .* no home folder"):
+    with pytest.raises(UsageError, match=r"mine.*data.*'~no-such-user'"):
         validate(Config, {"data": "~no-such-user"}, "mine")
