@@ -97,7 +97,7 @@ class Episodes:
 
     def __getitem__(self, which: slice) -> Episodes:
         """Some of the tasks."""
-        some = self._mapped(lambda leaf: leaf[which])
+        some = self._map(lambda leaf: leaf[which])
         return some if self.positions is None else some.placed(self.positions[which])
 
     def unstack(self, number: int) -> tuple[Any, Tensor, Any, Tensor]:
@@ -117,7 +117,7 @@ class Episodes:
         """
         if len(positions) != len(self):
             raise UsageError(f"Episodes: {len(positions)} positions are given for {len(self)} tasks.")
-        return _unchecked(self.parts, tuple(positions))
+        return _create_unchecked(self.parts, tuple(positions))
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:
         """The tasks in order, at most `size` at a time; all at once for None."""
@@ -127,7 +127,7 @@ class Episodes:
         leaves, structure = tree_flatten(self.parts)
         for number, parts in enumerate(zip(*(leaf.split(size) for leaf in leaves), strict=True)):
             positions = self.positions and self.positions[number * size : (number + 1) * size]
-            yield _unchecked(tree_unflatten(parts, structure), positions)
+            yield _create_unchecked(tree_unflatten(parts, structure), positions)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
         """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
@@ -135,21 +135,21 @@ class Episodes:
         def move(leaf: Tensor) -> Tensor:
             return leaf.to(device, dtype if dtype is not None and leaf.is_floating_point() else None)
 
-        return self._mapped(move)
+        return self._map(move)
 
     def contiguous(self) -> Episodes:
         """The same tasks in contiguous memory; what comes channels last stays so, as convolutions and pooling like it."""
-        return self._mapped(settle_layout)
+        return self._map(settle_layout)
 
-    def _mapped(self, function: Callable[[Tensor], Tensor]) -> Episodes:
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
         """The same with a function of every tensor that keeps the parts fitting together."""
-        return _unchecked(
+        return _create_unchecked(
             [function(part) if type(part) is Tensor else tree_map(function, part) for part in self.parts],
             self.positions,
         )
 
 
-def _unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -> Episodes:
+def _create_unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -> Episodes:
     """Episodes of parts that are known to fit together."""
     episodes = object.__new__(Episodes)
     support_x, support_y, query_x, query_y = parts

@@ -61,7 +61,7 @@ def _differentiate_by_steps(
     def at(meta: Tensors, features: tuple[Tensor, ...]) -> TaskContext:
         return replace(context, meta=meta, features=features)
 
-    def features_of(meta: Tensors) -> tuple[Tensor, ...]:
+    def compute_features(meta: Tensors) -> tuple[Tensor, ...]:
         return functions.prepare(meta, task).features
 
     def step_from(
@@ -91,6 +91,6 @@ def _differentiate_by_steps(
     _, pull, *_ = vjp(functions.start, meta)
     gradient = tree_map(torch.add, gradient, pull(adjoint)[0])
     if context.features:
-        _, pull, *_ = vjp(features_of, meta)
+        _, pull, *_ = vjp(compute_features, meta)
         gradient = tree_map(torch.add, gradient, pull(of_features)[0])
     return gradient, objective, logs

@@ -135,7 +135,7 @@ class SplitModel:
         both = torch.cat([support_features, query_features])
         return _call(head, params, self._in_head, both)[examples:]
 
-    def adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
+    def create_adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
         """An ordinary module of the user's own class with these parameters, in evaluation mode.
 
         Args:

@@ -38,7 +38,7 @@ class Stages:
         manager, self.plugins = create_plugin_manager([algorithm, *augmenters])
         self._implementations = {hook: find_implementations(manager, self.plugins, hook) for hook in HOOKS}
         self._drawing = {
-            stage: [each for each in self._implementations["draw_noise"] if each.name in self._plugins_of(*hooks)]
+            stage: [each for each in self._implementations["draw_noise"] if each.name in self._find_plugins(*hooks)]
             for stage, hooks in _NOISE.items()
         }
         for augmenter in self.augmenters:
@@ -47,7 +47,7 @@ class Stages:
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
 
-    def _plugins_of(self, *hooks: str) -> set[str]:
+    def _find_plugins(self, *hooks: str) -> set[str]:
         """The names of the plugins that implement one of these hooks."""
         return {each.name for hook in hooks for each in self._implementations[hook]}
 

@@ -153,7 +153,9 @@ class BatchRunner:
         plain, functions = meta.select_plain(), self._engine.plain
         with torch.no_grad():
             adapted = functions.adapt(functions.prepare(plain, task), steps)
-        return functions.model.adapted_module({**plain, **adapted}, task[0] if functions.support_statistics else None)
+        return functions.model.create_adapted_module(
+            {**plain, **adapted}, task[0] if functions.support_statistics else None
+        )
 
 
 def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:

@@ -36,7 +36,7 @@ def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, i
     if to.suffix != ".pt2":
         raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
     if support is None:
-        module = learner.model.adapted_module(learner.meta_parameters)
+        module = learner.model.create_adapted_module(learner.meta_parameters)
     else:
         examples = _Examples(learner, task, support)
         module = learner.adapt(examples.x, examples.y, inner_steps)

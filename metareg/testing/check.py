@@ -110,14 +110,14 @@ class Check:
 def snapshot(tree: Any) -> Any:
     """A copy that later changes in place do not reach; a module stands for its state."""
 
-    def copied(leaf: Any) -> Any:
+    def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach().clone()
         if isinstance(leaf, nn.Module):
             return {name: value.detach().clone() for name, value in leaf.state_dict().items()}
         return leaf
 
-    return tree_map(copied, tree)
+    return tree_map(copy_leaf, tree)
 
 
 def are_equal(a: Any, b: Any) -> bool:

@@ -13,7 +13,7 @@ __all__ = ["copy_contiguous", "make_contiguous", "match_strides", "settle_layout
 
 def make_contiguous(leaf: Tensor) -> Tensor:
     """A tensor in contiguous memory in its shape's order, dimensions of size 1 included."""
-    strides, _ = _settled_strides(leaf.shape)
+    strides, _ = _compute_strides(leaf.shape)
     if leaf.stride() == strides:
         return leaf
     # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1, and leaves it as it is. By these
@@ -23,7 +23,7 @@ def make_contiguous(leaf: Tensor) -> Tensor:
 
 def settle_layout(leaf: Tensor) -> Tensor:
     """A tensor in contiguous memory: ``[…, C, H, W]`` channels last where it is so already, else in its shape's order."""
-    strides, channels_last = _settled_strides(leaf.shape)
+    strides, channels_last = _compute_strides(leaf.shape)
     if leaf.stride() in (strides, channels_last):
         return leaf
     if leaf.dim() >= 4 and leaf.stride(-3) == 1 and leaf.movedim(-3, -1).is_contiguous():
@@ -32,7 +32,7 @@ def settle_layout(leaf: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=1024)
-def _settled_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _compute_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The strides of a contiguous tensor, and of one that lies channels last where it can."""
     strides = torch.empty(shape, device="meta").stride()
     if len(shape) < 4:

@@ -65,7 +65,7 @@ class TensorFile:
     def __init__(self, path: Path, what: str) -> None:
         self.path = path
         self._what = what
-        with self._reading():
+        with self._translate_errors():
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if not 0 < length <= _LONGEST_HEADER:
@@ -87,7 +87,7 @@ class TensorFile:
         Raises:
             DamagedFileError: the file is not what was written.
         """
-        with self._reading():
+        with self._translate_errors():
             blob = self.path.read_bytes()
             end = self._digest_at + len(_NO_DIGEST)
             digest = hashlib.sha256(blob[: self._digest_at])
@@ -99,7 +99,7 @@ class TensorFile:
             return {name: value.clone() for name, value in load(blob).items()}
 
     @contextmanager
-    def _reading(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError:
