@@ -59,7 +59,8 @@ def train(
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
     from metareg.runs.training import train as carry_out
 
-    plugins = {name: RunConfig.list_flags()[name] for name in PLUGIN_FIELDS}
+    flags = RunConfig.list_flags()
+    plugins = {name: flags[name] for name in PLUGIN_FIELDS}
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})
     of_task = {"ways": ways, "shots": shots, "query": query, "data": None if data is None else str(data)}
     given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metareg.contract.config import PluginConfig
 from metareg.contract.evaluation import Evaluation
+from metareg.contract.splits import TEST
 
 __all__ = ["LearnerView", "RunView"]
 
@@ -29,7 +30,7 @@ class LearnerView(Protocol):
         """A module adapted to one task: support inputs ``[examples, …]`` and targets, without a task dimension."""
 
     def evaluate(
-        self, task_source: Any, tasks: int = 600, *, split: str = "test", inner_steps: Sequence[int] = (0, 1, 5, 10),
+        self, task_source: Any, tasks: int = 600, *, split: str = TEST, inner_steps: Sequence[int] = (0, 1, 5, 10),
         seed: int | None = None,
     ) -> Evaluation:  # fmt: skip
         """The metric over tasks, after each number of inner steps."""

@@ -82,7 +82,7 @@ class BatchRunner:
         strategy = self.strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
 
         def compute_mean(batches: Sequence[Episodes], first: int) -> Gradient:
-            return self._compute_mean_gradient(meta, batches, first, training_step, strategy)
+            return self._compute_mean_gradient(parameters, batches, first, training_step, strategy)
 
         gradient = self.split.gradient(meta, batches, compute_mean)
         if not stages.implements("augment_outer_gradient"):
@@ -93,17 +93,23 @@ class BatchRunner:
         return Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
 
     def _compute_mean_gradient(
-        self, meta: Tensors, batches: Sequence[Episodes], first: int, training_step: int, strategy: Strategy
+        self,
+        parameters: MetaParameters,
+        batches: Sequence[Episodes],
+        first: int,
+        training_step: int,
+        strategy: Strategy,
     ) -> Gradient:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
         functions, config, stages = self._engine.training, self._config, self._engine.training.stages
-        like = next(iter(meta.values()))
-        batches = [batch.to(like.device, like.dtype) for batch in batches]
-        tasks = range(first, first + sum(len(batch) for batch in batches))
-        adapted = {name: meta[name] for name in functions.adapted_names}
-        labels = config.inner_steps, config.seed, training_step
-        noise = [stages.draw_noise("task", adapted, *labels, task) for task in tasks if stages.draws_noise]
-        weights = compute_outer_loss_weights(stages, config.inner_steps, training_step, like)
+        meta, batches = parameters.tensors, [parameters.match(batch) for batch in batches]
+        noise = []
+        if stages.draws_noise:
+            adapted = {name: meta[name] for name in functions.adapted_names}
+            labels = config.inner_steps, config.seed, training_step
+            tasks = range(first, first + sum(len(batch) for batch in batches))
+            noise = [stages.draw_noise("task", adapted, *labels, task) for task in tasks]
+        weights = compute_outer_loss_weights(stages, config.inner_steps, training_step, parameters.like)
         try:
             return self._engine.gradient(meta, batches, noise, strategy, config.chunk, weights)
         except CompileError as error:
@@ -125,7 +131,8 @@ class BatchRunner:
             meta.prepare(stacks[0])  # also where none of the tasks are this process's
             share = select_tasks(stacks, processes.share(len(indices)))
             plain = meta.select_plain()
-            return positions, [self._compute_scores(plain, stack, inner_steps, source.stackable) for stack in share]
+            matched = (meta.match(stack) for stack in share)
+            return positions, [self._compute_scores(plain, stack, inner_steps, source.stackable) for stack in matched]
 
         blocks = [range(start, min(start + _BLOCK, tasks)) for start in range(0, tasks, _BLOCK)]
         shares = processes.gather(lambda: [score_block(indices) for indices in blocks])
@@ -137,8 +144,6 @@ class BatchRunner:
 
     def _compute_scores(self, meta: Tensors, batch: Episodes, inner_steps: tuple[int, ...], stackable: bool) -> Tensor:
         """The metric of a stack ``[tasks, len(inner_steps)]``, on the CPU."""
-        like = next(iter(meta.values()))
-        batch = batch.to(like.device, like.dtype)
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
         return self._engine.scores(meta, batch, inner_steps, strategy, self._config.chunk).cpu()
 

@@ -14,6 +14,7 @@ from metareg.contract.config import split_names, validate
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
+from metareg.contract.splits import TEST
 from metareg.contract.tasks import TaskSpec
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.split_model import SplitModel
@@ -46,7 +47,7 @@ class MetaLearner:
         augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
             ``(name or class, config)``.
         loss: ``"cross_entropy"``, ``"mse"``, or a callable ``loss(outputs, targets) -> scalar``.
-        metric: ``"accuracy"``, ``"mse"`` or a `metareg.contract.losses.Metric`; by default the one that goes with the loss.
+        metric: ``"accuracy"``, ``"mse"`` or a `metareg.Metric`; by default the one that goes with the loss.
         device: where to run; by default where the model is.
         head: the dotted name of the model's head, for a model without `body` and `head`.
         spec: the shapes for a model named by its plugin.
@@ -212,7 +213,7 @@ class MetaLearner:
         task_source: str | type | object,
         tasks: int = 600,
         *,
-        split: str = "test",
+        split: str = TEST,
         inner_steps: Sequence[int] = (0, 1, 5, 10),
         seed: int | None = None,
     ) -> Evaluation:

@@ -16,6 +16,7 @@ import torch
 
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
+from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.engine.engine import Gradient
 from metareg.errors import DivergenceError
 from metareg.learner.config import LearnerConfig, Schedule
@@ -203,9 +204,9 @@ class _Loop:
         """Evaluate, tell the observers, and return whether the score is the best so far."""
         learner = self.learner
         evaluation = learner.evaluate(
-            self.source, self.schedule.eval_tasks, split="validation", inner_steps=(learner.config.inner_steps,)
+            self.source, self.schedule.eval_tasks, split=VALIDATION, inner_steps=(learner.config.inner_steps,)
         )
-        self.hooks.on_evaluation(step=learner.steps_done, split="validation", evaluation=evaluation)
+        self.hooks.on_evaluation(step=learner.steps_done, split=VALIDATION, evaluation=evaluation)
         return self.progress.record(evaluation, learner.steps_done)
 
     def skip_step(self, error: DivergenceError) -> None:
@@ -241,7 +242,7 @@ def _draw_batches(learner: Trainee, source: TaskSource, schedule: Schedule, left
 
     def draw(batch: int, batches: int) -> list[Episodes]:
         try:
-            return source.episodes("train", range(batch * size, (batch + batches) * size), seed)
+            return source.episodes(TRAIN, range(batch * size, (batch + batches) * size), seed)
         except Exception as error:
             learner.abandon_step(error)
 

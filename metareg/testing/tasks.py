@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from metareg.contract.episodes import Episodes
+from metareg.contract.splits import SPLITS
 from metareg.contract.tasks import TaskSpec
 from metareg.learner.learner import MetaLearner
 from metareg.registry.task_source import TaskSource
@@ -19,7 +20,6 @@ from metareg.util.torch_internals import tree_leaves
 
 __all__ = ["check_task_function", "check_task_shapes", "check_task_steps", "check_task_trains"]
 
-SPLITS = ("train", "validation", "test")
 ROUNDING = 1e-8
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metareg.contract.config import NO_PLUGIN
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
 from metareg.learner.batch_runner import compute_outer_loss_weights
@@ -23,7 +24,6 @@ __all__ = [
     "check_model_unchanged", "check_resume", "check_strategies", "combinations",
 ]  # fmt: skip
 
-NO_PLUGIN = "none"
 NOT_APPLICABLE = "not applicable"
 """What stands for a check that a plugin's declarations leave out."""
 
