@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
     from metareg.contract.losses import Metric
     from metareg.contract.tasks import Dataset, Task, TaskSpec
+    from metareg.contract.views import TaskView
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.learner.learner import MetaLearner
     from metareg.learner.processes import join_processes
@@ -40,6 +41,7 @@ _NAMES = {
     "contract.hookspecs": "CONTRACT_VERSION hookimpl hookspec",
     "contract.losses": "Metric",
     "contract.tasks": "Dataset Task TaskSpec",
+    "contract.views": "TaskView",
     "errors": "DivergenceError Interrupted MetaregError PluginError UnknownNameError UsageError",
     "learner.learner": "MetaLearner",
     "learner.processes": "join_processes",
@@ -55,7 +57,7 @@ _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for na
 __all__ = [
     "CONTRACT_VERSION", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted", "MetaLearner",
     "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig", "StepExample", "Task",
-    "TaskSpec", "UnknownNameError", "UsageError", "__version__", "cache_folder", "compare", "data_folder",
+    "TaskSpec", "TaskView", "UnknownNameError", "UsageError", "__version__", "cache_folder", "compare", "data_folder",
     "derive_seed", "download", "hookimpl", "hookspec", "join_processes", "report", "reproduce", "resume",
     "task_uniform", "train",
 ]  # fmt: skip

@@ -16,6 +16,11 @@ recommended        algorithms  options of the run and of its plugins that suit i
                    models
 exact_gradient     algorithms  False where the meta-gradient treats as a constant what is none; True by default
                    augmenters
+transductive       algorithms  whether it reads the query inputs to adapt, which results then say; False by default
+                   augmenters
+training_only      augmenters  False where it stays in evaluation, adaptation and the saved learner; True by default
+targets            algorithms  ``"classes"`` or ``"numbers"`` where it is for these targets alone
+                   augmenters
 affine_in_loss     augmenters  False where a term of the outer loss is no sum of weighted losses; True by default
 example_spec       models      the `TaskSpec` that the kit builds the model for; vectors by default
 example_task       models      a task plugin that the kit runs it on, where its inputs are no plain tensors

@@ -11,7 +11,13 @@ Names and shapes used throughout:
   ``head.weight``); what a plugin adds in `init_meta` is prefixed with the plugin's name in the learner
   (``metasgd.step_size.head.weight``), and the plugin itself sees it without the prefix;
 - inside the stages of one task there is no task dimension: support inputs are ``[examples, …]``, features
-  ``[examples, …]``, a loss is a scalar.
+  ``[examples, …]``, a loss is a scalar;
+- `task` is a `metareg.TaskView`: the data of one task, and its model, losses and gradients as pure functions. The query
+  targets are there in the outer stages alone;
+- `state` is what the algorithm keeps from one inner step to the next: a pytree of floating-point tensors whose structure
+  and shapes do not change. It begins with `start_task` and ends with the task;
+- `start` are the adapted parameters before the first inner step;
+- `noise` is what this plugin's own `draw_noise` returned for this task or this batch; None where it drew nothing.
 """
 
 # The signatures below are read by pluggy and by people; their bodies are their documentation.
@@ -34,7 +40,7 @@ if TYPE_CHECKING:
     from metareg.contract.episodes import Episodes
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.tasks import TaskSpec
-    from metareg.contract.views import LearnerView, RunView
+    from metareg.contract.views import LearnerView, RunView, TaskView
 
 __all__ = ["CONTRACT_VERSION", "HOOKS", "OLDEST_CONTRACT", "Hook", "Reduction", "hookimpl", "hookspec"]
 
@@ -89,7 +95,15 @@ def _hook(part: str, reduction: Reduction, *, full_meta: bool = False) -> Callab
 
 @_hook("parameters", Reduction.EACH)
 def init_meta(
-    model: nn.Module, example: Any, features: Tensor, outputs: Tensor, inner_steps: int, generator: torch.Generator
+    model: nn.Module,
+    example: Any,
+    features: Tensor,
+    outputs: Tensor,
+    adapted: tuple[str, ...],
+    body: tuple[str, ...],
+    head: tuple[str, ...],
+    inner_steps: int,
+    generator: torch.Generator,
 ) -> dict[str, Tensor] | None:
     """Extra meta-parameters of this plugin, learned in the outer loop: step sizes, a co-learner.
 
@@ -98,6 +112,9 @@ def init_meta(
         example: one support set's inputs ``[examples, …]``; only its shapes and types are meaningful.
         features: the body's features of such inputs ``[examples, …]``.
         outputs: the head's outputs ``[examples, …]``.
+        adapted: the names of the parameters that the inner loop adapts.
+        body: those of the feature extractor.
+        head: those of the head.
         inner_steps: adaptation steps in training, for meta-parameters of which each step has its own.
         generator: draws the initial values; seeded by the run's seed and the plugin's name. Default initialisers of
             `torch.nn` are seeded in the same way while this hook runs.
@@ -117,55 +134,122 @@ def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tupl
         head: those of the classifier or regressor on top.
 
     Returns:
-        A subset of `names`. The others enter the inner loop as constants of it and learn in the outer loop only.
+        A subset of `names`, which may be empty. The others enter the inner loop as constants of it and learn in the outer
+        loop only.
     """
 
 
 @_hook("inner", Reduction.FIRST)
-def start_task(params: dict[str, Tensor], meta: dict[str, Tensor]) -> dict[str, Tensor] | None:
+def start_task(
+    params: dict[str, Tensor], meta: dict[str, Tensor], noise: Any, task: TaskView
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], Any] | None:
     """Where adaptation to a task starts; at the meta-parameters themselves where no plugin answers.
 
-    For parameters that every task resets (CAVIA's context) or that are computed. What the result does not depend on gets
-    no gradient through the inner loop.
+    For parameters that every task resets (CAVIA's context), that are computed from the support set (prototypes), and for
+    the state of an inner optimiser. What the result does not depend on gets no gradient through the inner loop.
 
     Args:
         params: the meta-parameters that the inner loop adapts, by name.
         meta: this plugin's own meta-parameters.
 
     Returns:
-        The parameters before the first inner step, with the names and shapes of `params`.
+        The parameters before the first inner step, with the names and shapes of `params`; or a pair of them and `state`.
+    """
+
+
+@_hook("inner", Reduction.FIRST)
+def inner_loss(
+    outputs: Tensor,
+    targets: Tensor,
+    params: dict[str, Tensor],
+    meta: dict[str, Tensor],
+    step: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    noise: Any,
+    task: TaskView,
+) -> Tensor | None:
+    """The loss on the support set that an inner step descends; the task's own loss where no plugin answers.
+
+    For learned losses. It is differentiated with respect to the adapted parameters, and in the outer loop with respect to
+    the meta-parameters; with ``first_order`` it is a constant of the outer loop.
+
+    Args:
+        outputs: the model's outputs for the support set ``[examples, …]``.
+        targets: the support targets ``[examples]`` or ``[examples, outputs]``.
+        params: the adapted parameters by name.
+        meta: this plugin's own meta-parameters.
+        step: 0 for the first inner step.
+        loss: the task's loss, ``loss(outputs, targets) -> scalar``.
+
+    Returns:
+        A scalar.
+    """
+
+
+@_hook("inner", Reduction.FIRST)
+def inner_gradient(
+    params: dict[str, Tensor], meta: dict[str, Tensor], step: int, state: Any, noise: Any, task: TaskView
+) -> dict[str, Tensor] | None:
+    """The gradient of one inner step, before the augmenters; that of the inner loss where no plugin answers.
+
+    For gradients taken elsewhere than at `params`, of more than the support set, or of none at all.
+
+    Args:
+        params: the adapted parameters by name.
+        meta: this plugin's own meta-parameters.
+        step: 0 for the first inner step.
+
+    Returns:
+        Gradients with the names and shapes of `params`.
     """
 
 
 @_hook("inner", Reduction.FIRST)
 def inner_update(
-    params: dict[str, Tensor], grads: dict[str, Tensor], meta: dict[str, Tensor], step: int
-) -> dict[str, Tensor] | None:
+    params: dict[str, Tensor],
+    grads: dict[str, Tensor],
+    meta: dict[str, Tensor],
+    step: int,
+    state: Any,
+    start: dict[str, Tensor],
+    noise: Any,
+    task: TaskView,
+) -> dict[str, Tensor] | tuple[dict[str, Tensor], Any] | None:
     """One adaptation step.
 
     Args:
         params: the adapted parameters by name.
-        grads: the gradient of the support loss for each of them, after every augmenter.
+        grads: the gradient of the inner loss for each of them, after every augmenter.
         meta: this plugin's own meta-parameters.
         step: 0 for the first inner step; evaluation may take more steps than training did.
 
     Returns:
-        The new parameters, with the names and shapes of `params`.
+        The new parameters, with the names and shapes of `params`; or a pair of them and the new `state`.
     """
 
 
 @_hook("augmentation", Reduction.EACH)
-def draw_noise(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int, stage: str) -> Any:
-    """Random draws, made outside the pure step and handed to this plugin's other hooks as `noise`.
+def draw_noise(
+    shapes: dict[str, tuple[int, ...]],
+    generator: torch.Generator,
+    inner_steps: int,
+    stage: str,
+    training_step: int | None,
+) -> Any:
+    """Random draws and schedules, made outside the pure step and handed to this plugin's other hooks as `noise`.
 
-    Called once per task with ``stage="task"`` where the plugin implements `augment_inner_gradient` or
-    `augment_outer_loss`, and once per meta-batch with ``stage="batch"`` where it implements `augment_outer_gradient`.
+    Called once per task where the plugin names `noise` in a stage of a task, with ``stage="task"`` in training and
+    ``stage="adapt"`` in evaluation and adaptation (algorithms, and augmenters that stay); and once per meta-batch with
+    ``stage="batch"`` where it names `noise` in `combine_tasks` or `augment_outer_gradient`.
 
     Args:
-        shapes: the shapes of the adapted parameters (``"task"``) or of all meta-parameters (``"batch"``).
-        generator: seeded by the run's seed, the training step, the task and the plugin.
+        shapes: the shapes of the adapted parameters (``"task"``, ``"adapt"``) or of all meta-parameters (``"batch"``).
+        generator: seeded by the run's seed, the plugin, and the training step and the task, or in evaluation the split and
+            the task.
         inner_steps: how many inner steps the task takes.
-        stage: ``"task"`` or ``"batch"``.
+        stage: ``"task"``, ``"adapt"`` or ``"batch"``.
+        training_step: how many training steps have been done; None outside training. Whatever follows a schedule is
+            returned as a tensor, or it would be frozen into a traced graph.
 
     Returns:
         A pytree of tensors, of the same structure and shapes for every task.
@@ -173,12 +257,49 @@ def draw_noise(shapes: dict[str, tuple[int, ...]], generator: torch.Generator, i
 
 
 @_hook("augmentation", Reduction.CHAIN)
-def augment_inner_gradient(
-    grads: dict[str, Tensor], params: dict[str, Tensor], meta: dict[str, Tensor], noise: Any, step: int
-) -> dict[str, Tensor]:
-    """Change the gradient of one inner step in training.
+def augment_episodes(episodes: Episodes, generator: torch.Generator, training_step: int) -> Episodes:
+    """Change the tasks of a training batch before the step: mixtures of examples or of tasks, mini-batches.
 
-    Args and shapes are those of `inner_update`; `noise` is what `draw_noise` returned for this task.
+    Called in training only, once for each stack of tasks of equal sizes, outside the pure step.
+
+    Args:
+        episodes: the tasks ``[tasks, examples, …]``.
+        generator: seeded by the run's seed, the training step, the stack and the plugin.
+        training_step: how many training steps have been done.
+
+    Returns:
+        As many tasks, in the same order.
+    """
+
+
+@_hook("augmentation", Reduction.SUM)
+def augment_inner_loss(
+    outputs: Tensor,
+    targets: Tensor,
+    params: dict[str, Tensor],
+    meta: dict[str, Tensor],
+    step: int,
+    loss: Callable[[Tensor, Tensor], Tensor],
+    noise: Any,
+    task: TaskView,
+) -> Tensor:
+    """A term that is added to the loss of each inner step; arguments as those of `inner_loss`.
+
+    Returns:
+        A scalar.
+    """
+
+
+@_hook("augmentation", Reduction.CHAIN)
+def augment_inner_gradient(
+    grads: dict[str, Tensor],
+    params: dict[str, Tensor],
+    meta: dict[str, Tensor],
+    noise: Any,
+    step: int,
+    task: TaskView,
+) -> dict[str, Tensor]:
+    """Change the gradient of one inner step; arguments as those of `inner_update`.
 
     Returns:
         Gradients with the names and shapes of `grads`.
@@ -190,10 +311,12 @@ def augment_outer_loss(
     features: Tensor,
     outputs: Tensor,
     targets: Tensor,
+    adapted: dict[str, Tensor],
     meta: dict[str, Tensor],
     loss: Callable[[Tensor, Tensor], Tensor],
     metric: Callable[[Tensor, Tensor], Tensor],
     noise: Any,
+    task: TaskView,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     """A term that is added to the query loss of one task in training.
 
@@ -201,10 +324,10 @@ def augment_outer_loss(
         features: the adapted body's features of the query set ``[query, …]``.
         outputs: the adapted head's outputs ``[query, …]``.
         targets: the query targets ``[query]`` or ``[query, outputs]``.
+        adapted: the adapted parameters after the last inner step.
         meta: this plugin's own meta-parameters.
         loss: the task's loss, ``loss(outputs, targets) -> scalar``.
         metric: the task's metric, ``metric(outputs, targets) -> scalar``.
-        noise: what `draw_noise` returned for this task.
 
     Returns:
         A scalar; or a scalar and a dict of scalars to be logged beside the training loss.
@@ -212,13 +335,20 @@ def augment_outer_loss(
 
 
 @_hook("augmentation", Reduction.CHAIN)
-def augment_outer_gradient(grads: dict[str, Tensor], meta: dict[str, Tensor], noise: Any) -> dict[str, Tensor]:
-    """Change the meta-gradient, once per meta-batch after the mean over tasks.
+def augment_outer_gradient(
+    grads: dict[str, Tensor],
+    meta: dict[str, Tensor],
+    noise: Any,
+    every: dict[str, Tensor],
+    gradient_at: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+) -> dict[str, Tensor]:
+    """Change the meta-gradient, once per meta-batch after the tasks are combined.
 
     Args:
         grads: the meta-gradient of every meta-parameter, by its full name.
         meta: this plugin's own meta-parameters.
-        noise: what `draw_noise` returned for this batch.
+        every: every meta-parameter by its full name.
+        gradient_at: the meta-gradient of this batch, with the same draws, at other values of `every`.
 
     Returns:
         Gradients with the names and shapes of `grads`.
@@ -242,9 +372,41 @@ def outer_loss_weights(inner_steps: int, training_step: int) -> Sequence[float] 
     """
 
 
+@_hook("outer", Reduction.FIRST)
+def outer_objective(
+    meta: dict[str, Tensor],
+    adapted: dict[str, Tensor],
+    start: dict[str, Tensor],
+    state: Any,
+    inner_steps: int,
+    noise: Any,
+    task: TaskView,
+) -> Tensor | None:
+    """What the outer loop differentiates, exactly, in the place of the query loss of one task.
+
+    Terms of `augment_outer_loss` are added to it. Beside a plugin that implements it, `outer_loss_weights` has no effect.
+
+    Args:
+        meta: this plugin's own meta-parameters.
+        adapted: the parameters that the inner loop adapted, after its last step.
+        inner_steps: how many steps it took.
+
+    Returns:
+        A scalar.
+    """
+
+
 @_hook("outer", Reduction.FIRST, full_meta=True)
-def outer_gradient(meta: dict[str, Tensor], adapted: dict[str, Tensor], inner_steps: int) -> dict[str, Tensor] | None:
-    """The meta-gradient of one task, for algorithms that are no derivative of a query loss (Reptile).
+def outer_gradient(
+    meta: dict[str, Tensor],
+    adapted: dict[str, Tensor],
+    start: dict[str, Tensor],
+    state: Any,
+    inner_steps: int,
+    noise: Any,
+    task: TaskView,
+) -> dict[str, Tensor] | None:
+    """The meta-gradient of one task, for algorithms that are no derivative of an objective (Reptile, iMAML).
 
     Args:
         meta: every meta-parameter by its full name.
@@ -254,6 +416,22 @@ def outer_gradient(meta: dict[str, Tensor], adapted: dict[str, Tensor], inner_st
     Returns:
         Gradients by full name; a parameter left out gets zero. Terms of `augment_outer_loss` are differentiated as
         always and added to it.
+    """
+
+
+@_hook("outer", Reduction.FIRST)
+def combine_tasks(
+    grads: dict[str, Tensor], losses: Tensor, meta: dict[str, Tensor], noise: Any
+) -> dict[str, Tensor] | None:
+    """The meta-gradient of a batch from those of its tasks; their mean where no plugin answers.
+
+    Args:
+        grads: the meta-gradients by full name ``[tasks, …]``, in the order of the tasks.
+        losses: the objective of each task ``[tasks]``.
+        meta: this plugin's own meta-parameters.
+
+    Returns:
+        Gradients with the names of `grads`, without the task dimension.
     """
 
 

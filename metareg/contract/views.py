@@ -1,4 +1,4 @@
-"""What observers and pictures see of a learner and of a run, whose classes stand on higher floors."""
+"""What hooks see of a task, a learner and a run, whose classes stand on higher floors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,92 @@ from metareg.contract.config import PluginConfig
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.splits import TEST
 
-__all__ = ["LearnerView", "RunView"]
+__all__ = ["LearnerView", "RunView", "TaskView"]
+
+Tensors = dict[str, Tensor]
+
+
+class TaskView(Protocol):
+    """One task as pure functions, without a task dimension; what the stages of a task get as `task`.
+
+    Where a method takes `params`, it takes values of any model parameters by name; the meta-parameters stand for those that
+    are left out.
+    """
+
+    @property
+    def support_x(self) -> Any:
+        """Support inputs ``[examples, …]``."""
+
+    @property
+    def support_y(self) -> Tensor:
+        """Support targets ``[examples]`` or ``[examples, outputs]``."""
+
+    @property
+    def query_x(self) -> Any:
+        """Query inputs ``[query, …]``; None where there are none (`MetaLearner.adapt`).
+
+        Raises:
+            PluginError: asked for in an inner stage, and no plugin of the run declares ``transductive = True``.
+        """
+
+    @property
+    def query_y(self) -> Tensor:
+        """Query targets, in the outer stages.
+
+        Raises:
+            PluginError: asked for in an inner stage.
+        """
+
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        """The names of the feature extractor's parameters."""
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        """The names of the head's parameters."""
+
+    def body(self, params: Tensors, x: Any) -> Tensor:
+        """Features of inputs."""
+
+    def head(self, params: Tensors, features: Tensor) -> Tensor:
+        """The outputs for features."""
+
+    def outputs(self, params: Tensors, x: Any) -> Tensor:
+        """The model's outputs for inputs."""
+
+    def support_features(self, params: Tensors) -> Tensor:
+        """Features of the support inputs; computed once where only the head adapts."""
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The task's loss, a scalar."""
+
+    def support_loss(self, params: Tensors) -> Tensor:
+        """The task's loss on the support set, a scalar."""
+
+    def gradient(self, params: Tensors) -> Tensors:
+        """The gradient for each of `params` of the loss that the inner step descends, learned parts and terms included.
+
+        A constant of the outer loop where ``first_order`` is set.
+        """
+
+    def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
+        """The Hessian of the inner loss at `params` times a vector."""
+
+    def query_loss(self, params: Tensors) -> Tensor:
+        """The task's loss on the query set, in the outer stages."""
+
+    def query_gradient(self, params: Tensors) -> Tensors:
+        """The gradient of `query_loss` for each of `params`, in the outer stages."""
+
+    def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
+        """Parameters and state after more inner steps, without augmenters of training; in the outer stages.
+
+        Args:
+            params: the adapted parameters before them.
+            state: the state before them.
+            first: the number of the first of them.
+            steps: how many.
+        """
 
 
 class LearnerView(Protocol):
