@@ -57,11 +57,22 @@ class TaskView(Protocol):
     def head_names(self) -> tuple[str, ...]:
         """The names of the head's parameters."""
 
+    @property
+    def output_layer(self) -> tuple[str, str | None]:
+        """The names of the weight ``[outputs, inputs]`` and the bias ``[outputs]`` of the head's last layer.
+
+        Raises:
+            UsageError: the head does not end in an `nn.Linear`.
+        """
+
     def body(self, params: Tensors, x: Any) -> Tensor:
         """Features of inputs."""
 
     def head(self, params: Tensors, features: Tensor) -> Tensor:
         """The outputs for features."""
+
+    def embed(self, params: Tensors, features: Tensor) -> Tensor:
+        """What the head's last layer takes ``[examples, inputs]``, of the body's features."""
 
     def outputs(self, params: Tensors, x: Any) -> Tensor:
         """The model's outputs for inputs."""
@@ -111,7 +122,7 @@ class LearnerView(Protocol):
     meta_parameters: dict[str, Tensor]
     """Every meta-parameter by name."""
 
-    def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
+    def adapt(self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None) -> nn.Module:
         """A module adapted to one task: support inputs ``[examples, …]`` and targets, without a task dimension."""
 
     def evaluate(

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.func import grad_and_value, vjp
 
-from metareg.engine.objective import Task, TaskContext, TaskFunctions, Tensors
+from metareg.engine.context import Adaptation, Task, TaskContext, Tensors
+from metareg.engine.objective import TaskFunctions
 from metareg.util.torch_internals import tree_map
 
 __all__ = ["compute_meta_gradient"]
@@ -28,20 +29,22 @@ def compute_meta_gradient(
     if not stages.implements("outer_gradient"):
         return _differentiate(functions, meta, task, noise, weights)
     context = functions.prepare(meta, task, noise)
-    adapted = functions.adapt(context, steps)
-    gradient = stages.outer_gradient(meta, adapted, steps)
+    adaptation = functions.adapt(context, steps)
+    adapted, state, start = adaptation
+    view = functions.view_outer(adaptation, context)
+    gradient = stages.outer_gradient(meta, adapted, start, state, steps, context.noise, view)
     if stages.implements("augment_outer_loss"):
         of_terms, terms, logs = _differentiate(functions, meta, task, noise, None)
         gradient = {name: gradient[name] + of_terms[name] for name in meta}
     else:
-        terms, logs = functions.outer_loss(adapted, context)
+        terms, logs = functions.outer_loss(adaptation, context)
     return gradient, logs["query_loss"] + terms, logs
 
 
 def _differentiate(
     functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
 ) -> Derivative:
-    if functions.options.memory == "recompute":
+    if functions.options.memory == "recompute" and functions.adapted_names:
         return _differentiate_by_steps(functions, meta, task, noise, weights)
     gradient, (objective, logs) = grad_and_value(functions.objective, has_aux=True)(meta, task, noise, weights)
     return gradient, objective, logs
@@ -64,16 +67,19 @@ def _differentiate_by_steps(
     def compute_features(meta: Tensors) -> tuple[Tensor, ...]:
         return functions.prepare(meta, task).features
 
+    def start_from(meta: Tensors, features: tuple[Tensor, ...]) -> Adaptation:
+        return functions.start(at(meta, features))
+
     def step_from(
-        meta: Tensors, adapted: Tensors, features: tuple[Tensor, ...], step: int
-    ) -> tuple[Tensors, tuple[Tensor, ...]]:
-        earlier = functions.earlier_losses(adapted, at(meta, features), step)
-        return functions.inner_step(adapted, at(meta, features), step), earlier
+        meta: Tensors, adaptation: Adaptation, features: tuple[Tensor, ...], step: int
+    ) -> tuple[Adaptation, tuple[Tensor, ...]]:
+        earlier = functions.earlier_losses(adaptation.params, at(meta, features), step)
+        return functions.inner_step(adaptation, at(meta, features), step), earlier
 
-    def outer_loss(meta: Tensors, adapted: Tensors, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensors]:
-        return functions.outer_loss(adapted, at(meta, features))
+    def outer_loss(meta: Tensors, adaptation: Adaptation, features: tuple[Tensor, ...]) -> tuple[Tensor, Tensors]:
+        return functions.outer_loss(adaptation, at(meta, features))
 
-    trajectory = [functions.start(meta)]
+    trajectory = [functions.start(context)]
     for step in steps:
         trajectory.append(functions.inner_step(trajectory[-1], context, step))
 
@@ -88,9 +94,11 @@ def _differentiate_by_steps(
         objective = sum(earlier, objective)
         gradient = tree_map(torch.add, gradient, of_meta)
         of_features = tree_map(torch.add, of_features, of_step_features)
-    _, pull, *_ = vjp(functions.start, meta)
-    gradient = tree_map(torch.add, gradient, pull(adjoint)[0])
+    _, pull, *_ = vjp(start_from, meta, context.features)
+    of_meta, of_start_features = pull(adjoint)
+    gradient = tree_map(torch.add, gradient, of_meta)
     if context.features:
+        of_features = tree_map(torch.add, of_features, of_start_features)
         _, pull, *_ = vjp(compute_features, meta)
         gradient = tree_map(torch.add, gradient, pull(of_features)[0])
     return gradient, objective, logs

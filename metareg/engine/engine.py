@@ -17,8 +17,9 @@ from torch.func import vmap
 
 from metareg.contract.episodes import Episodes, stack_trees
 from metareg.contract.losses import Loss, Metric
+from metareg.engine.context import Task, TaskOptions, Tensors
 from metareg.engine.derivative import compute_meta_gradient
-from metareg.engine.objective import Task, TaskFunctions, TaskOptions, Tensors
+from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
@@ -44,10 +45,10 @@ class Engine:
     """Runs the functions of one task over batches of tasks; arguments as those of `TaskFunctions`."""
 
     def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
-        self.training = TaskFunctions(model, stages, loss, metric, options)
-        """With every stage."""
         self.plain = TaskFunctions(model, stages.without_augmenters(), loss, metric, options)
         """Without augmenters, for evaluation and adaptation."""
+        self.training = TaskFunctions(model, stages, loss, metric, options, self.plain)
+        """With every stage."""
         self._programs: dict[Any, Program] = {}
         self._log_names: tuple[str, ...] = ()
 

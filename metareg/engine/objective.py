@@ -4,74 +4,140 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.func import grad
 
 from metareg.contract.losses import Loss, Metric
+from metareg.engine.context import Adaptation, Task, TaskContext, TaskOptions, Tensors
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
-from metareg.errors import UsageError
+from metareg.errors import PluginError, UsageError
 from metareg.util.torch_internals import tree_map
 
-__all__ = ["Task", "TaskContext", "TaskFunctions", "TaskOptions", "Tensors"]
-
-Tensors = dict[str, Tensor]
-Task = tuple[Any, Tensor, Any, Tensor]
-"""Support inputs and targets, query inputs and targets."""
-
-
-class TaskOptions(Protocol):
-    """The options of a learner that decide what happens in one task; `first_order` as in Finn et al. (2017), §5.2."""
-
-    @property
-    def inner_steps(self) -> int: ...
-
-    @property
-    def first_order(self) -> bool: ...
-
-    @property
-    def memory(self) -> Literal["store", "recompute"]: ...
-
-    @property
-    def bn_statistics(self) -> Literal["transductive", "support"]: ...
-
-    @property
-    def precision(self) -> Literal["full", "bf16"]: ...
+__all__ = ["TaskFunctions"]
 
 
 @dataclass(frozen=True)
-class TaskContext:
-    """One task at some values of the meta-parameters: all that the inner steps and the outer loss need."""
+class _TaskView:
+    """A task at one inner step, or in the outer stages; `metareg.TaskView` says what its members are."""
 
-    meta: Tensors
-    """Every meta-parameter by name."""
-    support_x: Any
-    """Inputs ``[examples, …]`` in the precision that the model runs in."""
-    support_y: Tensor
-    query_x: Any
-    query_y: Tensor
-    noise: Mapping[str, Any]
-    """What each augmenter drew for the task."""
-    weights: Tensor | None
-    """Of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone."""
-    features: tuple[Tensor, ...] = ()
-    """Of the support set, and of the query set where they are known, if only the head adapts; they depend on `meta`."""
+    functions: TaskFunctions
+    context: TaskContext
+    step: int
+    start: Tensors | None = None
+    """None in the inner stages."""
 
-    def detach(self) -> TaskContext:
-        """The same values as constants."""
-        meta, features = tree_map(Tensor.detach, (self.meta, self.features))
-        return replace(self, meta=meta, features=features)
+    @property
+    def support_x(self) -> Any:
+        return self.context.support_x
+
+    @property
+    def support_y(self) -> Tensor:
+        return self.context.support_y
+
+    @property
+    def query_x(self) -> Any:
+        if self.start is None and not self.functions.stages.transductive:
+            raise PluginError(
+                "The query inputs are there in an inner stage only where the plugin's class declares transductive = True."
+            )
+        return self.context.query_x
+
+    @property
+    def query_y(self) -> Tensor:
+        self._refuse_inner("query_y")
+        return self.context.query_y
+
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        return self.functions.model.body_names
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return self.functions.model.head_names
+
+    @property
+    def output_layer(self) -> tuple[str, str | None]:
+        return self.functions.model.output_layer
+
+    def body(self, params: Tensors, x: Any) -> Tensor:
+        lower = self.functions.lower
+        return self.functions.model.body(self._complete(params), lower(x))
+
+    def head(self, params: Tensors, features: Tensor) -> Tensor:
+        return self.functions.restore(self.functions.model.head(self._complete(params), features), self.context)
+
+    def embed(self, params: Tensors, features: Tensor) -> Tensor:
+        return self.functions.model.embed(self._complete(params), features)
+
+    def outputs(self, params: Tensors, x: Any) -> Tensor:
+        return self.head(params, self.body(params, x))
+
+    def support_features(self, params: Tensors) -> Tensor:
+        return self.context.features[0] if self.context.features else self.body(params, self.context.support_x)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.functions.loss(outputs, targets)
+
+    def support_loss(self, params: Tensors) -> Tensor:
+        return self.loss(self.head(params, self.support_features(params)), self.context.support_y)
+
+    def gradient(self, params: Tensors) -> Tensors:
+        return self.functions.inner_gradient(params, self.context, self.step)
+
+    def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
+        def multiply(params: Tensors) -> Tensor:
+            grads = grad(self.functions.inner_loss)(params, self.context, self.step)
+            return torch.stack([(grads[name] * vector[name]).sum() for name in params]).sum()
+
+        return grad(multiply)(params)
+
+    def query_loss(self, params: Tensors) -> Tensor:
+        self._refuse_inner("query_loss")
+        _, outputs = self.functions.predict(params, self.context)
+        return self.loss(outputs, self.context.query_y)
+
+    def query_gradient(self, params: Tensors) -> Tensors:
+        self._refuse_inner("query_gradient")
+        return grad(self.query_loss)(params)
+
+    def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
+        self._refuse_inner("adapt")
+        adaptation = Adaptation(params, state, self.start or {})
+        for step in range(first, first + steps):
+            adaptation = self.functions.plain.inner_step(adaptation, self.context, step)
+        return adaptation.params, adaptation.state
+
+    def _complete(self, params: Tensors) -> Tensors:
+        """Every parameter in the precision that the model runs in."""
+        return self.functions.lower({**self.context.meta, **params})
+
+    def _refuse_inner(self, name: str) -> None:
+        if self.start is None:
+            raise PluginError(
+                f"task.{name} is there in the outer stages alone: no inner step may see the query targets."
+            )
 
 
 class TaskFunctions:
     """What happens in one task, as pure functions; there is no task dimension here."""
 
-    def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
+    def __init__(
+        self,
+        model: SplitModel,
+        stages: Stages,
+        loss: Loss,
+        metric: Metric,
+        options: TaskOptions,
+        plain: TaskFunctions | None = None,
+    ) -> None:
         self.model = model
         self.stages = stages
+        self.plain = plain or self
+        """The same without what is there in training only."""
         self.loss = loss
         self.metric = metric
         self.options = options
@@ -81,52 +147,68 @@ class TaskFunctions:
         """Whether only the head adapts, so that the body's features are computed once per support set."""
         self.support_statistics = options.bn_statistics == "support" and bool(model.batch_norms)
         """Whether query predictions use the support set's statistics."""
+        self._keeps_start = stages.find_asking("start") is not None
 
     def prepare(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any] | None = None, weights: Tensor | None = None
     ) -> TaskContext:
         """What does not change from one inner step to the next; `TaskContext` says what the arguments are."""
-        support_x, query_x = self._lower(task[0]), self._lower(task[2])
+        support_x, query_x = self.lower(task[0]), None if task[2] is None else self.lower(task[2])
         features: tuple[Tensor, ...] = ()
         if self.head_only and self.support_statistics:
-            features = self.model.body_of_query(self._lower(meta), support_x, query_x)
+            features = self.model.body_of_query(self.lower(meta), support_x, query_x)
         elif self.head_only:
-            features = (self.model.body(self._lower(meta), support_x),)
+            features = (self.model.body(self.lower(meta), support_x),)
         return TaskContext(meta, support_x, task[1], query_x, task[3], noise or {}, weights, features)
 
-    def start(self, meta: Tensors) -> Tensors:
-        """The adapted parameters before the first step."""
-        return self.stages.start_task({name: meta[name] for name in self.adapted_names}, meta)
+    def start(self, context: TaskContext) -> Adaptation:
+        """The adaptation before the first step."""
+        params = {name: context.meta[name] for name in self.adapted_names}
+        params, state = self.stages.start_task(params, context.meta, context.noise, _TaskView(self, context, 0))
+        return Adaptation(params, state, params if self._keeps_start else {})
 
-    def support_loss(self, adapted: Tensors, context: TaskContext) -> Tensor:
-        """The loss on the support set."""
-        params = self._lower({**context.meta, **adapted})
+    def inner_loss(self, params: Tensors, context: TaskContext, step: int) -> Tensor:
+        """What an inner step descends, on the support set."""
+        full = self.lower({**context.meta, **params})
         if context.features:
-            outputs = self.model.head(params, context.features[0])
+            outputs = self.model.head(full, context.features[0])
         else:
-            _, outputs = self.model.forward(params, context.support_x)
-        return self.loss(self._restore(outputs, context), context.support_y)
+            _, outputs = self.model.forward(full, context.support_x)
+        outputs, targets = self.restore(outputs, context), context.support_y
+        if not self.stages.changes_inner_loss:
+            return self.loss(outputs, targets)
+        view = _TaskView(self, context, step)
+        return self.stages.inner_loss(outputs, targets, params, context.meta, step, self.loss, context.noise, view)
 
-    def inner_step(self, adapted: Tensors, context: TaskContext, step: int) -> Tensors:
-        """The parameters after one more adaptation step."""
+    def inner_gradient(self, params: Tensors, context: TaskContext, step: int) -> Tensors:
+        """The gradient of `inner_loss`, as a constant where the outer loop is of first order."""
+        if not params:
+            return {}
         if self.options.first_order:
-            gradient = grad(self.support_loss)(_detach(adapted), context.detach())
-            gradient = _detach(gradient)
-        else:
-            gradient = grad(self.support_loss)(adapted, context)
-        gradient = self.stages.augment_inner_gradient(gradient, adapted, context.meta, context.noise, step)
-        return self.stages.inner_update(adapted, gradient, context.meta, step)
+            return _detach(grad(self.inner_loss)(_detach(params), context.detach(), step))
+        return grad(self.inner_loss)(params, context, step)
 
-    def adapt(self, context: TaskContext, steps: int) -> Tensors:
-        """The parameters after `steps` adaptation steps."""
-        adapted = self.start(context.meta)
+    def inner_step(self, adaptation: Adaptation, context: TaskContext, step: int) -> Adaptation:
+        """The adaptation after one more step."""
+        params, state, start = adaptation
+        given = params, context.meta, step, state, context.noise, _TaskView(self, context, step)
+        grads = self.stages.inner_gradient(*given) if self.stages.implements("inner_gradient") else None
+        if grads is None:
+            grads = self.inner_gradient(params, context, step)
+        grads = self.stages.augment_inner_gradient(grads, params, context.meta, context.noise, step, given[-1])
+        params, state = self.stages.inner_update(grads, start, *given)
+        return Adaptation(params, state, start)
+
+    def adapt(self, context: TaskContext, steps: int) -> Adaptation:
+        """The adaptation after `steps` steps."""
+        adaptation = self.start(context)
         for step in range(steps):
-            adapted = self.inner_step(adapted, context, step)
-        return adapted
+            adaptation = self.inner_step(adaptation, context, step)
+        return adaptation
 
     def predict(self, adapted: Tensors, context: TaskContext) -> tuple[Tensor, Tensor]:
         """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
-        params = self._lower({**context.meta, **adapted})
+        params = self.lower({**context.meta, **adapted})
         if self.support_statistics:
             features = context.features or self.model.body_of_query(params, context.support_x, context.query_x)
             query_features, outputs = features[1], self.model.head_of_query(params, *features)
@@ -134,11 +216,17 @@ class TaskFunctions:
             query_features, outputs = context.features[1], self.model.head(params, context.features[1])
         else:
             query_features, outputs = self.model.forward(params, context.query_x)
-        return query_features, self._restore(outputs, context)
+        return query_features, self.restore(outputs, context)
 
-    def outer_loss(self, adapted: Tensors, context: TaskContext) -> tuple[Tensor, Tensors]:
-        """The part of the outer objective that adapted parameters decide, and what is logged of it."""
+    def view_outer(self, adaptation: Adaptation, context: TaskContext) -> _TaskView:
+        """The task as the outer stages see it."""
+        return _TaskView(self, context, self.options.inner_steps, adaptation.start)
+
+    def outer_loss(self, adaptation: Adaptation, context: TaskContext) -> tuple[Tensor, Tensors]:
+        """The part of the outer objective that the last inner step decides, and what is logged of it."""
+        adapted, state, start = adaptation
         features, outputs = self.predict(adapted, context)
+        view = self.view_outer(adaptation, context)
         targets, weights = context.query_y, context.weights
         query_loss = self.loss(outputs, targets)
         if query_loss.dim() != 0:
@@ -147,17 +235,23 @@ class TaskFunctions:
                 f"{tuple(query_loss.shape)}."
             )
         terms, extra_logs = self.stages.augment_outer_loss(
-            self._lower(context.meta),
+            self.lower(context.meta),
             context.noise,
             features=features,
             outputs=outputs,
             targets=targets,
-            loss=lambda outputs, targets: self.loss(self._restore(outputs, context), targets),
-            metric=lambda outputs, targets: self.metric(self._restore(outputs, context), targets),
+            adapted=adapted,
+            loss=lambda outputs, targets: self.loss(self.restore(outputs, context), targets),
+            metric=lambda outputs, targets: self.metric(self.restore(outputs, context), targets),
+            task=view,
         )
+        objective = query_loss if weights is None else weights[-1] * query_loss
+        if self.stages.implements("outer_objective"):
+            steps, noise = self.options.inner_steps, context.noise
+            own = self.stages.outer_objective(context.meta, adapted, start, state, steps, noise, view)
+            objective = objective if own is None else own
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
-        weighted = query_loss if weights is None else weights[-1] * query_loss
-        total = terms if self.stages.implements("outer_gradient") else weighted + terms
+        total = terms if self.stages.implements("outer_gradient") else objective + terms
         reported = query_loss.detach()
         same = self.metric.function is self.loss
         logs = {"query_loss": reported, self.metric.name: reported if same else self.metric(outputs.detach(), targets)}
@@ -175,37 +269,37 @@ class TaskFunctions:
     ) -> tuple[Tensor, Tensors]:
         """The outer objective of one task, and what is logged of it; arguments as in `prepare`."""
         context = self.prepare(meta, task, noise, weights)
-        adapted = self.start(meta)
+        adaptation = self.start(context)
         earlier: tuple[Tensor, ...] = ()
         for step in range(self.options.inner_steps):
-            earlier += self.earlier_losses(adapted, context, step)
-            adapted = self.inner_step(adapted, context, step)
-        last, logs = self.outer_loss(adapted, context)
+            earlier += self.earlier_losses(adaptation.params, context, step)
+            adaptation = self.inner_step(adaptation, context, step)
+        last, logs = self.outer_loss(adaptation, context)
         return sum(earlier, last), logs
 
     def scores(self, meta: Tensors, task: Task, inner_steps: Sequence[int]) -> Tensor:
         """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
         context = self.prepare(meta, task)
         if len(context.features) == 1:  # those of the query set too: once, not after each number of steps
-            query_features = self.model.body(self._lower(meta), context.query_x)
+            query_features = self.model.body(self.lower(meta), context.query_x)
             context = replace(context, features=(*context.features, query_features))
-        adapted = self.start(meta)
+        adaptation = self.start(context)
         scores = []
         for step in range(inner_steps[-1] + 1):
             if step in inner_steps:
-                _, outputs = self.predict(adapted, context)
+                _, outputs = self.predict(adaptation.params, context)
                 scores.append(self.metric(outputs, context.query_y))
             if step < inner_steps[-1]:
-                adapted = self.inner_step(adapted, context, step)
+                adaptation = self.inner_step(adaptation, context, step)
         return torch.stack(scores)
 
-    def _lower(self, tree: Any) -> Any:
+    def lower(self, tree: Any) -> Any:
         """Parameters or inputs in the precision that the model runs in."""
         if self.options.precision == "full":
             return tree
         return tree_map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, tree)
 
-    def _restore(self, outputs: Tensor, context: TaskContext) -> Tensor:
+    def restore(self, outputs: Tensor, context: TaskContext) -> Tensor:
         """Outputs in the precision of the meta-parameters, in which losses and metrics are computed."""
         return outputs if self.options.precision == "full" else outputs.to(next(iter(context.meta.values())).dtype)
 

@@ -62,6 +62,9 @@ class SplitModel:
         self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
         if self.batch_norms:
             self._body, self._head = (_replace(part, BATCH_NORM, _cheapen) for part in (self._body, self._head))
+        self._last_linear = _find_last_linear(self._head) if self.head_prefix is not None else None
+        self._neck = nn.Identity() if not self._last_linear else _remove(self._head, self._last_linear)
+        """The head without its last layer."""
         self._support_norms: dict[int, tuple[nn.Module, nn.Module]] = {}
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
@@ -114,6 +117,31 @@ class SplitModel:
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
         return _call(self._head, params, self._in_head, features)
+
+    def embed(self, params: Params, features: Tensor) -> Tensor:
+        """What the head's last layer takes ``[examples, …]``, of features ``[examples, …]``."""
+        places = {place: first for place, first in self._in_head.items() if not self._is_in_last_linear(place)}
+        return _call(self._neck, params, places, features)
+
+    @property
+    def output_layer(self) -> tuple[str, str | None]:
+        """The names of the weight ``[outputs, inputs]`` and the bias ``[outputs]`` of the head's last layer.
+
+        Raises:
+            UsageError: the head does not end in an `nn.Linear`.
+        """
+        if self._last_linear is None:
+            raise UsageError(
+                f"The head of {type(self.module).__name__} must be an nn.Linear, or an nn.Sequential that ends in one, for "
+                "an algorithm that computes its last layer."
+            )
+        names = {
+            place.rpartition(".")[2]: first for place, first in self._in_head.items() if self._is_in_last_linear(place)
+        }
+        return names["weight"], names.get("bias")
+
+    def _is_in_last_linear(self, place: str) -> bool:
+        return place.rpartition(".")[0] == self._last_linear
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
         """Features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
@@ -258,6 +286,15 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
         if any(True for _ in last_module.parameters()):
             return nn.Sequential(OrderedDict(before)), last_module, "", f"{last}."
     return module, nn.Identity(), "", None
+
+
+def _find_last_linear(head: nn.Module) -> str | None:
+    """The dotted name of the linear layer that a head ends in, empty for the head itself; None where there is none."""
+    names: list[str] = []
+    while isinstance(head, nn.Sequential) and type(head).forward is nn.Sequential.forward and len(head):
+        name, head = list(list_places(head).items())[-1]
+        names.append(name)
+    return ".".join(names) if isinstance(head, nn.Linear) else None
 
 
 def _remove(module: nn.Module, name: str) -> nn.Module:

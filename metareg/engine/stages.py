@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from metareg.contract.hookspecs import HOOKS, Reduction
+from metareg.contract.losses import Loss
+from metareg.contract.views import TaskView
 from metareg.errors import PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
 from metareg.util.devices import move_tensors
 from metareg.util.layout import copy_contiguous
 from metareg.util.seeding import create_generator, use_seed
-from metareg.util.torch_internals import tree_leaves
+from metareg.util.torch_internals import tree_leaves, tree_map
 
 __all__ = ["Stages"]
 
@@ -54,6 +56,16 @@ class Stages:
     def implements(self, hook: str) -> bool:
         """Whether some plugin has an implementation of a hook."""
         return bool(self._implementations[hook])
+
+    @property
+    def changes_inner_loss(self) -> bool:
+        """Whether an inner step descends another loss than the task's own."""
+        return self.implements("inner_loss") or self.implements("augment_inner_loss")
+
+    @property
+    def transductive(self) -> bool:
+        """Whether a plugin declares that adaptation reads the query inputs."""
+        return any(getattr(plugin.instance, "transductive", False) for plugin in self.plugins.values())
 
     @property
     def draws_noise(self) -> bool:
@@ -117,19 +129,70 @@ class Stages:
                 noise[each.name] = move_tensors(_take_noise(drawn, each), like.device, like.dtype)
         return noise
 
-    def start_task(self, params: Tensors, meta: Tensors) -> Tensors:
-        """The adapted parameters before the first inner step."""
-        return self._reduce("start_task", _match, otherwise=params, params=params, meta=meta)
+    def start_task(
+        self, params: Tensors, meta: Tensors, noise: Mapping[str, Any], task: TaskView
+    ) -> tuple[Tensors, Any]:
+        """The adapted parameters and the algorithm's state before the first inner step."""
+        start = params, {}
+        return self._reduce("start_task", _begin, otherwise=start, params=params, meta=meta, noise=noise, task=task)
+
+    def inner_loss(
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        params: Tensors,
+        meta: Tensors,
+        step: int,
+        loss: Loss,
+        noise: Mapping[str, Any],
+        task: TaskView,
+    ) -> Tensor:
+        """The loss that an inner step descends: the algorithm's or the task's own, and the augmenters' terms."""
+        arguments = {
+            "targets": targets,
+            "params": params,
+            "meta": meta,
+            "step": step,
+            "loss": loss,
+            "noise": noise,
+            "task": task,
+        }
+        own = self._reduce("inner_loss", _take_scalar, otherwise=None, outputs=outputs, **arguments)
+        own = loss(outputs, targets) if own is None else own
+        return own + self._reduce("augment_inner_loss", _take_scalar, outputs=outputs, **arguments)
+
+    def inner_gradient(
+        self, params: Tensors, meta: Tensors, step: int, state: Any, noise: Mapping[str, Any], task: TaskView
+    ) -> Tensors | None:
+        """The gradient of one inner step from the plugin that gives one."""
+        return self._reduce(
+            "inner_gradient", _match, otherwise=None,
+            params=params, meta=meta, step=step, state=state, noise=noise, task=task,
+        )  # fmt: skip
 
     def augment_inner_gradient(
-        self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int
+        self, grads: Tensors, params: Tensors, meta: Tensors, noise: Mapping[str, Any], step: int, task: TaskView
     ) -> Tensors:
         return self._reduce(
-            "augment_inner_gradient", _match, grads=grads, params=params, meta=meta, noise=noise, step=step
+            "augment_inner_gradient", _match, grads=grads, params=params, meta=meta, noise=noise, step=step, task=task
         )
 
-    def inner_update(self, params: Tensors, grads: Tensors, meta: Tensors, step: int) -> Tensors:
-        return self._reduce("inner_update", _match, params=params, grads=grads, meta=meta, step=step)
+    def inner_update(
+        self,
+        grads: Tensors,
+        start: Tensors,
+        params: Tensors,
+        meta: Tensors,
+        step: int,
+        state: Any,
+        noise: Mapping[str, Any],
+        task: TaskView,
+    ) -> tuple[Tensors, Any]:
+        """The adapted parameters and the state after one more inner step."""
+        return self._reduce(
+            "inner_update", partial(_go_on, state),
+            params=params, grads=grads, meta=meta, step=step, state=state, start=start, noise=noise, task=task,
+        )  # fmt: skip
 
     def augment_outer_loss(
         self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
@@ -139,6 +202,22 @@ class Stages:
         take = partial(_take_term, logs)
         return self._reduce("augment_outer_loss", take, **arguments, meta=meta, noise=noise), logs
 
+    def outer_objective(
+        self,
+        meta: Tensors,
+        adapted: Tensors,
+        start: Tensors,
+        state: Any,
+        inner_steps: int,
+        noise: Mapping[str, Any],
+        task: TaskView,
+    ) -> Tensor | None:
+        """A task's outer objective from the plugin that gives one."""
+        return self._reduce(
+            "outer_objective", _take_scalar, otherwise=None,
+            meta=meta, adapted=adapted, start=start, state=state, inner_steps=inner_steps, noise=noise, task=task,
+        )  # fmt: skip
+
     def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
         return self._reduce("augment_outer_gradient", _match, grads=grads, meta=meta, noise=noise)
 
@@ -147,9 +226,21 @@ class Stages:
         arguments = {"inner_steps": inner_steps, "training_step": training_step}
         return self._reduce("outer_loss_weights", _match_count, otherwise=None, **arguments)
 
-    def outer_gradient(self, meta: Tensors, adapted: Tensors, inner_steps: int) -> Tensors:
+    def outer_gradient(
+        self,
+        meta: Tensors,
+        adapted: Tensors,
+        start: Tensors,
+        state: Any,
+        inner_steps: int,
+        noise: Mapping[str, Any],
+        task: TaskView,
+    ) -> Tensors:
         """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
-        return self._reduce("outer_gradient", _complete, meta=meta, adapted=adapted, inner_steps=inner_steps)
+        return self._reduce(
+            "outer_gradient", _complete,
+            meta=meta, adapted=adapted, start=start, state=state, inner_steps=inner_steps, noise=noise, task=task,
+        )  # fmt: skip
 
     def outer_update(self, meta: Tensors, grads: Tensors, state: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
         return self._reduce("outer_update", _match_with_state, meta=meta, grads=grads, state=state)
@@ -212,6 +303,27 @@ def _match(expected: Tensors, given: Any, by: Implementation) -> Tensors:
     return {name: given[name] for name in expected}
 
 
+def _begin(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, Any]:
+    """The start of a task, to which a state may belong."""
+    params, state = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
+    if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(state)):
+        by.reject("the state must be a pytree of floating-point tensors")
+    return _match(expected, params, by), state
+
+
+def _go_on(before: Any, expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, Any]:
+    """The adaptation after one more step; the state keeps its structure, and is as before where none is returned."""
+    params, state = given if isinstance(given, tuple) and len(given) == 2 else (given, before)
+    if state is not before and _list_shapes(state) != _list_shapes(before):
+        by.reject("the state must keep the structure, shapes and types that start_task gave it")
+    return _match(expected, params, by), state
+
+
+def _list_shapes(state: Any) -> Any:
+    """The shapes and types of a state, in its structure."""
+    return tree_map(lambda leaf: (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf, state)
+
+
 def _complete(expected: Tensors, given: Any, by: Implementation) -> Tensors:
     """`_match`, with zeros for the tensors that are left out."""
     zeros = {name: torch.zeros_like(value) for name, value in expected.items()}
@@ -234,12 +346,12 @@ def _match_count(count: int, given: Any, by: Implementation) -> list[float]:
 
 
 def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str, ...]:
-    """Those of the names that are given, in the order of `names`; there must be one."""
+    """Those of the names that are given, in the order of `names`."""
     if isinstance(given, str) or not isinstance(given, Collection):
         by.reject(f"it must return a sequence of names, not {_describe(given)}")
     unknown = [name for name in given if name not in names]
-    if unknown or not given:
-        by.reject(f"it named {unknown or 'no parameter'}; the model has {', '.join(names)}")
+    if unknown:
+        by.reject(f"it named {unknown}; the model has {', '.join(names)}")
     return tuple(name for name in names if name in set(given))
 
 
@@ -252,6 +364,13 @@ def _take_term(logs: Tensors, _: Any, given: Any, by: Implementation) -> Tensor:
         by.reject("what it wants logged must be a dict of scalar tensors")
     logs |= {f"{by.name}.{key}": value.detach() for key, value in extra.items()}
     return term
+
+
+def _take_scalar(_: Any, given: Any, by: Implementation) -> Tensor:
+    """A loss."""
+    if not _is_scalar(given):
+        by.reject(f"it must return a scalar tensor, not {_describe(given)}")
+    return given
 
 
 def _take_tensors(given: Any, by: Implementation) -> Tensors:

@@ -21,6 +21,7 @@ from metareg.learner.config import LearnerConfig
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
 from metareg.registry.task_source import TaskSource
+from metareg.util.devices import move_tensors
 from metareg.util.torch_internals import tree_map
 
 __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights", "sort_inner_steps"]
@@ -147,19 +148,20 @@ class BatchRunner:
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
         return self._engine.scores(meta, batch, inner_steps, strategy, self._config.chunk).cpu()
 
-    def adapt(self, meta: MetaParameters, x: Any, y: Tensor, steps: int) -> nn.Module:
+    def adapt(self, meta: MetaParameters, x: Any, y: Tensor, steps: int, query_x: Any = None) -> nn.Module:
         """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
         if steps < 0:
             raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
         x, y = tree_map(lambda leaf: leaf[None], (x, y))
-        episodes = meta.match(Episodes(x, y, x, y))  # nobody looks at the query set
+        episodes = meta.match(Episodes(x, y, x, y))
         meta.prepare(episodes)
-        task = tree_map(lambda leaf: leaf[0], episodes.parts)
+        support_x, support_y, *_ = episodes.unstack(0)
+        task = support_x, support_y, move_tensors(query_x, meta.like.device, meta.like.dtype), None
         plain, functions = meta.select_plain(), self._engine.plain
         with torch.no_grad():
-            adapted = functions.adapt(functions.prepare(plain, task), steps)
+            adapted = functions.adapt(functions.prepare(plain, task), steps).params
         return functions.model.create_adapted_module(
-            {**plain, **adapted}, task[0] if functions.support_statistics else None
+            {**plain, **adapted}, support_x if functions.support_statistics else None
         )
 
 

@@ -232,20 +232,21 @@ class MetaLearner:
         check_same_bits(self.processes, self._meta.tensors, self.steps_done)
         return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, scores, self.bn_statistics)
 
-    def adapt(self, x: Any, y: Tensor, steps: int | None = None) -> nn.Module:
+    def adapt(self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None) -> nn.Module:
         """Adapt to one task.
 
         Args:
             x: support inputs ``[examples, …]``, without a task dimension.
             y: support targets ``[examples]`` or ``[examples, outputs]``.
             steps: adaptation steps; as many as in training by default.
+            query_x: query inputs ``[query, …]``, for algorithms that read them (`metareg.TaskView.query_x`).
 
         Returns:
             An ordinary module of the user's class, in evaluation mode, on the learner's device. Its BatchNorm layers use
             the batch at hand, or with ``bn_statistics="support"`` the support set's statistics.
         """
         steps = self.config.inner_steps if steps is None else steps
-        return self._runner.adapt(self._meta, x, y, steps)
+        return self._runner.adapt(self._meta, x, y, steps, query_x)
 
     def save(self, path: str | Path) -> None:
         """Write the learner, without anything of the augmenters, as one safetensors file.

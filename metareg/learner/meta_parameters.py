@@ -63,9 +63,11 @@ class MetaParameters:
             with torch.no_grad():
                 features = self._guess_features() if example is None else self._model.body(self.tensors, example)
                 outputs = self._model.head(self.tensors, features)
+        model = self._model
         created = self._stages.init_meta(
-            self._config.seed, model=self._model.module, inner_steps=self._config.inner_steps, example=example,
-            features=features, outputs=outputs,
+            self._config.seed, model=model.module, inner_steps=self._config.inner_steps, example=example,
+            features=features, outputs=outputs, body=model.body_names, head=model.head_names,
+            adapted=self._stages.adapted_parameters(model.names, model.body_names, model.head_names),
         )  # fmt: skip
         taken = [name for name in self.tensors if self._stages.owner(name)]
         if taken:

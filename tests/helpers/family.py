@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from learners import Source
 from torch import Tensor
 
-from learners import Source
 from metareg import MetaLearner
 from reference import NETS, Net, Task, Tensors, difference
 from samples import LOSSES, MODELS, episodes, tasks_of
@@ -27,11 +27,11 @@ class WrittenOut:
     """An algorithm in one task. `meta` holds every meta-parameter by its full name, with a gradient to be asked for."""
 
     adapt: Callable[[Net, Tensors, Task, int], Tensors]
-    """``adapt(net, meta, task, steps)``: all parameters of the model after so many inner steps, with their graph to `meta`."""
+    """``adapt(net, meta, task, steps)``: all parameters of the model after so many inner steps, with their graph."""
     objective: Callable[[Net, Tensors, Task, int], Tensor] | None = None
     """``objective(net, meta, task, steps)``, where another one than the query loss is differentiated."""
     gradient: Callable[[Net, Tensors, Task, int], Mapping[str, Tensor]] | None = None
-    """``gradient(net, meta, task, steps)``, where the meta-gradient of a task is no derivative; zero for what is left out."""
+    """``gradient(net, meta, task, steps)``, where it is no derivative; zero for what is left out."""
 
 
 def support_gradient(net: Net, params: Tensors, names: Sequence[str], task: Task, graph: bool = True) -> Tensors:
@@ -102,14 +102,14 @@ def scores(
 
 
 def check_training(
-    net: str, name: str, algo: WrittenOut, config: Mapping[str, Any], *, cml: bool = False, inner_steps: int = 2,
+    net: str, name: str | type, algo: WrittenOut, config: Mapping[str, Any], *, cml: bool = False, inner_steps: int = 2,
     evaluate: Sequence[int] = (0, 1, 4), **options: Any,
 ) -> MetaLearner:  # fmt: skip
-    """Compare some training steps of the plugin `name`, and its scores after them, with the loop; returns the learner.
+    """Compare some training steps of an algorithm, and its scores after them, with the loop; returns the learner.
 
     Args:
         net: ``"mlp"`` or ``"conv"``.
-        name: the algorithm's name.
+        name: the algorithm's name or class.
         algo: the same, written out.
         config: the algorithm's options.
         cml: whether CML is beside it.
