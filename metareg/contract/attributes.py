@@ -6,8 +6,8 @@ All are plain class attributes:
 attribute          of          meaning, and what holds where it is not given
 =================  ==========  ==================================================================================
 contract           all         the number of the contract that the plugin was written for (`CONTRACT_VERSION`)
-adapts             algorithms  what the inner loop changes: ``"all"`` (default), ``"body"``, ``"head"``, or a shell
-                               pattern for parameter names, as ``"*context*"``
+adapts             algorithms  what the inner loop changes: ``"all"`` (default), ``"body"``, ``"head"``, ``"none"``, or
+                               a shell pattern for parameter names, as ``"*context*"``
 step_examples      algorithms  worked examples of one inner step (`StepExample`)
 default_model      algorithms  the model that it needs, where any model will not do
 recommended        algorithms  options of the run and of its plugins that suit it, where neither the user nor a file says
@@ -29,7 +29,7 @@ example_task       models      a task plugin that the kit runs it on, where its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,7 +46,8 @@ class StepExample:
     Args:
         param: the value before the step.
         grad: its gradient.
-        after: the value after it.
+        after: the value after it; where the step depends on the whole gradient, as a normalised one does, a function of the
+            number of adapted entries.
         config: the options under which it holds.
         step: the number of the inner step, from 0.
 
@@ -56,6 +57,6 @@ class StepExample:
 
     param: float
     grad: float
-    after: float
+    after: float | Callable[[int], float]
     config: Mapping[str, Any] = field(default_factory=dict)
     step: int = 0

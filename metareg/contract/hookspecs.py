@@ -102,6 +102,7 @@ def init_meta(
     adapted: tuple[str, ...],
     body: tuple[str, ...],
     head: tuple[str, ...],
+    output_layer: tuple[str, str | None],
     inner_steps: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor] | None:
@@ -115,6 +116,7 @@ def init_meta(
         adapted: the names of the parameters that the inner loop adapts.
         body: those of the feature extractor.
         head: those of the head.
+        output_layer: the names of weight and bias of the head's last layer, as `TaskView.output_layer`.
         inner_steps: adaptation steps in training, for meta-parameters of which each step has its own.
         generator: draws the initial values; seeded by the run's seed and the plugin's name. Default initialisers of
             `torch.nn` are seeded in the same way while this hook runs.
@@ -125,13 +127,16 @@ def init_meta(
 
 
 @_hook("inner", Reduction.FIRST)
-def adapted_parameters(names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]) -> Sequence[str] | None:
+def adapted_parameters(
+    names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...], output_layer: tuple[str, str | None]
+) -> Sequence[str] | None:
     """Which parameters the inner loop adapts; all of them where no plugin answers.
 
     Args:
         names: every trainable parameter of the model.
         body: those of the feature extractor.
         head: those of the classifier or regressor on top.
+        output_layer: the names of weight and bias of its last layer, as `TaskView.output_layer`.
 
     Returns:
         A subset of `names`, which may be empty. The others enter the inner loop as constants of it and learn in the outer

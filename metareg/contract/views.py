@@ -95,6 +95,9 @@ class TaskView(Protocol):
     def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
         """The Hessian of the inner loss at `params` times a vector."""
 
+    def query_outputs(self, params: Tensors) -> Tensor:
+        """The outputs for the query set that `query_loss` and the test take, in the outer stages."""
+
     def query_loss(self, params: Tensors) -> Tensor:
         """The task's loss on the query set, in the outer stages."""
 

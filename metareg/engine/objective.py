@@ -71,7 +71,7 @@ class _TaskView:
         return self.functions.restore(self.functions.model.head(self._complete(params), features), self.context)
 
     def embed(self, params: Tensors, features: Tensor) -> Tensor:
-        return self.functions.model.embed(self._complete(params), features)
+        return self.functions.restore(self.functions.model.embed(self._complete(params), features), self.context)
 
     def outputs(self, params: Tensors, x: Any) -> Tensor:
         return self.head(params, self.body(params, x))
@@ -95,10 +95,14 @@ class _TaskView:
 
         return grad(multiply)(params)
 
+    def query_outputs(self, params: Tensors) -> Tensor:
+        self._refuse_inner("query_outputs")
+        _, outputs = self.functions.predict(params, self.context)
+        return outputs
+
     def query_loss(self, params: Tensors) -> Tensor:
         self._refuse_inner("query_loss")
-        _, outputs = self.functions.predict(params, self.context)
-        return self.loss(outputs, self.context.query_y)
+        return self.loss(self.query_outputs(params), self.context.query_y)
 
     def query_gradient(self, params: Tensors) -> Tensors:
         self._refuse_inner("query_gradient")
@@ -141,7 +145,7 @@ class TaskFunctions:
         self.loss = loss
         self.metric = metric
         self.options = options
-        self.adapted_names = stages.adapted_parameters(model.names, model.body_names, model.head_names)
+        self.adapted_names = stages.adapted_parameters(model)
         """The parameters that the inner loop changes, in the model's order."""
         self.head_only = set(self.adapted_names) <= set(model.head_names)
         """Whether only the head adapts, so that the body's features are computed once per support set."""
@@ -161,10 +165,14 @@ class TaskFunctions:
             features = (self.model.body(self.lower(meta), support_x),)
         return TaskContext(meta, support_x, task[1], query_x, task[3], noise or {}, weights, features)
 
+    def view(self, context: TaskContext, step: int) -> _TaskView:
+        """The task as the stages of an inner step see it."""
+        return _TaskView(self, context, step)
+
     def start(self, context: TaskContext) -> Adaptation:
         """The adaptation before the first step."""
         params = {name: context.meta[name] for name in self.adapted_names}
-        params, state = self.stages.start_task(params, context.meta, context.noise, _TaskView(self, context, 0))
+        params, state = self.stages.start_task(params, context.meta, context.noise, self.view(context, 0))
         return Adaptation(params, state, params if self._keeps_start else {})
 
     def inner_loss(self, params: Tensors, context: TaskContext, step: int) -> Tensor:
@@ -177,8 +185,8 @@ class TaskFunctions:
         outputs, targets = self.restore(outputs, context), context.support_y
         if not self.stages.changes_inner_loss:
             return self.loss(outputs, targets)
-        view = _TaskView(self, context, step)
-        return self.stages.inner_loss(outputs, targets, params, context.meta, step, self.loss, context.noise, view)
+        view, meta, noise = self.view(context, step), context.meta, context.noise
+        return self.stages.inner_loss(outputs, targets, params, meta, step, self.loss, noise, view)
 
     def inner_gradient(self, params: Tensors, context: TaskContext, step: int) -> Tensors:
         """The gradient of `inner_loss`, as a constant where the outer loop is of first order."""
@@ -191,7 +199,7 @@ class TaskFunctions:
     def inner_step(self, adaptation: Adaptation, context: TaskContext, step: int) -> Adaptation:
         """The adaptation after one more step."""
         params, state, start = adaptation
-        given = params, context.meta, step, state, context.noise, _TaskView(self, context, step)
+        given = params, context.meta, step, state, context.noise, self.view(context, step)
         grads = self.stages.inner_gradient(*given) if self.stages.implements("inner_gradient") else None
         if grads is None:
             grads = self.inner_gradient(params, context, step)

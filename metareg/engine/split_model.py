@@ -291,10 +291,11 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
 def _find_last_linear(head: nn.Module) -> str | None:
     """The dotted name of the linear layer that a head ends in, empty for the head itself; None where there is none."""
     names: list[str] = []
-    while isinstance(head, nn.Sequential) and type(head).forward is nn.Sequential.forward and len(head):
-        name, head = list(list_places(head).items())[-1]
+    last: nn.Module | None = head
+    while isinstance(last, nn.Sequential) and type(last).forward is nn.Sequential.forward and len(last):
+        name, last = list(list_places(last).items())[-1]
         names.append(name)
-    return ".".join(names) if isinstance(head, nn.Linear) else None
+    return ".".join(names) if isinstance(last, nn.Linear) else None
 
 
 def _remove(module: nn.Module, name: str) -> nn.Module:

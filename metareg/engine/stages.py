@@ -12,6 +12,7 @@ from torch import Tensor
 from metareg.contract.hookspecs import HOOKS, Reduction
 from metareg.contract.losses import Loss
 from metareg.contract.views import TaskView
+from metareg.engine.split_model import SplitModel
 from metareg.errors import PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
@@ -99,11 +100,12 @@ class Stages:
                 meta |= {f"{each.name}.{name}": value for name, value in created.items()}
         return meta
 
-    def adapted_parameters(
-        self, names: tuple[str, ...], body: tuple[str, ...], head: tuple[str, ...]
-    ) -> tuple[str, ...]:
+    def adapted_parameters(self, model: SplitModel) -> tuple[str, ...]:
         """The names that the inner loop adapts, in the model's order."""
-        return self._reduce("adapted_parameters", _select, otherwise=names, names=names, body=body, head=head)
+        arguments: dict[str, Any] = {"body": model.body_names, "head": model.head_names}
+        if self.find_asking("output_layer", hook="adapted_parameters"):
+            arguments["output_layer"] = model.output_layer
+        return self._reduce("adapted_parameters", _select, otherwise=model.names, names=model.names, **arguments)
 
     def draw_noise(
         self, stage: str, params: Tensors, inner_steps: int, seed: int, *labels: str | int
@@ -133,7 +135,7 @@ class Stages:
         self, params: Tensors, meta: Tensors, noise: Mapping[str, Any], task: TaskView
     ) -> tuple[Tensors, Any]:
         """The adapted parameters and the algorithm's state before the first inner step."""
-        start = params, {}
+        start: tuple[Tensors, Any] = params, {}
         return self._reduce("start_task", _begin, otherwise=start, params=params, meta=meta, noise=noise, task=task)
 
     def inner_loss(

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functionalize
 
 from metareg.contract.episodes import Episodes
-from metareg.engine.objective import Task, Tensors
+from metareg.engine.context import Task, Tensors
 from metareg.errors import MetaregError
 from metareg.util.layout import make_contiguous, settle_layout
 from metareg.util.torch_internals import (

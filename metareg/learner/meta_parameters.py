@@ -64,10 +64,12 @@ class MetaParameters:
                 features = self._guess_features() if example is None else self._model.body(self.tensors, example)
                 outputs = self._model.head(self.tensors, features)
         model = self._model
+        asks = self._stages.find_asking("output_layer", hook="init_meta")
+        extra = {"output_layer": model.output_layer} if asks else {}
         created = self._stages.init_meta(
             self._config.seed, model=model.module, inner_steps=self._config.inner_steps, example=example,
             features=features, outputs=outputs, body=model.body_names, head=model.head_names,
-            adapted=self._stages.adapted_parameters(model.names, model.body_names, model.head_names),
+            adapted=self._stages.adapted_parameters(model), **extra,
         )  # fmt: skip
         taken = [name for name in self.tensors if self._stages.owner(name)]
         if taken:

@@ -64,7 +64,15 @@ def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, 
     with torch.no_grad():
         support_features, support_outputs = model.forward(meta, task[0])
         features, outputs = model.forward(meta, task[2])
-    noise = draw_noise(learner, "task", adapted, 0, 0).get(name)
+    drawn = draw_noise(learner, "task", adapted, 0, 0)
+    noise = drawn.get(name)
+    functions = learner.engine.training
+    with torch.no_grad():
+        context = functions.prepare(meta, task, drawn)
+        adaptation = functions.adapt(context, STEPS)
+        of_task = {"noise": noise, "task": functions.view_outer(adaptation, context), "inner_steps": STEPS,
+                   "adapted": adaptation.params, "start": adaptation.start or adapted, "state": adaptation.state}  # fmt: skip
+        state = functions.start(context).state
     batch_noise = draw_noise(learner, "batch", meta, 0).get(name)
 
     def draw_like(values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -78,30 +86,50 @@ def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, 
 
         return make
 
-    inner = [prepare(params=adapted, grads=draw_like(adapted), meta=own, noise=noise, step=k) for k in range(STEPS)]
+    inner = [
+        prepare(
+            params=adapted, grads=draw_like(adapted), meta=own, noise=noise, step=step, state=state, start=adapted,
+            outputs=support_outputs, targets=task[1], loss=learner.loss, task=functions.view(context, step),
+        )
+        for step in range(STEPS)
+    ]  # fmt: skip
+    one, two = draw_like(meta), {each: 2 * value for each, value in meta.items()}
+    stacked = {each: torch.stack([one[each], two[each]]) for each in meta}
     return {
-        "adapted_parameters": [prepare(names=model.names, body=model.body_names, head=model.head_names)],
-        "start_task": [prepare(params=adapted, meta=own)],
-        "inner_update": inner,
-        "draw_noise": [
-            prepare(shapes=shapes, generator=None, inner_steps=STEPS, stage="task"),
-            prepare(shapes=every_shape, generator=None, inner_steps=STEPS, stage="batch"),
+        "adapted_parameters": [
+            prepare(names=model.names, body=model.body_names, head=model.head_names, output_layer=model.output_layer)
         ],
-        "augment_inner_gradient": inner,
+        **dict.fromkeys(
+            ("start_task", "inner_loss", "inner_gradient", "inner_update", "augment_inner_loss", "augment_inner_gradient"),
+            inner,
+        ),
+        "draw_noise": [
+            prepare(shapes=shapes, generator=None, inner_steps=STEPS, stage="task", training_step=3),
+            prepare(shapes=shapes, generator=None, inner_steps=STEPS, stage="adapt", training_step=None),
+            prepare(shapes=every_shape, generator=None, inner_steps=STEPS, stage="batch", training_step=3),
+        ],
+        "augment_episodes": [prepare(episodes=bench.episodes, generator=None, training_step=3)],
         "augment_outer_loss": [
             prepare(
                 features=features, outputs=outputs, targets=task[3], meta=own, loss=learner.loss, metric=learner.metric,
-                noise=noise,
+                **of_task,
             )
         ],
-        "augment_outer_gradient": [prepare(grads=draw_like(meta), meta=own, noise=batch_noise)],
+        "augment_outer_gradient": [
+            prepare(grads=draw_like(meta), meta=own, noise=batch_noise, every=meta, gradient_at=draw_like)
+        ],
         "outer_loss_weights": [prepare(inner_steps=STEPS, training_step=step) for step in (0, 1000)],
-        "outer_gradient": [prepare(meta=meta, adapted=draw_like(adapted), inner_steps=STEPS)],
+        "outer_objective": [prepare(meta=own, **of_task)],
+        "outer_gradient": [prepare(meta=meta, **of_task)],
+        "combine_tasks": [
+            prepare(grads=stacked, losses=stacked[next(iter(meta))].flatten(1).mean(1), meta=own, noise=batch_noise)
+        ],
         "outer_update": [prepare(meta=meta, grads=draw_like(meta), state={})],
         "init_meta": [
             prepare(
                 model=model.module, example=task[0], features=support_features, outputs=support_outputs,
-                inner_steps=STEPS, generator=None,
+                adapted=tuple(adapted), body=model.body_names, head=model.head_names,
+                output_layer=model.output_layer, inner_steps=STEPS, generator=None,
             )
         ],
     }  # fmt: skip

@@ -8,7 +8,7 @@ it can be read as the definition of a step and be stepped through with a debugge
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from metareg.contract.episodes import Episodes
+from metareg.engine.stages import Stages
 from metareg.learner.learner import MetaLearner
 from metareg.testing.benches import draw_noise
 from metareg.util.layout import copy_contiguous
@@ -70,7 +71,7 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
 def _meta_gradient(learner: MetaLearner, meta: Tensors, tasks: Sequence[Task], training_step: int) -> Tensors:
     """The mean over the tasks, changed by the augmenters."""
     stages, inner_steps = learner.stages, learner.config.inner_steps
-    adapted = stages.adapted_parameters(learner.model.names, learner.model.body_names, learner.model.head_names)
+    adapted = stages.adapted_parameters(learner.model)
     weights = stages.outer_loss_weights(inner_steps, training_step) or [0.0] * (inner_steps - 1) + [1.0]
     mean = {name: torch.zeros_like(value) for name, value in meta.items()}
     for number, task in enumerate(tasks):
@@ -90,29 +91,138 @@ def _task_gradient(
     weights: Sequence[float],
 ) -> Tensors:
     """The meta-gradient of one task: of its weighted query losses and the augmenters' terms, or the algorithm's own."""
-    stages, first_order = learner.stages, learner.config.first_order
-    support_x, support_y, query_x, query_y = task
+    stages = learner.stages
     meta = {name: value.detach().requires_grad_() for name, value in meta.items()}
-    params = stages.start_task({name: meta[name] for name in adapted}, meta)
-    objective: Tensor | float = 0.0
+    view = _View(learner, meta, noise, task)
+    params, state = stages.start_task({name: meta[name] for name in adapted}, meta, noise, view)
+    start, objective = params, torch.zeros_like(learner.loss(_run(learner, meta, task[0])[1], task[1]))
     for step, weight in enumerate(weights):
         # A start that no meta-parameter decides, as a context of zeros, has a gradient too.
         params = {name: value if value.requires_grad else value.requires_grad_() for name, value in params.items()}
-        _, outputs = _run(learner, meta | params, support_x)
-        grads = _gradient(learner.loss(outputs, support_y), params, create_graph=not first_order)
-        grads = stages.augment_inner_gradient(grads, params, meta, noise, step)
-        params = stages.inner_update(params, grads, meta, step)
-        features, outputs = _run(learner, meta | params, query_x)
-        objective = objective + weight * learner.loss(outputs, query_y)
+        params, state = view.at(step).take_step(params, state, start, stages)
+        features, outputs = _run(learner, meta | params, task[2])
+        objective = objective + weight * learner.loss(outputs, task[3])
+    view, steps = replace(view, step=len(weights), start=start), len(weights)
     terms, _ = stages.augment_outer_loss(
-        meta, noise, features=features, outputs=outputs, targets=query_y, loss=learner.loss, metric=learner.metric
-    )
+        meta, noise, features=features, outputs=outputs, targets=task[3], adapted=params, loss=learner.loss,
+        metric=learner.metric, task=view,
+    )  # fmt: skip
+    own = stages.outer_objective(meta, params, start, state, steps, noise, view)
     if not stages.implements("outer_gradient"):
-        return _gradient(objective + terms, meta)
+        return _gradient((objective if own is None else own) + terms, meta)
     of_terms = _gradient(terms, meta)
-    with torch.no_grad():
-        gradient = stages.outer_gradient(meta, params, len(weights))
-    return {name: value + of_terms[name] for name, value in gradient.items()}
+    gradient = stages.outer_gradient(meta, params, start, state, steps, noise, view)
+    return {name: value.detach() + of_terms[name] for name, value in gradient.items()}
+
+
+@dataclass(frozen=True)
+class _View:
+    """A `metareg.TaskView` that differentiates with `torch.autograd.grad`."""
+
+    learner: MetaLearner
+    meta: Tensors
+    noise: Mapping[str, Any]
+    task: Task
+    step: int = 0
+    start: Tensors | None = None
+    """None in the inner stages."""
+
+    @property
+    def support_x(self) -> Any:
+        return self.task[0]
+
+    @property
+    def support_y(self) -> Tensor:
+        return self.task[1]
+
+    @property
+    def query_x(self) -> Any:
+        return self.task[2]
+
+    @property
+    def query_y(self) -> Tensor:
+        return self.task[3]
+
+    @property
+    def body_names(self) -> tuple[str, ...]:
+        return self.learner.model.body_names
+
+    @property
+    def head_names(self) -> tuple[str, ...]:
+        return self.learner.model.head_names
+
+    @property
+    def output_layer(self) -> tuple[str, str | None]:
+        return self.learner.model.output_layer
+
+    def at(self, step: int) -> _View:
+        return replace(self, step=step)
+
+    def take_step(self, params: Tensors, state: Any, start: Tensors, stages: Stages) -> tuple[Tensors, Any]:
+        """One inner step by the hooks."""
+        grads = stages.inner_gradient(params, self.meta, self.step, state, self.noise, self)
+        grads = self.gradient(params) if grads is None else grads
+        grads = stages.augment_inner_gradient(grads, params, self.meta, self.noise, self.step, self)
+        return stages.inner_update(grads, start, params, self.meta, self.step, state, self.noise, self)
+
+    def body(self, params: Tensors, x: Any) -> Tensor:
+        return _run(self.learner, self.meta | params, x)[0]
+
+    def head(self, params: Tensors, features: Tensor) -> Tensor:
+        return self.learner.model.head(self.meta | params, features)
+
+    def embed(self, params: Tensors, features: Tensor) -> Tensor:
+        return self.learner.model.embed(self.meta | params, features)
+
+    def outputs(self, params: Tensors, x: Any) -> Tensor:
+        return _run(self.learner, self.meta | params, x)[1]
+
+    def support_features(self, params: Tensors) -> Tensor:
+        return self.body(params, self.support_x)
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.learner.loss(outputs, targets)
+
+    def support_loss(self, params: Tensors) -> Tensor:
+        return self.loss(self.outputs(params, self.support_x), self.support_y)
+
+    def inner_loss(self, params: Tensors) -> Tensor:
+        """What the inner step descends, learned parts and terms included."""
+        outputs = self.outputs(params, self.support_x)
+        return self.learner.stages.inner_loss(
+            outputs, self.support_y, params, self.meta, self.step, self.learner.loss, self.noise, self
+        )
+
+    def gradient(self, params: Tensors) -> Tensors:
+        params = _make_differentiable(params)
+        return _gradient(self.inner_loss(params), params, create_graph=not self.learner.config.first_order)
+
+    def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
+        params = _make_differentiable(params)
+        grads = _gradient(self.inner_loss(params), params, create_graph=True)
+        product = torch.stack([(grads[name] * vector[name]).sum() for name in params]).sum()
+        return _gradient(product, params, create_graph=True)
+
+    def query_outputs(self, params: Tensors) -> Tensor:
+        return self.outputs(params, self.query_x)
+
+    def query_loss(self, params: Tensors) -> Tensor:
+        return self.loss(self.query_outputs(params), self.query_y)
+
+    def query_gradient(self, params: Tensors) -> Tensors:
+        params = _make_differentiable(params)
+        return _gradient(self.query_loss(params), params, create_graph=True)
+
+    def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
+        stages = self.learner.stages.without_augmenters()
+        for step in range(first, first + steps):
+            params, state = self.at(step).take_step(params, state, self.start or {}, stages)
+        return params, state
+
+
+def _make_differentiable(params: Tensors) -> Tensors:
+    """The same with a graph, where a tensor has none."""
+    return {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in params.items()}
 
 
 def _run(learner: MetaLearner, params: Tensors, x: Any) -> tuple[Tensor, Tensor]:

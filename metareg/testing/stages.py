@@ -16,7 +16,7 @@ from metareg.contract.attributes import StepExample
 from metareg.contract.hookspecs import HOOKS
 from metareg.errors import MetaregError
 from metareg.learner.learner import MetaLearner
-from metareg.testing.benches import STEPS, Bench, Pair
+from metareg.testing.benches import STEPS, Bench, Pair, draw_noise
 from metareg.testing.calls import StageCall, list_stage_calls
 from metareg.testing.check import ROUNDING, Subject, are_equal, fail, refuse_global_randomness, snapshot
 
@@ -55,6 +55,7 @@ def check_shapes(subject: Subject) -> None:
             arguments = call.arguments()
             expected = arguments.get("params" if "params" in arguments else "grads")
             result = call(arguments)
+            result = result[0] if isinstance(result, tuple) else result  # beside a state
             if not isinstance(expected, dict) or not isinstance(result, dict):
                 continue
             for name, value in result.items():
@@ -98,6 +99,7 @@ def check_wrong_shapes(subject: Subject) -> None:
                 except (MetaregError, KeyError, RuntimeError, ValueError, IndexError):
                     continue
                 given = arguments.get("params", call.arguments().get("grads"))
+                result = result[0] if isinstance(result, tuple) else result  # beside a state
                 if isinstance(result, dict) and isinstance(given, dict) and not _fits(result, given):
                     continue  # the stages refuse this result
                 fail(
@@ -110,7 +112,9 @@ def check_wrong_shapes(subject: Subject) -> None:
 def _wrong(value: Any) -> Iterator[tuple[Any, str]]:
     """Values that do not fit in the place of one that does."""
     if isinstance(value, dict):
-        first = next(name for name, each in value.items() if each.dim() > 0)
+        first = next((name for name, each in value.items() if each.dim() > 0), None)
+        if first is None:
+            return
         yield {name: each for name, each in value.items() if name != first}, f"the missing gradient of '{first}'"
         longer = torch.cat([value[first], value[first][:1]])
         yield {**value, first: longer}, f"a gradient of '{first}' with the shape {tuple(longer.shape)}"
@@ -134,13 +138,12 @@ def check_adapted(subject: Subject) -> None:
     learner = pair.learner(bench)
     declared = subject.attribute("adapts", "all")
     names = learner.model.names
-    chosen = {"all": names, "body": learner.model.body_names, "head": learner.model.head_names}.get(declared) or [
-        name for name in names if fnmatch.fnmatchcase(name, declared)
-    ]
-    if not chosen:
+    known = {"all": names, "body": learner.model.body_names, "head": learner.model.head_names, "none": ()}
+    chosen = known.get(declared, [name for name in names if fnmatch.fnmatchcase(name, declared)])
+    if not chosen and declared != "none":
         fail(
             f"The {subject.label} says adapts = {declared!r}, which fits no parameter of {', '.join(names)}.",
-            "declare 'all', 'body', 'head' or a shell pattern for parameter names.",
+            "declare 'all', 'body', 'head', 'none' or a shell pattern for parameter names.",
         )
     before = {name: learner.meta_parameters[name].clone() for name in names}
     support_x, support_y, *_ = bench.episodes.parts
@@ -173,30 +176,57 @@ def check_step_examples(subject: Subject) -> None:
     for example in examples:
         pair = Pair.of(subject, **example.config)
         learner = pair.learner(pair.benches[0], inner_steps=max(STEPS, example.step + 1))
-        meta = learner.meta_parameters
-        params = {name: torch.full_like(meta[name], example.param) for name in learner.engine.training.adapted_names}
-        grads = {name: torch.full_like(value, example.grad) for name, value in params.items()}
-        after = learner.stages.inner_update(params, grads, meta, example.step)
+        names = learner.engine.training.adapted_names
+        entries = sum(learner.meta_parameters[name].numel() for name in names)
+        expected = example.after(entries) if callable(example.after) else example.after
+        after = _take_inner_step(learner, pair.benches[0], example, every=1)
+        if not callable(example.after):
+            # Entries beside others: a rule that mixes them up gives the same where all are alike.
+            mixed = _take_inner_step(learner, pair.benches[0], example, every=2)
+            after |= {f"{name}, every second entry": value for name, value in mixed.items()}
         for name, value in after.items():
-            expected = torch.full_like(value, example.after)
-            if not torch.allclose(value, expected, rtol=1e-6, atol=1e-9):
-                got = value.flatten()[(value - expected).abs().argmax()].item()
+            wanted = torch.full_like(value, expected)
+            if not torch.allclose(value, wanted, rtol=1e-6, atol=1e-9):
+                got = value[(value - wanted).abs().argmax()].item()
                 fail(
                     f"One inner step of the {subject.label} takes '{name}' from {example.param:g} with gradient "
-                    f"{example.grad:g} to {got:g}; its worked example says {example.after:g} (step {example.step}, "
+                    f"{example.grad:g} to {got:g}; its worked example says {expected:g} (step {example.step}, "
                     f"{dict(example.config) or 'default options'}).",
-                    "compare inner_update with the formula: its sign, its factor, the step size that it uses.",
+                    "compare inner_update with the formula: its sign, its factor, the step size that it uses, the entry whose "
+                    "gradient it takes.",
                 )
+
+
+def _take_inner_step(learner: MetaLearner, bench: Bench, example: StepExample, every: int) -> dict[str, Tensor]:
+    """An example's step by `inner_update`: of all entries, or of every second one with others between them."""
+    functions, meta = learner.engine.training, learner.meta_parameters
+    params = {name: _fill(meta[name], example.param, every) for name in functions.adapted_names}
+    grads = {name: _fill(value, example.grad, every) for name, value in params.items()}
+    context = functions.prepare(meta, bench.episodes.unstack(0), draw_noise(learner, "task", params, 0, 0))
+    with torch.no_grad():
+        _, state = learner.stages.start_task(params, meta, context.noise, functions.view(context, 0))
+        given = params, meta, example.step, state, context.noise, functions.view(context, example.step)
+        after, _ = learner.stages.inner_update(grads, params, *given)
+    return {name: value.flatten()[::every] for name, value in after.items()}
+
+
+def _fill(like: Tensor, value: float, every: int) -> Tensor:
+    """A tensor that holds a value in every first, second … entry, and other values between them."""
+    filled = torch.full_like(like, value).flatten()
+    between = torch.arange(filled.numel()) % every != 0
+    filled[between] = 0.5 * value + torch.arange(int(between.sum()), dtype=like.dtype)
+    return filled.view(like.shape)
 
 
 def check_inner_rule(subject: Subject) -> None:
     """An augmenter leaves to the algorithm what is adapted, and how: it is not there after training."""
     taken = [hook for hook in subject.hooks if HOOKS[hook].part == "inner"]
-    if taken:
+    if taken and subject.attribute("training_only", True):
         fail(
             f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which are without "
             "it, would adapt otherwise than training did.",
-            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm.",
+            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm, or to an "
+            "augmenter that declares training_only = False.",
         )
 
 

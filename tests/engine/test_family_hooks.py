@@ -211,7 +211,7 @@ class Prototypes(Base):
         return dict(params)
 
 
-def take_prototypes(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
+def take_prototypes(net: Net, meta: Tensors, task: Task, _: int) -> Tensors:
     params = model_parameters(meta)
     x = torch.nn.functional.max_pool2d(net.body(params, task[0]), 2).flatten(1)
     means = torch.stack([x[task[1] == label].mean(0) for label in range(5)])
@@ -329,7 +329,7 @@ def test_adapt_hands_on_query_inputs() -> None:
     expected = adapt_transductively(NETS["mlp"], _with_grad(learner), task, 3)
     adapted = learner.adapt(x, y, steps=3, query_x=query_x)
     assert difference(dict(adapted.named_parameters()), expected) < 1e-9
-    with pytest.raises(PluginError, match="Transductive|transductive"):
+    with pytest.raises(PluginError, match="Transductive"):
         learner.adapt(x, y)
 
 
