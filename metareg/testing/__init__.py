@@ -68,6 +68,9 @@ _APPLIES: dict[str, Callable[[Subject], bool]] = {
     "finite-differences": lambda subject: (
         "outer_gradient" not in subject.hooks and bool(subject.attribute("exact_gradient", True))
     ),
+    "outer-update": lambda subject: "outer_update" in subject.hooks,
+    "meta-parameters": lambda subject: "init_meta" in subject.hooks,
+    "export": lambda subject: bool(subject.attribute("training_only", True)),
     "outer-terms": lambda subject: (
         "augment_outer_loss" in subject.hooks and bool(subject.attribute("affine_in_loss", True))
     ),
@@ -78,6 +81,12 @@ _OF_STAGES: dict[str, _Function] = {
     "purity": stages.check_purity,
     "shapes": stages.check_shapes,
     "wrong-shapes": stages.check_wrong_shapes,
+    "devices": stages.check_devices,
+    "meta-parameters": trainings.check_meta_parameters,
+    "outer-update": trainings.check_outer_update,
+    "frozen-layers": trainings.check_frozen_layers,
+    "more-steps": trainings.check_more_steps,
+    "reload": trainings.check_reload,
     "model-unchanged": trainings.check_model_unchanged,
     "finite-differences": trainings.check_finite_differences,
     "strategies": trainings.check_strategies,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -103,16 +104,29 @@ class Pair:
     def benches(self) -> list[Bench]:
         """Those on which it runs: vectors for finite differences, and images with BatchNorm and feature maps.
 
-        Where the algorithm needs a model of its own, vectors with that one alone.
+        Where the algorithm needs a model of its own, vectors with that one alone; of classes or numbers alone where a plugin
+        says that it is for these.
         """
-        algorithm = self.algorithm.instance if isinstance(self.algorithm, Plugin) else self.algorithm
-        needed = getattr(algorithm, "default_model", None)
-        if needed is None:
-            return [_vectors(), _images()]
-        return [replace(_vectors(), model=build_model(needed, TaskSpec((3,), (2,))))]
+        plugins = [each.instance if isinstance(each, Plugin) else each for each in (self.algorithm, *self.augmenters)]
+        targets = next((found for each in plugins if (found := getattr(each, "targets", None))), None)
+        vectors = _classes() if targets == "classes" else _vectors()
+        needed = getattr(plugins[0], "default_model", None)
+        if needed is not None:
+            return [replace(vectors, model=build_model(needed, TaskSpec((3,), (2,))))]
+        return [vectors] if targets == "numbers" else [vectors, _images()]
 
     def learner(self, bench: Bench, **options: Any) -> MetaLearner:
         return bench.learner(self.algorithm, self.augmenters, **options)
+
+    @property
+    def frozen_bench(self) -> Bench:
+        """The first of them, with a layer in front that does not train."""
+        bench = self.benches[0]
+        model = copy.deepcopy(bench.model)
+        with use_seed(0, "testing", "frozen"):
+            frozen = nn.Linear(3, 3).to(torch.float64).requires_grad_(False)
+        model.body = nn.Sequential(OrderedDict(front=frozen, back=model.get_submodule("body")))
+        return replace(bench, model=model)
 
     @property
     def label(self) -> str:
@@ -130,6 +144,16 @@ def _vectors() -> Bench:
         )
     maps = common + 0.3 * own  # related tasks: there is something to learn from one for another
     return Bench("vectors", model, Episodes(support_x, support_x @ maps, query_x, query_x @ maps), "mse")
+
+
+def _classes() -> Bench:
+    """The same vectors, of two classes by the sign of what they map to."""
+    vectors = _vectors()
+    support_x, support_y, query_x, query_y = vectors.episodes.parts
+    # Both classes stand in every support set.
+    ranks = [y[..., 0].argsort(1).argsort(1) for y in (support_y, query_y)]
+    labels = [(rank >= rank.shape[1] // 2).long() for rank in ranks]
+    return replace(vectors, episodes=Episodes(support_x, labels[0], query_x, labels[1]), loss="cross_entropy")
 
 
 def _images() -> Bench:

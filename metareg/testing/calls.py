@@ -15,6 +15,7 @@ from metareg.registry.dispatch import Implementation, create_plugin_manager, fin
 from metareg.registry.plugins import Plugin
 from metareg.testing.benches import STEPS, Bench, Pair, draw_noise, new_generator
 from metareg.testing.check import Subject
+from metareg.util.devices import move_tensors
 from metareg.util.seeding import use_seed
 from metareg.util.torch_internals import tree_map
 
@@ -39,24 +40,29 @@ class StageCall:
             return self.implementation(**arguments)
 
 
-def list_stage_calls(subject: Subject, dtype: torch.dtype) -> Iterator[StageCall]:
-    """Every implementation of the plugin, with arguments as they come in a training."""
-    for bench in Pair.of(subject).benches:
+def list_stage_calls(subject: Subject, dtype: torch.dtype, device: str = "cpu") -> Iterator[StageCall]:
+    """Every implementation of the plugin, with arguments as they come in a training on a device.
+
+    Tensors of the device ``"meta"`` have shapes and no values; calls are made for vectors alone there.
+    """
+    for bench in Pair.of(subject).benches[: 1 if device == "meta" else None]:
         pair = Pair.of(subject)
         learner = pair.learner(bench, dtype=dtype)
         plugin = pair.augmenters[0] if pair.augmenters else pair.algorithm
         assert isinstance(plugin, Plugin)
         manager, named = create_plugin_manager([plugin])
-        for hook, variants in _list_arguments(learner, bench, next(iter(named))).items():
+        for hook, variants in _list_arguments(learner, bench, next(iter(named)), device).items():
             for implementation in find_implementations(manager, named, hook):
                 for variant in variants:
                     yield StageCall(implementation, variant)
 
 
-def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, list[Callable[[], dict[str, Any]]]]:
+def _list_arguments(
+    learner: MetaLearner, bench: Bench, name: str, device: str
+) -> dict[str, list[Callable[[], dict[str, Any]]]]:
     """For each hook the arguments of some calls, made anew each time that they are asked for."""
-    model, meta = learner.model, learner.meta_parameters
-    task = bench.episodes.to("cpu", next(iter(meta.values())).dtype).unstack(0)
+    model, meta = learner.model, move_tensors(learner.meta_parameters, device)
+    task = bench.episodes.to(device, next(iter(meta.values())).dtype).unstack(0)
     adapted = {each: meta[each] for each in learner.engine.training.adapted_names}
     shapes = {each: tuple(value.shape) for each, value in adapted.items()}
     every_shape = {each: tuple(value.shape) for each, value in meta.items()}
@@ -64,20 +70,25 @@ def _list_arguments(learner: MetaLearner, bench: Bench, name: str) -> dict[str, 
     with torch.no_grad():
         support_features, support_outputs = model.forward(meta, task[0])
         features, outputs = model.forward(meta, task[2])
-    drawn = draw_noise(learner, "task", adapted, 0, 0)
+    drawn = move_tensors(draw_noise(learner, "task", adapted, 0, 0), device)
     noise = drawn.get(name)
     functions = learner.engine.training
     with torch.no_grad():
         context = functions.prepare(meta, task, drawn)
         adaptation = functions.adapt(context, STEPS)
-        of_task = {"noise": noise, "task": functions.view_outer(adaptation, context), "inner_steps": STEPS,
-                   "adapted": adaptation.params, "start": adaptation.start or adapted, "state": adaptation.state}  # fmt: skip
+        of_task = {
+            "noise": noise, "task": functions.view_outer(adaptation, context), "inner_steps": STEPS,
+            "adapted": adaptation.params, "start": adaptation.start or adapted, "state": adaptation.state,
+        }  # fmt: skip
         state = functions.start(context).state
-    batch_noise = draw_noise(learner, "batch", meta, 0).get(name)
+    batch_noise = move_tensors(draw_noise(learner, "batch", meta, 0).get(name), device)
 
     def draw_like(values: dict[str, Tensor]) -> dict[str, Tensor]:
         draw = new_generator("arguments")
-        return {each: torch.randn(value.shape, generator=draw, dtype=value.dtype) for each, value in values.items()}
+        return {
+            each: torch.randn(value.shape, generator=draw, dtype=value.dtype).to(device)
+            for each, value in values.items()
+        }
 
     def prepare(**arguments: Any) -> Callable[[], dict[str, Any]]:
         def make() -> dict[str, Any]:

@@ -19,10 +19,11 @@ from metareg.learner.learner import MetaLearner
 from metareg.testing.benches import STEPS, Bench, Pair, draw_noise
 from metareg.testing.calls import StageCall, list_stage_calls
 from metareg.testing.check import ROUNDING, Subject, are_equal, fail, refuse_global_randomness, snapshot
+from metareg.util.torch_internals import tree_leaves
 
 __all__ = [
-    "check_adapted", "check_export", "check_inner_rule", "check_outer_terms", "check_purity", "check_shapes",
-    "check_step_examples", "check_wrong_shapes",
+    "check_adapted", "check_devices", "check_export", "check_inner_rule", "check_outer_terms", "check_purity",
+    "check_shapes", "check_step_examples", "check_wrong_shapes",
 ]  # fmt: skip
 
 
@@ -192,8 +193,8 @@ def check_step_examples(subject: Subject) -> None:
                     f"One inner step of the {subject.label} takes '{name}' from {example.param:g} with gradient "
                     f"{example.grad:g} to {got:g}; its worked example says {expected:g} (step {example.step}, "
                     f"{dict(example.config) or 'default options'}).",
-                    "compare inner_update with the formula: its sign, its factor, the step size that it uses, the entry whose "
-                    "gradient it takes.",
+                    "compare inner_update with the formula: its sign, its factor, the step size that it uses, the entry "
+                    "whose gradient it takes.",
                 )
 
 
@@ -216,6 +217,27 @@ def _fill(like: Tensor, value: float, every: int) -> Tensor:
     between = torch.arange(filled.numel()) % every != 0
     filled[between] = 0.5 * value + torch.arange(int(between.sum()), dtype=like.dtype)
     return filled.view(like.shape)
+
+
+def check_devices(subject: Subject) -> None:
+    """Stage functions make their tensors on the device of their arguments."""
+    for call in list_stage_calls(subject, torch.float32, device="meta"):
+        # Initial values and noise are drawn on the CPU and moved; tasks are changed where they were drawn.
+        if call.hook in ("init_meta", "draw_noise", "augment_episodes"):
+            continue
+        remedy = "make new tensors with zeros_like(), new_ones(), or device=x.device."
+        try:
+            result = call(call.arguments())
+        except (MetaregError, RuntimeError, NotImplementedError) as error:
+            # Tensors of this device have shapes and no values: what asks for values cannot be tried.
+            if "same device" in str(error) or "devices" in str(error):
+                fail(f"The {subject.label} mixes tensors of several devices in {call.hook}: {error}.", remedy)
+            continue
+        if any(isinstance(leaf, Tensor) and leaf.device.type != "meta" for leaf in tree_leaves(result)):
+            fail(
+                f"The {subject.label} returns a tensor of the CPU from {call.hook}, whose arguments are not there.",
+                remedy,
+            )
 
 
 def check_inner_rule(subject: Subject) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,16 +15,30 @@ from metareg.contract.config import NO_PLUGIN
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
 from metareg.learner.batch_runner import compute_outer_loss_weights
-from metareg.registry.plugins import list_entries, resolve
-from metareg.testing.benches import STEPS, Bench, Descent, Pair, draw_noise, new_generator
+from metareg.learner.learner import MetaLearner
+from metareg.registry.plugins import Plugin, list_entries, resolve
+from metareg.testing.benches import STEPS, Bench, Descent, Pair, RepeatedTasks, draw_noise, new_generator
 from metareg.testing.check import ROUNDING, CheckFailed, Subject, are_equal, difference, fail, snapshot
 from metareg.testing.steps import compare_pair_steps
 from metareg.util.seeding import use_seed
 from metareg.util.torch_internals import tree_leaves
 
 __all__ = [
-    "NOT_APPLICABLE", "Combination", "check_composition", "check_determinism", "check_finite_differences", "check_learns",
-    "check_model_unchanged", "check_resume", "check_strategies", "combinations",
+    "NOT_APPLICABLE",
+    "Combination",
+    "check_composition",
+    "check_determinism",
+    "check_finite_differences",
+    "check_frozen_layers",
+    "check_learns",
+    "check_meta_parameters",
+    "check_model_unchanged",
+    "check_more_steps",
+    "check_outer_update",
+    "check_reload",
+    "check_resume",
+    "check_strategies",
+    "combinations",
 ]  # fmt: skip
 
 NOT_APPLICABLE = "not applicable"
@@ -36,7 +53,7 @@ _STRATEGY_REMEDY = (
     "torch.func.vmap knows; keep no tensors on self."
 )
 
-LEARNING_STEPS, LEARNING_STEP, LEARNING_FACTOR = 50, 0.02, 0.7
+LEARNING_STEPS, LEARNING_STEP, LEARNING_FACTOR = 500, 0.02, 0.7
 
 
 def check_model_unchanged(subject: Subject) -> None:
@@ -173,9 +190,11 @@ def check_learns(subject: Subject) -> None:
     """Training lowers the query loss after adaptation, on three related linear tasks."""
     pair = Pair.of(subject)
     bench = pair.benches[0]
-    learner = pair.learner(bench, strategy="vectorized", outer_lr=LEARNING_STEP)
-    losses = []
-    for _ in range(LEARNING_STEPS):
+    options = {} if "outer_update" in subject.hooks else {"outer_lr": LEARNING_STEP}
+    learner = pair.learner(bench, strategy="vectorized", **options)
+    losses: list[float] = []
+    # Small step sizes need more of them.
+    while len(losses) < LEARNING_STEPS and not (losses and losses[-1] < LEARNING_FACTOR * losses[0]):
         learner.step(bench.episodes)
         losses.append(learner.logs["query_loss"])
     if not losses[-1] < LEARNING_FACTOR * losses[0]:
@@ -185,6 +204,122 @@ def check_learns(subject: Subject) -> None:
             "look at the sign of what outer_gradient or augment_outer_gradient returns, and at outer_update; a gradient "
             "points uphill.",
         )
+
+
+def check_meta_parameters(subject: Subject) -> None:
+    """Every meta-parameter of its own learns: the outer loop has a gradient for it."""
+    unused: set[str] | None = None
+    for bench in Pair.of(subject).benches:
+        pair = Pair.of(subject)
+        learner = pair.learner(bench)
+        state = snapshot(learner.state())
+        # Away from the start, where a layer of zeros would keep gradients from those before it.
+        state["meta"] = _move_away(state["meta"])
+        learner.load_state(state)
+        _, grads = learner.meta_gradient(bench.episodes)
+        names = {name for name, value in grads.items() if learner.stages.owner(name) and not value.any()}
+        unused = names if unused is None else unused & names
+    if unused:
+        fail(
+            f"The gradient of the meta-parameter '{min(unused)}' of the {subject.label} is zero: it never learns.",
+            "use it in a stage, or leave it out of init_meta; a constant belongs into the configuration.",
+        )
+
+
+def check_outer_update(subject: Subject) -> None:
+    """A step of its own outer optimiser moves every parameter that has a gradient."""
+    for bench in Pair.of(subject).benches:
+        learner = Pair.of(subject).learner(bench)
+        meta = learner.meta_parameters
+        grads = {
+            name: torch.randn(value.shape, generator=new_generator(name), dtype=value.dtype)
+            for name, value in meta.items()
+        }
+        updated, _ = learner.stages.outer_update(meta, grads, {})
+        still = [name for name, value in meta.items() if torch.equal(value, updated[name])]
+        if still:
+            fail(
+                f"The outer_update of the {subject.label} leaves '{still[0]}' as it was, whose gradient is not zero.",
+                "update every meta-parameter of `meta`, those of the model's body, of its head and of other plugins.",
+            )
+
+
+def check_frozen_layers(subject: Subject) -> None:
+    """It works beside a layer that does not train."""
+    pair = Pair.of(subject)
+    bench = pair.frozen_bench
+    for strategy in ("serial", "vectorized"):
+        try:
+            learner = pair.learner(bench, strategy=strategy)
+            learner.step(bench.episodes)
+            learner.evaluate(RepeatedTasks(bench.episodes), 2, inner_steps=(0, STEPS))
+        except (MetaregError, RuntimeError) as error:
+            fail(
+                f"The {subject.label} fails beside a layer that does not train: {error}",
+                "take parameters by the names that the hooks give, not by their numbers or from model.parameters().",
+            )
+        pair = Pair.of(subject)
+
+
+def check_more_steps(subject: Subject) -> None:
+    """An evaluation may take more inner steps than training did, none included."""
+    for bench in Pair.of(subject).benches:
+        pair = Pair.of(subject)
+        learner = pair.learner(bench)
+        wanted = (0, STEPS, 2 * STEPS + 1)
+        try:
+            scores = learner.evaluate(RepeatedTasks(bench.episodes), 2, inner_steps=wanted).scores
+        except (MetaregError, RuntimeError) as error:
+            fail(
+                f"The {subject.label} fails in an evaluation of {wanted[-1]} inner steps after a training with {STEPS}: "
+                f"{error}",
+                "let inner_update take any step: what each step of training has of its own, the last of them has for all "
+                "that follow.",
+            )
+        if not bool(torch.isfinite(scores).all()):
+            fail(
+                f"Scores with the {subject.label} are not finite.",
+                "look for divisions by zero at step 0 and late ones.",
+            )
+
+
+def check_reload(subject: Subject) -> None:
+    """A saved learner is loaded from its file alone, and adapts as the one that was saved."""
+    for bench in Pair.of(subject).benches:
+        pair = Pair.of(subject)
+        learner = pair.learner(bench)
+        learner.step(bench.episodes)
+        support_x, support_y, *_ = bench.episodes.unstack(0)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "learner.safetensors")
+            learner.save(path)
+            again = Pair.of(subject)
+            loaded = MetaLearner.load(path, copy.deepcopy(bench.model), **_list_own_classes(again))
+        given = support_x, support_y, 2 * STEPS, support_x
+        expected, found = (dict(each.adapt(*given).named_parameters()) for each in (learner, loaded))
+        off, name = difference(expected, found)
+        if not off <= ROUNDING:
+            fail(
+                f"A learner with the {subject.label} adapts otherwise after it was saved and loaded: '{name}' differs by "
+                f"{off:.1e}.",
+                "keep what learns in the dict that init_meta returns, and nothing on self.",
+            )
+
+
+def _list_own_classes(pair: Pair) -> dict[str, Any]:
+    """What `MetaLearner.load` must be told of plugins that no package installs."""
+    algorithm = pair.algorithm
+    return {"algo": algorithm.instance if isinstance(algorithm, Plugin) else algorithm}
+
+
+def _move_away(meta: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Values beside the initial ones, by some percent and by a little where they are zero."""
+    return {
+        name: value
+        + (0.05 * value.abs().mean() + 0.01)
+        * torch.randn(value.shape, generator=new_generator(name), dtype=value.dtype)
+        for name, value in meta.items()
+    }
 
 
 def check_composition(subject: Subject) -> None:

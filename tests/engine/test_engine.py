@@ -250,7 +250,6 @@ def test_the_order_of_augmenters_counts() -> None:
 
 def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]]:
     """What a training step draws for each of its tasks, drawn again."""
-    model = learner.model
     adapted = learner.stages.adapted_parameters(learner.model)
     params = {name: learner.meta_parameters[name] for name in adapted}
     return [

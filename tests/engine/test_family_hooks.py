@@ -329,7 +329,7 @@ def test_adapt_hands_on_query_inputs() -> None:
     expected = adapt_transductively(NETS["mlp"], _with_grad(learner), task, 3)
     adapted = learner.adapt(x, y, steps=3, query_x=query_x)
     assert difference(dict(adapted.named_parameters()), expected) < 1e-9
-    with pytest.raises(PluginError, match="Transductive"):
+    with pytest.raises(PluginError, match="transductive"):
         learner.adapt(x, y)
 
 
