@@ -45,6 +45,7 @@ class Header(LearnerConfig):
     loss: str | None = Field(description="None for a callable.")
     metric: str
     steps_done: int = Field(ge=0)
+    example: Any = Field(None, description="The shapes and types of the inputs by which plugins created parameters.")
 
 
 def write_learner(
@@ -54,7 +55,7 @@ def write_learner(
     model: SplitModel,
     recipe: ModelRecipe | None,
     meta: Mapping[str, Tensor],
-    **facts: str | int | None,
+    **facts: Any,
 ) -> None:
     """Write a learner's file.
 

@@ -255,7 +255,7 @@ class MetaLearner:
         """
         write_learner(
             Path(path), self.config, self.algorithm, self.model, self._recipe, self.plain_meta_parameters,
-            **self._file_facts, steps_done=self.steps_done,
+            **self._file_facts, steps_done=self.steps_done, example=self._meta.example,
         )  # fmt: skip
 
     @classmethod
@@ -287,6 +287,7 @@ class MetaLearner:
         file = LearnerFile(Path(path))
         with file.limit_allocation():
             learner = cls(**file.create_arguments(model, algo, loss, metric), device=device)
+            learner._meta.initialize_like(file.header.example)
         learner._meta.tensors, constants = file.read(learner.plain_meta_parameters, learner.model.constants())
         learner.model.module.load_state_dict(constants, strict=False)
         learner.steps_done = file.header.steps_done
@@ -297,7 +298,8 @@ class MetaLearner:
 
         The tensors are the learner's own and change with its next step.
         """
-        parts = {"steps_done": self.steps_done, "strategy": self.strategy, "meta": self.meta_parameters}
+        parts = {"steps_done": self.steps_done, "strategy": self.strategy, "meta": self.meta_parameters,
+                 "example": self._meta.example}  # fmt: skip
         return parts | self._optimizer.state()
 
     def load_state(self, state: Mapping[str, Any], where: str = "The state") -> None:
@@ -306,7 +308,7 @@ class MetaLearner:
         Raises:
             UsageError: it is the state of another learner; what does not fit is named.
         """
-        self._meta.load(state["meta"], where)
+        self._meta.load(state["meta"], state.get("example"), where)
         self._optimizer.load_state(state, self._meta.tensors)
         self._runner.restore_strategy(state["strategy"])
         self.steps_done = state["steps_done"]

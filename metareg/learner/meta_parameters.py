@@ -20,6 +20,12 @@ from metareg.util.torch_internals import tree_map
 __all__ = ["MetaParameters", "check_shapes"]
 
 Tensors = dict[str, Tensor]
+_DTYPES = {
+    str(each).removeprefix("torch."): each
+    for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8,
+                 torch.int16, torch.int32, torch.int64)
+}  # fmt: skip
+"""Types that inputs can have, by name."""
 
 
 class MetaParameters:
@@ -32,6 +38,8 @@ class MetaParameters:
         self.tensors: Tensors = move_tensors(model.initial_parameters(), device)
         """The model's own; after `initialize` the plugins' too."""
         self.initialized = False
+        self.example: Any = None
+        """The shapes and types of the inputs by which the plugins' were created, for a file; None where none were needed."""
         self._split_checked = False
 
     @property
@@ -55,7 +63,19 @@ class MetaParameters:
             self._split_checked = True
         if not self.initialized:
             self.tensors = self.tensors | self._create(example)
+            self.example = None if example is None else describe_inputs(example)
             self.initialized = True
+
+    def initialize_like(self, described: Any) -> None:
+        """Create the plugins' parameters by inputs that `example` describes, as far as it does.
+
+        Raises:
+            UsageError: it describes no inputs, or a plugin needs inputs and there are none.
+        """
+        if not self.initialized:
+            split_checked, self._split_checked = self._split_checked, True  # zeros say nothing about the split
+            self.initialize(None if described is None else move_tensors(create_inputs(described), self.like.device))
+            self._split_checked = split_checked
 
     def _create(self, example: Any) -> Tensors:
         features = outputs = None
@@ -113,25 +133,56 @@ class MetaParameters:
         augmenters = set(self._stages.plugins) - {self._stages.algorithm.name}
         return {name: value for name, value in self.tensors.items() if self._stages.owner(name) not in augmenters}
 
-    def load(self, tensors: Mapping[str, Tensor], where: str) -> None:
-        """Take over values, in memory of their own.
+    def load(self, tensors: Mapping[str, Tensor], example: Any, where: str) -> None:
+        """Take over values, in memory of their own, of parameters that were created by inputs like `example`.
 
         Raises:
             UsageError: the names or shapes differ.
         """
-        self.initialize(None)
+        self.initialize_like(example)
         check_shapes(self.tensors, {name: tuple(value.shape) for name, value in tensors.items()}, where)
         self.tensors = copy_contiguous({name: tensors[name].to(value) for name, value in self.tensors.items()})
 
     def take_snapshot(self) -> dict[str, Any]:
         """All that the parameters of a learner of the same arguments need to be these, initialized or not."""
-        return {"tensors": self.tensors, "initialized": self.initialized, "constants": self._model.constants()}
+        return {
+            "tensors": self.tensors, "initialized": self.initialized, "example": self.example,
+            "constants": self._model.constants(),
+        }  # fmt: skip
 
     def restore_snapshot(self, snapshot: Mapping[str, Any]) -> None:
         """Take over what `take_snapshot` returned."""
         self.tensors = move_tensors(snapshot["tensors"], self.like.device)
-        self.initialized = snapshot["initialized"]
+        self.initialized, self.example = snapshot["initialized"], snapshot["example"]
         self._model.module.load_state_dict(snapshot["constants"], strict=False)
+
+
+def describe_inputs(x: Any) -> Any:
+    """The structure, shapes and types of inputs, as JSON can hold them: those of a tensor are ``[type, size, …]``."""
+    if isinstance(x, Tensor):
+        return [str(x.dtype).removeprefix("torch."), *x.shape]
+    if isinstance(x, Mapping):
+        return {str(name): describe_inputs(value) for name, value in x.items()}
+    return {f"{type(x).__name__} {number}": describe_inputs(value) for number, value in enumerate(x)}
+
+
+def create_inputs(described: Any) -> Any:
+    """Zeros of the shapes and types that `describe_inputs` gave.
+
+    Raises:
+        UsageError: it describes no inputs.
+    """
+    try:
+        if isinstance(described, list):
+            dtype, *shape = described
+            return torch.zeros([int(size) for size in shape], dtype=_DTYPES[dtype])
+        inputs = {name: create_inputs(value) for name, value in described.items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"{described!r} does not describe a model's inputs.") from error
+    for kind in (tuple, list):
+        if inputs and all(name.startswith(f"{kind.__name__} ") for name in inputs):
+            return kind(inputs.values())
+    return inputs
 
 
 def check_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:

@@ -247,8 +247,8 @@ def check_inner_rule(subject: Subject) -> None:
         fail(
             f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which are without "
             "it, would adapt otherwise than training did.",
-            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm, or to an "
-            "augmenter that declares training_only = False.",
+            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm, or to "
+            "an augmenter that declares training_only = False.",
         )
 
 

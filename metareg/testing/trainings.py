@@ -294,7 +294,7 @@ def check_reload(subject: Subject) -> None:
             path = Path(folder, "learner.safetensors")
             learner.save(path)
             again = Pair.of(subject)
-            loaded = MetaLearner.load(path, copy.deepcopy(bench.model), **_list_own_classes(again))
+            loaded = MetaLearner.load(path, copy.deepcopy(bench.model).double(), **_list_own_classes(again))
         given = support_x, support_y, 2 * STEPS, support_x
         expected, found = (dict(each.adapt(*given).named_parameters()) for each in (learner, loaded))
         off, name = difference(expected, found)
