@@ -7,8 +7,9 @@ plugins.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -32,13 +33,21 @@ __all__ = ["Engine", "Gradient"]
 
 @dataclass(frozen=True)
 class Gradient:
-    """A meta-gradient, averaged over the tasks of a batch."""
+    """A meta-gradient, averaged over the tasks of a batch.
+
+    Where a plugin combines the tasks, `grads` and `loss` have them as their first dimension until it has done so, and
+    there is no ``grad_norm``; logged values are means from the beginning.
+    """
 
     grads: Tensors
     loss: Tensor
     """The objective that was differentiated: query loss and the augmenters' terms."""
     logs: Tensors
     """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm."""
+
+    def with_grads(self, grads: Tensors) -> Gradient:
+        """The same batch with other gradients, those of no single task, and their norm."""
+        return Gradient(grads, self.loss.mean(), self.logs | {"grad_norm": _norm(grads)})
 
 
 class Engine:
@@ -49,6 +58,7 @@ class Engine:
         """Without augmenters, for evaluation and adaptation."""
         self.training = TaskFunctions(model, stages, loss, metric, options, self.plain)
         """With every stage."""
+        self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
         self._log_names: tuple[str, ...] = ()
 
@@ -61,7 +71,9 @@ class Engine:
         chunk: int | None,
         weights: Tensor | None = None,
     ) -> Gradient:
-        """The mean meta-gradient over all tasks of `batches`, each tensor with the strides of its parameter.
+        """The meta-gradient of the tasks of `batches`: their mean, each tensor with the strides of its parameter.
+
+        Where a plugin combines tasks, it is that of every task, in their order.
 
         Args:
             meta: every meta-parameter by name.
@@ -71,19 +83,34 @@ class Engine:
             chunk: at most so many tasks at once.
             weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
         """
-        total = sum(len(batch) for batch in batches)
+        parts = self._run_parts(meta, batches, noise, strategy, chunk, weights)
+        if self._keeps_tasks:
+            return _concatenate([part for part, _ in parts])
         result: Gradient | None = None
+        for part, share in parts:
+            result = part if share == 1 else _accumulate(result, part, share)
+        assert result is not None
+        if share < 1:
+            result.logs["grad_norm"] = _norm(result.grads)
+        return Gradient(match_strides(result.grads, meta), result.loss, result.logs)
+
+    def _run_parts(
+        self,
+        meta: Tensors,
+        batches: Sequence[Episodes],
+        noise: Sequence[Mapping[str, Any]],
+        strategy: Strategy,
+        chunk: int | None,
+        weights: Tensor | None,
+    ) -> Iterator[tuple[Gradient, float]]:
+        """The meta-gradients of the tasks that run at once, each with its share of all tasks; arguments as in `gradient`."""
+        total = sum(len(batch) for batch in batches)
         done = 0
         for batch in batches:
             for part in batch.chunks(1 if strategy in ONE_BY_ONE else chunk):
                 part_noise = noise[done : done + len(part)]
-                one = self._run_stack(meta, part, part_noise, strategy, weights)
                 done += len(part)
-                result = one if len(part) == total else _accumulate(result, one, len(part) / total)
-        assert result is not None
-        if len(part) < total:
-            result.logs["grad_norm"] = _norm(result.grads)
-        return Gradient(match_strides(result.grads, meta), result.loss, result.logs)
+                yield self._run_stack(meta, part, part_noise, strategy, weights), len(part) / total
 
     def scores(
         self, meta: Tensors, episodes: Episodes, inner_steps: tuple[int, ...], strategy: Strategy, chunk: int | None
@@ -117,8 +144,7 @@ class Engine:
             with torch.no_grad(), advise_on_memory(1):
                 task_noise = noise[0] if noise else {}
                 task = _unbatch(episodes.parts)
-                grads, loss, logs = compute_meta_gradient(self.training, meta, task, task_noise, weights)
-                return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
+                return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
         program = self._find_program("gradient", self._map_gradient, strategy)
         # The weights change from step to step: an input of the traced program, or they would be frozen into it.
         extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
@@ -133,13 +159,26 @@ class Engine:
         # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
         if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
-            grads, loss, logs = compute_meta_gradient(self.training, meta, _unbatch(tasks), _unbatch(noise), weights)
+            derivative = compute_meta_gradient(self.training, meta, _unbatch(tasks), _unbatch(noise), weights)
+            gradient = self._describe_task(*derivative)
         else:
-            gradient = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
-            grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), gradient(tasks, noise))
-        logs["grad_norm"] = _norm(grads)
-        self._log_names = tuple(logs)
-        return [*grads.values(), loss, *logs.values()]
+            compute = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
+            gradient = self._describe_tasks(*compute(tasks, noise))
+        self._log_names = tuple(gradient.logs)
+        return [*gradient.grads.values(), gradient.loss, *gradient.logs.values()]
+
+    def _describe_task(self, grads: Tensors, loss: Tensor, logs: Tensors) -> Gradient:
+        """The gradient of a single task, as `Gradient` has it."""
+        if self._keeps_tasks:
+            return Gradient({name: value[None] for name, value in grads.items()}, loss[None], logs)
+        return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
+
+    def _describe_tasks(self, grads: Tensors, losses: Tensor, logs: Tensors) -> Gradient:
+        """The gradients of some tasks ``[tasks, …]``, as `Gradient` has them."""
+        if self._keeps_tasks:
+            return Gradient(grads, losses, tree_map(lambda leaf: leaf.mean(0), logs))
+        grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), (grads, losses, logs))
+        return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
 
     def _find_program(self, key: Any, function: Function, strategy: Strategy) -> Program:
         program = self._programs.get((key, strategy))
@@ -164,6 +203,17 @@ def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradie
     if total is None:
         return Gradient(grads, loss, logs)
     return Gradient(_add(total.grads, grads), total.loss + loss, _add(total.logs, logs))
+
+
+def _concatenate(parts: Sequence[Gradient]) -> Gradient:
+    """The gradients of the tasks of several parts, whose logged values are means."""
+    if len(parts) == 1:
+        return parts[0]
+    losses = [part.loss for part in parts]
+    total = sum(len(loss) for loss in losses)
+    logs = [_scale(part.logs, len(loss) / total) for part, loss in zip(parts, losses, strict=True)]
+    grads = {name: torch.cat([part.grads[name] for part in parts]) for name in parts[0].grads}
+    return Gradient(grads, torch.cat(losses), reduce(_add, logs))
 
 
 def _scale(values: Tensors, factor: float) -> Tensors:

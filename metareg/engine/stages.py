@@ -28,7 +28,10 @@ Check = Callable[[Any, Any, Implementation], Any]
 """Takes the hook's first argument, what a plugin returned for it, and whose it is."""
 
 _REQUIRED = object()
-_NOISE = {"task": ("augment_inner_gradient", "augment_outer_loss"), "batch": ("augment_outer_gradient",)}
+_NOISE = {
+    "task": ("augment_inner_gradient", "augment_outer_loss"),
+    "batch": ("combine_tasks", "augment_outer_gradient"),
+}
 """The hooks whose plugins draw noise, for each task and for each meta-batch."""
 
 
@@ -220,8 +223,21 @@ class Stages:
             meta=meta, adapted=adapted, start=start, state=state, inner_steps=inner_steps, noise=noise, task=task,
         )  # fmt: skip
 
-    def augment_outer_gradient(self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
-        return self._reduce("augment_outer_gradient", _match, grads=grads, meta=meta, noise=noise)
+    def combine_tasks(self, grads: Tensors, losses: Tensor, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
+        """The meta-gradient of a batch from those of its tasks ``[tasks, …]``, their mean where no plugin gives another."""
+
+        def match(_: Tensors, given: Any, by: Implementation) -> Tensors:
+            return _match(meta, given, by)
+
+        arguments = {"grads": grads, "losses": losses, "meta": meta, "noise": noise}
+        combined = self._reduce("combine_tasks", match, otherwise=None, **arguments)
+        return {name: value.mean(0) for name, value in grads.items()} if combined is None else combined
+
+    def augment_outer_gradient(
+        self, grads: Tensors, meta: Tensors, noise: Mapping[str, Any], gradient_at: Callable[[Tensors], Tensors]
+    ) -> Tensors:
+        arguments = {"grads": grads, "meta": meta, "noise": noise, "every": meta, "gradient_at": gradient_at}
+        return self._reduce("augment_outer_gradient", _match, **arguments)
 
     def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
         """The weight of the query loss after each inner step; None for that after the last step alone."""
@@ -280,6 +296,9 @@ def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
         own["meta"] = implementation.own(arguments["meta"])
     if "noise" in implementation.arguments:
         own["noise"] = arguments["noise"].get(implementation.name)
+    if "gradient_at" in implementation.arguments:
+        every, gradient_at = arguments["every"], arguments["gradient_at"]
+        own["gradient_at"] = lambda given: gradient_at(_match_every(every, given, implementation))
     return implementation(**own)
 
 
@@ -330,6 +349,13 @@ def _complete(expected: Tensors, given: Any, by: Implementation) -> Tensors:
     """`_match`, with zeros for the tensors that are left out."""
     zeros = {name: torch.zeros_like(value) for name, value in expected.items()}
     return _match(expected, zeros | given if isinstance(given, dict) else given, by)
+
+
+def _match_every(every: Tensors, given: Any, by: Implementation) -> Tensors:
+    """`_match` for the meta-parameters at which a plugin asks for the gradient of a batch."""
+    if not isinstance(given, dict) or given.keys() != every.keys():
+        by.reject("gradient_at takes a value for each meta-parameter, by the names in `every`")
+    return _match(every, given, by)
 
 
 def _match_with_state(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, dict[str, Any]]:

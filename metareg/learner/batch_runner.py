@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import torch
@@ -22,6 +22,7 @@ from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
 from metareg.registry.task_source import TaskSource
 from metareg.util.devices import move_tensors
+from metareg.util.layout import copy_contiguous, match_strides
 from metareg.util.torch_internals import tree_map
 
 __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights", "sort_inner_steps"]
@@ -80,21 +81,36 @@ class BatchRunner:
             raise UsageError("There is no task in the batch.")
         parameters.prepare(batches[0])
         meta, stages = parameters.tensors, self._engine.training.stages
-        strategy = self.strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
+        tasks = sum(len(batch) for batch in batches)
+        noise: Mapping[str, Any] = {}
+        if stages.implements("augment_outer_gradient") or stages.implements("combine_tasks"):
+            noise = stages.draw_noise("batch", meta, self._config.inner_steps, self._config.seed, training_step)
 
-        def compute_mean(batches: Sequence[Episodes], first: int) -> Gradient:
-            return self._compute_mean_gradient(parameters, batches, first, training_step, strategy)
+        def compute_at(meta: Tensors) -> Gradient:
+            """The meta-gradient of the batch at some meta-parameters, as the optimiser would take it without augmenters."""
+            strategy = self.strategy or self.choose_strategy(tasks, 1)[0]
+            gradient = self.split.gradient(
+                meta,
+                batches,
+                lambda share, first: self._compute_gradient(meta, parameters, share, first, training_step, strategy),
+            )
+            if not stages.implements("combine_tasks"):
+                return gradient
+            grads, losses = _sort_tasks((gradient.grads, gradient.loss), batches)
+            combined = stages.combine_tasks(grads, losses, meta, noise)
+            return gradient.with_grads(match_strides(combined, meta))
 
-        gradient = self.split.gradient(meta, batches, compute_mean)
+        gradient = compute_at(meta)
         if not stages.implements("augment_outer_gradient"):
             return gradient
-        noise = stages.draw_noise("batch", meta, self._config.inner_steps, self._config.seed, training_step)
-        augmented = stages.augment_outer_gradient(gradient.grads, meta, noise)
-        norm = torch.nn.utils.get_total_norm(list(augmented.values()))
-        return Gradient(augmented, gradient.loss, gradient.logs | {"grad_norm": norm})
+        augmented = stages.augment_outer_gradient(
+            gradient.grads, meta, noise, lambda every: compute_at(copy_contiguous(every)).grads
+        )
+        return gradient.with_grads(augmented)
 
-    def _compute_mean_gradient(
+    def _compute_gradient(
         self,
+        meta: Tensors,
         parameters: MetaParameters,
         batches: Sequence[Episodes],
         first: int,
@@ -103,7 +119,7 @@ class BatchRunner:
     ) -> Gradient:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
         functions, config, stages = self._engine.training, self._config, self._engine.training.stages
-        meta, batches = parameters.tensors, [parameters.match(batch) for batch in batches]
+        batches = [parameters.match(batch) for batch in batches]
         noise = []
         if stages.draws_noise:
             adapted = {name: meta[name] for name in functions.adapted_names}
@@ -163,6 +179,15 @@ class BatchRunner:
         return functions.model.create_adapted_module(
             {**plain, **adapted}, support_x if functions.support_statistics else None
         )
+
+
+def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:
+    """Values of every task ``[tasks, …]`` in the order in which the tasks were asked for, where the stacks say it."""
+    positions = [position for batch in batches for position in batch.positions or ()]
+    if any(batch.positions is None for batch in batches) or positions == sorted(positions):
+        return values
+    order = torch.tensor(positions).argsort()
+    return tree_map(lambda leaf: leaf[order.to(leaf.device)], values)
 
 
 def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:

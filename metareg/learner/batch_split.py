@@ -1,8 +1,9 @@
 """A batch in several processes: each computes its share, and all take the same step.
 
-The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per step. A task is a
-function of its number, so that each process draws the whole batch and keeps its share, and noise is drawn by the task's
-number in the batch: the result is that of one process, to rounding.
+The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per gradient, or the
+gradients of all tasks where a plugin combines them. A task is a function of its number, so that each process draws the
+whole batch and keeps its share, and noise is drawn by the task's number in the batch: the result is that of one process,
+to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class BatchSplit:
         self.processes = processes
         self._log_names: tuple[str, ...] = ()
         self._zeros: Tensor | None = None
-        """What a process without a share would add to the sum; unknown until there was a gradient."""
+        """What a process without a share would add to the first sum; unknown until there was a gradient."""
 
     def gradient(
         self,
@@ -37,12 +38,12 @@ class BatchSplit:
         batches: Sequence[Episodes],
         compute: Callable[[Sequence[Episodes], int], Gradient],
     ) -> Gradient:
-        """The mean meta-gradient of all tasks, the same bits in every process.
+        """The meta-gradient of all tasks, their mean or of each, the same bits in every process.
 
         Args:
             meta: every meta-parameter.
             batches: all tasks of the batch, the same in every process.
-            compute: the mean meta-gradient of some tasks, given the number of the first of them in the batch.
+            compute: the meta-gradient of some tasks, given the number of the first of them in the batch.
 
         Raises:
             UsageError: there are fewer tasks than processes.
@@ -53,31 +54,41 @@ class BatchSplit:
         tasks = sum(len(batch) for batch in batches)
         self.processes.check_batch(tasks)
         share = self.processes.share(tasks)
-
-        def compute_share() -> Gradient:
-            return compute(select_tasks(batches, share), share.start)
-
-        if self._zeros is None:
-            own = self.processes.each(compute_share)
-            self._log_names = tuple(name for name in own.logs if name != "grad_norm")
+        own = self._compute_share(lambda: compute(select_tasks(batches, share), share.start))
+        weight, dtype = len(share) / tasks, own.loss.dtype
+        grads, logs = [own.grads[name] for name in meta], [own.logs[name] for name in self._log_names]
+        if own.loss.dim() == 0:
+            *sums, loss = self._sum([*logs, *grads, own.loss], dtype, weight)
         else:
-            try:
-                own = compute_share()
-            except Exception as error:
-                self.fail(error)
-        values = [*(own.grads[name] for name in meta), own.loss, *(own.logs[name] for name in self._log_names)]
-        flat = torch.cat([value.reshape(-1).to(own.loss.dtype) for value in values])
+            # Of a fixed size and first: a process that failed knows what the others wait for, whatever the batch's size.
+            sums = self._sum(logs, dtype, weight)
+            *rows, loss = self._sum([_place(value, share, tasks) for value in [*grads, own.loss]], dtype)
+            sums += rows
+        means = dict(zip(self._log_names, sums, strict=False))
+        gradient = Gradient(dict(zip(meta, sums[len(means) :], strict=True)), loss, means)
+        return gradient if loss.dim() else gradient.with_grads(gradient.grads)
+
+    def _compute_share(self, compute: Callable[[], Gradient]) -> Gradient:
+        """The gradient of this process's tasks, or the error of any process in all of them."""
+        if self._zeros is None:
+            own = self.processes.each(compute)
+            self._log_names = tuple(name for name in own.logs if name != "grad_norm")
+            return own
+        try:
+            return compute()
+        except Exception as error:
+            self.fail(error)
+
+    def _sum(self, values: Sequence[Tensor], dtype: torch.dtype, weight: float = 1.0) -> list[Tensor]:
+        """The sums over the processes of values that have a weight in each; all hear of a process that has failed."""
+        flat = torch.cat([value.reshape(-1).to(dtype) for value in values])
         if self._zeros is None:
             self._zeros = torch.zeros_like(flat)
-        total, failed = self.processes.sum(flat * (len(share) / tasks), failed=False)
+        total, failed = self.processes.sum(flat * weight, failed=False)
         if failed:
             self.processes.each(lambda: None)
         parts = total.split([value.numel() for value in values])
-        sums = [part.view_as(value) for part, value in zip(parts, values, strict=True)]
-        grads = dict(zip(meta, sums, strict=False))
-        loss, *logs = sums[len(meta) :]
-        norm = torch.nn.utils.get_total_norm(list(grads.values()))
-        return Gradient(grads, loss, dict(zip(self._log_names, logs, strict=True)) | {"grad_norm": norm})
+        return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def fail(self, error: Exception) -> NoReturn:
         """Raise an error here, and in the other processes where they wait for this one's share of a batch."""
@@ -89,6 +100,13 @@ class BatchSplit:
             self.processes.sum(self._zeros, failed=True)
         self.processes.each(raise_error)
         raise error
+
+
+def _place(values: Tensor, share: range, tasks: int) -> Tensor:
+    """The values of some tasks at their places among all tasks, where others are zero."""
+    placed = values.new_zeros(tasks, *values.shape[1:])
+    placed[share.start : share.stop] = values
+    return placed
 
 
 def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from metareg.contract.episodes import Episodes
+from metareg.contract.episodes import Episodes, stack_trees
 from metareg.engine.stages import Stages
 from metareg.learner.learner import MetaLearner
 from metareg.testing.benches import draw_noise
@@ -69,17 +69,23 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
 
 
 def _meta_gradient(learner: MetaLearner, meta: Tensors, tasks: Sequence[Task], training_step: int) -> Tensors:
-    """The mean over the tasks, changed by the augmenters."""
+    """The meta-gradient of a batch, combined of its tasks' and changed by the augmenters."""
     stages, inner_steps = learner.stages, learner.config.inner_steps
     adapted = stages.adapted_parameters(learner.model)
     weights = stages.outer_loss_weights(inner_steps, training_step) or [0.0] * (inner_steps - 1) + [1.0]
-    mean = {name: torch.zeros_like(value) for name, value in meta.items()}
-    for number, task in enumerate(tasks):
-        noise = draw_noise(learner, "task", adapted, training_step, number)
-        gradient = _task_gradient(learner, meta, adapted, task, noise, weights)
-        mean = {name: value + gradient[name] / len(tasks) for name, value in mean.items()}
-    with torch.no_grad():
-        return stages.augment_outer_gradient(mean, meta, draw_noise(learner, "batch", meta, training_step))
+    noise = draw_noise(learner, "batch", meta, training_step)
+
+    def combine_at(meta: Tensors) -> Tensors:
+        gradients, losses = [], []
+        for number, task in enumerate(tasks):
+            drawn = draw_noise(learner, "task", adapted, training_step, number)
+            gradient, loss = _task_gradient(learner, meta, adapted, task, drawn, weights)
+            gradients.append(gradient)
+            losses.append(loss)
+        with torch.no_grad():
+            return stages.combine_tasks(stack_trees(gradients), torch.stack(losses), meta, noise)
+
+    return stages.augment_outer_gradient(combine_at(meta), meta, noise, combine_at)
 
 
 def _task_gradient(
@@ -89,8 +95,11 @@ def _task_gradient(
     task: Task,
     noise: Mapping[str, Any],
     weights: Sequence[float],
-) -> Tensors:
-    """The meta-gradient of one task: of its weighted query losses and the augmenters' terms, or the algorithm's own."""
+) -> tuple[Tensors, Tensor]:
+    """The meta-gradient of one task: of its weighted query losses and the augmenters' terms, or the algorithm's own.
+
+    Beside it, the objective.
+    """
     stages = learner.stages
     meta = {name: value.detach().requires_grad_() for name, value in meta.items()}
     view = _View(learner, meta, noise, task)
@@ -108,11 +117,12 @@ def _task_gradient(
         metric=learner.metric, task=view,
     )  # fmt: skip
     own = stages.outer_objective(meta, params, start, state, steps, noise, view)
+    total = (objective if own is None else own) + terms
     if not stages.implements("outer_gradient"):
-        return _gradient((objective if own is None else own) + terms, meta)
+        return _gradient(total, meta), total.detach()
     of_terms = _gradient(terms, meta)
     gradient = stages.outer_gradient(meta, params, start, state, steps, noise, view)
-    return {name: value.detach() + of_terms[name] for name, value in gradient.items()}
+    return {name: value.detach() + of_terms[name] for name, value in gradient.items()}, total.detach()
 
 
 @dataclass(frozen=True)

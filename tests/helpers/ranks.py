@@ -51,6 +51,41 @@ class OuterNoise:
         return {name: value / norm + 0.1 * noise[name] for name, value in grads.items()}
 
 
+class Tilt:
+    """Weighs the tasks by their losses and by their places in the batch."""
+
+    @hookimpl
+    def combine_tasks(self, grads: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
+        weights = losses.softmax(0) * torch.arange(1, 1 + len(losses))
+        return {name: torch.einsum("t,t...->...", weights, value) for name, value in grads.items()}
+
+
+class NoisyTilt:
+    """Weighs them by a draw for the batch too."""
+
+    @hookimpl
+    def draw_noise(self, generator: torch.Generator) -> Tensor:
+        return torch.rand((), generator=generator)
+
+    @hookimpl
+    def combine_tasks(self, grads: dict[str, Tensor], losses: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        return Tilt().combine_tasks({name: noise * value for name, value in grads.items()}, losses)
+
+
+class Ascent:
+    """Takes the meta-gradient where its own direction leads (Sharp-MAML)."""
+
+    @hookimpl
+    def augment_outer_gradient(
+        self,
+        grads: dict[str, Tensor],
+        every: dict[str, Tensor],
+        gradient_at: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+    ) -> dict[str, Tensor]:
+        norm = torch.nn.utils.get_total_norm(list(grads.values()))
+        return gradient_at({name: value + 0.3 * grads[name] / norm for name, value in every.items()})
+
+
 class Momentum:
     """An outer optimiser with a state of its own."""
 
@@ -116,6 +151,12 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
         lambda: episodes("mlp", 3),
     ),
     "momentum": ({"algo": lambda: Momentum, "strategy": "serial"}, "mlp", lambda: episodes("mlp", 5)),
+    "combined": (
+        {"algo": "maml", "augment": ["gradient-noise", NoisyTilt, Ascent], "strategy": "vectorized", "chunk": 2},
+        "mlp",
+        lambda: episodes("mlp", 5),
+    ),
+    "unequal tasks combined": ({"algo": "maml", "augment": [Tilt, Ascent], "strategy": "serial"}, "mlp", _unequal),
     "unequal tasks": ({"algo": "boil", "augment": ["gradient-noise"], "strategy": "serial"}, "mlp", _unequal),
 }
 """Learners, their models and their batches."""
