@@ -10,15 +10,24 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from learners import Source
-from torch import Tensor
+from torch import Tensor, nn
 
 from metareg import MetaLearner
-from reference import NETS, Net, Task, Tensors, difference
+from reference import NETS, Net, Task, Tensors, difference, mean_squared_error
 from samples import LOSSES, MODELS, episodes, tasks_of
 
 STEPS, TASKS, OUTER_LR, GAMMA, TOLERANCE = 3, 3, 0.01, 0.7, 1e-6
+WAYS = [
+    pytest.param("mlp", False, {"strategy": "serial"}, id="mlp, serial"),
+    pytest.param("mlp", True, {"strategy": "vectorized"}, id="mlp, cml, vectorized"),
+    pytest.param("conv", False, {"strategy": "vectorized", "memory": "recompute"}, id="conv, vectorized, recompute"),
+    pytest.param("conv", True, {"strategy": "traced"}, id="conv, cml, traced"),
+    pytest.param("mlp", True, {"strategy": "compiled"}, id="mlp, cml, compiled", marks=pytest.mark.slow),
+]
+"""Nets, with CML or without, and the ways to train: what most algorithms are tried in, as ``("net", "cml", "options")``."""
 _IN_FRONT_OF_BATCH_NORM = ("body.0.bias", "body.4.bias", "colearner.0.bias", "colearner.3.bias")
 
 
@@ -85,7 +94,7 @@ def train(
 
 
 def scores(
-    net: str, meta: Mapping[str, Tensor], algo: WrittenOut, tasks: Sequence[Task], wanted: Sequence[int]
+    net: Net, meta: Mapping[str, Tensor], algo: WrittenOut, tasks: Sequence[Task], wanted: Sequence[int]
 ) -> Tensor:
     """The metric of some tasks after each number of inner steps: ``[tasks, len(wanted)]``."""
     meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
@@ -93,9 +102,10 @@ def scores(
     for task in tasks:
         row = []
         for steps in wanted:
-            params = algo.adapt(NETS[net], meta, task, steps)
-            outputs = NETS[net].head(params, NETS[net].body(params, task[2]))
-            right = NETS[net].loss(outputs, task[3]) if net == "mlp" else (outputs.argmax(1) == task[3]).double().mean()
+            params = algo.adapt(net, meta, task, steps)
+            outputs = net.head(params, net.body(params, task[2]))
+            regression = net.loss is mean_squared_error
+            right = net.loss(outputs, task[3]) if regression else (outputs.argmax(1) == task[3]).double().mean()
             row.append(right.detach())
         rows.append(torch.stack(row))
     return torch.stack(rows)
@@ -103,7 +113,7 @@ def scores(
 
 def check_training(
     net: str, name: str | type, algo: WrittenOut, config: Mapping[str, Any], *, cml: bool = False, inner_steps: int = 2,
-    evaluate: Sequence[int] = (0, 1, 4), **options: Any,
+    evaluate: Sequence[int] = (0, 1, 4), model: tuple[Callable[[], nn.Module], Net] | None = None, **options: Any,
 ) -> MetaLearner:  # fmt: skip
     """Compare some training steps of an algorithm, and its scores after them, with the loop; returns the learner.
 
@@ -115,17 +125,19 @@ def check_training(
         cml: whether CML is beside it.
         inner_steps: adaptation steps in training.
         evaluate: numbers of adaptation steps of the evaluation.
+        model: another one than the net's, and the same written out.
         options: of the learner, as its strategy.
     """
     augment = [("cml", {"gamma": GAMMA})] if cml else []
+    build, functions = model or (MODELS[net], NETS[net])
     learner = MetaLearner(
-        MODELS[net](), name, augment, loss=LOSSES[net], algo_config=config, inner_steps=inner_steps, outer_lr=OUTER_LR,
+        build(), name, augment, loss=LOSSES[net], algo_config=config, inner_steps=inner_steps, outer_lr=OUTER_LR,
         seed=5, **{"strategy": "vectorized", **options},
     )  # fmt: skip
     batches = [episodes(net, TASKS, seed=20 + number) for number in range(STEPS)]
     learner.initialize(batches[0].support_x[0])
     before = {name: value.clone() for name, value in learner.meta_parameters.items()}
-    after = train(NETS[net], before, batches, inner_steps, algo, cml)
+    after = train(functions, before, batches, inner_steps, algo, cml)
     for batch in batches:
         learner.step(batch)
     found = learner.meta_parameters
@@ -137,6 +149,6 @@ def check_training(
     source = Source(net)
     evaluation = learner.evaluate(source, 5, inner_steps=evaluate)
     tasks = tasks_of(source.episodes("test", range(5)))
-    expected = scores(net, learner.plain_meta_parameters, algo, tasks, evaluate)
+    expected = scores(functions, learner.plain_meta_parameters, algo, tasks, evaluate)
     torch.testing.assert_close(evaluation.scores.double(), expected, rtol=TOLERANCE, atol=TOLERANCE)
     return learner
