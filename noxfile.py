@@ -1,7 +1,7 @@
 """What the project is checked with: ``nox`` runs lint, types and tests; ``nox -l`` lists the rest.
 
 All sessions share one environment, ``.nox/metareg`` or the one that METAREG_NOX_ENV names, so that torch is installed once.
-METAREG_PLUGINS names further packages for it, folders or requirements with spaces between; the examples by default.
+METAREG_PLUGINS names further packages for it, folders or requirements with spaces between; an example by default.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ import nox
 ROOT = Path(__file__).parent
 ENVIRONMENT = Path(os.environ.get("METAREG_NOX_ENV", ROOT / ".nox" / "metareg"))
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
-STRANGERS = os.environ.get(
-    "METAREG_PLUGINS", "examples/metareg-reptile examples/metareg-mamlpp examples/metareg-cavia"
-).split()
+STRANGERS = os.environ.get("METAREG_PLUGINS", "examples/metareg-signmaml").split()
 RESULTS = ROOT / ".nox" / "matrix"
 COMPARISONS = ROOT / "benchmarks" / "comparisons"
 MAIN_RESULTS = "augmenters"

@@ -8,7 +8,6 @@ line, and leaves its exit codes there.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import logging.handlers
 import os
@@ -101,15 +100,6 @@ class Momentum:
         return {name: value - 0.01 * speed[name] for name, value in meta.items()}, speed
 
 
-def _reptile() -> type:
-    """The example's class, which nothing installs."""
-    place = Path(__file__).parents[2] / "examples" / "metareg-reptile" / "metareg_reptile" / "__init__.py"
-    spec = importlib.util.spec_from_file_location("metareg_reptile", place)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Reptile
-
-
 def _unequal() -> list[Episodes]:
     """Five tasks of three sizes."""
     sizes = (2, 3, 2, 4, 2)
@@ -146,7 +136,7 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
         lambda: episodes("mlp", 4),
     ),
     "reptile": (
-        {"algo": _reptile, "augment": ["cml"], "strategy": "serial", "inner_steps": 3},
+        {"algo": "reptile", "augment": ["cml"], "strategy": "serial", "inner_steps": 3},
         "mlp",
         lambda: episodes("mlp", 3),
     ),
