@@ -68,7 +68,7 @@ def test_bf16_steps_are_those_of_a_loop_in_bf16(strategy: str) -> None:
     before = {name: value.clone() for name, value in learner.meta_parameters.items()}
     expected = train(
         in_bf16(NETS["mlp"]), before, [tasks_of(each) for each in batches], outer_lr=0.01, algo="maml", inner_lr=0.1,
-        inner_steps=1, gamma=0.05,
+        inner_steps=1, gamma=0.2,
     )  # fmt: skip
     for each in batches:
         learner.step(each)

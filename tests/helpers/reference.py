@@ -49,9 +49,11 @@ def linear_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
 
 
 def colearner_on_vectors(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
-    for layer in (0, 2):
-        f = torch.relu(f @ p[f"cml.colearner.{layer}.weight"].T + p[f"cml.colearner.{layer}.bias"])
-    return f @ p["cml.colearner.4.weight"].T + p["cml.colearner.4.bias"]
+    """Hidden layers with ReLU, one by default, and a linear layer."""
+    *hidden, last = _list_layers(p)
+    for layer in hidden:
+        f = torch.relu(f @ p[f"{layer}.weight"].T + p[f"{layer}.bias"])
+    return f @ p[f"{last}.weight"].T + p[f"{last}.bias"]
 
 
 def _conv_body(p: Mapping[str, Tensor], x: Tensor, rows: int | None = None) -> Tensor:
@@ -68,16 +70,23 @@ def _conv_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
 
 
 def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
-    """A block without pooling, a block with pooling, a linear layer (the authors' co-learner for images).
+    """Blocks, two by default, the last with pooling, and a linear layer (the authors' co-learner for images).
 
     There is nothing to pool in a map of one row or column.
     """
-    for layer in (0, 3):
-        f = F.conv2d(f, p[f"cml.colearner.{layer}.weight"], p[f"cml.colearner.{layer}.bias"], padding=1)
-        f = torch.relu(batch_norm(f, p[f"cml.colearner.{layer + 1}.weight"], p[f"cml.colearner.{layer + 1}.bias"]))
+    *hidden, last = _list_layers(p)
+    for convolution, norm in zip(hidden[::2], hidden[1::2], strict=True):
+        f = F.conv2d(f, p[f"{convolution}.weight"], p[f"{convolution}.bias"], padding=1)
+        f = torch.relu(batch_norm(f, p[f"{norm}.weight"], p[f"{norm}.bias"]))
     if min(f.shape[-2:]) > 1:
         f = F.max_pool2d(f, 2)
-    return f.flatten(1) @ p["cml.colearner.8.weight"].T + p["cml.colearner.8.bias"]
+    return f.flatten(1) @ p[f"{last}.weight"].T + p[f"{last}.bias"]
+
+
+def _list_layers(p: Mapping[str, Tensor]) -> list[str]:
+    """The names of the co-learner's layers, from the first to the last."""
+    names = {name.rpartition(".")[0] for name in p if name.startswith("cml.colearner.")}
+    return sorted(names, key=lambda name: int(name.rpartition(".")[2]))
 
 
 def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
