@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metareg import Field, PluginConfig, UsageError, hookimpl
+
+log = logging.getLogger("metareg")
 
 _WIDEST = 128
 
@@ -22,6 +25,9 @@ class CML:
     On feature maps the co-learner is that of the authors' code: a block of 3×3 convolution, BatchNorm and ReLU, a second
     one with 2×2 max-pooling, and a linear layer, all with the channels of the map; the paper's Table 8 has 0 to 4 blocks.
     On feature vectors it is that of the paper's regression and graphs: a linear layer with ReLU and a linear layer.
+
+    Where the inner loop leaves the body as it is (ANIL), f says nothing of the task: labels that are permuted from task to
+    task do not reach ψ, which stays at chance.
 
     With ``frozen=True`` ψ keeps its initial values, the paper's control of random noise (Fig. 3a).
 
@@ -61,11 +67,18 @@ class CML:
         self.config = config
 
     @hookimpl
-    def init_meta(self, features: Tensor, outputs: Tensor) -> dict[str, Tensor]:
+    def init_meta(
+        self, features: Tensor, outputs: Tensor, adapted: tuple[str, ...], body: tuple[str, ...]
+    ) -> dict[str, Tensor]:
         if features.dim() not in (2, 4) or outputs.dim() != 2:
             raise UsageError(
                 "CML needs features [examples, features] or [examples, channels, height, width] and outputs "
                 f"[examples, outputs]; the model gives {tuple(features.shape)} and {tuple(outputs.shape)}."
+            )
+        if not set(adapted) & set(body):
+            log.warning(
+                "The co-learner of CML can learn nothing of a task here: it sees the body's features alone, and this "
+                "algorithm leaves the body as it is."
             )
         build = _build_for_maps if features.dim() == 4 else _build_for_vectors
         colearner = build(features.shape[1:], self._get_depth(features), self.config.width, outputs.shape[-1])

@@ -78,6 +78,15 @@ def test_a_frozen_colearner_keeps_its_bits_while_body_and_head_learn_through_it(
     assert not frozen["body.0.weight"].equal(none["body.0.weight"])
 
 
+@pytest.mark.parametrize(("algo", "lines"), [("anil", 1), ("boil", 0), ("maml", 0)])
+def test_it_says_where_the_colearner_can_learn_nothing(algo: str, lines: int, caplog: pytest.LogCaptureFixture) -> None:
+    """ANIL's features are the same before and after adaptation: nothing carries a task's labels to the co-learner."""
+    learner = MetaLearner(MODELS["conv"](), algo, ["cml"])
+    for number in range(2):
+        learner.step(episodes("conv", seed=number))
+    assert sum("learn nothing" in record.message for record in caplog.records) == lines
+
+
 def test_outputs_need_a_dimension_of_their_own() -> None:
     class Scalar(nn.Module):
         def __init__(self) -> None:
