@@ -1,0 +1,45 @@
+"""CVaR: the meta-gradient of the worst tasks of a batch."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from metareg import Field, PluginConfig, hookimpl
+
+
+class CVaR:
+    """Averages the meta-gradients of the tasks with the largest objectives, and leaves the others out.
+
+    The conditional value at risk at the level α is the mean of the worst share 1 − α of the losses; of a batch of T tasks
+    these are the ⌈(1 − α) T⌉ worst. With a level near 1 the worst task alone counts, which is what task-robust MAML
+    descends (Collins, Mokhtari and Shakkottai, NeurIPS 2020, arXiv 2002.04766); its weights, learned for each of finitely
+    many tasks, have no place where tasks are drawn anew.
+
+    Reference:
+        Wang, Lv, Feng, Xie and Huang, A Simple Yet Effective Strategy to Robustify the Meta Learning Paradigm, NeurIPS
+        2023, arXiv 2310.00708.
+    """
+
+    contract = 1
+    exact_gradient = False  # it is that of the worst tasks' mean, not of the batch's
+
+    class Config(PluginConfig):
+        level: float = Field(
+            0.5,
+            ge=0,
+            lt=1,
+            description="Level α: the share of the tasks that is left out, those with the smallest objectives.",
+            json_schema_extra={"search": {"low": 0.0, "high": 0.9}},
+        )
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @hookimpl
+    def combine_tasks(self, grads: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
+        # Rounded, or 0.7 of ten tasks would leave four: 1 − 0.7 is a little more than 0.3.
+        count = max(1, math.ceil(round((1 - self.config.level) * len(losses), 6)))
+        worst = losses.topk(count).indices
+        return {name: value[worst].mean(0) for name, value in grads.items()}

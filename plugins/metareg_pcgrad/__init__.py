@@ -1,0 +1,43 @@
+"""PCGrad: gradient surgery between the tasks of a batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metareg import PluginConfig, hookimpl
+
+
+class PCGrad:
+    """Takes from each task's meta-gradient what conflicts with those of the others, before their mean.
+
+    gᵢ ← gᵢ − min(0, gᵢ · gⱼ) / ‖gⱼ‖² gⱼ for every other task j, where gᵢ changes from one j to the next and gⱼ is the
+    task's own gradient. The paper goes through the others in random order; here they come in turn, beginning with
+    the next one of the batch, which is as random since tasks are drawn independently. The paper adds the results up.
+    The gradients of all tasks are kept at once.
+
+    Reference:
+        Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, NeurIPS 2020,
+        arXiv 2001.06782, Algorithm 1.
+    """
+
+    contract = 1
+    exact_gradient = False  # a projected gradient is that of no objective
+
+    class Config(PluginConfig):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @hookimpl
+    def combine_tasks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        own = torch.cat([value.flatten(1) for value in grads.values()], 1)
+        squares = own.square().sum(1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+        projected = own
+        for shift in range(1, len(own)):
+            other = own.roll(-shift, 0)
+            conflict = (projected * other).sum(1, keepdim=True).clamp(max=0)
+            projected = projected - conflict / squares.roll(-shift, 0) * other
+        parts = projected.mean(0).split([value[0].numel() for value in grads.values()])
+        return {name: part.view(grads[name].shape[1:]) for name, part in zip(grads, parts, strict=True)}
