@@ -23,7 +23,8 @@ class Episodes:
     Args:
         support_x: inputs ``[tasks, support, …]``; a tensor, or a pytree of tensors with these leading dimensions (a
             graph task's may be ``[tasks, …]``).
-        support_y: targets ``[tasks, support]`` (class numbers) or ``[tasks, support, outputs]``.
+        support_y: targets ``[tasks, support]`` (class numbers) or ``[tasks, support, outputs]`` (numbers, or
+            probabilities of the classes).
         query_x: inputs ``[tasks, query, …]``.
         query_y: targets ``[tasks, query]`` or ``[tasks, query, outputs]``.
 

@@ -28,6 +28,8 @@ class Metric:
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    if targets.is_floating_point():  # probabilities of the classes, as mixtures of examples have them
+        targets = targets.argmax(-1)
     return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
 
 
