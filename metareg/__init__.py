@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from metareg.comparison.reproduction import reproduce
     from metareg.comparison.runner import compare
     from metareg.contract.attributes import StepExample
+    from metareg.contract.columns import Columns
     from metareg.contract.config import Field, PathText, PluginConfig
     from metareg.contract.episodes import Episodes
     from metareg.contract.evaluation import Evaluation
@@ -30,11 +31,13 @@ if TYPE_CHECKING:
     from metareg.runs.training import resume, train
     from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.seeding import derive_seed, task_uniform
+    from metareg.util.tables import Table, read_table
 
 _NAMES = {
     "comparison.reproduction": "reproduce",
     "comparison.runner": "compare",
     "contract.attributes": "StepExample",
+    "contract.columns": "Columns",
     "contract.config": "Field PathText PluginConfig",
     "contract.episodes": "Episodes",
     "contract.evaluation": "Evaluation",
@@ -51,15 +54,16 @@ _NAMES = {
     "runs.training": "resume train",
     "util.data_files": "cache_folder data_folder download",
     "util.seeding": "derive_seed task_uniform",
+    "util.tables": "Table read_table",
 }
 _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "CONTRACT_VERSION", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted", "MetaLearner",
-    "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig", "StepExample", "Task",
-    "TaskSpec", "TaskView", "UnknownNameError", "UsageError", "__version__", "cache_folder", "compare", "data_folder",
-    "derive_seed", "download", "hookimpl", "hookspec", "join_processes", "report", "reproduce", "resume",
-    "task_uniform", "train",
+    "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted",
+    "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig",
+    "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UsageError", "__version__",
+    "cache_folder", "compare", "data_folder", "derive_seed", "download", "hookimpl", "hookspec", "join_processes",
+    "read_table", "report", "reproduce", "resume", "task_uniform", "train",
 ]  # fmt: skip
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
     from metareg.runs.run import Run
 
-__all__ = ["ComparisonProgress", "Progress"]
+__all__ = ["ComparisonProgress", "Progress", "show_messages"]
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -154,6 +156,18 @@ class ComparisonProgress:
             _format_time_left(comparison),
         )
         return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+
+
+@contextmanager
+def show_messages(console: Console) -> Iterator[None]:
+    """Show on a console, for a block, what metareg logs."""
+    log = logging.getLogger("metareg")
+    handler = _add_handler(console)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
 
 
 def _add_handler(console: Console) -> logging.Handler:

@@ -121,9 +121,10 @@ def export(
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
+    from metareg.cli.progress import show_messages
     from metareg.runs.run import Run
 
-    with stderr.status("Exporting …"):
+    with stderr.status("Exporting …"), show_messages(stderr):
         Run.load(path, device="cpu").export(to, support=support, inner_steps=inner_steps)
     stdout.print(escape(str(to)), soft_wrap=True)
 
@@ -131,19 +132,21 @@ def export(
 def predict(
     path: RunFolder,
     support: Annotated[
-        Path, path_option(metavar="FILE", help="Labelled examples: a CSV file, or a folder of images in one per class.")
+        Path, path_option(metavar="FILE", help="Labelled examples: a table, or a folder of images in one per class.")
     ],
-    query: Annotated[Path, path_option(metavar="FILE", help="What to predict: a CSV file, or a folder of images.")],
+    query: Annotated[Path, path_option(metavar="FILE", help="What to predict: a table, or a folder of images.")],
     to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
     inner_steps: InnerSteps = None,
     device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Adapt a finished run's learner to your own examples, and predict others."""
+    from metareg.cli.progress import show_messages
     from metareg.runs.run import Run
     from metareg.util.files import write_text
 
-    text = Run.load(path, device=device).predict(support, query, inner_steps=inner_steps)
+    with show_messages(stderr):
+        text = Run.load(path, device=device).predict(support, query, inner_steps=inner_steps)
     if to is None:
         print(text, end="")
     else:

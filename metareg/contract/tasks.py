@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,6 +12,9 @@ from metareg.errors import UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from metareg.contract.columns import Columns
+    from metareg.util.tables import Table
 
 __all__ = ["Dataset", "Task", "TaskSpec"]
 
@@ -70,6 +74,8 @@ class Task:
     """
     inherited_options: ClassVar[tuple[str, ...]] = ()
     """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
+    known_columns: Sequence[str] = ()
+    """Names of columns that a user's tables have, of which the task knows; they may be numbers."""
 
     @property
     def spec(self) -> TaskSpec:
@@ -102,3 +108,22 @@ class Task:
             raise UsageError(f"{path} cannot be read as an image: {error}.") from error
         values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
         return values[None] if channels == 1 else values.permute(2, 0, 1)
+
+    def choose_columns(self, support: Table, query: Table | None, classifies: bool) -> Columns:
+        """Which columns of a user's tables are inputs and targets, for ``metareg predict``.
+
+        Here the columns of the query table are the inputs and the other one or ones of the support table the targets. A
+        task that knows its columns by name overrides this.
+
+        Args:
+            support: labelled examples.
+            query: what is to be predicted; None where nothing is yet.
+            classifies: whether targets are classes.
+
+        Raises:
+            UsageError: the columns do not suit the task.
+        """
+        from metareg.contract.columns import match_columns
+
+        spec = self.spec
+        return match_columns(tuple(spec.input_shape), math.prod(spec.output_shape), classifies, support, query)

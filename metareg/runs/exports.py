@@ -12,15 +12,16 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from metareg.contract.columns import Columns, name_columns
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import Plugin
 from metareg.util.files import write_bytes
+from metareg.util.tables import Table, read_table
 
 __all__ = ["export", "predict"]
 
-_LARGEST_TABLE = 1 << 28
 _IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -54,23 +55,22 @@ def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, i
 
 def predict(learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None) -> str:
     """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
-    examples = _Examples(learner, task, support)
+    examples = _Examples(learner, task, support, query)
     module = learner.adapt(examples.x, examples.y, inner_steps)
     header, rows, x = examples.read_queries(query)
     with torch.no_grad():
-        outputs = module(x.to(learner.device)).cpu()
+        outputs = examples.restore_outputs(module(x.to(learner.device)).cpu())
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     if examples.classes:
-        writer.writerow([*header, "class", "probability"])
+        writer.writerow([*header, *examples.targets, "probability"])
         best = outputs[:, : len(examples.classes)].softmax(-1).max(-1)
         for row, value, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
             writer.writerow([*row, examples.classes[index], f"{value:.4f}"])
     else:
-        width = outputs.shape[-1]
-        writer.writerow([*header, *(["y"] if width == 1 else (f"y{number}" for number in range(1, width + 1)))])
+        writer.writerow([*header, *examples.targets])
         writer.writerows(
-            [*row, *(f"{value:.9g}" for value in y)] for row, y in zip(rows, outputs.tolist(), strict=True)
+            [*row, *(f"{value:.9g}" for value in y)] for row, y in zip(rows, outputs.flatten(1).tolist(), strict=True)
         )
     return buffer.getvalue()
 
@@ -78,13 +78,11 @@ def predict(learner: MetaLearner, task: Plugin, support: Path, query: Path, inne
 class _Examples:
     """A user's labelled examples for a learner that was trained on a task's tasks."""
 
-    def __init__(self, learner: MetaLearner, task: Plugin, support: Path) -> None:
+    def __init__(self, learner: MetaLearner, task: Plugin, support: Path, query: Path | None = None) -> None:
         self._task = task.instance
         self._shape = _get_input_shape(task)
-        self._width = math.prod(self._shape)
-        self.classes: list[str] | None = None
-        """The classes' names in the order of the model's outputs; None where targets are numbers."""
-        outputs = math.prod(task.instance.spec.output_shape)
+        self._columns: Columns | None = None
+        self._query: Table | None = None
         classifies = learner.loss is nn.functional.cross_entropy
         if support.is_dir():
             paths = {folder.name: _list_images(folder) for folder in sorted(support.iterdir()) if folder.is_dir()}
@@ -94,54 +92,39 @@ class _Examples:
                 raise UsageError(
                     f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file."
                 )
-        else:
-            _, rows = self._read_table(support, targets=1 if classifies else outputs)
-            self.x = self._parse_inputs(support, rows)
-            labels = [row[self._width] for row in rows]
-        if classifies:
-            self.classes = sorted(set(labels))
+            self.targets: Sequence[str] = ("class",)
+            self.classes: Sequence[str] | None = sorted(set(labels))
+            outputs = task.instance.spec.output_shape[0]
             if len(self.classes) > outputs:
                 raise UsageError(f"{support} has {len(self.classes)} classes; this learner tells {outputs} apart.")
             self.y = torch.tensor([self.classes.index(label) for label in labels])
         else:
-            self.y = torch.tensor([_parse_numbers(support, row[self._width :]) for row in rows])
+            known = getattr(task.instance, "known_columns", ())
+            table = read_table(support, known)
+            if query is not None and not query.is_dir():
+                self._query = read_table(query, known or table.names)
+            inputs, outputs = math.prod(self._shape), math.prod(task.instance.spec.output_shape)
+            table, self._query = name_columns(inputs, 1 if classifies else outputs, classifies, table, self._query)
+            choose = getattr(task.instance, "choose_columns", None) or partial(Task.choose_columns, task.instance)
+            columns = self._columns = choose(table, self._query, classifies)
+            table = _refuse_empty(columns.select_rows(table))
+            self.targets, self.classes = columns.targets, columns.classes
+            self.x = columns.scale_inputs(columns.read_inputs(table))
+            self.y = columns.scale_targets(columns.read_targets(table))
 
-    def read_queries(self, path: Path) -> tuple[list[str], list[list[str]], Tensor]:
+    def read_queries(self, path: Path) -> tuple[Sequence[str], list[list[str]], Tensor]:
         """What names the rows of the answer (a header, and a list per row), and the inputs."""
         if path.is_dir():
             images = _list_images(path)
             return ["image"], [[image.name] for image in images], self._read_images(images, path)
-        header, rows = self._read_table(path)
-        inputs = self._parse_inputs(path, rows)
-        return header[: self._width], [row[: self._width] for row in rows], inputs
+        if self._columns is None or self._query is None:
+            raise UsageError(f"{path} is a file; this learner takes a folder of images.")
+        inputs, query = self._columns.inputs, _refuse_empty(self._query)
+        return inputs, query.get_rows(inputs), self._columns.scale_inputs(self._columns.read_inputs(query))
 
-    def _parse_inputs(self, path: Path, rows: Sequence[Sequence[str]]) -> Tensor:
-        return torch.tensor([_parse_numbers(path, row[: self._width]) for row in rows]).reshape(-1, *self._shape)
-
-    def _read_table(self, path: Path, targets: int = 0) -> tuple[list[str], list[list[str]]]:
-        """The header of a CSV file (``x1, x2, …`` where it has none) and its rows, all of one length."""
-        try:
-            if path.stat().st_size > _LARGEST_TABLE:
-                raise UsageError(f"{path} is larger than {_LARGEST_TABLE >> 20} MiB.")
-            with path.open(newline="", encoding="utf-8-sig") as file:
-                rows = [row for row in csv.reader(file) if row]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UsageError(f"{path} cannot be read as CSV: {getattr(error, 'strerror', None) or error}.") from error
-        header = [f"x{number}" for number in range(1, len(rows[0]) + 1)] if rows else []
-        if rows and not _is_number(rows[0][0]):
-            header, rows = rows[0], rows[1:]
-        if not rows:
-            raise UsageError(f"{path} holds no rows.")
-        for number, row in enumerate(rows, 1):
-            if len(row) != len(header):
-                raise UsageError(
-                    f"{path} has {len(row)} cells in data row {number}, where it has {len(header)} columns."
-                )
-        if len(header) < self._width + targets:
-            wanted = f"{self._width} input{'s' * (self._width > 1)}"
-            wanted += f" and {targets} target{'s' * (targets > 1)}" if targets else ""
-            raise UsageError(f"{path} has {len(header)} columns; this learner takes {wanted}.")
-        return header, rows
+    def restore_outputs(self, outputs: Tensor) -> Tensor:
+        """Outputs in the units of the targets."""
+        return outputs if self._columns is None else self._columns.restore_outputs(outputs)
 
     def _read_images(self, paths: Sequence[Path], where: Path) -> Tensor:
         if len(self._shape) != 3:
@@ -150,6 +133,12 @@ class _Examples:
             raise UsageError(f"{where} holds no images ({', '.join(_IMAGES)}), or not in a folder for each class.")
         read = getattr(self._task, "read_image", None) or partial(Task.read_image, self._task)
         return torch.stack([read(path) for path in paths])
+
+
+def _refuse_empty(table: Table) -> Table:
+    if not len(table):
+        raise UsageError(f"{table.path} holds no rows.")
+    return table
 
 
 def _get_input_shape(task: Plugin) -> tuple[int, ...]:
@@ -161,17 +150,3 @@ def _get_input_shape(task: Plugin) -> tuple[int, ...]:
 
 def _list_images(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)
-
-
-def _parse_numbers(path: Path, cells: Sequence[str]) -> list[float]:
-    for cell in cells:
-        if not _is_number(cell):
-            raise UsageError(f"{path} holds '{cell}' where a finite number belongs.")
-    return [float(cell) for cell in cells]
-
-
-def _is_number(cell: str) -> bool:
-    try:
-        return math.isfinite(float(cell))
-    except ValueError:
-        return False

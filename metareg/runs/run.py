@@ -111,13 +111,13 @@ class Run:
         """Adapt the run's learner to a user's examples and predict others.
 
         Args:
-            support: labelled examples: a CSV file whose columns are the inputs and then the targets (for class targets one
-                column with the classes' names), or a folder with a folder of images for each class.
-            query: what to predict: a CSV file with the input columns, or a folder of images.
+            support: labelled examples: a table (`metareg.read_table`) with the input and target columns (for class targets
+                one column with the classes' names), or a folder with a folder of images for each class.
+            query: what to predict: a table with the input columns, or a folder of images.
             inner_steps: how many steps to adapt; as many as in training by default.
 
         Returns:
-            CSV: the inputs and the predicted targets, or the image's name, its class and that class's probability.
+            CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability.
 
         Raises:
             UsageError: the examples cannot be read, or do not suit the model.

@@ -109,7 +109,7 @@ def test_predictions_for_a_table(curves: Run, support: Path, tmp_path: Path) -> 
     rows = list(csv.reader(io.StringIO(curves.predict(support, query, inner_steps=2))))
     inputs, targets = torch.tensor([[-1.0], [0.0], [2.0]]), torch.tensor([[0.5], [1.5], [-1.0]])
     expected = curves.learner.adapt(inputs, targets, 2)(torch.tensor([[0.25], [-3.0]]))
-    assert rows[0] == ["x1", "y"]
+    assert rows[0] == ["position", "height"]
     assert [row[0] for row in rows[1:]] == ["0.25", "-3"]
     torch.testing.assert_close(torch.tensor([[float(row[1])] for row in rows[1:]]), expected.detach())
 
@@ -127,19 +127,42 @@ def test_predictions_for_images(shades: Run, tmp_path: Path) -> None:
     [
         ("", "holds no rows"),
         ("x,y\n", "holds no rows"),
-        ("1\n2\n", r"has 1 columns; this learner takes 1 input and 1 target"),
-        ("1,2\n3\n", "1 cells in data row 2, where it has 2 columns"),
-        ("1,2\n3,four\n", "'four' where a finite number belongs"),
-        ("1,2\n3,nan\n", "'nan' where a finite number belongs"),
-        ("1,2\n3,\0\n", "cannot be read as CSV|finite number"),
-        ("\udcff", "cannot be read as CSV"),
+        ("1.5\n2\n", r"has 1 column \(x1\); this learner takes 1 input and 1 target"),
+        ("1,2\n3,4\n", "could be names of columns or a row"),
+        ("1.5,2\n3\n", "1 cells in line 2, where its first line has 2"),
+        ("1.5,2\n3,four\n", "line 2, column 'y', holds 'four' where a finite number belongs"),
+        ("x,y\n3,nan\n", "line 2, column 'y', holds 'nan' where a finite number belongs"),
+        ("\udcff", "line 1 is no UTF-8"),
+        ("y,z\n1,2\n", "has the column 'x', which is not in"),
+        ("x,y,comment\n1,2,hello\n", r"has 3 columns \(x, y, comment\); this learner takes 1 input and 1 target"),
     ],
 )
 def test_tables_that_will_not_do(curves: Run, tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "support.csv"
     path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    query = tmp_path / "query.csv"
+    query.write_text("x\n0.5\n")
     with pytest.raises(UsageError, match=message):
-        curves.predict(path, path)
+        curves.predict(path, query)
+
+
+def test_columns_go_by_their_names(curves: Run, tmp_path: Path) -> None:
+    """The same answer for the same table in any order, any separator, any decimal sign; without names, by place."""
+    plain = [("x,y\n-1.5,0.5\n2,-1\n", "x\n0.25\n-3\n")]
+    same = [
+        ("y,x\n0.5,-1.5\n-1,2\n", "x\n0.25\n-3\n"), ("y;x\n0,5;-1,5\n-1;2\n\n", "\ufeffx\n0,25\n-3\n"),
+        ("x\ty\n-1.5\t0.5\n2\t-1\n", "0.25\n-3\n"), ("-1.5,0.5\n2,-1\n", "x\n0.25\n-3\n"),
+    ]  # fmt: skip
+    answers = []
+    for number, (support, query) in enumerate(plain + same):
+        for name, text in (("s", support), ("q", query)):
+            (tmp_path / f"{name}{number}.csv").write_text(text, encoding="utf-8")
+        answers.append(curves.predict(tmp_path / f"s{number}.csv", tmp_path / f"q{number}.csv", inner_steps=2))
+    assert set(answers) == {answers[0]}
+    assert answers[0].startswith("x,y\n0.25,")
+    (tmp_path / "q.csv").write_text("y,x\n9,0.25\n")
+    with pytest.raises(UsageError, match="leave the target out"):
+        curves.predict(tmp_path / "s0.csv", tmp_path / "q.csv")
 
 
 def test_folders_that_will_not_do(shades: Run, curves: Run, tmp_path: Path, support: Path) -> None:

@@ -1,0 +1,158 @@
+"""Which columns of a user's table are a task's inputs and targets, and what their cells mean."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from metareg.errors import UsageError, nearest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from metareg.util.tables import Table
+
+__all__ = ["Columns", "match_columns", "name_columns"]
+
+log = logging.getLogger("metareg")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """How the tables of one task become tensors, and a model's outputs what they stand for.
+
+    Here cells are taken as they are; a task that standardises its numbers, or has columns of texts, overrides that. What
+    `scale_inputs`, `scale_targets` and `restore_outputs` do is a function of tensors alone, so that a program can hold it.
+
+    Args:
+        inputs: the names of the input columns, in the model's order.
+        targets: those of the target columns; one where targets are classes.
+        classes: the names of the classes in the order of the model's outputs; None where targets are numbers.
+        input_shape: the shape of one input.
+    """
+
+    inputs: tuple[str, ...]
+    targets: tuple[str, ...]
+    classes: tuple[str, ...] | None
+    input_shape: tuple[int, ...]
+
+    def select_rows(self, support: Table) -> Table:
+        """The rows of a support table that are taken; here all."""
+        return support
+
+    def read_inputs(self, table: Table) -> Tensor:
+        """The inputs ``[rows, *input_shape]`` of a table.
+
+        Raises:
+            UsageError: a column is missing, or a cell holds no finite number.
+        """
+        for name in self.inputs:
+            table.require(name)
+        values = np.stack([table.get_numbers(name) for name in self.inputs], 1)
+        return torch.from_numpy(values).float().reshape(-1, *self.input_shape)
+
+    def read_targets(self, table: Table) -> Tensor:
+        """The targets of a table: class numbers ``[rows]``, or numbers ``[rows, targets]``.
+
+        Raises:
+            UsageError: a column is missing, a cell holds no finite number or no class.
+        """
+        for name in self.targets:
+            table.require(name)
+        if self.classes is None:
+            return torch.from_numpy(np.stack([table.get_numbers(name) for name in self.targets], 1)).float()
+        texts = table.get_texts(self.targets[0])
+        for row, text in enumerate(texts):
+            if text not in self.classes:
+                close = nearest(text, self.classes)
+                advice = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(self.classes)}."
+                raise UsageError(
+                    f"{table.locate(row, self.targets[0])} holds '{text}', which is none of the classes{advice}"
+                )
+        return torch.tensor([self.classes.index(text) for text in texts])
+
+    def scale_inputs(self, inputs: Tensor) -> Tensor:
+        """Inputs as the model takes them."""
+        return inputs
+
+    def scale_targets(self, targets: Tensor) -> Tensor:
+        """Targets as the model is to put them out."""
+        return targets
+
+    def restore_outputs(self, outputs: Tensor) -> Tensor:
+        """The model's outputs in the units of the targets; those of classes as they are."""
+        return outputs
+
+
+def name_columns(
+    inputs: int, targets: int, classifies: bool, support: Table, query: Table | None
+) -> tuple[Table, Table | None]:
+    """Names for the columns of tables that have none, by place: the inputs first.
+
+    A table without names takes those of the other one; where none has names they are ``x1, x2, …`` and ``y`` or ``class``.
+    """
+    unnamed = [table for table in (support, query) if table is not None and not table.named]
+    for table in unnamed:
+        _check_count(table, table.names, inputs, targets if table is support else 0)
+        log.info("%s does not name its columns: they are taken by place, the inputs first.", table.path)
+    if query is not None and not query.named:
+        query = query.rename(support.names[:inputs])
+    if not support.named:
+        own = ["class"] if classifies else ["y"] if targets == 1 else [f"y{number}" for number in range(1, targets + 1)]
+        of_query = query is not None and len(query.names) == inputs
+        support = support.rename([*(query.names if of_query and query else support.names[:inputs]), *own])
+    return support, query
+
+
+def match_columns(
+    input_shape: tuple[int, ...], outputs: int, classifies: bool, support: Table, query: Table | None
+) -> Columns:
+    """The columns of a task that has no names for them: those of the query table are the inputs, the others targets.
+
+    Without a query table the inputs come first.
+
+    Args:
+        input_shape: of one input.
+        outputs: of the model: targets, or classes at most.
+        classifies: whether targets are classes.
+        support: labelled examples.
+        query: what is to be predicted.
+
+    Raises:
+        UsageError: there are more or fewer than the task has, or a column of the query table is not in the other.
+    """
+    inputs, targets = math.prod(input_shape), 1 if classifies else outputs
+    names = support.names
+    if query is not None:
+        for name in query.names:
+            if name not in names:
+                close = nearest(name, names)
+                advice = f"; did you mean '{close[0]}'?" if close else f", whose columns are {', '.join(names)}."
+                raise UsageError(f"{query.path} has the column '{name}', which is not in {support.path}{advice}")
+        if len(query.names) == len(names) > inputs:
+            raise UsageError(
+                f"{query.path} has all columns of {support.path} ({', '.join(names)}): leave the target out of it, so that "
+                "it is known which one that is."
+            )
+        names = [name for name in names if name in query.names] + [name for name in names if name not in query.names]
+        _check_count(query, query.names, inputs, 0)
+    _check_count(support, names, inputs, targets)
+    classes = tuple(sorted(set(support.get_texts(names[inputs])))) if classifies else None
+    if classes is not None and len(classes) > outputs:
+        raise UsageError(f"{support.path} has {len(classes)} classes; this learner tells {outputs} apart.")
+    return Columns(tuple(names[:inputs]), tuple(names[inputs:]), classes, input_shape)
+
+
+def _check_count(table: Table, names: Sequence[str], inputs: int, targets: int) -> None:
+    if len(names) == inputs + targets:
+        return
+    wanted = f"{inputs} input{'s' * (inputs > 1)}"
+    wanted += f" and {targets} target{'s' * (targets > 1)}" if targets else ""
+    has = f"{len(names)} column{'s' * (len(names) > 1)} ({', '.join(names[:12])}{', …' * (len(names) > 12)})"
+    raise UsageError(f"{table.path} has {has}; this learner takes {wanted}.")
