@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
     from metareg.contract.losses import Metric
+    from metareg.contract.split_files import read_name_lists, read_split_file
+    from metareg.contract.splits import find_split
     from metareg.contract.tasks import Dataset, Task, TaskSpec
     from metareg.contract.views import TaskView
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
@@ -43,6 +45,8 @@ _NAMES = {
     "contract.evaluation": "Evaluation",
     "contract.hookspecs": "CONTRACT_VERSION hookimpl hookspec",
     "contract.losses": "Metric",
+    "contract.split_files": "read_name_lists read_split_file",
+    "contract.splits": "find_split",
     "contract.tasks": "Dataset Task TaskSpec",
     "contract.views": "TaskView",
     "errors": "DivergenceError Interrupted MetaregError PluginError UnknownNameError UsageError",
@@ -62,8 +66,9 @@ __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted",
     "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig",
     "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UsageError", "__version__",
-    "cache_folder", "compare", "data_folder", "derive_seed", "download", "hookimpl", "hookspec", "join_processes",
-    "read_table", "report", "reproduce", "resume", "task_uniform", "train",
+    "cache_folder", "compare", "data_folder", "derive_seed", "download", "find_split", "hookimpl", "hookspec",
+    "join_processes", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
+    "task_uniform", "train",
 ]  # fmt: skip
 
 

@@ -1,7 +1,17 @@
-"""The names of the splits: what a task source keeps apart."""
+"""The splits: what a task source keeps apart, and what users call it."""
 
 from __future__ import annotations
 
-__all__ = ["SPLITS", "TEST", "TRAIN", "VALIDATION"]
+__all__ = ["SPLITS", "TEST", "TRAIN", "VALIDATION", "find_split"]
 
 SPLITS = TRAIN, VALIDATION, TEST = "train", "validation", "test"
+
+_USUAL_NAMES = {
+    **{name: name for name in SPLITS}, "training": TRAIN, "valid": VALIDATION, "val": VALIDATION, "dev": VALIDATION,
+    "testing": TEST,
+}  # fmt: skip
+
+
+def find_split(name: str) -> str | None:
+    """The split that a usual name means in any case, as ``Val`` and ``dev``; None for another name."""
+    return _USUAL_NAMES.get(name.casefold())

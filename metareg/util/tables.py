@@ -232,7 +232,9 @@ def _decode(path: Path) -> str:
 
 def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
     """What separates the cells, and the cells of each line that is not blank, with its number."""
-    tried = {separator: lines for separator in _SEPARATORS if (lines := _parse_lines(text, separator)) is not None}
+    first = next((line for line in text.splitlines() if line.strip()), "")
+    candidates = [separator for separator in _SEPARATORS if separator in first] or _SEPARATORS
+    tried = {separator: lines for separator in candidates if (lines := _parse_lines(text, separator)) is not None}
     if not tried:
         raise UsageError(f"{path} cannot be read as a table: a quotation mark is without its fellow.")
     widths = {separator: [len(cells) for _, cells in lines] for separator, lines in tried.items()}
@@ -246,8 +248,8 @@ def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]
     for (line, _), width in zip(tried[likely], widths[likely], strict=True):
         if width != widths[likely][0]:
             raise UsageError(
-                f"{path} has {width} cells in line {line}, where its first line has {widths[likely][0]} (separated by "
-                f"{_SEPARATORS[likely]})."
+                f"{path} has {width} cell{'s' * (width != 1)} in line {line}, where its first line has "
+                f"{widths[likely][0]} (separated by {_SEPARATORS[likely]})."
             )
     return likely, tried[likely]
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
+import logging
+import re
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metareg import UsageError, cache_folder, data_folder, download
+from metareg import Table, UsageError, cache_folder, data_folder, download, find_split, read_table
 from metareg_graph._dgl import import_dgl
 
 __all__ = ["GraphData", "Source", "fetch", "find_local", "join_graphs", "load", "locate"]
+
+log = logging.getLogger("metareg")
+
+_SOURCE, _DESTINATION = ("source", "src", "from", "s", "u"), ("destination", "dst", "target", "to", "t", "v", "dest")
+"""What the columns of edges.csv are called, in any case."""
+_WHOLE = re.compile(r"-?\d+(\.0*)?")
+_UNLABELLED = frozenset({"", "-1", "na", "n/a", "nan", "null"})
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
 
@@ -35,6 +43,7 @@ class GraphData:
         members: the number of each node's graph ``[nodes]``.
         names: the graphs' names.
         splits: what the files say of splits: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
+        classes: the names of the classes, where labels were no class numbers; empty where they were.
     """
 
     graph: Any
@@ -43,6 +52,7 @@ class GraphData:
     members: Tensor
     names: tuple[str, ...]
     splits: Mapping[str, Mapping[str, Any]]
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def from_edges(
@@ -55,6 +65,7 @@ class GraphData:
         directed: bool = False,
         name: str = "the graph",
         splits: Mapping[str, Mapping[str, Any]] | None = None,
+        classes: tuple[str, ...] = (),
     ) -> GraphData:
         """One graph from its edges, checked and made simple.
 
@@ -66,6 +77,7 @@ class GraphData:
             directed: keep the edges' directions; otherwise each is taken both ways.
             name: how messages call the graph.
             splits: see `GraphData`.
+            classes: see `GraphData`.
 
         Raises:
             UsageError: features that are not finite, edges to nodes that do not exist, labels that are no class numbers.
@@ -111,27 +123,57 @@ class GraphData:
             torch.zeros(nodes, dtype=torch.int64),
             (name,),
             splits or {},
+            classes,
         )
 
 
 def join_graphs(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
-    """Several graphs with shared labels as one.
+    """Several graphs with shared labels as one; a class with a name is the same wherever it has that name.
 
     Raises:
-        UsageError: their features differ in number.
+        UsageError: their features differ in number, or some have names for classes and others numbers.
     """
     widths = {each.names[0]: each.features.shape[1] for each in graphs}
     if len(set(widths.values())) > 1:
         listed = ", ".join(f"{name} {width}" for name, width in widths.items())
         raise UsageError(f"Graphs of one folder must have the same number of features; they have: {listed}.")
+    classes = _sort_names({name for each in graphs for name in each.classes})
+    if classes:
+        graphs = [_renumber_labels(each, classes) for each in graphs]
     return GraphData(
         import_dgl().batch([each.graph for each in graphs]),
         torch.cat([each.features for each in graphs]),
         torch.cat([each.labels for each in graphs]),
         torch.cat([torch.full_like(each.members, number) for number, each in enumerate(graphs)]),
         tuple(name for each in graphs for name in each.names),
-        splits,
+        _number_split(splits, classes),
+        classes,
     )
+
+
+def _renumber_labels(data: GraphData, classes: tuple[str, ...]) -> GraphData:
+    """A graph whose labels are numbers in a longer list of classes."""
+    if not data.classes:
+        raise UsageError(
+            f"The labels of {data.names[0]} are numbers, and those of other graphs in its folder names ({classes[0]}, …); "
+            "graphs of one folder share their labels."
+        )
+    numbers = torch.tensor([classes.index(name) for name in data.classes] + [-1])
+    return replace(data, labels=numbers[data.labels], classes=classes)
+
+
+def _number_split(splits: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
+    """What files say of splits, with the numbers of classes in the places of their names."""
+    numbers = {name: number for number, name in enumerate(classes)}
+    given = splits.get("classes")
+    if not isinstance(given, Mapping):
+        return dict(splits)
+    return {**splits, "classes": {split: _replace_known(names, numbers) for split, names in given.items()}}
+
+
+def _replace_known(names: Any, numbers: Mapping[str, int]) -> Any:
+    """The numbers of names in a list; what has none stays as it is, for the split to say so."""
+    return [numbers.get(str(name), name) for name in names] if isinstance(names, list) else names
 
 
 # ------------------------------------------------------------------------------------------------------ finding the files
@@ -262,12 +304,17 @@ def _read_splits(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict) or not content.keys() <= {"classes", "graphs", "nodes"}:
         raise UsageError(f'{path} must be {{"classes" or "graphs" or "nodes": {{"train": […], …}}}}.')
-    return content
+    return {kind: _name_splits(given) for kind, given in content.items()}
+
+
+def _name_splits(given: Any) -> Any:
+    """The lists of a split under the usual names of the splits."""
+    return {find_split(name) or name: names for name, names in given.items()} if isinstance(given, dict) else given
 
 
 @contextmanager
@@ -277,7 +324,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise UsageError(f"There is no {path}.") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, csv.Error) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         text = str(error)
         if "pickle" in text.lower():
             text = "it holds pickled objects, which could run code and are not read"
@@ -297,7 +344,10 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
             raise KeyError(f"it has no array '{names[0]}'; there are {', '.join(sorted(file.files))}")
 
         pointers, columns = array("adj_indptr", "indptr"), array("adj_indices", "indices")
-        labels = array("labels")
+        for indices in (pointers, columns):
+            if indices.dtype.kind not in "iu" and not (indices == np.round(indices)).all():
+                raise ValueError("its adjacency holds numbers that are not whole")
+        labels, classes = _number_labels(array("labels"))
         nodes = len(pointers) - 1
         if "attr_indptr" in file:
             width = int(array("attr_shape")[1])
@@ -305,7 +355,10 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
             rows = np.repeat(np.arange(nodes), np.diff(array("attr_indptr")))
             features[rows, array("attr_indices")] = array("attr_data")
         else:
-            features = array("features", "attr_matrix").astype(np.float32)
+            features = array("features", "attr_matrix")
+            if features.dtype.kind not in "biuf":
+                raise ValueError(f"its features have the type {features.dtype}; they must be real numbers")
+            features = features.astype(np.float32)
         sources = np.repeat(np.arange(nodes), np.diff(pointers))
         if len(sources) != len(columns) or len(features) != nodes:
             raise ValueError("its arrays do not fit together")
@@ -317,13 +370,14 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
             }
         }
     return GraphData.from_edges(
-        torch.from_numpy(sources),
+        torch.from_numpy(sources.astype(np.int64)),
         torch.from_numpy(columns.astype(np.int64)),
         torch.from_numpy(features),
         torch.from_numpy(labels),
         directed=directed,
         name=path.stem,
         splits=splits if splits["nodes"] else {},
+        classes=classes,
     )
 
 
@@ -372,30 +426,115 @@ def _read_ogb(folder: Path, directed: bool) -> GraphData:
 
 def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
     """``nodes.csv`` with the columns id, label and any number of features; ``edges.csv`` with source and destination."""
-    path = folder / "nodes.csv"
-    with _explain_errors(path), path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-        header = [column.strip() for column in rows[0]] if rows else []
-        for column in ("id", "label"):
-            if column not in header:
-                raise ValueError(f"its first line must name the column '{column}'; it is {','.join(header)!r}")
-        at_id, at_label = header.index("id"), header.index("label")
-        others = [position for position in range(len(header)) if position not in (at_id, at_label)]
-        numbers = {row[at_id].strip(): number for number, row in enumerate(rows[1:])}
-        if len(numbers) != len(rows) - 1:
-            raise ValueError("an id stands twice")
-        labels = torch.tensor([int(row[at_label].strip() or -1) for row in rows[1:]])
-        features = torch.tensor([[float(row[position]) for position in others] for row in rows[1:]])
-    path = folder / "edges.csv"
-    with _explain_errors(path), path.open(newline="", encoding="utf-8") as file:
-        lines = list(csv.reader(file))[1:]
-        unknown = [end.strip() for line in lines for end in line[:2] if end.strip() not in numbers]
-        if unknown:
-            raise UsageError(f"An edge of {path} names node {unknown[0]}, which does not exist in nodes.csv.")
-        ends = torch.tensor([[numbers[end.strip()] for end in line[:2]] for line in lines]).view(-1, 2)
+    nodes = read_table(folder / "nodes.csv", ("id", "label"))
+    id_column, label_column = (_find_column(nodes, (name,)) for name in ("id", "label"))
+    ids = nodes.get_texts(id_column)
+    numbers = {name: number for number, name in enumerate(ids)}
+    if len(numbers) != len(ids):
+        twice = next(name for number, name in enumerate(ids) if numbers[name] != number)
+        raise UsageError(f"The id '{twice}' stands twice in {nodes.path}.")
+    labels, classes = _number_labels(np.array(nodes.get_texts(label_column), dtype=np.str_))
+    features = [nodes.get_numbers(name) for name in nodes.names if name not in (id_column, label_column)]
+    ends = _read_edges(folder / "edges.csv", numbers)
     return GraphData.from_edges(
-        ends[:, 0], ends[:, 1], features, labels, directed=directed, name=folder.name, splits=splits
+        ends[0],
+        ends[1],
+        torch.tensor(np.array(features, dtype=np.float32).reshape(-1, len(ids)).T),
+        torch.from_numpy(labels),
+        directed=directed,
+        name=folder.name,
+        splits=_number_nodes(_number_split(splits, classes), numbers),
+        classes=classes,
     )
+
+
+def _read_edges(path: Path, numbers: Mapping[str, int]) -> tuple[Tensor, Tensor]:
+    """The numbers of the nodes at both ends of each edge."""
+
+    def is_edge(cells: Sequence[str]) -> bool:
+        if not all(cell in numbers for cell in cells):
+            return False
+        if all(cell.casefold() in (*_SOURCE, *_DESTINATION) for cell in cells):
+            raise UsageError(
+                f"The first line of {path}, '{', '.join(cells)}', could be an edge or names of columns: put the line "
+                "'source,target' before it, or in its place."
+            )
+        return True
+
+    edges = read_table(path, is_data=is_edge)
+    columns = edges.names
+    if edges.named or len(columns) != 2:
+        columns = [_find_column(edges, names) for names in (_SOURCE, _DESTINATION)]
+    unused = [name for name in edges.names if name not in columns]
+    if unused:
+        log.info("%s: the columns %s are not used; edges have no weights and kinds here.", path, ", ".join(unused))
+    source, destination = (_number_ends(edges, name, numbers) for name in columns)
+    return source, destination
+
+
+def _number_ends(edges: Table, column: str, numbers: Mapping[str, int]) -> Tensor:
+    ends = edges.get_texts(column)
+    for row, end in enumerate(ends):
+        if end not in numbers:
+            where = edges.locate(row, column)
+            raise UsageError(f"{where} names node '{end}', which does not exist in nodes.csv.")
+    return torch.tensor([numbers[end] for end in ends], dtype=torch.int64)
+
+
+def _find_column(table: Table, names: Sequence[str]) -> str:
+    """The column that has one of some names, in any case.
+
+    Raises:
+        UsageError: there is none, or there are several.
+    """
+    found = [name for name in table.names if name.casefold() in names]
+    if len(found) > 1:
+        raise UsageError(f"{table.path} has the columns {' and '.join(found)}, which mean the same; keep one of them.")
+    if not found:
+        table.require(names[0])
+    return found[0]
+
+
+def _number_labels(labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Class numbers, −1 for none, and the classes' names; no names where the labels are numbers from 0 on already."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.dtype.kind == "f" and (np.isnan(labels) | (labels == np.round(labels))).all():
+        labels = np.nan_to_num(labels, nan=-1)
+    if labels.dtype.kind not in "US":
+        whole = labels.dtype.kind in "iub" or (labels.dtype.kind == "f" and (labels == np.round(labels)).all())
+        return (labels.astype(np.int64) if whole else labels), ()
+    names = [str(label).strip() for label in labels.astype(np.str_)]
+    found = {name for name in names if name.casefold() not in _UNLABELLED}
+    numbers = {name: int(float(name)) for name in found if _WHOLE.fullmatch(name)}
+    classes: tuple[str, ...] = ()
+    if len(numbers) < len(found) or max(numbers.values(), default=0) >= len(names):
+        classes = _sort_names(found)
+        numbers = {name: number for number, name in enumerate(classes)}
+    return np.array([numbers.get(name, -1) for name in names], dtype=np.int64), classes
+
+
+def _sort_names(names: set[str]) -> tuple[str, ...]:
+    """Names in their order; numbers by their size."""
+    if all(name.removeprefix("-").isdecimal() for name in names):
+        return tuple(sorted(names, key=int))
+    return tuple(sorted(names))
+
+
+def _number_nodes(splits: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
+    """What a file says of splits, with the nodes' numbers in the places of their ids."""
+    given = splits.get("nodes")
+    if not isinstance(given, Mapping):
+        return dict(splits)
+    chosen: dict[str, Any] = {}
+    by_id = all(name.isdecimal() for name in numbers)
+    for split, names in given.items():
+        listed = names if isinstance(names, list) else []
+        for name in listed:
+            if (by_id or isinstance(name, str)) and str(name) not in numbers:
+                raise UsageError(f"The {split} split names node '{name}', which does not exist in nodes.csv.")
+        chosen[split] = [numbers[str(name)] if by_id or isinstance(name, str) else name for name in listed]
+    return {**splits, "nodes": chosen}
 
 
 def _read_table(path: Path, kind: type) -> np.ndarray:

@@ -220,12 +220,15 @@ class _FileTask(_GraphTask):
             (
                 self.episodes("test", [number], seed)[0],
                 [
-                    str(int(self.data.labels[node]))
+                    self._name_class(int(self.data.labels[node]))
                     for node in self._pool("test", seed).draw("test", [number], seed).query[0][:: self.config.query]
                 ],
             )
             for number in range(40)
         ]
+
+    def _name_class(self, label: int) -> str:
+        return self.data.classes[label] if self.data.classes else str(label)
 
 
 @lru_cache(maxsize=2)

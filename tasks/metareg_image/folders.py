@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-import yaml
 from PIL import Image
 from pydantic import Field
 
-from metareg import PathText, UnknownNameError, UsageError, task_uniform
+from metareg import PathText, UsageError, read_split_file, task_uniform
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
@@ -63,7 +60,7 @@ class ImageFolder(ImageTask):
     def fingerprint(self) -> str:
         digest = hashlib.blake2b(f"{self.config.ratios} {self.config.split_seed}".encode(), digest_size=16)
         if self.config.split_file is not None:
-            digest.update(_read_text(Path(self.config.split_file)).encode())
+            digest.update(_read_bytes(Path(self.config.split_file)))
         if self.location.is_dir():
             for name, paths in sorted(_list_images(self.location).items()):
                 for path in paths:
@@ -78,7 +75,7 @@ class ImageFolder(ImageTask):
                 f"There are no images in the folders inside {self.location}; put a folder for each class there."
             )
         if self.config.split_file is not None:
-            split = _read_split(Path(self.config.split_file), found)
+            split = read_split_file(Path(self.config.split_file), found, "class")
         else:
             split = _split_by_folders(found) or self._split_at_random(found)
         for name, paths in sorted(found.items()):
@@ -230,48 +227,11 @@ def _split_by_folders(names: Iterable[str]) -> dict[str, str] | None:
     return {name: of_folder[folder] for name, folder in first.items()}
 
 
-def _read_split(path: Path, known: Iterable[str]) -> dict[str, str]:
-    """Splits by class name out of a JSON, YAML or CSV file."""
-    text = _read_text(path)
-    if path.suffix.lower() == ".csv":
-        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()) if row]
-        bad = next((number for number, row in enumerate(rows, 1) if len(row) != 2), None)
-        if bad is not None:
-            raise UsageError(
-                f"The split file {path} must have lines 'class,split'; line {bad} has {len(rows[bad - 1])} cells."
-            )
-        pairs = [(name, split) for name, split in rows if (name, split) != ("class", "split")]
-    else:
-        pairs = [(name, split) for split, names in _split_mapping(path, text).items() for name in names]
-    split_of: dict[str, str] = {}
-    for name, split in pairs:
-        split = "validation" if split == "val" else split
-        if split not in SPLITS:
-            raise UnknownNameError(f"split (in {path})", split, SPLITS)
-        if split_of.setdefault(name, split) != split:
-            raise UsageError(f"The split file {path} puts the class '{name}' into {split_of[name]} and into {split}.")
-        if name not in known:
-            raise UnknownNameError(f"class folder (in {path})", name, known)
-    return split_of
-
-
-def _split_mapping(path: Path, text: str) -> dict[str, list[str]]:
+def _read_bytes(path: Path) -> bytes:
     try:
-        content: Any = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except (ValueError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
-        raise UsageError(f"The split file {path} is no valid {kind}: {str(error).splitlines()[0]}.") from error
-    if not isinstance(content, dict) or not all(isinstance(names, list) for names in content.values()):
-        raise UsageError(f"The split file {path} must map train, validation and test to lists of classes.")
-    return {str(split): [str(name) for name in names] for split, names in content.items()}
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UsageError(f"The split file {path} cannot be read: {reason}.") from error
+        return path.read_bytes()
+    except OSError as error:
+        raise UsageError(f"The split file {path} cannot be read: {error.strerror}.") from error
 
 
 def _is_wordnet(name: str) -> bool:

@@ -129,7 +129,7 @@ def test_predictions_for_images(shades: Run, tmp_path: Path) -> None:
         ("x,y\n", "holds no rows"),
         ("1.5\n2\n", r"has 1 column \(x1\); this learner takes 1 input and 1 target"),
         ("1,2\n3,4\n", "could be names of columns or a row"),
-        ("1.5,2\n3\n", "1 cells in line 2, where its first line has 2"),
+        ("1.5,2\n3\n", "1 cell in line 2, where its first line has 2"),
         ("1.5,2\n3,four\n", "line 2, column 'y', holds 'four' where a finite number belongs"),
         ("x,y\n3,nan\n", "line 2, column 'y', holds 'nan' where a finite number belongs"),
         ("\udcff", "line 1 is no UTF-8"),

@@ -171,9 +171,11 @@ def test_bad_files(tmp_path: Path) -> None:
     (tmp_path / "damaged.bin").write_bytes(b"not a graph at all, but long enough")
     with pytest.raises(UsageError, match=r"damaged\.bin cannot be read by DGL"):
         load(tmp_path / "damaged.bin")
-    with pytest.raises(UsageError, match="names node n99, which does not exist"):
+    with pytest.raises(
+        UsageError, match=r"edges\.csv, line 2, column 'destination', names node 'n99', which does not exist"
+    ):
         load(tables(tmp_path / "a", edges="source,destination\nn0,n99"))
-    with pytest.raises(UsageError, match="must name the column 'label'"):
+    with pytest.raises(UsageError, match="has no column 'label'"):
         load(tables(tmp_path / "b", nodes="id,a\nn0,1"))
     with pytest.raises(UsageError, match=r"nodes\.csv.*'x'"):
         load(tables(tmp_path / "c", nodes="id,label,a\nn0,1,x"))
@@ -181,6 +183,60 @@ def test_bad_files(tmp_path: Path) -> None:
     (folder / "splits.json").write_text('{"classs": {}}')
     with pytest.raises(UsageError, match=r"splits\.json must be"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "edges"),
+    [
+        ("id,label,a\nu,0,1\nv,1,2\nw,0,3\n", "source,target\nu,v\nw,u\n"),
+        ("\ufeffa;Label;Id\n1,0;0;u\n2,0;1;v\n3,0;0;w\n\n", "\ufeffid;Target;weight;Source\n0;v;0,5;u\n1;u;1;w\n\n"),
+        ("id\tlabel\ta\nu\tAI\t1\nv\tTheory\t2\nw\tAI\t3\n", "w,u\nu,v\n"),
+        ("label,a,id\n10,1,u\n2000,2,v\n10,3,w\n", "to,from\nv,u\nu,w\n"),
+    ],
+)
+def test_tables_by_the_names_of_their_columns(tmp_path: Path, nodes: str, edges: str) -> None:
+    data = load(tables(tmp_path / "g", edges, nodes), directed=True)
+    assert data.features.tolist() == [[1], [2], [3]]
+    assert data.labels.tolist() == [0, 1, 0]
+    source, destination = data.graph.edges()
+    assert {("uvw"[a], "uvw"[b]) for a, b in zip(source.tolist(), destination.tolist(), strict=True)} == {
+        ("u", "v"), ("w", "u"),
+    }  # fmt: skip
+
+
+def test_a_first_line_that_could_be_an_edge_or_names(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="could be an edge or names of columns"):
+        load(tables(tmp_path / "g", "u,v\nv,u\n", "id,label,a\nu,0,1\nv,1,2\n"))
+
+
+def test_edges_of_numbered_nodes_without_a_header(tmp_path: Path) -> None:
+    folder = tables(tmp_path / "g", "0,1\n1,2\n", "id,label,a\n0,0,1\n1,1,2\n2,0,3\n")
+    assert load(folder, directed=True).graph.num_edges() == 2
+
+
+def test_names_in_the_split_file(tmp_path: Path) -> None:
+    folder = tables(tmp_path / "g", "source,target\n10,11\n", "id,label,a\n10,AI,1\n11,1e3,2\n12,Theory,3\n")
+    path = folder / "splits.json"
+    path.write_text('\ufeff{"classes": {"Train": ["AI"], "val": ["1e3"], "testing": ["Theory"]}}')
+    data = load(folder)
+    assert data.classes == ("1e3", "AI", "Theory")
+    assert data.splits["classes"] == {"train": [1], "validation": [0], "test": [2]}
+    path.write_text('{"nodes": {"train": [12], "val": ["10"], "test": [11]}}')
+    assert load(folder).splits["nodes"] == {"train": [2], "validation": [0], "test": [1]}
+    path.write_text('{"nodes": {"train": [0], "val": ["10"], "test": [11]}}')
+    with pytest.raises(UsageError, match="names node '0', which does not exist"):
+        load(folder)
+
+
+def test_graphs_of_a_folder_share_the_names_of_classes(tmp_path: Path) -> None:
+    for name, labels in (("a", "red blue"), ("b", "green red")):
+        first, second = labels.split()
+        tables(tmp_path / name, "source,target\nu,v\n", f"id,label,a\nu,{first},1\nv,{second},2\n")
+    data = load(tmp_path)
+    assert [data.classes[label] for label in data.labels] == ["red", "blue", "green", "red"]
+    tables(tmp_path / "b", "source,target\nu,v\n", "id,label,a\nu,0,1\nv,1,2\n")
+    with pytest.raises(UsageError, match="labels of b are numbers"):
+        load(tmp_path)
 
 
 def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

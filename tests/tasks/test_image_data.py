@@ -116,13 +116,13 @@ def test_split_files(animals: Path, tmp_path: Path, name: str, text: str) -> Non
 @pytest.mark.parametrize(
     ("name", "text", "sentence"),
     [
-        ("s.json", '{"train": ["wild/kind99"]}', "no class folder .* named 'wild/kind99'; did you mean"),
+        ("s.json", '{"train": ["wild/kind99"]}', "no class .* named 'wild/kind99'; did you mean"),
         ("s.json", '{"trian": ["wild/kind1"]}', "no split .* named 'trian'; did you mean 'train'"),
         ("s.json", '{"train": ["wild/kind1"], "test": ["wild/kind1"]}', "into train and into test"),
         ("s.json", "{", "is no valid JSON"),
         ("s.yaml", "[train]", "must map train, validation and test"),
         ("s.yaml", "a: [", "is no valid YAML"),
-        ("s.csv", "wild/kind1\n", "line 1 has 1 cells"),
+        ("s.csv", "wild/kind1\n", "must have the columns 'class' and 'split'"),
     ],
 )
 def test_bad_split_files_are_one_sentence(animals: Path, tmp_path: Path, name: str, text: str, sentence: str) -> None:

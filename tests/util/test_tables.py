@@ -59,7 +59,7 @@ def test_a_column_of_decimal_commas_alone(tmp_path: Path) -> None:
     ("content", "says"),
     [
         ("", "holds no rows"),
-        ("x,y\n1,2\n3\n", "1 cells in line 3, where its first line has 2"),
+        ("x,y\n1,2\n3\n", "1 cell in line 3, where its first line has 2"),
         ("x,y\n1,2,3\n", "3 cells in line 2, where its first line has 2"),
         ("x;y\n1;2\n1;2;3\n", "3 cells in line 3.*semicolons"),
         ("# made by me\nx,y\n1,2\n", "2 cells in line 2, where its first line has 1"),

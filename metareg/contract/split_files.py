@@ -1,0 +1,80 @@
+"""Files in which users say what is for training, validation and test."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from metareg.contract.splits import SPLITS, find_split
+from metareg.errors import UnknownNameError, UsageError
+from metareg.util.tables import read_table
+
+__all__ = ["read_name_lists", "read_split_file"]
+
+
+def read_split_file(path: Path, known: Collection[str], what: str) -> dict[str, str]:
+    """The split of each name of a file.
+
+    Args:
+        path: JSON or YAML, ``{train: [name, …], validation: […], test: […]}``; or a table whose columns are the names and,
+            called ``split``, their splits. Every name is a text, though it looks like a number.
+        known: the names that there are.
+        what: what is named, for messages, as ``"class"``.
+
+    Raises:
+        UsageError: the file cannot be read, or has an unknown name or split, or a name in two splits.
+    """
+    if path.suffix.lower() in (".json", ".yaml", ".yml"):
+        pairs = [(name, split) for split, names in read_name_lists(path).items() for name in names]
+    else:
+        pairs = _read_pairs(path, what)
+    split_of: dict[str, str] = {}
+    for name, given in pairs:
+        split = find_split(given)
+        if split is None:
+            raise UnknownNameError(f"split (in {path})", given, SPLITS)
+        if split_of.setdefault(name, split) != split:
+            raise UsageError(f"The split file {path} puts the {what} '{name}' into {split_of[name]} and into {split}.")
+        if name not in known:
+            raise UnknownNameError(f"{what} (in {path})", name, known)
+    return split_of
+
+
+def read_name_lists(path: Path) -> dict[str, list[str]]:
+    """The lists of a JSON or YAML file ``{key: [name, …], …}``; names are texts, though they look like numbers.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else.
+    """
+    is_json = path.suffix.lower() == ".json"
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        content: Any = json.loads(text, parse_int=str, parse_float=str) if is_json else yaml.load(text, yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"The file {path} is no valid {'JSON' if is_json else 'YAML'}: {reason}.") from error
+    lists = content.values() if isinstance(content, Mapping) else [None]
+    if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
+        raise UsageError(f"The file {path} must map train, validation and test to lists of names.")
+    return dict(content)
+
+
+def _read_pairs(path: Path, what: str) -> list[tuple[str, str]]:
+    """The lines ``name, split`` of a table, whose columns may have names."""
+    table = read_table(path, is_data=lambda cells: any(map(find_split, cells)))
+    names = table.names
+    if len(names) != 2 or (table.named and "split" not in names):
+        raise UsageError(
+            f"The split file {path} must have the columns '{what}' and 'split'; it has {', '.join(names)}."
+            if table.named
+            else f"The split file {path} must have lines '{what},split'; its first has {len(names)} cells."
+        )
+    split = "split" if table.named else names[1]
+    (name,) = (each for each in names if each != split)
+    return list(zip(table.get_texts(name), table.get_texts(split), strict=True))
