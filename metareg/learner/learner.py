@@ -46,8 +46,9 @@ class MetaLearner:
         algo: an algorithm: a plugin's name, a plugin class or object.
         augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
             ``(name or class, config)``.
-        loss: ``"cross_entropy"``, ``"mse"``, or a callable ``loss(outputs, targets) -> scalar``.
-        metric: ``"accuracy"``, ``"mse"`` or a `metareg.Metric`; by default the one that goes with the loss.
+        loss: ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``, or a callable ``loss(outputs, targets) -> scalar``.
+        metric: ``"accuracy"``, ``"balanced_accuracy"``, ``"auroc"``, ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``,
+            ``"r2"`` or a `metareg.Metric`; by default the one that goes with the loss.
         device: where to run; by default where the model is.
         head: the dotted name of the model's head, for a model without `body` and `head`.
         spec: the shapes for a model named by its plugin.

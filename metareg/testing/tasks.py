@@ -108,7 +108,7 @@ def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part:
                 f"{y.min().item()} to {y.max().item()}; spec says {ways} classes.",
                 "return class numbers from 0 to ways − 1 as int64 of the shape [tasks, examples].",
             )
-    elif loss == "mse" and tuple(y.shape[2:]) != tuple(spec.output_shape):
+    elif isinstance(loss, str) and tuple(y.shape[2:]) != tuple(spec.output_shape):
         fail(
             f"The {part} targets of the {subject.label} have the shape {tuple(y.shape[2:])} each, and spec says "
             f"{tuple(spec.output_shape)}.",
