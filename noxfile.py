@@ -160,6 +160,12 @@ def results(session: nox.Session, name: str) -> None:
         session.run(python, "-m", "metareg", "report", folder, "--out", f"{page}.{suffix}", external=True)
 
 
+@nox.session(default=False)
+def device(session: nox.Session) -> None:
+    """What a GPU has to show, at most 12 minutes: nox -s device; -- --quick takes a CPU a minute."""
+    session.run(environment(session), "benchmarks/device.py", *session.posargs, external=True)
+
+
 # --------------------------------------------------------------------------------------------------------------- matrix
 
 
