@@ -8,6 +8,7 @@ its own, and every row is written as it comes. See docs/benchmarks.md.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -35,6 +36,8 @@ PAIRS_LIKE = "Conv4-64, 28×28, 4 tasks"
 _MINUTE = 60.0
 _RESERVE = 4.0
 """Seconds at the end for what is left to write."""
+_RESERVE_OF_PAIRS = 12.0
+"""Seconds for a last block or test that takes longer than those before."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Size:
     pairs: pairs.Size
     seeds: int | None
     """None for as many as there are cores."""
+    pairs_seconds: float = math.inf
+    """At most for the pairs, which take all the time that there is."""
 
 
 def _case(setting: str, strategy: str, *, deterministic: bool = False, algorithm: str = "maml") -> resume.Case:
@@ -93,6 +98,7 @@ QUICK = Size(
     seconds=0.3,
     pairs=pairs.Size(width=4, validate_every=2, validation_tasks=4, test_every=4, test_tasks=4),
     seeds=2,
+    pairs_seconds=10,
 )
 
 
@@ -194,8 +200,7 @@ def run_resume(session: Session) -> None:
 
 def run_strategies(session: Session) -> None:
     size, end = session.size, session.end_of("strategies")
-    names = strategies.STRATEGIES if size.compiled else [name for name in strategies.STRATEGIES if name != "compiled"]
-    jobs = strategies.list_jobs(size.cells, names, session.device, size.seconds)
+    jobs = strategies.list_jobs(size.cells, session.device, size.seconds, compiled=size.compiled)
     for row in session.run(jobs, 1, end):
         session.record.add("strategies", row)
 
@@ -207,7 +212,8 @@ def run_pairs(session: Session) -> None:
     strategy = arguments.strategy or _find_fastest(session.record.content)
     print(f"pairs: {count} seeds from {seeds.start} on, {task}, strategy {strategy}", flush=True)
     session.record.content["pairs_of"] = {"task": task, "strategy": strategy}
-    jobs = pairs.list_jobs(seeds, task, size.pairs, strategy, session.device, end - time.monotonic() - 15)
+    seconds = min(size.pairs_seconds, end - time.monotonic() - _RESERVE_OF_PAIRS)
+    jobs = pairs.list_jobs(seeds, task, size.pairs, strategy, session.device, seconds)
     for row in session.run(jobs, count, end):
         session.record.add("pairs", row)
 
@@ -223,9 +229,9 @@ def _find_fastest(content: Mapping[str, Sequence[Row]]) -> str:
     It is the compiled one only where the steps of both arms were compiled.
     """
     compiled = {row["setting"] for row in content.get("compilations", []) if row["status"] == "compiled"}
-    usable = {*strategies.STRATEGIES} - (
-        {"compiled"} if not {f"pairs, {arm}" for arm in pairs.ARMS} <= compiled else set()
-    )
+    usable = {*parity.STRATEGIES}
+    if not compiled.issuperset(f"pairs, {arm}" for arm in pairs.ARMS):
+        usable.remove("compiled")
     timed = {
         row["strategy"]: row["ms"]
         for row in content.get("strategies", [])

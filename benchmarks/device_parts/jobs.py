@@ -28,6 +28,8 @@ Row = dict[str, Any]
 
 _LAST_SECONDS = 10.0
 """How long a process may take to end after its last row."""
+_MOST_COMPILERS = 4
+"""Processes that compile for a job; they are there while others are timed."""
 _LONGEST_TRACE = 1500
 """Characters of a traceback that are kept: its end."""
 
@@ -104,7 +106,7 @@ def describe_problem(error: Exception) -> Row:
 
 def _start(job: Job, at_once: int, until: float, log: Path) -> tuple[Connection, _Running]:
     receiver, sender = _PROCESSES.Pipe(duplex=False)
-    compilers = max(1, (os.cpu_count() or 1) // at_once)
+    compilers = min(_MOST_COMPILERS, max(1, (os.cpu_count() or 1) // at_once))
     process = _PROCESSES.Process(target=_work, args=(sender, job.function, dict(job.arguments), compilers, log))
     process.start()
     sender.close()
