@@ -250,7 +250,7 @@ def draw_noise(
     Args:
         shapes: the shapes of the adapted parameters (``"task"``, ``"adapt"``) or of all meta-parameters (``"batch"``).
         generator: seeded by the run's seed, the plugin, and the training step and the task, or in evaluation the split and
-            the task.
+            the task; `MetaLearner.adapt` draws the same each time.
         inner_steps: how many inner steps the task takes.
         stage: ``"task"``, ``"adapt"`` or ``"batch"``.
         training_step: how many training steps have been done; None outside training. Whatever follows a schedule is

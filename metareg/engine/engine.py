@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -113,24 +114,37 @@ class Engine:
                 yield self._run_stack(meta, part, part_noise, strategy, weights), len(part) / total
 
     def scores(
-        self, meta: Tensors, episodes: Episodes, inner_steps: tuple[int, ...], strategy: Strategy, chunk: int | None
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        noise: Sequence[Mapping[str, Any]],
+        inner_steps: tuple[int, ...],
+        strategy: Strategy,
+        chunk: int | None,
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
         one_by_one = strategy in ONE_BY_ONE
-        parts = episodes.chunks(1 if one_by_one else chunk)
 
-        def score_stack(meta: Tensors, tasks: Task, _: Mapping[str, Any]) -> list[Tensor]:
+        def score_stack(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+            noise = extra.get("noise", {})
             if one_by_one:
-                return [self.plain.scores(meta, _unbatch(tasks), inner_steps)[None]]
-            return [vmap(lambda task: self.plain.scores(meta, task, inner_steps))(tasks)]
+                return [self.plain.scores(meta, _unbatch(tasks), _unbatch(noise), inner_steps)[None]]
+            return [vmap(lambda task, drawn: self.plain.scores(meta, task, drawn, inner_steps))(tasks, noise)]
 
+        parts = list(episodes.chunks(1 if one_by_one else chunk))
+        starts = accumulate((len(part) for part in parts), initial=0)
+        drawn = [noise[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
-                return torch.cat([score_stack(meta, part.parts, {})[0] for part in parts])
-        # Compiling pays for many equal steps; an evaluation has few, each as long as many.
-        strategy = "vectorized" if strategy == "compiled" else strategy
-        program = self._find_program(("scores", inner_steps), score_stack, strategy)
-        return torch.cat([program(meta, part, {})[0] for part in parts])
+                stacks = [
+                    score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
+                ]
+        else:
+            # Compiling pays for many equal steps; an evaluation has few, each as long as many.
+            strategy = "vectorized" if strategy == "compiled" else strategy
+            program = self._find_program(("scores", inner_steps), score_stack, strategy)
+            stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
+        return torch.cat([scores for (scores,) in stacks])
 
     def _run_stack(
         self,
@@ -147,7 +161,7 @@ class Engine:
                 return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
         program = self._find_program("gradient", self._map_gradient, strategy)
         # The weights change from step to step: an input of the traced program, or they would be frozen into it.
-        extra = ({"noise": stack_trees(noise)} if noise else {}) | ({} if weights is None else {"weights": weights})
+        extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
         flat = program(meta, episodes, extra)
         count = len(meta)
         logs = dict(zip(self._log_names, flat[count + 1 :], strict=True))
@@ -185,6 +199,11 @@ class Engine:
         if program is None:
             program = self._programs[key, strategy] = Program(function, compiled=strategy == "compiled")
         return program
+
+
+def _stack_noise(noise: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was drawn for some tasks, as an extra input of a program; nothing where nobody draws."""
+    return {"noise": stack_trees(noise)} if noise else {}
 
 
 def _unbatch(tasks: Any) -> Any:

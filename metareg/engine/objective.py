@@ -285,9 +285,9 @@ class TaskFunctions:
         last, logs = self.outer_loss(adaptation, context)
         return sum(earlier, last), logs
 
-    def scores(self, meta: Tensors, task: Task, inner_steps: Sequence[int]) -> Tensor:
+    def scores(self, meta: Tensors, task: Task, noise: Mapping[str, Any], inner_steps: Sequence[int]) -> Tensor:
         """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
-        context = self.prepare(meta, task)
+        context = self.prepare(meta, task, noise)
         if len(context.features) == 1:  # those of the query set too: once, not after each number of steps
             query_features = self.model.body(self.lower(meta), context.query_x)
             context = replace(context, features=(*context.features, query_features))

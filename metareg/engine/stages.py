@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -28,11 +28,15 @@ Check = Callable[[Any, Any, Implementation], Any]
 """Takes the hook's first argument, what a plugin returned for it, and whose it is."""
 
 _REQUIRED = object()
+_INNER = (
+    "start_task", "inner_loss", "augment_inner_loss", "inner_gradient", "augment_inner_gradient", "inner_update",
+)  # fmt: skip
 _NOISE = {
-    "task": ("augment_inner_gradient", "augment_outer_loss"),
+    "task": (*_INNER, "augment_outer_loss", "outer_objective", "outer_gradient"),
+    "adapt": _INNER,
     "batch": ("combine_tasks", "augment_outer_gradient"),
 }
-"""The hooks whose plugins draw noise, for each task and for each meta-batch."""
+"""The hooks whose `noise` is drawn for each task in training, for each task in evaluation, and for each meta-batch."""
 
 
 class Stages:
@@ -43,19 +47,20 @@ class Stages:
         self.augmenters = tuple(augmenters)
         manager, self.plugins = create_plugin_manager([algorithm, *augmenters])
         self._implementations = {hook: find_implementations(manager, self.plugins, hook) for hook in HOOKS}
-        self._drawing = {
-            stage: [each for each in self._implementations["draw_noise"] if each.name in self._find_plugins(*hooks)]
-            for stage, hooks in _NOISE.items()
-        }
+        self._drawing = {stage: self._find_drawing(hooks) for stage, hooks in _NOISE.items()}
         for augmenter in self.augmenters:
             if not list_hooks(type(augmenter.instance)):
                 raise PluginError(f"The {augmenter.label} implements no hook; mark its methods with @metareg.hookimpl.")
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
+        for each in self._implementations["draw_noise"]:
+            if not any(each in drawing for drawing in self._drawing.values()):
+                raise PluginError(f"The {each.plugin.label} draws noise and takes it nowhere: name `noise` in a stage.")
 
-    def _find_plugins(self, *hooks: str) -> set[str]:
-        """The names of the plugins that implement one of these hooks."""
-        return {each.name for hook in hooks for each in self._implementations[hook]}
+    def _find_drawing(self, hooks: Sequence[str]) -> list[Implementation]:
+        """What draws noise for these hooks: of each plugin that takes it in one of them."""
+        taking = {each.name for hook in hooks for each in self._implementations[hook] if "noise" in each.arguments}
+        return [each for each in self._implementations["draw_noise"] if each.name in taking]
 
     def implements(self, hook: str) -> bool:
         """Whether some plugin has an implementation of a hook."""
@@ -70,11 +75,6 @@ class Stages:
     def transductive(self) -> bool:
         """Whether a plugin declares that adaptation reads the query inputs."""
         return any(getattr(plugin.instance, "transductive", False) for plugin in self.plugins.values())
-
-    @property
-    def draws_noise(self) -> bool:
-        """Whether some augmenter draws noise for each task."""
-        return bool(self._drawing["task"])
 
     def find_asking(self, *arguments: str, hook: str | None = None) -> Plugin | None:
         """The first plugin that names one of these arguments, in a hook or in any."""
@@ -111,28 +111,39 @@ class Stages:
         return self._reduce("adapted_parameters", _select, otherwise=model.names, names=model.names, **arguments)
 
     def draw_noise(
-        self, stage: str, params: Tensors, inner_steps: int, seed: int, *labels: str | int
-    ) -> dict[str, Any]:
-        """What each augmenter draws for one task or one meta-batch, by the augmenter's name.
+        self,
+        stage: str,
+        params: Tensors,
+        like: Tensor,
+        inner_steps: int,
+        seed: int,
+        draws: Iterable[tuple[str | int, ...]],
+        training_step: int | None = None,
+    ) -> list[dict[str, Any]]:
+        """What each plugin draws for some tasks or for a meta-batch, by the plugin's name; empty where none does.
 
         Args:
-            stage: ``"task"`` or ``"batch"``.
-            params: the parameters that it is for, whose type and device it gets.
-            inner_steps: how many inner steps the task takes.
-            seed: the run's.
-            labels: what else decides the draw: the training step, the number of the task in its batch.
+            stage: ``"task"``, ``"adapt"`` or ``"batch"``.
+            params: the parameters that it is for.
+            like: a tensor whose type and device it gets.
+            inner_steps: how many inner steps a task takes.
+            seed: the run's, or that of an evaluation.
+            draws: what else decides each draw, as the training step and the number of the task in its batch.
+            training_step: how many training steps have been done; None outside training.
         """
-        noise: dict[str, Any] = {}
-        if not self._drawing[stage]:
-            return noise
-        like = next(iter(params.values()))
+        drawing = self._drawing[stage]
+        if not drawing:
+            return []
         shapes = {name: tuple(value.shape) for name, value in params.items()}
-        for each in self._drawing[stage]:
-            generator = create_generator(seed, "noise", stage, each.name, *labels)
-            drawn = each(shapes=shapes, generator=generator, inner_steps=inner_steps, stage=stage)
-            if drawn is not None:
-                noise[each.name] = move_tensors(_take_noise(drawn, each), like.device, like.dtype)
-        return noise
+
+        def draw(each: Implementation, labels: Sequence[str | int]) -> Any:
+            drawn = each(
+                shapes=shapes, generator=create_generator(seed, "noise", stage, each.name, *labels),
+                inner_steps=inner_steps, stage=stage, training_step=training_step,
+            )  # fmt: skip
+            return None if drawn is None else move_tensors(_take_noise(drawn, each), like.device, like.dtype)
+
+        return [{each.name: drawn for each in drawing if (drawn := draw(each, labels)) is not None} for labels in draws]
 
     def start_task(
         self, params: Tensors, meta: Tensors, noise: Mapping[str, Any], task: TaskView

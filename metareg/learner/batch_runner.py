@@ -82,9 +82,9 @@ class BatchRunner:
         parameters.prepare(batches[0])
         meta, stages = parameters.tensors, self._engine.training.stages
         tasks = sum(len(batch) for batch in batches)
-        noise: Mapping[str, Any] = {}
-        if stages.implements("augment_outer_gradient") or stages.implements("combine_tasks"):
-            noise = stages.draw_noise("batch", meta, self._config.inner_steps, self._config.seed, training_step)
+        steps, seed, draws = self._config.inner_steps, self._config.seed, [(training_step,)]
+        drawn = stages.draw_noise("batch", meta, parameters.like, steps, seed, draws, training_step)
+        noise = drawn[0] if drawn else {}
 
         def compute_at(meta: Tensors) -> Gradient:
             """The meta-gradient of the batch at some meta-parameters, as the optimiser would take it without augmenters."""
@@ -120,12 +120,12 @@ class BatchRunner:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
         functions, config, stages = self._engine.training, self._config, self._engine.training.stages
         batches = [parameters.match(batch) for batch in batches]
-        noise = []
-        if stages.draws_noise:
-            adapted = {name: meta[name] for name in functions.adapted_names}
-            labels = config.inner_steps, config.seed, training_step
-            tasks = range(first, first + sum(len(batch) for batch in batches))
-            noise = [stages.draw_noise("task", adapted, *labels, task) for task in tasks]
+        tasks = range(first, first + sum(len(batch) for batch in batches))
+        adapted = {name: meta[name] for name in functions.adapted_names}
+        draws = ((training_step, task) for task in tasks)
+        noise = stages.draw_noise(
+            "task", adapted, parameters.like, config.inner_steps, config.seed, draws, training_step
+        )
         weights = compute_outer_loss_weights(stages, config.inner_steps, training_step, parameters.like)
         try:
             return self._engine.gradient(meta, batches, noise, strategy, config.chunk, weights)
@@ -146,10 +146,16 @@ class BatchRunner:
             """Where in `indices` each task stands, and the scores of this process's share of them."""
             stacks, positions = source.placed_episodes(split, indices, seed)
             meta.prepare(stacks[0])  # also where none of the tasks are this process's
-            share = select_tasks(stacks, processes.share(len(indices)))
+            mine = processes.share(len(indices))
             plain = meta.select_plain()
-            matched = (meta.match(stack) for stack in share)
-            return positions, [self._compute_scores(plain, stack, inner_steps, source.stackable) for stack in matched]
+            draws = [(split, indices[positions[place]]) for place in mine]
+            noise = self._draw_for_adaptation(plain, inner_steps[-1], seed, draws)
+            scores, done = [], 0
+            for stack in select_tasks(stacks, mine):
+                drawn = noise[done : done + len(stack)]
+                scores.append(self._compute_scores(plain, meta.match(stack), drawn, inner_steps, source.stackable))
+                done += len(stack)
+            return positions, scores
 
         blocks = [range(start, min(start + _BLOCK, tasks)) for start in range(0, tasks, _BLOCK)]
         shares = processes.gather(lambda: [score_block(indices) for indices in blocks])
@@ -159,10 +165,26 @@ class BatchRunner:
             ordered.append(torch.cat([row for _, rows in parts for row in rows])[positions.argsort()])
         return torch.cat(ordered)
 
-    def _compute_scores(self, meta: Tensors, batch: Episodes, inner_steps: tuple[int, ...], stackable: bool) -> Tensor:
+    def _draw_for_adaptation(
+        self, meta: Tensors, steps: int, seed: int, draws: Sequence[tuple[str | int, ...]]
+    ) -> list[dict[str, Any]]:
+        """What the plugins that adapt draw for some tasks; `draws` say for which, beside the seed."""
+        functions = self._engine.plain
+        adapted = {name: meta[name] for name in functions.adapted_names}
+        like = next(iter(meta.values()))
+        return functions.stages.draw_noise("adapt", adapted, like, steps, seed, draws)
+
+    def _compute_scores(
+        self,
+        meta: Tensors,
+        batch: Episodes,
+        noise: Sequence[Mapping[str, Any]],
+        inner_steps: tuple[int, ...],
+        stackable: bool,
+    ) -> Tensor:
         """The metric of a stack ``[tasks, len(inner_steps)]``, on the CPU."""
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
-        return self._engine.scores(meta, batch, inner_steps, strategy, self._config.chunk).cpu()
+        return self._engine.scores(meta, batch, noise, inner_steps, strategy, self._config.chunk).cpu()
 
     def adapt(self, meta: MetaParameters, x: Any, y: Tensor, steps: int, query_x: Any = None) -> nn.Module:
         """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
@@ -174,8 +196,9 @@ class BatchRunner:
         support_x, support_y, *_ = episodes.unstack(0)
         task = support_x, support_y, move_tensors(query_x, meta.like.device, meta.like.dtype), None
         plain, functions = meta.select_plain(), self._engine.plain
+        drawn = self._draw_for_adaptation(plain, steps, self._config.seed, [()])
         with torch.no_grad():
-            adapted = functions.adapt(functions.prepare(plain, task), steps).params
+            adapted = functions.adapt(functions.prepare(plain, task, drawn[0] if drawn else None), steps).params
         return functions.model.create_adapted_module(
             {**plain, **adapted}, support_x if functions.support_statistics else None
         )

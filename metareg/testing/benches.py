@@ -201,10 +201,12 @@ def build_model(model: str | type | Plugin, spec: TaskSpec, seed: int = 0) -> nn
 
 
 def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: int) -> dict[str, Any]:
-    """What an initialized learner's augmenters draw for some meta-parameters; arguments as in `Stages.draw_noise`."""
+    """What an initialized learner's plugins draw for some meta-parameters in training; the first label is its step."""
     meta, config = learner.meta_parameters, learner.config
     params = {name: meta[name] for name in names}
-    return learner.stages.draw_noise(stage, params, config.inner_steps, config.seed, *labels)
+    like = next(iter(meta.values()))
+    drawn = learner.stages.draw_noise(stage, params, like, config.inner_steps, config.seed, [labels], labels[0])
+    return drawn[0] if drawn else {}
 
 
 def new_generator(*labels: str | int) -> torch.Generator:

@@ -252,10 +252,9 @@ def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]
     """What a training step draws for each of its tasks, drawn again."""
     adapted = learner.stages.adapted_parameters(learner.model)
     params = {name: learner.meta_parameters[name] for name in adapted}
-    return [
-        learner.stages.draw_noise("task", params, learner.config.inner_steps, learner.config.seed, step, task)
-        for task in range(tasks)
-    ]
+    like, draws = next(iter(params.values())), [(step, task) for task in range(tasks)]
+    config = learner.config
+    return learner.stages.draw_noise("task", params, like, config.inner_steps, config.seed, draws, step)
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

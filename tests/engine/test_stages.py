@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from metareg import MetaLearner, PluginError, hookimpl
+from metareg import Episodes, MetaLearner, PluginError, hookimpl
 from metareg.contract import hookspecs
+from metareg.util.seeding import create_generator
 from metareg.util.torch_internals import tree_leaves
-from samples import MLP, episodes
+from reference import NETS
+from samples import MLP, episodes, tasks_of
 
 Tensors = dict[str, Tensor]
 
@@ -47,7 +49,7 @@ def plugin(hook: str, returned: Any) -> type:
     exec(f"def {hook}(self, {first}):\n    return returned({first}) if callable(returned) else returned", namespace)
     methods = {hook: hookimpl(namespace[hook])}
     if hook == "draw_noise":
-        methods["augment_inner_gradient"] = hookimpl(lambda self, grads: grads)
+        methods["augment_inner_gradient"] = hookimpl(lambda self, grads, noise: grads)
     return type("Mine", (), methods)
 
 
@@ -235,7 +237,7 @@ def test_one_plugin_twice_in_a_run() -> None:
     assert set(learner.stages.plugins) == {"sound", "scale", "scale-2", "dropgrad", "dropgrad-2"}
     _, grads = learner.meta_gradient(episodes("mlp"))
     assert grads["scale.log"].item() == pytest.approx(grads["scale-2.log"].item())
-    noise = learner.stages.draw_noise("task", {"head.bias": torch.zeros(50)}, 1, 0, 0, 0)
+    (noise,) = learner.stages.draw_noise("task", {"head.bias": torch.zeros(50)}, torch.zeros(()), 1, 0, [(0, 0)])
     assert not (noise["dropgrad"][0]["head.bias"] == 0).equal(noise["dropgrad-2"][0]["head.bias"] == 0)
 
 
@@ -289,8 +291,6 @@ class Repeated:
     """The three sample tasks, over and over; their mean is that of any multiple of three."""
 
     def episodes(self, split: str, indices: Any) -> Any:  # noqa: ARG002
-        from metareg import Episodes
-
         rows = torch.arange(len(indices)) % 3
         return Episodes(*(part[rows] for part in episodes("mlp").parts))
 
@@ -299,7 +299,7 @@ def test_a_tasks_noise_depends_on_its_number_and_the_step() -> None:
     learner = MetaLearner(MLP(), augment=["dropgrad"], loss="mse")
     params = learner.plain_meta_parameters
     every, some, later = (
-        [learner.stages.draw_noise("task", params, 2, 0, step, task) for task in tasks]
+        learner.stages.draw_noise("task", params, torch.zeros(()), 2, 0, [(step, task) for task in tasks])
         for step, tasks in ((0, range(5)), (0, range(2, 4)), (1, range(5)))
     )
     flat = [[torch.cat([leaf.flatten() for leaf in tree_leaves(each)]) for each in drawn] for drawn in (every, some)]
@@ -311,13 +311,148 @@ def test_a_tasks_noise_depends_on_its_number_and_the_step() -> None:
 def test_noise_has_the_type_of_the_parameters() -> None:
     learner = MetaLearner(MLP(), augment=[("gradient-noise", {"where": "outer"})], loss="mse")
     for dtype in (torch.float32, torch.float64):
-        params = {name: value.to(dtype) for name, value in learner.meta_parameters.items()}
-        leaves = tree_leaves(learner.stages.draw_noise("batch", params, 1, 0, 0))
+        like = torch.zeros((), dtype=dtype)
+        leaves = tree_leaves(learner.stages.draw_noise("batch", learner.meta_parameters, like, 1, 0, [(0,)]))
         assert leaves
         assert all(leaf.dtype == dtype for leaf in leaves)
 
 
 def test_who_draws_nothing_has_none() -> None:
     stages = MetaLearner(MLP(), augment=["cml"], loss="mse").stages
-    assert not stages.draws_noise
-    assert stages.draw_noise("task", {}, 1, 0, 0, 0) == {}
+    assert stages.draw_noise("task", {}, torch.zeros(()), 1, 0, [(0, 0), (0, 1)]) == []
+
+
+class Jitter(Sound):
+    """Draws in every stage that an algorithm can draw for, and starts, descends and weighs by it."""
+
+    steps: ClassVar[dict[str, int | None]] = {}
+
+    @hookimpl
+    def draw_noise(self, generator: torch.Generator, stage: str, inner_steps: int, training_step: int | None) -> Tensor:
+        self.steps[stage] = training_step
+        schedule = 0 if training_step is None else training_step
+        return schedule + torch.rand(1 if stage == "batch" else inner_steps + 1, generator=generator)
+
+    @hookimpl
+    def start_task(self, params: Tensors, noise: Tensor) -> Tensors:
+        return {name: value + 0.1 * noise[-1] for name, value in params.items()}
+
+    @hookimpl
+    def inner_update(self, params: Tensors, grads: Tensors, step: int, noise: Tensor) -> Tensors:
+        return {name: value - 0.1 * noise[step] * grads[name] for name, value in params.items()}
+
+    @hookimpl
+    def augment_outer_gradient(self, grads: Tensors, noise: Tensor) -> Tensors:
+        return {name: value * noise for name, value in grads.items()}
+
+
+def adapt_with_draws(meta: Tensors, task: Any, drawn: Tensor, steps: int) -> Tensors:
+    """The inner loop of `Jitter`, written out."""
+    params = {name: value + 0.1 * drawn[-1] for name, value in meta.items()}
+    for step in range(steps):
+        loss = NETS["mlp"].loss(linear(params, task[0]), task[1])
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {
+            name: value - 0.1 * drawn[step] * grad for (name, value), grad in zip(params.items(), grads, strict=True)
+        }
+    return params
+
+
+def linear(params: Tensors, x: Tensor) -> Tensor:
+    return NETS["mlp"].head(params, NETS["mlp"].body(params, x))
+
+
+def draw(steps: int, *labels: str | int) -> Tensor:
+    """What `Jitter` draws for a learner with the seed 3."""
+    return torch.rand(steps + 1, generator=create_generator(3, "noise", *labels)).double()
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized", "traced"])
+def test_an_algorithm_draws_for_training_evaluation_and_adaptation(strategy: str) -> None:
+    learner = MetaLearner(MLP(), Jitter, loss="mse", strategy=strategy, inner_steps=2, seed=3, chunk=2)
+    learner.step(episodes("mlp"))
+    meta = {name: value.clone().requires_grad_() for name, value in learner.meta_parameters.items()}
+    tasks = tasks_of(episodes("mlp"))
+
+    total = torch.zeros((), dtype=torch.float64)
+    for number, task in enumerate(tasks):
+        params = adapt_with_draws(meta, task, 1 + draw(2, "task", "jitter", 1, number), 2)
+        total = total + NETS["mlp"].loss(linear(params, task[2]), task[3]) / len(tasks)
+    factor = 1 + torch.rand(1, generator=create_generator(3, "noise", "batch", "jitter", 1)).item()
+    expected = [factor * value for value in torch.autograd.grad(total, list(meta.values()))]
+    _, grads = learner.meta_gradient(episodes("mlp"))
+    torch.testing.assert_close(list(grads.values()), expected, rtol=1e-6, atol=1e-8)
+
+    scores = learner.evaluate(Mixed(), 5, inner_steps=(0, 3), split="validation", seed=3).scores
+    for index, row in enumerate(scores):
+        x, y, query_x, query_y = Mixed().task(index)
+        for score, steps in zip(row, (0, 3), strict=True):
+            drawn = draw(3, "adapt", "jitter", "validation", index)
+            params = adapt_with_draws(meta, (x, y), drawn, steps)
+            assert score.item() == pytest.approx(NETS["mlp"].loss(linear(params, query_x), query_y).item(), rel=1e-6)
+
+    x, y, query_x, _ = tasks[0]
+    params = adapt_with_draws(meta, (x, y), draw(4, "adapt", "jitter"), 4)
+    torch.testing.assert_close(learner.adapt(x, y, steps=4)(query_x), linear(params, query_x), rtol=1e-6, atol=1e-8)
+    assert Jitter.steps == {"task": 1, "batch": 1, "adapt": None}
+
+
+class Mixed:
+    """Tasks of two sizes, a function of their number."""
+
+    def task(self, index: int) -> Any:
+        return tasks_of(episodes("mlp", 1, query=2 + index % 2, seed=index))[0]
+
+    def episodes(self, split: str, indices: Any) -> Any:  # noqa: ARG002
+        return Episodes.group([self.task(index) for index in indices])
+
+
+def test_an_augmenter_of_training_draws_for_training_alone() -> None:
+    class Seen:
+        stages: ClassVar[set[str]] = set()
+
+        @hookimpl
+        def draw_noise(self, stage: str) -> Tensor:
+            self.stages.add(stage)
+            return torch.ones(())
+
+        @hookimpl
+        def augment_outer_loss(self, features: Tensor, noise: Tensor) -> Tensor:
+            return noise * features.sum()
+
+    learner = run(Sound, Seen)
+    learner.evaluate(Repeated(), 2)
+    assert Seen.stages == {"task"}
+
+
+def test_noise_that_nobody_takes_is_refused() -> None:
+    class Unheard:
+        @hookimpl
+        def draw_noise(self) -> Tensor:
+            return torch.ones(())
+
+        @hookimpl
+        def augment_inner_gradient(self, grads: Tensors) -> Tensors:
+            return grads
+
+    with pytest.raises(PluginError, match=r"'unheard' draws noise and takes it nowhere: name `noise`"):
+        run(Sound, Unheard)
+
+
+def test_the_noise_of_a_parameterless_inner_loop_has_the_learners_type() -> None:
+    class Still(Sound):
+        @hookimpl
+        def adapted_parameters(self) -> list[str]:
+            return []
+
+        @hookimpl
+        def draw_noise(self, shapes: dict[str, Any]) -> Tensor:
+            assert shapes == {}
+            return torch.ones(())
+
+        @hookimpl
+        def inner_update(self, params: Tensors, noise: Tensor) -> Tensors:
+            assert noise.dtype == torch.float64
+            return params
+
+    run(Still)
