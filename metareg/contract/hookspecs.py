@@ -268,7 +268,7 @@ def augment_episodes(episodes: Episodes, generator: torch.Generator, training_st
     Called in training only, once for each stack of tasks of equal sizes, outside the pure step.
 
     Args:
-        episodes: the tasks ``[tasks, examples, …]``.
+        episodes: the tasks ``[tasks, examples, …]``, on the device and in the types of their source.
         generator: seeded by the run's seed, the training step, the stack and the plugin.
         training_step: how many training steps have been done.
 

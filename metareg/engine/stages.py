@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metareg.contract.episodes import Episodes
 from metareg.contract.hookspecs import HOOKS, Reduction
 from metareg.contract.losses import Loss
 from metareg.contract.views import TaskView
@@ -144,6 +145,17 @@ class Stages:
             return None if drawn is None else move_tensors(_take_noise(drawn, each), like.device, like.dtype)
 
         return [{each.name: drawn for each in drawing if (drawn := draw(each, labels)) is not None} for labels in draws]
+
+    def augment_episodes(self, batches: Sequence[Episodes], seed: int, training_step: int) -> list[Episodes]:
+        """The stacks of a training batch, each as the plugins change it."""
+        changed = []
+        for number, stack in enumerate(batches):
+            for each in self._implementations["augment_episodes"]:
+                generator = create_generator(seed, "episodes", each.name, training_step, number)
+                given = each(episodes=stack, generator=generator, training_step=training_step)
+                stack = _take_episodes(stack, given, each)
+            changed.append(stack)
+        return changed
 
     def start_task(
         self, params: Tensors, meta: Tensors, noise: Mapping[str, Any], task: TaskView
@@ -417,6 +429,15 @@ def _take_tensors(given: Any, by: Implementation) -> Tensors:
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
         by.reject("it must return a dict of floating-point tensors by name")
     return given
+
+
+def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
+    """As many tasks, which stand where those of the stack do."""
+    if not isinstance(given, Episodes):
+        by.reject(f"it must return Episodes, not {_describe(given)}")
+    if len(given) != len(stack):
+        by.reject(f"it must return as many tasks as it is given, {len(stack)}, not {len(given)}")
+    return given if stack.positions is None else given.placed(stack.positions)
 
 
 def _take_noise(given: Any, by: Implementation) -> Any:

@@ -83,6 +83,7 @@ class BatchRunner:
         meta, stages = parameters.tensors, self._engine.training.stages
         tasks = sum(len(batch) for batch in batches)
         steps, seed, draws = self._config.inner_steps, self._config.seed, [(training_step,)]
+        batches = stages.augment_episodes(batches, seed, training_step)
         drawn = stages.draw_noise("batch", meta, parameters.like, steps, seed, draws, training_step)
         noise = drawn[0] if drawn else {}
 

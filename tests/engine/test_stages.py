@@ -398,7 +398,7 @@ def test_an_algorithm_draws_for_training_evaluation_and_adaptation(strategy: str
 
 
 class Mixed:
-    """Tasks of two sizes, a function of their number."""
+    """Tasks of two sizes, a function of their number; 8 support examples."""
 
     def task(self, index: int) -> Any:
         return tasks_of(episodes("mlp", 1, query=2 + index % 2, seed=index))[0]
@@ -456,3 +456,62 @@ def test_the_noise_of_a_parameterless_inner_loop_has_the_learners_type() -> None
             return params
 
     run(Still)
+
+
+# --------------------------------------------------------------------------------------------------------------- episodes
+
+
+class Shift:
+    """Moves the support inputs of each task by a draw, and leaves out one example more in each step."""
+
+    @hookimpl
+    def augment_episodes(self, episodes: Episodes, generator: torch.Generator, training_step: int) -> Episodes:
+        x, y, query_x, query_y = episodes.parts
+        kept = len(y[0]) - training_step
+        return Episodes(x[:, :kept] + torch.rand(len(x), 1, 1, generator=generator), y[:, :kept], query_x, query_y)
+
+
+class Double:
+    """Takes twice the support inputs: after `Shift` another thing than before it."""
+
+    @hookimpl
+    def augment_episodes(self, episodes: Episodes) -> Episodes:
+        x, *others = episodes.parts
+        return Episodes(2 * x, *others)
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized", "traced"])
+def test_augmenters_change_the_tasks_of_training_alone(strategy: str) -> None:
+    stacks = Mixed().episodes("train", range(5))
+    learner, plain = (
+        MetaLearner(MLP(), Sound, augment, loss="mse", strategy=strategy, seed=3) for augment in ([Shift, Double], [])
+    )
+    for step in range(2):
+        changed = []
+        for number, stack in enumerate(stacks):
+            x, y, *query = stack.parts
+            generator = create_generator(3, "episodes", "shift", step, number)
+            moved = 2 * (x[:, : 8 - step] + torch.rand(len(x), 1, 1, generator=generator))
+            changed.append(Episodes(moved, y[:, : 8 - step], *query))
+        expected = plain.step(changed)
+        torch.testing.assert_close(learner.step(stacks), expected)
+    assert_same_step(learner, plain)
+    assert learner.evaluate(Mixed(), 4).scores.equal(plain.evaluate(Mixed(), 4).scores)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda batch: batch[:2], "as many tasks as it is given, 3, not 2"),
+        (lambda batch: batch.parts, "must return Episodes, not a tuple"),
+    ],
+    ids=["fewer", "parts"],
+)
+def test_tasks_that_get_lost_are_refused(change: Any, sentence: str) -> None:
+    class Losing:
+        @hookimpl
+        def augment_episodes(self, episodes: Episodes) -> Any:
+            return change(episodes)
+
+    with pytest.raises(PluginError, match=f"'losing' broke the contract of augment_episodes: .*{sentence}"):
+        run(Sound, Losing)

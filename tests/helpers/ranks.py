@@ -71,6 +71,15 @@ class NoisyTilt:
         return Tilt().combine_tasks({name: noise * value for name, value in grads.items()}, losses)
 
 
+class Swap:
+    """Gives each task of a stack the support set of another one."""
+
+    @hookimpl
+    def augment_episodes(self, episodes: Episodes, generator: torch.Generator) -> Episodes:
+        order = torch.randperm(len(episodes), generator=generator)
+        return Episodes(episodes.support_x[order], episodes.support_y[order], episodes.query_x, episodes.query_y)
+
+
 class Ascent:
     """Takes the meta-gradient where its own direction leads (Sharp-MAML)."""
 
@@ -146,7 +155,11 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
         "mlp",
         lambda: episodes("mlp", 5),
     ),
-    "unequal tasks combined": ({"algo": "maml", "augment": [Tilt, Ascent], "strategy": "serial"}, "mlp", _unequal),
+    "unequal tasks combined": (
+        {"algo": "maml", "augment": [Swap, Tilt, Ascent], "strategy": "serial"},
+        "mlp",
+        _unequal,
+    ),
     "unequal tasks": ({"algo": "boil", "augment": ["gradient-noise"], "strategy": "serial"}, "mlp", _unequal),
 }
 """Learners, their models and their batches."""
