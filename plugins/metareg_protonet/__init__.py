@@ -1,0 +1,81 @@
+"""Prototypical networks: the head is the prototypes of the task's classes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from metareg import PluginConfig, StepExample, TaskView, UsageError, hookimpl
+
+__all__ = ["ProtoNet", "average_by_class", "start_at_prototypes"]
+
+
+class ProtoNet:
+    """Prototypical networks: an example belongs to the class whose prototype, the mean of its support set, is nearest.
+
+    The logits −‖z − c‖² of an example with the embedding z are, but for the number −‖z‖² that all classes share, those of
+    a linear layer with the weights w_c = 2c and the biases b_c = −‖c‖². So the task's prototypes are the values of the
+    head's last `nn.Linear`, whose inputs are the embeddings. There are no inner steps: whatever their number, nothing
+    changes after the start, and the outer loop learns the embedding alone.
+
+    A class without support examples has for its prototype the mean of the whole support set.
+
+    The paper trains on more classes than it tests on (Omniglot: 60 classes, 5 query examples each; miniImageNet: 20 or 30
+    classes, 15 query examples), one task a step, with Adam at 1e-3, halved every 2,000 tasks. Here the model's head has
+    one number of classes for both, and `outer_lr` stays as it is.
+
+    Reference:
+        Snell, Swersky and Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017, arXiv 1703.05175,
+        Equations 1 and 2, and §2.4 for the linear layer.
+    """
+
+    contract = 1
+    adapts = "head"
+    targets = "classes"
+    step_examples = (StepExample(param=2.0, grad=3.0, after=2.0),)
+
+    class Config(PluginConfig):
+        pass
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    @hookimpl
+    def adapted_parameters(self, output_layer: tuple[str, str | None]) -> tuple[str, ...]:
+        return tuple(name for name in output_layer if name is not None)
+
+    @hookimpl
+    def start_task(self, params: dict[str, Tensor], task: TaskView) -> dict[str, Tensor]:
+        return start_at_prototypes(params, task)
+
+    @hookimpl
+    def inner_gradient(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: torch.zeros_like(value) for name, value in params.items()}
+
+    @hookimpl
+    def inner_update(self, params: dict[str, Tensor]) -> dict[str, Tensor]:
+        return dict(params)
+
+
+def start_at_prototypes(params: dict[str, Tensor], task: TaskView) -> dict[str, Tensor]:
+    """The parameters with the task's prototypes in the head's last layer."""
+    weight, bias = task.output_layer
+    if bias is None:
+        raise UsageError(f"Prototypes need a bias beside '{weight}', which has none.")
+    embeddings = task.embed(params, task.support_features(params)).to(params[weight])
+    prototypes = average_by_class(embeddings, task.support_y, params[weight].shape[0])
+    return {**params, weight: 2 * prototypes, bias: -prototypes.square().sum(1)}
+
+
+def average_by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """The mean ``[classes, …]`` of the values ``[examples, …]`` of each class; of all values for a class without any.
+
+    Raises:
+        UsageError: the targets are numbers.
+    """
+    if labels.is_floating_point():
+        raise UsageError(f"Prototypes are those of classes; the targets of this task are numbers ({labels.dtype}).")
+    belongs = (labels == torch.arange(classes, device=labels.device)[:, None]).to(values)
+    counts = belongs.sum(1, keepdim=True)
+    shares = torch.where(counts > 0, belongs / counts.clamp(min=1), 1 / labels.shape[0])
+    return shares @ values
