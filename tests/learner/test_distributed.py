@@ -237,7 +237,7 @@ def test_a_process_that_ends_does_not_leave_the_others_waiting(together: SimpleN
 @pytest.mark.parametrize(
     ("case", "code", "words"),
     [
-        ("name", 2, "There is no algorithm named 'mamal'; did you mean 'maml'?"),
+        ("name", 2, "There is no algorithm named 'mamal'; did you mean 'maml'"),
         ("option", 2, "Invalid value for '--steps'"),
         ("batch", 2, "2 processes cannot share a batch of 1"),
         ("taken", 2, "exists already and is not an empty folder"),
