@@ -33,6 +33,8 @@ ENDS = {"parity": 0.36, "resume": 0.45, "strategies": 0.73, "pairs": 1.0}
 """The parts, and by which share of the time each has to end."""
 PAIRS_LIKE = "Conv4-64, 28×28, 4 tasks"
 """The setting of the strategies' part that takes steps of the size of those of the pairs."""
+_COMPILING = 0.4
+"""The share of the time that compiling may take where it is not done beside a part."""
 _MINUTE = 60.0
 _RESERVE = 4.0
 """Seconds at the end for what is left to write."""
@@ -166,6 +168,26 @@ def find_device(name: str) -> Iterator[Row]:
 # ---------------------------------------------------------------------------------------------------------------- parts
 
 
+def list_compilations(session: Session) -> list[Job]:
+    """Jobs that compile what the parts will need, many at once: no part has the time to do it one by one."""
+    arguments, size, device = session.arguments, session.size, session.device
+    jobs: list[Job] = []
+    if size.compiled and "strategies" in arguments.only:
+        jobs += strategies.list_compilations(size.cells, device)
+    if size.compiled and "pairs" in arguments.only and arguments.strategy in (None, "compiled"):
+        jobs += pairs.list_compilations(pairs.choose_task(), size.pairs, device)
+    if size.compiled and "resume" in arguments.only:
+        jobs += resume.list_compilations(size.resume_cases, device, session.scratch)
+    return jobs
+
+
+def compile_ahead(session: Session) -> None:
+    """What is done beside the part `parity`, where that is left out."""
+    until = session.began + _COMPILING * _MINUTE * session.arguments.minutes
+    for row in session.run(list_compilations(session), _cores(), until):
+        session.record.add("compilations", row)
+
+
 def run_parity(session: Session) -> None:
     """Whole steps; beside them, since nothing is timed here, what later parts need is compiled."""
     size, end = session.size, session.end_of("parity")
@@ -174,14 +196,7 @@ def run_parity(session: Session) -> None:
     jobs = parity.list_jobs(
         session.arguments.algorithms, size.parity, names, size.parity_precisions, session.device, seconds
     )
-    compilations = []
-    if size.compiled:
-        compilations = [
-            *strategies.list_compilations(size.cells, session.device),
-            *pairs.list_compilations(pairs.choose_task(), size.pairs, session.device),
-            *resume.list_compilations(size.resume_cases, session.device, session.scratch),
-        ]
-    for row in session.run([*compilations, *jobs], _cores(), end):
+    for row in session.run([*list_compilations(session), *jobs], _cores(), end):
         session.record.add("parity" if "augmenter" in row else "compilations", row)
 
 
@@ -194,7 +209,7 @@ def run_resume(session: Session) -> None:
     ):
         for row in session.run(jobs, _cores(), end):
             session.record.add("resume", row)
-    for row in resume.compare_runs(size.resume_cases, folder):
+    for row in resume.compare_runs(size.resume_cases, size.resume_steps, folder):
         session.record.add("resume", row)
 
 
@@ -356,7 +371,7 @@ def main() -> None:
     began, arguments = time.monotonic(), read_arguments()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
     os.environ.update({"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
-    preload("torch", "metareg.runs.training", "metareg.testing")
+    preload("torch", "matplotlib.figure", "metareg.runs.training", "metareg.testing")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         # What compiling takes is told for compilers that know nothing yet.
@@ -366,6 +381,8 @@ def main() -> None:
         for row in session.run([Job({}, find_device, {"name": arguments.device})], 1, began + 60):
             record.add("device", row)
             arguments.device = row.get("device", "cpu")
+        if "parity" not in arguments.only:
+            compile_ahead(session)
         for name in arguments.only:
             try:
                 PARTS[name](session)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from device_parts.jobs import Job, Row
 from metareg import resume, train
-from metareg.runs.folder import FINAL, METRICS
+from metareg.runs.folder import FINAL, METRICS, RESULTS
+from metareg.util.files import read_json
 
 __all__ = ["Case", "compare_runs", "list_compilations", "list_jobs", "list_second_jobs"]
 
@@ -51,12 +52,12 @@ def list_second_jobs(cases: Sequence[Case], steps: int, folder: Path, seconds: f
     ]
 
 
-def compare_runs(cases: Sequence[Case], folder: Path) -> Iterator[Row]:
+def compare_runs(cases: Sequence[Case], steps: int, folder: Path) -> Iterator[Row]:
     """What the runs ended in; to be called once all of them have ended."""
     for case in cases:
         through, again, resumed = (_out(folder, case, name) for name in ("through", "again", "resumed"))
-        if not all((path / FINAL).is_file() for path in (through, again, resumed)):
-            yield {**case, "status": "failed", "reason": "a run has no final weights"}
+        if unfinished := [path.name for path in (through, again, resumed) if not _has_ended(path, 2 * steps)]:
+            yield {**case, "status": "failed", "reason": f"{', '.join(unfinished)} did not end"}
             continue
         row = {"repeated": _count_differences(through, again), "resumed": _count_differences(through, resumed)}
         row["metrics"] = (through / METRICS).read_bytes() == (resumed / METRICS).read_bytes()
@@ -94,6 +95,11 @@ def _prepare(case: Case) -> None:
 
 def _out(folder: Path, case: Case, name: str) -> Path:
     return folder / "-".join([*(str(value) for value in case.values()), name])
+
+
+def _has_ended(run: Path, steps: int) -> bool:
+    """Whether a run has been tested after so many steps."""
+    return (run / RESULTS).is_file() and read_json(run / RESULTS)["weights"]["step"] == steps
 
 
 def _count_differences(one: Path, other: Path) -> int:
