@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
     from metareg.util.data_files import cache_folder, data_folder, download
+    from metareg.util.images import ImageFiles, UnreadableImageError, find_images, load_image
     from metareg.util.seeding import derive_seed, task_uniform
     from metareg.util.tables import Table, read_table
 
@@ -57,18 +58,19 @@ _NAMES = {
     "runs.run": "Run",
     "runs.training": "resume train",
     "util.data_files": "cache_folder data_folder download",
+    "util.images": "ImageFiles UnreadableImageError find_images load_image",
     "util.seeding": "derive_seed task_uniform",
     "util.tables": "Table read_table",
 }
 _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for name in names.split()}
 
 __all__ = [
-    "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "Interrupted",
-    "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run", "RunConfig",
-    "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UsageError", "__version__",
-    "cache_folder", "compare", "data_folder", "derive_seed", "download", "find_split", "hookimpl", "hookspec",
-    "join_processes", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
-    "task_uniform", "train",
+    "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
+    "Interrupted", "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run",
+    "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
+    "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "find_images",
+    "find_split", "hookimpl", "hookspec", "join_processes", "load_image", "read_name_lists", "read_split_file",
+    "read_table", "report", "reproduce", "resume", "task_uniform", "train",
 ]  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from metareg.errors import UsageError
+from metareg.util.images import load_image
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -98,14 +98,9 @@ class Task:
         """
         import numpy as np
         import torch
-        from PIL import Image
 
         channels, height, width = self.spec.input_shape
-        try:
-            with Image.open(path) as image:
-                scaled = image.convert("L" if channels == 1 else "RGB").resize((width, height))
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
-            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
+        scaled = load_image(path, channels).resize((width, height))
         values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
         return values[None] if channels == 1 else values.permute(2, 0, 1)
 

@@ -18,11 +18,10 @@ from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import Plugin
 from metareg.util.files import write_bytes
+from metareg.util.images import find_images
 from metareg.util.tables import Table, read_table
 
 __all__ = ["export", "predict"]
-
-_IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, inner_steps: int | None) -> None:
@@ -85,9 +84,10 @@ class _Examples:
         self._query: Table | None = None
         classifies = learner.loss is nn.functional.cross_entropy
         if support.is_dir():
-            paths = {folder.name: _list_images(folder) for folder in sorted(support.iterdir()) if folder.is_dir()}
-            labels = [name for name, members in paths.items() for _ in members]
-            self.x = self._read_images([path for members in paths.values() for path in members], support)
+            files = find_images(support)
+            files.warn_of_left_out()
+            labels = [name for name, paths in files.classes.items() for _ in paths]
+            self.x = self._read_images([path for paths in files.classes.values() for path in paths], support)
             if not classifies:
                 raise UsageError(
                     f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file."
@@ -115,8 +115,11 @@ class _Examples:
     def read_queries(self, path: Path) -> tuple[Sequence[str], list[list[str]], Tensor]:
         """What names the rows of the answer (a header, and a list per row), and the inputs."""
         if path.is_dir():
-            images = _list_images(path)
-            return ["image"], [[image.name] for image in images], self._read_images(images, path)
+            files = find_images(path)
+            files.warn_of_left_out(of_classes=False)
+            images = [image for members in files.by_folder.values() for image in members]
+            names = [[image.relative_to(path).as_posix()] for image in images]
+            return ["image"], names, self._read_images(images, path)
         if self._columns is None or self._query is None:
             raise UsageError(f"{path} is a file; this learner takes a folder of images.")
         inputs, query = self._columns.inputs, _refuse_empty(self._query)
@@ -130,7 +133,7 @@ class _Examples:
         if len(self._shape) != 3:
             raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
         if not paths:
-            raise UsageError(f"{where} holds no images ({', '.join(_IMAGES)}), or not in a folder for each class.")
+            raise UsageError(f"{where} holds no images, or not in a folder for each class.")
         read = getattr(self._task, "read_image", None) or partial(Task.read_image, self._task)
         return torch.stack([read(path) for path in paths])
 
@@ -146,7 +149,3 @@ def _get_input_shape(task: Plugin) -> tuple[int, ...]:
     if not all(isinstance(size, int) for size in shape):
         raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
     return tuple(shape)
-
-
-def _list_images(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix.lower() in _IMAGES)

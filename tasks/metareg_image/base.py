@@ -30,7 +30,7 @@ from metareg import (
 from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
 from metareg_image.sampling import draw_distinct
-from metareg_image.store import UNREADABLE, ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
+from metareg_image.store import ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
 
 __all__ = ["Channels", "ImageConfig", "ImageTask"]
 
@@ -156,11 +156,7 @@ class ImageTask(Task):
         )
 
     def read_image(self, path: Path) -> Tensor:
-        try:
-            image = self._read_pixels(path)
-        except UNREADABLE as error:
-            raise UsageError(f"{path} cannot be read as an image: {error}.") from error
-        return torch.from_numpy(image.copy()).movedim(-1, 0).to(torch.float32).div_(255)
+        return torch.from_numpy(self._read_pixels(path).copy()).movedim(-1, 0).to(torch.float32).div_(255)
 
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-import os
+import itertools
+import logging
+import re
+import shlex
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,7 +16,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from metareg import PathText, UsageError, read_split_file, task_uniform
+from metareg import ImageFiles, PathText, UsageError, find_images, read_split_file, task_uniform
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
@@ -19,7 +24,16 @@ from metareg_image.store import SPLITS, ClassImages, Cut, Source
 
 __all__ = ["CUB", "Cars", "ImageFolder", "MiniImageNet", "TieredImageNet"]
 
-_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".ppm", ".pgm", ".tif", ".tiff", ".webp"})
+log = logging.getLogger("metareg")
+
+_SPLIT_NAMES = {
+    "train": "train", "training": "train", "valid": "validation", "val": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test",
+}  # fmt: skip
+"""What folders are called that hold a split, in any case."""
+_NAMED = 5
+"""So many names a sentence lists before it counts the rest."""
+_CHOICES = "say which class is for what with --set split_file=FILE"
 
 
 class ImageFolderConfig(ImageConfig):
@@ -40,8 +54,8 @@ class ImageFolder(ImageTask):
     """Your own images: a folder for each class, inside one another as you like (``DIR/animals/cat/1.png``).
 
     A folder that holds images is a class; its path inside DIR is the class's name. The classes are split into train,
-    validation and test by a file, or at random by ratios. If DIR has exactly the folders train, validation (or val) and
-    test, these are the split.
+    validation and test by a file, by the folders train, validation (valid, val, dev) and test that DIR consists of, or at
+    random by ratios. One folder that wraps all others does not count. A folder that links lead to again is visited once.
     """
 
     Config = ImageFolderConfig
@@ -58,29 +72,50 @@ class ImageFolder(ImageTask):
         super().__init__(config)
 
     def fingerprint(self) -> str:
-        digest = hashlib.blake2b(f"{self.config.ratios} {self.config.split_seed}".encode(), digest_size=16)
-        if self.config.split_file is not None:
-            digest.update(_read_bytes(Path(self.config.split_file)))
+        digest = hashlib.blake2b(digest_size=16)
         if self.location.is_dir():
-            for name, paths in sorted(_list_images(self.location).items()):
-                for path in paths:
+            for name, part in self._split.items():
+                digest.update(f"{name} {part}\n".encode(errors="surrogateescape"))
+                for path in self._files.classes[name]:
                     state = path.stat()
-                    digest.update(f"{name}/{path.name} {state.st_size} {state.st_mtime_ns}\n".encode())
+                    line = f"{path.name} {state.st_size} {state.st_mtime_ns}\n"
+                    digest.update(line.encode(errors="surrogateescape"))
         return digest.hexdigest()
 
     def classes(self) -> Iterable[ClassImages]:
-        found = _list_images(self.location)
-        if not found:
+        for name, part in self._split.items():
+            yield ClassImages(part, name, self._files.classes[name])
+
+    @functools.cached_property
+    def _split(self) -> dict[str, str]:
+        """The part of each class that has one, sorted; where it comes from is said once."""
+        found = self._files.classes
+        if self.config.split_file is not None:
+            split, origin = (
+                read_split_file(Path(self.config.split_file), found, "class"),
+                f"by {self.config.split_file}",
+            )
+        elif by_folders := _split_by_folders(self._files.base, found):
+            split, origin = by_folders, "by its folders"
+        else:
+            split, origin = self._split_at_random(found), "at random"
+        counts = Counter(split.values())
+        log.info("%s is split %s: %s classes.", self.location, origin, "/".join(str(counts[part]) for part in SPLITS))
+        return dict(sorted(split.items()))
+
+    @functools.cached_property
+    def _files(self) -> ImageFiles:
+        """The images of each class; what was left out for them is said once."""
+        files = find_images(self.location)
+        files.warn_of_left_out()
+        if not files.classes:
             raise UsageError(
                 f"There are no images in the folders inside {self.location}; put a folder for each class there."
             )
-        if self.config.split_file is not None:
-            split = read_split_file(Path(self.config.split_file), found, "class")
-        else:
-            split = _split_by_folders(found) or self._split_at_random(found)
-        for name, paths in sorted(found.items()):
-            if name in split:
-                yield ClassImages(split[name], name, paths)
+        inner = [name for name in files.classes if any(str(outer) in files.classes for outer in Path(name).parents)]
+        if inner:
+            log.warning("%s of %s lie in a class, and are classes of their own.", _join(inner), self.location)
+        return files
 
     def _split_at_random(self, names: Iterable[str]) -> dict[str, str]:
         listed = sorted(names)
@@ -100,7 +135,7 @@ class _Benchmark(ImageTask):
 
     def images(self) -> Mapping[str, Sequence[Source]]:
         """The images of each class by its name; here, those of the folder of that name, wherever it is."""
-        return {Path(name).name: paths for name, paths in _list_images(self.location).items()}
+        return {Path(name).name: paths for name, paths in find_images(self.location).classes.items()}
 
 
 class MiniImageNet(_Benchmark):
@@ -120,7 +155,7 @@ class MiniImageNet(_Benchmark):
 
     def images(self) -> Mapping[str, Sequence[Source]]:
         found: dict[str, list[Source]] = {}
-        for folder, paths in _list_images(self.location).items():
+        for folder, paths in find_images(self.location).classes.items():
             name = Path(folder).name
             for path in paths:
                 found.setdefault(name if _is_wordnet(name) else path.name[:9], []).append(path)
@@ -207,31 +242,70 @@ class Cars(_Benchmark):
         return inside if inside.is_dir() else self.location
 
 
-def _list_images(root: Path) -> dict[str, list[Path]]:
-    """The image files of each folder below `root` that has some, by the folder's path inside `root`."""
-    found: dict[str, list[Path]] = {}
-    for folder, folders, files in os.walk(root, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        images = sorted(name for name in files if Path(name).suffix.lower() in _SUFFIXES and not name.startswith("."))
-        if images and Path(folder) != root:
-            found[Path(folder).relative_to(root).as_posix()] = [Path(folder, name) for name in images]
-    return found
+def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None:
+    """The split that the outermost folders of the classes are; None where they are none.
 
-
-def _split_by_folders(names: Iterable[str]) -> dict[str, str] | None:
-    """The split that the first folders of the names are, if they are a split."""
-    of_folder = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-    first = {name: name.partition("/")[0] for name in names if "/" in name}
-    if len(first) != len(list(names)) or not {"train", "test"} <= set(first.values()) <= set(of_folder):
+    Raises:
+        UsageError: they look like a split and are none, or a class is in two of its parts.
+    """
+    outer: dict[str, list[str]] = {}
+    for name in names:
+        outer.setdefault(name.partition("/")[0], []).append(name)
+    part_of = {folder: _SPLIT_NAMES[folder.casefold()] for folder in outer if folder.casefold() in _SPLIT_NAMES}
+    _refuse_other_names(root, outer, part_of)
+    wrap_classes = [folder for folder in part_of if folder not in outer[folder]]
+    if not part_of or (len(part_of) == 1 and not wrap_classes):  # a class may be called "test"
         return None
-    return {name: of_folder[folder] for name, folder in first.items()}
+    others = [folder for folder in outer if folder not in part_of]
+    if others:
+        raise UsageError(
+            f"{root} has {_join(part_of)}, which look like a split, beside {_join(others)}: put all classes into the "
+            f"folders of the split, or {_CHOICES}."
+        )
+    for folder in part_of:
+        if folder not in wrap_classes:
+            raise UsageError(
+                f"{root / folder} looks like part of a split, which holds a folder for each class; it holds images itself."
+            )
+        twins = [other for other in part_of if part_of[other] == part_of[folder]]
+        if len(twins) > 1:
+            raise UsageError(
+                f"{root} has {_join(twins)}, which mean the same part of a split; there can be one of them."
+            )
+    _refuse_shared_classes(root, outer, sorted(part_of, key=lambda folder: SPLITS.index(part_of[folder])))
+    return {name: part for folder, part in part_of.items() for name in outer[folder]}
 
 
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UsageError(f"The split file {path} cannot be read: {error.strerror}.") from error
+def _refuse_other_names(root: Path, outer: Iterable[str], part_of: Mapping[str, str]) -> None:
+    """Refuse folders such as ``train_set`` and ``test images``, which are no classes of their own."""
+    meant = {folder: {_SPLIT_NAMES.get(word) for word in re.split(r"[^a-z]+", folder.casefold())} for folder in outer}
+    alike = [folder for folder in meant if folder not in part_of and meant[folder] != {None}]
+    if alike and len(set().union(*meant.values()) - {None}) > 1:
+        raise UsageError(
+            f"{root} has {_join([*part_of, *alike])}, which look like a split: call the folders train, validation and "
+            f"test, or {_CHOICES}."
+        )
+
+
+def _refuse_shared_classes(root: Path, outer: Mapping[str, Sequence[str]], folders: Sequence[str]) -> None:
+    """Refuse classes that are in two parts of a split: what is tested must not have been trained on."""
+    inside = {folder: {name.partition("/")[2].casefold(): name for name in outer[folder]} for folder in folders}
+    for first, second in itertools.combinations(folders, 2):
+        shared = sorted(inside[first].keys() & inside[second].keys())
+        if shared:
+            names = [inside[first][name].partition("/")[2] for name in shared]
+            raise UsageError(
+                f"{root} has {_join(names)} in {first} and in {second}; classes that are tested must not be trained on. "
+                f"To have the classes of one folder split, name it: --data {shlex.quote(str(root / first))}; or {_CHOICES}."
+            )
+
+
+def _join(names: Iterable[str]) -> str:
+    """``a, b and c``; of many names the first."""
+    listed = list(names)
+    if len(listed) > _NAMED:
+        return f"{', '.join(listed[:_NAMED])} and {len(listed) - _NAMED} more"
+    return " and ".join(filter(None, (", ".join(listed[:-1]), listed[-1])))
 
 
 def _is_wordnet(name: str) -> bool:

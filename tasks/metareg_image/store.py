@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-from metareg import MetaregError, UsageError, cache_folder
+from metareg import MetaregError, UnreadableImageError, UsageError, cache_folder, load_image
 
 __all__ = [
     "SPLITS",
-    "UNREADABLE",
     "ClassImages",
     "Cut",
     "ImageStore",
@@ -32,10 +31,7 @@ __all__ = [
 
 SPLITS = ("train", "validation", "test")
 
-UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-"""What Pillow raises for a file that is no image, damaged or truncated."""
-
-_FORMAT = 1
+_FORMAT = 2
 _INDEX, _PIXELS = "index.json", "pixels.u8"
 
 
@@ -47,8 +43,7 @@ class Cut:
     box: tuple[int, int, int, int]
 
     def __call__(self) -> Image.Image:
-        with Image.open(self.path) as image:
-            return image.convert("RGB").crop(self.box)
+        return load_image(self.path, 3).crop(self.box)
 
 
 Source = Path | Image.Image | np.ndarray | Callable[[], Image.Image]
@@ -196,12 +191,8 @@ def _decode(
     for image in images:
         try:
             yield decode(image)
-        except UNREADABLE as error:
-            path = image.path if isinstance(image, Cut) else image
-            if not isinstance(path, Path):
-                raise
-            reason = "it is no image" if isinstance(error, UnidentifiedImageError) else str(error)
-            unreadable.append(f"{path} ({reason})")
+        except UnreadableImageError as error:
+            unreadable.append(f"{error.path} ({error.reason})")
 
 
 def _refuse_unreadable(names: list[str]) -> None:
@@ -211,21 +202,11 @@ def _refuse_unreadable(names: list[str]) -> None:
         raise UsageError(f"{count} cannot be read: {'; '.join(names[:5])}{more}. Repair or remove them.")
 
 
-def read_pixels(image: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
+def read_pixels(source: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
     """An image's pixels as uint8 ``[height, width, channels]``: grey, or red, green and blue."""
-    if isinstance(image, Path):
-        with Image.open(image) as opened:
-            return _to_array(opened, channels, resize)
-    if isinstance(image, np.ndarray):
-        return _to_array(Image.fromarray(image), channels, resize)
-    return _to_array(image if isinstance(image, Image.Image) else image(), channels, resize)
-
-
-def _to_array(image: Image.Image, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    if image.mode in ("P", "PA", "LA", "RGBA", "La", "RGBa"):
-        # What is transparent is seen on white.
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = resize(image.convert("L" if channels == 1 else "RGB"))
-    array = np.asarray(image, dtype=np.uint8)
+    if isinstance(source, np.ndarray):
+        source = Image.fromarray(source)
+    elif not isinstance(source, Path | Image.Image):
+        source = source()
+    array = np.asarray(resize(load_image(source, channels)), dtype=np.uint8)
     return array[..., None] if channels == 1 else array

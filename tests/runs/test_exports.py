@@ -122,6 +122,25 @@ def test_predictions_for_images(shades: Run, tmp_path: Path) -> None:
     assert [row[:2] for row in rows[1:]] == [["0.png", "light"], ["1.png", "dark"], ["2.png", "grey"]]
 
 
+def test_predictions_take_the_images_that_training_takes(
+    shades: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    support = _images(tmp_path / "support" / "mine", {"warm/dark": [5, 20], "grey": [110, 125], "light": [220, 240]})
+    query = _images(tmp_path, {"query": [230, 10], "query/more": [120]}) / "query"
+    for folder in (support / "grey", query):
+        Image.new("L", (9, 7), 115).save(folder / "x.jfif", format="JPEG")
+        (folder / ".ipynb_checkpoints").mkdir()
+        (folder / "notes.md").write_text("")
+    (support / "again").symlink_to("grey")
+    rows = list(csv.reader(io.StringIO(shades.predict(support.parent, query, inner_steps=10))))
+    assert {row[0]: row[1] for row in rows[1:]} == {
+        "0.png": "light", "1.png": "warm/dark", "x.jfif": "grey", "more/0.png": "grey",
+    }  # fmt: skip
+    of_support, of_query = (record.getMessage() for record in caplog.records if "Left out" in record.getMessage())
+    assert "mine/again" in of_support
+    assert "1 .md" in of_query
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

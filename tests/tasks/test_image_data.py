@@ -87,15 +87,64 @@ def test_nested_folders_and_a_seeded_split(animals: Path) -> None:
     assert ((reds // 20)[..., 0] == (reds // 20)[..., 1]).all()  # images of one class have one label
 
 
-def test_folders_that_are_a_split(tmp_path: Path) -> None:
-    for split in ("train", "val", "test"):
+@pytest.mark.parametrize("wrapping", ["", "my data"])
+@pytest.mark.parametrize(
+    "folders",
+    [("train", "val", "test"), ("Train", "VALID", "Test"), ("training", "dev", "testing"), ("train", "", "test")],
+)
+def test_folders_that_are_a_split(
+    folders: tuple[str, ...], wrapping: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "metareg")
+    for folder in filter(None, folders):
         for kind in "ab":
-            draw(tmp_path / "set" / split / f"{split}-{kind}" / "1.jpg")
-    assert split_of(folder_task(tmp_path / "set")) == {
-        "train": ["train/train-a", "train/train-b"],
-        "validation": ["val/val-a", "val/val-b"],
-        "test": ["test/test-a", "test/test-b"],
-    }
+            draw(tmp_path / "set" / wrapping / folder / f"{folder}-{kind}" / "1.jpg")
+    parts = dict(zip(("train", "validation", "test"), folders, strict=True))
+    task = folder_task(tmp_path / "set")
+    expected = {part: [f"{folder}/{folder}-{kind}" for kind in "ab" if folder] for part, folder in parts.items()}
+    assert split_of(task) == expected
+    assert f"/{2 if folders[1] else 0}/2 classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("folders", "words"),
+    [
+        (["train/cat", "val/dog", "test/emu", "misc"], "beside misc"),
+        (["train/cat", "val/dog", "valid/fox", "test/emu"], "val and valid, which mean the same"),
+        (["train/cat", "val/dog", "test"], "holds images itself"),
+        (["train", "test"], "holds images itself"),
+        (["train_set/cat", "test_set/dog"], "test_set and train_set, which look like a split"),
+        (["train/cat", "train/dog", "val/emu", "test/Dog", "test/cat"], "has cat and dog in train and in test"),
+        (["all/train/cat", "all/val/cat"], "--data .*/set/all/train;"),
+    ],
+)
+def test_what_looks_like_a_split_and_is_none_is_refused(folders: list[str], words: str, tmp_path: Path) -> None:
+    for folder in folders:
+        draw(tmp_path / "set" / folder / "1.jpg")
+    with pytest.raises(UsageError, match=words):
+        folder_task(tmp_path / "set").episodes("train", [0], 0)
+
+
+def test_a_class_may_be_called_test(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for folder in ("test", "control", "placebo", "placebo/sugar"):
+        draw(tmp_path / "set" / folder / "1.jpg")
+    (tmp_path / "set" / "placebo" / "notes.txt").write_text("none")
+    names = {name for part in split_of(folder_task(tmp_path / "set")).values() for name in part}
+    assert names == {"test", "control", "placebo", "placebo/sugar"}
+    left_out, nested = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert "1 .txt" in left_out
+    assert "placebo/sugar" in nested
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="file names there are Unicode")
+def test_names_that_are_not_utf8(tmp_path: Path) -> None:
+    for number in range(3):
+        folder = os.fsencode(tmp_path / "set") + b"/caf\xe9%d" % number
+        os.makedirs(folder)  # noqa: PTH103
+        Image.new("RGB", (4, 4)).save(Path(os.fsdecode(folder + b"/\xff.png")))
+    task = folder_task(tmp_path / "set")
+    assert sum(len(names) for names in split_of(task).values()) == 3
+    assert split_of(task) == split_of(folder_task(tmp_path / "set"))
 
 
 @pytest.mark.parametrize(
@@ -193,7 +242,7 @@ def test_a_folder_without_images(tmp_path: Path) -> None:
 
 
 def test_grey_transparent_and_palette_images(tmp_path: Path) -> None:
-    for mode, colour in (("L", 100), ("RGBA", (0, 0, 0, 0)), ("P", 3), ("I;16", 1000), ("LA", (50, 255)), ("1", 1)):
+    for mode, colour in (("L", 100), ("RGBA", (0, 0, 0, 0)), ("P", 3), ("I;16", 25700), ("LA", (50, 255)), ("1", 1)):
         for image in range(4):
             path = tmp_path / "modes" / mode.replace(";", "") / f"{image}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -202,7 +251,9 @@ def test_grey_transparent_and_palette_images(tmp_path: Path) -> None:
         store = folder_task(tmp_path / "modes", channels=channels, ratios=[1, 0, 0]).store
         assert store.pixels.shape == (24, 16, 16, channels)
         index = store.splits["train"]
-        assert store.pixels[index.starts[index.names.index("RGBA")]].min() == 255  # transparent is white
+        first = dict(zip(index.names, store.pixels[index.starts], strict=True))
+        assert first["RGBA"].min() == 255  # transparent is white
+        assert np.unique(first["I16"]) == [100]
 
 
 # ----------------------------------------------------------------------------------------------------- standard data sets

@@ -1,0 +1,256 @@
+"""Folders of images as people have them, and the pixels of whatever Pillow reads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from metareg.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+__all__ = ["ImageFiles", "UnreadableImageError", "find_images", "load_image"]
+
+log = logging.getLogger("metareg")
+
+_NAMED = 3
+"""So many names a sentence lists before it counts the rest."""
+_NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
+"""Formats that Pillow only recognises, or hands to another program to be drawn."""
+
+
+class UnreadableImageError(UsageError):
+    """A file that cannot be read as an image: `path` and `reason`."""
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"{path} cannot be read as an image: {reason}.")
+        self.path, self.reason = path, reason
+
+
+# -------------------------------------------------------------------------------------------------------- finding the files
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a folder and of the folders inside it, and what was passed over.
+
+    Args:
+        root: the folder.
+        base: where the names of the classes begin: `root`, or the one folder in it that wraps all others.
+        by_folder: the image files of each folder that has some, sorted, by the folder's path inside `base`; ``""`` is
+            `base` itself.
+        other: how many files there are with an ending that no image has, by the ending.
+        hidden: hidden files and folders, the notes of a system about its own.
+        repeated: links to folders that are there already, or that `root` lies in.
+        empty: folders without images.
+    """
+
+    root: Path
+    base: Path
+    by_folder: dict[str, list[Path]]
+    other: Counter[str]
+    hidden: list[str]
+    repeated: list[str]
+    empty: list[str]
+
+    @cached_property
+    def classes(self) -> dict[str, list[Path]]:
+        """The image files of each class by its name: those of the folders inside `root`."""
+        return {name: paths for name, paths in sorted(self.by_folder.items()) if name}
+
+    def warn_of_left_out(self, *, of_classes: bool = True) -> None:
+        """Say in a line what was left out and why; the images in `root` itself too, where only those of classes count."""
+        loose = [path.name for path in self.by_folder.get("", ())] if of_classes else []
+        reasons = {
+            "files that are not read as images": [f"{count} {ending}" for ending, count in self.other.most_common()],
+            "hidden": self.hidden,
+            "images outside a class's folder": loose,
+            "links to folders that are there already": self.repeated,
+            "folders without images": self.empty,
+        }
+        said = [f"{reason}: {_list(names)}" for reason, names in reasons.items() if names]
+        if said:
+            log.warning("Left out of %s: %s.", self.root, "; ".join(said))
+
+
+def find_images(root: Path) -> ImageFiles:
+    """The image files in a folder and in those inside it; each real folder is visited once, wherever links lead.
+
+    Raises:
+        UsageError: a folder cannot be read, or a link leads nowhere.
+    """
+    walk = _Walk(root)
+    walk.visit_all()
+    base, found = root, walk.images
+    outer = {name.partition("/")[0] for name in found}
+    if len(outer) == 1 and all("/" in name for name in found):
+        base = root / outer.pop()
+        found = {name.partition("/")[2]: paths for name, paths in found.items()}
+    return ImageFiles(root, base, found, walk.other, walk.hidden, walk.repeated, walk.list_empty())
+
+
+class _Walk:
+    """Visits a folder and all inside it: links to folders last, so that a folder goes by its own name where it has one."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._endings = frozenset(ending for ending, kind in _list_formats().items() if kind)
+        self._visited: set[tuple[int, int]] = set()
+        self._links: list[Path] = []
+        self._folders: list[str] = []
+        self._dangling: list[str] = []
+        self.images: dict[str, list[Path]] = {}
+        self.other: Counter[str] = Counter()
+        self.hidden: list[str] = []
+        self.repeated: list[str] = []
+
+    def visit_all(self) -> None:
+        around = {_identify(folder) for folder in self._root.resolve().parents}
+        waiting = [self._root]
+        while waiting or self._links:
+            folder = waiting.pop() if waiting else self._links.pop(0)
+            identity = _identify(folder)
+            if identity in self._visited or identity in around:
+                self.repeated.append(self._name(folder))
+                continue
+            self._visited.add(identity)
+            waiting += reversed(self._visit(folder))
+        if self._dangling:
+            raise UsageError(
+                f"{self._root} holds links that lead nowhere: {_list(self._dangling)}. Mend or remove them."
+            )
+
+    def list_empty(self) -> list[str]:
+        """The folders without images in them or inside them, without those inside another of these."""
+        full = {""} | {parent for name in self.images for parent in _list_parents(name)}
+        empty = [name for name in self._folders if name not in full]
+        return [name for name in empty if name.rpartition("/")[0] in full]
+
+    def _visit(self, folder: Path) -> list[Path]:
+        """Take note of what is in a folder; the real folders among it."""
+        try:
+            with os.scandir(folder) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            raise UsageError(f"The folder {folder} cannot be read: {error.strerror}.") from error
+        self._folders.append(self._name(folder))
+        inside: list[Path] = []
+        images: list[Path] = []
+        for entry in listed:
+            path = folder / entry.name
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                self.hidden.append(self._name(path))
+            elif entry.is_dir():
+                (self._links if entry.is_symlink() else inside).append(path)
+            elif not path.exists():
+                self._dangling.append(self._name(path))
+            elif path.suffix.lower() in self._endings:
+                images.append(path)
+            else:
+                self.other[path.suffix or "without an ending"] += 1
+        if images:
+            self.images[self._name(folder)] = images
+        return inside
+
+    def _name(self, path: Path) -> str:
+        return "" if path == self._root else path.relative_to(self._root).as_posix()
+
+
+def _identify(folder: Path) -> tuple[int, int]:
+    state = folder.stat()
+    return state.st_dev, state.st_ino
+
+
+def _list_parents(name: str) -> Iterable[str]:
+    """``a/b/c`` → ``a/b/c``, ``a/b``, ``a``."""
+    while name:
+        yield name
+        name = name.rpartition("/")[0]
+
+
+def _list(names: Iterable[str]) -> str:
+    listed = list(names)
+    more = f" and {len(listed) - _NAMED} more" if len(listed) > _NAMED else ""
+    return f"{', '.join(listed[:_NAMED])}{more}"
+
+
+# ------------------------------------------------------------------------------------------------------------ their pixels
+
+
+def load_image(source: Path | Image, channels: int) -> Image:
+    """An image with 8 bits a channel: upright as its EXIF data say, and on white where it is transparent.
+
+    Numbers of 16 bits are scaled by their range, 0 to 65535, floating-point numbers by theirs, 0 to 1. Of an animation it
+    is the first picture.
+
+    Args:
+        source: its file, or the image as Pillow opened it.
+        channels: 1 for grey, 3 for red, green and blue.
+
+    Raises:
+        UnreadableImageError: the file is no image, damaged, or of numbers whose range nobody knows.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not isinstance(source, Path):
+        return _convert(source, channels)
+    try:
+        with Image.open(source, formats=sorted(filter(None, set(_list_formats().values())))) as image:
+            return _convert(image, channels)
+    except UnidentifiedImageError as error:
+        raise UnreadableImageError(source, "it is no image") from error
+    # Pillow's readers raise errors of many kinds for a damaged file.
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableImageError(source, reason) from error
+
+
+@cache
+def _list_formats() -> dict[str, str | None]:
+    """The endings that Pillow knows, and the name of the format that it reads; None where that is no picture."""
+    from PIL import Image
+
+    known = Image.registered_extensions()
+    return {ending: kind if kind in Image.OPEN and kind not in _NO_PICTURES else None for ending, kind in known.items()}
+
+
+def _convert(image: Image, channels: int) -> Image:
+    from PIL import Image, ImageOps
+
+    image = _scale_to_bytes(ImageOps.exif_transpose(image))
+    if image.mode == "LAB":
+        image = image.convert("RGB")  # Pillow knows no other way from there
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("L" if channels == 1 else "RGB")
+
+
+def _scale_to_bytes(image: Image) -> Image:
+    """An image of numbers of 16 bits or more with 8 bits, by the range that its numbers can have."""
+    import numpy as np
+    from PIL import Image
+
+    wide = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not wide and image.mode not in ("I", "F"):
+        return image
+    if image.mode == "I" and not wide:
+        raise ValueError("it holds integers of 32 bits, whose range is not known; save it with 8 or 16 bits")
+    values, most = np.asarray(image), 65535 if wide else 1
+    if not (values >= 0).all() or not (values <= most).all():
+        raise ValueError(
+            f"it holds floating-point numbers from {values.min():.4g} to {values.max():.4g}, where they must lie between "
+            "0 and 1; scale it, or save it with 8 or 16 bits"
+        )
+    grey = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        grey.putalpha(Image.fromarray(np.where(values == transparent, 0, 255).astype(np.uint8)))
+    return grey
