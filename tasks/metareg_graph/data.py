@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from metareg import Table, UsageError, cache_folder, data_folder, download, find_split, read_table
 from metareg_graph._dgl import import_dgl
 
-__all__ = ["GraphData", "Source", "fetch", "find_local", "join_graphs", "load", "locate"]
+__all__ = ["GraphData", "Normalisation", "Source", "fetch", "find_local", "join_graphs", "load", "locate"]
 
 log = logging.getLogger("metareg")
 
@@ -30,6 +30,11 @@ _WHOLE = re.compile(r"-?\d+(\.0*)?")
 _UNLABELLED = frozenset({"", "-1", "na", "n/a", "nan", "null"})
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
+
+
+Normalisation = Literal["none", "binary", "sum"]
+"""What is made of a node's features: nothing; 1 for each that is not 0, as for words that a text has or has not; or their
+shares of their sum. Copies of one dataset that differ in this come out alike."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -187,14 +192,14 @@ class Source:
         names: paths, relative to a data folder, under which people keep it.
         url: where it can be downloaded from; None where it cannot.
         checksum: ``"sha256:"`` and the file's, where it is known.
-        row_normalised: divide each node's features by their sum, as is usual for bags of words.
+        normalisation: what is made of the features, whatever the copy's own are: DGL stores shares for some datasets.
         advice: what to say where it can be neither found nor downloaded.
     """
 
     names: tuple[str, ...]
     url: str | None = None
     checksum: str | None = None
-    row_normalised: bool = False
+    normalisation: Normalisation = "none"
     advice: str = ""
 
 
@@ -246,23 +251,29 @@ def fetch(source: Source, folder: Path) -> Path:
 # -------------------------------------------------------------------------------------------------------- reading them
 
 
-def load(path: Path, *, directed: bool = False, row_normalised: bool = False) -> GraphData:
+def load(path: Path, *, directed: bool = False, normalisation: Normalisation = "none") -> GraphData:
     """Read a graph, or a folder of graphs.
 
     Args:
         path: an npz with CSR arrays, a graph in DGL's binary format, an OGB folder, a folder with ``edges.csv`` and
             ``nodes.csv``, or a folder that holds several of these, with ``splits.json`` where there is one.
         directed: keep the direction of edges.
-        row_normalised: divide each node's features by their sum.
+        normalisation: what is made of the features.
 
     Raises:
         UsageError: a file is missing, damaged, or holds something impossible.
     """
     data = _read(path, directed)
-    if row_normalised:
-        features = data.features / data.features.sum(1, keepdim=True).clamp(min=1)
-        data = GraphData(data.graph, features, data.labels, data.members, data.names, data.splits)
-    return data
+    return replace(data, features=_normalise(data.features, normalisation))
+
+
+def _normalise(features: Tensor, normalisation: Normalisation) -> Tensor:
+    if normalisation == "binary":
+        return (features != 0).to(features.dtype)
+    if normalisation == "sum":
+        sums = features.sum(1, keepdim=True)
+        return features / torch.where(sums == 0, 1, sums)
+    return features
 
 
 def _read(path: Path, directed: bool) -> GraphData:

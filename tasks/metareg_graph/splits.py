@@ -16,6 +16,7 @@ __all__ = ["SPLITS", "ClassSplit", "split_nodes"]
 
 Group = dict[int, np.ndarray]
 _NAMES = ("train", "validation", "test")
+_SINGULAR = {"classes": "Class", "graphs": "Graph", "nodes": "Node"}
 
 
 @dataclass(frozen=True)
@@ -117,15 +118,11 @@ def _draw_classes(counts: tuple[int, int, int], present: Sequence[int], seed: in
 
 
 def _check_classes(given: Mapping[str, Any], present: Sequence[int]) -> dict[str, list[int]]:
-    _require_all_splits(given, "classes")
-    seen: set[int] = set()
+    _check_splits(given, "classes")
     for split in _NAMES:
         for label in given[split]:
             if label not in present:
                 raise UsageError(f"The {split} split names class {label}, which no node has; there are {present}.")
-            if label in seen:
-                raise UsageError(f"Class {label} stands in more than one split; they must be disjoint.")
-            seen.add(label)
     return {split: list(given[split]) for split in _NAMES}
 
 
@@ -139,7 +136,7 @@ def _select_graphs(
             raise UsageError(f"Keeping graphs apart takes three or more; there are {len(names)}: {', '.join(names)}.")
         order = [names[position] for position in _permute(len(names), seed, "graphs")]
         given = {"train": order[2 * held :], "validation": order[:held], "test": order[held : 2 * held]}
-    _require_all_splits(given, "graphs")
+    _check_splits(given, "graphs")
     groups = []
     for name in given[split]:
         if name not in names:
@@ -162,7 +159,7 @@ def _select_nodes(
     labels: np.ndarray, present: Sequence[int], given: Mapping[str, Any] | None, split: str, seed: int
 ) -> Group:
     if given is not None:
-        _require_all_splits(given, "nodes")
+        _check_splits(given, "nodes")
         chosen = np.asarray(given[split], dtype=np.int64)
         if len(chosen) and (chosen.min() < 0 or chosen.max() >= len(labels)):
             raise UsageError(
@@ -178,9 +175,28 @@ def _select_nodes(
     return group
 
 
-def _require_all_splits(given: Mapping[str, Any], kind: str) -> None:
+def _check_splits(given: Mapping[str, Any], kind: str) -> None:
+    """Refuse splits of which one is missing, or that are not disjoint.
+
+    Raises:
+        UsageError: what is missing, or what stands twice.
+    """
     if given.keys() != set(_NAMES) or not all(isinstance(given[split], Sequence) for split in _NAMES):
         raise UsageError(f"A split of {kind} needs the lists {', '.join(_NAMES)}; it has {', '.join(given) or 'none'}.")
+    places: dict[Any, list[str]] = {}
+    for split in _NAMES:
+        for each in given[split]:
+            if not isinstance(each, str if kind == "graphs" else int) or isinstance(each, bool):
+                wanted = "graphs by their names" if kind == "graphs" else f"{kind} by their numbers"
+                raise UsageError(f"The {split} split names {each!r}; it must name {wanted}.")
+            places.setdefault(each, []).append(split)
+    repeated = {each: splits for each, splits in places.items() if len(splits) > 1}
+    for each, splits in repeated.items():
+        more = f", and {len(repeated) - 1} more do" if len(repeated) > 1 else ""
+        raise UsageError(
+            f"{_SINGULAR[kind]} {each!r} stands in {' and in '.join(splits)}{more}; splits must be disjoint, for what is "
+            "tested must not be trained on."
+        )
 
 
 def _permute(count: int, seed: int, *labels: str | int) -> list[int]:

@@ -27,7 +27,7 @@ from metareg import (
     hookimpl,
     task_uniform,
 )
-from metareg_graph.data import GNN_BENCHMARK, GraphData, Source, fetch, find_local, load, locate
+from metareg_graph.data import GNN_BENCHMARK, GraphData, Normalisation, Source, fetch, find_local, load, locate
 from metareg_graph.figures import draw_confusion, draw_features
 from metareg_graph.sampling import Inputs, Pools, Seeds
 from metareg_graph.splits import SPLITS, ClassSplit, split_nodes
@@ -190,7 +190,7 @@ class _FileTask(_GraphTask):
         config = self.config
         path = self._path()
         return _prepare(
-            path, _hash_files(path), torch.get_default_dtype(), self._directed(), self.source.row_normalised, config.inputs,
+            path, _hash_files(path), torch.get_default_dtype(), self._directed(), self.source.normalisation, config.inputs,
             config.hops, config.fanout, config.standardised,
         )  # fmt: skip
 
@@ -237,13 +237,13 @@ def _prepare(
     stamp: int,  # noqa: ARG001 - a changed file is another key
     dtype: torch.dtype,  # noqa: ARG001 - as the tables are in torch's default type
     directed: bool,
-    row_normalised: bool,
+    normalisation: Normalisation,
     kind: str,
     hops: int,
     fanout: int | None,
     standardised: bool,
 ) -> Inputs:
-    data = load(path, directed=directed, row_normalised=row_normalised)
+    data = load(path, directed=directed, normalisation=normalisation)
     return Inputs(data, kind, hops, fanout, standardised=standardised)
 
 
@@ -252,13 +252,15 @@ def _hash_files(path: Path) -> int:
     return hash(tuple((str(file), file.stat().st_mtime_ns) for file in files if file.exists()))
 
 
-def _gnn_benchmark(file: str, *others: str, checksum: str | None = None) -> Source:
+def _gnn_benchmark(
+    file: str, *others: str, checksum: str | None = None, normalisation: Normalisation = "none"
+) -> Source:
     """A file of the GNN benchmark of Shchur et al. (2018, arXiv 1811.05868), or DGL's cached copy of the dataset."""
-    return Source((file, *others), GNN_BENCHMARK + file, checksum)
+    return Source((file, *others), GNN_BENCHMARK + file, checksum, normalisation)
 
 
 class Cora(_FileTask):
-    """2,708 papers on machine learning in 7 classes, with their citations; 1,433 words as features.
+    """2,708 papers on machine learning in 7 classes, with their citations; 1,433 words as features, which it has or has not.
 
     Classes are split 3 / 2 / 2, drawn anew for each seed.
     """
@@ -268,11 +270,12 @@ class Cora(_FileTask):
         "cora.npz",
         "cora_v2_d697a464/cora_v2_dgl_graph.bin",
         checksum="sha256:068e22d90c3849b4057dfb05851741428992af058efcd4e7ebb4186f3d581de2",
+        normalisation="binary",
     )
 
 
 class CiteSeer(_FileTask):
-    """3,312 papers on computer science in 6 classes, with their citations; 3,703 words as features.
+    """3,312 papers on computer science in 6 classes, with their citations; 3,703 words as features, which it has or has not.
 
     Classes are split 2 / 2 / 2, drawn anew for each seed.
     """
@@ -282,18 +285,19 @@ class CiteSeer(_FileTask):
         "citeseer.npz",
         "citeseer_d6836239/citeseer_dgl_graph.bin",
         checksum="sha256:280278b21b434c047922e8389518861416fb3ad39389c27865ff0e6bbb0aaab7",
+        normalisation="binary",
     )
 
 
 class PubMed(_FileTask):
-    """19,717 papers on diabetes in 3 classes, with their citations; 500 word weights as features.
+    """19,717 papers on diabetes in 3 classes, with their citations; the shares of 500 words as features.
 
     Three classes are too few to keep classes apart: the nodes are split 60 / 20 / 20 % instead, drawn for each seed, and
     the splits share the labels.
     """
 
     name = "pubmed"
-    source = _gnn_benchmark("pubmed.npz", "pubmed_35464cad/pubmed_dgl_graph.bin")
+    source = _gnn_benchmark("pubmed.npz", "pubmed_35464cad/pubmed_dgl_graph.bin", normalisation="sum")
 
 
 class CoraFull(_FileTask):
@@ -366,7 +370,7 @@ class GraphFolder(_FileTask):
 
     def __init__(self, config: Config) -> None:
         super().__init__(config)
-        self.source = Source((), row_normalised=config.row_normalised)  # type: ignore[misc]
+        self.source = Source((), normalisation="sum" if config.row_normalised else "none")  # type: ignore[misc]
 
     @property
     def dataset(self) -> Dataset | None:

@@ -50,9 +50,9 @@ def npz(path: Path, **changes: Any) -> Path:
     return path
 
 
-def binary(path: Path, count: int = 1) -> Path:
+def binary(path: Path, count: int = 1, features: np.ndarray = FEATURES) -> Path:
     graph = dgl.graph((torch.from_numpy(EDGES[:, 0]), torch.from_numpy(EDGES[:, 1])), num_nodes=NODES)
-    graph.ndata["feat"], graph.ndata["label"] = torch.from_numpy(FEATURES), torch.from_numpy(LABELS)
+    graph.ndata["feat"], graph.ndata["label"] = torch.from_numpy(features), torch.from_numpy(LABELS)
     dgl.save_graphs(str(path), [graph] * count)
     return path
 
@@ -108,13 +108,34 @@ def test_gnn_benchmark_files_are_read(data_folder: Path) -> None:
         assert set(data.features.unique().tolist()) == {0.0, 1.0}
 
 
+@pytest.mark.parametrize(
+    ("task", "own", "expected"),
+    [
+        (Cora, lambda words: (words > 0.5).astype(np.float32), lambda words: words > 0.5),
+        (CiteSeer, lambda words: (words > 0.5).astype(np.float32), lambda words: words > 0.5),
+        (PubMed, lambda words: words / 10, lambda words: words / np.maximum(words.sum(1, keepdims=True), 1e-30)),
+    ],
+)
+def test_copies_of_a_dataset_have_the_same_features(
+    task: Any, own: Callable[..., np.ndarray], expected: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
+    words = FEATURES.copy()
+    words[7] = 0
+    features = own(words)
+    shares = features / np.maximum(features.sum(1, keepdims=True), 1e-30)  # what DGL stores
+    copies = npz(tmp_path / "gnn-benchmark.npz", features=features), binary(tmp_path / "dgl.bin", features=shares)
+    for path in copies:
+        found = task(task.Config(data=str(path))).data.features
+        torch.testing.assert_close(found, torch.from_numpy(expected(words).astype(np.float32)))
+
+
 def test_rows_are_normalised_where_asked_for(tmp_path: Path) -> None:
-    features = np.abs(FEATURES) * 5
+    features = FEATURES / 10
     features[7] = 0
-    data = load(npz(tmp_path / "g.npz", features=features), row_normalised=True)
-    sums = data.features.sum(1)
-    assert sums[7] == 0
-    torch.testing.assert_close(sums[sums > 0], torch.ones(NODES - 1))
+    path = npz(tmp_path / "g.npz", features=features)
+    found = folder_task(path, row_normalised=True).data.features
+    torch.testing.assert_close(found.sum(1), (torch.arange(NODES) != 7).float())
+    assert folder_task(path).data.features.equal(torch.from_numpy(features))
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -323,7 +344,7 @@ def test_own_classes(tmp_path: Path) -> None:
     assert split_labels(task, "validation") == {2, 5}
     for wrong, message in (
         ({**given, "test": [3, 9]}, "names class 9, which no node has"),
-        ({**given, "test": [3, 0]}, "Class 0 stands in more than one split"),
+        ({**given, "test": [3, 0]}, "Class 0 stands in train and in test"),
         ({"train": [0, 1]}, "needs the lists train, validation, test"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -342,6 +363,30 @@ def test_splits_file_of_a_folder(tmp_path: Path) -> None:
     (folder / "splits.json").write_text(json.dumps({"nodes": nodes}))
     load_again = folder_task(folder, query=2)
     assert set(load_again._pool("validation", 0).nodes.tolist()) == set(range(20, 40))
+
+
+@pytest.mark.parametrize(
+    ("splits", "message"),
+    [
+        (
+            {"nodes": {"train": [0, 1, 2], "validation": [3], "test": [4, 2, 1]}},
+            "Node 1 stands in train and in test, and 1 more",
+        ),
+        ({"nodes": {"train": [0, 0], "validation": [3], "test": [4]}}, "Node 0 stands in train and in train"),
+        (
+            {"nodes": {"train": ["n1"], "validation": [3], "test": [4]}},
+            "names 'n1'; it must name nodes by their numbers",
+        ),
+        ({"graphs": {"train": ["g0"], "validation": ["g1"], "test": ["g0"]}}, "Graph 'g0' stands in train and in test"),
+        ({"graphs": {"train": ["g0"], "validation": ["g1"], "test": [["g2"]]}}, "must name graphs by their names"),
+    ],
+)
+def test_what_is_tested_was_not_trained_on(splits: dict[str, Any], message: str, tmp_path: Path) -> None:
+    for number in range(1 if "nodes" in splits else 3):
+        npz(tmp_path / f"g{number}.npz")
+    (tmp_path / "splits.json").write_text(json.dumps(splits))
+    with pytest.raises(UsageError, match=message):
+        folder_task(tmp_path)._pool("validation", 0)
 
 
 def test_several_graphs_share_labels_and_are_kept_apart(tmp_path: Path) -> None:
