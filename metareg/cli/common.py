@@ -16,6 +16,7 @@ from metareg.registry.plugins import DISABLE_VARIABLE, list_entries
 from metareg.util.data_files import absolute_path
 
 __all__ = [
+    "BatchNormStatistics",
     "Data",
     "Device",
     "InnerSteps",
@@ -74,6 +75,14 @@ Data = Annotated[
     Path | None, path_option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+BatchNormStatistics = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="support: BatchNorm uses the support set's statistics, and no prediction depends on another; transductive: "
+        "those of the batch at hand.",
+    ),
+]
 InnerSteps = Annotated[int | None, typer.Option(help="Adaptation steps (those of training).")]
 NoPlugin = Annotated[
     list[str] | None,

@@ -12,6 +12,7 @@ import typer
 from rich.markup import escape
 
 from metareg.cli.common import (
+    BatchNormStatistics,
     Data,
     Device,
     InnerSteps,
@@ -118,6 +119,7 @@ def export(
         Path | None, path_option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first.")
     ] = None,
     inner_steps: InnerSteps = None,
+    bn_statistics: BatchNormStatistics = "support",
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
@@ -125,7 +127,8 @@ def export(
     from metareg.runs.run import Run
 
     with stderr.status("Exporting …"), show_messages(stderr):
-        Run.load(path, device="cpu").export(to, support=support, inner_steps=inner_steps)
+        run = Run.load(path, device="cpu")
+        run.export(to, support=support, inner_steps=inner_steps, bn_statistics=bn_statistics)
     stdout.print(escape(str(to)), soft_wrap=True)
 
 
@@ -137,6 +140,7 @@ def predict(
     query: Annotated[Path, path_option(metavar="FILE", help="What to predict: a table, or a folder of images.")],
     to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
     inner_steps: InnerSteps = None,
+    bn_statistics: BatchNormStatistics = "support",
     device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
@@ -146,7 +150,8 @@ def predict(
     from metareg.util.files import write_text
 
     with show_messages(stderr):
-        text = Run.load(path, device=device).predict(support, query, inner_steps=inner_steps)
+        run = Run.load(path, device=device)
+        text = run.predict(support, query, inner_steps=inner_steps, bn_statistics=bn_statistics)
     if to is None:
         print(text, end="")
     else:
@@ -178,8 +183,12 @@ def evaluate(
 
     options = parse_assignments(assignments or []) | ({} if data is None else {"data": str(data)})
     with stderr.status("Testing …"):
-        evaluation = Run.load(path, device=device).evaluate(tasks, numbers, task, options)
+        test = partial(Run.load(path, device=device).evaluate, tasks, numbers, task, options)
+        evaluation, one_by_one = test(), None
+        if evaluation.bn_statistics == "transductive":
+            one_by_one = test(bn_statistics="support")
     if as_json:
-        print(json.dumps(evaluation.to_dict()))
+        others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
+        print(json.dumps({**evaluation.to_dict(), **others}))
     else:
-        stdout.print(create_evaluation_table(evaluation))
+        stdout.print(create_evaluation_table(evaluation, one_by_one=one_by_one))

@@ -86,14 +86,14 @@ def _create_table(*columns: str, **layout: Any) -> Table:
 def print_results(run: Run, console: Console) -> None:
     """The end of a training: the table of the test, and where everything is."""
     assert run.evaluation is not None
-    console.print(create_evaluation_table(run.evaluation, run.config.test_split))
+    console.print(create_evaluation_table(run.evaluation, run.config.test_split, run.evaluation_one_by_one))
     plots = (("plot", path) for path in run.plots)
     for label, value in (("run", run.path), ("results", run.path / RESULTS), *plots):
         console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
 
 
-def create_evaluation_table(evaluation: Evaluation, split: str = TEST) -> Table:
-    """The metric before and after each number of inner steps."""
+def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_one: Evaluation | None = None) -> Table:
+    """The metric before and after each number of inner steps; by predictions one by one too, where these differ."""
     better = "higher" if evaluation.higher_is_better else "lower"
     statistics = "" if evaluation.bn_statistics == "none" else f", BatchNorm {evaluation.bn_statistics}"
     title = f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics})"
@@ -101,9 +101,16 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST) -> Table:
     table.add_column("inner steps", justify="right")
     table.add_column(evaluation.metric, justify="right")
     table.add_column("95 % interval", justify="right")
+    shown = [evaluation]
+    if one_by_one is not None:
+        shown.append(one_by_one)
+        table.add_column("one by one", justify="right")
+        table.add_column("95 % interval", justify="right")
+        table.caption = "One by one: BatchNorm uses the support set's statistics, as in `metareg predict` and `export`."
+        table.caption_justify = "left"
     for k in evaluation.inner_steps:
-        mean, width = evaluation.mean(k), evaluation.ci95(k)
-        table.add_row("0 (before)" if k == 0 else str(k), f"{mean:.4f}", f"± {width:.4f}")
+        cells = [cell for each in shown for cell in (f"{each.mean(k):.4f}", f"± {each.ci95(k):.4f}")]
+        table.add_row("0 (before)" if k == 0 else str(k), *cells)
     return table
 
 

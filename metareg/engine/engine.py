@@ -7,6 +7,7 @@ plugins.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -121,15 +122,17 @@ class Engine:
         inner_steps: tuple[int, ...],
         strategy: Strategy,
         chunk: int | None,
+        bn_statistics: str,
     ) -> Tensor:
         """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
+        functions = _use_statistics(self.plain, bn_statistics)
         one_by_one = strategy in ONE_BY_ONE
 
         def score_stack(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
             noise = extra.get("noise", {})
             if one_by_one:
-                return [self.plain.scores(meta, _unbatch(tasks), _unbatch(noise), inner_steps)[None]]
-            return [vmap(lambda task, drawn: self.plain.scores(meta, task, drawn, inner_steps))(tasks, noise)]
+                return [functions.scores(meta, _unbatch(tasks), _unbatch(noise), inner_steps)[None]]
+            return [vmap(lambda task, drawn: functions.scores(meta, task, drawn, inner_steps))(tasks, noise)]
 
         parts = list(episodes.chunks(1 if one_by_one else chunk))
         starts = accumulate((len(part) for part in parts), initial=0)
@@ -142,7 +145,7 @@ class Engine:
         else:
             # Compiling pays for many equal steps; an evaluation has few, each as long as many.
             strategy = "vectorized" if strategy == "compiled" else strategy
-            program = self._find_program(("scores", inner_steps), score_stack, strategy)
+            program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy)
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
@@ -204,6 +207,13 @@ class Engine:
 def _stack_noise(noise: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was drawn for some tasks, as an extra input of a program; nothing where nobody draws."""
     return {"noise": stack_trees(noise)} if noise else {}
+
+
+def _use_statistics(functions: TaskFunctions, bn_statistics: str) -> TaskFunctions:
+    """The functions of a task with a policy of BatchNorm for query predictions."""
+    other = copy.copy(functions)
+    other.support_statistics = bn_statistics == "support" and bool(functions.model.batch_norms)
+    return other
 
 
 def _unbatch(tasks: Any) -> Any:

@@ -321,15 +321,22 @@ def _cheapen(layer: BATCH_NORM) -> nn.Module:
 def _fix_statistics(module: nn.Module, x: Any) -> None:
     """Give the BatchNorm layers running statistics: those of their inputs for `x`, without Bessel's correction."""
 
+    layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, BATCH_NORM)}
+
     def record(layer: nn.Module, inputs: tuple[Tensor]) -> None:
+        if layer.running_mean is not None:
+            raise UsageError(
+                f"The model's layer '{layers[layer]}' normalises in several places, and can keep the support set's "
+                "statistics of one; bn_statistics='transductive' uses those of each batch."
+            )
         (value,) = inputs
         dims = [0, *range(2, value.dim())]
         layer.running_var, layer.running_mean = torch.var_mean(value, dims, correction=0)
 
-    layers = [layer for layer in module.modules() if isinstance(layer, BATCH_NORM)]
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
+    # BatchNorm itself would be too imprecise for images that lie channels last (metareg.engine.normalisation).
     with torch.no_grad():
-        module.train()(x)
+        module.train()(tree_map(torch.Tensor.contiguous, x))
     for handle in handles:
         handle.remove()
     for layer in layers:

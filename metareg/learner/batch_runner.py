@@ -138,7 +138,14 @@ class BatchRunner:
             return self._engine.gradient(meta, batches, noise, "vectorized", config.chunk, weights)
 
     def score_tasks(
-        self, meta: MetaParameters, source: TaskSource, split: str, tasks: int, seed: int, inner_steps: tuple[int, ...]
+        self,
+        meta: MetaParameters,
+        source: TaskSource,
+        split: str,
+        tasks: int,
+        seed: int,
+        inner_steps: tuple[int, ...],
+        bn_statistics: str,
     ) -> Tensor:
         """The metric of a split's first tasks ``[tasks, len(inner_steps)]`` in their order, the same in all processes."""
         processes = self.split.processes
@@ -151,10 +158,11 @@ class BatchRunner:
             plain = meta.select_plain()
             draws = [(split, indices[positions[place]]) for place in mine]
             noise = self._draw_for_adaptation(plain, inner_steps[-1], seed, draws)
+            options = inner_steps, source.stackable, bn_statistics
             scores, done = [], 0
             for stack in select_tasks(stacks, mine):
                 drawn = noise[done : done + len(stack)]
-                scores.append(self._compute_scores(plain, meta.match(stack), drawn, inner_steps, source.stackable))
+                scores.append(self._compute_scores(plain, meta.match(stack), drawn, *options))
                 done += len(stack)
             return positions, scores
 
@@ -182,12 +190,16 @@ class BatchRunner:
         noise: Sequence[Mapping[str, Any]],
         inner_steps: tuple[int, ...],
         stackable: bool,
+        bn_statistics: str,
     ) -> Tensor:
         """The metric of a stack ``[tasks, len(inner_steps)]``, on the CPU."""
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
-        return self._engine.scores(meta, batch, noise, inner_steps, strategy, self._config.chunk).cpu()
+        chunk = self._config.chunk
+        return self._engine.scores(meta, batch, noise, inner_steps, strategy, chunk, bn_statistics).cpu()
 
-    def adapt(self, meta: MetaParameters, x: Any, y: Tensor, steps: int, query_x: Any = None) -> nn.Module:
+    def adapt(
+        self, meta: MetaParameters, x: Any, y: Tensor, steps: int, bn_statistics: str, query_x: Any = None
+    ) -> nn.Module:
         """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
         if steps < 0:
             raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
@@ -200,9 +212,8 @@ class BatchRunner:
         drawn = self._draw_for_adaptation(plain, steps, self._config.seed, [()])
         with torch.no_grad():
             adapted = functions.adapt(functions.prepare(plain, task, drawn[0] if drawn else None), steps).params
-        return functions.model.create_adapted_module(
-            {**plain, **adapted}, support_x if functions.support_statistics else None
-        )
+        statistics_of = support_x if bn_statistics == "support" else None
+        return functions.model.create_adapted_module({**plain, **adapted}, statistics_of)
 
 
 def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:

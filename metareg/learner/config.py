@@ -9,7 +9,13 @@ from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 from metareg.contract.config import Field, PluginConfig, unknown_option_error, validate
 from metareg.registry.plugins import find_entry, get_config_class
 
-__all__ = ["Flag", "LearnerConfig", "Resumable", "Schedule", "create_config", "describe_options"]
+__all__ = [
+    "BatchNormStatistics", "Flag", "LearnerConfig", "Resumable", "Schedule", "create_config", "describe_options",
+]  # fmt: skip
+
+
+BatchNormStatistics = Literal["transductive", "support"]
+"""Whose statistics BatchNorm uses for predictions: those of the batch at hand, or those of the support set."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,7 @@ class LearnerConfig(PluginConfig):
     memory: Annotated[Literal["store", "recompute"], Flag(), Resumable()] = Field(
         "store", description="Keep every inner step's graph, or its parameters only and rebuild the graph."
     )
-    bn_statistics: Annotated[Literal["transductive", "support"], Flag()] = Field(
+    bn_statistics: Annotated[BatchNormStatistics, Flag()] = Field(
         "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
     )
     precision: Annotated[Literal["full", "bf16"], Flag()] = Field(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +20,10 @@ from metareg.engine.engine import Engine, Gradient
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
-from metareg.errors import UsageError
+from metareg.errors import UnknownNameError, UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
 from metareg.learner.batch_split import BatchSplit, check_same_bits
-from metareg.learner.config import Schedule, create_config, describe_options
+from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
 from metareg.learner.file import LearnerFile, write_learner
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.model_plugin import resolve_model
@@ -114,7 +114,7 @@ class MetaLearner:
     @property
     def bn_statistics(self) -> str:
         """Whose statistics BatchNorm layers use for query predictions; ``"none"`` where the model has no such layer."""
-        return self.config.bn_statistics if self.model.batch_norms else "none"
+        return _check_statistics(self.config.bn_statistics, self.model)
 
     @property
     def strategy(self) -> Strategy | None:
@@ -217,6 +217,7 @@ class MetaLearner:
         split: str = TEST,
         inner_steps: Sequence[int] = (0, 1, 5, 10),
         seed: int | None = None,
+        bn_statistics: str | None = None,
     ) -> Evaluation:
         """The metric over tasks, after each number of inner steps, by the algorithm alone and without graphs.
 
@@ -226,14 +227,20 @@ class MetaLearner:
             split: ``"test"``, ``"validation"`` or ``"train"``.
             inner_steps: numbers of adaptation steps.
             seed: fixes the tasks; the learner's own by default.
+            bn_statistics: as that of the learner, which is the default.
         """
         wanted = sort_inner_steps(inner_steps, tasks)
         seed = self.config.seed if seed is None else seed
-        scores = self._runner.score_tasks(self._meta, TaskSource.of(task_source), split, tasks, seed, wanted)
+        statistics = _check_statistics(bn_statistics or self.config.bn_statistics, self.model)
+        scores = self._runner.score_tasks(
+            self._meta, TaskSource.of(task_source), split, tasks, seed, wanted, statistics
+        )
         check_same_bits(self.processes, self._meta.tensors, self.steps_done)
-        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, scores, self.bn_statistics)
+        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, scores, statistics)
 
-    def adapt(self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None) -> nn.Module:
+    def adapt(
+        self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None, *, bn_statistics: str = "support"
+    ) -> nn.Module:
         """Adapt to one task.
 
         Args:
@@ -241,13 +248,15 @@ class MetaLearner:
             y: support targets ``[examples]`` or ``[examples, outputs]``.
             steps: adaptation steps; as many as in training by default.
             query_x: query inputs ``[query, …]``, for algorithms that read them (`metareg.TaskView.query_x`).
+            bn_statistics: ``"support"``, with which a prediction does not depend on the others of its batch; or
+                ``"transductive"``, the statistics of each batch, as in results that say so.
 
         Returns:
-            An ordinary module of the user's class, in evaluation mode, on the learner's device. Its BatchNorm layers use
-            the batch at hand, or with ``bn_statistics="support"`` the support set's statistics.
+            An ordinary module of the user's class, in evaluation mode, on the learner's device.
         """
         steps = self.config.inner_steps if steps is None else steps
-        return self._runner.adapt(self._meta, x, y, steps, query_x)
+        statistics = _check_statistics(bn_statistics, self.model)
+        return self._runner.adapt(self._meta, x, y, steps, statistics, query_x)
 
     def save(self, path: str | Path) -> None:
         """Write the learner, without anything of the augmenters, as one safetensors file.
@@ -350,6 +359,13 @@ def _resolve_augmenter(given: Any) -> Plugin:
     if isinstance(given, tuple | list | Mapping):
         raise UsageError(f"An augmenter is a name, a class or a pair (name, config); got {given!r}.")
     return resolve("augmenters", given)
+
+
+def _check_statistics(name: str, model: SplitModel) -> str:
+    """A policy of BatchNorm for query predictions; ``"none"`` where the model has no such layer."""
+    if name not in get_args(BatchNormStatistics):
+        raise UnknownNameError("policy of BatchNorm (bn_statistics)", name, get_args(BatchNormStatistics))
+    return name if model.batch_norms else "none"
 
 
 def _check_head(stages: Stages, split: SplitModel, model: nn.Module) -> None:

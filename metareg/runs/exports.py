@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import logging
 import math
 from collections.abc import Sequence
 from functools import partial
@@ -21,10 +23,17 @@ from metareg.util.files import write_bytes
 from metareg.util.images import find_images
 from metareg.util.tables import Table, read_table
 
-__all__ = ["export", "predict"]
+__all__ = ["FACTS", "export", "predict"]
+
+log = logging.getLogger("metareg")
+
+FACTS = "metareg.json"
+"""The file in an exported program that says what its numbers mean."""
 
 
-def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, inner_steps: int | None) -> None:
+def export(
+    learner: MetaLearner, task: Plugin, to: Path, support: Path | None, inner_steps: int | None, bn_statistics: str
+) -> None:
     """Write a learner that was trained on a task's tasks, as `metareg.Run.export` says."""
     if to.suffix == ".safetensors":
         if support is not None:
@@ -37,9 +46,14 @@ def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, i
         raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
     if support is None:
         module = learner.model.create_adapted_module(learner.meta_parameters)
+        bn_statistics = "transductive"
+        if learner.model.batch_norms:
+            log.warning(
+                "Without --support the BatchNorm layers use the statistics of each batch that the program gets."
+            )
     else:
         examples = _Examples(learner, task, support)
-        module = learner.adapt(examples.x, examples.y, inner_steps)
+        module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
     example = torch.zeros(2, *_get_input_shape(task))
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -48,14 +62,17 @@ def export(learner: MetaLearner, task: Plugin, to: Path, support: Path | None, i
         problem = str(error).strip().splitlines()[0]
         raise UsageError(f"torch.export cannot take the {type(module).__name__}: {problem}") from error
     buffer = io.BytesIO()
-    torch.export.save(program, buffer)
+    facts = {"bn_statistics": bn_statistics if learner.model.batch_norms else "none"}
+    torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
     write_bytes(to, buffer.getvalue())
 
 
-def predict(learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None) -> str:
+def predict(
+    learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
+) -> str:
     """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
     examples = _Examples(learner, task, support, query)
-    module = learner.adapt(examples.x, examples.y, inner_steps)
+    module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
     header, rows, x = examples.read_queries(query)
     with torch.no_grad():
         outputs = examples.restore_outputs(module(x.to(learner.device)).cpu())

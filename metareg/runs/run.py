@@ -53,6 +53,8 @@ class Run:
         self.source = source
         self.evaluation: Evaluation | None = None
         """The test at the end; None until then."""
+        self.evaluation_one_by_one: Evaluation | None = None
+        """The same test by predictions that do not depend on a task's other queries; None where those of the test do not."""
         self.plots: list[Path] = []
         """The pictures that were drawn."""
 
@@ -71,7 +73,10 @@ class Run:
         run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
         if (path / RESULTS).is_file():
             try:
-                run.evaluation = Evaluation.from_dict(read_json(path / RESULTS))
+                content = read_json(path / RESULTS)
+                run.evaluation = Evaluation.from_dict(content)
+                if "one_by_one" in content:
+                    run.evaluation_one_by_one = Evaluation.from_dict(content["one_by_one"])
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise UsageError(f"{path / RESULTS} holds no results of metareg ({problem}).") from error
@@ -86,6 +91,7 @@ class Run:
         task_options: Mapping[str, Any] | None = None,
         *,
         split: str = TEST,
+        bn_statistics: str | None = None,
     ) -> Evaluation:
         """Test the run's learner anew.
 
@@ -96,6 +102,7 @@ class Run:
                 `Task.inherited_options` from the run's task.
             task_options: further options of the task.
             split: the tasks' split.
+            bn_statistics: as that of the run, which is the default.
         """
         source = self.source
         if task or task_options:
@@ -105,9 +112,18 @@ class Run:
                 own = {name: own[name] for name in inherited if name in own}
             source = TaskSource(resolve("tasks", task or self.config.task.name, {**own, **(task_options or {})}))
             check_fit(self.learner, source, split)
-        return self.learner.evaluate(source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed)
+        return self.learner.evaluate(
+            source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics
+        )
 
-    def predict(self, support: str | Path, query: str | Path, *, inner_steps: int | None = None) -> str:
+    def predict(
+        self,
+        support: str | Path,
+        query: str | Path,
+        *,
+        inner_steps: int | None = None,
+        bn_statistics: str = "support",
+    ) -> str:
         """Adapt the run's learner to a user's examples and predict others.
 
         Args:
@@ -115,6 +131,7 @@ class Run:
                 one column with the classes' names), or a folder with a folder of images for each class.
             query: what to predict: a table with the input columns, or a folder of images.
             inner_steps: how many steps to adapt; as many as in training by default.
+            bn_statistics: as in `MetaLearner.adapt`.
 
         Returns:
             CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability.
@@ -122,24 +139,34 @@ class Run:
         Raises:
             UsageError: the examples cannot be read, or do not suit the model.
         """
-        return exports.predict(self.learner, self.source.plugin, Path(support), Path(query), inner_steps)
+        return exports.predict(self.learner, self.source.plugin, Path(support), Path(query), inner_steps, bn_statistics)
 
-    def export(self, to: str | Path, *, support: str | Path | None = None, inner_steps: int | None = None) -> None:
+    def export(
+        self,
+        to: str | Path,
+        *,
+        support: str | Path | None = None,
+        inner_steps: int | None = None,
+        bn_statistics: str = "support",
+    ) -> None:
         """Write the run's learner without anything of its augmenters.
 
         ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`,
-        with any number of examples: at the learned initialisation, or adapted to `support`.
+        with any number of examples: at the learned initialisation, or adapted to `support`. Its file ``metareg.json``
+        (`extra_files` of `torch.export.load`) holds ``bn_statistics``, whose statistics BatchNorm layers use:
+        at the initialisation those of each batch, ``"transductive"``.
 
         Args:
             to: the file.
             support: labelled examples, as for `predict`.
             inner_steps: how many steps to adapt; as many as in training by default.
+            bn_statistics: as in `MetaLearner.adapt`.
 
         Raises:
             UsageError: another ending, or a model that `torch.export` cannot take.
         """
         examples = None if support is None else Path(support)
-        exports.export(self.learner, self.source.plugin, Path(to), examples, inner_steps)
+        exports.export(self.learner, self.source.plugin, Path(to), examples, inner_steps, bn_statistics)
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -345,15 +346,20 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
     processes.first(lambda: learner.save(run.path / FINAL))
-    evaluation = run.evaluation = run.evaluate(config.test_tasks, config.test_inner_steps, split=config.test_split)
-
+    test = partial(run.evaluate, config.test_tasks, config.test_inner_steps, split=config.test_split)
+    evaluation = run.evaluation = test()
+    if evaluation.bn_statistics == "transductive":
+        run.evaluation_one_by_one = test(bn_statistics="support")
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
     def conclude() -> list[Path]:
         with learner.split_over(Processes()):
             drawn = plots.draw(run)
         weights = {"select": config.select, "step": learner.steps_done}
-        write_json(run.path / RESULTS, {**evaluation.to_dict(), "split": config.test_split, "weights": weights})
+        one_by_one = run.evaluation_one_by_one
+        others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
+        results = {**evaluation.to_dict(), "split": config.test_split, "weights": weights, **others}
+        write_json(run.path / RESULTS, results)
         return drawn
 
     run.plots = processes.first(conclude)

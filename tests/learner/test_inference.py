@@ -52,22 +52,40 @@ def test_adapted_module_predicts_what_evaluation_scores(bn_statistics: str) -> N
     learner = MetaLearner(ConvNet(), inner_lr=0.4, bn_statistics=bn_statistics)
     source = Source("conv")
     evaluation = learner.evaluate(source, 5, inner_steps=[0, 2])
+    assert evaluation.bn_statistics == bn_statistics
     for number, (x, y, query_x, query_y) in enumerate(tasks_of(source.episodes("test", range(5)))):
         for column, steps in enumerate((0, 2)):
-            adapted = learner.adapt(x, y, steps)
+            adapted = learner.adapt(x, y, steps, bn_statistics=bn_statistics)
             accuracy = (adapted(query_x).argmax(-1) == query_y).double().mean()
             assert evaluation.scores[number, column].item() == pytest.approx(accuracy.item())
 
 
-def test_support_statistics_do_not_depend_on_the_other_queries() -> None:
-    batch = episodes("conv", tasks=1)
-    adapted = MetaLearner(ConvNet(), inner_lr=0.4, bn_statistics="support").adapt(
-        batch.support_x[0], batch.support_y[0]
-    )
-    together = adapted(batch.query_x[0])
-    torch.testing.assert_close(adapted(batch.query_x[0][:1]), together[:1])
-    transductive = MetaLearner(ConvNet(), inner_lr=0.4).adapt(batch.support_x[0], batch.support_y[0])
-    assert (transductive(batch.query_x[0][:2]) - transductive(batch.query_x[0])[:2]).abs().max() > 1e-3
+@pytest.mark.parametrize("algo", ["maml", "anil"])
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+def test_one_example_at_a_time_is_predicted_as_evaluation_says(algo: str, strategy: str) -> None:
+    learner, source = MetaLearner(ConvNet(), algo, inner_lr=0.4, strategy=strategy), Source("conv")
+    one_by_one = learner.evaluate(source, 3, inner_steps=[0, 2], bn_statistics="support")
+    assert one_by_one.bn_statistics == "support"
+    for number, (x, y, query_x, query_y) in enumerate(tasks_of(source.episodes("test", range(3)))):
+        for column, steps in enumerate((0, 2)):
+            adapted = learner.adapt(x, y, steps)
+            alone = torch.cat([adapted(query[None]) for query in query_x])
+            torch.testing.assert_close(alone, adapted(query_x))
+            right = [int(outputs.argmax()) == int(target) for outputs, target in zip(alone, query_y, strict=True)]
+            assert one_by_one.scores[number, column].item() == pytest.approx(sum(right) / len(right))
+    transductive = learner.adapt(x, y, bn_statistics="transductive")
+    assert (transductive(query_x[:2]) - transductive(query_x)[:2]).abs().max() > 1e-3
+    with pytest.raises(UsageError, match="did you mean 'support'"):
+        learner.adapt(x, y, bn_statistics="suport")
+
+
+def test_a_batch_norm_in_several_places_keeps_the_statistics_of_none() -> None:
+    norm = nn.BatchNorm1d(3)
+    model = nn.Sequential(nn.Linear(2, 3), norm, nn.Linear(3, 3), norm, nn.Linear(3, 1)).double()
+    learner, (x, y, *_) = MetaLearner(model, loss="mse"), tasks_of(episodes("mlp"))[0]
+    with pytest.raises(UsageError, match="'1' normalises in several places"):
+        learner.adapt(x, y)
+    assert learner.adapt(x, y, bn_statistics="transductive")(x).isfinite().all()
 
 
 def test_running_statistics_do_not_leak_between_tasks() -> None:
@@ -77,12 +95,14 @@ def test_running_statistics_do_not_leak_between_tasks() -> None:
     batch = episodes("conv", tasks=4)
     learner = MetaLearner(model, inner_lr=0.4)
     x, y, query_x, _ = tasks_of(batch)[3]
-    alone = learner.adapt(x, y)(query_x)
+    alone = {
+        statistics: learner.adapt(x, y, bn_statistics=statistics)(query_x) for statistics in ("support", "transductive")
+    }
     for other_x, other_y, other_query, _ in tasks_of(batch)[:3]:
         learner.adapt(other_x, other_y)(other_query)
     learner.meta_gradient(batch)
-    assert learner.adapt(x, y)(query_x).equal(alone)
-    assert not any("running" in name for name, _ in learner.adapt(x, y).named_buffers())
+    for statistics, outputs in alone.items():
+        assert learner.adapt(x, y, bn_statistics=statistics)(query_x).equal(outputs)
     assert learner.bn_statistics == "transductive"
     assert MetaLearner(MLP(), loss="mse").bn_statistics == "none"
 

@@ -177,7 +177,7 @@ def test_a_layer_that_stands_in_several_places(strategy: str, norm: type[nn.Modu
         adam.step()
     for name, value in expected.items():
         torch.testing.assert_close(learner.meta_parameters[name], value.detach(), rtol=0, atol=1e-8)
-    adapted_module = learner.adapt(batch.support_x[0], batch.support_x[0])
+    adapted_module = learner.adapt(batch.support_x[0], batch.support_x[0], bn_statistics="transductive")
     assert adapted_module.head[1] is adapted_module.body[0]
     assert {name: id(p) for name, p in learner.model.module.named_parameters(remove_duplicate=False)} == places
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 
 import metareg
 from metareg import Episodes, MetaLearner, Run, UsageError, hookimpl
+from metareg.cli.tables import print_results
+from metareg.runs.exports import FACTS
 
 SMALL: dict[str, Any] = {
     "steps": 3, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial",
@@ -63,7 +67,7 @@ def curves(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def shades(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A small run on images."""
     path = tmp_path_factory.mktemp("shades") / "run"
-    settings = SMALL | {"steps": 40, "inner_lr": 0.1, "bn_statistics": "support"}
+    settings = SMALL | {"steps": 40, "inner_lr": 0.1}
     return metareg.train("maml", task=Shades(), model=Net, out=path, **settings)
 
 
@@ -120,6 +124,44 @@ def test_predictions_for_images(shades: Run, tmp_path: Path) -> None:
     rows = list(csv.reader(io.StringIO(shades.predict(support, query, inner_steps=10))))
     assert rows[0] == ["image", "class", "probability"]
     assert [row[:2] for row in rows[1:]] == [["0.png", "light"], ["1.png", "dark"], ["2.png", "grey"]]
+
+
+def test_images_are_predicted_one_by_one_as_together(shades: Run, tmp_path: Path) -> None:
+    support = _images(tmp_path / "support", {"dark": [5, 20], "grey": [110, 125], "light": [220, 240]})
+    query = _images(tmp_path, {"query": [230, 10, 120]}) / "query"
+    together = shades.predict(support, query)
+    alone = []
+    for value in (230, 10, 120):
+        alone.append(shades.predict(support, _images(tmp_path / str(value), {"one": [value]}) / "one"))
+    cells = [text.splitlines()[1].split(",")[1:] for text in alone]
+    assert cells == [line.split(",")[1:] for line in together.splitlines()[1:]]
+    assert shades.predict(support, query, bn_statistics="transductive") != together
+
+
+def test_results_say_what_predictions_one_by_one_reach(shades: Run, tmp_path: Path) -> None:
+    content = json.loads((shades.path / "results.json").read_text())
+    one_by_one = shades.evaluation_one_by_one
+    assert one_by_one is not None
+    assert content["one_by_one"] == one_by_one.to_dict()
+    assert (content["bn_statistics"], content["one_by_one"]["bn_statistics"]) == ("transductive", "support")
+    tested = Shades().episodes("test", [0, 1]).parts
+    for column, steps in enumerate(one_by_one.inner_steps):
+        for number in range(2):
+            x, y, query_x, query_y = (part[number] for part in tested)
+            module = shades.learner.adapt(x, y, steps)
+            right = [
+                int(module(one[None]).argmax()) == int(target) for one, target in zip(query_x, query_y, strict=True)
+            ]
+            assert one_by_one.scores[number, column].item() == pytest.approx(sum(right) / len(right))
+    screen = io.StringIO()
+    print_results(shades, Console(file=screen, width=80))
+    assert f"{one_by_one.mean(1):.4f}" in screen.getvalue()
+    support = _images(tmp_path / "support", {"dark": [5, 20], "grey": [110, 125], "light": [220, 240]})
+    for given, statistics in ((None, "transductive"), (support, "support")):
+        shades.export(tmp_path / "program.pt2", support=given)
+        facts = {FACTS: ""}
+        torch.export.load(tmp_path / "program.pt2", extra_files=facts)
+        assert json.loads(facts[FACTS])["bn_statistics"] == statistics
 
 
 def test_predictions_take_the_images_that_training_takes(
