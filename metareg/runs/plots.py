@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,21 +23,42 @@ if TYPE_CHECKING:
 
 __all__ = ["draw", "plot_inner_steps", "plot_learning_curve"]
 
+log = logging.getLogger("metareg")
+
 
 def draw(run: Run) -> list[Path]:
-    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures; the files written."""
+    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures; the files written.
+
+    A picture that fails costs a warning.
+    """
     assert run.evaluation is not None
-    figures = {"learning-curve": plot_learning_curve(run), "inner-steps": plot_inner_steps(run.evaluation)}
+    figures: dict[str, Figure] = {}
+    with _warn("learning-curve"):
+        figures["learning-curve"] = plot_learning_curve(run)
+    with _warn("inner-steps"):
+        figures["inner-steps"] = plot_inner_steps(run.evaluation)
     of_task = find_hook(run.source.plugin, "figures")
     if of_task is not None:
-        figures |= of_task(learner=run.learner, seed=run.config.seed) or {}
+        with _warn(f"those of the {run.source.plugin.label}"):
+            figures |= of_task(learner=run.learner, seed=run.config.seed) or {}
     paths = []
     for name, figure in figures.items():
         path = run.path / PLOTS / f"{name}.png"
-        with replace_file(path) as temporary:
-            figure.savefig(temporary, format="png", dpi=120)
-        paths.append(path)
+        with _warn(name):
+            with replace_file(path) as temporary:
+                figure.savefig(temporary, format="png", dpi=120)
+            paths.append(path)
     return paths
+
+
+@contextmanager
+def _warn(pictures: str) -> Iterator[None]:
+    """Go on where pictures cannot be drawn, and say why."""
+    try:
+        yield
+    # Whatever a task, its data or a font makes of it: the results stand already.
+    except Exception as error:
+        log.warning("Pictures could not be drawn (%s): %s: %s", pictures, type(error).__name__, error)
 
 
 @rc_context(STYLE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +24,9 @@ from metareg.util.devices import find_device
 from metareg.util.files import read_json
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["Run", "check_fit", "format_resume_command", "read_config"]
+__all__ = ["Run", "check_fit", "format_resume_command", "read_config", "read_trained_steps"]
+
+log = logging.getLogger("metareg")
 
 
 class Run:
@@ -36,7 +39,7 @@ class Run:
     timing.jsonl            a line per report with the speed, the peak memory so far and the time of day
     checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
     plots/                  pictures (PNG)
-    results.json            the test: mean, interval and every task's score after each number of inner steps; written last
+    results.json            the test: mean, interval and every task's score after each number of inner steps
     ======================  ================================================================================
 
     Args:
@@ -80,6 +83,11 @@ class Run:
             except (LookupError, TypeError, ValueError, AttributeError) as error:
                 problem = f"{type(error).__name__}: {error}"
                 raise UsageError(f"{path / RESULTS} holds no results of metareg ({problem}).") from error
+            if (done := read_trained_steps(path, config)) != config.steps:
+                log.warning(
+                    "The training at %s goes on to %d steps; its learner and results are those after %s.",
+                    path, config.steps, done,
+                )  # fmt: skip
         run.plots = sorted((path / PLOTS).glob("*.png"))
         return run
 
@@ -186,6 +194,22 @@ def read_config(path: Path) -> RunConfig:
     if not file.is_file():
         raise UsageError(f"There is no run at {path}: it has no {CONFIG}.")
     return update_option_names(validate(RunConfig, read_yaml(file), str(file)))
+
+
+def read_trained_steps(path: Path, config: RunConfig) -> int | None:
+    """The steps of the training that a run's results are of; None where there are none.
+
+    They are fewer than the configuration's once these were raised, until the run has ended anew.
+    """
+    if not (path / RESULTS).is_file():
+        return None
+    content = read_json(path / RESULTS)
+    try:
+        # Earlier versions wrote the step of the weights alone.
+        last = content["weights"]["step"] if content["weights"]["select"] == "last" else config.steps
+        return content.get("trained_steps", last)
+    except (LookupError, TypeError, AttributeError):
+        return config.steps
 
 
 def format_resume_command(path: Path) -> str:

@@ -28,7 +28,7 @@ from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
 from metareg.runs.options import Selection, assemble
-from metareg.runs.run import Run, check_fit, format_resume_command, read_config
+from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps
 from metareg.util.devices import peak_memory, reset_peak_memory
 from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
 from metareg.util.signals import StopRequest, catch_stop_signals
@@ -151,12 +151,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
         stored = read_config(path)
         wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
         _refuse_changes(path, stored, wanted)
-        if (path / RESULTS).is_file():
-            if wanted.steps == stored.steps:
-                return wanted, True
-            (path / RESULTS).unlink()
-            (path / FINAL).unlink(missing_ok=True)
-        return wanted, False
+        return wanted, read_trained_steps(path, stored) == wanted.steps
 
     with catch_stop_signals(is_launched() or processes.size > 1) as stop, _lock(path, processes):
         wanted, ended = processes.first(reopen)
@@ -334,7 +329,7 @@ def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: 
 
 
 def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest, hooks: Any) -> None:
-    """The test and the pictures; a run with results.json has ended."""
+    """The test, its results, and the pictures of them."""
     config, learner = run.config, run.learner
     processes = learner.processes
     stop.at_once = True
@@ -345,7 +340,6 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     if config.select == "best" and best is not None:
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
-    processes.first(lambda: learner.save(run.path / FINAL))
     test = partial(run.evaluate, config.test_tasks, config.test_inner_steps, split=config.test_split)
     evaluation = run.evaluation = test()
     if evaluation.bn_statistics == "transductive":
@@ -353,14 +347,15 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
     def conclude() -> list[Path]:
-        with learner.split_over(Processes()):
-            drawn = plots.draw(run)
+        # Those of a run whose steps were raised stand until these take their place.
+        learner.save(run.path / FINAL)
         weights = {"select": config.select, "step": learner.steps_done}
         one_by_one = run.evaluation_one_by_one
         others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
-        results = {**evaluation.to_dict(), "split": config.test_split, "weights": weights, **others}
-        write_json(run.path / RESULTS, results)
-        return drawn
+        facts = {"split": config.test_split, "weights": weights, "trained_steps": config.steps}
+        write_json(run.path / RESULTS, {**evaluation.to_dict(), **facts, **others})
+        with learner.split_over(Processes()):
+            return plots.draw(run)
 
     run.plots = processes.first(conclude)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
@@ -29,6 +30,7 @@ from metareg import (
     MetaLearner,
     MetaregError,
     PluginConfig,
+    Run,
     UsageError,
     hookimpl,
 )
@@ -123,6 +125,44 @@ def test_auto_goes_on_with_the_strategy_of_the_checkpoint(tmp_path: Path) -> Non
 def test_raised_steps_give_the_run_that_was_planned_so(finished: Path, tmp_path: Path) -> None:
     path = tmp_path / "run"
     metareg.train("maml", "cml", "sinusoid", out=path, **SMALL | {"steps": 10})
+    metareg.resume(path, steps=20)
+    assert _results(path) == _results(finished)
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted", "interrupted in the test"])
+def test_a_finished_run_is_kept_until_its_successor_is_written(
+    how: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "run"
+    metareg.train("maml", "cml", "sinusoid", out=path, **SMALL | {"steps": 10})
+    before = _results(path)
+    kept = ("results.json", "checkpoints/final.safetensors")
+    if how == "refused":
+        with pytest.raises(UsageError):
+            metareg.resume(path, steps=20, device="cuda:99")
+        assert _results(path) == before
+    else:
+        where = "step" if how == "interrupted" else "evaluate"
+        calls = itertools.count()
+
+        def interrupt(*_: object, **__: object) -> None:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            if where == "step":
+                real = MetaLearner.take_step
+                patch.setattr(
+                    MetaLearner, "take_step", lambda *given: interrupt() if next(calls) == 5 else real(*given)
+                )
+            else:
+                patch.setattr(Run, "evaluate", interrupt)
+            with pytest.raises(Interrupted):
+                metareg.resume(path, steps=20)
+        assert {name: (path / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
+        stopped = Run.load(path)
+        assert stopped.evaluation is not None
+        assert "goes on to 20 steps; its learner and results are those after 10" in caplog.text
+        assert metareg.resume(path).config.steps == 20
     metareg.resume(path, steps=20)
     assert _results(path) == _results(finished)
 
