@@ -71,6 +71,7 @@ def train(
 @takes_run_options(lambda config: config.list_resumable())
 def resume(
     path: RunFolder,
+    data: Data = None,
     assignments: Annotated[
         list[str] | None, set_option("An option that leaves the run's meaning as it is. Repeatable.")
     ] = None,
@@ -83,7 +84,9 @@ def resume(
     """
     from metareg.runs.training import resume as carry_out
 
-    _show(partial(carry_out, path), _parse_options(assignments, {"observers": "--observe"}) | options)
+    given = _parse_options(assignments, {"observers": "--observe"})
+    given |= {} if data is None else {"task.data": str(data)}
+    _show(partial(carry_out, path), given | options)
 
 
 def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> None:

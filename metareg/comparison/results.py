@@ -371,11 +371,15 @@ def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | 
 
 
 def _read_steps(run: PlannedRun) -> int | None:
-    """The steps in a run's config.yaml; its line alone, for to parse the YAML of all runs takes longer than the report."""
-    with suppress(OSError):
-        text = (run.path / CONFIG).read_text(encoding="utf-8", errors="replace")
-        found = re.search(r"^steps: (\d+)$", text, re.MULTILINE)
-        return int(found[1]) if found else None
+    """The steps that a run was trained for, from its results, or its config.yaml where these are older.
+
+    One line is looked for: to parse the files of all runs takes longer than the report.
+    """
+    for file, line in ((RESULTS, r'^  "trained_steps": (\d+)'), (CONFIG, r"^steps: (\d+)$")):
+        with suppress(OSError):
+            text = (run.path / file).read_text(encoding="utf-8", errors="replace")
+            if found := re.search(line, text, re.MULTILINE):
+                return int(found[1])
     return None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import logging
+import math
 import os
 import platform
 from typing import TYPE_CHECKING, Any
@@ -13,18 +14,21 @@ import torch
 from metareg._version import __version__
 from metareg.contract.config import update_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
+from metareg.contract.splits import TRAIN
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.folder import ENVIRONMENT
 from metareg.util.files import read_json, write_json
+from metareg.util.torch_internals import tree_leaves
 
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["describe_machine", "write"]
+__all__ = ["describe_machine", "refuse_other_data", "write"]
 
 log = logging.getLogger("metareg")
 
+_FIRST_TASK = "first_task"
 _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
 
 
@@ -58,6 +62,7 @@ def _describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "plugins": [
             {key: getattr(each, key) for key in ("kind", "name", "distribution", "version")} for each in plugins
         ],
+        _FIRST_TASK: _describe_first_task(run),
     }
 
 
@@ -73,7 +78,8 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
-    changed = {key: value for key, value in now.items() if last.get(key) != value and key != "strategy_reason"}
+    no_change = ("strategy_reason", _FIRST_TASK)
+    changed = {key: value for key, value in now.items() if last.get(key) != value and key not in no_change}
     if changed:
         log.warning(
             "The run goes on in another environment (%s): its result can differ in rounding from that of a run that never "
@@ -81,6 +87,36 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
             "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
         )
         write_json(path, before | {"resumed": [*before.get("resumed", []), {"step": step, "changed": changed}]})
+
+
+def refuse_other_data(run: Run) -> None:
+    """Compare the run's first training task with that which environment.json describes.
+
+    Raises:
+        UsageError: they differ, and the run would go on with other data than it began with.
+    """
+    path = run.path / ENVIRONMENT
+    content = read_json(path) if path.is_file() else {}
+    before = content.get(_FIRST_TASK) if isinstance(content, dict) else None
+    if before is None:  # an earlier version's
+        return
+    now = _describe_first_task(run)
+    if len(before) != len(now) or not all(map(_is_close, before, now)):
+        raise UsageError(
+            f"The data of the {run.source.plugin.label} is not what the run at {run.path} began with: its first training "
+            "task is another one. Name the data that the run had with --data."
+        )
+
+
+def _describe_first_task(run: Run) -> list[float]:
+    """The means of what the first training task consists of."""
+    batch = run.source.episodes(TRAIN, [0], run.config.seed)[0]
+    return [float(leaf.double().mean()) for leaf in tree_leaves(batch.parts)]
+
+
+def _is_close(a: float, b: float) -> bool:
+    """Whether two means are the same but for rounding, which differs from machine to machine."""
+    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
 
 
 def _find_version(distribution: str) -> str | None:

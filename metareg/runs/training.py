@@ -113,8 +113,8 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
     Args:
         path: the run's folder.
         observers: as in `train`.
-        options: what may change: ``steps``, which can be raised, and what leaves the run's meaning as it was (device,
-            strategy, chunk, checkpoints, ``on_nonfinite``).
+        options: what may change: ``steps``, which can be raised, ``data``, where the same data is now, and what leaves the
+            run's meaning as it was (device, strategy, chunk, checkpoints, ``on_nonfinite``).
 
     Returns:
         The finished run; at once where it had ended already.
@@ -161,6 +161,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
         selection = dataclasses.replace(selection, config=wanted)
         learner, source = processes.each(lambda: prepare_run(selection, processes))
         run = Run(path, wanted, learner, source)
+        processes.first(lambda: environment.refuse_other_data(run))
         with learner.split_over(processes):
             _carry_out(run, selection, observers, stop)
     return run
@@ -182,7 +183,8 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
-    old, new = (each.model_dump(mode="json", exclude=RunConfig.list_resumable()) for each in (stored, wanted))
+    may_change: dict[str, Any] = {**dict.fromkeys(RunConfig.list_resumable(), True), "task": {"config": {"data"}}}
+    old, new = (each.model_dump(mode="json", exclude=may_change) for each in (stored, wanted))
     changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
     if changes:
         raise UsageError(

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 import metareg
@@ -127,6 +128,31 @@ def test_raised_steps_give_the_run_that_was_planned_so(finished: Path, tmp_path:
     metareg.train("maml", "cml", "sinusoid", out=path, **SMALL | {"steps": 10})
     metareg.resume(path, steps=20)
     assert _results(path) == _results(finished)
+
+
+def test_data_that_moved_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
+    for number in range(9):
+        (tmp_path / "photos" / str(number)).mkdir(parents=True)
+        for value in range(3):
+            Image.new("L", (8, 8), 20 * number + 30 * value).save(tmp_path / "photos" / str(number) / f"{value}.png")
+    options = {"ways": 2, "shots": 1, "query": 1, "eval_query": 1, "size": 16, "channels": 1, "width": 2}
+    small = SMALL | {"steps": 4, "eval_every": 4} | options
+    for name in ("alone", "run"):
+        metareg.train(task="image-folder", data=str(tmp_path / "photos"), out=tmp_path / name, **small)
+    shutil.copytree(tmp_path / "photos", tmp_path / "others")
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    for path in (tmp_path / "others").rglob("*.png"):
+        Image.new("L", (8, 8), 255).save(path)
+    for data, problem in (("photos", "There is no folder"), ("others", "is not what the run at")):
+        with pytest.raises(UsageError, match=problem):
+            metareg.resume(tmp_path / "run", steps=6, data=str(tmp_path / data))
+    (tmp_path / "moved").rename(tmp_path / "photos")
+    metareg.resume(tmp_path / "alone", steps=6)
+    (tmp_path / "photos").rename(tmp_path / "moved")
+    run = metareg.resume(tmp_path / "run", steps=6, data=str(tmp_path / "moved"))
+    assert run.config.task.config["data"] == str(tmp_path / "moved")
+    assert _results(tmp_path / "run") == _results(tmp_path / "alone")
 
 
 @pytest.mark.parametrize("how", ["refused", "interrupted", "interrupted in the test"])
