@@ -125,7 +125,7 @@ def export(
     bn_statistics: BatchNormStatistics = "support",
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Write a finished run's learner, or its module, as one file without anything of the augmenters."""
+    """Write a finished run's learner, or its module, as one file without what is there in training alone."""
     from metareg.cli.progress import show_messages
     from metareg.runs.run import Run
 

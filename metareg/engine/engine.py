@@ -56,8 +56,8 @@ class Engine:
     """Runs the functions of one task over batches of tasks; arguments as those of `TaskFunctions`."""
 
     def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
-        self.plain = TaskFunctions(model, stages.without_augmenters(), loss, metric, options)
-        """Without augmenters, for evaluation and adaptation."""
+        self.plain = TaskFunctions(model, stages.for_adaptation(), loss, metric, options)
+        """With those of the algorithm and the augmenters that stay, for evaluation and adaptation."""
         self.training = TaskFunctions(model, stages, loss, metric, options, self.plain)
         """With every stage."""
         self._keeps_tasks = stages.implements("combine_tasks")

@@ -54,9 +54,19 @@ class Stages:
                 raise PluginError(f"The {augmenter.label} implements no hook; mark its methods with @metareg.hookimpl.")
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
+        self.training_only = frozenset(name for name, plugin in self.plugins.items() if _is_training_only(plugin))
+        """The names of the augmenters that are there in training alone."""
+        self._refuse_split_namesakes()
         for each in self._implementations["draw_noise"]:
             if not any(each in drawing for drawing in self._drawing.values()):
                 raise PluginError(f"The {each.plugin.label} draws noise and takes it nowhere: name `noise` in a stage.")
+
+    def _refuse_split_namesakes(self) -> None:
+        """Refuse augmenters of one name of which some stay in evaluation: there the others' numbers would be gone."""
+        for augmenter in self.augmenters:
+            namesakes = [each for each in self.augmenters if each.name == augmenter.name]
+            if len({_is_training_only(each) for each in namesakes}) > 1:
+                raise PluginError(f"Of several augmenters '{augmenter.name}' either all stay in evaluation or none.")
 
     def _find_drawing(self, hooks: Sequence[str]) -> list[Implementation]:
         """What draws noise for these hooks: of each plugin that takes it in one of them."""
@@ -85,9 +95,9 @@ class Stages:
                     return each.plugin
         return None
 
-    def without_augmenters(self) -> Stages:
-        """The stages of the algorithm alone: what evaluation, adaptation and the exported learner use."""
-        return Stages(self.algorithm, ())
+    def for_adaptation(self) -> Stages:
+        """Those of the algorithm and the augmenters that stay: what evaluation, adaptation and the exported learner use."""
+        return Stages(self.algorithm, [each for each in self.augmenters if not _is_training_only(each)])
 
     def owner(self, meta_name: str) -> str | None:
         """The name of the plugin whose meta-parameter it is; None for the model's own."""
@@ -310,6 +320,10 @@ class Stages:
                 arguments[first] = check(arguments[first], _call(each, arguments), each)
             return arguments[first]
         return sum((check(arguments[first], _call(each, arguments), each) for each in implementations), 0.0)
+
+
+def _is_training_only(plugin: Plugin) -> bool:
+    return plugin.kind == "augmenters" and bool(getattr(plugin.instance, "training_only", True))
 
 
 def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:

@@ -1,11 +1,12 @@
 """A learner's file: its parameters and constants as safetensors, with a header that says what they belong to.
 
-Nothing in the file can execute code. It holds nothing of the augmenters and nothing of the outer optimiser.
+Nothing in the file can execute code. It holds nothing of augmenters that are there in training alone, and nothing of the
+outer optimiser.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,25 @@ from metareg._version import __version__
 from metareg.contract.config import PluginConfig, PluginSpec, validate
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.split_model import SplitModel
+from metareg.engine.stages import Stages
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.meta_parameters import check_shapes
 from metareg.learner.model_plugin import ModelRecipe
 from metareg.learner.module_json import build_module, describe_module
-from metareg.registry.plugins import Plugin
+from metareg.registry.plugins import Plugin, get_name
 from metareg.util.tensorfile import TensorFile, limit_allocation, write_tensors
 
 __all__ = ["Header", "LearnerFile", "write_learner"]
 
 FILE_FORMAT = 1
 _CONSTANT = "constant:"
+
+
+class AugmenterSpec(PluginSpec):
+    """An augmenter that stays."""
+
+    installed: bool = Field(description="Whether a package installs it.")
 
 
 class Header(LearnerConfig):
@@ -38,6 +46,7 @@ class Header(LearnerConfig):
     metareg: str
     algo: PluginSpec
     installed: bool = Field(description="Whether a package installs the algorithm.")
+    augment: list[AugmenterSpec] = Field([], description="The augmenters that stay in evaluation.")
     model: ModelRecipe | None = Field(description="How a model plugin built the model.")
     architecture: dict[str, Any] | None = Field(description="The layers of another model of torch.nn layers alone.")
     module: str = Field(description="The name of the model's class.")
@@ -51,7 +60,7 @@ class Header(LearnerConfig):
 def write_learner(
     path: Path,
     config: LearnerConfig,
-    algorithm: Plugin,
+    stages: Stages,
     model: SplitModel,
     recipe: ModelRecipe | None,
     meta: Mapping[str, Tensor],
@@ -60,26 +69,37 @@ def write_learner(
     """Write a learner's file.
 
     Args:
-        meta: its meta-parameters without the augmenters'.
+        stages: those of its evaluation.
+        meta: the meta-parameters of its evaluation.
         facts: the other entries of `Header`.
 
     Raises:
         MetaregError: the file cannot be written.
     """
-    options = algorithm.config.model_dump(mode="json") if isinstance(algorithm.config, PluginConfig) else {}
     header = {
         "format": FILE_FORMAT,
         "metareg": __version__,
-        "algo": {"name": algorithm.name, "config": options},
-        "installed": algorithm.distribution is not None,
+        "algo": _describe_plugin(stages.algorithm),
+        "installed": _is_installed(stages.algorithm),
         "model": recipe and recipe.model_dump(mode="json"),
         "architecture": None if recipe else describe_module(model.module),
         "module": type(model.module).__name__,
         **facts,
         **config.model_dump(exclude={"device"}),
     }
+    if stages.augmenters:  # a file without any can be read by a metareg that knows of none
+        header["augment"] = [{**_describe_plugin(each), "installed": _is_installed(each)} for each in stages.augmenters]
     constants = {f"{_CONSTANT}{name}": value for name, value in model.constants().items()}
     write_tensors(path, {**meta, **constants}, header)
+
+
+def _describe_plugin(plugin: Plugin) -> dict[str, Any]:
+    options = plugin.config.model_dump(mode="json") if isinstance(plugin.config, PluginConfig) else {}
+    return {"name": plugin.name, "config": options}
+
+
+def _is_installed(plugin: Plugin) -> bool:
+    return plugin.distribution is not None
 
 
 class LearnerFile:
@@ -105,7 +125,12 @@ class LearnerFile:
         return limit_allocation(self._file.bytes, str(self.path))
 
     def create_arguments(
-        self, model: nn.Module | None, algo: type | object | None, loss: Loss | None, metric: Metric | None
+        self,
+        model: nn.Module | None,
+        algo: type | object | None,
+        augment: Sequence[type | object],
+        loss: Loss | None,
+        metric: Metric | None,
     ) -> dict[str, Any]:
         """The arguments with which `MetaLearner` builds the learner, device apart, as in `MetaLearner.load`.
 
@@ -123,10 +148,27 @@ class LearnerFile:
             **self._create_model_arguments(model),
             "algo": header.algo.name if algo is None else algo,
             "algo_config": None if ready_made else header.algo.config,
+            "augment": self._create_augmenters(augment),
             "loss": header.loss if loss is None else loss,
             "metric": header.metric if metric is None and header.loss is not None else metric,
             "head": header.head,
         }
+
+    def _create_augmenters(self, given: Sequence[type | object]) -> list[Any]:
+        """The augmenters that stay, as `MetaLearner` takes them: those given, and the others by their names."""
+        own = {get_name(each): each for each in given}
+        for name in own.keys() - {each.name for each in self.header.augment}:
+            known = ", ".join(each.name for each in self.header.augment) or "none"
+            raise UsageError(f"{self.path} was saved without an augmenter '{name}'; those that stay in it: {known}.")
+        augmenters: list[Any] = []
+        for each in self.header.augment:
+            if each.name not in own and not each.installed:
+                raise UsageError(
+                    f"{self.path} adapts with the augmenter '{each.name}', which no package installs; pass augment=…"
+                )
+            plugin = own.get(each.name, each.name)
+            augmenters.append((plugin, each.config) if isinstance(plugin, type | str) else plugin)
+        return augmenters
 
     def _create_model_arguments(self, model: nn.Module | None) -> dict[str, Any]:
         header = self.header

@@ -137,7 +137,7 @@ class MetaLearner:
 
     @property
     def plain_meta_parameters(self) -> dict[str, Tensor]:
-        """`meta_parameters` without the augmenters': those of evaluation, adaptation and the learner's file."""
+        """Those of evaluation, adaptation and the learner's file: without what is there in training alone."""
         return self._meta.select_plain()
 
     def initialize(self, example: Any) -> None:
@@ -219,7 +219,7 @@ class MetaLearner:
         seed: int | None = None,
         bn_statistics: str | None = None,
     ) -> Evaluation:
-        """The metric over tasks, after each number of inner steps, by the algorithm alone and without graphs.
+        """The metric over tasks, after each number of inner steps, without augmenters of training and without graphs.
 
         Args:
             task_source: as in `fit`.
@@ -259,12 +259,13 @@ class MetaLearner:
         return self._runner.adapt(self._meta, x, y, steps, statistics, query_x)
 
     def save(self, path: str | Path) -> None:
-        """Write the learner, without anything of the augmenters, as one safetensors file.
+        """Write the learner, without what is there in training alone, as one safetensors file.
 
-        The file holds the model's parameters, the algorithm's own meta-parameters and, as metadata, the configuration.
+        The file holds the parameters of the model, the algorithm and the augmenters that stay, and as metadata the
+        configuration.
         """
         write_learner(
-            Path(path), self.config, self.algorithm, self.model, self._recipe, self.plain_meta_parameters,
+            Path(path), self.config, self.engine.plain.stages, self.model, self._recipe, self.plain_meta_parameters,
             **self._file_facts, steps_done=self.steps_done, example=self._meta.example,
         )  # fmt: skip
 
@@ -275,6 +276,7 @@ class MetaLearner:
         model: nn.Module | None = None,
         *,
         algo: type | object | None = None,
+        augment: Sequence[type | object] = (),
         loss: Loss | None = None,
         metric: Metric | None = None,
         device: str | torch.device | None = None,
@@ -287,6 +289,7 @@ class MetaLearner:
                 made of `torch.nn` layers alone (a body and a head of such layers come back as a `BodyHead`); for
                 others it is needed, for a file that anybody may have written must not build classes of its choice.
             algo: the algorithm's class or object, where it is not installed.
+            augment: those of the augmenters that stay, where they are not installed.
             loss: the callable, where the loss was one.
             metric: the metric, where it was no named one.
             device: where to put it.
@@ -296,7 +299,7 @@ class MetaLearner:
         """
         file = LearnerFile(Path(path))
         with file.limit_allocation():
-            learner = cls(**file.create_arguments(model, algo, loss, metric), device=device)
+            learner = cls(**file.create_arguments(model, algo, augment, loss, metric), device=device)
             learner._meta.initialize_like(file.header.example)
         learner._meta.tensors, constants = file.read(learner.plain_meta_parameters, learner.model.constants())
         learner.model.module.load_state_dict(constants, strict=False)

@@ -128,10 +128,10 @@ class MetaParameters:
         return episodes.to(self.like.device, self.like.dtype)
 
     def select_plain(self) -> Tensors:
-        """Those that are not an augmenter's."""
+        """Those of evaluation and adaptation: without those of the augmenters that are there in training alone."""
         self.initialize(None)
-        augmenters = set(self._stages.plugins) - {self._stages.algorithm.name}
-        return {name: value for name, value in self.tensors.items() if self._stages.owner(name) not in augmenters}
+        left = self._stages.training_only
+        return {name: value for name, value in self.tensors.items() if self._stages.owner(name) not in left}
 
     def load(self, tensors: Mapping[str, Tensor], example: Any, where: str) -> None:
         """Take over values, in memory of their own, of parameters that were created by inputs like `example`.

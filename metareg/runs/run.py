@@ -157,7 +157,7 @@ class Run:
         inner_steps: int | None = None,
         bn_statistics: str = "support",
     ) -> None:
-        """Write the run's learner without anything of its augmenters.
+        """Write the run's learner without what is there in training alone.
 
         ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`,
         with any number of examples: at the learned initialisation, or adapted to `support`. Its file ``metareg.json``

@@ -224,7 +224,7 @@ class _View:
         return _gradient(self.query_loss(params), params, create_graph=True)
 
     def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
-        stages = self.learner.stages.without_augmenters()
+        stages = self.learner.stages.for_adaptation()
         for step in range(first, first + steps):
             params, state = self.at(step).take_step(params, state, self.start or {}, stages)
         return params, state
