@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from learners import Source
 from torch import Tensor
 
-from metareg import Episodes, MetaLearner, UsageError
+from metareg import Episodes, MetaLearner, UsageError, hookimpl
 from metareg_mixup import MetaMix
 from metareg_mlti import MLTI
-from reference import NETS, cross_entropy, difference, inner_loop
-from samples import MODELS, episodes, tasks_of
+from reference import NETS, cross_entropy, difference, inner_loop, mean_squared_error, train
+from samples import LOSSES, MODELS, episodes, tasks_of
 
 WAYS, SHOTS, QUERY = 3, 2, 4
 
@@ -142,6 +144,48 @@ def test_mlti_refuses_classes_of_unequal_sizes() -> None:
     x, y = torch.zeros(2, 3, 1), torch.tensor([[0, 0, 1], [0, 1, 1]])
     with pytest.raises(UsageError, match="as many examples of each class"):
         mixed_by(MLTI, Episodes(x, y, x, y))
+
+
+@pytest.mark.parametrize("plugin", [MetaMix, MLTI])
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_trainings_equal_a_loop_on_the_tasks_that_they_make(net: str, plugin: Any) -> None:
+    """Two steps: the tasks are mixed anew in each, and the learner takes them as they come; evaluation does not."""
+    made: list[Episodes] = []
+
+    class Recording(plugin):  # type: ignore[misc]
+        @hookimpl
+        def augment_episodes(self, episodes: Episodes, generator: torch.Generator) -> Episodes:
+            made.append(super().augment_episodes(episodes, generator))
+            return made[-1]
+
+    learner = MetaLearner(
+        MODELS[net](), "maml", ["cml", Recording], loss=LOSSES[net], inner_lr=0.1, outer_lr=0.01, strategy="vectorized"
+    )
+    batch = episodes(net)
+    learner.initialize(batch.support_x[0])
+    before = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    for _ in range(2):
+        learner.step(batch)
+    assert len(made) == 2
+    assert not made[0].query_x.equal(made[1].query_x)
+    soft = replace(NETS[net], loss=soft_cross_entropy if net == "conv" else mean_squared_error)
+    expected = train(
+        soft, before, [tasks_of(each) for each in made], outer_lr=0.01, algo="maml", inner_lr=0.1, inner_steps=1,
+        gamma=1.0 if net == "conv" else 0.2,
+    )  # fmt: skip
+    found = learner.meta_parameters
+    kept = found.keys() - {f"{name.removesuffix('weight')}bias" for name, value in found.items() if value.dim() == 4}
+    assert difference({name: found[name] for name in kept}, {name: expected[name] for name in kept}) < 1e-6
+    learner.evaluate(Source(net), 4)
+    assert len(made) == 2
+
+
+def soft_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean of every class's own cross-entropy, weighted by its probability."""
+    if not targets.is_floating_point():
+        return cross_entropy(outputs, targets)
+    of_classes = torch.logsumexp(outputs, 1, keepdim=True) - outputs
+    return (targets * of_classes).sum(1).mean()
 
 
 def test_gradients_of_mixed_targets_are_mixtures_of_gradients() -> None:
