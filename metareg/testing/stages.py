@@ -55,8 +55,7 @@ def check_shapes(subject: Subject) -> None:
         for call in list_stage_calls(subject, dtype):
             arguments = call.arguments()
             expected = arguments.get("params" if "params" in arguments else "grads")
-            result = call(arguments)
-            result = result[0] if isinstance(result, tuple) else result  # beside a state
+            result = _drop_state(call(arguments))
             if not isinstance(expected, dict) or not isinstance(result, dict):
                 continue
             for name, value in result.items():
@@ -100,7 +99,7 @@ def check_wrong_shapes(subject: Subject) -> None:
                 except (MetaregError, KeyError, RuntimeError, ValueError, IndexError):
                     continue
                 given = arguments.get("params", call.arguments().get("grads"))
-                result = result[0] if isinstance(result, tuple) else result  # beside a state
+                result = _drop_state(result)
                 if isinstance(result, dict) and isinstance(given, dict) and not _fits(result, given):
                     continue  # the stages refuse this result
                 fail(
@@ -122,6 +121,11 @@ def _wrong(value: Any) -> Iterator[tuple[Any, str]]:
     elif isinstance(value, Tensor):
         wider = torch.cat([value, value[:, :1]], 1)
         yield wider, f"features of the shape {tuple(wider.shape)} where they were {tuple(value.shape)}"
+
+
+def _drop_state(result: Any) -> Any:
+    """What a hook returned, without the state beside its tensors."""
+    return result[0] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict) else result
 
 
 def _fits(result: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:

@@ -16,7 +16,7 @@ from metareg.engine.derivative import compute_meta_gradient
 from metareg.errors import MetaregError
 from metareg.learner.batch_runner import compute_outer_loss_weights
 from metareg.learner.learner import MetaLearner
-from metareg.registry.plugins import list_entries, resolve
+from metareg.registry.plugins import Plugin, list_entries, resolve
 from metareg.testing.benches import STEPS, Bench, Descent, Pair, RepeatedTasks, draw_noise, new_generator
 from metareg.testing.check import ROUNDING, CheckFailed, Subject, are_equal, difference, fail, snapshot
 from metareg.testing.steps import compare_pair_steps
@@ -295,7 +295,8 @@ def check_reload(subject: Subject) -> None:
             learner.save(path)
             again = Pair.of(subject)
             # A plugin that no package installs is handed on, and keeps its name.
-            loaded = MetaLearner.load(path, copy.deepcopy(bench.model).double(), algo=again.algorithm)
+            own = {"algo": again.algorithm, "augment": _list_staying(again)}
+            loaded = MetaLearner.load(path, copy.deepcopy(bench.model).double(), **own)
         given = support_x, support_y, 2 * STEPS, support_x
         expected, found = (dict(each.adapt(*given).named_parameters()) for each in (learner, loaded))
         off, name = difference(expected, found)
@@ -305,6 +306,11 @@ def check_reload(subject: Subject) -> None:
                 f"{off:.1e}.",
                 "keep what learns in the dict that init_meta returns, and nothing on self.",
             )
+
+
+def _list_staying(pair: Pair) -> list[Plugin]:
+    """The augmenters that a saved learner holds."""
+    return [each for each in pair.augmenters if not getattr(each.instance, "training_only", True)]
 
 
 def _move_away(meta: dict[str, Tensor]) -> dict[str, Tensor]:
