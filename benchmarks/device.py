@@ -16,7 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -358,6 +358,9 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, help="how many pairs; by default one for each core")
     parser.add_argument("--first-seed", type=int, default=2000)
     parser.add_argument("--out", type=Path, default=RESULTS / "device", help="the folder of device.json and device.md")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="leave out what is compiled, which takes most of the time"
+    )
     arguments = parser.parse_args()
     arguments.minutes = arguments.minutes or (5 if arguments.quick else 12)
     arguments.only = [name for name in PARTS if name in arguments.only]
@@ -377,7 +380,11 @@ def main() -> None:
         # What compiling takes is told for compilers that know nothing yet.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/compiled")
         record = Record(arguments.out, {"machine": machine(1), "minutes": arguments.minutes})
-        session = Session(arguments, QUICK if arguments.quick else FULL, record, began, Path(scratch))
+        size = QUICK if arguments.quick else FULL
+        if arguments.no_compile:
+            cases = [case for case in size.resume_cases if case["strategy"] != "compiled"]
+            size = replace(size, compiled=False, resume_cases=cases)
+        session = Session(arguments, size, record, began, Path(scratch))
         for row in session.run([Job({}, find_device, {"name": arguments.device})], 1, began + 60):
             record.add("device", row)
             arguments.device = row.get("device", "cpu")

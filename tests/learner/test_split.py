@@ -37,6 +37,28 @@ def test_a_head_that_is_not_the_last_is_found(model: nn.Module, head: str, algo:
         learner.step(Episodes(batch.support_x, batch.support_x, batch.query_x, batch.query_x))
 
 
+class Rounded(nn.Module):
+    """Its own forward rounds the features to the 10 bits of TF32, as convolutions do on CUDA."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(2, 5), nn.Linear(5, 2)
+        with torch.no_grad():
+            self.head.weight[1] = self.head.weight[0].roll(1) * torch.tensor([1.0, -1.0, 1.0, -1.0, 0.01])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.body(x)
+        return self.head((features.detach().view(torch.int32) & ~0x1FFF).view(torch.float32))
+
+
+def test_rounding_is_no_other_function() -> None:
+    learner = MetaLearner(Rounded(), loss="mse")
+    x = 100 * torch.randn(64, 2, generator=torch.Generator().manual_seed(1))
+    whole, parts = learner.model.module(x), learner.model.forward(learner.meta_parameters, x)[1]
+    assert not torch.allclose(whole, parts, rtol=1e-3, atol=1e-5)
+    learner.initialize(x)
+
+
 def test_sequential_is_split_before_its_last_layer() -> None:
     relu = nn.ReLU()
     model = nn.Sequential(nn.Linear(2, 5), relu, nn.Linear(5, 5), relu, nn.Linear(5, 1)).double()
