@@ -40,6 +40,10 @@ _NOISE = {
 """The hooks whose `noise` is drawn for each task in training, for each task in evaluation, and for each meta-batch."""
 
 
+_ADAPTING = ("adapted_parameters", "start_task", "inner_loss", "inner_gradient", "inner_update")
+"""The hooks that say how a task is adapted to, where augmenting hooks change it."""
+
+
 class Stages:
     """The stage hooks of an algorithm and its augmenters, which are chained in their order."""
 
@@ -52,6 +56,13 @@ class Stages:
         for augmenter in self.augmenters:
             if not list_hooks(type(augmenter.instance)):
                 raise PluginError(f"The {augmenter.label} implements no hook; mark its methods with @metareg.hookimpl.")
+        for hook in _ADAPTING:
+            for each in self._implementations[hook]:
+                if _is_training_only(each.plugin):
+                    raise PluginError(
+                        f"The {each.plugin.label} implements {hook}: without it, evaluation would adapt otherwise than "
+                        "training; declare training_only = False in its class, so that it stays."
+                    )
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
         self.training_only = frozenset(name for name, plugin in self.plugins.items() if _is_training_only(plugin))
@@ -76,6 +87,10 @@ class Stages:
     def implements(self, hook: str) -> bool:
         """Whether some plugin has an implementation of a hook."""
         return bool(self._implementations[hook])
+
+    def list_owners(self, hook: str) -> list[str]:
+        """The labels of the plugins that implement a hook, in the order in which they are asked."""
+        return [each.plugin.label for each in self._implementations[hook]]
 
     @property
     def changes_inner_loss(self) -> bool:

@@ -243,9 +243,11 @@ def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:
 def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: int, like: Tensor) -> Tensor | None:
     """The weights of the query losses after each inner step ``[inner_steps]``, with the type and device of a tensor.
 
-    None stands for the loss after the last step alone, and where a plugin computes the outer gradient itself.
+    None stands for the loss after the last step alone, and where a plugin gives the outer gradient or objective itself.
     """
-    weights = None if stages.implements("outer_gradient") else stages.outer_loss_weights(inner_steps, training_step)
+    if stages.implements("outer_gradient") or stages.implements("outer_objective"):
+        return None
+    weights = stages.outer_loss_weights(inner_steps, training_step)
     return None if weights is None else torch.tensor(weights, dtype=like.dtype, device=like.device)
 
 

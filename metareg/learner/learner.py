@@ -25,6 +25,7 @@ from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_s
 from metareg.learner.batch_split import BatchSplit, check_same_bits
 from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
 from metareg.learner.file import LearnerFile, write_learner
+from metareg.learner.idle import report_idle
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.model_plugin import resolve_model
 from metareg.learner.optimizer import OuterOptimizer
@@ -105,6 +106,7 @@ class MetaLearner:
         """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
         self._meta = MetaParameters(self.model, self.stages, self.config, self.device)
         self._optimizer = OuterOptimizer(self.stages, self.config)
+        report_idle(self.stages, self.config)
         self._runner = BatchRunner(self.engine, self.config, self.device)
         self.steps_done = 0
         """Training steps taken so far."""

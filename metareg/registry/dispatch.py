@@ -7,6 +7,7 @@ tracer see ordinary calls.
 from __future__ import annotations
 
 import inspect
+import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -22,6 +23,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["Implementation", "create_plugin_manager", "find_hook", "find_implementations", "list_hooks"]
+
+
+_STAGES = ("parameters", "inner", "augmentation", "outer")
+_PARTS = {"algorithms": _STAGES, "augmenters": _STAGES, "observers": ("observers",)}
+"""The parts of the hooks that plugins of each kind implement, where a forgotten `hookimpl` would go unnoticed."""
+_METHODS = (types.FunctionType, staticmethod, classmethod)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,10 @@ def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManag
                 close = nearest(attribute, HOOKS)
                 hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(HOOKS)}."
                 raise PluginError(f"The {plugin.label} implements '{attribute}', which is no hook of metareg{hint}")
+        for name in _list_unmarked(plugin):
+            raise PluginError(
+                f"The {plugin.label} has a method {name} that lacks @metareg.hookimpl: nothing would call it."
+            )
     return manager, named
 
 
@@ -112,6 +123,17 @@ def _list_marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
     """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
     names = (name for name in dir(type(instance)) if _is_marked(inspect.getattr_static(instance, name)))
     return [(name, getattr(instance, name)) for name in names]
+
+
+def _list_unmarked(plugin: Plugin) -> list[str]:
+    """The methods with the name of a hook of the plugin's kind that do not carry `hookimpl`."""
+    cls = type(plugin.instance)
+    found = {
+        name: inspect.getattr_static(cls, name, None)
+        for name, hook in HOOKS.items()
+        if hook.part in _PARTS.get(plugin.kind, ())
+    }
+    return [name for name, each in found.items() if isinstance(each, _METHODS) and not _is_marked(each)]
 
 
 def _is_marked(attribute: Any) -> bool:

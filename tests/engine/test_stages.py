@@ -50,7 +50,7 @@ def plugin(hook: str, returned: Any) -> type:
     methods = {hook: hookimpl(namespace[hook])}
     if hook == "draw_noise":
         methods["augment_inner_gradient"] = hookimpl(lambda self, grads, noise: grads)
-    return type("Mine", (), methods)
+    return type("Mine", (), {**methods, "training_only": False})
 
 
 @pytest.mark.parametrize("strategy", ["serial", "vectorized"])
@@ -118,10 +118,52 @@ def test_an_algorithm_without_an_inner_update() -> None:
         run(plugin("augment_outer_gradient", lambda grads: grads))
 
 
-@pytest.mark.parametrize("augmenter", [object, {"gamma": 1}, type("Unmarked", (), {"inner_update": lambda self: None})])
+@pytest.mark.parametrize("augmenter", [object, {"gamma": 1}])
 def test_an_augmenter_without_hooks(augmenter: Any) -> None:
     with pytest.raises(Exception, match=r"implements no hook|An augmenter is a name"):
         run(Sound, augmenter)
+
+
+class Undecorated(Sound):
+    """Overrides a hook and forgets the decorator."""
+
+    def inner_update(self, params: Tensors) -> Tensors:
+        return params
+
+
+class Unmarked:
+    """Has a hook and a static method that was meant as one."""
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: Tensors) -> Tensors:
+        return grads
+
+    @staticmethod
+    def augment_outer_loss(features: Tensor) -> Tensor:
+        return features.sum()
+
+
+@pytest.mark.parametrize(
+    ("plugins", "sentence"),
+    [
+        ([Undecorated], "algorithm 'undecorated' has a method inner_update that lacks @metareg.hookimpl"),
+        ([Sound, Unmarked], "augmenter 'unmarked' has a method augment_outer_loss that lacks @metareg.hookimpl"),
+    ],
+)
+def test_a_forgotten_decorator(plugins: list[type], sentence: str) -> None:
+    with pytest.raises(PluginError, match=sentence):
+        run(*plugins)
+
+
+@pytest.mark.parametrize("hook", ["adapted_parameters", "start_task", "inner_loss", "inner_gradient", "inner_update"])
+def test_an_augmenter_of_training_cannot_adapt_otherwise_than_evaluation(hook: str) -> None:
+    namespace: dict[str, Any] = {}
+    exec(f"def {hook}(self):\n    return None", namespace)
+    adapting = type("Adapting", (), {hook: hookimpl(namespace[hook])})
+    with pytest.raises(PluginError, match=f"'adapting' implements {hook}.*training_only = False") as error:
+        run(Sound, adapting)
+    assert error.value.exit_code == 2
+    run(Sound, type("Adapting", (adapting,), {"training_only": False}))
 
 
 def test_a_static_method_as_a_hook() -> None:
@@ -258,6 +300,8 @@ def test_augmenter_named_like_the_algorithm(tmp_path: Path) -> None:
 
 def test_the_plugin_given_last_decides_first() -> None:
     class Stays:
+        training_only = False
+
         @hookimpl
         def inner_update(self, params: Tensors) -> Tensors:
             return params
@@ -267,18 +311,22 @@ def test_the_plugin_given_last_decides_first() -> None:
     loss, _ = learner.meta_gradient(episodes("mlp"))
     zero = learner.evaluate(Repeated(), 3, inner_steps=[0]).mean(0)
     assert loss.item() == pytest.approx(zero)
-    # Evaluation and adaptation are the algorithm's alone.
-    assert not learner.adapt(x, y).head.bias.equal(learner.meta_parameters["head.bias"])
+    assert learner.adapt(x, y).head.bias.equal(learner.meta_parameters["head.bias"])
 
 
 @pytest.mark.parametrize(("order", "asked"), [({}, False), ({"tryfirst": True}, True)], ids=["as given", "tryfirst"])
 def test_an_implementation_that_asks_to_be_first_decides(order: dict[str, bool], asked: bool) -> None:
     class Eager:
+        training_only = False
+
         @hookimpl(**order)
         def inner_update(self, params: Tensors) -> Tensors:
             return params
 
-    still = [run(Sound, *augmenters).meta_parameters for augmenters in ([Eager, Sound], [Eager])]
+    class Again(Sound):
+        training_only = False
+
+    still = [run(Sound, *augmenters).meta_parameters for augmenters in ([Eager, Again], [Eager])]
     assert all(still[0][name].equal(value) for name, value in still[1].items()) is asked
 
 
@@ -515,3 +563,83 @@ def test_tasks_that_get_lost_are_refused(change: Any, sentence: str) -> None:
 
     with pytest.raises(PluginError, match=f"'losing' broke the contract of augment_episodes: .*{sentence}"):
         run(Sound, Losing)
+
+
+# ---------------------------------------------------------------------------------------------- what stays, and what is idle
+
+
+def test_an_algorithms_own_augmentation_stays_in_evaluation() -> None:
+    class Steeper(Sound):
+        @hookimpl
+        def augment_inner_gradient(self, grads: Tensors) -> Tensors:
+            return {name: 3 * value for name, value in grads.items()}
+
+    steeper, plain = run(Steeper), MetaLearner(MLP(), "maml", loss="mse", inner_lr=0.3)
+    plain.step(episodes("mlp"))
+    assert_same_step(steeper, plain)
+    scores = [learner.evaluate(Repeated(), 3, inner_steps=[2]).scores for learner in (steeper, plain)]
+    torch.testing.assert_close(*scores, rtol=1e-9, atol=0)
+
+
+class Own(Sound):
+    """An outer optimiser, weights, an objective and a learned inner loss, all at once."""
+
+    @hookimpl
+    def outer_update(self, meta: Tensors, state: dict[str, Any]) -> Any:
+        return {name: value + 0 for name, value in meta.items()}, state
+
+    @hookimpl
+    def outer_loss_weights(self, inner_steps: int) -> list[float]:
+        return [1.0] * inner_steps
+
+    @hookimpl
+    def outer_objective(self, adapted: Tensors) -> Tensor:
+        return adapted["head.bias"].square().sum()
+
+    @hookimpl
+    def inner_loss(self, outputs: Tensor) -> Tensor:
+        return outputs.square().mean()
+
+
+class First:
+    @hookimpl
+    def combine_tasks(self, grads: Tensors) -> Tensors:
+        return {name: value[0] for name, value in grads.items()}
+
+
+class Reptilian:
+    @hookimpl
+    def outer_gradient(self, meta: Tensors) -> Tensors:
+        return {name: value * 1.0 for name, value in meta.items()}
+
+
+def test_what_has_no_effect_is_said_in_one_line_each(caplog: pytest.LogCaptureFixture) -> None:
+    MetaLearner(MLP(), Own, [First, "pcgrad", Reptilian], loss="mse", outer_lr=0.5, first_order=True, inner_steps=2)
+    assert caplog.messages == [
+        "outer_lr = 0.5 has no effect: the algorithm 'own' has an outer update of its own.",
+        "With first_order, what the algorithm 'own' learns for its inner_loss gets no gradient through it.",
+        "The outer_objective of the algorithm 'own' has no effect beside the outer_gradient of the augmenter 'reptilian'.",
+        "The outer_loss_weights of the algorithm 'own' have no effect beside the outer_gradient of the augmenter "
+        "'reptilian'.",
+        "The combine_tasks of the augmenter 'first' has no effect where that of the augmenter 'pcgrad' gives a result.",
+    ]
+    caplog.clear()
+    MetaLearner(MLP(), Own, loss="mse")
+    assert [message.partition(" beside ")[2] for message in caplog.messages] == [
+        "the outer_objective of the algorithm 'own'."
+    ]
+    caplog.clear()
+    MetaLearner(MLP(), "mamlpp", ["cml"], loss="mse", outer_lr=0.5, first_order=True)
+    assert caplog.messages == []
+
+
+def test_weights_have_no_effect_beside_an_objective() -> None:
+    class Weighted(Own):
+        @hookimpl
+        def outer_loss_weights(self, inner_steps: int) -> list[float]:
+            return [1000.0] * inner_steps
+
+    (one, _), (other, _) = (
+        MetaLearner(MLP(), algo, loss="mse", inner_steps=2).meta_gradient(episodes("mlp")) for algo in (Own, Weighted)
+    )
+    assert one.equal(other)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from learners import Source
 
-from metareg import Episodes, MetaLearner, UsageError, hookimpl
+from metareg import Episodes, MetaLearner, PluginError, UsageError, hookimpl
 from reference import difference
 from samples import MLP, episodes, tasks_of
 
@@ -47,6 +47,15 @@ def test_fit_on_tasks_of_unequal_sizes_equals_single_steps() -> None:
     for step in range(4):
         single.step(source.episodes("train", range(3 * step, 3 * step + 3)))
     assert difference(fitted.meta_parameters, single.meta_parameters) < 1e-12
+
+
+def test_an_observer_whose_decorator_is_forgotten_is_refused() -> None:
+    class Deaf:
+        def on_step(self, step: int) -> None:
+            raise AssertionError(step)
+
+    with pytest.raises(PluginError, match="observer 'deaf' has a method on_step that lacks @metareg.hookimpl"):
+        MetaLearner(MLP(), loss="mse").fit(Source(), 1, observers=[Deaf()])
 
 
 def test_observers_hear_of_steps_and_validations() -> None:

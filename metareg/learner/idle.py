@@ -1,0 +1,44 @@
+"""What a learner is given that has no effect beside the rest: each is said in one line."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+from metareg.engine.stages import Stages
+from metareg.learner.config import LearnerConfig
+
+__all__ = ["report_idle"]
+
+log = logging.getLogger("metareg")
+
+_OUTER = ("combine_tasks", "outer_gradient", "outer_objective", "outer_update")
+
+
+def report_idle(stages: Stages, config: LearnerConfig) -> None:
+    """Log a warning for each option and hook that the learner's plugins make idle."""
+    for sentence in _find_idle(stages, config):
+        log.warning(sentence)
+
+
+def _find_idle(stages: Stages, config: LearnerConfig) -> Iterator[str]:
+    owners = {hook: stages.list_owners(hook) for hook in (*_OUTER, "inner_loss", "outer_loss_weights")}
+    owner = {hook: listed[0] for hook, listed in owners.items() if listed}
+    if "outer_update" in owner and config.outer_lr != LearnerConfig.model_fields["outer_lr"].default:
+        yield f"outer_lr = {config.outer_lr:g} has no effect: the {owner['outer_update']} has an outer update of its own."
+    if "inner_loss" in owner and config.first_order:
+        yield f"With first_order, what the {owner['inner_loss']} learns for its inner_loss gets no gradient through it."
+    if "outer_gradient" in owner and "outer_objective" in owner:
+        yield (
+            f"The outer_objective of the {owner['outer_objective']} has no effect beside the outer_gradient of the "
+            f"{owner['outer_gradient']}."
+        )
+    instead = next((hook for hook in ("outer_gradient", "outer_objective") if hook in owner), None)
+    if instead and stages.outer_loss_weights(config.inner_steps, 0) is not None:
+        yield (
+            f"The outer_loss_weights of the {owner['outer_loss_weights']} have no effect beside the {instead} "
+            f"of the {owner[instead]}."
+        )
+    for hook in _OUTER:
+        for other in owners[hook][1:]:
+            yield f"The {hook} of the {other} has no effect where that of the {owner[hook]} gives a result."
