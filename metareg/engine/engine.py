@@ -64,6 +64,10 @@ class Engine:
         self._programs: dict[Any, Program] = {}
         self._log_names: tuple[str, ...] = ()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy and a pickle trace anew: what a program replays is bound to the model that it was traced from."""
+        return {**self.__dict__, "_programs": {}}
+
     def gradient(
         self,
         meta: Tensors,

@@ -23,18 +23,40 @@ def cheapen_second_derivative(layer: nn.Module) -> nn.Module:
     """A copy of a BatchNorm layer that computes the same; parameters are shared.
 
     Args:
-        layer: with weight and bias, without running statistics.
+        layer: an `nn.BatchNorm1d`, `2d` or `3d` with weight and bias, without running statistics.
     """
-    shell, plain = copy.copy(layer), layer.forward
+    shell = copy.copy(layer)
+    shell.__class__ = _CHEAP[type(layer)]
+    return shell
 
-    def forward(x: Tensor) -> Tensor:
+
+class _CheapForward:
+    """The forward of a BatchNorm layer whose second derivative is cheap."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
         if x.dim() < 2 or _count_per_channel(x) == 1:
-            return plain(x)  # raises, and says why
-        outputs: Tensor = _Normalise.apply(x, shell.weight, shell.bias, shell.eps)[0]
+            nn.BatchNorm2d.forward(self, x)  # raises, and says why, for all three
+        outputs: Tensor = _Normalise.apply(x, self.weight, self.bias, self.eps)[0]
         return outputs
 
-    shell.forward = forward
-    return shell
+
+class _BatchNorm1d(_CheapForward, nn.BatchNorm1d):
+    pass
+
+
+class _BatchNorm2d(_CheapForward, nn.BatchNorm2d):
+    pass
+
+
+class _BatchNorm3d(_CheapForward, nn.BatchNorm3d):
+    pass
+
+
+_CHEAP: dict[type, type] = {
+    nn.BatchNorm1d: _BatchNorm1d,
+    nn.BatchNorm2d: _BatchNorm2d,
+    nn.BatchNorm3d: _BatchNorm3d,
+}
 
 
 class _Normalise(Function):

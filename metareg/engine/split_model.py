@@ -6,6 +6,7 @@ import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Mapping
+from threading import RLock
 from typing import Any
 
 import torch
@@ -66,6 +67,8 @@ class SplitModel:
         self._neck = nn.Identity() if not self._last_linear else _remove(self._head, self._last_linear)
         """The head without its last layer."""
         self._support_norms: dict[int, tuple[nn.Module, nn.Module]] = {}
+        self._lock = RLock()
+        """Held where the modules are in use: `functional_call` puts values into them for the time of a call."""
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trainable:
@@ -96,6 +99,13 @@ class SplitModel:
                 "into one of them, or name the head's submodule with head=…"
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A lock is nothing that could be copied or pickled."""
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=RLock())
+
     @property
     def has_head(self) -> bool:
         """Whether it is known which part is the head."""
@@ -107,21 +117,22 @@ class SplitModel:
 
     def constants(self) -> dict[str, Tensor]:
         """What is not passed as an argument, by name: buffers and frozen parameters."""
-        trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
-        return {name: value for name, value in self.module.state_dict().items() if name not in trainable}
+        with self._lock:
+            trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
+            return {name: value for name, value in self.module.state_dict().items() if name not in trainable}
 
     def body(self, params: Params, x: Any) -> Tensor:
         """Features ``[examples, …]`` of inputs ``[examples, …]``."""
-        return _call(self._body, params, self._in_body, x)
+        return self._call(self._body, params, self._in_body, x)
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
-        return _call(self._head, params, self._in_head, features)
+        return self._call(self._head, params, self._in_head, features)
 
     def embed(self, params: Params, features: Tensor) -> Tensor:
         """What the head's last layer takes ``[examples, …]``, of features ``[examples, …]``."""
         places = {place: first for place, first in self._in_head.items() if not self._is_in_last_linear(place)}
-        return _call(self._neck, params, places, features)
+        return self._call(self._neck, params, places, features)
 
     @property
     def output_layer(self) -> tuple[str, str | None]:
@@ -153,7 +164,7 @@ class SplitModel:
         examples = int(tree_leaves(support_x)[0].shape[0])
         body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
-        features = _call(body, params, self._in_body, both)
+        features = self._call(body, params, self._in_body, both)
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
@@ -161,7 +172,7 @@ class SplitModel:
         examples = support_features.shape[0]
         _, head = self._find_support_norms(examples)
         both = torch.cat([support_features, query_features])
-        return _call(head, params, self._in_head, both)[examples:]
+        return self._call(head, params, self._in_head, both)[examples:]
 
     def create_adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
         """An ordinary module of the user's own class with these parameters, in evaluation mode.
@@ -171,7 +182,8 @@ class SplitModel:
             statistics_of: inputs ``[examples, …]`` whose statistics the BatchNorm layers are to use from now on; None to
                 use those of each batch.
         """
-        module = copy.deepcopy(self.module)
+        with self._lock:
+            module = copy.deepcopy(self.module)
         own = dict(module.named_parameters())
         for name in self.names:
             own[name].data = params[name].detach().clone()
@@ -190,7 +202,7 @@ class SplitModel:
         # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
         x = tree_map(torch.Tensor.contiguous, x)
         with torch.no_grad():
-            whole = _call(self.module, params, self._in_module, x)
+            whole = self._call(self.module, params, self._in_module, x)
             try:
                 _, parts = self.forward(params, x)
             except (RuntimeError, IndexError):
@@ -204,6 +216,14 @@ class SplitModel:
     def to(self, device: torch.device) -> None:
         """Move what is not passed as an argument (buffers, frozen parameters)."""
         self.module.to(device)
+
+    def _call(self, module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
+        """A submodule's outputs with parameters, which `names` gives by their places in it."""
+        values = {place: params[name] for place, name in names.items()}
+        # Every place of a tied weight is among the names; looking for others would find a submodule that stands twice.
+        with self._lock:
+            outputs: Tensor = functional_call(module, values, (x,), tie_weights=False)
+        return outputs
 
     def _refuse_dropout(self) -> None:
         for name, module in self.module.named_modules():
@@ -368,11 +388,3 @@ def _drop_repeated_places(module: nn.Module, names: Mapping[str, str]) -> dict[s
         owner, _, attribute = name.rpartition(".")
         places.setdefault((id(module.get_submodule(owner)), attribute), name)
     return {name: names[name] for name in places.values()}
-
-
-def _call(module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
-    """A submodule's outputs with parameters, which `names` gives by their places in it."""
-    values = {place: params[name] for place, name in names.items()}
-    # Every place of a tied weight is among the names. Looking for others would find those of a submodule that stands twice.
-    outputs: Tensor = functional_call(module, values, (x,), tie_weights=False)
-    return outputs

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from torch import Tensor, nn
 
 from metareg import DivergenceError, Episodes, MetaLearner, TaskSpec, hookimpl
 from metareg.learner.config import LearnerConfig
-from samples import LOSSES, MLP, MODELS, episodes
+from samples import LOSSES, MLP, MODELS, ConvNet, episodes
 
 
 def state(model: nn.Module) -> dict[str, Any]:
@@ -137,3 +140,41 @@ def test_the_constructor_and_its_help_have_every_option(name: str) -> None:
     assert parameter.default == LearnerConfig.model_fields[name].default
     assert parameter.kind is parameter.KEYWORD_ONLY
     assert f"{name}: {LearnerConfig.model_fields[name].description}" in (MetaLearner.__doc__ or "")
+
+
+@pytest.mark.parametrize(
+    "make", [copy.deepcopy, lambda learner: pickle.loads(pickle.dumps(learner))], ids=["copy", "pickle"]
+)
+def test_a_copy_learns_on_by_itself(make: Any) -> None:
+    learner = MetaLearner(ConvNet(), "anil", ["cml"], strategy="vectorized", bn_statistics="support", inner_lr=0.3)
+    batch = episodes("conv")
+    for _ in range(2):
+        learner.step(batch)
+    twin = make(learner)
+    before = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    (loss, grads), (other_loss, other_grads) = learner.meta_gradient(batch), twin.meta_gradient(batch)
+    assert loss.equal(other_loss)
+    assert same(grads, other_grads)
+    twin.step(batch)
+    assert same(learner.meta_parameters, before)
+    learner.step(batch)
+    assert same(learner.meta_parameters, twin.meta_parameters)
+
+
+def test_several_threads_use_one_learner() -> None:
+    learner = MetaLearner(ConvNet(), inner_lr=0.3, inner_steps=3, strategy="serial")
+    learner.step(episodes("conv"))
+    x, y, query_x, _ = episodes("conv", 16).parts
+
+    def predict(task: int) -> Tensor:
+        return learner.adapt(x[task], y[task])(query_x[task]).detach()
+
+    expected = [predict(task) for task in range(16)]
+    before, scores = learner.state()["meta"], learner.evaluate(Source("conv"), 3).scores
+    with ThreadPoolExecutor(4) as pool:
+        evaluations = [pool.submit(learner.evaluate, Source("conv"), 3) for _ in range(2)]
+        found = list(pool.map(predict, range(16)))
+    assert all(one.equal(other) for one, other in zip(found, expected, strict=True))
+    assert all(each.result().scores.equal(scores) for each in evaluations)
+    assert same(learner.state()["meta"], before)
+    assert learner.model.initial_parameters().keys() == before.keys()
