@@ -79,3 +79,15 @@ def test_one_inner_step_has_the_models_own_batch_norm() -> None:
         return params
 
     check_training("conv", "mamlpp", WrittenOut(adapt_once), CONFIG, inner_steps=1)
+
+
+@pytest.mark.parametrize("strategy", ["serial", "traced"])
+def test_derivative_order_annealing(strategy: str) -> None:
+    calls = itertools.count()
+
+    def objective(net: Net, meta: Tensors, task: Task, steps: int) -> Tensor:
+        first_order = next(calls) // TASKS < 2  # the third training step is of second order
+        return query_loss(net, follow(net, meta, task, steps, first_order)[-1], task)
+
+    written = WrittenOut(adapt, objective=objective)
+    check_training("mlp", "mamlpp", written, CONFIG | {"first_order_steps": 2}, inner_steps=K, strategy=strategy)
