@@ -113,7 +113,8 @@ def scores(
 
 def check_training(
     net: str, name: str | type, algo: WrittenOut, config: Mapping[str, Any], *, cml: bool = False, inner_steps: int = 2,
-    evaluate: Sequence[int] = (0, 1, 4), model: tuple[Callable[[], nn.Module], Net] | None = None, **options: Any,
+    evaluate: Sequence[int] = (0, 1, 4), augment: Sequence[Any] = (),
+    model: tuple[Callable[[], nn.Module], Net] | None = None, **options: Any,
 ) -> MetaLearner:  # fmt: skip
     """Compare some training steps of an algorithm, and its scores after them, with the loop; returns the learner.
 
@@ -125,10 +126,11 @@ def check_training(
         cml: whether CML is beside it.
         inner_steps: adaptation steps in training.
         evaluate: numbers of adaptation steps of the evaluation.
+        augment: augmenters that `algo` has written out, beside CML.
         model: another one than the net's, and the same written out.
         options: of the learner, as its strategy.
     """
-    augment = [("cml", {"gamma": GAMMA})] if cml else []
+    augment = [*augment, *([("cml", {"gamma": GAMMA})] if cml else [])]
     build, functions = model or (MODELS[net], NETS[net])
     learner = MetaLearner(
         build(), name, augment, loss=LOSSES[net], algo_config=config, inner_steps=inner_steps, outer_lr=OUTER_LR,

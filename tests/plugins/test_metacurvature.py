@@ -35,3 +35,31 @@ def adapt(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
 @pytest.mark.parametrize(("net", "cml", "options"), WAYS)
 def test_training_equals_the_loop(net: str, cml: bool, options: dict[str, Any]) -> None:
     check_training(net, "metacurvature", WrittenOut(adapt), {"inner_lr": LR}, cml=cml, **options)
+
+
+def adapt_by_adam(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
+    """`inner-adam` on transformed gradients."""
+    params = model_parameters(meta)
+    m = {name: torch.zeros_like(value) for name, value in params.items()}
+    v = {name: torch.zeros_like(value) for name, value in params.items()}
+    for step in range(1, steps + 1):
+        grads = support_gradient(net, params, list(params), task)
+        grads = {name: transform(meta, name, grad) for name, grad in grads.items()}
+        m = {name: 0.9 * m[name] + 0.1 * grads[name] for name in params}
+        v = {name: 0.999 * v[name] + 0.001 * grads[name] ** 2 for name in params}
+        params = {
+            name: value - LR * (m[name] / (1 - 0.9**step)) / torch.sqrt(v[name] / (1 - 0.999**step) + 1e-2**2)
+            for name, value in params.items()
+        }
+    return params
+
+
+@pytest.mark.parametrize(("net", "cml", "options"), WAYS[:-1])
+@pytest.mark.parametrize(
+    ("name", "adapt", "config"),
+    [("maml", adapt, {"inner_lr": LR}), ("inner-adam", adapt_by_adam, {"inner_lr": LR, "epsilon": 1e-2})],
+)
+def test_the_augmenter_stays_beside_other_algorithms(
+    net: str, cml: bool, options: dict[str, Any], name: str, adapt: Any, config: dict[str, float]
+) -> None:
+    check_training(net, name, WrittenOut(adapt), config, augment=["metacurvature"], cml=cml, **options)
