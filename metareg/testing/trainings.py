@@ -295,8 +295,8 @@ def check_reload(subject: Subject) -> None:
             learner.save(path)
             again = Pair.of(subject)
             # A plugin that no package installs is handed on, and keeps its name.
-            own = {"algo": again.algorithm, "augment": _list_staying(again)}
-            loaded = MetaLearner.load(path, copy.deepcopy(bench.model).double(), **own)
+            model, staying = copy.deepcopy(bench.model).double(), _list_staying(again)
+            loaded = MetaLearner.load(path, model, algo=again.algorithm, augment=staying)
         given = support_x, support_y, 2 * STEPS, support_x
         expected, found = (dict(each.adapt(*given).named_parameters()) for each in (learner, loaded))
         off, name = difference(expected, found)
