@@ -70,14 +70,17 @@ class LEO:
         self.config = config
 
     @hookimpl
-    def init_meta(self, model: nn.Module, output_layer: tuple[str, str | None]) -> dict[str, Tensor]:
-        weight, size = model.get_parameter(output_layer[0]), self.config.latents
-        features = weight.shape[1]
+    def init_meta(self, model: nn.Module, output_layer: tuple[str, str | None], inner_steps: int) -> dict[str, Tensor]:
+        config, weight = self.config, model.get_parameter(output_layer[0])
+        size, features = config.latents, weight.shape[1]
         shapes = {"encoder": (size, features), "decoder": (2 * features, size)}
         shapes |= {f"relation.{layer}": (2 * size, 2 * size) for layer in range(3)}
-        networks = {name: nn.init.xavier_uniform_(torch.empty(shape)).to(weight) for name, shape in shapes.items()}
-        rates = {"code_lr": (size, self.config.code_lr), "weight_lr": (features, self.config.weight_lr)}
-        return networks | {name: weight.new_full((length,), rate) for name, (length, rate) in rates.items()}
+        meta = {name: nn.init.xavier_uniform_(torch.empty(shape)).to(weight) for name, shape in shapes.items()}
+        if config.code_steps > 0:
+            meta["code_lr"] = weight.new_full((size,), config.code_lr)
+        if inner_steps > config.code_steps:  # or evaluation alone may get there
+            meta["weight_lr"] = weight.new_full((features,), config.weight_lr)
+        return meta
 
     @hookimpl
     def adapted_parameters(self, output_layer: tuple[str, str | None]) -> tuple[str]:
@@ -85,7 +88,7 @@ class LEO:
 
     @hookimpl
     def draw_noise(self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, stage: str) -> Any:
-        if stage == "adapt":
+        if stage != "task":
             return None
         ((classes, features),) = shapes.values()
         widths = {"code": self.config.latents, "weight": features}
@@ -115,7 +118,7 @@ class LEO:
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         ((weight, gradient),) = grads.items()
         if step >= self.config.code_steps:
-            return {weight: params[weight] - meta["weight_lr"] * gradient}, state
+            return {weight: params[weight] - meta.get("weight_lr", self.config.weight_lr) * gradient}, state
         pull_back = torch.func.vjp(lambda code: _decode(code, meta, noise), state["code"])[1]
         (gradient,) = pull_back(gradient)
         code = state["code"] - meta["code_lr"] * gradient
