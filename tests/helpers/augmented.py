@@ -74,7 +74,7 @@ def check_augmenter(
     evaluation = learner.evaluate(source, 5, inner_steps=wanted)
     tasks = tasks_of(source.episodes("test", range(5)))
     algo = WrittenOut(adapt=written.adapt if written.stays else adapt_plainly)
-    by_hand = scores(net, model_parameters(found), algo, tasks, wanted)
+    by_hand = scores(NETS[net], model_parameters(found), algo, tasks, wanted)
     torch.testing.assert_close(evaluation.scores.double(), by_hand, rtol=TOLERANCE, atol=TOLERANCE)
     return wrong
 
