@@ -96,7 +96,8 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_on
     """The metric before and after each number of inner steps; by predictions one by one too, where these differ."""
     better = "higher" if evaluation.higher_is_better else "lower"
     statistics = "" if evaluation.bn_statistics == "none" else f", BatchNorm {evaluation.bn_statistics}"
-    title = f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics})"
+    predictor = "" if evaluation.predictor == "head" else f", predicted by {evaluation.predictor}"
+    title = f"{split.capitalize()} over {evaluation.tasks} tasks ({better} is better{statistics}{predictor})"
     table = Table(title=title, title_justify="left")
     table.add_column("inner steps", justify="right")
     table.add_column(evaluation.metric, justify="right")

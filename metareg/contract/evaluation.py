@@ -26,6 +26,7 @@ class Evaluation:
         inner_steps: the numbers of inner steps, ascending.
         scores: ``[tasks, len(inner_steps)]``, in the order of the tasks' numbers.
         bn_statistics: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
+        predictor: what made the predictions: ``"head"``, or the name of the plugin that did (its hook `predict`).
     """
 
     metric: str
@@ -33,6 +34,7 @@ class Evaluation:
     inner_steps: tuple[int, ...]
     scores: Tensor
     bn_statistics: str
+    predictor: str = "head"
 
     former_names: ClassVar[Mapping[str, str]] = {"norm": "bn_statistics"}
     """Names that results once had, as in `PluginConfig`."""
@@ -60,7 +62,7 @@ class Evaluation:
         ]  # fmt: skip
         return {
             "metric": self.metric, "higher_is_better": self.higher_is_better, "bn_statistics": self.bn_statistics,
-            "steps": steps,
+            "predictor": self.predictor, "steps": steps,
         }  # fmt: skip
 
     @classmethod
@@ -74,6 +76,7 @@ class Evaluation:
             tuple(each["inner_steps"] for each in steps),
             torch.tensor([each["scores"] for each in steps], dtype=torch.float64).T,
             content["bn_statistics"],
+            content.get("predictor", "head"),
         )
 
     def __str__(self) -> str:

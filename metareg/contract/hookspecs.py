@@ -456,6 +456,24 @@ def outer_update(
     """
 
 
+@_hook("evaluation", Reduction.FIRST)
+def predict(features: Tensor, support_features: Tensor | None, meta: dict[str, Tensor]) -> Tensor:
+    """What is predicted in evaluation and by adapted modules, in the place of the head's outputs (CML's co-learner).
+
+    Results name the plugin that answers. The head is no part of what it predicts: in evaluation and adaptation the inner
+    loop leaves the head's parameters as `start_task` gave them, and adapts the body alone.
+
+    Args:
+        features: the adapted body's features ``[query, …]``.
+        support_features: those of the support set ``[examples, …]`` where it alone may decide statistics
+            (``bn_statistics="support"``); None otherwise.
+        meta: this plugin's own meta-parameters.
+
+    Returns:
+        Outputs ``[query, outputs]``.
+    """
+
+
 @_hook("tasks and models", Reduction.FIRST)
 def episodes(split: str, indices: Sequence[int], seed: int) -> Episodes | list[Episodes] | None:
     """The tasks number `indices` of a split: a pure function of its arguments, whatever was asked for before.

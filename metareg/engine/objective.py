@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import grad
 
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.context import Adaptation, Task, TaskContext, TaskOptions, Tensors
+from metareg.engine.plugin_head import PluginHead
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.errors import PluginError, UsageError
@@ -211,20 +212,56 @@ class TaskFunctions:
         """The adaptation after `steps` steps."""
         adaptation = self.start(context)
         for step in range(steps):
-            adaptation = self.inner_step(adaptation, context, step)
+            adaptation = self.evaluation_step(adaptation, context, step)
         return adaptation
+
+    def evaluation_step(self, adaptation: Adaptation, context: TaskContext, step: int) -> Adaptation:
+        """`inner_step`, which leaves the head as it is where a plugin predicts in its place."""
+        after = self.inner_step(adaptation, context, step)
+        if self.stages.predictor is None:
+            return after
+        head = {name: value for name, value in adaptation.params.items() if name in self.model.head_names}
+        return after._replace(params={**after.params, **head})
 
     def predict(self, adapted: Tensors, context: TaskContext) -> tuple[Tensor, Tensor]:
         """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
         params = self.lower({**context.meta, **adapted})
-        if self.support_statistics:
-            features = context.features or self.model.body_of_query(params, context.support_x, context.query_x)
-            query_features, outputs = features[1], self.model.head_of_query(params, *features)
-        elif len(context.features) == 2:
-            query_features, outputs = context.features[1], self.model.head(params, context.features[1])
+        support_features, features = self._extract_query(params, context)
+        if support_features is None:
+            outputs = self.model.head(params, features)
         else:
-            query_features, outputs = self.model.forward(params, context.query_x)
-        return query_features, self.restore(outputs, context)
+            outputs = self.model.head_of_query(params, support_features, features)
+        return features, self.restore(outputs, context)
+
+    def evaluate_query(self, adapted: Tensors, context: TaskContext) -> Tensor:
+        """The outputs for the query set in evaluation: the head's, or those of the plugin that predicts."""
+        if self.stages.predictor is None:
+            return self.predict(adapted, context)[1]
+        params = self.lower({**context.meta, **adapted})
+        support_features, features = self._extract_query(params, context)
+        return self.restore(self.stages.predict(features, support_features, params), context)
+
+    def create_module(self, params: Tensors, statistics_of: Any = None) -> nn.Module:
+        """An ordinary module with some values of the meta-parameters, which predicts as evaluation does.
+
+        Args:
+            params: every meta-parameter, adapted ones among them.
+            statistics_of: as in `SplitModel.create_adapted_module`.
+        """
+        head = None
+        if self.stages.predictor is not None:
+            features = None if statistics_of is None else self.model.body(params, statistics_of)
+            head = PluginHead(self.stages, params, features)
+        return self.model.create_adapted_module(params, statistics_of, head)
+
+    def _extract_query(self, params: Tensors, context: TaskContext) -> tuple[Tensor | None, Tensor]:
+        """Features of the support set, where it decides statistics, and of the query set."""
+        if self.support_statistics:
+            support, query = context.features or self.model.body_of_query(params, context.support_x, context.query_x)
+            return support, query
+        if len(context.features) == 2:
+            return None, context.features[1]
+        return None, self.model.body(params, context.query_x)
 
     def view_outer(self, adaptation: Adaptation, context: TaskContext) -> _TaskView:
         """The task as the outer stages see it."""
@@ -295,10 +332,10 @@ class TaskFunctions:
         scores = []
         for step in range(inner_steps[-1] + 1):
             if step in inner_steps:
-                _, outputs = self.predict(adaptation.params, context)
+                outputs = self.evaluate_query(adaptation.params, context)
                 scores.append(self.metric(outputs, context.query_y))
             if step < inner_steps[-1]:
-                adaptation = self.inner_step(adaptation, context, step)
+                adaptation = self.evaluation_step(adaptation, context, step)
         return torch.stack(scores)
 
     def lower(self, tree: Any) -> Any:

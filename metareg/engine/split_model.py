@@ -174,13 +174,16 @@ class SplitModel:
         both = torch.cat([support_features, query_features])
         return self._call(head, params, self._in_head, both)[examples:]
 
-    def create_adapted_module(self, params: Params, statistics_of: Any = None) -> nn.Module:
+    def create_adapted_module(
+        self, params: Params, statistics_of: Any = None, head: nn.Module | None = None
+    ) -> nn.Module:
         """An ordinary module of the user's own class with these parameters, in evaluation mode.
 
         Args:
             params: parameters by name.
             statistics_of: inputs ``[examples, …]`` whose statistics the BatchNorm layers are to use from now on; None to
                 use those of each batch.
+            head: what takes the head's place, if anything.
         """
         with self._lock:
             module = copy.deepcopy(self.module)
@@ -189,6 +192,8 @@ class SplitModel:
             own[name].data = params[name].detach().clone()
         if statistics_of is not None:
             _fix_statistics(module, statistics_of)
+        if head is not None:
+            module.set_submodule((self.head_prefix or "").removesuffix("."), head)
         return module.eval()
 
     def check_split(self, params: Params, x: Any) -> None:

@@ -247,6 +247,16 @@ class Stages:
             params=params, grads=grads, meta=meta, step=step, state=state, start=start, noise=noise, task=task,
         )  # fmt: skip
 
+    @property
+    def predictor(self) -> str | None:
+        """The name of the plugin that predicts in the place of the head; None where none does."""
+        return next((each.name for each in self._implementations["predict"]), None)
+
+    def predict(self, features: Tensor, support_features: Tensor | None, meta: Tensors) -> Tensor:
+        """The outputs of the plugin that predicts."""
+        arguments = {"features": features, "support_features": support_features, "meta": meta}
+        return self._reduce("predict", _take_outputs, **arguments)
+
     def augment_outer_loss(
         self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
     ) -> tuple[Tensor | float, Tensors]:
@@ -433,6 +443,13 @@ def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str
     if unknown:
         by.reject(f"it named {unknown}; the model has {', '.join(names)}")
     return tuple(name for name in names if name in set(given))
+
+
+def _take_outputs(features: Tensor, given: Any, by: Implementation) -> Tensor:
+    """The outputs for as many examples as there are features."""
+    if not isinstance(given, Tensor) or given.shape[:1] != features.shape[:1]:
+        by.reject(f"it must return outputs for {features.shape[0]} examples, not {_describe(given)}")
+    return given
 
 
 def _take_term(logs: Tensors, _: Any, given: Any, by: Implementation) -> Tensor:

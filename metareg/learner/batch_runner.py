@@ -212,8 +212,7 @@ class BatchRunner:
         drawn = self._draw_for_adaptation(plain, steps, self._config.seed, [()])
         with torch.no_grad():
             adapted = functions.adapt(functions.prepare(plain, task, drawn[0] if drawn else None), steps).params
-        statistics_of = support_x if bn_statistics == "support" else None
-        return functions.model.create_adapted_module({**plain, **adapted}, statistics_of)
+            return functions.create_module({**plain, **adapted}, support_x if bn_statistics == "support" else None)
 
 
 def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:

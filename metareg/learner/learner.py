@@ -119,6 +119,11 @@ class MetaLearner:
         return _check_statistics(self.config.bn_statistics, self.model)
 
     @property
+    def predictor(self) -> str:
+        """What predicts in evaluation and in adapted modules: ``"head"``, or the name of the plugin that does."""
+        return self.engine.plain.stages.predictor or "head"
+
+    @property
     def strategy(self) -> Strategy | None:
         """The strategy in use; None while ``"auto"`` has not chosen."""
         return self._runner.strategy
@@ -238,7 +243,8 @@ class MetaLearner:
             self._meta, TaskSource.of(task_source), split, tasks, seed, wanted, statistics
         )
         check_same_bits(self.processes, self._meta.tensors, self.steps_done)
-        return Evaluation(self.metric.name, self.metric.higher_is_better, wanted, scores, statistics)
+        metric = self.metric
+        return Evaluation(metric.name, metric.higher_is_better, wanted, scores, statistics, self.predictor)
 
     def adapt(
         self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None, *, bn_statistics: str = "support"

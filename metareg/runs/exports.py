@@ -45,7 +45,7 @@ def export(
     if to.suffix != ".pt2":
         raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
     if support is None:
-        module = learner.model.create_adapted_module(learner.meta_parameters)
+        module = learner.engine.plain.create_module(learner.plain_meta_parameters)
         bn_statistics = "transductive"
         if learner.model.batch_norms:
             log.warning(

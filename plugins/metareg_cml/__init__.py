@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -28,6 +30,10 @@ class CML:
 
     Where the inner loop leaves the body as it is (ANIL), f says nothing of the task: labels that are permuted from task to
     task do not reach ψ, which stays at chance.
+
+    With ``predictor="colearner"`` it stays instead, and predicts in evaluation and in adapted modules: the paper's CML†. The
+    inner loop of evaluation then adapts the body alone, by the head's support loss, as in the authors' code (Eq. 9 of the
+    paper has the co-learner's). Training is the same.
 
     With ``frozen=True`` ψ keeps its initial values, the paper's control of random noise (Fig. 3a).
 
@@ -60,11 +66,21 @@ class CML:
             ge=1,
             description="Hidden width of the co-learner; unset, that of the features (128 at most for vectors).",
         )
+        # Not searched: two answers to compare, not one to choose.
+        predictor: Literal["head", "colearner"] = Field(
+            "head",
+            description="What predicts in evaluation: the adapted head, or the co-learner on the adapted body (CML†).",
+        )
         # Not searched: a control is no setting to choose.
         frozen: bool = Field(False, description="Keep the co-learner at its initial values: a control.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
+
+    @property
+    def training_only(self) -> bool:
+        """Whether the co-learner is dropped after training."""
+        return self.config.predictor == "head"
 
     @hookimpl
     def init_meta(
@@ -95,12 +111,25 @@ class CML:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         if self.config.frozen:
             meta = {name: value.detach() for name, value in meta.items()}
-        predict = _predict_maps if features.dim() == 4 else _predict_vectors
-        predictions = predict(meta, features, self._get_depth(features))
+        predictions = self._apply(meta, features)
         gamma = self.config.gamma
         if gamma is None:
             gamma = 1.0 if features.dim() == 4 else 0.2
         return gamma * loss(predictions, targets), {"colearner_metric": metric(predictions.detach(), targets)}
+
+    @hookimpl
+    def predict(self, features: Tensor, support_features: Tensor | None, meta: dict[str, Tensor]) -> Tensor:
+        return self._apply(meta, features, support_features)
+
+    def _apply(self, meta: dict[str, Tensor], features: Tensor, support_features: Tensor | None = None) -> Tensor:
+        """The co-learner's outputs; statistics are those of the support set's features where there are some."""
+        depth = self._get_depth(features)
+        if features.dim() == 2:
+            return _predict_vectors(meta, features, depth)
+        if support_features is None:
+            return _predict_maps(meta, features, depth, len(features))
+        both = torch.cat([support_features, features])
+        return _predict_maps(meta, both, depth, len(support_features))[len(support_features) :]
 
     def _get_depth(self, features: Tensor) -> int:
         if self.config.depth is not None:
@@ -136,11 +165,19 @@ def _build_for_maps(shape: tuple[int, ...], depth: int, width: int | None, outpu
     return nn.Sequential(*layers, nn.MaxPool2d(pool), nn.Flatten(), nn.Linear(flat, outputs))
 
 
-def _predict_maps(meta: dict[str, Tensor], features: Tensor, depth: int) -> Tensor:
+def _predict_maps(meta: dict[str, Tensor], features: Tensor, depth: int, rows: int) -> Tensor:
+    """The outputs for maps, of which the first `rows` decide the statistics."""
     for layer in range(0, 3 * depth, 3):
         features = F.conv2d(features, *_weights(meta, layer), padding=1)
-        features = F.batch_norm(features, None, None, *_weights(meta, layer + 1), training=True).relu()
+        features = _normalise(features, *_weights(meta, layer + 1), rows).relu()
     return _linear(meta, 3 * depth + 2, F.max_pool2d(features, _choose_pool(*features.shape[-2:])).flatten(1))
+
+
+def _normalise(features: Tensor, weight: Tensor, bias: Tensor, rows: int) -> Tensor:
+    if rows == len(features):
+        return F.batch_norm(features, None, None, weight, bias, training=True)
+    variance, mean = torch.var_mean(features[:rows], (0, 2, 3), correction=0, keepdim=True)
+    return (features - mean) * (variance + 1e-5).rsqrt() * weight[:, None, None] + bias[:, None, None]
 
 
 def _linear(meta: dict[str, Tensor], layer: int, x: Tensor) -> Tensor:

@@ -69,7 +69,7 @@ def _conv_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
     return F.max_pool2d(f, 2).flatten(1) @ p["head.2.weight"].T + p["head.2.bias"]
 
 
-def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
+def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor, rows: int | None = None) -> Tensor:
     """Blocks, two by default, the last with pooling, and a linear layer (the authors' co-learner for images).
 
     There is nothing to pool in a map of one row or column.
@@ -77,7 +77,7 @@ def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
     *hidden, last = _list_layers(p)
     for convolution, norm in zip(hidden[::2], hidden[1::2], strict=True):
         f = F.conv2d(f, p[f"{convolution}.weight"], p[f"{convolution}.bias"], padding=1)
-        f = torch.relu(batch_norm(f, p[f"{norm}.weight"], p[f"{norm}.bias"]))
+        f = torch.relu(batch_norm(f, p[f"{norm}.weight"], p[f"{norm}.bias"], rows))
     if min(f.shape[-2:]) > 1:
         f = F.max_pool2d(f, 2)
     return f.flatten(1) @ p[f"{last}.weight"].T + p[f"{last}.bias"]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from learners import Source, same
 from torch import nn
 
-from metareg import MetaLearner, UsageError
-from reference import NETS, difference, train
+from metareg import Evaluation, MetaLearner, UsageError
+from reference import NETS, Task, colearner_on_maps, difference, inner_loop, train
 from samples import LOSSES, MODELS, episodes, tasks_of
 
 INNER_LR, OUTER_LR = 0.1, 0.01
@@ -76,6 +79,74 @@ def test_a_frozen_colearner_keeps_its_bits_while_body_and_head_learn_through_it(
     for name, value in frozen.items():
         assert value.equal(start[name]) == name.startswith("cml."), name
     assert not frozen["body.0.weight"].equal(none["body.0.weight"])
+
+
+def predict_by_colearner(
+    net: str, meta: dict[str, torch.Tensor], task: Task, steps: int, algo: str, rows: int | None = None
+) -> torch.Tensor:
+    """CML†: the body alone is adapted, by the head's loss on the support set; the co-learner sees its features."""
+    meta = {name: value.detach().requires_grad_() for name, value in meta.items()}
+    steps = 0 if algo == "anil" else steps
+    params = inner_loop(NETS[net], meta, task, algo="boil", inner_lr=INNER_LR, inner_steps=steps)
+    if rows is None:
+        return NETS[net].colearner(meta, NETS[net].body(params, task[2])).detach()
+    both = NETS[net].body(params, torch.cat([task[0], task[2]]), rows)
+    return colearner_on_maps(meta, both, rows)[rows:].detach()
+
+
+@pytest.mark.parametrize("algo", ["maml", "boil", "anil"])
+@pytest.mark.parametrize("net", ["mlp", "conv"])
+def test_the_colearner_predicts_on_the_adapted_body(net: str, algo: str) -> None:
+    learner, plain = (
+        MetaLearner(
+            MODELS[net](), algo, [("cml", {"predictor": predictor})], loss=LOSSES[net], inner_lr=INNER_LR, outer_lr=OUTER_LR,
+            seed=5, inner_steps=2,
+        )
+        for predictor in ("colearner", "head")
+    )  # fmt: skip
+    for number in range(3):
+        for each in (learner, plain):
+            each.step(episodes(net, seed=number))
+    assert same(learner.meta_parameters, plain.meta_parameters)
+    source = Source(net)
+    evaluation = learner.evaluate(source, 4, inner_steps=(0, 1, 3))
+    assert evaluation.predictor == Evaluation.from_dict(evaluation.to_dict()).predictor == "cml"
+    assert plain.evaluate(source, 4, inner_steps=(1,)).predictor == "head"
+    for number, task in enumerate(tasks_of(source.episodes("test", range(4)))):
+        for column, steps in enumerate((0, 1, 3)):
+            outputs = predict_by_colearner(net, learner.meta_parameters, task, steps, algo)
+            torch.testing.assert_close(evaluation.scores[number, column], learner.metric(outputs, task[3]))
+            if steps:
+                adapted = learner.adapt(task[0], task[1], steps, bn_statistics="transductive")
+                torch.testing.assert_close(adapted(task[2]).detach(), outputs)
+
+
+def test_the_colearner_keeps_to_the_support_sets_statistics() -> None:
+    learner = MetaLearner(MODELS["conv"](), "maml", [("cml", {"predictor": "colearner"})], bn_statistics="support",
+        inner_lr=INNER_LR, seed=5)  # fmt: skip
+    learner.step(episodes("conv"))
+    source = Source("conv")
+    evaluation = learner.evaluate(source, 4, inner_steps=(1,))
+    for number, task in enumerate(tasks_of(source.episodes("test", range(4)))):
+        outputs = predict_by_colearner("conv", learner.meta_parameters, task, 1, "maml", rows=len(task[0]))
+        torch.testing.assert_close(evaluation.scores[number, 0], learner.metric(outputs, task[3]))
+        adapted = copy.deepcopy(learner.adapt(task[0], task[1], 1))
+        torch.testing.assert_close(adapted(task[2]).detach(), outputs)
+        torch.testing.assert_close(adapted(task[2][:2]).detach(), outputs[:2])
+
+
+def test_a_saved_learner_predicts_by_its_colearner(tmp_path: Path) -> None:
+    learner = MetaLearner(MODELS["mlp"](), "metasgd", [("cml", {"predictor": "colearner"})], loss="mse", inner_lr=INNER_LR)
+    learner.step(episodes("mlp"))
+    learner.save(tmp_path / "learner.safetensors")
+    loaded = MetaLearner.load(tmp_path / "learner.safetensors", MODELS["mlp"]())
+    before, after = (each.evaluate(Source("mlp"), 4, inner_steps=(0, 2)) for each in (learner, loaded))
+    assert after.predictor == "cml"
+    assert after.scores.equal(before.scores)
+    x, y, query, _ = tasks_of(episodes("mlp"))[0]
+    module = loaded.adapt(x, y)
+    program = torch.export.export(module, (query,)).module()
+    torch.testing.assert_close(program(query), module(query))
 
 
 @pytest.mark.parametrize(("algo", "lines"), [("anil", 1), ("boil", 0), ("maml", 0)])
