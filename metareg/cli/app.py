@@ -5,6 +5,7 @@ Whatever is slow to import (torch, pydantic, a plugin) is imported by the comman
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import threading
@@ -89,6 +90,12 @@ def run(arguments: Sequence[str]) -> int:
     return code
 
 
+def _explain(error: OSError) -> MetaregError:
+    """What the system says of a file, which is no bug: a name that is too long, a folder that may not be read."""
+    wrong_use = error.errno == errno.ENAMETOOLONG
+    return (UsageError if wrong_use else MetaregError)(f"{error.strerror}: {os.fsdecode(error.filename)}.")
+
+
 def _wait_for_leader() -> None:
     """Stay for a second, or until SIGTERM: once one has failed, torchrun ends all, the one with the message too."""
     ended = threading.Event()
@@ -104,6 +111,8 @@ def _run_command(arguments: Sequence[str]) -> int:
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
+        if isinstance(error, OSError) and error.strerror and error.filename:
+            error = _explain(error)
         known = isinstance(error, MetaregError)
         sentence = str(error) if known else f"{type(error).__name__}: {error}"
         hint = "" if known else f"\nThis is a bug in metareg or in a plugin; {TRACEBACK_VARIABLE}=1 shows where."

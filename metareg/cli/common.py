@@ -98,14 +98,20 @@ def set_data_folder(data: Path | None) -> None:
         os.environ["METAREG_DATA"] = str(absolute_path(data))
 
 
-def write_output(text: str) -> None:
-    """Write a text to the output, which may be on a full disk, have lost its reader, or lack one of the signs."""
+def write_output(text: str, flag: str = "--out") -> None:
+    """Write a text to the output, which may be on a full disk, have lost its reader, or lack one of the signs.
+
+    Args:
+        text: what has to be there sign for sign.
+        flag: the option that writes it to a file instead.
+    """
     try:
+        text.encode(sys.stdout.encoding or "utf-8")
         print(text, end="", flush=True)
     except UnicodeEncodeError as error:
         sign = error.object[error.start]
         problem = f"The output's encoding, {error.encoding}, has no '{sign}'"
-        raise MetaregError(f"{problem}; --out FILE writes UTF-8.") from error
+        raise MetaregError(f"{problem}; {flag} FILE writes UTF-8.") from error
     except OSError as error:
         # What is left would be tried again at the end of the process, and say more than this sentence.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -23,6 +23,7 @@ from metareg.cli.common import (
     set_option,
     stderr,
     stdout,
+    write_output,
 )
 from metareg.cli.flags import takes_run_options
 from metareg.errors import UsageError
@@ -156,7 +157,7 @@ def predict(
         run = Run.load(path, device=device)
         text = run.predict(support, query, inner_steps=inner_steps, bn_statistics=bn_statistics)
     if to is None:
-        print(text, end="")
+        write_output(text, "--to")
     else:
         write_text(to, text)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -29,9 +30,17 @@ NO_PLUGIN = "none"
 
 def _absolute(path: str) -> str:
     try:
-        return str(absolute_path(path))
+        whole = absolute_path(path)
+        str(whole).encode()
+        whole.exists()
     except UsageError as error:
         raise ValueError(str(error).removesuffix(".")) from error
+    except UnicodeEncodeError as error:
+        raise ValueError("its name is not UTF-8, as a configuration file must be") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise ValueError(f"the system says: {error.strerror}") from error
+    return str(whole)
 
 
 PathText = Annotated[str, AfterValidator(_absolute)]

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import math
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -103,7 +104,7 @@ class _Examples:
         if support.is_dir():
             files = find_images(support)
             files.warn_of_left_out()
-            labels = [name for name, paths in files.classes.items() for _ in paths]
+            labels = [_to_text(name) for name, paths in files.classes.items() for _ in paths]
             self.x = self._read_images([path for paths in files.classes.values() for path in paths], support)
             if not classifies:
                 raise UsageError(
@@ -135,7 +136,7 @@ class _Examples:
             files = find_images(path)
             files.warn_of_left_out(of_classes=False)
             images = [image for members in files.by_folder.values() for image in members]
-            names = [[image.relative_to(path).as_posix()] for image in images]
+            names = [[_to_text(image.relative_to(path).as_posix())] for image in images]
             return ["image"], names, self._read_images(images, path)
         if self._columns is None or self._query is None:
             raise UsageError(f"{path} is a file; this learner takes a folder of images.")
@@ -166,3 +167,8 @@ def _get_input_shape(task: Plugin) -> tuple[int, ...]:
     if not all(isinstance(size, int) for size in shape):
         raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
     return tuple(shape)
+
+
+def _to_text(name: str) -> str:
+    """A file's name as text; bytes of it that are no UTF-8 as ``\\xff``."""
+    return os.fsencode(name).decode(errors="backslashreplace")

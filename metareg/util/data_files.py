@@ -57,6 +57,11 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
     import pooch
     from tqdm import tqdm
 
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        problem = f"The folder {path.parent} cannot be made: {error.strerror}"
+        raise MetaregError(f"{problem}; METAREG_DATA and METAREG_CACHE name other places.") from error
     pooch.get_logger().setLevel("WARNING")
     # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
     with tqdm(desc=path.name, total=1, unit="B", unit_scale=True, disable=None) as bar:

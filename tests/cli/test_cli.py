@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -424,3 +425,43 @@ def test_observers_by_name(metareg: Command, tmp_path: Path, monkeypatch: pytest
     assert metareg("resume", "other", "--steps", "4", "--observe", "watch").code == 0
     assert (tmp_path / "other" / "watched").read_text() == "to the end"
     assert metareg("resume", "other", "--set", "observers=[watch]").code == 2
+
+
+# ------------------------------------------------------------------------------------------------- the surroundings
+
+
+def test_an_encoding_that_lacks_a_sign_shows_another() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "metareg", "show", "tasks", "sinusoid"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+    assert "?5, 5]" in shown  # from −5 to 5
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train", "--out", "{long}"],
+        ["train", "--config", "{long}"],
+        ["train", "--task", "image-folder", "--data", "{long}"],
+        ["train", "--task", "graph-folder", "--data", "{long}"],
+        ["eval", "{long}"],
+        ["resume", "{long}"],
+        ["report", "{long}"],
+        ["compare", "--out", "{long}"],
+        ["new-plugin", "algorithms", "{long}"],
+    ],
+    ids=" ".join,
+)
+def test_a_name_that_is_too_long_is_one_sentence(metareg: Command, arguments: list[str]) -> None:
+    outcome = metareg(*(argument.replace("{long}", 300 * "x") for argument in arguments))
+    assert outcome.code == 2
+    assert outcome.errors.strip().startswith("Error:")
+    assert "too long" in outcome.errors
+    assert "bug" not in outcome.errors
+    assert not list(Path().iterdir())
+
+
+def test_paths_that_no_configuration_can_hold(metareg: Command) -> None:
+    outcome = metareg("train", "--task", "image-folder", "--data", os.fsdecode(b"caf\xe9"))
+    assert outcome.code == 2
+    assert "UTF-8" in outcome.errors

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,6 +164,16 @@ def test_results_say_what_predictions_one_by_one_reach(shades: Run, tmp_path: Pa
         facts = {FACTS: ""}
         torch.export.load(tmp_path / "program.pt2", extra_files=facts)
         assert json.loads(facts[FACTS])["bn_statistics"] == statistics
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="file names there are Unicode")
+def test_images_whose_names_are_not_utf8(shades: Run, tmp_path: Path) -> None:
+    names = (os.fsdecode(b"caf\xe9"), "light")
+    support = _images(tmp_path / "support", {name: [10 + 90 * number] for number, name in enumerate(names)})
+    query = _images(tmp_path, {"query": [10]}) / "query"
+    (query / "0.png").rename(query / os.fsdecode(b"\xff.png"))
+    assert shades.predict(support, query).splitlines()[1].split(",")[0] == "\\xff.png"
+    assert "caf\\xe9" in shades.predict(support, support / names[0], inner_steps=10)
 
 
 def test_predictions_take_the_images_that_training_takes(
