@@ -101,22 +101,27 @@ def refuse_other_data(run: Run) -> None:
     if before is None:  # an earlier version's
         return
     now = _describe_first_task(run)
-    if len(before) != len(now) or not all(map(_is_close, before, now)):
+    try:
+        same = len(before) == len(now) and all(map(_is_close, before, now))
+    except TypeError as error:
+        raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
+    if not same:
         raise UsageError(
             f"The data of the {run.source.plugin.label} is not what the run at {run.path} began with: its first training "
             "task is another one. Name the data that the run had with --data."
         )
 
 
-def _describe_first_task(run: Run) -> list[float]:
-    """The means of what the first training task consists of."""
+def _describe_first_task(run: Run) -> list[float | None]:
+    """The means of what the first training task consists of; None where one is not finite."""
     batch = run.source.episodes(TRAIN, [0], run.config.seed)[0]
-    return [float(leaf.double().mean()) for leaf in tree_leaves(batch.parts)]
+    means = [float(leaf.double().mean()) for leaf in tree_leaves(batch.parts)]
+    return [mean if math.isfinite(mean) else None for mean in means]
 
 
-def _is_close(a: float, b: float) -> bool:
+def _is_close(a: float | None, b: float | None) -> bool:
     """Whether two means are the same but for rounding, which differs from machine to machine."""
-    return math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6) or (math.isnan(a) and math.isnan(b))
+    return a is b if a is None or b is None else math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
 
 
 def _find_version(distribution: str) -> str | None:

@@ -62,11 +62,11 @@ class ImageFiles:
 
     @cached_property
     def classes(self) -> dict[str, list[Path]]:
-        """The image files of each class by its name: those of the folders inside `root`."""
+        """The image files of each class by its name: those of the folders inside `base`."""
         return {name: paths for name, paths in sorted(self.by_folder.items()) if name}
 
     def warn_of_left_out(self, *, of_classes: bool = True) -> None:
-        """Say in a line what was left out and why; the images in `root` itself too, where only those of classes count."""
+        """Say in a line what was left out and why; the images in `base` itself too, where only those of classes count."""
         loose = [path.name for path in self.by_folder.get("", ())] if of_classes else []
         reasons = {
             "files that are not read as images": [f"{count} {ending}" for ending, count in self.other.most_common()],
@@ -149,7 +149,7 @@ class _Walk:
                 self.hidden.append(self._name(path))
             elif entry.is_dir():
                 (self._links if entry.is_symlink() else inside).append(path)
-            elif not path.exists():
+            elif entry.is_symlink() and not path.exists():
                 self._dangling.append(self._name(path))
             elif path.suffix.lower() in self._endings:
                 images.append(path)
