@@ -136,7 +136,9 @@ def test_the_colearner_keeps_to_the_support_sets_statistics() -> None:
 
 
 def test_a_saved_learner_predicts_by_its_colearner(tmp_path: Path) -> None:
-    learner = MetaLearner(MODELS["mlp"](), "metasgd", [("cml", {"predictor": "colearner"})], loss="mse", inner_lr=INNER_LR)
+    learner = MetaLearner(
+        MODELS["mlp"](), "metasgd", [("cml", {"predictor": "colearner"})], loss="mse", inner_lr=INNER_LR
+    )
     learner.step(episodes("mlp"))
     learner.save(tmp_path / "learner.safetensors")
     loaded = MetaLearner.load(tmp_path / "learner.safetensors", MODELS["mlp"]())
