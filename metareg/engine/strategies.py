@@ -35,10 +35,13 @@ def choose_strategy(
     """
     if not stackable:
         return "serial", "the task's episodes do not stack"
-    if device.type == "cpu" and any(p.dim() >= 4 for p in functions.model.module.parameters()):
+    convolves = any(p.dim() >= 4 for p in functions.model.module.parameters())
+    if device.type == "cpu" and convolves:
         return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
     if tasks == 1:
         return "vectorized", "there is one task per batch"
+    if convolves:
+        return "vectorized", f"compiling convolutions takes minutes on {device.type}"
     gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.options.inner_steps)
     cost = _COMPILE_SECONDS * (1 + functions.options.inner_steps) / 2
     if gain <= cost:

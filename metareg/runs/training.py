@@ -29,7 +29,7 @@ from metareg.runs.config import RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
 from metareg.runs.options import Selection, assemble
 from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps
-from metareg.util.devices import peak_memory, reset_peak_memory
+from metareg.util.devices import peak_memory, reset_peak_memory, use_deterministic_kernels
 from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import is_launched
@@ -257,7 +257,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     reset_peak_memory(learner.device)
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
-    with _set_threads(run):
+    with _set_threads(run), use_deterministic_kernels(learner.device):
         lines = [metrics, timing] if processes.leads else []
         every_steps, every_minutes = config.checkpoint_every, config.checkpoint_minutes
         manager = CheckpointManager(

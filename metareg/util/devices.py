@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from torch import Tensor
 from metareg.errors import UsageError
 from metareg.util.torch_internals import tree_map
 
-__all__ = ["find_device", "move_tensors", "peak_memory", "reset_peak_memory"]
+__all__ = ["find_device", "move_tensors", "peak_memory", "reset_peak_memory", "use_deterministic_kernels"]
 
 
 def find_device(name: str) -> torch.device:
@@ -32,6 +34,27 @@ def find_device(name: str) -> torch.device:
         available = ["cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
         raise UsageError(f"There is no device '{name}' here; there is {', '.join(available)}.") from error
     return device
+
+
+@contextmanager
+def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
+    """Let a block repeat itself on a GPU to the last bit; where torch has no kernel that does, it warns.
+
+    By default cuDNN's convolutions add their gradients up in any order, so that two runs of one seed differ.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.deterministic = cudnn
 
 
 def move_tensors(tree: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, PluginConfig, hookimpl
 from metareg.engine import tracing
+from metareg.engine.strategies import choose_strategy
 from metareg_image.glyphs import Glyphs
 from parity import ALGORITHMS, GAMMA, INNER_LR, TOLERANCE, check, initialized, learner_of
 from reference import NETS, difference, inner_loop, meta_gradient
@@ -515,6 +516,12 @@ def test_auto_says_what_it_chose_and_why(
     strategy, reason = learner_of(net, algo, strategy="auto").choose_strategy(tasks, steps, stackable)
     assert strategy == expected
     assert len(reason) > 20
+
+
+@pytest.mark.parametrize(("net", "expected"), [("mlp", "compiled"), ("conv", "vectorized")])
+def test_auto_compiles_no_convolutions_on_a_gpu(net: str, expected: str) -> None:
+    functions = learner_of(net, "maml").engine.training
+    assert choose_strategy(functions, torch.device("cuda"), 4, 10**6, stackable=True)[0] == expected
 
 
 def test_images_stay_channels_last() -> None:
