@@ -106,8 +106,11 @@ def _task_gradient(
     params, state = stages.start_task({name: meta[name] for name in adapted}, meta, noise, view)
     start, objective = params, torch.zeros_like(learner.loss(_run(learner, meta, task[0])[1], task[1]))
     for step, weight in enumerate(weights):
-        # A start that no meta-parameter decides, as a context of zeros, has a gradient too.
-        params = {name: value if value.requires_grad else value.requires_grad_() for name, value in params.items()}
+        # A start that no meta-parameter decides, as a context of zeros, has a gradient too. Where one parameter was
+        # computed from another, as prototypes from the body, a step's partial derivatives do not go through it: by clones.
+        params = {
+            name: value.clone() if value.requires_grad else value.requires_grad_() for name, value in params.items()
+        }
         params, state = view.at(step).take_step(params, state, start, stages)
         features, outputs = _run(learner, meta | params, task[2])
         objective = objective + weight * learner.loss(outputs, task[3])
