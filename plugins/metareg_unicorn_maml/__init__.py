@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from metareg import TaskView, hookimpl
+from metareg import Field, TaskView, hookimpl
 from metareg_maml import MAML
 
 
@@ -23,6 +23,11 @@ class UnicornMAML(MAML):
     """
 
     targets = "classes"
+
+    class Config(MAML.Config):
+        inner_lr: float = Field(
+            0.1, gt=0, description="Step size α of the inner loop.", json_schema_extra={"search": {"factor": 10}}
+        )
 
     @hookimpl
     def init_meta(self, model: nn.Module, output_layer: tuple[str, str | None]) -> dict[str, Tensor]:
