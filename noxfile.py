@@ -7,13 +7,10 @@ METAREG_PLUGINS names further packages for it, folders or requirements with spac
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import sys
-import time
 import tomllib
-from importlib.metadata import distributions
 from pathlib import Path
 
 import nox
@@ -22,7 +19,6 @@ ROOT = Path(__file__).parent
 ENVIRONMENT = Path(os.environ.get("METAREG_NOX_ENV", ROOT / ".nox" / "metareg"))
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 STRANGERS = os.environ.get("METAREG_PLUGINS", "examples/metareg-signmaml").split()
-RESULTS = ROOT / ".nox" / "matrix"
 COMPARISONS = ROOT / "benchmarks" / "comparisons"
 MAIN_RESULTS = "augmenters"
 
@@ -166,69 +162,17 @@ def device(session: nox.Session) -> None:
     session.run(environment(session), "benchmarks/device.py", *session.posargs, external=True)
 
 
-# --------------------------------------------------------------------------------------------------------------- matrix
-
-
-def installed(kind: str) -> list[str]:
-    """The names of a kind of plugin: those of the shared environment, and those that it will hold."""
-    group = f"metareg.{kind}"
-    packages = [ROOT, *(ROOT / path for path in STRANGERS)]
-    tables = [tomllib.loads((path / "pyproject.toml").read_text("utf-8")) for path in packages if path.is_dir()]
-    names = {name for table in tables for name in table["project"].get("entry-points", {}).get(group, {})}
-    for site in ENVIRONMENT.glob("[Ll]ib/**/site-packages"):
-        for distribution in distributions(path=[str(site)]):
-            names |= {point.name for point in distribution.entry_points if point.group == group}
-    return sorted(names)
-
-
-@nox.session
-@nox.parametrize(
-    ("algorithm", "augmenter"),
-    [
-        nox.param(algorithm, augmenter, id=f"{algorithm}, {augmenter}")
-        for algorithm in installed("algorithms")
-        for augmenter in ("none", *installed("augmenters"))
-    ],
-)
-def matrix(session: nox.Session, algorithm: str, augmenter: str) -> None:
-    """One algorithm with one augmenter: nox -s "matrix(maml, cml)"; nox -s matrix for all that are installed."""
-    python = environment(session)
-    session.notify("table")
-    start = time.perf_counter()
-    output = session.run(
-        python, "-m", "metareg.testing", algorithm, augmenter,
-        env={"OMP_NUM_THREADS": "1"}, silent=True, success_codes=[0, 1, 2], external=True,
-    )  # fmt: skip
-    try:
-        found = json.loads(str(output).strip().splitlines()[-1])
-    except (ValueError, IndexError):
-        found = {"started": str(output).strip()}
-    problems = [f"{check}: {problem}" for check, problem in found.items() if problem not in (None, "not applicable")]
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    result = {"seconds": round(time.perf_counter() - start, 1), "problems": problems, "nox": os.getpid()}
-    (RESULTS / f"{algorithm}, {augmenter}.json").write_text(json.dumps(result))
-    if problems:
-        session.error("\n".join(problems))
+@nox.session(default=False)
+def matrix(session: nox.Session) -> None:
+    """Every algorithm with every augmenter on regression, images and graphs, in one table: nox -s matrix -- maml cml."""
+    session.run(
+        environment(session), "tests/helpers/matrix.py", *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True
+    )
 
 
 @nox.session(default=False)
-def table(session: nox.Session) -> None:
-    """The combinations of the last matrix, algorithms down and augmenters across."""
-    results = {}
-    for path in RESULTS.glob("*.json"):
-        results[tuple(path.stem.split(", "))] = json.loads(path.read_text())
-    mine = {pair: result for pair, result in results.items() if result["nox"] == os.getpid()} or results
-    columns = ["none", *sorted({augmenter for _, augmenter in mine} - {"none"})]
-    rows = [["", *columns]]
-    for algorithm in sorted({algorithm for algorithm, _ in mine}):
-        cells = [mine.get((algorithm, augmenter)) for augmenter in columns]
-        rows.append(
-            [algorithm]
-            + [
-                "" if cell is None else "FAILED" if cell["problems"] else f"ok {cell['seconds']:.0f} s"
-                for cell in cells
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    for row in rows:
-        session.log("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+def pair(session: nox.Session) -> None:
+    """The conformance kit's checks of one algorithm with one augmenter, or none: nox -s pair -- maml cml."""
+    session.run(
+        environment(session), "-m", "metareg.testing", *session.posargs, env={"OMP_NUM_THREADS": "1"}, external=True
+    )
