@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from metareg.contract.episodes import Episodes
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
-    from metareg.contract.losses import Metric
+    from metareg.contract.losses import Metric, find_metric
     from metareg.contract.split_files import read_name_lists, read_split_file
     from metareg.contract.splits import find_split
     from metareg.contract.tasks import Dataset, Task, TaskSpec
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from metareg.runs.training import resume, train
     from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.images import ImageFiles, UnreadableImageError, find_images, load_image
-    from metareg.util.seeding import derive_seed, task_uniform
+    from metareg.util.seeding import derive_seed, draw_distinct, task_uniform
     from metareg.util.tables import Table, read_table
 
 _NAMES = {
@@ -45,7 +45,7 @@ _NAMES = {
     "contract.episodes": "Episodes",
     "contract.evaluation": "Evaluation",
     "contract.hookspecs": "CONTRACT_VERSION hookimpl hookspec",
-    "contract.losses": "Metric",
+    "contract.losses": "Metric find_metric",
     "contract.split_files": "read_name_lists read_split_file",
     "contract.splits": "find_split",
     "contract.tasks": "Dataset Task TaskSpec",
@@ -59,7 +59,7 @@ _NAMES = {
     "runs.training": "resume train",
     "util.data_files": "cache_folder data_folder download",
     "util.images": "ImageFiles UnreadableImageError find_images load_image",
-    "util.seeding": "derive_seed task_uniform",
+    "util.seeding": "derive_seed draw_distinct task_uniform",
     "util.tables": "Table read_table",
 }
 _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for name in names.split()}
@@ -68,9 +68,9 @@ __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
     "Interrupted", "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run",
     "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
-    "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "find_images",
-    "find_split", "hookimpl", "hookspec", "join_processes", "load_image", "read_name_lists", "read_split_file",
-    "read_table", "report", "reproduce", "resume", "task_uniform", "train",
+    "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "draw_distinct",
+    "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
+    "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "task_uniform", "train",
 ]  # fmt: skip
 
 

@@ -23,6 +23,7 @@ __all__ = [
     "NoPlugin",
     "RunFolder",
     "complete_names",
+    "expand_path",
     "path_option",
     "plugin_option",
     "set_data_folder",
@@ -49,13 +50,14 @@ def _disable_plugins(names: list[str] | None) -> list[str] | None:
     return names
 
 
-def _expand_path(path: Path | None) -> Path | None:
+def expand_path(path: Path | None) -> Path | None:
+    """A path with a home folder in the place of ``~``."""
     return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 (that of pathlib can raise)
 
 
 def path_option(*flags: str, metavar: str, help: str) -> Any:
     """An option that takes a path, which may begin with ``~``."""
-    return typer.Option(*flags, metavar=metavar, help=help, callback=_expand_path)
+    return typer.Option(*flags, metavar=metavar, help=help, callback=expand_path)
 
 
 def plugin_option(kind: str, *, metavar: str, help: str) -> Any:
@@ -69,7 +71,7 @@ def set_option(help: str) -> Any:
 
 
 RunFolder = Annotated[
-    Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False, callback=_expand_path)
+    Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False, callback=expand_path)
 ]
 Data = Annotated[
     Path | None, path_option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")

@@ -102,6 +102,9 @@ def data(
     ] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the task's data.")] = False,
     verify: Annotated[bool, typer.Option("--verify", help="Read all of the task's data, and count it.")] = False,
+    example: Annotated[
+        Path | None, path_option("--example", metavar="DIR", help="Write drawn data to begin with into a new folder.")
+    ] = None,
     where: Data = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
@@ -109,11 +112,16 @@ def data(
     from metareg.cli.tables import create_dataset_table
 
     if name is None:
-        if download or verify:
+        if download or verify or example:
             raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
         stdout.print(create_dataset_table(_list_datasets(where)))
         return
     dataset = _read_dataset(name, where)
+    if example is not None:
+        if dataset is None or dataset.write_example is None:
+            raise UsageError(f"The task '{name}' has no example to write; table-folder has one.")
+        stdout.print(escape(dataset.write_example(example)), soft_wrap=True)
+        return
     if dataset is not None and download and not dataset.present:
         if dataset.download is None:
             raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")

@@ -18,6 +18,7 @@ from metareg.cli.common import (
     InnerSteps,
     NoPlugin,
     RunFolder,
+    expand_path,
     path_option,
     plugin_option,
     set_option,
@@ -40,6 +41,9 @@ def train(
     shots: Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")] = None,
     query: Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")] = None,
     data: Data = None,
+    target: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="The column to predict, for a task on tables.")
+    ] = None,
     assignments: Annotated[
         list[str] | None, set_option("Any other option of the run or of its plugins. Repeatable.")
     ] = None,
@@ -64,7 +68,13 @@ def train(
     flags = RunConfig.list_flags()
     plugins = {name: flags[name] for name in PLUGIN_FIELDS}
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})
-    of_task = {"ways": ways, "shots": shots, "query": query, "data": None if data is None else str(data)}
+    of_task = {
+        "ways": ways,
+        "shots": shots,
+        "query": query,
+        "target": target,
+        "data": None if data is None else str(data),
+    }
     given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}
     _show(partial(carry_out, out=out, config=config, resume=resume), given | options)
 
@@ -137,7 +147,12 @@ def export(
 
 
 def predict(
-    path: RunFolder,
+    path: Annotated[
+        Path,
+        typer.Argument(
+            help="The run's folder, or the learner's file.", metavar="RUN", show_default=False, callback=expand_path
+        ),
+    ],
     support: Annotated[
         Path, path_option(metavar="FILE", help="Labelled examples: a table, or a folder of images in one per class.")
     ],
@@ -150,12 +165,16 @@ def predict(
 ) -> None:
     """Adapt a finished run's learner to your own examples, and predict others."""
     from metareg.cli.progress import show_messages
+    from metareg.runs import exports
     from metareg.runs.run import Run
     from metareg.util.files import write_text
 
     with show_messages(stderr):
-        run = Run.load(path, device=device)
-        text = run.predict(support, query, inner_steps=inner_steps, bn_statistics=bn_statistics)
+        if path.is_file():
+            text = exports.predict(*exports.load_learner(path, device), support, query, inner_steps, bn_statistics)
+        else:
+            run = Run.load(path, device=device)
+            text = run.predict(support, query, inner_steps=inner_steps, bn_statistics=bn_statistics)
     if to is None:
         write_output(text, "--to")
     else:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import platform
 import shlex
+import types
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -244,9 +245,6 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
 
 def _format_type(field: Any) -> str:
     """The type and bounds of a configuration field, as a reader would write them."""
-    kind = getattr(field.annotation, "__name__", str(field.annotation))
-    if not isinstance(field.annotation, type):
-        kind = str(field.annotation).replace("typing.", "").removeprefix("Literal")
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
     bounds = [
         f"{sign} {value}"
@@ -254,4 +252,18 @@ def _format_type(field: Any) -> str:
         for key, sign in signs.items()
         if (value := getattr(constraint, key, None)) is not None
     ]
-    return " ".join([kind, *bounds])
+    return " ".join([_format_annotation(field.annotation), *bounds])
+
+
+def _format_annotation(annotation: Any) -> str:
+    """A type without what only a program wants to know of it."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _format_annotation(arguments[0])
+    if origin is Literal:
+        return ", ".join(map(repr, arguments))
+    if origin in (Union, types.UnionType):
+        return " | ".join(map(_format_annotation, arguments))
+    if origin is not None:
+        return f"{origin.__name__}[{', '.join(map(_format_annotation, arguments))}]"
+    return "None" if annotation is types.NoneType else getattr(annotation, "__name__", str(annotation))

@@ -42,6 +42,11 @@ class Columns:
     classes: tuple[str, ...] | None
     input_shape: tuple[int, ...]
 
+    @property
+    def features(self) -> list[str]:
+        """What each number of an input is."""
+        return list(self.inputs)
+
     def select_rows(self, support: Table) -> Table:
         """The rows of a support table that are taken; here all."""
         return support

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -18,6 +18,7 @@ __all__ = [
     "PathText",
     "PluginConfig",
     "PluginSpec",
+    "drop_paths",
     "split_names",
     "unknown_option_error",
     "update_names",
@@ -75,6 +76,12 @@ def update_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
     """A stored configuration of a class with today's names of its options in the place of former ones."""
     former: Mapping[str, str] = getattr(cls, "former_names", {})
     return {key if former.get(key, key) in stored else former[key]: value for key, value in stored.items()}
+
+
+def drop_paths(config: PluginConfig) -> dict[str, Any]:
+    """The values of a configuration without its paths, which mean nothing elsewhere."""
+    paths = {name for name, field in type(config).model_fields.items() if PathText in get_args(field.annotation)}
+    return config.model_dump(mode="json", exclude=paths)
 
 
 def unknown_option_error(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:

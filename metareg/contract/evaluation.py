@@ -45,18 +45,18 @@ class Evaluation:
 
     def mean(self, inner_steps: int) -> float:
         """The mean over tasks after so many inner steps."""
-        return self._column(inner_steps).mean().item()
+        return self.get_scores(inner_steps).mean().item()
 
     def ci95(self, inner_steps: int) -> float:
         """Half the width of the 95 % interval of the mean over tasks, by Student's t; NaN where a score is not finite."""
-        return compute_half_width(self._column(inner_steps).numpy())
+        return compute_half_width(self.get_scores(inner_steps).numpy())
 
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""
         steps = [
             {
                 "inner_steps": k, "mean": self.mean(k), "ci95": self.ci95(k), "tasks": self.tasks,
-                "scores": self._column(k).tolist(),
+                "scores": self.get_scores(k).tolist(),
             }
             for k in self.inner_steps
         ]  # fmt: skip
@@ -83,7 +83,8 @@ class Evaluation:
         cells = [f"{k}: {self.mean(k):.4g} ± {self.ci95(k):.2g}" for k in self.inner_steps]
         return f"{self.metric} over {self.tasks} tasks after inner steps {', '.join(cells)}"
 
-    def _column(self, inner_steps: int) -> Tensor:
+    def get_scores(self, inner_steps: int) -> Tensor:
+        """The score of each task after a number of inner steps ``[tasks]``, in float64."""
         if inner_steps not in self.inner_steps:
             known = ", ".join(str(steps) for steps in self.inner_steps)
             raise UsageError(f"There are no scores after {inner_steps} inner steps; there are some after {known}.")

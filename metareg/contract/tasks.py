@@ -46,6 +46,8 @@ class Dataset:
     """Fetches it; None where that cannot be done."""
     verify: Callable[[], str]
     """Reads all of it and returns what there is; raises `metareg.UsageError` where that is not what it should be."""
+    write_example: Callable[[Path], str] | None = None
+    """Writes drawn data to begin with into a folder and returns what to do with it; None where there is none."""
 
 
 class Task:

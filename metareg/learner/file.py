@@ -54,6 +54,7 @@ class Header(LearnerConfig):
     loss: str | None = Field(description="None for a callable.")
     metric: str
     steps_done: int = Field(ge=0)
+    task: PluginSpec | None = Field(None, description="What it was trained on, without the places of data.")
     example: Any = Field(None, description="The shapes and types of the inputs by which plugins created parameters.")
 
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn, get_args
 import torch
 from torch import Tensor, nn
 
-from metareg.contract.config import split_names, validate
+from metareg.contract.config import PluginSpec, split_names, validate
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
@@ -110,6 +110,8 @@ class MetaLearner:
         self._runner = BatchRunner(self.engine, self.config, self.device)
         self.steps_done = 0
         """Training steps taken so far."""
+        self.task: PluginSpec | None = None
+        """The task plugin that a run trained it on, with the options by which it reads a user's own examples."""
         self.logs: dict[str, float] = {}
         """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
 
@@ -275,6 +277,7 @@ class MetaLearner:
         write_learner(
             Path(path), self.config, self.engine.plain.stages, self.model, self._recipe, self.plain_meta_parameters,
             **self._file_facts, steps_done=self.steps_done, example=self._meta.example,
+            task=self.task and self.task.model_dump(mode="json"),
         )  # fmt: skip
 
     @classmethod
@@ -311,7 +314,7 @@ class MetaLearner:
             learner._meta.initialize_like(file.header.example)
         learner._meta.tensors, constants = file.read(learner.plain_meta_parameters, learner.model.constants())
         learner.model.module.load_state_dict(constants, strict=False)
-        learner.steps_done = file.header.steps_done
+        learner.steps_done, learner.task = file.header.steps_done, file.header.task
         return learner
 
     def state(self) -> dict[str, Any]:

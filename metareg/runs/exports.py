@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +20,30 @@ from metareg.contract.columns import Columns, name_columns
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
-from metareg.registry.plugins import Plugin
+from metareg.registry.plugins import Plugin, resolve
+from metareg.util.devices import find_device
 from metareg.util.files import write_bytes
 from metareg.util.images import find_images
 from metareg.util.tables import Table, read_table
 
-__all__ = ["FACTS", "export", "predict"]
+__all__ = ["FACTS", "export", "load_learner", "predict"]
 
 log = logging.getLogger("metareg")
 
 FACTS = "metareg.json"
 """The file in an exported program that says what its numbers mean."""
+
+
+def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
+    """A learner from its file alone, and the task by which it reads a user's examples; no data is read.
+
+    Raises:
+        UsageError: the file is no learner's, or a run did not train it.
+    """
+    learner = MetaLearner.load(path, device=find_device(device or "auto"))
+    if learner.task is None:
+        raise UsageError(f"{path} does not say what its inputs mean: no run with an installed task trained it.")
+    return learner, resolve("tasks", learner.task.name, learner.task.config)
 
 
 def export(
@@ -45,6 +59,11 @@ def export(
         return
     if to.suffix != ".pt2":
         raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
+    columns: Columns | None = None
+    if support is None and bool(getattr(task.instance, "known_columns", ())):
+        raise UsageError(
+            f"A program for tables is adapted to one of them; name its labelled rows with --support to write {to}."
+        )
     if support is None:
         module = learner.engine.plain.create_module(learner.plain_meta_parameters)
         bn_statistics = "transductive"
@@ -55,6 +74,9 @@ def export(
     else:
         examples = _Examples(learner, task, support)
         module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
+        columns = examples.columns
+        if columns is not None:
+            module = _InUnits(module, columns)
     example = torch.zeros(2, *_get_input_shape(task))
     try:
         program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
@@ -63,7 +85,9 @@ def export(
         problem = str(error).strip().splitlines()[0]
         raise UsageError(f"torch.export cannot take the {type(module).__name__}: {problem}") from error
     buffer = io.BytesIO()
-    facts = {"bn_statistics": bn_statistics if learner.model.batch_norms else "none"}
+    facts: dict[str, Any] = {"bn_statistics": bn_statistics if learner.model.batch_norms else "none"}
+    if columns is not None:
+        facts |= {"inputs": columns.features, "targets": columns.targets, "classes": columns.classes}
     torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
     write_bytes(to, buffer.getvalue())
 
@@ -92,13 +116,25 @@ def predict(
     return buffer.getvalue()
 
 
+class _InUnits(nn.Module):
+    """An adapted module that takes inputs as they stand in a table, and returns targets in their units."""
+
+    def __init__(self, module: nn.Module, columns: Columns) -> None:
+        super().__init__()
+        self.module = module
+        self._columns = columns
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._columns.restore_outputs(self.module(self._columns.scale_inputs(x)))
+
+
 class _Examples:
     """A user's labelled examples for a learner that was trained on a task's tasks."""
 
     def __init__(self, learner: MetaLearner, task: Plugin, support: Path, query: Path | None = None) -> None:
         self._task = task.instance
         self._shape = _get_input_shape(task)
-        self._columns: Columns | None = None
+        self.columns: Columns | None = None
         self._query: Table | None = None
         classifies = learner.loss is nn.functional.cross_entropy
         if support.is_dir():
@@ -121,10 +157,11 @@ class _Examples:
             table = read_table(support, known)
             if query is not None and not query.is_dir():
                 self._query = read_table(query, known or table.names)
-            inputs, outputs = math.prod(self._shape), math.prod(task.instance.spec.output_shape)
-            table, self._query = name_columns(inputs, 1 if classifies else outputs, classifies, table, self._query)
+            if not known:
+                inputs, outputs = math.prod(self._shape), math.prod(task.instance.spec.output_shape)
+                table, self._query = name_columns(inputs, 1 if classifies else outputs, classifies, table, self._query)
             choose = getattr(task.instance, "choose_columns", None) or partial(Task.choose_columns, task.instance)
-            columns = self._columns = choose(table, self._query, classifies)
+            columns = self.columns = choose(table, self._query, classifies)
             table = _refuse_empty(columns.select_rows(table))
             self.targets, self.classes = columns.targets, columns.classes
             self.x = columns.scale_inputs(columns.read_inputs(table))
@@ -138,14 +175,14 @@ class _Examples:
             images = [image for members in files.by_folder.values() for image in members]
             names = [[_to_text(image.relative_to(path).as_posix())] for image in images]
             return ["image"], names, self._read_images(images, path)
-        if self._columns is None or self._query is None:
+        if self.columns is None or self._query is None:
             raise UsageError(f"{path} is a file; this learner takes a folder of images.")
-        inputs, query = self._columns.inputs, _refuse_empty(self._query)
-        return inputs, query.get_rows(inputs), self._columns.scale_inputs(self._columns.read_inputs(query))
+        inputs, query = self.columns.inputs, _refuse_empty(self._query)
+        return inputs, query.get_rows(inputs), self.columns.scale_inputs(self.columns.read_inputs(query))
 
     def restore_outputs(self, outputs: Tensor) -> Tensor:
         """Outputs in the units of the targets."""
-        return outputs if self._columns is None else self._columns.restore_outputs(outputs)
+        return outputs if self.columns is None else self.columns.restore_outputs(outputs)
 
     def _read_images(self, paths: Sequence[Path], where: Path) -> Tensor:
         if len(self._shape) != 3:

@@ -10,13 +10,21 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from metareg.contract.config import PluginConfig, PluginSpec, split_names, unknown_option_error, update_names, validate
+from metareg.contract.config import (
+    PluginConfig,
+    PluginSpec,
+    drop_paths,
+    split_names,
+    unknown_option_error,
+    update_names,
+    validate,
+)
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, find_entry, get_config_class, get_name, list_names, resolve
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.util.yaml_files import parse_yaml
 
-__all__ = ["Selection", "assemble", "parse_assignments", "update_option_names"]
+__all__ = ["Selection", "assemble", "describe_task", "parse_assignments", "update_option_names"]
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,14 @@ def update_option_names(stored: RunConfig) -> RunConfig:
     return stored.model_copy(update=update)
 
 
+def describe_task(task: Plugin) -> PluginSpec | None:
+    """What a learner's file says of its task; None for one that no package installs."""
+    if task.distribution is None:
+        return None
+    config = getattr(task.instance, "stored_config", task.config)
+    return PluginSpec(name=task.name, config=drop_paths(config) if isinstance(config, PluginConfig) else {})
+
+
 @dataclass(eq=False)  # two that are alike are two
 class _Selected:
     """One plugin of the run, before its configuration is complete."""
@@ -174,8 +190,8 @@ class _Selected:
         assert self._built is not None
         plugin = self._built[1]
         name = self.plugin if isinstance(self.plugin, str) else plugin.name
-        config = plugin.config.model_dump(mode="json") if isinstance(plugin.config, PluginConfig) else {}
-        return PluginSpec(name=name, config=config)
+        config = getattr(plugin.instance, "stored_config", plugin.config)
+        return PluginSpec(name=name, config=config.model_dump(mode="json") if isinstance(config, PluginConfig) else {})
 
 
 _Layer = dict[tuple[_Selected | None, str], Any]

@@ -11,6 +11,7 @@ from typing import Any
 
 from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
+from metareg.contract.losses import Metric
 from metareg.contract.splits import TEST
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
@@ -73,7 +74,10 @@ class Run:
         if not (path / FINAL).is_file():
             raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
         source = TaskSource(resolve("tasks", config.task.name, config.task.config))
-        run = cls(path, config, MetaLearner.load(path / FINAL, device=find_device(device or config.device)), source)
+        metric = getattr(source.plugin.instance, "metric", None)
+        own = metric if isinstance(metric, Metric) else None
+        learner = MetaLearner.load(path / FINAL, metric=own, device=find_device(device or config.device))
+        run = cls(path, config, learner, source)
         if (path / RESULTS).is_file():
             try:
                 content = read_json(path / RESULTS)

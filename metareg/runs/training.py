@@ -27,7 +27,7 @@ from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
-from metareg.runs.options import Selection, assemble
+from metareg.runs.options import Selection, assemble, describe_task
 from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps
 from metareg.util.devices import peak_memory, reset_peak_memory, use_deterministic_kernels
 from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
@@ -221,6 +221,7 @@ def prepare_run(selection: Selection, processes: Processes | None = None) -> tup
         device=processes.device(config.device),
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
+    learner.task = describe_task(selection.task)
     source = TaskSource(selection.task)
     check_fit(learner, source, TRAIN)
     for split in dict.fromkeys((VALIDATION, config.test_split)):

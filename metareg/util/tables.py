@@ -58,10 +58,14 @@ class Table:
     def is_numeric(self, name: str) -> bool:
         """Whether every cell of a column that is not missing is a number, and one is there."""
         cells = self.columns[name]
+        return isinstance(cells, np.ndarray) or (any(cells) and not self.find_texts(name))
+
+    def find_texts(self, name: str) -> list[int]:
+        """The rows of a column whose cells are neither numbers nor missing."""
+        cells = self.columns[name]
         if isinstance(cells, np.ndarray):
-            return True
-        found = [cell for cell in cells if cell.casefold() not in _MISSING]
-        return bool(found) and all(self._parse(cell) is not None for cell in found)
+            return []
+        return [row for row, cell in enumerate(cells) if cell.casefold() not in _MISSING and self._parse(cell) is None]
 
     def get_numbers(self, name: str, *, missing: bool = False) -> np.ndarray:
         """A column as numbers (float64).

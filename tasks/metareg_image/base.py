@@ -24,12 +24,12 @@ from metareg import (
     TaskSpec,
     UsageError,
     data_folder,
+    draw_distinct,
     hookimpl,
     task_uniform,
 )
 from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
-from metareg_image.sampling import draw_distinct
 from metareg_image.store import ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
 
 __all__ = ["Channels", "ImageConfig", "ImageTask"]

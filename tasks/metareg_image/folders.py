@@ -16,9 +16,8 @@ from typing import Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from metareg import ImageFiles, PathText, UsageError, find_images, read_split_file, task_uniform
+from metareg import ImageFiles, PathText, UsageError, draw_distinct, find_images, read_split_file, task_uniform
 from metareg_image.base import ImageConfig, ImageTask
-from metareg_image.sampling import draw_distinct
 from metareg_image.splits import read_splits
 from metareg_image.store import SPLITS, ClassImages, Cut, Source
 

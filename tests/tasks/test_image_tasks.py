@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from metareg import MetaLearner, MetaregError, UsageError
+from metareg import MetaLearner, MetaregError, UsageError, draw_distinct
 from metareg.registry.plugins import resolve
 from metareg_image import Glyphs, OmniglotSmall
 from metareg_image.figures import _label
-from metareg_image.sampling import draw_distinct
 
 
 @pytest.fixture(scope="session")

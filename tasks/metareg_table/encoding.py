@@ -1,0 +1,316 @@
+"""What the columns of a user's tables mean to a model: numbers, categories, a target; and on what scale."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from metareg import Columns, Field, PluginConfig, Table, UsageError
+
+__all__ = ["Encoding", "Missing", "StandardisedColumns", "Statistics", "fit_encoding", "measure_support"]
+
+log = logging.getLogger("metareg")
+
+Missing = Literal["refuse", "mean", "drop"]
+Statistics = Literal["training", "support", "none"]
+
+_MOST_CATEGORIES = 100
+
+
+class Encoding(PluginConfig):
+    """The columns of a task's tables, their categories, and the statistics of all rows of its training tasks.
+
+    A run keeps it in its configuration, and predicts by it.
+    """
+
+    target: str
+    numbers: dict[str, tuple[float, float]] = Field(description="Mean and standard deviation of each numeric column.")
+    categories: dict[str, list[str]] = Field(description="The categories of each other column.")
+    classes: list[str] | None = Field(description="The classes of the target; none where it is a number.")
+    target_scale: tuple[float, float] = Field((0.0, 1.0), description="Mean and standard deviation of the target.")
+    unused: list[str] = Field([], description="Columns of the training tables that are no inputs.")
+    digest: str = Field("", description="Of the training tasks, so that other ones are noticed.")
+
+    @property
+    def inputs(self) -> list[str]:
+        """The names of the input columns in the model's order."""
+        return [*self.numbers, *self.categories]
+
+    @property
+    def width(self) -> int:
+        """How many numbers one input is."""
+        return len(self.numbers) + sum(map(len, self.categories.values()))
+
+    def read_inputs(self, table: Table) -> np.ndarray:
+        """Inputs ``[rows, width]``: numbers, NaN where they are missing; then zeros and ones for each category."""
+        parts = [table.get_numbers(name, missing=True)[:, None] for name in self.numbers]
+        for name, values in self.categories.items():
+            texts = np.array(table.get_texts(name), dtype=np.str_)
+            parts.append(texts[:, None] == np.array(values, dtype=np.str_))
+        return np.concatenate([*parts, np.empty((len(table), 0))], 1).astype(np.float64)
+
+    def find_missing(self, table: Table) -> np.ndarray:
+        """Whether each cell of the inputs is missing ``[rows, columns]``."""
+        numbers = [np.isnan(table.get_numbers(name, missing=True)) for name in self.numbers]
+        texts = [np.array(table.get_texts(name), dtype=np.str_) == "" for name in self.categories]
+        return np.stack([*numbers, *texts, np.zeros(len(table), dtype=bool)], 1)[:, :-1]
+
+    def read_targets(self, table: Table) -> np.ndarray:
+        """Class numbers, or numbers ``[rows]``; for rows in which none is missing."""
+        if self.classes is None:
+            return table.get_numbers(self.target)
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        texts = table.get_texts(self.target)
+        for row, text in enumerate(texts):
+            if text not in numbers:
+                raise UsageError(
+                    f"{table.locate(row, self.target)} holds '{text}', which is none of the classes of the training tasks: "
+                    f"{', '.join(self.classes)}."
+                )
+        return np.array([numbers[text] for text in texts], dtype=np.int64)
+
+    def choose_rows(self, table: Table, missing: Missing) -> Table:
+        """The rows of a table that have a target, and the values that the rule for missing ones asks for.
+
+        Raises:
+            UsageError: a value is missing, and the rule refuses that.
+        """
+        absent = np.concatenate([self.find_missing(table), self._find_missing_targets(table)[:, None]], 1)
+        if missing == "refuse":
+            self._refuse_missing(table, absent)
+        left_out = absent.any(1) if missing == "drop" else absent[:, -1]
+        if left_out.any():
+            what = "missing values" if missing == "drop" else "no target"
+            log.info("%s: %d of %d rows have %s and are left out.", table.path, left_out.sum(), len(table), what)
+            return table.select(np.flatnonzero(~left_out))
+        return table
+
+    def refuse_missing(self, table: Table) -> None:
+        """Refuse a table of which an input is missing.
+
+        Raises:
+            UsageError: there is one.
+        """
+        self._refuse_missing(table, self.find_missing(table))
+
+    def _refuse_missing(self, table: Table, absent: np.ndarray) -> None:
+        if absent.any():
+            row, column = (int(each[0]) for each in absent.nonzero())
+            raise UsageError(
+                f"{table.locate(row, [*self.inputs, self.target][column])} holds nothing. A run that is trained with "
+                "--set missing=mean takes the column's mean there (and leaves a category open); one with --set missing=drop "
+                "leaves such rows out."
+            )
+
+    def _find_missing_targets(self, table: Table) -> np.ndarray:
+        if self.classes is None:
+            return np.isnan(table.get_numbers(self.target, missing=True))
+        return np.array(table.get_texts(self.target), dtype=np.str_) == ""
+
+
+def fit_encoding(
+    tables: Mapping[str, Table],
+    target: str,
+    inputs: Sequence[str],
+    unused: Sequence[str],
+    *,
+    classes: bool | None,
+    categorical: Sequence[str],
+    numeric: Sequence[str],
+    missing: Missing,
+) -> Encoding:
+    """The encoding of the training tasks' tables.
+
+    Args:
+        tables: by their tasks' names.
+        target: the target column.
+        inputs: the input columns.
+        unused: the others.
+        classes: whether the target is one of classes; None to find out.
+        categorical: columns that hold categories, whatever their cells look like.
+        numeric: columns that hold numbers.
+        missing: the rule for missing values.
+
+    Raises:
+        UsageError: a column is missing, holds texts and numbers, or too many different texts.
+    """
+    listed = list(tables.values())
+    for table in listed:
+        for name in (*inputs, target):
+            table.require(name)
+    of_numbers = [name for name in inputs if _is_numeric(listed, name, categorical, numeric)]
+    of_texts = [name for name in inputs if name not in of_numbers]
+    categories = {name: _list_categories(listed, name, name in categorical) for name in of_texts}
+    draft = Encoding(
+        target=target,
+        numbers=dict.fromkeys(of_numbers, (0.0, 1.0)),
+        categories=categories,
+        classes=_list_classes(listed, target, classes),
+        unused=list(unused),
+    )
+    chosen = {name: draft.choose_rows(table, missing) for name, table in tables.items()}
+    values = np.concatenate([draft.read_inputs(table) for table in chosen.values()])[:, : len(of_numbers)]
+    update: dict[str, object] = {
+        "numbers": {name: _measure(values[:, place]) for place, name in enumerate(of_numbers)},
+        "digest": hash_tables(draft, chosen),
+    }
+    if draft.classes is None:
+        update["target_scale"] = _measure(np.concatenate([draft.read_targets(table) for table in chosen.values()]))
+    return draft.model_copy(update=update)
+
+
+def hash_tables(encoding: Encoding, tables: Mapping[str, Table]) -> str:
+    """A digest of all that a model is trained on."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, table in sorted(tables.items()):
+        digest.update(name.encode(errors="surrogateescape") + b"\0")
+        digest.update(encoding.read_inputs(table).tobytes())
+        digest.update(encoding.read_targets(table).tobytes())
+    return digest.hexdigest()
+
+
+def _measure(values: np.ndarray) -> tuple[float, float]:
+    """Mean and standard deviation of the numbers that are there; a deviation of 1 where they do not differ."""
+    there = values[~np.isnan(values)]
+    if not len(there):
+        return 0.0, 1.0
+    deviation = float(there.std())
+    return float(there.mean()), deviation if deviation > 0 else 1.0
+
+
+def _is_numeric(tables: Sequence[Table], name: str, categorical: Sequence[str], numeric: Sequence[str]) -> bool:
+    if name in categorical:
+        return False
+    if name in numeric:
+        return True
+    texts = {place: rows for place, table in enumerate(tables) if (rows := table.find_texts(name))}
+    if not texts:
+        return True
+    numeric_cells = sum(len(table) for table in tables) - sum(map(len, texts.values()))
+    if numeric_cells > sum(map(len, texts.values())):
+        place, (row, *_) = next(iter(texts.items()))
+        cell = tables[place].get_texts(name)[row]
+        raise UsageError(
+            f"{tables[place].locate(row, name)} holds '{cell}', and most of the column's cells are numbers: correct it, or "
+            f"say that all are categories with --set 'categorical=[{name}]'."
+        )
+    return False
+
+
+def _list_categories(tables: Sequence[Table], name: str, declared: bool) -> list[str]:
+    found = sorted({text for table in tables for text in table.get_texts(name)} - {""})
+    if len(found) > _MOST_CATEGORIES and not declared:
+        raise UsageError(
+            f"The column '{name}' holds {len(found)} different texts, as '{found[0]}': leave it out, with "
+            f"--set 'columns=[…]', or say that they are categories, with --set 'categorical=[{name}]'."
+        )
+    return found
+
+
+def _list_classes(tables: Sequence[Table], target: str, classes: bool | None) -> list[str] | None:
+    """The classes of the target, or None where it is a number."""
+    numeric = all(table.is_numeric(target) or not any(table.get_texts(target)) for table in tables)
+    found = sorted({text for table in tables for text in table.get_texts(target)} - {""})
+    if classes is None:
+        classes = not numeric or (len(found) == 2 and {float(text) for text in found} == {0.0, 1.0})
+    if not classes:
+        return None
+    if len(found) < 2:
+        raise UsageError(f"The target '{target}' holds one class, '{''.join(found)}', in all training tasks.")
+    if len(found) > _MOST_CATEGORIES:
+        raise UsageError(f"The target '{target}' holds {len(found)} different texts; these are too many for classes.")
+    return sorted(found, key=float) if numeric else found
+
+
+def measure_support(
+    encoding: Encoding, inputs: Tensor, targets: Tensor, standardise: Statistics, standardise_target: Statistics
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What is subtracted from inputs and targets and what they are divided by, for one task or many at once.
+
+    Args:
+        encoding: of the training tasks.
+        inputs: of support sets ``[…, support, width]``, NaN where a number is missing.
+        targets: ``[…, support, 1]``; of classes whatever they are.
+        standardise: whose statistics the inputs are standardised by.
+        standardise_target: whose statistics the targets are standardised by.
+
+    Returns:
+        Offset and scale of the inputs ``[…, 1, width]``, and of the targets ``[…, 1, 1]``; those that are the same for all
+        tasks without the dimensions before. Where the numbers of a support set do not differ, the scale is that of the
+        training tasks.
+    """
+    numbers = list(encoding.numbers.values())
+    groups = encoding.width - len(numbers)
+    trained = inputs.new_tensor(
+        [[*(mean for mean, _ in numbers), *[0.0] * groups], [*(s for _, s in numbers), *[1.0] * groups]]
+    )
+    of_target = inputs.new_tensor(encoding.target_scale)[:, None]
+    fixed = torch.arange(encoding.width) >= len(numbers)
+    scaled = _choose_scale(standardise, inputs, trained, fixed)
+    if encoding.classes is not None:
+        return scaled, (inputs.new_zeros(()), inputs.new_ones(()))
+    return scaled, _choose_scale(standardise_target, targets, of_target, torch.tensor([False]))
+
+
+def _choose_scale(whose: Statistics, values: Tensor, trained: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
+    offset, scale = trained[:1].clone(), trained[1:].clone()  # no views, which torch.export does not like to save
+    if whose == "none":
+        return torch.zeros_like(offset), torch.ones_like(scale)
+    if whose == "training":
+        return offset, scale
+    mean = values.nanmean(-2, keepdim=True)
+    deviation = (values - mean).square().nanmean(-2, keepdim=True).sqrt()
+    unknown = fixed | mean.isnan()
+    return torch.where(unknown, offset, mean), torch.where(unknown | (deviation <= 1e-6 * scale), scale, deviation)
+
+
+@dataclass(frozen=True)
+class StandardisedColumns(Columns):
+    """The columns of one task, standardised as the run's tasks were."""
+
+    encoding: Encoding
+    missing: Missing
+    input_scale: tuple[Tensor, Tensor]
+    """What is subtracted and what is divided by ``[1, width]``."""
+    target_scale: tuple[Tensor, Tensor]
+
+    @property
+    def features(self) -> list[str]:
+        groups = self.encoding.categories.items()
+        return [*self.encoding.numbers, *(f"{name}={value}" for name, values in groups for value in values)]
+
+    def select_rows(self, support: Table) -> Table:
+        return self.encoding.choose_rows(support, self.missing)
+
+    def read_inputs(self, table: Table) -> Tensor:
+        if self.missing != "mean":
+            self.encoding.refuse_missing(table)
+        for name, values in self.encoding.categories.items():
+            new = sorted(set(table.get_texts(name)) - {*values, ""})
+            if new:
+                listed = ", ".join(new)
+                log.info("%s: no training task had the categories %s of '%s': open there.", table.path, listed, name)
+        return torch.from_numpy(self.encoding.read_inputs(table))
+
+    def read_targets(self, table: Table) -> Tensor:
+        targets = torch.from_numpy(self.encoding.read_targets(table))
+        return targets if self.classes is not None else targets[:, None]
+
+    def scale_inputs(self, inputs: Tensor) -> Tensor:
+        offset, scale = self.input_scale
+        return ((inputs - offset) / scale).nan_to_num(0.0).to(torch.get_default_dtype())
+
+    def scale_targets(self, targets: Tensor) -> Tensor:
+        offset, scale = self.target_scale
+        return targets if self.classes is not None else ((targets - offset) / scale).to(torch.get_default_dtype())
+
+    def restore_outputs(self, outputs: Tensor) -> Tensor:
+        offset, scale = self.target_scale
+        return outputs if self.classes is not None else (outputs * scale + offset).to(outputs.dtype)
