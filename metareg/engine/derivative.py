@@ -29,7 +29,9 @@ def compute_meta_gradient(
     if not stages.implements("outer_gradient"):
         return _differentiate(functions, meta, task, noise, weights)
     context = functions.prepare(meta, task, noise)
-    adaptation = functions.adapt(context, steps)
+    adaptation = functions.start(context)
+    for step in range(steps):
+        adaptation = functions.inner_step(adaptation, context, step)
     adapted, state, start = adaptation
     view = functions.view_outer(adaptation, context)
     gradient = stages.outer_gradient(meta, adapted, start, state, steps, context.noise, view)

@@ -209,7 +209,7 @@ class TaskFunctions:
         return Adaptation(params, state, start)
 
     def adapt(self, context: TaskContext, steps: int) -> Adaptation:
-        """The adaptation after `steps` steps."""
+        """The adaptation after `steps` steps of an evaluation."""
         adaptation = self.start(context)
         for step in range(steps):
             adaptation = self.evaluation_step(adaptation, context, step)
