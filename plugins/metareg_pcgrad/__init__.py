@@ -32,7 +32,7 @@ class PCGrad:
 
     @hookimpl
     def combine_tasks(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        own = torch.cat([value.flatten(1) for value in grads.values()], 1)
+        own = torch.cat([value.reshape(len(value), -1) for value in grads.values()], 1)
         squares = own.square().sum(1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
         projected = own
         for shift in range(1, len(own)):

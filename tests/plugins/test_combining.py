@@ -12,6 +12,7 @@ from torch import Tensor
 
 from metareg import MetaLearner
 from metareg_cvar import CVaR
+from metareg_pcgrad import PCGrad
 from reference import Tensors, difference
 from samples import LOSSES, MODELS, episodes
 
@@ -64,6 +65,14 @@ def test_only_gradients_that_conflict_are_changed() -> None:
             for augment in ([], ["pcgrad"])
         )
         assert (difference(surgery, plain) > 1e-3) == conflict
+
+
+def test_projections_in_numbers() -> None:
+    """(1, 0) and (−1, 1) conflict: each loses its part along the other. A scalar is a meta-parameter too."""
+    grads = {"scalar": torch.tensor([1.0, -1.0]), "vector": torch.tensor([[0.0], [1.0]])}
+    combined = PCGrad(PCGrad.Config()).combine_tasks(grads)
+    assert combined["scalar"].item() == pytest.approx((0.5 + 0) / 2)
+    assert combined["vector"].tolist() == pytest.approx([(0.5 + 1) / 2])
 
 
 @pytest.mark.parametrize(("level", "tasks", "kept"), [(0.7, 10, 3), (0.5, 5, 3), (0.99, 4, 1), (0, 4, 4)])
