@@ -94,7 +94,6 @@ def test_missing_data_is_one_sentence_and_nothing_is_written(
 
 
 def test_where_no_figure_is_known_the_recipe_says_why() -> None:
-    assert SHIPPED["cml-miniimagenet-5-way-1-shot"].unknown
     for changes in ({"expected": None}, {"unknown": "nobody measured it"}):
         with pytest.raises(UsageError, match="'unknown' says why there is no figure"):
             recipe(**changes)
