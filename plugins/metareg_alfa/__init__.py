@@ -52,7 +52,7 @@ class ALFA:
         nn.init.zeros_(last.weight)
         nn.init.ones_(last.bias)
         generator = nn.Sequential(hidden, nn.ReLU(), last)
-        sizes = torch.full((inner_steps, len(adapted)), self.config.inner_lr)
+        sizes = torch.full((inner_steps, len(adapted)), self.config.inner_lr, dtype=torch.float64)
         return {f"generator.{name}": value.detach() for name, value in generator.named_parameters()} | {
             "step_size": sizes,
             "decay": self.config.weight_decay * sizes,
