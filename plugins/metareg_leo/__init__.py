@@ -36,8 +36,9 @@ class LEO:
     The paper works on fixed embeddings of a pretrained network, and its head has no b; here the body and b learn in the
     outer loop. Its dropout on embeddings is left out, and w has one draw for a task, not one for every decoding.
 
-    Settings of the authors' code, for tasks of 5 classes of miniImageNet: the defaults (its step sizes 1 and 0.001 are for
-    the sum of the losses of, in 1-shot tasks, 5 examples), 12 tasks a step, Adam at 1e-4, gradients clipped to 0.1.
+    Settings of the authors' code, for tasks of 5 classes of miniImageNet: the defaults but for the step sizes, 1 and 0.001
+    for losses summed over the examples; 12 tasks a step, Adam at 1e-4, gradients clipped to 0.1. On a body that learns from
+    the start, a step size of 1 in the code diverged.
 
     Reference:
         Rusu et al., Meta-Learning with Latent Embedding Optimization, ICLR 2019, arXiv 1807.05960, Algorithm 1.
@@ -56,7 +57,7 @@ class LEO:
             5, ge=0, description="The first so many inner steps adapt the code, the others the weights."
         )
         code_lr: float = Field(
-            5.0, gt=0, description="Initial step size in the code.", json_schema_extra={"search": {"factor": 10}}
+            0.1, gt=0, description="Initial step size in the code.", json_schema_extra={"search": {"factor": 10}}
         )
         weight_lr: float = Field(0.005, gt=0, description="Initial step size in the weights.")
         kl_weight: float = Field(0.001, ge=0, description="Weight β of the divergence of the codes from N(0, 1).")
