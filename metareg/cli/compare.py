@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,9 @@ from metareg.cli.common import (
 )
 from metareg.cli.flags import takes_run_options
 from metareg.errors import UsageError
+
+if TYPE_CHECKING:
+    from metareg.comparison.runner import Comparison
 
 __all__ = ["compare", "report", "reproduce"]
 
@@ -76,6 +79,12 @@ def compare(
         str | None,
         typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (one is started)."),
     ] = None,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines", help="Then measure what simpler ways reach on each task; a training for each seed."
+        ),
+    ] = False,
     data: Data = None,
     _no_plugin: NoPlugin = None,
     **options: Any,
@@ -104,8 +113,24 @@ def compare(
             search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **(given | options),
         )  # fmt: skip
     print_comparison(comparison, stdout)
+    if baselines:
+        _show_baselines(comparison)
     if comparison.broken:
         raise typer.Exit(1)
+
+
+def _show_baselines(comparison: Comparison) -> None:
+    """What simpler ways reach on each task, by the configuration of its first arm's runs."""
+    from metareg.cli.progress import show_messages
+    from metareg.cli.tables import create_baseline_overview
+    from metareg.runs.run import Run
+
+    first: dict[str, str] = {}
+    runs = [run for run in comparison.plan.list_runs() if run.finished and run.is_final]
+    chosen = [run for run in runs if first.setdefault(run.arm.task, str(run.arm)) == str(run.arm)]
+    with show_messages(stderr):
+        found = [(run.arm.task, Run.load(run.path).evaluate_baselines()) for run in chosen]
+    stdout.print(create_baseline_overview(found))
 
 
 def report(

@@ -54,6 +54,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out where there is one, begin it where not.")
     ] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Then measure what simpler ways reach; about as long again.")
+    ] = False,
     _no_plugin: NoPlugin = None,
     **options: Any,
 ) -> None:
@@ -76,7 +79,9 @@ def train(
         "data": None if data is None else str(data),
     }
     given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}
-    _show(partial(carry_out, out=out, config=config, resume=resume), given | options)
+    run = _show(partial(carry_out, out=out, config=config, resume=resume), given | options)
+    if baselines:
+        _show_baselines(run)
 
 
 @takes_run_options(lambda config: config.list_resumable())
@@ -100,7 +105,7 @@ def resume(
     _show(partial(carry_out, path), given | options)
 
 
-def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> None:
+def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> Run:
     """Carry out a training with some options, and show how it goes on and what it comes to."""
     from metareg.cli.progress import Progress
     from metareg.cli.tables import print_results
@@ -108,6 +113,16 @@ def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> None:
     with Progress(stderr) as progress:
         run = carry_out(observers=[progress, *options.pop("observers", [])], **options)
     print_results(run, stdout)
+    return run
+
+
+def _show_baselines(run: Run) -> None:
+    from metareg.cli.progress import show_messages
+    from metareg.cli.tables import create_baseline_table
+
+    with show_messages(stderr):
+        found = run.evaluate_baselines()
+    stdout.print(create_baseline_table(run, found))
 
 
 def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:
@@ -193,9 +208,17 @@ def evaluate(
     assignments: Annotated[list[str] | None, set_option("An option of the task. Repeatable.")] = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Measure what simpler ways reach on the run's own test tasks instead.")
+    ] = False,
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Test a finished run anew: other tasks, other numbers of inner steps."""
+    if baselines:
+        from metareg.runs.run import Run
+
+        _show_baselines(Run.load(path, device=device))
+        return
     try:
         numbers = [int(part) for part in inner_steps.split(",")]
     except ValueError:

@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
+import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
@@ -17,6 +18,7 @@ from rich.text import Text
 
 from metareg.contract.splits import TEST
 from metareg.runs.folder import RESULTS
+from metareg.util.intervals import compute_half_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -27,10 +29,13 @@ if TYPE_CHECKING:
     from metareg.contract.tasks import Dataset
     from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
+    from metareg.runs.baselines import Baseline
     from metareg.runs.run import Run
     from metareg.testing import Check
 
 __all__ = [
+    "create_baseline_overview",
+    "create_baseline_table",
     "create_dataset_table",
     "create_evaluation_table",
     "create_plugin_table",
@@ -113,6 +118,54 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_on
     for k in evaluation.inner_steps:
         cells = [cell for each in shown for cell in (f"{each.mean(k):.4f}", f"± {each.ci95(k):.4f}")]
         table.add_row("0 (before)" if k == 0 else str(k), *cells)
+    return table
+
+
+def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:
+    """What simpler ways reach on a run's test tasks, and by how much the run is better, paired by task."""
+    assert run.evaluation is not None
+    tested = run.evaluation
+    own = run.config.inner_steps if run.config.inner_steps in tested.inner_steps else tested.inner_steps[-1]
+    better = "higher" if tested.higher_is_better else "lower"
+    table = Table(title=f"Baselines on the same {tested.tasks} tasks ({better} is better)", title_justify="left")
+    for heading in (
+        "",
+        "Adam on a support set",
+        tested.metric,
+        "95 % interval",
+        f"{run.config.algo.name} is better by",
+    ):
+        table.add_column(heading, justify="left" if not heading else "right")
+    table.add_row(f"{run.config.algo.name}", f"{own} steps", f"{tested.mean(own):.4f}", f"± {tested.ci95(own):.4f}", "")
+    sign = 1 if tested.higher_is_better else -1
+    for each in baselines:
+        found = each.evaluation
+        gain = sign * (tested.get_scores(own) - found.get_scores(each.steps))
+        cells = f"{found.mean(each.steps):.4f}", f"± {found.ci95(each.steps):.4f}"
+        difference = f"{gain.mean().item():.4f} ± {compute_half_width(gain.numpy()):.4f}"
+        table.add_row(each.name, f"{each.steps} steps of {each.rate:g}", *cells, difference)
+    return table
+
+
+def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]]) -> Table:
+    """What simpler ways reach on the tasks of a comparison: the mean over seeds.
+
+    Args:
+        measured: the task, and the baselines on it, of each seed.
+    """
+    scores: dict[tuple[str, str, str], list[float]] = {}
+    for task, baselines in measured:
+        for each in baselines:
+            better = "higher" if each.evaluation.higher_is_better else "lower"
+            key = (task, each.name, f"{each.evaluation.metric} ({better} is better)")
+            scores.setdefault(key, []).append(each.evaluation.mean(each.steps))
+    table = Table(title="Baselines on the same test tasks, over seeds", title_justify="left")
+    for heading in ("task", "baseline", "metric", "mean", "95 % interval", "seeds"):
+        table.add_column(heading, justify="left" if heading in ("task", "baseline", "metric") else "right")
+    for (task, name, metric), means in scores.items():
+        values = np.array(means)
+        half = f"± {compute_half_width(values):.4f}" if len(means) > 1 else ""
+        table.add_row(escape(task), name, metric, f"{values.mean():.4f}", half, str(len(means)))
     return table
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["CHECKPOINTS", "CONFIG", "ENVIRONMENT", "FINAL", "METRICS", "PLOTS", "RESULTS", "TIMING"]
+__all__ = ["BASELINES", "CHECKPOINTS", "CONFIG", "ENVIRONMENT", "FINAL", "METRICS", "PLOTS", "RESULTS", "TIMING"]
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -12,3 +12,4 @@ CHECKPOINTS = "checkpoints"
 FINAL = f"{CHECKPOINTS}/final.safetensors"
 PLOTS = "plots"
 RESULTS = "results.json"
+BASELINES = "baselines.json"

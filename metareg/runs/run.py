@@ -18,11 +18,12 @@ from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import find_entry, resolve
 from metareg.registry.task_source import TaskSource
 from metareg.runs import exports
+from metareg.runs.baselines import Baseline, measure_baselines
 from metareg.runs.config import RunConfig
-from metareg.runs.folder import CONFIG, FINAL, METRICS, PLOTS, RESULTS
+from metareg.runs.folder import BASELINES, CONFIG, FINAL, METRICS, PLOTS, RESULTS
 from metareg.runs.options import update_option_names
 from metareg.util.devices import find_device
-from metareg.util.files import read_json
+from metareg.util.files import read_json, write_json
 from metareg.util.yaml_files import read_yaml
 
 __all__ = ["Run", "check_fit", "format_resume_command", "read_config", "read_trained_steps"]
@@ -41,6 +42,7 @@ class Run:
     checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
     plots/                  pictures (PNG)
     results.json            the test: mean, interval and every task's score after each number of inner steps
+    baselines.json          what simpler ways reach on the test tasks, where that was asked for (`evaluate_baselines`)
     ======================  ================================================================================
 
     Args:
@@ -127,6 +129,26 @@ class Run:
         return self.learner.evaluate(
             source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics
         )
+
+    def evaluate_baselines(self) -> list[Baseline]:
+        """What simpler ways reach on the run's test tasks; computed once, which takes about as long as the training.
+
+        Returns:
+            A model that is trained from scratch on each support set; and one that is trained on all training tasks and
+            fine-tuned on each support set.
+
+        Raises:
+            UsageError: the run's model is no installed plugin, or a baseline has no finite scores.
+        """
+        path = self.path / BASELINES
+        if path.is_file():
+            return [Baseline.from_dict(each) for each in read_json(path)]
+        if self.config.model is None:
+            raise UsageError(f"The configuration of the run at {self.path} names no model.")
+        model = resolve("models", self.config.model.name, self.config.model.config)
+        found = measure_baselines(self.config, model, self.source, self.learner.device)
+        write_json(path, [each.to_dict() for each in found])
+        return found
 
     def predict(
         self,
