@@ -23,10 +23,13 @@ STEPS, TASKS, OUTER_LR, GAMMA, TOLERANCE = 3, 3, 0.01, 0.7, 1e-6
 WAYS = [
     pytest.param("mlp", False, {"strategy": "serial"}, id="mlp, serial"),
     pytest.param("mlp", True, {"strategy": "vectorized"}, id="mlp, cml, vectorized"),
-    pytest.param("conv", False, {"strategy": "vectorized", "memory": "recompute"}, id="conv, vectorized, recompute"),
+    pytest.param(
+        "conv", False, {"strategy": "vectorized", "memory": "recompute"}, id="conv, vectorized, recompute",
+        marks=pytest.mark.slow,
+    ),
     pytest.param("conv", True, {"strategy": "traced"}, id="conv, cml, traced"),
     pytest.param("mlp", True, {"strategy": "compiled"}, id="mlp, cml, compiled", marks=pytest.mark.slow),
-]
+]  # fmt: skip
 """Nets, with CML or without, and the ways to train: what most algorithms are tried in, as ``("net", "cml", "options")``."""
 _IN_FRONT_OF_BATCH_NORM = ("body.0.bias", "body.4.bias", "colearner.0.bias", "colearner.3.bias")
 

@@ -16,7 +16,10 @@ _SLOW = pytest.mark.slow
 
 
 def _is_slow(check: Check) -> bool:
-    return check.name in ("strategies", "whole-steps") or (check.subject.kind, check.name) == ("models", "trains")
+    return check.name in ("strategies", "whole-steps", "determinism") or (check.subject.kind, check.name) == (
+        "models",
+        "trains",
+    )
 
 
 def _needs_data(entry: Entry) -> bool:
