@@ -178,7 +178,7 @@ def test_bad_split_files_are_one_sentence(animals: Path, tmp_path: Path, name: s
     (tmp_path / name).write_text(text, encoding="utf-8")
     with pytest.raises(UsageError, match=sentence):
         folder_task(animals, split_file=str(tmp_path / name)).episodes("train", [0], 0)
-    with pytest.raises(UsageError, match="cannot be read: No such file"):
+    with pytest.raises(UsageError, match="There is no file"):
         folder_task(animals, split_file=str(tmp_path / "no")).episodes("train", [0], 0)
 
 
