@@ -46,8 +46,6 @@ class MLTI:
         count = len(episodes)
         shares = random.beta(self.config.beta, self.config.beta, count)
         others = (np.arange(count) + random.integers(2, size=count)) % count
-        if not episodes.support_y.is_floating_point():
-            _check_classes(episodes)
         mixed = [self._mix(episodes, *pair, random) for pair in zip(range(count), others, shares, strict=True)]
         return Episodes(*(torch.stack(parts) for parts in zip(*mixed, strict=True)))
 
@@ -59,27 +57,22 @@ class MLTI:
         classes = None if own[1].is_floating_point() else random.permutation(int(own[1].max()) + 1)
         mixed: list[Tensor] = []
         for x, y, other_x, other_y in ((*own[:2], *partner[:2]), (*own[2:], *partner[2:])):
-            chosen = random.permutation(len(y)) if classes is None else _pair_classes(y, other_y, classes)
+            if classes is None:
+                chosen = random.permutation(len(y))
+            else:
+                chosen = _pair_classes(y.cpu().numpy(), other_y.cpu().numpy(), classes, random)
             numbers = torch.as_tensor(chosen, device=y.device)
             mixed.append(torch.lerp(other_x[numbers], x, share))
             mixed.append(torch.lerp(other_y[numbers], y, share) if classes is None else y)
         return tuple(mixed)
 
 
-def _pair_classes(own: Tensor, other: Tensor, classes: np.ndarray) -> np.ndarray:
+def _pair_classes(own: np.ndarray, other: np.ndarray, classes: np.ndarray, random: np.random.Generator) -> np.ndarray:
     """For each example of one task the number of an example of another one, whose class `classes` gives by its own."""
-    by_class = other.cpu().numpy().argsort(kind="stable").reshape(len(classes), -1)
     numbers = np.empty(len(own), dtype=np.int64)
-    numbers[own.cpu().numpy().argsort(kind="stable")] = by_class[classes].flatten()
+    for number, partner in enumerate(classes):
+        mine, theirs = np.flatnonzero(own == number), random.permutation(np.flatnonzero(other == partner))
+        if len(mine) > 0 == len(theirs):
+            raise UsageError("The augmenter 'mlti' needs examples of every class in each support and query set.")
+        numbers[mine] = np.resize(theirs, len(mine))  # some of them again, where they are fewer
     return numbers
-
-
-def _check_classes(episodes: Episodes) -> None:
-    """Refuse tasks whose classes cannot be paired example by example."""
-    ways = int(episodes.support_y.max()) + 1
-    for y in (episodes.support_y, episodes.query_y):
-        counts = torch.stack([of_task.bincount(minlength=ways) for of_task in y])
-        if int(counts.min()) != int(counts.max()):
-            raise UsageError(
-                "The augmenter 'mlti' needs as many examples of each class as of any other, in every task."
-            )
