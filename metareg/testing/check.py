@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from metareg.contract.episodes import Episodes
 from metareg.errors import MetaregError
 from metareg.registry.dispatch import list_hooks
 from metareg.registry.plugins import Plugin, resolve
@@ -108,11 +109,13 @@ class Check:
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy that later changes in place do not reach; a module stands for its state."""
+    """A copy that later changes in place do not reach; a module stands for its state, episodes for their parts."""
 
     def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return leaf.detach().clone()
+        if isinstance(leaf, Episodes):
+            return tree_map(copy_leaf, leaf.parts)
         if isinstance(leaf, nn.Module):
             return {name: value.detach().clone() for name, value in leaf.state_dict().items()}
         return leaf

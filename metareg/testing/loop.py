@@ -52,7 +52,8 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
     gradients: list[Tensors] = []
     for step, stacks in enumerate(batches):
         learner = new_learner()
-        tasks = [stack.unstack(number) for stack in stacks for number in range(len(stack))]
+        changed = learner.stages.augment_episodes(stacks, learner.config.seed, step)
+        tasks = [stack.unstack(number) for stack in changed for number in range(len(stack))]
         grads = _meta_gradient(learner, meta, tasks, step)
         gradients.append(grads)
         every = learner.config.reset_optimizer_every
