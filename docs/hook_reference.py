@@ -1,4 +1,4 @@
-"""Writes hooks.md and the tables of plugins/index.md from the code; ``--check`` says whether they are current."""
+"""Writes hooks.md and the tables of plugins/index.md and algorithms.md; ``--check`` says whether they are current."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, ClassVar
 from metareg import Field, PluginConfig, hookimpl
 from metareg.contract import attributes, hookspecs
 from metareg.contract.hookspecs import HOOKS, Reduction
+from metareg.registry.costs import SETTING, describe_order, find_cost
+from metareg.registry.plugins import Entry, list_entries
 from metareg.testing import checks
 
 HERE = Path(__file__).parent
@@ -52,6 +54,28 @@ def index() -> str:
             rf"<!-- {name} -->.*?(?=\n\n[^|]|\Z)", lambda _, c=content, n=name: f"<!-- {n} -->\n\n{c}", text, flags=re.S
         )
     return re.sub(r"now (\d+ )?<!-- contract -->", f"now {hookspecs.CONTRACT_VERSION} <!-- contract -->", text)
+
+
+def algorithms() -> str:
+    """The page algorithms.md with its table brought up to date; the column of formulas is written by hand in the page."""
+    text = (HERE / "algorithms.md").read_text(encoding="utf-8")
+    formulas = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", text, flags=re.M))
+    rows = [["name", "inner update", "adapts", "state", "order", "time", "memory", "source"]]
+    shipped = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
+    for entry in sorted(shipped, key=lambda entry: [*formulas, entry.name].index(entry.name)):
+        rows.append([f"`{entry.name}`", formulas.get(entry.name, ""), *_describe_algorithm(entry)])
+    caption = f"Time and memory of a training step beside MAML's: {SETTING}. State: numbers kept for each adapted one."
+    content = f"<!-- family -->\n\n{_table(rows)}\n\n{caption}\n\n## "
+    return re.sub(r"<!-- family -->.*?\n\n## ", lambda _: content, text, count=1, flags=re.S)
+
+
+def _describe_algorithm(entry: Entry) -> list[str]:
+    cls, cost = entry.load(), find_cost(entry)
+    source = (inspect.getdoc(cls) or "").partition("Reference:")[2]
+    citation = re.match(r".*?\b(?:19|20)\d\d\b(?:, arXiv [\d.]*\d)?", " ".join(source.split()))
+    figures = [f"{cost.state:.3g}", f"{cost.time:.2f}", f"{cost.memory:.2f}"] if cost else ["", "", ""]
+    adapts = getattr(cls, "adapts", "all").replace("*", "\\*")
+    return [adapts, figures[0], describe_order(cls), *figures[1:], citation[0] if citation else ""]
 
 
 def _markdown(docstring: str) -> str:
@@ -129,7 +153,8 @@ def _table(rows: list[list[str]]) -> str:
 def main(arguments: list[str]) -> int:
     """Write the pages; with ``--check`` only say which are not current."""
     stale = []
-    for path, text in ((HERE / "hooks.md", hook_reference()), (HERE / "plugins" / "index.md", index())):
+    pages = {"hooks.md": hook_reference(), "plugins/index.md": index(), "algorithms.md": algorithms()}
+    for path, text in ((HERE / name, text) for name, text in pages.items()):
         if not path.exists() or path.read_text(encoding="utf-8") != text:
             stale.append(path.name)
             if "--check" not in arguments:

@@ -231,12 +231,10 @@ def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> Renderable
 
 def describe_plugin(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
-    from metareg.registry.dispatch import list_hooks
-
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
         Padding(Text(inspect.cleandoc(cls.__doc__ or "It has no description.")), (1, 0, 1, 2)),
-        Text.assemble(("hooks: ", "bold"), ", ".join(list_hooks(cls)) or "none"),
+        *(Text.assemble((f"{label}: ", "bold"), value) for label, value in _describe_nature(entry, cls).items()),
     ]
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})
     if fields:
@@ -245,6 +243,24 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
     if recommended and isinstance(recommended, Mapping):
         parts += [Text(), _create_recommendation_table(recommended)]
     return Group(*parts)
+
+
+def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
+    """Facts in a line each: the hooks, and of an algorithm what it adapts, its order and what a step costs."""
+    from metareg.registry.costs import SETTING, describe_order, find_cost
+    from metareg.registry.dispatch import list_hooks
+
+    hooks = {"hooks": ", ".join(list_hooks(cls)) or "none"}
+    if entry.kind != "algorithms":
+        return hooks
+    cost = find_cost(entry)
+    beside_maml = f"{cost} ({SETTING})" if cost else "not measured; benchmarks/family.py does it"
+    return {
+        "adapts": getattr(cls, "adapts", "all"),
+        "order": describe_order(cls),
+        "a step beside MAML's": beside_maml,
+        **hooks,
+    }
 
 
 def _create_option_table(entry: Entry, fields: Mapping[str, Any]) -> Table:

@@ -7,6 +7,7 @@ sentence, which stands below the table; anything else has failed. Names of algor
 from __future__ import annotations
 
 import argparse
+import logging
 import math
 import os
 import sys
@@ -57,6 +58,7 @@ def train(algorithm: str, augmenter: str, task: str) -> Outcome:
 
 def train_row(algorithm: str, augmenters: Sequence[str], task: str) -> list[Outcome]:
     """The cells of an algorithm on one task, in one process."""
+    logging.disable(logging.WARNING)
     return [train(algorithm, augmenter, task) for augmenter in augmenters]
 
 
@@ -65,13 +67,16 @@ def train_all(
 ) -> dict[tuple[str, str, str], Outcome]:
     """Every cell, by algorithm, augmenter and task."""
     rows = [(algorithm, task) for task in tasks for algorithm in algorithms]
+    outcomes: dict[tuple[str, str, str], Outcome] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
         futures = [pool.submit(train_row, algorithm, augmenters, task) for algorithm, task in rows]
-        return {
-            (algorithm, augmenter, task): outcome
-            for (algorithm, task), future in zip(rows, futures, strict=True)
-            for augmenter, outcome in zip(augmenters, future.result(), strict=True)
-        }
+        for (algorithm, task), future in zip(rows, futures, strict=True):
+            found = dict(zip(augmenters, future.result(), strict=True))
+            print(
+                f"{algorithm} on {task}:", *(outcome.result for outcome in found.values()), file=sys.stderr, flush=True
+            )
+            outcomes |= {(algorithm, augmenter, task): outcome for augmenter, outcome in found.items()}
+    return outcomes
 
 
 def format_table(

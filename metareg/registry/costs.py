@@ -1,0 +1,53 @@
+"""The order of an algorithm's outer derivative, and what a step costs beside one of MAML (benchmarks/family.py)."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from metareg.registry.dispatch import list_hooks
+from metareg.registry.plugins import Entry
+
+__all__ = ["PATH", "SETTING", "Cost", "describe_order", "find_cost"]
+
+PATH = Path(__file__).with_name("costs.json")
+"""The figures, by the entry points' targets, and the machine that they are from."""
+
+SETTING = "5-way 1-shot images, 4 tasks, 5 inner steps, vectorized"
+"""Where the figures are from."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """A training step beside one of MAML with the same model; all are ratios."""
+
+    time: float
+    """Its CPU time."""
+    memory: float
+    """Its peak memory."""
+    state: float
+    """Numbers that are kept from one inner step to the next, for each number that is adapted."""
+    learned: float
+    """Numbers that the outer loop learns beside the model's, for each of the model's."""
+
+    def __str__(self) -> str:
+        return f"{self.time:.2f} × its time, {self.memory:.2f} × its memory"
+
+
+def find_cost(entry: Entry) -> Cost | None:
+    """The figures of an algorithm; None where it was not measured."""
+    figures = json.loads(PATH.read_text("utf-8"))["figures"]
+    return Cost(**figures[entry.target]) if entry.target in figures else None
+
+
+def describe_order(cls: type) -> str:
+    """Which derivatives an algorithm's outer loop takes, by its hooks and what it recommends."""
+    hooks = list_hooks(cls)
+    if "outer_gradient" in hooks:
+        return "its own meta-gradient, not through the inner loop"
+    if "inner_loss" in hooks:
+        return "second; with first_order its loss learns nothing"
+    if getattr(cls, "recommended", {}).get("first_order"):
+        return "first recommended, or second"
+    return "second, or first with first_order"
