@@ -120,6 +120,7 @@ class MetaParameters:
                 "context and take MetaLearner(precision='bf16')."
             )
         if not (self.initialized and self._split_checked):
+            self._stages.check_targets(episodes.support_y)
             example = self.match(episodes[:1]).support_x
             self.initialize(tree_map(lambda leaf: leaf[0], example))
 

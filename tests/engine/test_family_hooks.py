@@ -347,6 +347,13 @@ def test_a_state_keeps_its_structure() -> None:
         MetaLearner(MODELS["mlp"](), Growing, loss="mse", **CONFIG).meta_gradient(episodes("mlp"))
 
 
+@pytest.mark.parametrize(("net", "targets"), [("mlp", "classes"), ("conv", "numbers")])
+def test_targets_that_a_plugin_is_not_for_are_refused(net: str, targets: str) -> None:
+    algo = type("Picky", (Base,), {"targets": targets})
+    with pytest.raises(UsageError, match=targets):
+        MetaLearner(MODELS[net](), algo, loss=LOSSES[net], **CONFIG).meta_gradient(episodes(net))
+
+
 def test_an_output_layer_is_the_last_linear_one() -> None:
     model = ConvNet()
     model.head = torch.nn.Sequential(model.head, torch.nn.Tanh())

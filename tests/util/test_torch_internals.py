@@ -36,7 +36,9 @@ PRIVATE_ATTRIBUTES = {
     if name.startswith("_") and not name.startswith("__")
 }
 # Written out without metareg, to be compared with it.
-EXCEPTIONS = {("benchmarks/loops.py", name) for name in ("_modules", "_parameters", "_buffers")}
+EXCEPTIONS = {("benchmarks/loops.py", name) for name in ("_modules", "_parameters", "_buffers")} | {
+    ("benchmarks/device_parts/strategies.py", name) for name in ("torch._inductor.config", "_inductor")
+}
 TREE_NAMES = ("tree_map", "tree_leaves", "tree_flatten", "tree_unflatten")
 
 
