@@ -34,8 +34,3 @@ def test_trains_with_cml(tmp_path: Path) -> None:
     run = metareg.train("signmaml", "cml", "sinusoid", out=tmp_path / "run", steps=20, inner_steps=2, test_tasks=10)
     assert run.evaluation is not None
     assert run.evaluation.tasks == 10
-
-
-def test_its_own_step_size_stands_before_the_tasks(tmp_path: Path) -> None:
-    run = metareg.train("signmaml", task="omniglot-small", out=tmp_path / "run", steps=0)
-    assert run.config.algo.config == {"inner_lr": 0.01}
