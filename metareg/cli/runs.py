@@ -28,6 +28,7 @@ from metareg.cli.common import (
 )
 from metareg.cli.flags import takes_run_options
 from metareg.errors import UsageError
+from metareg.util.torchrun import read_rank
 
 if TYPE_CHECKING:
     from metareg.runs.run import Run
@@ -68,6 +69,10 @@ def train(
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
     from metareg.runs.training import train as carry_out
 
+    if baselines and read_rank().size > 1:
+        raise UsageError(
+            "Baselines are measured by one process: `metareg eval RUN --baselines` does it after the training."
+        )
     flags = RunConfig.list_flags()
     plugins = {name: flags[name] for name in PLUGIN_FIELDS}
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})

@@ -128,22 +128,16 @@ def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:
     own = run.config.inner_steps if run.config.inner_steps in tested.inner_steps else tested.inner_steps[-1]
     better = "higher" if tested.higher_is_better else "lower"
     table = Table(title=f"Baselines on the same {tested.tasks} tasks ({better} is better)", title_justify="left")
-    for heading in (
-        "",
-        "Adam on a support set",
-        tested.metric,
-        "95 % interval",
-        f"{run.config.algo.name} is better by",
-    ):
-        table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row(f"{run.config.algo.name}", f"{own} steps", f"{tested.mean(own):.4f}", f"± {tested.ci95(own):.4f}", "")
+    for heading in ("", "steps", "step size", tested.metric, "95 % interval", f"{run.config.algo.name} is better by"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    table.add_row(run.config.algo.name, str(own), "", f"{tested.mean(own):.4g}", f"± {tested.ci95(own):.4g}", "")
     sign = 1 if tested.higher_is_better else -1
     for each in baselines:
         found = each.evaluation
         gain = sign * (tested.get_scores(own) - found.get_scores(each.steps))
-        cells = f"{found.mean(each.steps):.4f}", f"± {found.ci95(each.steps):.4f}"
-        difference = f"{gain.mean().item():.4f} ± {compute_half_width(gain.numpy()):.4f}"
-        table.add_row(each.name, f"{each.steps} steps of {each.rate:g}", *cells, difference)
+        cells = f"{found.mean(each.steps):.4g}", f"± {found.ci95(each.steps):.4g}"
+        difference = f"{gain.mean().item():.4g} ± {compute_half_width(gain.numpy()):.4g}"
+        table.add_row(each.name, str(each.steps), f"{each.rate:g}", *cells, difference)
     return table
 
 
@@ -164,8 +158,8 @@ def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]])
         table.add_column(heading, justify="left" if heading in ("task", "baseline", "metric") else "right")
     for (task, name, metric), means in scores.items():
         values = np.array(means)
-        half = f"± {compute_half_width(values):.4f}" if len(means) > 1 else ""
-        table.add_row(escape(task), name, metric, f"{values.mean():.4f}", half, str(len(means)))
+        half = f"± {compute_half_width(values):.4g}" if len(means) > 1 else ""
+        table.add_row(escape(task), name, metric, f"{values.mean():.4g}", half, str(len(means)))
     return table
 
 

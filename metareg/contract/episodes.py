@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from metareg.errors import UsageError
 from metareg.util.layout import settle_layout
 from metareg.util.torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["Episodes"]
+__all__ = ["Episodes", "convert_arrays"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,7 +23,7 @@ class Episodes:
 
     Args:
         support_x: inputs ``[tasks, support, …]``; a tensor, or a pytree of tensors with these leading dimensions (a
-            graph task's may be ``[tasks, …]``).
+            graph task's may be ``[tasks, …]``). Arrays of NumPy and frames of pandas are taken as tensors, here and below.
         support_y: targets ``[tasks, support]`` (class numbers) or ``[tasks, support, outputs]`` (numbers, or
             probabilities of the classes).
         query_x: inputs ``[tasks, query, …]``.
@@ -42,12 +43,12 @@ class Episodes:
     def __post_init__(self) -> None:
         tasks: int | None = None
         for name in ("support_x", "support_y", "query_x", "query_y"):
+            if not isinstance(getattr(self, name), Tensor):
+                object.__setattr__(self, name, convert_arrays(getattr(self, name), f"Episodes: {name}"))
             leaves = tree_leaves(getattr(self, name))
             if not leaves:
                 raise UsageError(f"Episodes: {name} holds no tensor.")
             for leaf in leaves:
-                if not isinstance(leaf, Tensor):
-                    raise UsageError(f"Episodes: {name} must hold tensors, not {type(leaf).__name__}.")
                 if leaf.dim() == 0:
                     raise UsageError(f"Episodes: {name} must have a leading task dimension; it is a scalar.")
                 tasks = leaf.shape[0] if tasks is None else tasks
@@ -79,6 +80,7 @@ class Episodes:
         Returns:
             The stacks, each with the positions of its tasks in `tasks`.
         """
+        tasks = [convert_arrays(tuple(task), "A task") for task in tasks]
         groups: dict[Any, list[int]] = {}
         for position, task in enumerate(tasks):
             leaves, structure = tree_flatten(tuple(task))
@@ -163,3 +165,25 @@ def _create_unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Stack pytrees of equal structure and shapes along a new first dimension."""
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
+
+
+def convert_arrays(tree: Any, what: str) -> Any:
+    """A pytree with tensors in the places of arrays of NumPy and of frames and columns of pandas.
+
+    Raises:
+        UsageError: it holds something else.
+    """
+
+    def convert(leaf: Any) -> Tensor:
+        if isinstance(leaf, Tensor):
+            return leaf
+        array = leaf.to_numpy() if hasattr(leaf, "to_numpy") else leaf
+        if not isinstance(array, np.ndarray):
+            raise UsageError(f"{what} must hold tensors or arrays, not {type(leaf).__name__}.")
+        if array.dtype.kind not in "biuf":
+            raise UsageError(f"{what} holds an array of the type {array.dtype}, where numbers belong.")
+        return torch.from_numpy(
+            array.astype(array.dtype.newbyteorder("="), order="C")
+        )  # a copy, which can be written to
+
+    return tree_map(convert, tree)

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from metareg.contract.episodes import Episodes
+from metareg.contract.episodes import Episodes, convert_arrays
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
@@ -203,7 +203,8 @@ class BatchRunner:
         """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
         if steps < 0:
             raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
-        x, y = tree_map(lambda leaf: leaf[None], (x, y))
+        x, y = tree_map(lambda leaf: leaf[None], convert_arrays((x, y), "The support set"))
+        query_x = None if query_x is None else convert_arrays(query_x, "The query set")
         episodes = meta.match(Episodes(x, y, x, y))
         meta.prepare(episodes)
         support_x, support_y, *_ = episodes.unstack(0)

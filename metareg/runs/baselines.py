@@ -35,7 +35,7 @@ log = logging.getLogger("metareg")
 
 FROM_SCRATCH, FINE_TUNED = "from scratch", "fine-tuned"
 _RATES = (0.001, 0.01, 0.1)
-_STEPS = (5, 20, 100)
+_STEPS = (5, 20, 100, 500)
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 
