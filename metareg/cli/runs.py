@@ -56,7 +56,7 @@ def train(
         bool, typer.Option("--resume", help="Go on with the run in --out where there is one, begin it where not.")
     ] = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Then measure what simpler ways reach; about as long again.")
+        bool, typer.Option("--baselines", help="Then measure what simpler ways reach; may take longer than training.")
     ] = False,
     _no_plugin: NoPlugin = None,
     **options: Any,

@@ -131,7 +131,7 @@ class Run:
         )
 
     def evaluate_baselines(self) -> list[Baseline]:
-        """What simpler ways reach on the run's test tasks; computed once, which takes about as long as the training.
+        """What simpler ways reach on the run's test tasks; computed once, which may take longer than training.
 
         Returns:
             A model that is trained from scratch on each support set; and one that is trained on all training tasks and
