@@ -8,7 +8,8 @@ attribute          of          meaning, and what holds where it is not given
 contract           all         the number of the contract that the plugin was written for (`CONTRACT_VERSION`)
 adapts             algorithms  what the inner loop changes: ``"all"`` (default), ``"body"``, ``"head"``, ``"none"``, or
                                a shell pattern for parameter names, as ``"*context*"``
-step_examples      algorithms  worked examples of one inner step (`StepExample`)
+step_examples      algorithms  worked examples of one inner step (`StepExample`); None where a step depends on drawn
+                               values, so that none can be worked out
 default_model      algorithms  the model that it needs, where any model will not do
 recommended        algorithms  options of the run and of its plugins that suit it, where neither the user nor a file says
                                anything, each with its owner, as ``"algo.inner_lr"``; `metareg.Task` has the rule

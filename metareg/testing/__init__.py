@@ -68,6 +68,7 @@ _APPLIES: dict[str, Callable[[Subject], bool]] = {
     "finite-differences": lambda subject: (
         "outer_gradient" not in subject.hooks and bool(subject.attribute("exact_gradient", True))
     ),
+    "step-examples": lambda subject: subject.attribute("step_examples", ()) is not None,
     "outer-update": lambda subject: "outer_update" in subject.hooks,
     "meta-parameters": lambda subject: "init_meta" in subject.hooks,
     "export": lambda subject: bool(subject.attribute("training_only", True)),

@@ -43,6 +43,7 @@ class MetaLSTM:
     contract = 1
     exact_gradient = False
     recommended: ClassVar[Mapping[str, bool]] = {"first_order": True}
+    step_examples = None  # the gates are drawn
 
     class Config(PluginConfig):
         width: int = Field(20, ge=1, description="Hidden width of the LSTM that sees loss and gradient.")
