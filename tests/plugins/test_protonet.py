@@ -67,5 +67,5 @@ def test_a_head_that_cannot_hold_prototypes_is_refused(head: nn.Module, message:
 
 
 def test_numbers_have_no_prototypes() -> None:
-    with pytest.raises(UsageError, match=r"numbers \(torch\.float64\)"):
+    with pytest.raises(UsageError, match="numbers"):
         MetaLearner(MLP(), "protonet", loss="mse").step(episodes("mlp"))
