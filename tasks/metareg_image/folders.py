@@ -16,7 +16,16 @@ from typing import Any, ClassVar
 from PIL import Image
 from pydantic import Field
 
-from metareg import ImageFiles, PathText, UsageError, draw_distinct, find_images, read_split_file, task_uniform
+from metareg import (
+    ImageFiles,
+    PathText,
+    UsageError,
+    draw_distinct,
+    find_images,
+    find_split,
+    read_split_file,
+    task_uniform,
+)
 from metareg_image.base import ImageConfig, ImageTask
 from metareg_image.splits import read_splits
 from metareg_image.store import SPLITS, ClassImages, Cut, Source
@@ -25,11 +34,6 @@ __all__ = ["CUB", "Cars", "ImageFolder", "MiniImageNet", "TieredImageNet"]
 
 log = logging.getLogger("metareg")
 
-_SPLIT_NAMES = {
-    "train": "train", "training": "train", "valid": "validation", "val": "validation", "validation": "validation",
-    "dev": "validation", "test": "test", "testing": "test",
-}  # fmt: skip
-"""What folders are called that hold a split, in any case."""
 _NAMED = 5
 """So many names a sentence lists before it counts the rest."""
 _CHOICES = "say which class is for what with --set split_file=FILE"
@@ -250,7 +254,7 @@ def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None
     outer: dict[str, list[str]] = {}
     for name in names:
         outer.setdefault(name.partition("/")[0], []).append(name)
-    part_of = {folder: _SPLIT_NAMES[folder.casefold()] for folder in outer if folder.casefold() in _SPLIT_NAMES}
+    part_of = {folder: split for folder in outer if (split := find_split(folder))}
     _refuse_other_names(root, outer, part_of)
     wrap_classes = [folder for folder in part_of if folder not in outer[folder]]
     if not part_of or (len(part_of) == 1 and not wrap_classes):  # a class may be called "test"
@@ -277,7 +281,7 @@ def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None
 
 def _refuse_other_names(root: Path, outer: Iterable[str], part_of: Mapping[str, str]) -> None:
     """Refuse folders such as ``train_set`` and ``test images``, which are no classes of their own."""
-    meant = {folder: {_SPLIT_NAMES.get(word) for word in re.split(r"[^a-z]+", folder.casefold())} for folder in outer}
+    meant = {folder: set(map(find_split, re.split(r"[^a-z]+", folder.casefold()))) for folder in outer}
     alike = [folder for folder in meant if folder not in part_of and meant[folder] != {None}]
     if alike and len(set().union(*meant.values()) - {None}) > 1:
         raise UsageError(
