@@ -253,7 +253,7 @@ def _run(learner: MetaLearner, params: Tensors, x: Any) -> tuple[Tensor, Tensor]
 
 def _gradient(value: Tensor | float, of: Tensors, *, create_graph: bool = False) -> Tensors:
     """The derivative by each tensor, zero for one that the value does not depend on."""
-    if not isinstance(value, Tensor) or not value.requires_grad:
+    if not of or not isinstance(value, Tensor) or not value.requires_grad:
         return {name: torch.zeros_like(each) for name, each in of.items()}
     grads = torch.autograd.grad(
         value,
