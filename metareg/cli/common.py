@@ -20,6 +20,7 @@ __all__ = [
     "Data",
     "Device",
     "InnerSteps",
+    "LearnerPath",
     "NoPlugin",
     "RunFolder",
     "complete_names",
@@ -72,6 +73,12 @@ def set_option(help: str) -> Any:
 
 RunFolder = Annotated[
     Path, typer.Argument(help="The run's folder.", metavar="RUN", show_default=False, callback=expand_path)
+]
+LearnerPath = Annotated[
+    Path,
+    typer.Argument(
+        help="The run's folder, or the learner's file.", metavar="RUN", show_default=False, callback=expand_path
+    ),
 ]
 Data = Annotated[
     Path | None, path_option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")

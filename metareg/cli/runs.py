@@ -16,9 +16,9 @@ from metareg.cli.common import (
     Data,
     Device,
     InnerSteps,
+    LearnerPath,
     NoPlugin,
     RunFolder,
-    expand_path,
     path_option,
     plugin_option,
     set_option,
@@ -31,6 +31,8 @@ from metareg.errors import UsageError
 from metareg.util.torchrun import read_rank
 
 if TYPE_CHECKING:
+    from metareg.learner.learner import MetaLearner
+    from metareg.registry.plugins import Plugin
     from metareg.runs.run import Run
 
 __all__ = ["evaluate", "export", "predict", "resume", "train"]
@@ -140,43 +142,65 @@ def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> d
     return given
 
 
+def _load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
+    """The learner of a finished run or of a file, and the task by which it reads a user's examples."""
+    from metareg.runs import exports
+    from metareg.runs.run import Run
+
+    if path.is_file():
+        return exports.load_learner(path, device)
+    run = Run.load(path, device=device)
+    return run.learner, run.source.plugin
+
+
 def export(
-    path: RunFolder,
+    path: LearnerPath,
     to: Annotated[
         Path,
         path_option(
             metavar="FILE",
-            help="FILE.safetensors: the learner, for MetaLearner.load. FILE.pt2: its module as a torch.export program.",
+            help="FILE.safetensors: the learner, for MetaLearner.load. FILE.pt2, FILE.onnx: its module as a program of "
+            "torch.export or ONNX.",
         ),
     ],
     support: Annotated[
-        Path | None, path_option(metavar="FILE", help="Adapt the module of a .pt2 to these labelled examples first.")
+        Path | None, path_option(metavar="FILE", help="Adapt the program's module to these labelled examples first.")
     ] = None,
+    adaptive: Annotated[
+        bool,
+        typer.Option("--adaptive", help="A program that adapts by itself: it takes support_x, support_y and query_x."),
+    ] = False,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Write a finished run's learner, or its module, as one file without what is there in training alone."""
     from metareg.cli.progress import show_messages
-    from metareg.runs.run import Run
+    from metareg.runs import exports
 
     with stderr.status("Exporting …"), show_messages(stderr):
-        run = Run.load(path, device="cpu")
-        run.export(to, support=support, inner_steps=inner_steps, bn_statistics=bn_statistics)
+        learner, task = _load_learner(path, "cpu")
+        exports.export(
+            learner, task, to, support=support, adaptive=adaptive, inner_steps=inner_steps, bn_statistics=bn_statistics
+        )
     stdout.print(escape(str(to)), soft_wrap=True)
 
 
 def predict(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            help="The run's folder, or the learner's file.", metavar="RUN", show_default=False, callback=expand_path
-        ),
-    ],
+    path: LearnerPath,
     support: Annotated[
-        Path, path_option(metavar="FILE", help="Labelled examples: a table, or a folder of images in one per class.")
-    ],
-    query: Annotated[Path, path_option(metavar="FILE", help="What to predict: a table, or a folder of images.")],
+        Path | None,
+        path_option(metavar="FILE", help="Labelled examples: a table, or a folder of images in one per class."),
+    ] = None,
+    query: Annotated[
+        Path | None, path_option(metavar="FILE", help="What to predict: a table, or a folder of images.")
+    ] = None,
+    sites: Annotated[
+        Path | None,
+        path_option(
+            metavar="DIR", help="In their place, a folder for each of many sites: with support and query in it."
+        ),
+    ] = None,
     to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
@@ -184,17 +208,22 @@ def predict(
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Adapt a finished run's learner to your own examples, and predict others."""
+    if (sites is None) == (support is None or query is None) or (sites is not None and (support or query)):
+        raise UsageError(
+            "Name the labelled examples with --support and what to predict with --query, or --sites alone."
+        )
     from metareg.cli.progress import show_messages
     from metareg.runs import exports
-    from metareg.runs.run import Run
     from metareg.util.files import write_text
 
     with show_messages(stderr):
-        if path.is_file():
-            text = exports.predict(*exports.load_learner(path, device), support, query, inner_steps, bn_statistics)
+        learner = _load_learner(path, device)
+        if sites is not None:
+            text = exports.predict_sites(*learner, sites, inner_steps, bn_statistics)
         else:
-            run = Run.load(path, device=device)
-            text = run.predict(support, query, inner_steps=inner_steps, bn_statistics=bn_statistics)
+            assert support is not None
+            assert query is not None
+            text = exports.predict(*learner, support, query, inner_steps, bn_statistics)
     if to is None:
         write_output(text, "--to")
     else:

@@ -106,6 +106,17 @@ class Task:
         values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
         return values[None] if channels == 1 else values.permute(2, 0, 1)
 
+    def measure_columns(self, support_x: Tensor, support_y: Tensor) -> Columns | None:  # noqa: ARG002
+        """How the numbers of a support set's table are scaled, for a program that adapts (``metareg export --adaptive``).
+
+        Here they are not. A task that scales them by a support set overrides this with a function of tensors alone.
+
+        Args:
+            support_x: inputs as `Columns.read_inputs` reads them ``[support, *input_shape]``.
+            support_y: targets as `Columns.read_targets` reads them.
+        """
+        return None
+
     def choose_columns(self, support: Table, query: Table | None, classifies: bool) -> Columns:
         """Which columns of a user's tables are inputs and targets, for ``metareg predict``.
 

@@ -153,6 +153,21 @@ class Engine:
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
+    def draw_for_adaptation(
+        self, meta: Tensors, inner_steps: int, seed: int, draws: Sequence[tuple[str | int, ...]]
+    ) -> list[dict[str, Any]]:
+        """What the plugins that adapt draw for some tasks; `draws` say for which, beside the seed."""
+        adapted = {name: meta[name] for name in self.plain.adapted_names}
+        return self.plain.stages.draw_noise("adapt", adapted, next(iter(meta.values())), inner_steps, seed, draws)
+
+    def predict(
+        self, meta: Tensors, task: Task, noise: Mapping[str, Any], inner_steps: int, bn_statistics: str
+    ) -> Tensor:
+        """The outputs ``[query, …]`` for one task after some inner steps, as evaluation and adapted modules make them."""
+        functions = _use_statistics(self.plain, bn_statistics)
+        context = functions.prepare(meta, task, noise)
+        return functions.evaluate_query(functions.adapt(context, inner_steps).params, context)
+
     def _run_stack(
         self,
         meta: Tensors,

@@ -161,7 +161,7 @@ class SplitModel:
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
         """Features of support and query set, BatchNorm using the support set's statistics for both."""
-        examples = int(tree_leaves(support_x)[0].shape[0])
+        examples = tree_leaves(support_x)[0].shape[0]
         body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
         features = self._call(body, params, self._in_body, both)
@@ -253,12 +253,17 @@ class SplitModel:
         return [name for name, layer in layers.items() if isinstance(layer, BATCH_NORM)]
 
     def _find_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
+        if not isinstance(examples, int):  # a symbol: a program for any number of examples is traced
+            return self._create_support_norms(examples)
         if examples not in self._support_norms:
-            self._support_norms[examples] = (
-                _replace(self._body, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
-                _replace(self._head, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)),
-            )
+            self._support_norms[examples] = self._create_support_norms(examples)
         return self._support_norms[examples]
+
+    def _create_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
+        body, head = (
+            _replace(part, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)) for part in (self._body, self._head)
+        )
+        return body, head
 
 
 class _SupportNorm(nn.Module):

@@ -157,7 +157,7 @@ class BatchRunner:
             mine = processes.share(len(indices))
             plain = meta.select_plain()
             draws = [(split, indices[positions[place]]) for place in mine]
-            noise = self._draw_for_adaptation(plain, inner_steps[-1], seed, draws)
+            noise = self._engine.draw_for_adaptation(plain, inner_steps[-1], seed, draws)
             options = inner_steps, source.stackable, bn_statistics
             scores, done = [], 0
             for stack in select_tasks(stacks, mine):
@@ -173,15 +173,6 @@ class BatchRunner:
             positions = torch.tensor(parts[0][0])
             ordered.append(torch.cat([row for _, rows in parts for row in rows])[positions.argsort()])
         return torch.cat(ordered)
-
-    def _draw_for_adaptation(
-        self, meta: Tensors, steps: int, seed: int, draws: Sequence[tuple[str | int, ...]]
-    ) -> list[dict[str, Any]]:
-        """What the plugins that adapt draw for some tasks; `draws` say for which, beside the seed."""
-        functions = self._engine.plain
-        adapted = {name: meta[name] for name in functions.adapted_names}
-        like = next(iter(meta.values()))
-        return functions.stages.draw_noise("adapt", adapted, like, steps, seed, draws)
 
     def _compute_scores(
         self,
@@ -210,7 +201,7 @@ class BatchRunner:
         support_x, support_y, *_ = episodes.unstack(0)
         task = support_x, support_y, move_tensors(query_x, meta.like.device, meta.like.dtype), None
         plain, functions = meta.select_plain(), self._engine.plain
-        drawn = self._draw_for_adaptation(plain, steps, self._config.seed, [()])
+        drawn = self._engine.draw_for_adaptation(plain, steps, self._config.seed, [()])
         with torch.no_grad():
             adapted = functions.adapt(functions.prepare(plain, task, drawn[0] if drawn else None), steps).params
             return functions.create_module({**plain, **adapted}, support_x if bn_statistics == "support" else None)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
 import math
 import os
@@ -21,17 +20,21 @@ from metareg.contract.tasks import Task
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import Plugin, resolve
+from metareg.runs.programs import (
+    ENDINGS,
+    describe_program,
+    export_adaptation,
+    export_module,
+    get_input_shape,
+    write_program,
+)
 from metareg.util.devices import find_device
-from metareg.util.files import write_bytes
 from metareg.util.images import find_images
 from metareg.util.tables import Table, read_table
 
-__all__ = ["FACTS", "export", "load_learner", "predict"]
+__all__ = ["export", "load_learner", "predict", "predict_sites"]
 
 log = logging.getLogger("metareg")
-
-FACTS = "metareg.json"
-"""The file in an exported program that says what its numbers mean."""
 
 
 def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
@@ -47,72 +50,147 @@ def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
 
 
 def export(
-    learner: MetaLearner, task: Plugin, to: Path, support: Path | None, inner_steps: int | None, bn_statistics: str
+    learner: MetaLearner,
+    task: Plugin,
+    to: Path,
+    *,
+    support: Path | None,
+    adaptive: bool,
+    inner_steps: int | None,
+    bn_statistics: str,
 ) -> None:
     """Write a learner that was trained on a task's tasks, as `metareg.Run.export` says."""
+    if adaptive and support is not None:
+        raise UsageError("A program that adapts takes the support set where it runs; leave --support out.")
     if to.suffix == ".safetensors":
-        if support is not None:
+        if adaptive or support is not None:
             raise UsageError(
-                f"{to} would hold the learner, which adapts wherever it is loaded; --support is for FILE.pt2."
+                f"{to} would hold the learner, which adapts wherever it is loaded; --support and --adaptive are for "
+                "FILE.pt2."
             )
         learner.save(to)
         return
-    if to.suffix != ".pt2":
-        raise UsageError(f"A run is exported to FILE.safetensors (the learner) or FILE.pt2 (a program), not to '{to}'.")
-    columns: Columns | None = None
-    if support is None and bool(getattr(task.instance, "known_columns", ())):
+    if to.suffix not in ENDINGS:
+        raise UsageError(
+            f"A run is exported to FILE.safetensors (the learner), FILE.pt2 or FILE.onnx (a program), not to '{to}'."
+        )
+    steps = learner.config.inner_steps if inner_steps is None else inner_steps
+    if adaptive:
+        program, facts = export_adaptation(learner, task, steps, bn_statistics)
+        facts = describe_program(learner, task, steps, bn_statistics, None) | facts
+    elif support is None:
+        program, facts = _export_initialisation(learner, task, to)
+    else:
+        program, facts = _export_adapted(learner, task, support, steps, bn_statistics)
+    write_program(program, to, facts)
+
+
+def _export_initialisation(
+    learner: MetaLearner, task: Plugin, to: Path
+) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """The module with the learned initial parameters."""
+    if getattr(task.instance, "known_columns", ()):
         raise UsageError(
             f"A program for tables is adapted to one of them; name its labelled rows with --support to write {to}."
         )
-    if support is None:
-        module = learner.engine.plain.create_module(learner.plain_meta_parameters)
-        bn_statistics = "transductive"
-        if learner.model.batch_norms:
-            log.warning(
-                "Without --support the BatchNorm layers use the statistics of each batch that the program gets."
-            )
-    else:
-        examples = _Examples(learner, task, support)
-        module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
-        columns = examples.columns
-        if columns is not None:
-            module = _InUnits(module, columns)
-    example = torch.zeros(2, *_get_input_shape(task))
-    try:
-        program = torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
-    except Exception as error:
-        problem = str(error).strip().splitlines()[0]
-        raise UsageError(f"torch.export cannot take the {type(module).__name__}: {problem}") from error
-    buffer = io.BytesIO()
-    facts: dict[str, Any] = {"bn_statistics": bn_statistics if learner.model.batch_norms else "none"}
-    if columns is not None:
-        facts |= {"inputs": columns.features, "targets": columns.targets, "classes": columns.classes}
-    torch.export.save(program, buffer, extra_files={FACTS: json.dumps(facts)})
-    write_bytes(to, buffer.getvalue())
+    if learner.model.batch_norms:
+        log.warning("Without --support the BatchNorm layers use the statistics of each batch that the program gets.")
+    module = learner.engine.plain.create_module(learner.plain_meta_parameters)
+    facts = describe_program(learner, task, 0, "transductive", None)
+    return export_module(module, get_input_shape(task)), facts
+
+
+def _export_adapted(
+    learner: MetaLearner, task: Plugin, support: Path, inner_steps: int, bn_statistics: str
+) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """The module that is adapted to a user's examples, and takes and returns numbers in their units."""
+    examples = _Examples(learner, task, support)
+    module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
+    if examples.columns is not None:
+        module = _InUnits(module, examples.columns)
+    facts = describe_program(learner, task, inner_steps, bn_statistics, examples.columns)
+    facts |= {"classes": None if examples.classes is None else list(examples.classes)}
+    return export_module(module, get_input_shape(task)), facts
 
 
 def predict(
     learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
 ) -> str:
     """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
+    return _format_csv(_predict_rows(learner, task, support, query, inner_steps, bn_statistics))
+
+
+def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: int | None, bn_statistics: str) -> str:
+    """Adapt to each site of a folder and predict there, as `metareg.Run.predict_sites` says."""
+    answer: list[list[str]] = []
+    for site in _list_sites(sites):
+        support, query = (_find_set(site, name) for name in ("support", "query"))
+        header, *rows = _predict_rows(learner, task, support, query, inner_steps, bn_statistics)
+        answer = answer or [["site", *header]]
+        if answer[0][1:] != header:
+            names, others = (", ".join(each) for each in (answer[0][1:], header))
+            raise UsageError(
+                f"{site} has the columns {others}, and the sites before it {names}; one table takes sites of one form."
+            )
+        answer += [[_to_text(site.name), *row] for row in rows]
+    return _format_csv(answer)
+
+
+def _list_sites(folder: Path) -> list[Path]:
+    """The folders of sites in their order, hidden ones left out.
+
+    Raises:
+        UsageError: there is none.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"The folder {folder} cannot be read: {error.strerror}.") from error
+    if not found:
+        raise UsageError(
+            f"{folder} holds no sites: a folder for each, with the files or folders support and query in it."
+        )
+    return found
+
+
+def _find_set(site: Path, name: str) -> Path:
+    """The table or folder of a site that goes by a name, whatever its ending.
+
+    Raises:
+        UsageError: there is none, or several.
+    """
+    found = sorted(path for path in site.iterdir() if path.stem == name)
+    if len(found) != 1:
+        has = " and ".join(path.name for path in found) if found else f"no {name}"
+        raise UsageError(f"The site {site} has {has}; it takes one table or folder of images of the name '{name}'.")
+    return found[0]
+
+
+def _predict_rows(
+    learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
+) -> list[list[str]]:
+    """The header and the rows of the answer."""
     examples = _Examples(learner, task, support, query)
-    module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
     header, rows, x = examples.read_queries(query)
+    module = learner.adapt(examples.x, examples.y, inner_steps, x, bn_statistics=bn_statistics)
     with torch.no_grad():
         outputs = examples.restore_outputs(module(x.to(learner.device)).cpu())
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
     if examples.classes:
-        writer.writerow([*header, *examples.targets, "probability"])
         best = outputs[:, : len(examples.classes)].softmax(-1).max(-1)
-        for row, value, index in zip(rows, best.values.tolist(), best.indices.tolist(), strict=True):
-            writer.writerow([*row, examples.classes[index], f"{value:.4f}"])
+        answers = [
+            [examples.classes[index], f"{value:.4f}"]
+            for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        header = [*header, *examples.targets, "probability"]
     else:
-        writer.writerow([*header, *examples.targets])
-        writer.writerows(
-            [*row, *(f"{value:.9g}" for value in y)] for row, y in zip(rows, outputs.flatten(1).tolist(), strict=True)
-        )
+        answers = [[f"{value:.9g}" for value in y] for y in outputs.flatten(1).tolist()]
+        header = [*header, *examples.targets]
+    return [header, *([*row, *answer] for row, answer in zip(rows, answers, strict=True))]
+
+
+def _format_csv(rows: Sequence[Sequence[str]]) -> str:
+    buffer = io.StringIO()
+    csv.writer(buffer, lineterminator="\n").writerows(rows)
     return buffer.getvalue()
 
 
@@ -133,7 +211,7 @@ class _Examples:
 
     def __init__(self, learner: MetaLearner, task: Plugin, support: Path, query: Path | None = None) -> None:
         self._task = task.instance
-        self._shape = _get_input_shape(task)
+        self._shape = get_input_shape(task)
         self.columns: Columns | None = None
         self._query: Table | None = None
         classifies = learner.loss is nn.functional.cross_entropy
@@ -197,13 +275,6 @@ def _refuse_empty(table: Table) -> Table:
     if not len(table):
         raise UsageError(f"{table.path} holds no rows.")
     return table
-
-
-def _get_input_shape(task: Plugin) -> tuple[int, ...]:
-    shape = task.instance.spec.input_shape
-    if not all(isinstance(size, int) for size in shape):
-        raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
-    return tuple(shape)
 
 
 def _to_text(name: str) -> str:

@@ -175,32 +175,59 @@ class Run:
         """
         return exports.predict(self.learner, self.source.plugin, Path(support), Path(query), inner_steps, bn_statistics)
 
+    def predict_sites(
+        self, sites: str | Path, *, inner_steps: int | None = None, bn_statistics: str = "support"
+    ) -> str:
+        """Adapt the run's learner to each of many sites, and predict there.
+
+        Args:
+            sites: a folder with a folder for each site, in which `support` and `query` are tables (``support.csv``) or
+                folders of images, as `predict` takes them.
+            inner_steps: as in `predict`.
+            bn_statistics: as in `MetaLearner.adapt`.
+
+        Returns:
+            CSV: the site, then what `predict` returns.
+
+        Raises:
+            UsageError: as `predict`; or the sites' tables have other columns.
+        """
+        return exports.predict_sites(self.learner, self.source.plugin, Path(sites), inner_steps, bn_statistics)
+
     def export(
         self,
         to: str | Path,
         *,
         support: str | Path | None = None,
+        adaptive: bool = False,
         inner_steps: int | None = None,
         bn_statistics: str = "support",
     ) -> None:
         """Write the run's learner without what is there in training alone.
 
         ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`,
-        with any number of examples: at the learned initialisation, or adapted to `support`. Its file ``metareg.json``
-        (`extra_files` of `torch.export.load`) holds ``bn_statistics``, whose statistics BatchNorm layers use:
-        at the initialisation those of each batch, ``"transductive"``.
+        and ``FILE.onnx`` as one of ONNX, with any number of examples: at the learned initialisation, or adapted to
+        `support`. With `adaptive` the program adapts by itself: it takes ``support_x, support_y, query_x`` and returns
+        predictions.
+
+        The file ``metareg.json`` in a program (`extra_files` of `torch.export.load`; in ONNX an entry of the metadata) says
+        what its numbers mean: classes, columns, the size of images and the values of black and white, and whose statistics
+        BatchNorm layers use (``bn_statistics``: at the initialisation those of each batch, ``"transductive"``).
 
         Args:
             to: the file.
             support: labelled examples, as for `predict`.
+            adaptive: whether the program adapts where it runs.
             inner_steps: how many steps to adapt; as many as in training by default.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Raises:
-            UsageError: another ending, or a model that `torch.export` cannot take.
+            UsageError: another ending, or a model or an adaptation that `torch.export` cannot take.
         """
-        examples = None if support is None else Path(support)
-        exports.export(self.learner, self.source.plugin, Path(to), examples, inner_steps, bn_statistics)
+        exports.export(
+            self.learner, self.source.plugin, Path(to), support=None if support is None else Path(support),
+            adaptive=adaptive, inner_steps=inner_steps, bn_statistics=bn_statistics,
+        )  # fmt: skip
 
     def metrics(self) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl.

@@ -21,7 +21,7 @@ from metareg.errors import MetaregError
 
 __all__ = [
     "BATCH_NORM", "DROPOUT", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph", "copy_shell",
-    "list_places", "open_store", "trace", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
+    "list_places", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
     "writes_in_place",
 ]  # fmt: skip
 
@@ -87,6 +87,43 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.Gr
     known = fake.keys() <= inspect.signature(make_fx).parameters.keys()
     graph: torch.fx.GraphModule = make_fx(function, **(fake if known else {}))(*inputs)
     return graph
+
+
+def trace_sizes(
+    function: Callable[..., Any], inputs: Sequence[Tensor], free: Sequence[bool]
+) -> tuple[torch.fx.GraphModule, Sequence[int | None], Callable[[Sequence[int]], tuple[bool, ...]]]:
+    """The graph of a function's operations for any number of examples.
+
+    Args:
+        function: its control flow depends on nothing but shapes.
+        inputs: each ``[examples, …]``.
+        free: whether the number of examples of each input is to be left open.
+
+    Returns:
+        The graph; the number of examples of each input that it is for, None for any; and what tracing asked of these
+        numbers (is it less than 16?), as a function from other numbers to the answers. The graph is known to be right
+        where the answers are those of `inputs`.
+    """
+    make_fx = _find("torch.fx.experimental.proxy_tensor.make_fx")
+    shapes = "torch.fx.experimental.symbolic_shapes"
+    environment = _find(f"{shapes}.ShapeEnv")(duck_shape=False)
+    mode = _find("torch._subclasses.fake_tensor.FakeTensorMode")(shape_env=environment, allow_non_fake_inputs=True)
+    context, kinds = _find(f"{shapes}.StatelessSymbolicContext"), _find(f"{shapes}.DimDynamic")
+    source = _find("torch._dynamo.source.ConstantSource")
+    fakes = []
+    for number, (value, is_free) in enumerate(zip(inputs, free, strict=True)):
+        sizes = [kinds.DYNAMIC if is_free else kinds.STATIC, *[kinds.STATIC] * (value.dim() - 1)]
+        fakes.append(mode.from_tensor(value, symbolic_context=context(sizes), source=source(f"input{number}")))
+    symbols = [fake.shape[0].node.expr if is_free else None for fake, is_free in zip(fakes, free, strict=True)]
+    graph: torch.fx.GraphModule = make_fx(function)(*fakes)
+
+    def answer(counts: Sequence[int]) -> tuple[bool, ...]:
+        values = {symbol: count for symbol, count in zip(symbols, counts, strict=True) if symbol is not None}
+        return tuple(bool(guard.expr.subs(values)) for guard in environment.guards)
+
+    found = [fake.shape[0] for fake in fakes]
+    fixed = [count if isinstance(count, int) else count.node.maybe_as_int() for count in found]
+    return graph, fixed, answer
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:

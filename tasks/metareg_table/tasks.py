@@ -224,7 +224,7 @@ class TableFolder(Task):
             support, query = rows[:, : self.config.shots], rows[:, self.config.shots :]
         else:
             support, query = self._draw_of_classes(pool, tables, split, indices, seed)
-        columns = self._measure(pool.inputs[support], pool.targets[support])
+        columns = self.measure_columns(pool.inputs[support], pool.targets[support])
         x, y = pool.inputs, pool.targets
         return Episodes(
             columns.scale_inputs(x[support]),
@@ -233,11 +233,11 @@ class TableFolder(Task):
             columns.scale_targets(y[query]),
         )
 
-    def _measure(self, inputs: Tensor, targets: Tensor) -> StandardisedColumns:
+    def measure_columns(self, support_x: Tensor, support_y: Tensor) -> StandardisedColumns:
         """The columns of one task or many with these support sets."""
         config, encoding = self.config, self.encoding
         of_inputs, of_targets = measure_support(
-            encoding, inputs, targets, config.standardise, config.standardise_target
+            encoding, support_x, support_y, config.standardise, config.standardise_target
         )
         return StandardisedColumns(
             inputs=tuple(encoding.inputs),
@@ -300,7 +300,7 @@ class TableFolder(Task):
         rows = encoding.choose_rows(support, self.config.missing)
         inputs = torch.from_numpy(encoding.read_inputs(rows))
         targets = torch.from_numpy(encoding.read_targets(rows))
-        return self._measure(inputs, targets if encoding.classes is not None else targets[:, None])
+        return self.measure_columns(inputs, targets if encoding.classes is not None else targets[:, None])
 
     # ------------------------------------------------------------------------------------------------------------ data
 

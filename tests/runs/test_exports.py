@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import nn
 
 import metareg
 from metareg import Episodes, MetaLearner, Run, UsageError, hookimpl
+from metareg.cli.app import run as command
 from metareg.cli.tables import print_results
-from metareg.runs.exports import FACTS
+from metareg.runs.programs import FACTS
 
 SMALL: dict[str, Any] = {
     "steps": 3, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial",
@@ -252,8 +254,116 @@ def test_folders_that_will_not_do(shades: Run, curves: Run, tmp_path: Path, supp
         shades.predict(tmp_path / "broken", support)
 
 
-@pytest.mark.parametrize("name", ["run.onnx", "run", "run.safetensors"])
+@pytest.mark.parametrize("name", ["run.pth", "run", "run.safetensors"])
 def test_what_cannot_be_exported(curves: Run, tmp_path: Path, support: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"FILE\.pt2"):
         curves.export(tmp_path / name, support=support)
-    assert not (tmp_path / name).exists()
+    with pytest.raises(UsageError, match="leave --support out"):
+        curves.export(tmp_path / "run.pt2", support=support, adaptive=True)
+    assert not list(tmp_path.glob("run*"))
+
+
+RUN_ALONE = """
+import json, sys
+sys.path[:] = {path!r}
+
+class Nothing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition("_")[0].partition(".")[0] == "metareg":
+            raise ImportError(name)
+
+sys.meta_path.insert(0, Nothing())
+import torch
+
+answers = []
+for file, tasks in torch.load("tasks.pt"):
+    facts = {{"metareg.json": ""}}
+    program = torch.export.load(file, extra_files=facts).module()
+    answers.append((json.loads(facts["metareg.json"]), [program(*task) for task in tasks]))
+assert not [name for name in sys.modules if name.startswith("metareg")]
+torch.save(answers, "answers.pt")
+"""
+
+
+def test_programs_that_adapt_run_without_metareg(curves: Run, shades: Run, tmp_path: Path) -> None:
+    """What they predict is what the learner predicts, for any number of examples, one alone among them."""
+    curves.export(tmp_path / "curves.pt2", adaptive=True, inner_steps=3)
+    shades.export(tmp_path / "shades.pt2", adaptive=True)
+    of_curves = [(torch.randn(n, 1), torch.randn(n, 1), torch.randn(q, 1)) for n, q in ((3, 5), (12, 1))]
+    of_shades = [(torch.rand(n, 3, 4, 5), torch.arange(n) % 3, torch.rand(q, 3, 4, 5)) for n, q in ((6, 1), (9, 40))]
+    torch.save([("curves.pt2", of_curves), ("shades.pt2", of_shades)], tmp_path / "tasks.pt")
+    script = RUN_ALONE.format(path=sys.path)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+    answers = torch.load(tmp_path / "answers.pt")
+    for run, steps, tasks, (facts, found) in zip(
+        (curves, shades), (3, 1), (of_curves, of_shades), answers, strict=True
+    ):
+        assert (facts["support_examples"], facts["query_examples"]) == ("any", "any")
+        assert (facts["algorithm"], facts["inner_steps"]) == (run.learner.algorithm.name, steps)
+        for (x, y, query_x), predicted in zip(tasks, found, strict=True):
+            module = run.learner.adapt(x, y, steps)
+            alone = torch.cat([module(one[None]) for one in query_x])
+            torch.testing.assert_close(predicted, alone.detach(), rtol=1e-5, atol=1e-5)
+    facts = answers[1][0]
+    assert facts["bn_statistics"] == "support"
+    assert facts["image"] == {"channels": 3, "height": 4, "width": 5, "black": [0.0] * 3, "white": [1.0] * 3}
+
+
+def test_programs_say_what_their_numbers_mean(curves: Run, shades: Run, support: Path, tmp_path: Path) -> None:
+    images = _images(tmp_path / "support", {"dark": [5], "grey": [110], "light": [220]})
+    facts = {}
+    for run, given in ((curves, support), (shades, images)):
+        run.export(tmp_path / "site.pt2", support=given)
+        extra = {FACTS: ""}
+        torch.export.load(tmp_path / "site.pt2", extra_files=extra)
+        facts[given] = json.loads(extra[FACTS])
+    assert (facts[support]["inputs"], facts[support]["targets"]) == (["position"], ["height"])
+    assert facts[images]["classes"] == ["dark", "grey", "light"]
+
+
+def test_onnx_is_the_same_function(shades: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = _images(tmp_path / "support", {"dark": [5, 20], "grey": [110, 125], "light": [220, 240]})
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxscript", None)
+        with pytest.raises(UsageError, match=r"pip install 'metareg\[onnx\]'"):
+            shades.export(tmp_path / "site.onnx", support=images)
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    shades.export(tmp_path / "site.onnx", support=images)
+    shades.export(tmp_path / "site.pt2", support=images)
+    session = runtime.InferenceSession(str(tmp_path / "site.onnx"))
+    facts = json.loads(session.get_modelmeta().custom_metadata_map[FACTS])
+    assert facts["classes"] == ["dark", "grey", "light"]
+    expected = torch.export.load(tmp_path / "site.pt2").module()
+    for count in (1, 6):
+        x = torch.rand(count, 3, 4, 5)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.from_numpy(found), expected(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_many_sites_at_once(curves: Run, shades: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each site's rows are those of predicting for it alone; the learner's file will do in the place of the run."""
+    tables = {"north": "x,y\n-1,0.5\n0,1.5\n", "south": "x,y\n1,-0.5\n3,0\n2,2\n"}
+    expected = ["site,x,y"]
+    for name, text in tables.items():
+        site = tmp_path / "curves" / name
+        site.mkdir(parents=True)
+        (site / "support.csv").write_text(text)
+        (site / "query.csv").write_text("x\n0.25\n-3\n")
+        alone = curves.predict(site / "support.csv", site / "query.csv")
+        expected += [f"{name},{line}" for line in alone.splitlines()[1:]]
+    assert curves.predict_sites(tmp_path / "curves").splitlines() == expected
+    curves.export(tmp_path / "learner.safetensors")
+    assert command(["predict", str(tmp_path / "learner.safetensors"), "--sites", str(tmp_path / "curves")]) == 0
+    assert capsys.readouterr().out.splitlines() == expected
+    (tmp_path / "curves" / "south" / "query.csv").unlink()
+    with pytest.raises(UsageError, match="south has no query"):
+        curves.predict_sites(tmp_path / "curves")
+    for name, values in (("a", [10, 240]), ("b", [250, 5])):
+        _images(tmp_path / "shades" / name / "support", {"dark": [values.index(min(values)) + 5], "light": [235]})
+        _images(tmp_path / "shades" / name, {"query": values})
+    rows = [line.split(",")[:3] for line in shades.predict_sites(tmp_path / "shades", inner_steps=10).splitlines()]
+    assert rows == [
+        ["site", "image", "class"], ["a", "0.png", "dark"], ["a", "1.png", "light"],
+        ["b", "0.png", "light"], ["b", "1.png", "dark"],
+    ]  # fmt: skip

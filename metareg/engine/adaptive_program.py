@@ -1,0 +1,138 @@
+"""A whole adaptation, from support set to predictions, as one program of `torch.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from metareg.errors import UsageError
+from metareg.util.torch_internals import trace_sizes
+
+__all__ = ["AdaptiveProgram", "create_adaptive_program"]
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Sizes = tuple[int, int]
+"""Numbers of support and query examples."""
+
+_TRACED = (7, 11)
+"""The sizes of the task that is traced, where they are left open."""
+_TRIED = (1, 2, 3, 5, 9, 17, 33, 65, 129)
+"""Numbers of examples among which those are looked for that would have made a difference to tracing."""
+_TOLERANCE = 1e-4
+"""Of predictions, relative to the largest: other sizes can take other kernels."""
+
+
+@dataclass(frozen=True)
+class AdaptiveProgram:
+    """A program that takes ``support_x, support_y, query_x`` and returns the outputs ``[query, …]``."""
+
+    program: torch.export.ExportedProgram
+    support: int | None
+    """The number of support examples that it takes; None for any."""
+    query: int | None
+
+
+def create_adaptive_program(
+    predict: Predict, draw: Callable[[int, int], Inputs], get_sizes: Callable[[], Sizes]
+) -> AdaptiveProgram:
+    """The program of a function: for any number of examples where that can be traced, else for fixed ones.
+
+    `torch.func` and the Python of plugins do their work while the function is traced. What is left is a graph of PyTorch's
+    own operations, those of the inner gradients among them. Its outputs are compared with the function's own, for
+    several numbers of examples.
+
+    Args:
+        predict: the outputs for a query set, given a support set; pure.
+        draw: some task with so many support and query examples.
+        get_sizes: the sizes to fix where they cannot be left open.
+
+    Raises:
+        UsageError: the function cannot be traced.
+    """
+    problem = ""
+    for free in ((True, True), (False, True), (False, False)):
+        fixed = _TRACED if all(free) else get_sizes()
+        sizes = (_TRACED[0] if free[0] else fixed[0], _TRACED[1] if free[1] else fixed[1])
+        try:
+            program = _export(predict, draw, sizes, free)
+        # Code of plugins and users is traced, and torch has errors of many kinds for what it cannot take.
+        except Exception as error:
+            problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        else:
+            return AdaptiveProgram(program, *(None if is_free else n for n, is_free in zip(sizes, free, strict=True)))
+    raise UsageError(f"This adaptation cannot be written as one program: {problem}")
+
+
+def _export(
+    predict: Predict, draw: Callable[[int, int], Inputs], sizes: Sizes, free: tuple[bool, bool]
+) -> torch.export.ExportedProgram:
+    """The program for these sizes, those that are free left open.
+
+    Raises:
+        ValueError: tracing fixed a size that should be free, or the program predicts something else.
+    """
+    inputs = draw(*sizes)
+    with torch.no_grad():
+        graph, fixed, answer = trace_sizes(predict, inputs, (free[0], *free))
+        if any(count is not None for count, is_free in zip((fixed[0], fixed[2]), free, strict=True) if is_free):
+            raise ValueError("its operations are for one number of examples")
+        least = 1 if _runs(predict, draw(1 if free[0] else sizes[0], 1 if free[1] else sizes[1])) else 2
+        support, query = (torch.export.Dim(name, min=least) for name in ("support", "query"))
+        open_dims = [{0: support} if free[0] else {}, {0: support} if free[0] else {}, {0: query} if free[1] else {}]
+        program = torch.export.export(_prepare(graph), inputs, dynamic_shapes=open_dims, strict=False)
+        run = program.module()
+        for other in _list_sizes(sizes, free, least, lambda n, q: answer((n, n, q))):
+            task = draw(*other)
+            _compare(run(*task), predict(*task), other)
+    return program
+
+
+def _prepare(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """A traced graph as torch.export takes it: with named arguments, and the tensors that it knows as buffers."""
+    arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
+    for node, name in zip(arguments, ("support_x", "support_y", "query_x"), strict=True):
+        node.target = node.name = name
+    for name in {node.target for node in graph.graph.nodes if node.op == "get_attr"}:
+        value = getattr(graph, name).detach()
+        delattr(graph, name)
+        graph.register_buffer(name, value)
+    graph.recompile()
+    return graph
+
+
+def _runs(predict: Predict, inputs: Inputs) -> bool:
+    try:
+        predict(*inputs)
+    except Exception:  # BatchNorm of a single vector, or whatever else a model cannot do
+        return False
+    return True
+
+
+def _list_sizes(
+    sizes: Sizes, free: tuple[bool, bool], least: int, answer: Callable[[int, int], tuple[bool, ...]]
+) -> Iterator[Sizes]:
+    """Sizes at which to compare: those traced, the least, and a pair for each other course that tracing could have taken."""
+    yield sizes
+    tried = [
+        [count for count in _TRIED if count >= least] if is_free else [size]
+        for size, is_free in zip(sizes, free, strict=True)
+    ]
+    seen = {answer(*sizes)}
+    for number, (support, query) in enumerate(product(*tried)):
+        answers = answer(support, query)
+        if number == 0 or answers not in seen:
+            yield support, query
+        seen.add(answers)
+
+
+def _compare(outputs: Tensor, expected: Tensor, sizes: Sizes) -> None:
+    largest = expected.nan_to_num(0.0, 0.0, 0.0).abs().max().item() if expected.numel() else 0.0
+    if outputs.shape != expected.shape or not torch.allclose(
+        outputs, expected, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True
+    ):
+        raise ValueError("with {} support and {} query examples it predicts something else".format(*sizes))

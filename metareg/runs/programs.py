@@ -1,0 +1,197 @@
+"""Programs that run where metareg is not installed: torch.export's format, or ONNX, with a file that says what they take."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from metareg._version import __version__
+from metareg.contract.columns import Columns
+from metareg.contract.splits import TEST
+from metareg.contract.tasks import Task
+from metareg.engine.adaptive_program import create_adaptive_program
+from metareg.errors import UsageError
+from metareg.learner.learner import MetaLearner
+from metareg.registry.plugins import Plugin
+from metareg.registry.task_source import TaskSource
+from metareg.util.files import write_bytes
+
+__all__ = [
+    "ENDINGS",
+    "FACTS",
+    "describe_program",
+    "export_adaptation",
+    "export_module",
+    "get_input_shape",
+    "write_program",
+]
+
+log = logging.getLogger("metareg")
+
+FACTS = "metareg.json"
+"""The file in an exported program that says what its numbers mean; in ONNX an entry of the model's metadata."""
+ENDINGS = (".pt2", ".onnx")
+
+
+def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
+    """A module as a program for any number of inputs.
+
+    Raises:
+        UsageError: torch.export cannot take it.
+    """
+    example = torch.zeros(2, *input_shape)
+    try:
+        return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+    # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
+    except Exception as error:
+        problem = str(error).strip().splitlines()[0]
+        raise UsageError(f"torch.export cannot take the {type(module).__name__}: {problem}") from error
+
+
+def export_adaptation(
+    learner: MetaLearner, task: Plugin, inner_steps: int, bn_statistics: str
+) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
+    """A learner's whole adaptation as a program that takes ``support_x, support_y, query_x`` and returns predictions.
+
+    Inputs and targets are those of the model; for a task that measures columns, they stand as in its tables.
+
+    Returns:
+        The program, and what is to be said of it.
+
+    Raises:
+        UsageError: it cannot be traced.
+    """
+    meta, engine = learner.plain_meta_parameters, learner.engine
+    noise = next(iter(engine.draw_for_adaptation(meta, inner_steps, learner.config.seed, [()])), {})
+    measure: Callable[[Tensor, Tensor], Columns | None]
+    measure = getattr(task.instance, "measure_columns", None) or partial(Task.measure_columns, task.instance)
+
+    def predict(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        columns = measure(support_x, support_y)
+        if columns is None:
+            return engine.predict(meta, (support_x, support_y, query_x, None), noise, inner_steps, bn_statistics)
+        support_x, query_x = columns.scale_inputs(support_x), columns.scale_inputs(query_x)
+        given = support_x, columns.scale_targets(support_y), query_x, None
+        return columns.restore_outputs(engine.predict(meta, given, noise, inner_steps, bn_statistics))
+
+    draw = partial(_draw_examples, learner, task)
+    made = create_adaptive_program(predict, draw, partial(_find_sizes, learner, task))
+    for name, count in (("support", made.support), ("query", made.query)):
+        if count is not None:
+            log.warning(
+                "The program takes %d %s examples, as many as a test task has, no more and no fewer.", count, name
+            )
+    facts = {"support_examples": made.support or "any", "query_examples": made.query or "any"}
+    columns = measure(*draw(2, 1)[:2])
+    return made.program, facts | ({} if columns is None else describe_columns(columns))
+
+
+def describe_program(
+    learner: MetaLearner, task: Plugin, inner_steps: int, bn_statistics: str, columns: Columns | None
+) -> dict[str, Any]:
+    """What the numbers mean that a program takes and returns, as JSON can hold it."""
+    shape = get_input_shape(task)
+    classifies = learner.loss is nn.functional.cross_entropy
+    return {
+        "metareg": __version__,
+        "algorithm": learner.algorithm.name,
+        "inner_steps": inner_steps,
+        "bn_statistics": bn_statistics if learner.model.batch_norms else "none",
+        "predictor": learner.predictor,
+        "input_shape": list(shape),
+        "outputs": "scores of classes, whose softmax is their probabilities" if classifies else "numbers",
+        **({} if columns is None else describe_columns(columns)),
+        **({"image": _describe_images(task, shape)} if len(shape) == 3 else {}),
+    }
+
+
+def describe_columns(columns: Columns) -> dict[str, Any]:
+    """What each input, target and class is."""
+    return {"inputs": columns.features, "targets": columns.targets, "classes": columns.classes}
+
+
+def _describe_images(task: Plugin, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The size of a task's images and the values that it gives to black and white, from reading two images."""
+    channels, height, width = shape
+    read = getattr(task.instance, "read_image", None) or partial(Task.read_image, task.instance)
+    values = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("black", "white"):
+            path = Path(folder, f"{name}.png")
+            Image.new("RGB", (width, height), name).save(path)
+            values[name] = read(path).flatten(1).mean(1).tolist()
+    return {"channels": channels, "height": height, "width": width, **values}
+
+
+def _draw_examples(learner: MetaLearner, task: Plugin, support: int, query: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Some examples of a task's shapes."""
+    like = next(iter(learner.plain_meta_parameters.values()))
+    generator = torch.Generator().manual_seed(support * 1000 + query)
+    shape, outputs = get_input_shape(task), task.instance.spec.output_shape
+    support_x, query_x = (torch.randn(count, *shape, generator=generator).to(like) for count in (support, query))
+    if learner.loss is nn.functional.cross_entropy:
+        return support_x, torch.arange(support, device=like.device) % outputs[0], query_x
+    return support_x, torch.randn(support, *outputs, generator=generator).to(like), query_x
+
+
+def _find_sizes(learner: MetaLearner, task: Plugin) -> tuple[int, int]:
+    """How many support and query examples the first test task has."""
+    support_x, _, query_x, _ = TaskSource(task).episodes(TEST, [0], learner.config.seed)[0].parts
+    return support_x.shape[1], query_x.shape[1]
+
+
+def get_input_shape(task: Plugin) -> tuple[int, ...]:
+    """The shape of one input.
+
+    Raises:
+        UsageError: an input is no tensor of one shape.
+    """
+    shape = task.instance.spec.input_shape
+    if not all(isinstance(size, int) for size in shape):
+        raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
+    return tuple(shape)
+
+
+def write_program(program: torch.export.ExportedProgram, to: Path, facts: Mapping[str, Any]) -> None:
+    """Write a program as torch.export's file, or as ONNX where the path ends so.
+
+    Raises:
+        UsageError: a package is missing, or ONNX has no operation for one of the program's.
+    """
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    if to.suffix == ".onnx":
+        write_bytes(to, _convert_to_onnx(program, text))
+        return
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer, extra_files={FACTS: text})
+    write_bytes(to, buffer.getvalue())
+
+
+def _convert_to_onnx(program: torch.export.ExportedProgram, facts: str) -> bytes:
+    try:
+        import onnxscript  # noqa: F401 (torch.onnx imports it)
+    except ImportError as error:
+        raise UsageError("ONNX files need onnxscript: pip install 'metareg[onnx]'.") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch's own, of what it will change in itself
+            converted = torch.onnx.export(program, dynamo=True, verbose=False)
+    # The converter has errors of many kinds, with reports of many lines.
+    except Exception as error:
+        cause = error.__cause__ or error
+        problem = str(cause).strip().splitlines()[0]
+        raise UsageError(f"torch.onnx cannot convert this program: {problem} FILE.pt2 holds it as it is.") from error
+    assert converted is not None
+    converted.model.metadata_props[FACTS] = facts
+    content: bytes = converted.model_proto.SerializeToString()
+    return content
