@@ -290,9 +290,9 @@ def adapt_by_hand(
     return predict(own, query).detach()
 
 
-def train_small(folder: Path, out: Path) -> Run:
+def train_small(folder: Path, out: Path, **others: Any) -> Run:
     options = {"data": str(folder), "target": "y", "shots": 4, "query": 3, "inner_steps": 2, "inner_lr": 0.05}
-    return train(task="table-folder", out=out, **options, **SMALL)
+    return train(task="table-folder", out=out, **options, **others, **SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -351,6 +351,24 @@ def test_the_learners_file_is_enough(run: Run, tmp_path: Path, capsys: pytest.Ca
     assert program(inputs).flatten().tolist() == pytest.approx(expected, rel=1e-5)
     with pytest.raises(UsageError, match="name its labelled rows with --support"):
         run.export(tmp_path / "plain.pt2")
+
+
+def test_program_that_adapts_standardises_by_its_own_support_set(folder: Path, tmp_path: Path) -> None:
+    """It takes the numbers of the tables and answers in the target's units, as predict does."""
+    options = {"standardise": "support", "standardise_target": "support"}
+    run = train_small(folder, tmp_path / "run", **options)
+    run.export(tmp_path / "learner.pt2", adaptive=True)
+    files = {"metareg.json": ""}
+    program = torch.export.load(tmp_path / "learner.pt2", extra_files=files).module()
+    facts = json.loads(files["metareg.json"])
+    assert (facts["inputs"], facts["targets"]) == (["u", "v", "kind=a", "kind=b"], ["y"])
+    for number, rows in ((7, 5), (8, 9)):
+        new = without(draw(number), "label")
+        support, query = write(tmp_path / "s.csv", new[:rows]), write(tmp_path / "q.csv", without(new[rows:], "y"))
+        expected = [float(row["y"]) for row in csv.DictReader(io.StringIO(run.predict(support, query)))]
+        x, y = (torch.from_numpy(values).float() for values in read_plain([number]))
+        found = program(x[:rows], y[:rows].reshape(-1, 1), x[rows:])
+        assert found.flatten().tolist() == pytest.approx(expected, rel=1e-4)
 
 
 def test_scores_are_in_the_targets_units_whoever_computes_them(run: Run) -> None:
