@@ -9,7 +9,6 @@ import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
-import numpy as np
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.padding import Padding
@@ -18,7 +17,6 @@ from rich.text import Text
 
 from metareg.contract.splits import TEST
 from metareg.runs.folder import RESULTS
-from metareg.util.intervals import compute_half_width
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -123,6 +121,8 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_on
 
 def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:
     """What simpler ways reach on a run's test tasks, and by how much the run is better, paired by task."""
+    from metareg.util.intervals import compute_half_width
+
     assert run.evaluation is not None
     tested = run.evaluation
     own = run.config.inner_steps if run.config.inner_steps in tested.inner_steps else tested.inner_steps[-1]
@@ -147,6 +147,10 @@ def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]])
     Args:
         measured: the task, and the baselines on it, of each seed.
     """
+    import numpy as np
+
+    from metareg.util.intervals import compute_half_width
+
     scores: dict[tuple[str, str, str], list[float]] = {}
     for task, baselines in measured:
         for each in baselines:
