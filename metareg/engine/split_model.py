@@ -92,6 +92,9 @@ class SplitModel:
         in_body, in_head = (_drop_repeated_places(self.module, part) for part in (in_body, in_head))
         self._in_body = {name[len(self.body_prefix) :]: first for name, first in in_body.items()}
         self._in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
+        self._in_neck = {
+            place: first for place, first in self._in_head.items() if place.rpartition(".")[0] != self._last_linear
+        }
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
         if stray:
             raise UsageError(
@@ -131,8 +134,7 @@ class SplitModel:
 
     def embed(self, params: Params, features: Tensor) -> Tensor:
         """What the head's last layer takes ``[examples, …]``, of features ``[examples, …]``."""
-        places = {place: first for place, first in self._in_head.items() if not self._is_in_last_linear(place)}
-        return self._call(self._neck, params, places, features)
+        return self._call(self._neck, params, self._in_neck, features)
 
     @property
     def output_layer(self) -> tuple[str, str | None]:
@@ -146,13 +148,8 @@ class SplitModel:
                 f"The head of {type(self.module).__name__} must be an nn.Linear, or an nn.Sequential that ends in one, for "
                 "an algorithm that computes its last layer."
             )
-        names = {
-            place.rpartition(".")[2]: first for place, first in self._in_head.items() if self._is_in_last_linear(place)
-        }
-        return names["weight"], names.get("bias")
-
-    def _is_in_last_linear(self, place: str) -> bool:
-        return place.rpartition(".")[0] == self._last_linear
+        last = {place.rpartition(".")[2]: first for place, first in self._in_head.items() if place not in self._in_neck}
+        return last["weight"], last.get("bias")
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
         """Features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
