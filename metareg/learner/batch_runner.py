@@ -18,6 +18,7 @@ from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, UsageError
 from metareg.learner.batch_split import BatchSplit, select_tasks
 from metareg.learner.config import LearnerConfig
+from metareg.learner.idle import report_unlearned
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
 from metareg.registry.task_source import TaskSource
@@ -102,6 +103,8 @@ class BatchRunner:
             return gradient.with_grads(match_strides(combined, meta))
 
         gradient = compute_at(meta)
+        if training_step == 0:
+            report_unlearned(stages, gradient.grads)
         if not stages.implements("augment_outer_gradient"):
             return gradient
         augmented = stages.augment_outer_gradient(

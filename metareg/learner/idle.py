@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor
 
 from metareg.engine.stages import Stages
 from metareg.learner.config import LearnerConfig
 
-__all__ = ["report_idle"]
+__all__ = ["report_idle", "report_unlearned"]
 
 log = logging.getLogger("metareg")
 
@@ -19,6 +21,21 @@ def report_idle(stages: Stages, config: LearnerConfig) -> None:
     """Log a warning for each option and hook that the learner's plugins make idle."""
     for sentence in _find_idle(stages, config):
         log.warning(sentence)
+
+
+def report_unlearned(stages: Stages, grads: Mapping[str, Tensor]) -> None:
+    """Log a warning for each plugin whose meta-parameters all have a gradient of exactly zero."""
+    learns: dict[str, bool] = {}
+    for name, grad in grads.items():
+        owner = stages.owner(name)
+        if owner is not None:
+            learns[owner] = learns.get(owner, False) or bool(grad.any())
+    for owner in (owner for owner, moved in learns.items() if not moved):
+        log.warning(
+            "The meta-parameters of '%s' got a gradient of exactly zero in the first step; with this algorithm they may "
+            "learn nothing.",
+            owner,
+        )
 
 
 def _find_idle(stages: Stages, config: LearnerConfig) -> Iterator[str]:

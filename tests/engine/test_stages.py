@@ -633,6 +633,21 @@ def test_what_has_no_effect_is_said_in_one_line_each(caplog: pytest.LogCaptureFi
     assert caplog.messages == []
 
 
+def test_plugins_that_learn_nothing_are_said_at_the_first_step_alone(caplog: pytest.LogCaptureFixture) -> None:
+    # Reptile's gradient is its own: what another plugin learned would not be in it.
+    learner = MetaLearner(MLP(), "reptile", ["metacurvature"], loss="mse", inner_steps=2)
+    before = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    for _ in range(2):
+        learner.step(episodes("mlp"))
+    assert [message for message in caplog.messages if "'metacurvature'" in message] == caplog.messages[:1] != []
+    assert [name for name, value in learner.meta_parameters.items() if value.equal(before[name])] == [
+        name for name in before if name.startswith("metacurvature.")
+    ]
+    caplog.clear()
+    MetaLearner(MLP(), "maml", ["metacurvature"], loss="mse").step(episodes("mlp"))
+    assert caplog.messages == []
+
+
 def test_weights_have_no_effect_beside_an_objective() -> None:
     class Weighted(Own):
         @hookimpl
