@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import ClassVar
+
 from torch import Tensor
 
 from metareg import TaskView, hookimpl
@@ -26,6 +29,8 @@ class ProtoMAML(MAML):
     """
 
     targets = "classes"
+    # Outputs are squared distances, so that their gradients are larger than those of the heads that tasks recommend for.
+    recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 0.01}
 
     @hookimpl
     def start_task(self, params: dict[str, Tensor], task: TaskView) -> dict[str, Tensor]:
