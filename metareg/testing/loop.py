@@ -214,8 +214,8 @@ class _View:
     def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
         params = _make_differentiable(params)
         grads = _gradient(self.inner_loss(params), params, create_graph=True)
-        product = torch.stack([(grads[name] * vector[name]).sum() for name in params]).sum()
-        return _gradient(product, params, create_graph=True)
+        # The vector is given, not differentiated, though it may have been computed from the same parameters.
+        return _gradient(grads, params, create_graph=True, along=vector)
 
     def query_outputs(self, params: Tensors) -> Tensor:
         return self.outputs(params, self.query_x)
@@ -251,13 +251,25 @@ def _run(learner: MetaLearner, params: Tensors, x: Any) -> tuple[Tensor, Tensor]
     return features[-1], outputs
 
 
-def _gradient(value: Tensor | float, of: Tensors, *, create_graph: bool = False) -> Tensors:
-    """The derivative by each tensor, zero for one that the value does not depend on."""
-    if not of or not isinstance(value, Tensor) or not value.requires_grad:
+def _gradient(
+    value: Tensor | float | Tensors, of: Tensors, *, create_graph: bool = False, along: Tensors | None = None
+) -> Tensors:
+    """The derivative by each tensor, zero for one that the value does not depend on.
+
+    Args:
+        value: a scalar, or tensors by name.
+        of: the tensors by which to differentiate.
+        create_graph: whether the derivative can be differentiated in turn.
+        along: for tensors by name, the vector by which their derivatives are multiplied from the left.
+    """
+    values = value if isinstance(value, Mapping) else {"": value}
+    values = {name: each for name, each in values.items() if isinstance(each, Tensor) and each.requires_grad}
+    if not of or not values:
         return {name: torch.zeros_like(each) for name, each in of.items()}
     grads = torch.autograd.grad(
-        value,
+        list(values.values()),
         list(of.values()),
+        None if along is None else [along[name] for name in values],
         create_graph=create_graph,
         retain_graph=True,
         allow_unused=True,

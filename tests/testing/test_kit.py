@@ -14,7 +14,18 @@ from pydantic import ConfigDict, field_validator
 from torch import Tensor, nn
 from torch.func import grad
 
-from metareg import Episodes, Field, MetaregError, PluginConfig, StepExample, Task, TaskSpec, hookimpl, task_uniform
+from metareg import (
+    Episodes,
+    Field,
+    MetaregError,
+    PluginConfig,
+    StepExample,
+    Task,
+    TaskSpec,
+    TaskView,
+    hookimpl,
+    task_uniform,
+)
 from metareg.engine import engine
 from metareg.learner import optimizer
 from metareg.testing import CheckFailed, checks
@@ -235,6 +246,16 @@ class UphillReptile(Plain):
     @hookimpl
     def outer_gradient(self, meta: Tensors, adapted: Tensors) -> Tensors:
         return {name: (value - meta[name]) / self.config.inner_lr for name, value in adapted.items()}
+
+
+class Curved(Plain):
+    """(I − H/10) ∇ℓ(φ; Q) at the adapted parameters φ, with the support loss's Hessian H there."""
+
+    @hookimpl
+    def outer_gradient(self, adapted: Tensors, task: TaskView) -> Tensors:
+        gradient = task.query_gradient(adapted)
+        product = task.hessian_product(adapted, gradient)
+        return {name: gradient[name] - 0.1 * product[name] for name in adapted}
 
 
 class AloneOnly(Plain):
@@ -907,7 +928,7 @@ def test_sound_plugin_passes(kind: str, plugin: type) -> None:
         check()
 
 
-@pytest.mark.parametrize("plugin", [ForClasses, Normalised, AdaptsNothing, WithMomentum])
+@pytest.mark.parametrize("plugin", [ForClasses, Normalised, AdaptsNothing, WithMomentum, Curved])
 def test_no_false_alarm(plugin: type) -> None:
     for check in checks("algorithms", plugin):
         if check.name not in ("composition", "strategies", "determinism"):  # no alarm was false there
