@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metareg._version import __version__
+from metareg.printable import guard_logs
 
 if TYPE_CHECKING:
     from metareg.comparison.reproduction import reproduce
@@ -72,6 +73,8 @@ __all__ = [
     "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
     "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "task_uniform", "train",
 ]  # fmt: skip
+
+guard_logs("metareg", "metareg.tuning")
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import signal
 import sys
@@ -15,16 +14,12 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     keep_freed_memory()
-    _replace_missing_signs()
+    from metareg.cli.terminal import guard_streams
+
+    guard_streams()
     from metareg.cli.app import run
 
     sys.exit(run(sys.argv[1:]))
-
-
-def _replace_missing_signs() -> None:
-    """Show a question mark for what the output's encoding lacks; what has to be exact asks `write_output`."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
 
 
 def _leave(*_: object) -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from metareg.printable import show_controls
+
 __all__ = [
     "DivergenceError",
     "Interrupted",
@@ -17,14 +19,18 @@ __all__ = [
     "PluginError",
     "UnknownNameError",
     "UsageError",
+    "describe_error",
     "nearest",
 ]
 
 
 class MetaregError(Exception):
-    """Base of every error that metareg raises on purpose."""
+    """Base of every error that metareg raises on purpose; the control characters of its message are shown."""
 
     exit_code = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(show_controls(message))
 
 
 class UsageError(MetaregError):
@@ -66,6 +72,15 @@ class Interrupted(MetaregError):
     """A run was stopped by Ctrl-C or SIGTERM; it can be resumed."""
 
     exit_code = 130
+
+
+def describe_error(error: BaseException) -> str:
+    """The type and the message of an error that is none of metareg's, be its own text impossible to get."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "its message cannot be shown"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import sys
 import threading
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -18,12 +19,12 @@ import typer
 from rich.markup import escape
 
 from metareg._version import __version__
-from metareg.cli.common import stderr, stdout
 from metareg.cli.compare import compare, report, reproduce
-from metareg.cli.flags import RunCommand
+from metareg.cli.flags import Command, RunCommand
 from metareg.cli.plugins import check_plugin, data, doctor, new_plugin, plugins, show
 from metareg.cli.runs import evaluate, export, predict, resume, train
-from metareg.errors import MetaregError, UsageError
+from metareg.cli.terminal import stderr, stdout
+from metareg.errors import MetaregError, UsageError, describe_error
 from metareg.util.torchrun import is_follower, read_rank
 
 __all__ = ["app", "run"]
@@ -38,18 +39,18 @@ app = typer.Typer(
 )
 app.command(cls=RunCommand)(train)
 app.command(cls=RunCommand)(resume)
-app.command()(export)
-app.command()(predict)
-app.command("eval")(evaluate)
-app.command()(data)
+app.command(cls=Command)(export)
+app.command(cls=Command)(predict)
+app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(data)
 app.command(cls=RunCommand)(compare)
-app.command()(report)
-app.command()(reproduce)
-app.command()(plugins)
-app.command()(show)
-app.command("new-plugin")(new_plugin)
-app.command("check-plugin")(check_plugin)
-app.command()(doctor)
+app.command(cls=Command)(report)
+app.command(cls=Command)(reproduce)
+app.command(cls=Command)(plugins)
+app.command(cls=Command)(show)
+app.command("new-plugin", cls=Command)(new_plugin)
+app.command("check-plugin", cls=Command)(check_plugin)
+app.command(cls=Command)(doctor)
 
 TRACEBACK_VARIABLE = "METAREG_TRACEBACK"
 
@@ -104,18 +105,33 @@ def _wait_for_leader() -> None:
 
 
 def _run_command(arguments: Sequence[str]) -> int:
+    stdout.file = sys.stdout
     try:
-        app(args=list(arguments))
-    except SystemExit as exit:  # typer's way of ending, after printing its own errors
+        code = app(args=list(arguments), standalone_mode=False)
+        sys.stdout.flush()
+    except SystemExit as exit:  # a shell's completion ends so
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
             raise
-        if isinstance(error, OSError) and error.strerror and error.filename:
-            error = _explain(error)
-        known = isinstance(error, MetaregError)
-        sentence = str(error) if known else f"{type(error).__name__}: {error}"
-        hint = "" if known else f"\nThis is a bug in metareg or in a plugin; {TRACEBACK_VARIABLE}=1 shows where."
-        stderr.print(f"[bold red]Error:[/] {escape(sentence)}{hint}", soft_wrap=True)
-        return error.exit_code if isinstance(error, MetaregError) else 1
-    return 0
+        return _print_error(error)
+    return code if isinstance(code, int) else 0
+
+
+def _print_error(error: Exception) -> int:
+    """Say in a sentence what ended a command; the exit code."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        error = _explain(error)
+    sentence, hint = str(error) if isinstance(error, MetaregError) else describe_error(error), ""
+    if isinstance(error, MetaregError):
+        code = error.exit_code
+    elif hasattr(error, "format_message"):  # typer's, of arguments that make no sense
+        sentence, code = error.format_message(), 2
+        if not sentence:  # a command without arguments, whose help was shown
+            return code
+        if (context := getattr(error, "ctx", None)) is not None:
+            stderr.print(escape(context.get_usage()), soft_wrap=True)
+    else:
+        code, hint = 1, f"\nThis is a bug in metareg or in a plugin; {TRACEBACK_VARIABLE}=1 shows where."
+    stderr.print(f"[bold red]Error:[/] {escape(sentence)}{hint}", soft_wrap=True)
+    return code

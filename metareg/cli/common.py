@@ -1,17 +1,14 @@
-"""What the commands share: consoles, options that several have, and how they are read."""
+"""What the commands share: options that several have, and how they are read."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from metareg.errors import MetaregError
 from metareg.registry.plugins import DISABLE_VARIABLE, list_entries
 from metareg.util.data_files import absolute_path
 
@@ -29,14 +26,7 @@ __all__ = [
     "plugin_option",
     "set_data_folder",
     "set_option",
-    "stderr",
-    "stdout",
-    "write_output",
 ]
-
-# Errors and progress go to stderr, results to stdout: `metareg eval RUN --json | jq` works.
-stderr = Console(stderr=True, highlight=False)
-stdout = Console(highlight=False)
 
 
 def complete_names(kind: str) -> Callable[[str], list[str]]:
@@ -105,23 +95,3 @@ def set_data_folder(data: Path | None) -> None:
     """Let this process, and those that it starts, look for data in a folder."""
     if data is not None:
         os.environ["METAREG_DATA"] = str(absolute_path(data))
-
-
-def write_output(text: str, flag: str = "--out") -> None:
-    """Write a text to the output, which may be on a full disk, have lost its reader, or lack one of the signs.
-
-    Args:
-        text: what has to be there sign for sign.
-        flag: the option that writes it to a file instead.
-    """
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-        print(text, end="", flush=True)
-    except UnicodeEncodeError as error:
-        sign = error.object[error.start]
-        problem = f"The output's encoding, {error.encoding}, has no '{sign}'"
-        raise MetaregError(f"{problem}; {flag} FILE writes UTF-8.") from error
-    except OSError as error:
-        # What is left would be tried again at the end of the process, and say more than this sentence.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise MetaregError(f"The output cannot be written: {error.strerror}.") from error

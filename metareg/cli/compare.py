@@ -17,11 +17,9 @@ from metareg.cli.common import (
     plugin_option,
     set_data_folder,
     set_option,
-    stderr,
-    stdout,
-    write_output,
 )
 from metareg.cli.flags import takes_run_options
+from metareg.cli.terminal import stderr, stdout, write_output
 from metareg.errors import UsageError
 
 if TYPE_CHECKING:

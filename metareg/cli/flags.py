@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import types
 from collections.abc import Callable, Collection
+from contextlib import redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -17,7 +19,7 @@ from metareg.errors import UsageError
 if TYPE_CHECKING:
     from metareg.runs.config import RunConfig
 
-__all__ = ["RunCommand", "takes_run_options"]
+__all__ = ["Command", "RunCommand", "takes_run_options"]
 
 _Function = TypeVar("_Function", bound=Callable[..., None])
 
@@ -35,7 +37,16 @@ def takes_run_options(choose: Callable[[type[RunConfig]], Collection[str]]) -> C
     return decorate
 
 
-class RunCommand(TyperCommand):
+class Command(TyperCommand):
+    """A command whose results alone go to standard output."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Carry it out; what a plugin prints goes to standard error."""
+        with redirect_stdout(sys.stderr):
+            return super().invoke(ctx)
+
+
+class RunCommand(Command):
     """A command whose function is one of `takes_run_options`.
 
     Its flags are made when it is used, not whenever metareg starts: importing `RunConfig` takes 0.1 s.

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from metareg.cli.common import Data, NoPlugin, path_option, set_option, stderr, stdout
+from metareg.cli.common import Data, NoPlugin, path_option, set_option
+from metareg.cli.terminal import stderr, stdout, write_output
 from metareg.errors import MetaregError, UnknownNameError, UsageError
 from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries, resolve
 
@@ -29,7 +30,7 @@ def plugins(
     """List the installed plugins. Without --check nothing of them is imported."""
     rows = [_describe_entry(entry, check) for entry in list_entries()]
     if as_json:
-        print(json.dumps(rows, indent=2))
+        write_output(json.dumps(rows, indent=2) + "\n")
         return
     from metareg.cli.tables import create_plugin_table
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
@@ -19,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from metareg.cli.terminal import LogHandler
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.splits import TEST
 
@@ -172,9 +172,7 @@ def show_messages(console: Console) -> Iterator[None]:
 
 def _add_handler(console: Console) -> logging.Handler:
     """Show on a console what metareg logs."""
-    handler: logging.Handler = logging.StreamHandler(console.file)
-    if console.is_terminal:
-        handler = RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+    handler = LogHandler(console)
     logging.getLogger("metareg").addHandler(handler)
     return handler
 

@@ -22,11 +22,9 @@ from metareg.cli.common import (
     path_option,
     plugin_option,
     set_option,
-    stderr,
-    stdout,
-    write_output,
 )
 from metareg.cli.flags import takes_run_options
+from metareg.cli.terminal import stderr, stdout, write_output
 from metareg.errors import UsageError
 from metareg.util.torchrun import read_rank
 
@@ -269,6 +267,6 @@ def evaluate(
             one_by_one = test(bn_statistics="support")
     if as_json:
         others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
-        print(json.dumps({**evaluation.to_dict(), **others}))
+        write_output(json.dumps({**evaluation.to_dict(), **others}) + "\n")
     else:
         stdout.print(create_evaluation_table(evaluation, one_by_one=one_by_one))

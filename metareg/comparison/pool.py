@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from metareg.comparison.plan import Arm, PlannedRun
-from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError
+from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError, describe_error
 from metareg.util.files import write_text
 from metareg.util.malloc import keep_freed_memory
 
@@ -82,7 +82,7 @@ def carry_out(run: PlannedRun) -> Outcome:
     except Interrupted:
         raise
     except Exception as error:
-        text = f"{type(error).__name__}: {error}"
+        text = describe_error(error)
         known = isinstance(error, MetaregError)
         with suppress(MetaregError, OSError):
             run.path.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from torch.func import functionalize
 
 from metareg.contract.episodes import Episodes
 from metareg.engine.context import Task, Tensors
-from metareg.errors import MetaregError
+from metareg.errors import MetaregError, describe_error
 from metareg.util.layout import make_contiguous, settle_layout
 from metareg.util.torch_internals import (
     UNSAFE_VIEW,
@@ -94,7 +94,7 @@ class Program:
             compiled(*leaves)
         except Exception as error:
             raise CompileError(
-                f"torch.compile failed ({type(error).__name__}: {str(error).strip().splitlines()[0]}); "
+                f"torch.compile failed ({describe_error(error).splitlines()[0]}); "
                 "strategy='vectorized' needs no compiler."
             ) from error
         return compiled

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError
+from metareg.errors import DivergenceError, LostProcessError, MetaregError, UsageError, describe_error
 from metareg.util.devices import find_device, move_tensors
 from metareg.util.torch_internals import open_store
 from metareg.util.torchrun import RankInfo, read_rank
@@ -265,7 +265,7 @@ def _describe_error(error: Exception | None) -> tuple[type[MetaregError], str] |
     if error is None:
         return None
     if not isinstance(error, MetaregError):
-        return MetaregError, f"{type(error).__name__}: {error}"
+        return MetaregError, describe_error(error)
     kinds = (UsageError, DivergenceError, MetaregError)
     return next(kind for kind in kinds if isinstance(error, kind)), str(error)
 

@@ -16,7 +16,7 @@ import pluggy
 
 from metareg.contract import hookspecs
 from metareg.contract.hookspecs import HOOKS, Reduction
-from metareg.errors import MetaregError, PluginError, nearest
+from metareg.errors import MetaregError, PluginError, describe_error, nearest
 from metareg.registry.plugins import Plugin
 
 if TYPE_CHECKING:
@@ -47,9 +47,9 @@ class Implementation:
             return self.function(**{argument: available[argument] for argument in self.arguments})
         except MetaregError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise PluginError(
-                f"The {self.plugin.label} failed in its hook {self.hook}: {type(error).__name__}: {error}"
+                f"The {self.plugin.label} failed in its hook {self.hook}: {describe_error(error)}"
             ) from error
 
     def own(self, meta: Mapping[str, Tensor]) -> dict[str, Tensor]:

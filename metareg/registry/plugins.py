@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from metareg._version import __version__
 from metareg.contract.hookspecs import CONTRACT_VERSION, OLDEST_CONTRACT
-from metareg.errors import PluginError, UnknownNameError, UsageError
+from metareg.errors import PluginError, UnknownNameError, UsageError, describe_error
 
 if TYPE_CHECKING:
     from metareg.contract.config import PluginConfig
@@ -72,7 +72,7 @@ class Entry:
             raise
         # A stranger's module can raise anything while it is imported, SystemExit included.
         except BaseException as error:
-            raise PluginError(f"The {where} cannot be imported: {_describe_error(error)}") from error
+            raise PluginError(f"The {where} cannot be imported: {describe_error(error)}") from error
         if not isinstance(loaded, type):
             raise PluginError(f"The {where} is a {type(loaded).__name__}; an entry point must name a class.")
         check_contract(loaded, where)
@@ -171,8 +171,8 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
         instance = cls(validated_config) if takes_config else cls()
     except UsageError:
         raise
-    except Exception as error:
-        raise PluginError(f"The {label} cannot be built: {_describe_error(error)}") from error
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"The {label} cannot be built: {describe_error(error)}") from error
     return Plugin(kind, name, instance, validated_config, distribution, version)
 
 
@@ -230,7 +230,3 @@ def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
             # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
             found.setdefault((each, point.name, re.sub(r"[-_.]+", "-", distribution).lower()), entry)
     return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
-
-
-def _describe_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from metareg.errors import UnknownNameError, UsageError
+from metareg.printable import show_controls
 from metareg.reporting import formats
 from metareg.reporting.analysis import analyze_comparison
 from metareg.util.files import write_text
@@ -31,7 +32,7 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
     if format not in FORMATS:
         raise UnknownNameError("format of reports", format, FORMATS)
     render = getattr(formats, f"render_{format}")
-    return render(analyze_comparison(folder, inner_steps))
+    return show_controls(render(analyze_comparison(folder, inner_steps)))
 
 
 def infer_format(out: Path | None) -> str:

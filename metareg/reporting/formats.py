@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import csv
 import html
-import io
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -18,6 +16,7 @@ from markupsafe import Markup
 
 from metareg._version import __version__
 from metareg.comparison.statistics import Verdict, over_tasks
+from metareg.printable import format_csv
 from metareg.reporting import tables
 from metareg.reporting.analysis import Report, describe_runs, describe_tests, list_findings
 from metareg.reporting.tables import Table
@@ -68,9 +67,7 @@ def render_csv(report: Report) -> str:
 
     `ci95` is half the 95 % interval over tasks (Student's t) of that seed's mean.
     """
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_CSV_COLUMNS)
+    rows: list[Sequence[object]] = [_CSV_COLUMNS]
     for task in report.tasks:
         better = str(task.higher_is_better).lower()
         for each in task.arms:
@@ -78,8 +75,8 @@ def render_csv(report: Report) -> str:
             for number in each.inner_steps:
                 for seed, scores in each.by_seed(number).items():
                     test = (float(scores.mean()), over_tasks([scores]).half, len(scores))
-                    writer.writerow((*arm, seed, number, task.metric, better, *test))
-    return text.getvalue()
+                    rows.append((*arm, seed, number, task.metric, better, *test))
+    return format_csv(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import logging
 import math
 import os
@@ -19,6 +17,7 @@ from metareg.contract.columns import Columns, name_columns
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
+from metareg.printable import format_csv
 from metareg.registry.plugins import Plugin, resolve
 from metareg.runs.programs import (
     ENDINGS,
@@ -117,7 +116,7 @@ def predict(
     learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
 ) -> str:
     """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
-    return _format_csv(_predict_rows(learner, task, support, query, inner_steps, bn_statistics))
+    return format_csv(_predict_rows(learner, task, support, query, inner_steps, bn_statistics))
 
 
 def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: int | None, bn_statistics: str) -> str:
@@ -133,7 +132,7 @@ def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: 
                 f"{site} has the columns {others}, and the sites before it {names}; one table takes sites of one form."
             )
         answer += [[_to_text(site.name), *row] for row in rows]
-    return _format_csv(answer)
+    return format_csv(answer)
 
 
 def _list_sites(folder: Path) -> list[Path]:
@@ -186,12 +185,6 @@ def _predict_rows(
         answers = [[f"{value:.9g}" for value in y] for y in outputs.flatten(1).tolist()]
         header = [*header, *examples.targets]
     return [header, *([*row, *answer] for row, answer in zip(rows, answers, strict=True))]
-
-
-def _format_csv(rows: Sequence[Sequence[str]]) -> str:
-    buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerows(rows)
-    return buffer.getvalue()
 
 
 class _InUnits(nn.Module):

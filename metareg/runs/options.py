@@ -53,7 +53,10 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         if isinstance(value, str):  # YAML 1.1 reads ``1e-3`` as a text; a user means the number
             with suppress(ValueError):
                 value = float(value)
-        values[key.strip()] = value
+        key = key.strip()
+        if key in values:
+            raise UsageError(f"--set gives '{key}' twice; once is enough to say which value is meant.")
+        values[key] = value
     return values
 
 

@@ -12,6 +12,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from metareg.contract.splits import TRAIN, VALIDATION
+from metareg.errors import describe_error
 from metareg.registry.dispatch import find_hook
 from metareg.runs.folder import PLOTS
 from metareg.util.files import replace_file
@@ -58,7 +59,7 @@ def _warn(pictures: str) -> Iterator[None]:
         yield
     # Whatever a task, its data or a font makes of it: the results stand already.
     except Exception as error:
-        log.warning("Pictures could not be drawn (%s): %s: %s", pictures, type(error).__name__, error)
+        log.warning("Pictures could not be drawn (%s): %s", pictures, describe_error(error))
 
 
 @rc_context(STYLE)

@@ -13,7 +13,7 @@ from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Metric
 from metareg.contract.splits import TEST
-from metareg.errors import UsageError
+from metareg.errors import UsageError, describe_error
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import find_entry, resolve
 from metareg.registry.task_source import TaskSource
@@ -87,7 +87,7 @@ class Run:
                 if "one_by_one" in content:
                     run.evaluation_one_by_one = Evaluation.from_dict(content["one_by_one"])
             except (LookupError, TypeError, ValueError, AttributeError) as error:
-                problem = f"{type(error).__name__}: {error}"
+                problem = describe_error(error)
                 raise UsageError(f"{path / RESULTS} holds no results of metareg ({problem}).") from error
             if (done := read_trained_steps(path, config)) != config.steps:
                 log.warning(

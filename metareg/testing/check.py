@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg.contract.episodes import Episodes
-from metareg.errors import MetaregError
+from metareg.errors import MetaregError, describe_error
 from metareg.registry.dispatch import list_hooks
 from metareg.registry.plugins import Plugin, resolve
 from metareg.util.seeding import restore_global_generators, save_global_generators
@@ -92,8 +92,8 @@ class Check:
             self.function(self.subject)
         except (CheckFailed, MetaregError):
             raise
-        except Exception as error:
-            problem = f"The check '{self.name}' of {self.subject.label} ended in {type(error).__name__}: {error}."
+        except (Exception, SystemExit) as error:
+            problem = f"The check '{self.name}' of {self.subject.label} ended in {describe_error(error)}."
             raise CheckFailed(problem, "follow the traceback to what the plugin returned or raised.") from error
 
     def problem(self) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from metareg.errors import MetaregError, UsageError
+from metareg.printable import show_controls
 
 __all__ = ["absolute_path", "cache_folder", "data_folder", "download"]
 
@@ -63,8 +64,10 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
         problem = f"The folder {path.parent} cannot be made: {error.strerror}"
         raise MetaregError(f"{problem}; METAREG_DATA and METAREG_CACHE name other places.") from error
     pooch.get_logger().setLevel("WARNING")
+    # A bar draws by control characters, past what shows those of texts.
+    screen = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
-    with tqdm(desc=path.name, total=1, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(desc=show_controls(path.name), total=1, unit="B", unit_scale=True, disable=None, file=screen) as bar:
         if bar.disable:  # no terminal: a line in place of a bar
             print(f"Fetching {path.name} from {url}", file=sys.stderr)
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)

@@ -1,4 +1,4 @@
-"""Configuration files: YAML in which nothing can execute, nor grow when it is read."""
+"""Configuration files: YAML in which nothing can execute, nor grow when it is read, nor stand twice."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def parse_yaml(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML without aliases, a few of which can stand for gigabytes."""
+    """YAML without aliases, a few of which can stand for gigabytes, and without keys that stand twice."""
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -66,3 +66,12 @@ class _Loader(yaml.SafeLoader):
                 None, None, f"the alias '*{event.anchor}' is not allowed", event.start_mark
             )
         return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                problem = f"the key {key.value!r} stands there twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+        return super().construct_mapping(node, deep)
