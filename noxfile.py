@@ -152,8 +152,9 @@ def results(session: nox.Session, name: str) -> None:
         folder,
         external=True,
     )
-    for suffix in ("md", "html"):
-        session.run(python, "-m", "metareg", "report", folder, "--out", f"{page}.{suffix}", external=True)
+    raw = f"{page}.tar.xz"
+    session.run(python, "-m", "metareg", "report", folder, "--archive", raw, "--out", f"{page}.md", external=True)
+    session.run(python, "-m", "metareg", "report", raw, "--out", f"{page}.html", external=True)
 
 
 @nox.session(default=False)

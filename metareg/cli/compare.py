@@ -71,6 +71,13 @@ def compare(
     out: Annotated[
         Path | None, path_option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
     ] = None,
+    archive: Annotated[
+        Path | None,
+        path_option(
+            metavar="FILE.tar.xz",
+            help="Raw results of a comparison (`metareg report DIR --archive FILE`): its finished runs are taken as done.",
+        ),
+    ] = None,
     jobs: _Jobs = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
@@ -107,7 +114,7 @@ def compare(
     searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
-            algo, augment, task, seeds=seeds, out=out, config=config, space={**searched, **space},
+            algo, augment, task, seeds=seeds, out=out, config=config, archive=archive, space={**searched, **space},
             search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **(given | options),
         )  # fmt: skip
     print_comparison(comparison, stdout)
@@ -133,10 +140,19 @@ def _show_baselines(comparison: Comparison) -> None:
 
 def report(
     path: Annotated[
-        Path, typer.Argument(help="The comparison's folder, finished or not.", metavar="DIR", show_default=False)
+        Path,
+        typer.Argument(
+            help="The comparison's folder, finished or not, or the file of its raw results (--archive).",
+            metavar="DIR",
+            show_default=False,
+        ),
     ],
     format: Annotated[
-        str | None, typer.Option(metavar="FORMAT", help="markdown, html, latex or csv (what --out ends in; markdown).")
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="markdown, html, latex, csv (means) or scores (every score, as CSV); what --out ends in, or markdown.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -146,14 +162,30 @@ def report(
         int | None,
         typer.Option(metavar="K", help="Compare after K inner steps (the last number that was tested after)."),
     ] = None,
+    archive: Annotated[
+        Path | None,
+        path_option(
+            metavar="FILE.tar.xz",
+            help="First write the raw results there: every score, setting, time and version. Reports are made from that "
+            "file alone, and `metareg compare --archive FILE` goes on with it.",
+        ),
+    ] = None,
 ) -> None:
     """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
+    from metareg.comparison.archive import ARCHIVE_SUFFIX, write_archive
     from metareg.reporting import infer_format, write_report
     from metareg.reporting import report as format_report
 
     if out is not None and out.is_dir():
         raise UsageError(f"--out takes a file; {out} is a folder.")
+    if archive is not None and not archive.name.endswith(ARCHIVE_SUFFIX):
+        raise UsageError(f"--archive takes a file that ends in {ARCHIVE_SUFFIX}; got {archive}.")
+    if archive is not None and path.is_file():
+        raise UsageError(f"--archive takes the raw results of a comparison's folder; {path} is a file.")
     chosen = infer_format(out) if format is None else format
+    if archive is not None:
+        write_archive(path, archive)
+        stderr.print(escape(f"The raw results are in {archive}."), soft_wrap=True)
     if out is None and chosen != "html":
         write_output(format_report(path, chosen, inner_steps=inner_steps))
     else:

@@ -20,11 +20,13 @@ from metareg.runs.options import Selection, assemble
 from metareg.util.files import write_text
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["CHOSEN_FILE", "CONFIG_FILE", "Arm", "Plan", "PlannedRun", "check_plan"]
+__all__ = ["CHOSEN_FILE", "CONFIG_FILE", "TRIAL_FILE", "Arm", "Plan", "PlannedRun", "check_plan"]
 
 CONFIG_FILE = "comparison.yaml"
 CHOSEN_FILE = "chosen.json"
 """What tuning chose for an arm, in the folder of its trials."""
+TRIAL_FILE = "trial.json"
+"""The settings of a trial, in its folder."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ __all__ = [
     "Outcome",
     "carry_out",
     "count_cpu_cores",
+    "cut_traceback",
     "read_divergence",
     "read_failure",
 ]
@@ -100,8 +101,12 @@ def read_failure(path: Path) -> tuple[str, str] | None:
     kind, _, problem = text.partition(": ")
     if kind == DivergenceError.__name__:
         return "diverged", problem.strip()
-    # The traceback of an unknown error names files of the machine that it was made on.
-    return "broken", text.partition("\n\nTraceback")[0].strip() or f"{ERROR_FILE} is empty"
+    return "broken", cut_traceback(text).strip() or f"{ERROR_FILE} is empty"
+
+
+def cut_traceback(text: str) -> str:
+    """What error.txt says without the traceback of an unknown error, which names files of the machine it was made on."""
+    return text.partition("\n\nTraceback")[0]
 
 
 def read_divergence(path: Path) -> str | None:

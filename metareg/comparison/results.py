@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from metareg.comparison.archive import unpack_archive
 from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
 from metareg.comparison.pool import read_divergence, read_failure
 from metareg.contract.config import update_names
@@ -161,12 +162,19 @@ class Results:
         return len(self.plan.arms) * len(self.plan.config.seeds)
 
 
-def read_results(folder: str | Path) -> Results:
-    """Read a comparison's folder; `Results.gaps` names all that is missing or damaged.
+def read_results(path: str | Path) -> Results:
+    """Read a comparison's folder, or the file of `write_archive`; `Results.gaps` names all that is missing or damaged.
 
     Raises:
         UsageError: there is no comparison, or its configuration is damaged.
     """
+    if not Path(path).is_file():
+        return _read_folder(Path(path))
+    with unpack_archive(Path(path)) as folder:
+        return _read_folder(folder)
+
+
+def _read_folder(folder: Path) -> Results:
     plan = Plan.read(folder)
     gaps: list[Gap] = []
     chosen = {arm: _read_chosen(plan, arm, gaps) for arm in plan.arms}

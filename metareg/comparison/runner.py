@@ -11,12 +11,13 @@ import shlex
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from contextlib import closing, suppress
+from contextlib import ExitStack, closing, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 from pydantic_core import PydanticSerializationError
 
+from metareg.comparison.archive import add_archived_runs, unpack_archive
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import CONFIG_FILE, Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
@@ -189,6 +190,7 @@ def compare(
     seeds: int | str | Sequence[int] | None = None,
     out: str | Path | None = None,
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None = None,
+    archive: str | Path | None = None,
     space: Mapping[str, Any] | None = None,
     search: int | None = None,
     jobs: int | None = None,
@@ -200,7 +202,8 @@ def compare(
     """Carry out a comparison, or continue it, as ``metareg compare`` does.
 
     What is said beside `config` takes precedence over it; without a `config`, over what `out` holds. Runs that were begun
-    in `out` are continued; a comparison that would change them or leave them out is refused.
+    in `out` are continued; a comparison that would change them or leave them out is refused, and so is one that would
+    change or leave out those of an `archive`.
 
     Args:
         algo: the algorithms' names, as a list or a text with commas; ``"maml"`` by default.
@@ -210,6 +213,8 @@ def compare(
         seeds: the seeds, or a number n for 0 to n − 1; 0 alone by default.
         out: the comparison's folder; one under ``comparisons/`` by default.
         config: a configuration, its values, or the path of a YAML file with them.
+        archive: raw results of a comparison (``metareg report DIR --archive FILE``): its finished runs are taken as done,
+            with the settings that were chosen. Without a `config`, and where `out` holds none, it says what is compared.
         space: options to choose for each arm on validation tasks, and from what: a list of values, or a range
             (``{"low": 0.001, "high": 1, "log": True}``); None stands for what the option's plugin declares.
         search: how many trials that takes for each arm; without it, every combination of the values is tried.
@@ -236,10 +241,13 @@ def compare(
         raise UsageError("--ray-address is for --launcher ray.")
     fields = _drop_none(algo=algo, augment=augment, tasks=task, seeds=seeds)
     changes = _drop_none(options=options or None, space=space or None, search=search)
-    folder = _choose_folder(config, task) if out is None else Path(out)
-    plan = _build_plan(folder, config, fields, changes, jobs)
-    check_plan(plan)
-    with catch_stop_signals() as stop, closing(_create_launcher(launcher, plan, jobs, ray_address)) as workers:
+    folder = _choose_folder(config or archive, task) if out is None else Path(out)
+    with ExitStack() as stack:
+        archived = Plan.read(stack.enter_context(unpack_archive(Path(archive)))) if archive is not None else None
+        plan = _build_plan(folder, config, fields, changes, jobs, archived)
+        check_plan(plan)
+        stop = stack.enter_context(catch_stop_signals())
+        workers = stack.enter_context(closing(_create_launcher(launcher, plan, jobs, ray_address)))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -248,6 +256,10 @@ def compare(
         with lock_folder(folder), closing(workers):
             if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
                 _refuse_changes(Plan.read(folder), plan)
+            if archived is not None:
+                added, kept = add_archived_runs(archived.folder, folder)
+                stay = f"; {kept} that {folder} has begun stay as they are" if kept else ""
+                log.info("%d finished runs of %s are taken as done%s.", added, archive, stay)
             plan.write()
             comparison = Comparison(plan, workers)
             comparison.carry_out(stop, observer)
@@ -261,7 +273,7 @@ def _drop_none(**values: Any) -> dict[str, Any]:
 def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | None) -> Path:
     """The folder of a comparison that was given none."""
     if isinstance(config, str | Path):
-        return Path("comparisons", Path(config).stem)
+        return Path("comparisons", Path(config).stem.removesuffix(".tar"))
     tasks = [task or "sinusoid"] if isinstance(task, str | None) else task
     if config is not None or not all(isinstance(each, str) for each in tasks):
         raise UsageError("Say as 'out' which folder the comparison is to have.")
@@ -274,18 +286,21 @@ def _build_plan(
     fields: Mapping[str, Any],
     changes: Mapping[str, Any],
     jobs: int | None,
+    archived: Plan | None = None,
 ) -> Plan:
-    """The plan, if it agrees with what the folder holds.
+    """The plan, if it agrees with what the folder holds, and an archive.
 
-    `config` is by default what the folder holds. `fields` take the place of its values, before `ComparisonConfig.override`
-    makes the `changes`.
+    `config` is by default what the folder holds, or else the archive. `fields` take the place of its values, before
+    `ComparisonConfig.override` makes the `changes`.
     """
     begun = Plan.read(folder) if (folder / CONFIG_FILE).is_file() else None
+    base = begun or archived
     if config is None and not fields and not changes:
-        if begun is None:
+        if base is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
-        return begun
-    values, where = config if config is not None else begun.config if begun else {}, "the comparison"
+        if archived is None:
+            return base
+    values, where = config if config is not None else base.config if base else {}, "the comparison"
     if isinstance(values, str | Path):
         values, where = read_yaml(Path(values)), str(values)
     elif isinstance(values, ComparisonConfig):
@@ -293,12 +308,12 @@ def _build_plan(
     compared = validate(ComparisonConfig, {**values, **fields}, where)
     compared = _make_storable(compared.override(**changes) if changes else compared)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
-    threads = _choose_threads(compared, jobs) if begun is None else begun.config.options.get("threads")
+    threads = _choose_threads(compared, jobs) if base is None else base.config.options.get("threads")
     plan = Plan(folder, compared.model_copy(update={"options": {"threads": threads, **compared.options}}))
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
-    if begun is not None:
-        _refuse_changes(begun, plan)
+    for before in filter(None, (begun, archived)):
+        _refuse_changes(before, plan)
     return plan
 
 
@@ -320,24 +335,27 @@ def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
 
 
 def _refuse_changes(begun: Plan, plan: Plan) -> None:
-    """Raise a UsageError where a run that was begun would become another one, or be left out."""
-    where, other = f"The comparison at {plan.folder} cannot go on as another one", "name another folder with --out"
+    """Raise a UsageError where a run that was begun would become another one, or be left out.
+
+    `begun` is of the plan's folder, or of another one whose runs are to be added.
+    """
+    name = f"at {plan.folder}" if begun.folder == plan.folder else f"of {begun.folder.name}"
+    where, other = f"The comparison {name} cannot go on as another one", "name another folder with --out"
     for arm in (arm for arm in plan.arms if arm in begun.arms):
-        places = plan.get_tuning_folder(arm), plan.folder / "runs" / arm.folder
+        places = begun.get_tuning_folder(arm), begun.folder / "runs" / arm.folder
         ways = [(of.get_tuning(arm), of.get_tuning(arm) and of.get_tuning_seeds(arm)) for of in (begun, plan)]
         if ways[0] != ways[1] and any(place.is_dir() for place in places):
             raise UsageError(f"{where}: the settings of {arm} were to be chosen in another way; {other}.")
 
-    def defaults(of: Plan) -> list[PlannedRun]:
-        return of.list_runs() + [
-            of.make_trial(arm, 0, of.get_tuning_seeds(arm)[0], {}) for arm in of.arms if of.get_tuning(arm)
-        ]
+    def defaults(of: Plan) -> dict[Path, PlannedRun]:
+        trials = [of.make_trial(arm, 0, of.get_tuning_seeds(arm)[0], {}) for arm in of.arms if of.get_tuning(arm)]
+        return {run.path.relative_to(of.folder): run for run in of.list_runs() + trials}
 
-    wanted = {run.path: run for run in defaults(plan)}
-    for before in defaults(begun):
+    wanted = defaults(plan)
+    for place, before in defaults(begun).items():
         if not (before.path / CONFIG).is_file():
             continue
-        run = wanted.get(before.path)
+        run = wanted.get(place)
         if run is None:
             raise UsageError(
                 f"{where}: it has begun {before}, which this one leaves out; name that too, or another folder with --out."

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from metareg.comparison.config import GRID
-from metareg.comparison.plan import CHOSEN_FILE, Arm, Plan, PlannedRun
+from metareg.comparison.plan import CHOSEN_FILE, TRIAL_FILE, Arm, Plan, PlannedRun
 from metareg.comparison.pool import read_divergence
 from metareg.comparison.space import Dimension, list_dimensions
 from metareg.contract.search import Range, format_domain
@@ -127,7 +127,7 @@ class Tuner:
 
     def _start_trial(self, number: int) -> _Trial:
         """The trial of this number: as an earlier process started it, or with settings of its own."""
-        file = self.folder / f"trial-{number}" / "trial.json"
+        file = self.folder / f"trial-{number}" / TRIAL_FILE
         if not file.is_file():
             options = self._propose(number)
             write_json(file, {"options": options, "error": self._explain_refusal(options)})

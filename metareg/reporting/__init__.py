@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from metareg.comparison.archive import ARCHIVE_SUFFIX
 from metareg.errors import UnknownNameError, UsageError
 from metareg.printable import show_controls
 from metareg.reporting import formats
@@ -12,7 +13,7 @@ from metareg.util.files import write_text
 
 __all__ = ["FORMATS", "infer_format", "report", "write_report"]
 
-FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv"}
+FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv", "scores": ".scores.csv"}
 """The formats, with the suffixes of their files."""
 
 
@@ -20,7 +21,7 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
     """Render the report of a comparison, finished or not.
 
     Args:
-        folder: the comparison's.
+        folder: the comparison's, or the file of its raw results (``metareg report DIR --archive FILE``).
         format: one of `FORMATS`.
         inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
             after the last number that all its arms were tested after.
@@ -39,6 +40,8 @@ def infer_format(out: Path | None) -> str:
     """Infer the format from a file's suffix; Markdown without one, a `UsageError` for one that no format has."""
     suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
     suffix = out.suffix.lower() if out else ""
+    if out and out.name.lower().endswith(FORMATS["scores"]):
+        return "scores"
     if suffix not in suffixes:
         raise UsageError(
             f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
@@ -47,8 +50,17 @@ def infer_format(out: Path | None) -> str:
 
 
 def write_report(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
-    """Write a report into a file, by default ``report.md`` and its like in the comparison's folder; return its path."""
+    """Write a report into a file and return its path.
+
+    By default it is ``report.md`` and its like in the comparison's folder, or beside the file of raw results.
+    """
     text = report(folder, format, inner_steps=inner_steps)
-    path = Path(folder, f"report{FORMATS[format]}") if out is None else out
+    path = _choose_file(Path(folder), FORMATS[format]) if out is None else out
     write_text(path, text)
     return path
+
+
+def _choose_file(source: Path, suffix: str) -> Path:
+    if source.is_file():
+        return source.with_name(source.name.removesuffix(ARCHIVE_SUFFIX) + suffix)
+    return source / f"report{suffix}"

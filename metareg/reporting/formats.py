@@ -21,7 +21,7 @@ from metareg.reporting import tables
 from metareg.reporting.analysis import Report, describe_runs, describe_tests, list_findings
 from metareg.reporting.tables import Table
 
-__all__ = ["render_csv", "render_html", "render_latex", "render_markdown"]
+__all__ = ["render_csv", "render_html", "render_latex", "render_markdown", "render_scores"]
 
 
 def _render(name: str, report: Report, escape: Callable[[str], str], *, delimiters: Any = None, **values: Any) -> str:
@@ -77,6 +77,23 @@ def render_csv(report: Report) -> str:
                     test = (float(scores.mean()), over_tasks([scores]).half, len(scores))
                     rows.append((*arm, seed, number, task.metric, better, *test))
     return format_csv(rows)
+
+
+_SCORE_COLUMNS = ("task", "algorithm", "augmenter", "seed", "inner_steps", "test_task", "score")
+
+
+def render_scores(report: Report) -> str:
+    """Render the raw results: a row for every score; ``test_task`` counts a seed's test tasks from 0."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(_SCORE_COLUMNS)
+    for task in report.tasks:
+        for each in task.arms:
+            for number in each.inner_steps:
+                for seed, scores in each.by_seed(number).items():
+                    run = (task.label, each.arm.algorithm, each.arm.augmenter, seed, number)
+                    writer.writerows((*run, place, score) for place, score in enumerate(scores.tolist()))
+    return text.getvalue()
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown

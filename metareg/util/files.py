@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from metareg.errors import MetaregError, UsageError
 
 __all__ = [
-    "LinesFile", "is_leftover", "lock_folder", "read_json", "remove_leftovers", "replace_file", "write_bytes",
+    "LinesFile", "format_json", "is_leftover", "lock_folder", "read_json", "remove_leftovers", "replace_file", "write_bytes",
     "write_json", "write_text",
 ]  # fmt: skip
 
@@ -64,7 +64,12 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON; lists of numbers stand on one line."""
-    write_text(path, _json(content, "") + "\n")
+    write_text(path, format_json(content))
+
+
+def format_json(content: Any) -> str:
+    """Content as `write_json` writes it."""
+    return _json(content, "") + "\n"
 
 
 def read_json(path: Path) -> Any:

@@ -1,0 +1,177 @@
+"""The raw results of a comparison in one compressed file, from which it is reported, and goes on on another machine.
+
+The file is a tar archive, compressed by xz, of what reports read of the comparison's folder: its configuration, every
+run's scores, curves, times, versions and options, and every trial's. Weights, checkpoints and plots are left out.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import lzma
+import re
+import shutil
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from metareg.comparison.plan import CHOSEN_FILE, CONFIG_FILE, TRIAL_FILE, Plan
+from metareg.comparison.pool import ERROR_FILE, cut_traceback
+from metareg.errors import UsageError
+from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
+from metareg.util.files import format_json, write_bytes
+
+__all__ = ["ARCHIVE_SUFFIX", "add_archived_runs", "unpack_archive", "write_archive"]
+
+ARCHIVE_SUFFIX = ".tar.xz"
+
+_OF_A_RUN = (CONFIG, ENVIRONMENT, ERROR_FILE, METRICS, RESULTS, TIMING)
+_OF_A_TRIAL = (CONFIG, ERROR_FILE, RESULTS)
+_PATTERNS = (
+    CONFIG_FILE,
+    *(f"runs/*/*/seed-*/{name}" for name in _OF_A_RUN),
+    f"tuning/*/*/{CHOSEN_FILE}",
+    f"tuning/*/*/trial-*/{TRIAL_FILE}",
+    *(f"tuning/*/*/trial-*/seed-*/{name}" for name in _OF_A_TRIAL),
+)
+_MEMBER = re.compile("|".join(re.escape(each).replace(r"\*", r"[^/\\:]*[^/\\:.][^/\\:]*") for each in _PATTERNS))
+_NARROW = "scores_are_float32"
+
+
+def write_archive(folder: str | Path, file: Path) -> None:
+    """Write the raw results of a comparison, finished or not; equal results give equal bytes.
+
+    Raises:
+        UsageError: there is no comparison in the folder.
+    """
+    folder = Plan.read(folder).folder
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz", format=tarfile.PAX_FORMAT) as archive:
+        for path in sorted(path for pattern in _PATTERNS for path in folder.glob(pattern) if path.is_file()):
+            content = _prepare(path, folder)
+            member = tarfile.TarInfo(path.relative_to(folder).as_posix())
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    write_bytes(file, buffer.getvalue())
+
+
+@contextmanager
+def unpack_archive(file: Path) -> Iterator[Path]:
+    """A temporary folder with the comparison that `write_archive` wrote.
+
+    Raises:
+        UsageError: the file cannot be read, is damaged, or is none of metareg's.
+    """
+    with TemporaryDirectory(prefix="metareg-") as name:
+        folder = Path(name, file.name.removesuffix(ARCHIVE_SUFFIX))
+        folder.mkdir()
+        try:
+            with tarfile.open(file, mode="r:xz") as archive:
+                for member in archive:
+                    known = member.isfile() and _MEMBER.fullmatch(member.name)
+                    content = archive.extractfile(member) if known else None
+                    if content is None:
+                        raise UsageError(
+                            f"{file} holds no results of a comparison: '{member.name}' is none of its files."
+                        )
+                    _restore(folder / member.name, content.read())
+        except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError) as error:
+            raise UsageError(f"{file} cannot be read as results of a comparison: {error}.") from error
+        if not (folder / CONFIG_FILE).is_file():
+            raise UsageError(f"{file} holds no results of a comparison: it has no {CONFIG_FILE}.")
+        yield folder
+
+
+def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
+    """Add to a comparison's folder the finished runs of another, and what its tuning chose.
+
+    What `target` holds stays as it is: a run that was begun there, and an arm's trials where it has some.
+
+    Returns:
+        How many runs that count were added, and how many stay as they are in `target`.
+
+    Raises:
+        UsageError: the settings of an arm were chosen to be others; nothing is written.
+    """
+    for file in source.glob(f"tuning/*/*/{CHOSEN_FILE}"):
+        own = target / file.relative_to(source)
+        if (
+            own.is_file()
+            and json.loads(own.read_text("utf-8"))["options"] != json.loads(file.read_text("utf-8"))["options"]
+        ):
+            raise UsageError(
+                f"{own.parent} chose other settings than the results to be added; name another folder with --out."
+            )
+    for folder in sorted(source.glob("tuning/*/*")):
+        own = target / folder.relative_to(source)
+        if not own.exists():
+            shutil.copytree(folder, own, ignore=_list_unfinished)
+        elif (folder / CHOSEN_FILE).is_file() and not (own / CHOSEN_FILE).is_file():
+            shutil.copyfile(folder / CHOSEN_FILE, own / CHOSEN_FILE)
+    added = kept = 0
+    for file in sorted(source.glob(f"runs/*/*/seed-*/{RESULTS}")):
+        own = target / file.parent.relative_to(source)
+        if (own / CONFIG).exists() or (own / RESULTS).exists():
+            kept += 1
+            continue
+        shutil.copytree(file.parent, own, dirs_exist_ok=True)
+        (own / ERROR_FILE).unlink(missing_ok=True)
+        added += 1
+    return added, kept
+
+
+def _prepare(path: Path, folder: Path) -> bytes:
+    """What the archive holds of a file."""
+    if path.name == RESULTS:
+        return _narrow_scores(path.read_bytes())
+    if path.name == ERROR_FILE:
+        text = cut_traceback(path.read_text("utf-8", errors="replace"))
+        # Published results need not say where on whose machine they were made.
+        return text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "").encode()
+    return path.read_bytes()
+
+
+def _restore(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(_widen_scores(content) if path.name == RESULTS else content)
+
+
+def _list_unfinished(folder: str, names: list[str]) -> list[str]:
+    """The runs of a trial that are to be begun anew where their checkpoints are not."""
+    files = RESULTS, ERROR_FILE
+    return [
+        each
+        for each in names
+        if each.startswith("seed-") and not any(Path(folder, each, file).is_file() for file in files)
+    ]
+
+
+def _narrow_scores(content: bytes) -> bytes:
+    """A results.json with as few digits as its scores need: nearly all are float32, which take 9 instead of 17."""
+    try:
+        results = json.loads(content)
+        for step in results["steps"]:
+            scores = np.array(step["scores"], dtype=np.float64)
+            narrow = scores.astype(np.float32)
+            if np.array_equal(scores, narrow, equal_nan=True):
+                step |= {"scores": [float(str(score)) for score in narrow], _NARROW: True}
+    except (LookupError, TypeError, ValueError):
+        return content  # a damaged one is reported as such
+    return format_json(results).encode()
+
+
+def _widen_scores(content: bytes) -> bytes:
+    """The results.json that `_narrow_scores` was given."""
+    try:
+        results: dict[str, Any] = json.loads(content)
+        for step in results["steps"]:
+            if step.pop(_NARROW, False):
+                step["scores"] = np.array(step["scores"], dtype=np.float32).astype(np.float64).tolist()
+    except (LookupError, TypeError, ValueError):
+        return content
+    return format_json(results).encode()
