@@ -47,7 +47,7 @@ def compare(
     ] = None,
     task: Annotated[str | None, plugin_option("tasks", metavar="NAMES", help="Tasks, with commas (sinusoid).")] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (1).")
+        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, as 0,3 or 1000-1004 (1).")
     ] = None,
     assignments: Annotated[
         list[str] | None,

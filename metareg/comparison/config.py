@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
@@ -71,18 +71,30 @@ def _check_trials(given: Any) -> Any:
 
 
 def parse_seeds(given: Any) -> Any:
-    """The seeds 0 to n − 1 for a number n, and those in a text with commas; anything but a number or a text as it is."""
+    """The seeds 0 to n − 1 for a number n, and those of a text (``"0,3,7"``, ``"1000-1004"``); anything else as it is."""
     if isinstance(given, str):
         try:
-            numbers = [int(part) for part in given.split(",")]
+            numbers = [number for part in given.split(",") for number in _parse_seed_range(part)]
         except ValueError:
-            raise ValueError("it should be a number of seeds, as 5, or seeds with commas, as 0,3,7") from None
-        given = numbers if "," in given else numbers[0]
+            expected = (
+                "a number of seeds, as 5, seeds with commas, as 0,3,7, or from the first to the last, as 1000-1004"
+            )
+            raise ValueError(f"it should be {expected}") from None
+        given = numbers if re.search("[,-]", given.strip()) else numbers[0]
     if not isinstance(given, int) or isinstance(given, bool):
         return given
     if not 1 <= given <= _MOST_SEEDS:
         raise ValueError(f"a number of seeds is one from 1 to {_MOST_SEEDS}, not {given}")
     return list(range(given))
+
+
+def _parse_seed_range(text: str) -> Iterable[int]:
+    """``"3"`` or ``"1000-1004"``; a ValueError for anything else, also where there are too many."""
+    first, dash, last = text.partition("-")
+    ends = int(first), int(last if dash else first)
+    if not 0 <= ends[1] - ends[0] < _MOST_SEEDS:
+        raise ValueError
+    return range(ends[0], ends[1] + 1)
 
 
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
@@ -153,6 +165,11 @@ class ComparisonConfig(PluginConfig):
 
     title: str = Field("", description="The heading of its reports.")
     notes: str = Field("", description="Markdown that its reports show below the heading.")
+    plan: str = Field(
+        "",
+        description="Markdown that its reports show below the notes: what is to be found out, by which runs, and which "
+        "sentence each outcome leads to. It is fixed once a run that counts has begun.",
+    )
     algo: Annotated[list[Name], BeforeValidator(_split_names)] = Field(
         ["maml"], min_length=1, description="Algorithms."
     )
@@ -162,7 +179,7 @@ class ComparisonConfig(PluginConfig):
     tasks: Annotated[list[ComparedTask], BeforeValidator(_split_names)] = Field(
         [ComparedTask(task="sinusoid")], min_length=1, description="Tasks."
     )
-    seeds: Seeds = Field([0], description="The seeds, or a number n for the seeds 0 to n − 1.")
+    seeds: Seeds = Field([0], description="The seeds, as a list or as 1000-1004, or a number n for 0 to n − 1.")
     options: Options = Field({}, description="Options of every run and its plugins.")
     arms: list[ArmRule] = Field([], description="Options for some arms.")
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")

@@ -210,7 +210,7 @@ def compare(
         augment: augmenters or chains of them (``"dropgrad+cml"``), ``"none"`` for none, given in the same way.
         task: the task plugins, given in the same way; ``"sinusoid"`` by default. An item may be a mapping with ``task``,
             ``label`` and ``options``.
-        seeds: the seeds, or a number n for 0 to n − 1; 0 alone by default.
+        seeds: the seeds, as a list or a text (``"1000-1004"``), or a number n for 0 to n − 1; 0 alone by default.
         out: the comparison's folder; one under ``comparisons/`` by default.
         config: a configuration, its values, or the path of a YAML file with them.
         archive: raw results of a comparison (``metareg report DIR --archive FILE``): its finished runs are taken as done,
@@ -346,6 +346,13 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
         ways = [(of.get_tuning(arm), of.get_tuning(arm) and of.get_tuning_seeds(arm)) for of in (begun, plan)]
         if ways[0] != ways[1] and any(place.is_dir() for place in places):
             raise UsageError(f"{where}: the settings of {arm} were to be chosen in another way; {other}.")
+
+    if begun.config.plan.strip() not in ("", plan.config.plan.strip()) and any(
+        (run.path / CONFIG).is_file() for run in begun.list_runs()
+    ):
+        raise UsageError(
+            f"{where}: its plan was written before its first run and is fixed; what is to be added goes into notes."
+        )
 
     def defaults(of: Plan) -> dict[Path, PlannedRun]:
         trials = [of.make_trial(arm, 0, of.get_tuning_seeds(arm)[0], {}) for arm in of.arms if of.get_tuning(arm)]

@@ -100,9 +100,10 @@ def render_scores(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """Render the whole report, as GitHub shows it; the comparison's notes are Markdown already."""
-    notes = Markup(report.results.plan.config.notes.strip())
-    return _render("report.md", report, _escape_markdown, notes=notes, **_describe(report))
+    """Render the whole report, as GitHub shows it; the comparison's notes and plan are Markdown already."""
+    config = report.results.plan.config
+    notes, plan = Markup(config.notes.strip()), Markup(config.plan.strip())
+    return _render("report.md", report, _escape_markdown, notes=notes, plan=plan, **_describe(report))
 
 
 def _escape_markdown(text: str) -> str:
@@ -143,6 +144,7 @@ def render_html(report: Report) -> str:
         folder=report.results.plan.folder.resolve().name,
         version=__version__,
         notes=Markup(_NOTES.render(report.results.plan.config.notes.strip())),
+        plan=Markup(_NOTES.render(report.results.plan.config.plan.strip())),
         missing=len({gap.path for gap in report.results.gaps}),
         verdicts=_arrange_verdicts(report),
         signs=_VERDICT_SIGNS,

@@ -116,6 +116,10 @@ def test_names_and_seeds_can_be_written_as_texts() -> None:
 
     assert (config.algo, config.augment, config.seeds) == (["maml", "anil"], ["none", "dropgrad+cml"], [0, 3])
     assert [task.label for task in config.tasks] == ["sinusoid", "harmonic"]
+    assert config_of(seeds="1000-1002,7").seeds == [1000, 1001, 1002, 7]
+    for text in ("5-3", "3-", "-1", "0-9999", "a-b"):
+        with pytest.raises(UsageError, match="seeds"):
+            config_of(seeds=text)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +169,7 @@ def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
         ({"seeds": 0}, "a number of seeds is one from 1 to 1000, not 0"),
         ({"seeds": [-1]}, "seeds"),
         ({"seeds": [2**63]}, "seeds"),
-        ({"seeds": "many"}, "a number of seeds, as 5, or seeds with commas"),
+        ({"seeds": "many"}, "a number of seeds, as 5, seeds with commas"),
         ({"augment": "none,"}, "a name is missing"),
         ({"augment": ["cml+"]}, "a name is missing"),
         ({"augment": ["none+cml"]}, "'none' is no part of a chain"),
@@ -444,6 +448,18 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
         compare("maml", out=tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
         compare(out=tmp_path / "nothing")
+
+
+def test_a_plan_is_fixed_once_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Comparison, "carry_out", lambda *_: None)
+    for text in ("Five seeds.", "Eight seeds."):  # nothing has begun yet
+        compare(config=config_of(plan=text), out=tmp_path)
+    begun = Plan.read(tmp_path).list_runs()[0].path
+    begun.mkdir(parents=True)
+    (begun / "config.yaml").write_text("")
+    with pytest.raises(UsageError, match="plan was written before its first run"):
+        compare(config=config_of(plan="Until it is significant."), out=tmp_path)
+    assert compare(config=config_of(plan="Eight seeds.\n", notes="More."), out=tmp_path).plan.config.notes == "More."
 
 
 def test_what_another_process_adds_meanwhile_is_not_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -153,6 +153,14 @@ def test_notes_are_little_markdown(tmp_path: Path, notes: str, expected: str) ->
     assert "<img" not in page
 
 
+def test_the_plan_is_shown_before_what_came_out(tmp_path: Path) -> None:
+    write_comparison(tmp_path, SMALL | {"plan": "If *better*: `it helps`. <b>"}, tasks=7)
+    page, text = report(tmp_path, "html"), report(tmp_path)
+    assert "If <em>better</em>: <code>it helps</code>. &lt;b&gt;" in page
+    assert page.index('id="plan"') < page.index('id="summary"')
+    assert 0 < text.index("## Plan\n\nIf *better*") < text.index("## Summary")
+
+
 def test_large_comparisons_are_read_quickly(tmp_path: Path) -> None:
     config = DEMO | {"seeds": 14, "augment": ["none", "cml", "dropgrad"]}
     plan = write_comparison(tmp_path, config, tasks=600)
