@@ -51,6 +51,9 @@ class ImageConfig(PluginConfig):
     size: int = Field(84, ge=8, description="Height and width of the images, in pixels.")
     channels: Channels = Field(3, description="1 for grey images, 3 for colour.")
     rotations: bool = Field(False, description="Every class turned by 90°, 180° and 270° is a further class.")
+    train_classes: int | None = Field(
+        None, ge=2, description="Train on so many of the training classes, drawn anew for each seed; unset, on all."
+    )
     flips: bool = Field(False, description="Mirror training images left to right at random.")
     crops: int = Field(0, ge=0, description="Pad training images by so many pixels, and crop at random.")
 
@@ -167,7 +170,7 @@ class ImageTask(Task):
 
     def _draw_tasks(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
         """Images uint8 ``[tasks, ways, shots + query, channels, height, width]``, and the names of the classes."""
-        config, index = self.config, self._find_index(split)
+        config, index = self.config, self._find_index(split, seed)
         ways, each = config.ways, config.shots + self._count_queries(split)
         kinds = 4 if config.rotations else 1
         uniform = task_uniform(seed, split, indices, ways * (1 + each), "images")
@@ -193,11 +196,13 @@ class ImageTask(Task):
     def _count_queries(self, split: str) -> int:
         return self.config.query if split == "train" else self.config.eval_query
 
-    def _find_index(self, split: str) -> SplitIndex:
+    def _find_index(self, split: str, seed: int) -> SplitIndex:
         """The classes of a split, if there are enough of them and of their images."""
         index = self.store.splits.get(split)
         if index is None:
             raise UsageError(f"There is no split '{split}'; there are {', '.join(self.store.splits)}.")
+        if split == "train" and self.config.train_classes is not None:
+            index = self._draw_classes(index, self.config.train_classes, seed)
         ways, queries = self.config.ways, self._count_queries(split)
         available = len(index.names) * (4 if self.config.rotations else 1)
         if not available:
@@ -220,6 +225,16 @@ class ImageTask(Task):
                 f"{'query' if split == 'train' else 'eval_query'}."
             )
         return index
+
+    def _draw_classes(self, index: SplitIndex, number: int, seed: int) -> SplitIndex:
+        """Some of the classes of a split."""
+        if number > len(index.names):
+            raise UsageError(
+                f"The task '{self.name}' has {len(index.names)} training classes; train_classes = {number} asks for more."
+            )
+        uniform = task_uniform(seed, "train", [0], number, "train_classes")
+        chosen = np.sort(draw_distinct(uniform, len(index.names))[0])
+        return SplitIndex(tuple(index.names[each] for each in chosen), index.starts[chosen], index.counts[chosen])
 
     # ------------------------------------------------------------------------------------------------------------ data
 

@@ -103,6 +103,26 @@ def test_rotations_are_further_classes() -> None:
     ]
 
 
+def test_training_on_few_classes_leaves_the_other_splits() -> None:
+    few, every = glyphs(train_classes=7, query=1), glyphs(query=1)
+
+    def names(task: Glyphs, split: str, seed: int) -> set[str]:
+        return set(itertools.chain(*task._draw_tasks(split, range(200), seed)[1]))
+
+    drawn = [names(few, "train", seed) for seed in (0, 1)]
+    assert [len(each) for each in drawn] == [7, 7]
+    assert drawn[0] != drawn[1]
+    assert drawn[0] | drawn[1] <= set(every.store.splits["train"].names)
+    for split in ("validation", "test"):
+        assert few.episodes(split, [3], 0).support_x.equal(every.episodes(split, [3], 0).support_x)
+    # The images are those of the classes that are named.
+    index = every.store.splits["train"]
+    images, ((first, *_),) = few._draw_tasks("train", [0], 0)
+    rows = index.starts[index.names.index(first)] + np.arange(index.counts[index.names.index(first)])
+    own = torch.from_numpy(np.array(every.store.pixels[rows])).movedim(-1, 1)
+    assert all((image == own).flatten(1).all(1).any() for image in images[0, 0])
+
+
 def test_flips_and_crops_change_training_images_only() -> None:
     plain = glyphs(query=3, size=28)
     flipped, cropped = glyphs(query=3, size=28, flips=True), glyphs(query=3, size=28, crops=3)
@@ -124,6 +144,8 @@ def test_flips_and_crops_change_training_images_only() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
+        ({"train_classes": 700}, "has 636 training classes; train_classes = 700 asks for more"),
+        ({"train_classes": 4}, "has 4 train classes; 5-way tasks need 5"),
         ({"ways": 700}, "has 636 train classes; 700-way tasks need 700"),
         ({"shots": 10, "query": 15}, "has 20 images; 10 support and 15 query images need 25: lower shots or query"),
     ],
