@@ -84,16 +84,14 @@ _SCORE_COLUMNS = ("task", "algorithm", "augmenter", "seed", "inner_steps", "test
 
 def render_scores(report: Report) -> str:
     """Render the raw results: a row for every score; ``test_task`` counts a seed's test tasks from 0."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(_SCORE_COLUMNS)
+    rows: list[Sequence[object]] = [_SCORE_COLUMNS]
     for task in report.tasks:
         for each in task.arms:
             for number in each.inner_steps:
                 for seed, scores in each.by_seed(number).items():
                     run = (task.label, each.arm.algorithm, each.arm.augmenter, seed, number)
-                    writer.writerows((*run, place, score) for place, score in enumerate(scores.tolist()))
-    return text.getvalue()
+                    rows += ((*run, place, score) for place, score in enumerate(scores.tolist()))
+    return format_csv(rows)
 
 
 # ------------------------------------------------------------------------------------------------------------- Markdown
