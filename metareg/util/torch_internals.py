@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -127,16 +127,51 @@ def trace_sizes(
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """A traced graph as a compiled function of inputs of these shapes and types.
+    """A traced graph as a compiled function of inputs of these shapes and types; what was recorded in the graph is gone.
 
     torch.compile would look for a graph in Python code, and at every call for what the code may have changed; here the
     graph is there already, so its compiler is called directly. Where that cannot be reached, torch.compile is.
     """
-    compiler = _find(
+    compiler: Callable[..., Callable[..., list[Tensor]]] = _find(
         "torch._inductor.compile", default=lambda graph, _: torch.compile(graph, fullgraph=True, dynamic=False)
     )
-    compiled: Callable[..., list[Tensor]] = compiler(graph, list(inputs))
-    return compiled
+    # The compiler finds again what it compiled in another process, unless values recorded in the graph have a mode of
+    # their own, in which sizes have no environment.
+    for node in graph.graph.nodes:
+        node.meta.clear()
+    try:
+        with _use_size_environment(), _trust_instruction_set():
+            return compiler(graph, list(inputs))
+    except Exception:  # the caches may be damaged, and the compiler too old for the processor
+        return compiler(graph, list(inputs))
+
+
+@contextmanager
+def _use_size_environment() -> Iterator[None]:
+    """Compile within a block as torch.compile does: with a mode for fake tensors in which sizes have an environment."""
+    try:
+        context, tracing = _find("torch._guards.TracingContext"), _find("torch._guards.tracing")
+        mode = _find("torch._subclasses.fake_tensor.FakeTensorMode")
+        environment = _find("torch.fx.experimental.symbolic_shapes.ShapeEnv")
+    except MetaregError:
+        yield
+        return
+    with tracing(context(mode(shape_env=environment()))):
+        yield
+
+
+@contextmanager
+def _trust_instruction_set() -> Iterator[None]:
+    """Believe within a block what the processor says of its vector instructions.
+
+    The compiler would try each of them by programs of its own, which takes longer than to compile a small graph.
+    """
+    config = _find("torch._inductor.config")
+    if not hasattr(config.cpp, "vec_isa_ok"):
+        yield
+        return
+    with config.patch({"cpp.vec_isa_ok": True}):
+        yield
 
 
 def list_places(module: nn.Module) -> Mapping[str, nn.Module | None]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
@@ -19,6 +22,7 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _python_dispatch, _pytree
 
 from metareg import MetaregError, UsageError
+from metareg.engine.strategies import find_compiler
 from metareg.util import tensorfile, torch_internals
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +165,42 @@ def test_compiling_without_the_private_compiler(monkeypatch: pytest.MonkeyPatch)
         expected = torch_internals.compile_graph(graph, INPUTS)(*INPUTS)
         monkeypatch.delattr(torch._inductor, "compile")
         assert_equal(torch_internals.compile_graph(graph, INPUTS)(*INPUTS), expected)
+
+
+COMPILED_STEPS = """
+import json, sys
+import torch
+from metareg import MetaLearner
+from metareg.registry.task_source import TaskSource
+
+torch.manual_seed(0)
+network = torch.nn.Sequential(torch.nn.Linear(1, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+learner = MetaLearner(network, loss="mse", inner_lr=0.01, strategy="compiled")
+for step in range(3):
+    learner.step(TaskSource.of("sinusoid").episodes("train", range(4 * step, 4 * step + 4), 0))
+found = torch._dynamo.utils.counters["inductor"]["fxgraph_cache_hit"]
+print(json.dumps([found, {name: value.tolist() for name, value in learner.meta_parameters.items()}]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
+def test_another_process_finds_what_was_compiled(tmp_path: Path) -> None:
+    def train() -> tuple[int, dict[str, Any]]:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+        done = subprocess.run(
+            [sys.executable, "-c", COMPILED_STEPS], env=environment, capture_output=True, check=True, text=True
+        )
+        found, weights = json.loads(done.stdout)
+        return found, weights
+
+    (first, weights), (second, again) = train(), train()
+    assert (first, second) == (0, 1)
+    assert again == weights
+    for path in tmp_path.rglob("*"):  # a killed compiler leaves empty files
+        if path.is_file():
+            os.truncate(path, min(3, path.stat().st_size))
+    assert train()[1] == weights
 
 
 def test_what_writes_in_place() -> None:
