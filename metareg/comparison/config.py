@@ -183,6 +183,9 @@ class ComparisonConfig(PluginConfig):
     options: Options = Field({}, description="Options of every run and its plugins.")
     arms: list[ArmRule] = Field([], description="Options for some arms.")
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
+    program: dict[Literal["algo", "augment", "task", "model"], list[str]] = Field(
+        {}, description="The names among these that stand for objects and classes that a program gives."
+    )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ComparisonConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,12 +16,18 @@ from metareg.comparison.space import check_tuning
 from metareg.contract.config import NO_PLUGIN, validate
 from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
+from metareg.runs.config import PLUGIN_FIELDS
 from metareg.runs.folder import RESULTS
-from metareg.runs.options import Selection, assemble
+from metareg.runs.options import Selection
 from metareg.util.files import write_text
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["CHOSEN_FILE", "CONFIG_FILE", "TRIAL_FILE", "Arm", "Plan", "PlannedRun", "check_plan"]
+__all__ = [
+    "CHOSEN_FILE", "CONFIG_FILE", "TRIAL_FILE", "Arm", "Objects", "Plan", "PlannedRun", "check_plan", "select_plugins",
+]  # fmt: skip
+
+Objects = Mapping[tuple[str, str], Any]
+"""What a program gives to a comparison, by the field that takes it and its name there."""
 
 CONFIG_FILE = "comparison.yaml"
 CHOSEN_FILE = "chosen.json"
@@ -83,11 +90,18 @@ class PlannedRun:
 
 
 class Plan:
-    """A comparison and its folder."""
+    """A comparison and its folder.
 
-    def __init__(self, folder: Path, config: ComparisonConfig) -> None:
+    Args:
+        folder: the folder.
+        config: the configuration.
+        objects: what a program gives, by ``(field, name)`` as in `ComparisonConfig.program`.
+    """
+
+    def __init__(self, folder: Path, config: ComparisonConfig, objects: Objects | None = None) -> None:
         self.folder = folder
         self.config = config
+        self.objects = objects or {}
         self._tasks = {task.label: task for task in config.tasks}
         arms = itertools.product(self._tasks, config.algo, config.augment)
         self.arms = [Arm(algorithm, augmenter, task) for task, algorithm, augmenter in arms]
@@ -96,13 +110,13 @@ class Plan:
         """The options that the configuration gives each arm, before any are chosen."""
 
     @classmethod
-    def read(cls, folder: str | Path) -> Plan:
+    def read(cls, folder: str | Path, objects: Objects | None = None) -> Plan:
         """The plan of a comparison that was begun; a `UsageError` where there is none, or its configuration is damaged."""
         folder = Path(folder)
         file = folder / CONFIG_FILE
         if not file.is_file():
             raise UsageError(f"There is no comparison at {folder}: it has no {CONFIG_FILE}.")
-        return cls(folder, validate(ComparisonConfig, read_yaml(file), str(file)))
+        return cls(folder, validate(ComparisonConfig, read_yaml(file), str(file)), objects)
 
     def write(self) -> None:
         values = self.config.model_dump(mode="json")
@@ -121,9 +135,21 @@ class Plan:
 
     def make_run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
         """A run of an arm, in a folder relative to the comparison's; `options` stand before the configuration's."""
-        task = self._tasks[arm.task].task
-        config = {"algo": arm.algorithm, "augment": arm.augmenters, "task": task, "seed": seed}
-        return PlannedRun(arm, seed, self.folder / folder, config, merge_options(self.options[arm], options))
+        find = self._find_object
+        config = {
+            "algo": find("algo", arm.algorithm),
+            "augment": [find("augment", name) for name in arm.augmenters],
+            "task": find("task", self._tasks[arm.task].task),
+            "seed": seed,
+        }
+        merged = merge_options(self.options[arm], options)
+        if isinstance(model := merged.get("model"), str):
+            merged["model"] = find("model", model)
+        return PlannedRun(arm, seed, self.folder / folder, config, merged)
+
+    def _find_object(self, field: str, name: str) -> Any:
+        """The object that a name stands for; the name itself where it is a plugin's."""
+        return self.objects.get((field, name), name)
 
     def make_trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
         """A run of a trial on validation tasks; `options` are the settings that it tries."""
@@ -185,7 +211,7 @@ def check_plan(plan: Plan) -> None:
     for arm in plan.arms:
         run = plan.make_run(arm, plan.config.seeds[0], Path("runs"), {})
         try:
-            selection = assemble(run.config, run.options)
+            selection = select_plugins(run)
             if arm.task not in first:
                 prepare_run(selection)
             tuning = plan.get_tuning(arm)
@@ -194,7 +220,7 @@ def check_plan(plan: Plan) -> None:
                 # An option to choose must be one of some arm there.
                 alike = "" if tuning is plan.config.tune else arm.task
                 trials = tuned.setdefault(alike, (tuning, {}))[1]
-                trials[str(arm)] = assemble(trial.config, trial.options)
+                trials[str(arm)] = select_plugins(trial)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
         # A plugin has two names, NAME and DIST:NAME.
@@ -209,6 +235,16 @@ def check_plan(plan: Plan) -> None:
             raise UsageError(f"{arm} would not see the tasks of {other}: {difference}. {hint}")
     for tuning, trials in tuned.values():
         check_tuning(tuning, trials)
+
+
+def select_plugins(run: PlannedRun) -> Selection:
+    """What a run is made of, before it is carried out."""
+    from metareg.runs.own import OwnFacts, select  # it imports torch, which reports do without
+
+    options = dict(run.options)
+    facts = {field.name: options.pop(field.name, None) for field in dataclasses.fields(OwnFacts)}
+    given = {field: options.pop(field) for field in PLUGIN_FIELDS if field in options}
+    return select(run.config, given, OwnFacts(**facts), options)
 
 
 def _describe_task_difference(own: Selection, other: Selection) -> str:

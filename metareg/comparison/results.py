@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,8 +189,15 @@ def _read_folder(folder: Path) -> Results:
     return Results(plan, tuple(tasks), tuple(gaps), environment)
 
 
-def format_command(run: PlannedRun) -> str:
-    """The command that trains a run, with SEED for its seed."""
+def format_command(run: PlannedRun, program: Mapping[Any, Sequence[str]] | None = None) -> str:
+    """What trains a run, with SEED for its seed: a command, or a call in Python where a program gives objects.
+
+    Args:
+        run: the run.
+        program: the names of these objects, as in `ComparisonConfig.program`.
+    """
+    if program:
+        return _format_call(run, {name for names in program.values() for name in names})
     words = ["metareg", "train", "--algo", run.arm.algorithm]
     if run.arm.augmenters:
         words += ["--augment", ",".join(run.arm.augmenters)]
@@ -206,6 +213,20 @@ def format_command(run: PlannedRun) -> str:
     for key, value in options.items():
         words += ["--set", f"{key}={_format_value(value)}"]
     return shlex.join(words)
+
+
+def _format_call(run: PlannedRun, own: Collection[str]) -> str:
+    """The call of metareg.train; objects stand in it by their names."""
+
+    def show(value: Any) -> str:
+        return value if isinstance(value, str) and value in own else repr(value)
+
+    options = {**run.options, "seed": "SEED"}
+    named = {key: value for key, value in options.items() if key.isidentifier()}
+    others = {key: value for key, value in options.items() if key not in named}
+    words = [show(run.arm.algorithm), f"[{', '.join(map(show, run.arm.augmenters))}]", show(run.config["task"])]
+    words += [f"{key}={'SEED' if key == 'seed' else show(value)}" for key, value in named.items()]
+    return f"metareg.train({', '.join(words)}{f', **{others!r}' if others else ''})"
 
 
 # ------------------------------------------------------------------------------------------------------ one task's runs
@@ -287,7 +308,7 @@ class _TaskReader:
             peak_bytes=peaks,
             planned=len(runs),
             chosen=chosen,
-            command=format_command(runs[0]),
+            command=format_command(runs[0], self._plan.config.program),
         )
 
     def _read_test(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:

@@ -19,7 +19,8 @@ from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.archive import add_archived_runs, unpack_archive
 from metareg.comparison.config import ComparisonConfig
-from metareg.comparison.plan import CONFIG_FILE, Arm, Plan, PlannedRun, check_plan
+from metareg.comparison.own import ThisProcess, name_objects, refuse_missing_objects
+from metareg.comparison.plan import CONFIG_FILE, Arm, Objects, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
 from metareg.comparison.tuning import Tuner
 from metareg.contract.config import validate
@@ -183,10 +184,11 @@ class Comparison:
 
 
 def compare(
-    algo: str | Sequence[str] | None = None,
-    augment: str | Sequence[str] | None = None,
-    task: str | Sequence[str | Mapping[str, Any]] | None = None,
+    algo: Any = None,
+    augment: Any = None,
+    task: Any = None,
     *,
+    model: Any = None,
     seeds: int | str | Sequence[int] | None = None,
     out: str | Path | None = None,
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None = None,
@@ -210,6 +212,7 @@ def compare(
         augment: augmenters or chains of them (``"dropgrad+cml"``), ``"none"`` for none, given in the same way.
         task: the task plugins, given in the same way; ``"sinusoid"`` by default. An item may be a mapping with ``task``,
             ``label`` and ``options``.
+        model: the model plugin of every run, or an `nn.Module`, which begins with the same weights for every seed.
         seeds: the seeds, as a list or a text (``"1000-1004"``), or a number n for 0 to n − 1; 0 alone by default.
         out: the comparison's folder; one under ``comparisons/`` by default.
         config: a configuration, its values, or the path of a YAML file with them.
@@ -222,7 +225,11 @@ def compare(
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
         observer: is told how the comparison gets on.
-        options: fields of `RunConfig` and options of the plugins, by name, for every run.
+        options: fields of `RunConfig` and options of the plugins, by name, for every run; for tasks and modules of one's own
+            also ``loss``, ``metric`` and ``head``, as in `metareg.train`.
+
+    Algorithms, augmenters, tasks and the model may be objects and classes of one's own, as in `metareg.train`. The runs are
+    then carried out in this process, one after the other, and going on takes the same objects.
 
     Returns:
         The comparison, all of its runs finished but those in `broken`.
@@ -240,14 +247,21 @@ def compare(
     if ray_address is not None and launcher != "ray":
         raise UsageError("--ray-address is for --launcher ray.")
     fields = _drop_none(algo=algo, augment=augment, tasks=task, seeds=seeds)
+    fields, model, objects = name_objects(fields, model)
+    if objects and (launcher != "local" or jobs not in (None, 1)):
+        raise UsageError(
+            "A comparison of a program's own objects is carried out in its process; leave launcher and jobs out."
+        )
+    options |= _drop_none(model=model)
     changes = _drop_none(options=options or None, space=space or None, search=search)
-    folder = _choose_folder(config or archive, task) if out is None else Path(out)
+    folder = _choose_folder(config or archive, fields.get("tasks")) if out is None else Path(out)
     with ExitStack() as stack:
-        archived = Plan.read(stack.enter_context(unpack_archive(Path(archive)))) if archive is not None else None
-        plan = _build_plan(folder, config, fields, changes, jobs, archived)
+        archived = Plan.read(stack.enter_context(unpack_archive(Path(archive))), objects) if archive is not None else None
+        plan = _build_plan(folder, config, fields, changes, 1 if objects else jobs, objects, archived)
         check_plan(plan)
         stop = stack.enter_context(catch_stop_signals())
-        workers = stack.enter_context(closing(_create_launcher(launcher, plan, jobs, ray_address)))
+        created: Launcher = ThisProcess() if objects else _create_launcher(launcher, plan, jobs, ray_address)
+        workers = stack.enter_context(closing(created))
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -255,14 +269,20 @@ def compare(
         # What is left of the runs ends before another process may work on the folder.
         with lock_folder(folder), closing(workers):
             if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
-                _refuse_changes(Plan.read(folder), plan)
+                _refuse_changes(Plan.read(folder, objects), plan)
             if archived is not None:
                 added, kept = add_archived_runs(archived.folder, folder)
                 stay = f"; {kept} that {folder} has begun stay as they are" if kept else ""
                 log.info("%d finished runs of %s are taken as done%s.", added, archive, stay)
             plan.write()
             comparison = Comparison(plan, workers)
-            comparison.carry_out(stop, observer)
+            try:
+                comparison.carry_out(stop, observer)
+            except Interrupted as error:
+                if not objects:
+                    raise
+                advice = f"metareg.compare(out={str(folder)!r}, …) with the same objects goes on with the comparison."
+                raise Interrupted(f"Stopped. {advice}") from error
     return comparison
 
 
@@ -286,6 +306,7 @@ def _build_plan(
     fields: Mapping[str, Any],
     changes: Mapping[str, Any],
     jobs: int | None,
+    objects: Objects,
     archived: Plan | None = None,
 ) -> Plan:
     """The plan, if it agrees with what the folder holds, and an archive.
@@ -293,11 +314,12 @@ def _build_plan(
     `config` is by default what the folder holds, or else the archive. `fields` take the place of its values, before
     `ComparisonConfig.override` makes the `changes`.
     """
-    begun = Plan.read(folder) if (folder / CONFIG_FILE).is_file() else None
+    begun = Plan.read(folder, objects) if (folder / CONFIG_FILE).is_file() else None
     base = begun or archived
     if config is None and not fields and not changes:
         if base is None:
             raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
+        refuse_missing_objects(base.config, objects)
         if archived is None:
             return base
     values, where = config if config is not None else base.config if base else {}, "the comparison"
@@ -309,12 +331,21 @@ def _build_plan(
     compared = _make_storable(compared.override(**changes) if changes else compared)
     # Threads can change the last bit of a result, so that their number is part of what is compared.
     threads = _choose_threads(compared, jobs) if base is None else base.config.options.get("threads")
-    plan = Plan(folder, compared.model_copy(update={"options": {"threads": threads, **compared.options}}))
+    update = {"options": {"threads": threads, **compared.options}, "program": _list_names(objects) or compared.program}
+    refuse_missing_objects(compared, objects)
+    plan = Plan(folder, compared.model_copy(update=update), objects)
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
     for before in filter(None, (begun, archived)):
         _refuse_changes(before, plan)
     return plan
+
+
+def _list_names(objects: Objects) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for field, name in objects:
+        names.setdefault(field, []).append(name)
+    return names
 
 
 def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:

@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from metareg.comparison.config import GRID
-from metareg.comparison.plan import CHOSEN_FILE, TRIAL_FILE, Arm, Plan, PlannedRun
+from metareg.comparison.plan import CHOSEN_FILE, TRIAL_FILE, Arm, Plan, PlannedRun, select_plugins
 from metareg.comparison.pool import read_divergence
 from metareg.comparison.space import Dimension, list_dimensions
 from metareg.contract.search import Range, format_domain
 from metareg.contract.splits import VALIDATION
 from metareg.errors import UsageError
 from metareg.runs.folder import RESULTS
-from metareg.runs.options import assemble
 from metareg.util.files import read_json, write_json
 from metareg.util.seeding import derive_seed
 
@@ -75,7 +74,7 @@ class Tuner:
         self.folder = plan.get_tuning_folder(arm)
         """Where its trials are."""
         run = plan.make_trial(arm, 0, self._seeds[0], {})
-        self._dimensions = list_dimensions(tuning, assemble(run.config, run.options))
+        self._dimensions = list_dimensions(tuning, select_plugins(run))
         self._space = {each.key: format_domain(each.domain) for each in self._dimensions}
         self._grid = _build_grid(self._dimensions) if tuning.trials == GRID else None
         count = len(self._grid) if self._grid is not None else int(tuning.trials)
@@ -142,7 +141,7 @@ class Tuner:
         """Why the arm cannot have such settings together."""
         run = self._plan.make_trial(self._arm, 0, self._seeds[0], options)
         try:
-            assemble(run.config, run.options)
+            select_plugins(run)
         except UsageError as error:
             return str(error)
         return None

@@ -7,7 +7,16 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from metareg.errors import UnknownNameError, UsageError, nearest
 from metareg.util.data_files import absolute_path
@@ -127,8 +136,16 @@ class PluginSpec(PluginConfig):
 
     name: str = Field(description="The name of an installed plugin, or DIST:NAME.")
     config: dict[str, Any] = Field({}, description="Values for the plugin's own options.")
+    program: bool = Field(
+        False, description="Whether it is an object or a class that a program gave, and no installed plugin."
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _from_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _leave_out_usual(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = serialize(self)
+        return {key: value for key, value in values.items() if key != "program" or value}

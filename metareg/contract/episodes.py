@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,9 @@ from metareg.errors import UsageError
 from metareg.util.layout import settle_layout
 from metareg.util.torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-__all__ = ["Episodes", "convert_arrays"]
+__all__ = ["Batch", "Episodes", "convert_arrays", "read_episodes"]
+
+_PARTS = ("support_x", "support_y", "query_x", "query_y")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +44,7 @@ class Episodes:
 
     def __post_init__(self) -> None:
         tasks: int | None = None
-        for name in ("support_x", "support_y", "query_x", "query_y"):
+        for name in _PARTS:
             if not isinstance(getattr(self, name), Tensor):
                 object.__setattr__(self, name, convert_arrays(getattr(self, name), f"Episodes: {name}"))
             leaves = tree_leaves(getattr(self, name))
@@ -160,6 +162,36 @@ def _create_unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -
         support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y, positions=positions
     )
     return episodes
+
+
+Batch = Episodes | Sequence[Any] | Mapping[str, Any]
+"""What `read_episodes` takes."""
+
+
+def read_episodes(batch: Batch) -> list[Episodes]:
+    """A batch of tasks as stacks.
+
+    Args:
+        batch: Episodes, a sequence of them, the four parts of one (tensors, arrays or frames ``[tasks, examples, …]``, as a
+            DataLoader stacks them), or a mapping with these under their names.
+
+    Raises:
+        UsageError: it is something else.
+    """
+    if isinstance(batch, Episodes):
+        return [batch]
+    if isinstance(batch, Mapping) and batch.keys() == set(_PARTS):
+        return [Episodes(**batch)]
+    if isinstance(batch, Sequence) and not isinstance(batch, str):
+        if all(isinstance(each, Episodes) for each in batch):
+            return list(batch)
+        if len(batch) == len(_PARTS) and not any(isinstance(each, Episodes) for each in batch):
+            return [Episodes(*batch)]
+    what = f"a {type(batch).__name__}" + (f" of {len(batch)}" if isinstance(batch, Sequence | Mapping) else "")
+    raise UsageError(
+        f"A batch of tasks is Episodes, a list of them, or support_x, support_y, query_x and query_y with the shapes "
+        f"[tasks, examples, …]; got {what}."
+    )
 
 
 def stack_trees(trees: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from metareg.contract.episodes import Episodes, convert_arrays
+from metareg.contract.episodes import Batch, Episodes, convert_arrays, read_episodes
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy, choose_strategy
@@ -69,15 +69,13 @@ class BatchRunner:
         if self._config.strategy == "auto":
             self.strategy = strategy
 
-    def compute_gradient(
-        self, parameters: MetaParameters, episodes: Episodes | Sequence[Episodes], training_step: int
-    ) -> Gradient:
+    def compute_gradient(self, parameters: MetaParameters, episodes: Batch, training_step: int) -> Gradient:
         """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
 
         Raises:
             UsageError: there is no task, or the tasks do not fit the learner.
         """
-        batches = [episodes] if isinstance(episodes, Episodes) else list(episodes)
+        batches = read_episodes(episodes)
         if not batches:
             raise UsageError("There is no task in the batch.")
         parameters.prepare(batches[0])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg.contract.config import PluginSpec, split_names, validate
-from metareg.contract.episodes import Episodes
+from metareg.contract.episodes import Batch
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric, find_loss, find_metric
 from metareg.contract.splits import TEST
@@ -158,11 +158,12 @@ class MetaLearner:
         """
         self._meta.initialize(example)
 
-    def meta_gradient(self, episodes: Episodes | Sequence[Episodes]) -> tuple[Tensor, dict[str, Tensor]]:
+    def meta_gradient(self, episodes: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """The meta-gradient of a batch of tasks; nothing of the learner changes.
 
         Args:
-            episodes: the tasks, or a list of stacks where they are of unequal sizes (`Episodes.group`).
+            episodes: the tasks, or a list of stacks where they are of unequal sizes (`Episodes.group`); or the four parts of
+                Episodes, as a DataLoader returns them.
 
         Returns:
             The objective (mean query loss and the augmenters' terms) and its gradient by name.
@@ -171,8 +172,11 @@ class MetaLearner:
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
         return gradient.loss, gradient.grads
 
-    def step(self, episodes: Episodes | Sequence[Episodes]) -> Tensor:
+    def step(self, episodes: Batch) -> Tensor:
         """One training step, the meta-gradient and the outer update; returns the objective before it, a scalar.
+
+        Args:
+            episodes: as in `meta_gradient`.
 
         Raises:
             DivergenceError: the objective or its gradient is not finite; the learner is as it was before.
@@ -181,7 +185,7 @@ class MetaLearner:
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
         return gradient.loss
 
-    def take_step(self, episodes: Episodes | Sequence[Episodes]) -> Gradient:
+    def take_step(self, episodes: Batch) -> Gradient:
         """`step`, returning all that was computed as tensors; what a training loop calls."""
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
         check_finite(gradient, self.steps_done)
@@ -200,10 +204,13 @@ class MetaLearner:
         eval_tasks: int = 100,
         observers: Sequence[Observer | object] = (),
     ) -> MetaLearner:
-        """Train on the tasks of an object with `episodes(split, indices)`, or of a task plugin; returns the learner.
+        """Train on tasks of one's own, or of a task plugin; returns the learner.
 
         Args:
-            task_source: it, or the plugin's name or class; training takes its split ``"train"`` in order.
+            task_source: an object with a method ``episodes(split, indices, seed)`` that returns Episodes, or a function with
+                these arguments, of which it may leave out some; an iterable of batches, as a DataLoader, or a mapping from
+                ``"train"``, ``"validation"`` and ``"test"`` to such iterables; a function ``f(split, seed)`` that returns
+                one; or a plugin's name or class. Training takes the split ``"train"`` in order.
             steps: training steps.
             meta_batch: tasks per step.
             log_every: steps between two calls of the observers' `on_step`.

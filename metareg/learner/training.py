@@ -148,6 +148,8 @@ def fit(
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
+    if schedule.eval_every:
+        source.check_splits()
     _Loop(learner, source, schedule, connect_observers(observers, learner), progress or Progress(), manager).run()
 
 

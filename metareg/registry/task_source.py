@@ -9,7 +9,9 @@ from typing import Any
 from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
 from metareg.registry.dispatch import find_hook
+from metareg.registry.own_tasks import EpisodeStreams, is_same, wrap_tasks
 from metareg.registry.plugins import Plugin, resolve
+from metareg.util.torch_internals import tree_leaves
 
 __all__ = ["TaskSource"]
 
@@ -20,12 +22,40 @@ class TaskSource:
     def __init__(self, plugin: Plugin) -> None:
         self.plugin = plugin
         self.stackable: bool = getattr(plugin.instance, "stackable", True)
-        self._episodes: Callable[..., Any] = _find_episodes(plugin)
+        self._episodes, self._knows_splits = _find_episodes(plugin)
 
     @classmethod
     def of(cls, source: str | type | object) -> TaskSource:
-        """The source that a name, a class or an object stands for."""
-        return source if isinstance(source, TaskSource) else cls(resolve("tasks", source))
+        """The source that a name, a class or an object stands for, or a program's own tasks as `wrap_tasks` takes them."""
+        return source if isinstance(source, TaskSource) else cls(resolve("tasks", wrap_tasks(source)))
+
+    def check_repeatable(self, split: str, seed: int) -> None:
+        """Draw the first task of a split twice.
+
+        Raises:
+            UsageError: the two differ, so that a training on such tasks could be neither repeated nor resumed.
+        """
+        first = tree_leaves(self.episodes(split, [0], seed)[0].parts)
+        if isinstance(self.plugin.instance, EpisodeStreams):
+            self.plugin.instance.begin_anew()
+        again = tree_leaves(self.episodes(split, [0], seed)[0].parts)
+        if len(first) != len(again) or not all(map(is_same, first, again)):
+            raise UsageError(
+                f"'{self.plugin.name}' returns another task each time that it is asked for the same one, so that nothing "
+                "can be repeated: make a task a function of (seed, split, index), as with metareg.derive_seed."
+            )
+
+    def check_splits(self) -> None:
+        """Refuse a source that has the same tasks for training, validation and test.
+
+        Raises:
+            UsageError: it does not know of splits.
+        """
+        if not self._knows_splits:
+            raise UsageError(
+                f"The tasks of '{self.plugin.name}' are the same for training, validation and test, so that a test on them "
+                'would say nothing: take an argument `split`, or give {"train": …, "validation": …, "test": …}.'
+            )
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
         """The tasks number `indices` of a split, as stacks of equal sizes; several need not be in the order of `indices`."""
@@ -57,14 +87,18 @@ class TaskSource:
         return batches, positions
 
 
-def _find_episodes(plugin: Plugin) -> Callable[..., Any]:
+def _find_episodes(plugin: Plugin) -> tuple[Callable[..., Any], bool]:
+    """What draws a plugin's tasks, and whether it is told their split."""
     implementation = find_hook(plugin, "episodes")
     if implementation is not None:
-        return implementation
+        return implementation, True
     method = getattr(plugin.instance, "episodes", None)
     if not callable(method):
         raise UsageError(
-            f"A task source needs a method episodes(split, indices) that returns Episodes; {plugin.name} has none."
+            f"Tasks come from an object with a method episodes(split, indices) that returns Episodes, from a function with "
+            f"these arguments, or from an iterable of batches; '{plugin.name}' is none of these."
         )
-    wanted = [name for name in inspect.signature(method).parameters if name in ("split", "indices", "seed")]
-    return lambda **available: method(**{name: available[name] for name in wanted})
+    parameters = inspect.signature(method).parameters
+    wanted = [name for name in ("split", "indices", "seed") if name in parameters]
+    knows_splits = getattr(plugin.instance, "has_splits", "split" in wanted)
+    return lambda **available: method(**{name: available[name] for name in wanted}), knows_splits

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.metadata
 import logging
 import math
 import os
 import platform
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,11 +16,12 @@ import torch
 from metareg._version import __version__
 from metareg.contract.config import update_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
-from metareg.contract.splits import TRAIN
+from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.folder import ENVIRONMENT
 from metareg.util.files import read_json, write_json
+from metareg.util.seeding import create_generator, use_seed
 from metareg.util.torch_internals import tree_leaves
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ __all__ = ["describe_machine", "refuse_other_data", "write"]
 log = logging.getLogger("metareg")
 
 _FIRST_TASK = "first_task"
+_OBJECTS = "objects"
 _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
 
 
@@ -62,7 +66,8 @@ def _describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "plugins": [
             {key: getattr(each, key) for key in ("kind", "name", "distribution", "version")} for each in plugins
         ],
-        _FIRST_TASK: _describe_first_task(run),
+        _FIRST_TASK: _describe_first_task(run, TRAIN),
+        **({_OBJECTS: objects} if (objects := _describe_objects(run)) else {}),
     }
 
 
@@ -78,7 +83,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
-    no_change = ("strategy_reason", _FIRST_TASK)
+    no_change = ("strategy_reason", _FIRST_TASK, _OBJECTS)
     changed = {key: value for key, value in now.items() if last.get(key) != value and key not in no_change}
     if changed:
         log.warning(
@@ -90,33 +95,88 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
 
 
 def refuse_other_data(run: Run) -> None:
-    """Compare the run's first training task with that which environment.json describes.
+    """Compare the run's first tasks, and a module that a program gave, with what environment.json describes.
 
     Raises:
-        UsageError: they differ, and the run would go on with other data than it began with.
+        UsageError: they differ, and the run would go on with other data or another model than it began with.
     """
     path = run.path / ENVIRONMENT
     content = read_json(path) if path.is_file() else {}
-    before = content.get(_FIRST_TASK) if isinstance(content, dict) else None
-    if before is None:  # an earlier version's
-        return
-    now = _describe_first_task(run)
+    before = content if isinstance(content, dict) else {}
+    tasks, model = before.get(_OBJECTS, {}).get("tasks", {}), before.get(_OBJECTS, {}).get("model")
+    if _FIRST_TASK in before:  # an earlier version has none
+        tasks = {TRAIN: before[_FIRST_TASK], **tasks}
     try:
-        same = len(before) == len(now) and all(map(_is_close, before, now))
-    except TypeError as error:
+        other = [split for split, means in tasks.items() if not _are_close(means, _describe_first_task(run, split))]
+        same_model = model is None or _is_same_model(model, _describe_model(run))
+    except (TypeError, LookupError, AttributeError) as error:
         raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
-    if not same:
+    own = run.config.task.program
+    if other:
         raise UsageError(
-            f"The data of the {run.source.plugin.label} is not what the run at {run.path} began with: its first training "
-            "task is another one. Name the data that the run had with --data."
+            f"The data of the {run.source.plugin.label} is not what the run at {run.path} began with: its first {other[0]} "
+            f"task is another one. {'Pass the tasks' if own else 'Name the data'} that the run had with "
+            f"{'task=…' if own else '--data'}."
+        )
+    if not same_model:
+        raise UsageError(
+            f"The module of class {_describe_model(run)['class']} is not what the run at {run.path} began with: its class, "
+            "its shapes or what it computes are others. Pass the one that the run had with model=…"
         )
 
 
-def _describe_first_task(run: Run) -> list[float | None]:
-    """The means of what the first training task consists of; None where one is not finite."""
-    batch = run.source.episodes(TRAIN, [0], run.config.seed)[0]
-    means = [float(leaf.double().mean()) for leaf in tree_leaves(batch.parts)]
+def _describe_objects(run: Run) -> dict[str, Any]:
+    """By what the objects that a program gave are known again."""
+    own: dict[str, Any] = {}
+    if run.config.task.program:
+        own["tasks"] = {split: _describe_first_task(run, split) for split in (VALIDATION, run.config.test_split)}
+    if run.config.model is not None and run.config.model.program:
+        own["model"] = _describe_model(run)
+    return own
+
+
+def _describe_first_task(run: Run, split: str) -> list[float | None]:
+    """The means of what the first task of a split consists of; None where one is not finite."""
+    batch = run.source.episodes(split, [0], run.config.seed)[0]
+    return _measure_means(tree_leaves(batch.parts))
+
+
+def _describe_model(run: Run) -> dict[str, Any]:
+    """A module's class, its shapes, and what it puts out for the first training task with weights that are always the same.
+
+    Training sets its weights; what it keeps of its own (frozen parameters, buffers, its code) shows in the outputs.
+    """
+    learner = run.learner
+    module = copy.deepcopy(learner.model.module).eval()
+    for name, value in module.named_parameters():
+        if value.requires_grad:
+            noise = torch.randn(value.shape, generator=create_generator(0, "fingerprint", name), dtype=torch.float64)
+            value.data = (noise / max(1, value[0].numel() if value.dim() else 1) ** 0.5).to(value)
+    x = (
+        run.source.episodes(TRAIN, [0], run.config.seed)[0]
+        .to(learner.device, next(module.parameters()).dtype)
+        .unstack(0)[0]
+    )
+    with torch.no_grad(), use_seed(0, "fingerprint"):
+        outputs = module(x)
+    return {
+        "class": type(learner.model.module).__qualname__,
+        "shapes": {name: list(value.shape) for name, value in module.state_dict().items()},
+        "outputs": _measure_means([outputs, outputs.square()]),
+    }
+
+
+def _is_same_model(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return (a["class"], a["shapes"]) == (b["class"], b["shapes"]) and _are_close(a["outputs"], b["outputs"])
+
+
+def _measure_means(leaves: Sequence[torch.Tensor]) -> list[float | None]:
+    means = [float(leaf.double().mean()) for leaf in leaves]
     return [mean if math.isfinite(mean) else None for mean in means]
+
+
+def _are_close(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
+    return len(a) == len(b) and all(map(_is_close, a, b))
 
 
 def _is_close(a: float | None, b: float | None) -> bool:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from metareg.contract.columns import Columns, name_columns
+from metareg.contract.episodes import convert_arrays
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
@@ -27,13 +28,16 @@ from metareg.runs.programs import (
     get_input_shape,
     write_program,
 )
-from metareg.util.devices import find_device
+from metareg.util.devices import find_device, move_tensors
 from metareg.util.images import find_images
 from metareg.util.tables import Table, read_table
 
-__all__ = ["export", "load_learner", "predict", "predict_sites"]
+__all__ = ["export", "load_learner", "predict", "predict_sites", "predict_tensors"]
 
 log = logging.getLogger("metareg")
+
+Given = Path | Table
+"""A user's examples: a file, a folder, or a table."""
 
 
 def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
@@ -113,10 +117,21 @@ def _export_adapted(
 
 
 def predict(
-    learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
+    learner: MetaLearner, task: Plugin, support: Given, query: Given, inner_steps: int | None, bn_statistics: str
 ) -> str:
     """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
     return format_csv(_predict_rows(learner, task, support, query, inner_steps, bn_statistics))
+
+
+def predict_tensors(
+    learner: MetaLearner, support: tuple[Any, Any], query: Any, inner_steps: int | None, bn_statistics: str
+) -> Tensor:
+    """What the module that is adapted to some examples puts out for others, as `metareg.Run.predict` says."""
+    query_x = convert_arrays(query, "The query set")
+    module = learner.adapt(*support, inner_steps, query_x, bn_statistics=bn_statistics)
+    with torch.no_grad():
+        outputs: Tensor = module(move_tensors(query_x, learner.device, next(module.parameters()).dtype))
+    return outputs.cpu()
 
 
 def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: int | None, bn_statistics: str) -> str:
@@ -166,14 +181,15 @@ def _find_set(site: Path, name: str) -> Path:
 
 
 def _predict_rows(
-    learner: MetaLearner, task: Plugin, support: Path, query: Path, inner_steps: int | None, bn_statistics: str
+    learner: MetaLearner, task: Plugin, support: Given, query: Given, inner_steps: int | None, bn_statistics: str
 ) -> list[list[str]]:
     """The header and the rows of the answer."""
     examples = _Examples(learner, task, support, query)
     header, rows, x = examples.read_queries(query)
     module = learner.adapt(examples.x, examples.y, inner_steps, x, bn_statistics=bn_statistics)
     with torch.no_grad():
-        outputs = examples.restore_outputs(module(x.to(learner.device)).cpu())
+        outputs = module(move_tensors(x, learner.device, next(module.parameters()).dtype))
+        outputs = examples.restore_outputs(outputs.cpu())
     if examples.classes:
         best = outputs[:, : len(examples.classes)].softmax(-1).max(-1)
         answers = [
@@ -202,13 +218,13 @@ class _InUnits(nn.Module):
 class _Examples:
     """A user's labelled examples for a learner that was trained on a task's tasks."""
 
-    def __init__(self, learner: MetaLearner, task: Plugin, support: Path, query: Path | None = None) -> None:
+    def __init__(self, learner: MetaLearner, task: Plugin, support: Given, query: Given | None = None) -> None:
         self._task = task.instance
         self._shape = get_input_shape(task)
         self.columns: Columns | None = None
         self._query: Table | None = None
         classifies = learner.loss is nn.functional.cross_entropy
-        if support.is_dir():
+        if _is_folder(support):
             files = find_images(support)
             files.warn_of_left_out()
             labels = [_to_text(name) for name, paths in files.classes.items() for _ in paths]
@@ -225,9 +241,9 @@ class _Examples:
             self.y = torch.tensor([self.classes.index(label) for label in labels])
         else:
             known = getattr(task.instance, "known_columns", ())
-            table = read_table(support, known)
-            if query is not None and not query.is_dir():
-                self._query = read_table(query, known or table.names)
+            table = _read(support, known)
+            if query is not None and not _is_folder(query):
+                self._query = _read(query, known or table.names)
             if not known:
                 inputs, outputs = math.prod(self._shape), math.prod(task.instance.spec.output_shape)
                 table, self._query = name_columns(inputs, 1 if classifies else outputs, classifies, table, self._query)
@@ -238,16 +254,17 @@ class _Examples:
             self.x = columns.scale_inputs(columns.read_inputs(table))
             self.y = columns.scale_targets(columns.read_targets(table))
 
-    def read_queries(self, path: Path) -> tuple[Sequence[str], list[list[str]], Tensor]:
+    def read_queries(self, given: Given) -> tuple[Sequence[str], list[list[str]], Tensor]:
         """What names the rows of the answer (a header, and a list per row), and the inputs."""
-        if path.is_dir():
+        if _is_folder(given):
+            path = given
             files = find_images(path)
             files.warn_of_left_out(of_classes=False)
             images = [image for members in files.by_folder.values() for image in members]
             names = [[_to_text(image.relative_to(path).as_posix())] for image in images]
             return ["image"], names, self._read_images(images, path)
         if self.columns is None or self._query is None:
-            raise UsageError(f"{path} is a file; this learner takes a folder of images.")
+            raise UsageError(f"{given} is a file; this learner takes a folder of images.")
         inputs, query = self.columns.inputs, _refuse_empty(self._query)
         return inputs, query.get_rows(inputs), self.columns.scale_inputs(self.columns.read_inputs(query))
 
@@ -262,6 +279,14 @@ class _Examples:
             raise UsageError(f"{where} holds no images, or not in a folder for each class.")
         read = getattr(self._task, "read_image", None) or partial(Task.read_image, self._task)
         return torch.stack([read(path) for path in paths])
+
+
+def _is_folder(given: Given) -> TypeGuard[Path]:
+    return isinstance(given, Path) and given.is_dir()
+
+
+def _read(given: Given, known: Collection[str]) -> Table:
+    return read_table(given, known) if isinstance(given, Path) else given
 
 
 def _refuse_empty(table: Table) -> Table:

@@ -119,7 +119,7 @@ def update_option_names(stored: RunConfig) -> RunConfig:
             cls = get_config_class(_Selected.of(field, choice).loaded)
         except MetaregError:
             return choice
-        return PluginSpec(name=choice.name, config=update_names(cls, choice.config))
+        return choice.model_copy(update={"config": update_names(cls, choice.config)})
 
     update: dict[str, Any] = {}
     for field in PLUGIN_FIELDS:
@@ -157,6 +157,11 @@ class _Selected:
         if isinstance(value, Mapping):
             value = validate(PluginSpec, value, f"'{field}'")
         if isinstance(value, PluginSpec):
+            if value.program:
+                raise UsageError(
+                    f"The {PLUGIN_FIELDS[field].removesuffix('s')} '{value.name}' is no plugin but an object of a program: "
+                    f"in Python, metareg.train takes it as {field}=…"
+                )
             return cls(field, value.name, value.config)
         if value is None or isinstance(value, bool | int | float):
             raise UsageError(f"'{field}' takes the name of a plugin; got {value!r}.")
@@ -194,7 +199,18 @@ class _Selected:
         plugin = self._built[1]
         name = self.plugin if isinstance(self.plugin, str) else plugin.name
         config = getattr(plugin.instance, "stored_config", plugin.config)
-        return PluginSpec(name=name, config=config.model_dump(mode="json") if isinstance(config, PluginConfig) else {})
+        return PluginSpec(
+            name=name,
+            config=config.model_dump(mode="json") if isinstance(config, PluginConfig) else {},
+            program=not isinstance(self.plugin, str) and not self._is_installed(),
+        )
+
+    def _is_installed(self) -> bool:
+        """Whether a package installs the class that was given, or that of the object, under its name."""
+        cls = self.plugin if isinstance(self.plugin, type) else type(self.plugin)
+        with suppress(MetaregError):
+            return find_entry(PLUGIN_FIELDS[self.field], self.name).load() is cls
+        return False
 
 
 _Layer = dict[tuple[_Selected | None, str], Any]

@@ -5,28 +5,34 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
-from metareg.contract.losses import Metric
+from metareg.contract.losses import Loss, Metric
 from metareg.contract.splits import TEST
-from metareg.errors import UsageError, describe_error
+from metareg.errors import UnknownNameError, UsageError, describe_error
 from metareg.learner.learner import MetaLearner
-from metareg.registry.plugins import find_entry, resolve
+from metareg.learner.model_plugin import build_model
+from metareg.registry.plugins import Plugin, find_entry, resolve
 from metareg.registry.task_source import TaskSource
 from metareg.runs import exports
 from metareg.runs.baselines import Baseline, measure_baselines
-from metareg.runs.config import RunConfig
+from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.runs.folder import BASELINES, CONFIG, FINAL, METRICS, PLOTS, RESULTS
 from metareg.runs.options import update_option_names
+from metareg.runs.own import OwnFacts, adopt_objects, list_own
 from metareg.util.devices import find_device
 from metareg.util.files import read_json, write_json
+from metareg.util.tables import Table, read_frame
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["Run", "check_fit", "format_resume_command", "read_config", "read_trained_steps"]
+__all__ = ["Run", "check_fit", "format_resume_command", "read_config", "read_trained_steps", "refuse_missing"]
 
 log = logging.getLogger("metareg")
 
@@ -50,13 +56,17 @@ class Run:
         config: the complete configuration.
         learner: what is trained.
         source: where its tasks come from.
+        model: the model plugin; None where it is not known.
     """
 
-    def __init__(self, path: Path, config: RunConfig, learner: MetaLearner, source: TaskSource) -> None:
+    def __init__(
+        self, path: Path, config: RunConfig, learner: MetaLearner, source: TaskSource, model: Plugin | None = None
+    ) -> None:
         self.path = path
         self.config = config
         self.learner = learner
         self.source = source
+        self._model = model
         self.evaluation: Evaluation | None = None
         """The test at the end; None until then."""
         self.evaluation_one_by_one: Evaluation | None = None
@@ -65,21 +75,33 @@ class Run:
         """The pictures that were drawn."""
 
     @classmethod
-    def load(cls, path: str | Path, *, device: str | None = None) -> Run:
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        device: str | None = None,
+        loss: Loss | None = None,
+        metric: Metric | None = None,
+        **objects: Any,
+    ) -> Run:
         """A finished run from its folder, its learner included.
 
+        Args:
+            path: the folder.
+            device: where to put the learner; where the run was by default.
+            loss: the callable that `metareg.train` was given as the loss of one's own tasks.
+            metric: the metric, in the same way.
+            objects: those of one's own that `metareg.train` was given: ``algo``, ``augment``, ``task`` and ``model`` (a
+                module of `torch.nn` layers alone can be left out).
+
         Raises:
-            UsageError: the folder holds no run, or the run is not finished or damaged.
+            UsageError: the folder holds no run, the run is not finished or damaged, or an object is missing.
         """
         path = Path(path)
         config = read_config(path)
         if not (path / FINAL).is_file():
             raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
-        source = TaskSource(resolve("tasks", config.task.name, config.task.config))
-        metric = getattr(source.plugin.instance, "metric", None)
-        own = metric if isinstance(metric, Metric) else None
-        learner = MetaLearner.load(path / FINAL, metric=own, device=find_device(device or config.device))
-        run = cls(path, config, learner, source)
+        run = cls._restore(path, config, find_device(device or config.device), OwnFacts(loss, metric), objects)
         if (path / RESULTS).is_file():
             try:
                 content = read_json(path / RESULTS)
@@ -96,6 +118,31 @@ class Run:
                 )  # fmt: skip
         run.plots = sorted((path / PLOTS).glob("*.png"))
         return run
+
+    @classmethod
+    def _restore(
+        cls, path: Path, config: RunConfig, device: torch.device, facts: OwnFacts, objects: Mapping[str, Any]
+    ) -> Run:
+        """The run with the learner of its file, and the objects of one's own that it was given."""
+        unknown = [name for name in objects if name not in PLUGIN_FIELDS]
+        if unknown:
+            raise UnknownNameError("argument of Run.load", unknown[0], PLUGIN_FIELDS)
+        refuse_missing(path, config, objects, "metareg.Run.load", only=("task",))
+        given, _ = adopt_objects(config.model_dump(), objects, facts, config.seed)
+        stored = (config.task.name, config.task.config)
+        task = _resolve("tasks", given.get("task", stored))
+        model = _resolve("models", given["model"]) if "model" in given else None
+        loss, metric = (getattr(task.instance, name, None) for name in ("loss", "metric"))
+        learner = MetaLearner.load(
+            path / FINAL,
+            None if model is None else build_model(model, task.instance.spec, config.seed),
+            algo=objects.get("algo"),
+            augment=objects.get("augment", ()),
+            loss=None if isinstance(loss, str) else loss,
+            metric=metric if isinstance(metric, Metric) else None,
+            device=device,
+        )
+        return cls(path, config, learner, TaskSource(task), model)
 
     def evaluate(
         self,
@@ -143,37 +190,53 @@ class Run:
         path = self.path / BASELINES
         if path.is_file():
             return [Baseline.from_dict(each) for each in read_json(path)]
-        if self.config.model is None:
-            raise UsageError(f"The configuration of the run at {self.path} names no model.")
-        model = resolve("models", self.config.model.name, self.config.model.config)
-        found = measure_baselines(self.config, model, self.source, self.learner.device)
+        found = measure_baselines(self.config, self._get_model(), self.source, self.learner.device)
         write_json(path, [each.to_dict() for each in found])
         return found
 
+    def _get_model(self) -> Plugin:
+        """The model plugin.
+
+        Raises:
+            UsageError: it is not known.
+        """
+        if self._model is None:
+            chosen = self.config.model
+            if chosen is None:
+                raise UsageError(f"The configuration of the run at {self.path} names no model.")
+            refuse_missing(self.path, self.config, {}, "metareg.Run.load", only=("model",))
+            self._model = resolve("models", chosen.name, chosen.config)
+        return self._model
+
     def predict(
         self,
-        support: str | Path,
-        query: str | Path,
+        support: Any,
+        query: Any,
         *,
         inner_steps: int | None = None,
         bn_statistics: str = "support",
-    ) -> str:
+    ) -> str | Tensor:
         """Adapt the run's learner to a user's examples and predict others.
 
         Args:
             support: labelled examples: a table (`metareg.read_table`) with the input and target columns (for class targets
-                one column with the classes' names), or a folder with a folder of images for each class.
-            query: what to predict: a table with the input columns, or a folder of images.
+                one column with the classes' names), or a folder with a folder of images for each class; a frame of pandas in
+                the place of a table. Or a pair ``(x, y)`` of tensors or arrays, as `MetaLearner.adapt` takes them.
+            query: what to predict: a table with the input columns, or a folder of images; or inputs as tensors or arrays.
             inner_steps: how many steps to adapt; as many as in training by default.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Returns:
-            CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability.
+            CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability. For tensors,
+            what the adapted module puts out: scores of classes, or numbers ``[query, outputs]``.
 
         Raises:
             UsageError: the examples cannot be read, or do not suit the model.
         """
-        return exports.predict(self.learner, self.source.plugin, Path(support), Path(query), inner_steps, bn_statistics)
+        if isinstance(support, tuple):
+            return exports.predict_tensors(self.learner, support, query, inner_steps, bn_statistics)
+        given = _read_given(support, "support"), _read_given(query, "query")
+        return exports.predict(self.learner, self.source.plugin, *given, inner_steps, bn_statistics)
 
     def predict_sites(
         self, sites: str | Path, *, inner_steps: int | None = None, bn_statistics: str = "support"
@@ -249,6 +312,33 @@ def read_config(path: Path) -> RunConfig:
     return update_option_names(validate(RunConfig, read_yaml(file), str(file)))
 
 
+def refuse_missing(
+    path: Path, config: RunConfig, given: Collection[str], function: str, *, only: Collection[str] = PLUGIN_FIELDS
+) -> None:
+    """Refuse to go on with a run without the objects that a program gave it.
+
+    Args:
+        path: the run's folder.
+        config: its configuration.
+        given: the fields of the configuration for which there are objects now.
+        function: what takes them in Python.
+        only: the fields that are needed.
+
+    Raises:
+        UsageError: one is missing.
+    """
+    own = list_own(config)
+    if not any(field in only and field not in given for field in own):
+        return
+    listed = {field: ", ".join(f"'{each.name}'" for each in chosen) for field, chosen in own.items()}
+    objects = " and ".join(f"{field} {names}" for field, names in listed.items())
+    arguments = "".join(f", {field}=…" for field in own)
+    raise UsageError(
+        f"The run at {path} was given {objects} by a program, and no command can make them: go on in Python with "
+        f"{function}({str(path)!r}{arguments})."
+    )
+
+
 def read_trained_steps(path: Path, config: RunConfig) -> int | None:
     """The steps of the training that a run's results are of; None where there are none.
 
@@ -263,6 +353,22 @@ def read_trained_steps(path: Path, config: RunConfig) -> int | None:
         return content.get("trained_steps", last)
     except (LookupError, TypeError, AttributeError):
         return config.steps
+
+
+def _read_given(given: Any, what: str) -> Path | Table:
+    """A path, or the table that a frame is."""
+    if isinstance(given, str | Path):
+        return Path(given)
+    if not hasattr(given, "columns"):
+        raise UsageError(
+            f"The {what} examples are a {type(given).__name__}; predict takes paths or frames, or the pair (x, y) and x."
+        )
+    return read_frame(given, f"The {what} frame")
+
+
+def _resolve(kind: str, given: Any) -> Plugin:
+    """The plugin that a class, an object or a pair with its options stands for."""
+    return resolve(kind, *given) if isinstance(given, tuple) else resolve(kind, given)
 
 
 def format_resume_command(path: Path) -> str:

@@ -16,7 +16,9 @@ import torch
 
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
+from metareg.contract.losses import Loss, Metric
 from metareg.contract.splits import TRAIN, VALIDATION
+from metareg.contract.tasks import TaskSpec
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
@@ -25,10 +27,11 @@ from metareg.learner.training import Progress, connect_observers, fit
 from metareg.registry.task_source import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
-from metareg.runs.config import RunConfig
+from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
-from metareg.runs.options import Selection, assemble, describe_task
-from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps
+from metareg.runs.options import Selection, describe_task
+from metareg.runs.own import OwnFacts, OwnModel, select
+from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps, refuse_missing
 from metareg.util.devices import peak_memory, reset_peak_memory, use_deterministic_kernels
 from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
 from metareg.util.signals import StopRequest, catch_stop_signals
@@ -53,6 +56,10 @@ def train(
     config: str | Path | Mapping[str, Any] | None = None,
     observers: Sequence[Any] = (),
     resume: bool = False,
+    loss: str | Loss | None = None,
+    metric: str | Metric | None = None,
+    spec: TaskSpec | None = None,
+    head: str | None = None,
     **options: Any,
 ) -> Run:
     """Train, test and draw, as ``metareg train`` does.
@@ -63,13 +70,20 @@ def train(
     Args:
         algo: the algorithm: a name, a class, an object, or a pair ``(name or class, config)``; ``"maml"`` by default.
         augment: the augmenters, each given in the same way.
-        task: the task plugin, given in the same way; ``"sinusoid"`` by default.
-        model: the model plugin; the task's own by default.
+        task: the task plugin, given in the same way; ``"sinusoid"`` by default. Or tasks of one's own: an object with a
+            method ``episodes(split, indices, seed)``, a function with these arguments, or a mapping from ``"train"``,
+            ``"validation"`` and ``"test"`` to iterables of batches, as a DataLoader (`MetaLearner.fit` describes them).
+        model: the model plugin; the task's own by default. Or an `nn.Module`, which begins with the weights that it has.
         out: the run's folder, which must not exist or be empty; a new one under ``runs/`` by default.
         config: a configuration, or the path of a YAML file with one; what is said beside it stands before it.
         observers: objects with observer hooks, beside those that the configuration names; names of observer plugins
             stand before the configuration's.
         resume: go on with the run at `out` where there is one, which must be the same in all that gives it its meaning.
+        loss: of tasks of one's own, as `MetaLearner` takes it; by default the mean squared error where targets are numbers,
+            the cross-entropy where they are classes.
+        metric: of tasks of one's own; the one that goes with the loss by default.
+        spec: of tasks of one's own; by default as their first tasks and the model's outputs say.
+        head: the dotted name of the head of a module.
         options: fields of `RunConfig` and options of the plugins, by name.
 
     Returns:
@@ -81,31 +95,40 @@ def train(
         Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
     """
     named, observers = _split_observers(observers)
-    given = {"algo": algo, "augment": augment, "task": task, "model": model, **named}
+    plugins = {"algo": algo, "augment": augment, "task": task, "model": model, **named}
+    given = {name: value for name, value in plugins.items() if value is not None}
+    facts = OwnFacts(loss, metric, spec, head)
     out = Path(out) if out is not None else None
 
-    def select() -> Selection:
+    def select_plugins() -> Selection:
         base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
-        selection = assemble(base | {name: value for name, value in given.items() if value is not None}, options)
+        selection = select(base, given, facts, options)
         if resume and out is None:
             raise UsageError("To resume a run, name its folder with --out.")
         return selection
 
     with join_processes() as processes:
-        selection = processes.each(select)
+        selection = processes.each(select_plugins)
         if out is not None and processes.first(lambda: _should_resume(out, resume)):
             return _resume(out, selection, observers, processes)
         selection = _set_eval_every(selection)
         with catch_stop_signals(is_launched() or processes.size > 1) as stop:
             learner, source = processes.each(lambda: prepare_run(selection, processes))
             path = processes.first(lambda: _create_folder(out, selection.config))
-            run = Run(path, selection.config, learner, source)
+            run = Run(path, selection.config, learner, source, selection.model)
             with _lock(path, processes, new=True), learner.split_over(processes):
                 _carry_out(run, selection, observers, stop)
         return run
 
 
-def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -> Run:
+def resume(
+    path: str | Path,
+    *,
+    observers: Sequence[Any] = (),
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    **options: Any,
+) -> Run:
     """Go on with a run from its newest good checkpoint, as ``metareg resume`` does.
 
     On the same machine it ends with the weights, metrics and results, bit for bit, of a run that never stopped.
@@ -113,20 +136,30 @@ def resume(path: str | Path, *, observers: Sequence[Any] = (), **options: Any) -
     Args:
         path: the run's folder.
         observers: as in `train`.
-        options: what may change: ``steps``, which can be raised, ``data``, where the same data is now, and what leaves the
-            run's meaning as it was (device, strategy, chunk, checkpoints, ``on_nonfinite``).
+        loss: the callable that `train` was given as the loss of one's own tasks.
+        metric: the metric, in the same way.
+        options: the objects of one's own that `train` was given (``algo``, ``augment``, ``task``, ``model``), which must be
+            the same; and what may change: ``steps``, which can be raised, ``data``, where the same data is now, and what
+            leaves the run's meaning as it was (device, strategy, chunk, checkpoints, ``on_nonfinite``).
 
     Returns:
         The finished run; at once where it had ended already.
 
     Raises:
-        UsageError: there is no run, another process works on it, or an option would change its meaning.
+        UsageError: there is no run, another process works on it, an option would change its meaning, or an object that it
+            was given is missing or is another one.
     """
     path = Path(path)
     named, observers = _split_observers(observers)
+    given = {name: options.pop(name) for name in PLUGIN_FIELDS if name in options} | named
+
+    def select_plugins(stored: RunConfig) -> Selection:
+        refuse_missing(path, stored, given, "metareg.resume")
+        return select(stored.model_dump(), given, OwnFacts(loss, metric), options)
+
     with join_processes() as processes:
         stored = processes.first(lambda: read_config(path))
-        selection = processes.each(lambda: assemble(stored.model_dump(), options | named))
+        selection = processes.each(lambda: select_plugins(stored))
         return _resume(path, selection, observers, processes)
 
 
@@ -160,7 +193,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
             return Run.load(path, device=wanted.device)
         selection = dataclasses.replace(selection, config=wanted)
         learner, source = processes.each(lambda: prepare_run(selection, processes))
-        run = Run(path, wanted, learner, source)
+        run = Run(path, wanted, learner, source, selection.model)
         processes.first(lambda: environment.refuse_other_data(run))
         with learner.split_over(processes):
             _carry_out(run, selection, observers, stop)
@@ -211,18 +244,21 @@ def prepare_run(selection: Selection, processes: Processes | None = None) -> tup
     config, task = selection.config, selection.task.instance
     processes = processes or Processes()
     processes.check_batch(config.meta_batch)
+    own = selection.model.instance if isinstance(selection.model.instance, OwnModel) else None
+    source = TaskSource(selection.task)
+    source.check_splits()
     learner = MetaLearner(
-        selection.model,
+        selection.model if own is None else own.module,
         selection.algorithm,
         selection.augmenters,
         spec=task.spec,
         loss=task.loss,
         metric=getattr(task, "metric", None),
+        head=None if own is None else own.head,
         device=processes.device(config.device),
         **config.model_dump(include=set(LearnerConfig.model_fields) - {"device"}),
     )
     learner.task = describe_task(selection.task)
-    source = TaskSource(selection.task)
     check_fit(learner, source, TRAIN)
     for split in dict.fromkeys((VALIDATION, config.test_split)):
         source.episodes(split, [0], config.seed)

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 
 __all__ = [
-    "create_generator", "derive_seed", "draw_distinct", "restore_global_generators", "save_global_generators",
-    "task_uniform", "use_seed",
+    "SeparateGenerators", "create_generator", "derive_seed", "draw_distinct", "restore_global_generators",
+    "save_global_generators", "task_uniform", "use_seed",
 ]  # fmt: skip
 
 
@@ -42,6 +42,56 @@ def use_seed(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *labels, "global"))
         yield create_generator(seed, *labels)
+
+
+class SeparateGenerators:
+    """States of the global CPU generators for code that draws from them, apart from those of all other code.
+
+    Args:
+        seed: what they begin with.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._own: list[torch.Generator] = []
+        self._states: Any = None
+        self._outside: Any = None
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Have these states for a block, and those of before after it."""
+        self._outside = _save_states(self._own)
+        if self._states is None:
+            random.seed(self._seed)
+            np.random.seed(self._seed % 2**32)
+            torch.default_generator.manual_seed(self._seed)
+        else:
+            _restore_states(self._own, self._states)
+        try:
+            yield
+        finally:
+            self._states = _save_states(self._own)
+            _restore_states(self._own, self._outside)
+
+    def add(self, generators: Sequence[torch.Generator]) -> None:
+        """Seed further generators and treat them alike, from within the block."""
+        self._outside[-1].extend(generator.get_state() for generator in generators)
+        self._own.extend(generators)
+        for generator in generators:
+            generator.manual_seed(self._seed)
+
+
+def _save_states(own: Sequence[torch.Generator]) -> tuple[Any, ...]:
+    states = [generator.get_state() for generator in own]
+    return random.getstate(), np.random.get_state(), torch.get_rng_state(), states
+
+
+def _restore_states(own: Sequence[torch.Generator], states: tuple[Any, ...]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
+    torch.set_rng_state(states[2])
+    for generator, state in zip(own, states[3], strict=True):
+        generator.set_state(state)
 
 
 def save_global_generators() -> dict[str, Any]:

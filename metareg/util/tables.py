@@ -10,12 +10,13 @@ import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from metareg.errors import UsageError, nearest
 
-__all__ = ["Table", "read_table"]
+__all__ = ["Table", "read_frame", "read_table"]
 
 _LARGEST_TEXT = 1 << 28
 _SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
@@ -340,6 +341,32 @@ def _read_npz(path: Path) -> Table:
         listed = ", ".join(f"{name} {length}" for name, length in lengths.items())
         raise UsageError(f"The columns of {path} differ in length: {listed}.")
     return Table(path, columns)
+
+
+def read_frame(frame: Any, name: str) -> Table:
+    """A frame of pandas, or one like it, as a table.
+
+    Args:
+        frame: has `columns`, and for each a column with `to_numpy`.
+        name: how messages call it.
+
+    Raises:
+        UsageError: a column holds neither numbers nor texts, or two have one name.
+    """
+    path, names = Path(name), [str(each) for each in frame.columns]
+    _check_names(path, names)
+    columns = {text: frame[each].to_numpy() for text, each in zip(names, frame.columns, strict=True)}
+    return Table(path, {text: _convert_cells(path, text, cells) for text, cells in columns.items()})
+
+
+def _convert_cells(path: Path, name: str, cells: np.ndarray) -> Sequence[str] | np.ndarray:
+    """A column that may hold Python's objects: numbers where all are, texts otherwise; nothing where one is missing."""
+    if cells.dtype.kind != "O":
+        return _convert_array(path, name, cells)
+    values = [None if cell is None or cell != cell else cell for cell in cells.tolist()]
+    if all(value is None or isinstance(value, int | float | np.number) for value in values):
+        return np.array([math.nan if value is None else float(value) for value in values])
+    return ["" if value is None else str(value).strip() for value in values]
 
 
 def _convert_array(path: Path, name: str, array: np.ndarray) -> Sequence[str] | np.ndarray:

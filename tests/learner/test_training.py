@@ -90,7 +90,7 @@ def test_impossible_schedules(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        (object(), r"needs a method episodes\(split, indices\)"),
+        (object(), r"a method episodes\(split, indices\)"),
         ("sinusoidd", "no task named 'sinusoidd'; did you mean 'sinusoid'"),
     ],
 )
