@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import json
+from itertools import repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 
 from metareg.cli.common import Data, NoPlugin, path_option, set_option
 from metareg.cli.terminal import stderr, stdout, write_output
-from metareg.errors import MetaregError, UnknownNameError, UsageError
-from metareg.registry.plugins import KINDS, Entry, find_entry, list_entries, resolve
-
-if TYPE_CHECKING:
-    from metareg.contract.tasks import Dataset
+from metareg.errors import PluginError, UnknownNameError, UsageError, describe_error
+from metareg.registry.inspection import DatasetFacts, inspect_datasets, inspect_plugins, read_dataset
+from metareg.registry.plugins import KINDS, find_entry, list_entries
 
 __all__ = ["check_plugin", "data", "doctor", "new_plugin", "plugins", "show"]
 
@@ -28,7 +27,7 @@ def plugins(
     check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
 ) -> None:
     """List the installed plugins. Without --check nothing of them is imported."""
-    rows = [_describe_entry(entry, check) for entry in list_entries()]
+    rows = _describe_entries(check=check)
     if as_json:
         write_output(json.dumps(rows, indent=2) + "\n")
         return
@@ -42,7 +41,12 @@ def show(kind: _Kind, name: _Name) -> None:
     entry = find_entry(_parse_kind(kind), name)
     from metareg.cli.tables import describe_plugin
 
-    stdout.print(describe_plugin(entry, entry.load()))
+    cls = entry.load()
+    try:
+        description = describe_plugin(entry, cls)
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"The {entry.label} cannot be described: {describe_error(error)}") from error
+    stdout.print(description)
 
 
 def new_plugin(
@@ -91,7 +95,7 @@ def doctor() -> None:
     """Check the installation: versions, devices, compiler, and every plugin."""
     from metareg.cli.tables import describe_installation
 
-    rows = [_describe_entry(entry, check=True) for entry in list_entries()]
+    rows = _describe_entries(check=True)
     stdout.print(describe_installation(rows))
     if any(row["broken"] for row in rows):
         raise typer.Exit(1)
@@ -117,7 +121,8 @@ def data(
             raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
         stdout.print(create_dataset_table(_list_datasets(where)))
         return
-    dataset = _read_dataset(name, where)
+    entry = find_entry("tasks", name)
+    dataset = read_dataset(entry, where)
     if example is not None:
         if dataset is None or dataset.write_example is None:
             raise UsageError(f"The task '{name}' has no example to write; table-folder has one.")
@@ -127,34 +132,21 @@ def data(
         if dataset.download is None:
             raise UsageError(f"The data of the task '{name}' cannot be downloaded. {dataset.obtain}")
         dataset.download()
-        dataset = _read_dataset(name, where)
+        dataset = read_dataset(entry, where)
     if dataset is None:
         raise UsageError(f"The task '{name}' reads no data.")
-    stdout.print(create_dataset_table([(name, dataset)]))
+    stdout.print(create_dataset_table([(name, DatasetFacts.of(dataset))]))
     if verify:
         with stderr.status("Reading …"):
             found = dataset.verify()
         stdout.print(f"[green]complete[/]: {escape(found)}", soft_wrap=True)
 
 
-def _list_datasets(where: Path | None) -> list[tuple[str, Dataset | str]]:
+def _list_datasets(where: Path | None) -> list[tuple[str, DatasetFacts | str]]:
     """Every installed task that reads data, and what it says of it; a text where it cannot be asked."""
-    rows: list[tuple[str, Dataset | str]] = []
-    for entry in list_entries("tasks"):
-        try:
-            if (dataset := _read_dataset(entry.name, where)) is not None:
-                rows.append((entry.name, dataset))
-        except MetaregError as error:
-            rows.append((entry.name, str(error)))
-    return rows
-
-
-def _read_dataset(name: str, where: Path | None) -> Dataset | None:
-    """What a task says about its data; `where` is the folder to look in, for a task with an option `data`."""
-    options = getattr(getattr(find_entry("tasks", name).load(), "Config", None), "model_fields", {})
-    given = {"data": str(where)} if where is not None and "data" in options else {}
-    dataset: Dataset | None = getattr(resolve("tasks", name, given).instance, "dataset", None)
-    return dataset
+    entries = list_entries("tasks")
+    found = zip(entries, inspect_datasets(entries, where), strict=True)
+    return [(entry.name, dataset) for entry, dataset in found if dataset is not None]
 
 
 def _parse_kind(given: str) -> str:
@@ -165,14 +157,12 @@ def _parse_kind(given: str) -> str:
     return matches[0]
 
 
-def _describe_entry(entry: Entry, check: bool) -> dict[str, Any]:
-    row: dict[str, Any] = {key: getattr(entry, key) for key in ("kind", "name", "distribution", "version")}
-    row["broken"] = None
-    if check:
-        try:
-            cls = entry.load()
-        except MetaregError as error:
-            return row | {"broken": str(error)}
-        fields = getattr(getattr(cls, "Config", None), "model_fields", {})
-        row |= {"summary": (cls.__doc__ or "").strip().partition("\n")[0], "config": sorted(fields)}
-    return row
+def _describe_entries(*, check: bool) -> list[dict[str, Any]]:
+    """The installed plugins, with what importing them says where they are to be checked."""
+    entries = list_entries()
+    facts = inspect_plugins(entries) if check else repeat({})
+    names = ("kind", "name", "distribution", "version")
+    return [
+        {name: getattr(entry, name) for name in names} | {"broken": None} | found
+        for entry, found in zip(entries, facts, strict=False)
+    ]

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from metareg.comparison.reproduction import Recipe
     from metareg.comparison.runner import Comparison
     from metareg.contract.evaluation import Evaluation
-    from metareg.contract.tasks import Dataset
+    from metareg.registry.inspection import DatasetFacts
     from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
     from metareg.runs.baselines import Baseline
@@ -167,18 +167,18 @@ def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]])
     return table
 
 
-def create_dataset_table(rows: Sequence[tuple[str, Dataset | str]]) -> RenderableType:
+def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> RenderableType:
     """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
     table = _create_table("task", "there", "where it is, or how to get it")
     for name, dataset in rows:
         if isinstance(dataset, str):
             table.add_row(escape(name), "?", escape(dataset), style="red")
             continue
-        location = "" if dataset.location is None else str(dataset.location)
+        location = dataset.location or ""
         if dataset.present:
             table.add_row(escape(name), "[green]yes[/]", escape(location or dataset.obtain))
         else:
-            fetch = f" metareg data {name} --download puts it into" if dataset.download else " It belongs into"
+            fetch = f" metareg data {name} --download puts it into" if dataset.downloadable else " It belongs into"
             table.add_row(escape(name), "no", escape(f"{dataset.obtain}{fetch} {location}."))
     return table
 
@@ -231,7 +231,7 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
-        Padding(Text(inspect.cleandoc(cls.__doc__ or "It has no description.")), (1, 0, 1, 2)),
+        Padding(Text(inspect.cleandoc(str(cls.__doc__ or "") or "It has no description.")), (1, 0, 1, 2)),
         *(Text.assemble((f"{label}: ", "bold"), value) for label, value in _describe_nature(entry, cls).items()),
     ]
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})

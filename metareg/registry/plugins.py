@@ -7,10 +7,15 @@ what it selects, one by one, so that a plugin which does not import costs only t
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from metareg._version import __version__
@@ -34,9 +39,12 @@ __all__ = [
     "resolve",
 ]
 
+log = logging.getLogger("metareg")
+
 KINDS = ("algorithms", "augmenters", "tasks", "models", "observers")
 DISABLE_VARIABLE = "METAREG_DISABLE_PLUGINS"
 
+_OWN_NAME = "metareg"
 _SINGULAR = {kind: kind.removesuffix("s") for kind in KINDS}
 
 
@@ -57,6 +65,11 @@ class Entry:
         return f"{self.distribution}:{self.name}"
 
     @property
+    def label(self) -> str:
+        """How messages name it: ``algorithm 'maml' of metareg 1.0 (metareg_maml:MAML)``."""
+        return f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
+
+    @property
     def disabled(self) -> bool:
         """Whether it is named in the variable ``METAREG_DISABLE_PLUGINS``."""
         names = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
@@ -65,17 +78,16 @@ class Entry:
     def load(self) -> Any:
         """Import the plugin's class; whatever goes wrong in that is a PluginError."""
         group = f"metareg.{self.kind}"
-        where = f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
         try:
             loaded = importlib.metadata.EntryPoint(self.name, self.target, group).load()
         except KeyboardInterrupt:
             raise
         # A stranger's module can raise anything while it is imported, SystemExit included.
         except BaseException as error:
-            raise PluginError(f"The {where} cannot be imported: {describe_error(error)}") from error
+            raise PluginError(f"The {self.label} cannot be imported: {describe_error(error)}") from error
         if not isinstance(loaded, type):
-            raise PluginError(f"The {where} is a {type(loaded).__name__}; an entry point must name a class.")
-        check_contract(loaded, where)
+            raise PluginError(f"The {self.label} is a {type(loaded).__name__}; an entry point must name a class.")
+        check_contract(loaded, self.label)
         return loaded
 
 
@@ -108,7 +120,7 @@ def list_entries(kind: str | None = None) -> list[Entry]:
 def list_names(kind: str | None = None) -> set[str]:
     """The names of the installed plugins, of one kind or of all, those that are disabled among them."""
     kinds = KINDS if kind is None else (kind,)
-    return {point.name for each in kinds for point in importlib.metadata.entry_points(group=f"metareg.{each}")}
+    return {point.name for each in kinds for point in _list_points(each)}
 
 
 def find_entry(kind: str, name: str) -> Entry:
@@ -221,12 +233,56 @@ def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
     """The entries of a kind, and of a name where one is given: reading their distributions' metadata takes time."""
     found: dict[tuple[str, str, str], Entry] = {}
     for each in KINDS if kind is None else (kind,):
-        for point in importlib.metadata.entry_points(group=f"metareg.{each}"):
+        for point in _list_points(each):
             if name not in (None, point.name):
                 continue
             distribution = (point.dist and point.dist.name) or "unknown"
             version = (point.dist and point.dist.version) or "unknown"
             entry = Entry(each, point.name, distribution, version, point.value)
             # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
-            found.setdefault((each, point.name, re.sub(r"[-_.]+", "-", distribution).lower()), entry)
+            found.setdefault((each, point.name, _normalize(distribution)), entry)
     return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
+
+
+def _list_points(kind: str) -> list[importlib.metadata.EntryPoint]:
+    """The entry points of a kind. Of distributions that call themselves metareg only this one's count."""
+    group, own = f"metareg.{kind}", _find_own_distribution()
+    points = importlib.metadata.entry_points(group=group)
+    if own is None:
+        return list(points)
+    of_others = [point for point in points if not (point.dist and _normalize(point.dist.name or "") == _OWN_NAME)]
+    return [*own.entry_points.select(group=group), *of_others]
+
+
+def _find_own_distribution() -> importlib.metadata.Distribution | None:
+    """The distribution that this package is of, where several have its name; None where there is nothing to choose."""
+    named = list(importlib.metadata.distributions(name=_OWN_NAME))
+    own = next(filter(_holds_this_package, named), None) if len(named) > 1 else None
+    if own is not None:
+        points = set(own.entry_points)
+        for other in named:
+            if not points.issuperset(other.entry_points):
+                _report_namesake(str(other.locate_file("")))
+    return own
+
+
+def _holds_this_package(distribution: importlib.metadata.Distribution) -> bool:
+    from urllib.parse import urlsplit
+    from urllib.request import url2pathname  # takes as long to import as all else here
+
+    package = Path(__file__).resolve().parents[1]
+    if Path(str(distribution.locate_file(package.name))).resolve() == package:
+        return True
+    with suppress(ValueError, TypeError, KeyError):  # an editable install says where its source is
+        source = urlsplit(json.loads(distribution.read_text("direct_url.json") or "")["url"]).path
+        return Path(url2pathname(source), package.name).resolve() == package
+    return False
+
+
+@cache
+def _report_namesake(folder: str) -> None:
+    log.warning("A second distribution that calls itself metareg, in %s: its plugins are left out.", folder)
+
+
+def _normalize(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
