@@ -151,7 +151,7 @@ def report(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="markdown, html, latex, csv (means) or scores (every score, as CSV); what --out ends in, or markdown.",
+            help="markdown, html, latex, or CSV: csv (means), pairs, scores (every one). By --out's suffix, or markdown.",
         ),
     ] = None,
     out: Annotated[
@@ -162,6 +162,17 @@ def report(
         int | None,
         typer.Option(metavar="K", help="Compare after K inner steps (the last number that was tested after)."),
     ] = None,
+    baseline: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Compare with this augmenter, algorithm or variant, or 'all' pairs (what the comparison says, or none).",
+        ),
+    ] = None,
+    layout: Annotated[
+        str, typer.Option(help="page, or paper for one table of methods and tasks, the best in bold (latex, markdown).")
+    ] = "page",
+    over: Annotated[str, typer.Option(help="What a paper's intervals are over: seeds, or test tasks.")] = "seeds",
     archive: Annotated[
         Path | None,
         path_option(
@@ -171,7 +182,7 @@ def report(
         ),
     ] = None,
 ) -> None:
-    """Show what a comparison gave: tables with intervals, and for each augmenter the paired difference to none."""
+    """Show what a comparison gave: tables with intervals, and paired differences, of each augmenter to none by default."""
     from metareg.comparison.archive import ARCHIVE_SUFFIX, write_archive
     from metareg.reporting import infer_format, write_report
     from metareg.reporting import report as format_report
@@ -186,10 +197,12 @@ def report(
     if archive is not None:
         write_archive(path, archive)
         stderr.print(escape(f"The raw results are in {archive}."), soft_wrap=True)
+    settings: dict[str, Any] = {"inner_steps": inner_steps, "baseline": baseline, "layout": layout, "over": over}
     if out is None and chosen != "html":
-        write_output(format_report(path, chosen, inner_steps=inner_steps))
+        write_output(format_report(path, chosen, **settings))
     else:
-        stdout.print(escape(str(write_report(path, chosen, out, inner_steps=inner_steps))), soft_wrap=True)
+        written = write_report(path, chosen, out, **settings)
+        stdout.print(escape(str(written)), soft_wrap=True)
 
 
 def reproduce(

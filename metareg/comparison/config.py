@@ -12,11 +12,18 @@ from pydantic import AfterValidator, BeforeValidator, model_validator
 
 from metareg.contract.config import NO_PLUGIN, Field, PluginConfig, validate
 from metareg.contract.search import Range, RelativeRange, parse_domain
-from metareg.errors import UnknownNameError
+from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["GRID", "ArmRule", "ComparedTask", "ComparisonConfig", "Options", "Tuning", "merge_options", "slugify"]
+__all__ = [
+    "ALL_PAIRS", "GRID", "ArmRule", "Axis", "ComparedTask", "ComparisonConfig", "Options", "Tuning", "merge_options",
+    "slugify",
+]  # fmt: skip
 
 GRID: Final = "grid"
+ALL_PAIRS: Final = "all"
+Axis = Literal["augmenter", "algorithm", "variant", "all"]
+"""What a baseline is one of; arms that are otherwise the same are compared with it."""
+
 _MOST_SEEDS = 1000
 
 _NOT_OPTIONS = {
@@ -150,6 +157,7 @@ class ComparedTask(PluginConfig):
 class ArmRule(PluginConfig):
     """Options for the arms that it fits; a later rule stands before an earlier one."""
 
+    variant: str | None = Field(None, description="Only arms of this variant.")
     algo: str | None = Field(None, description="Only arms with this algorithm.")
     augment: Chain | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
     task: str | None = Field(None, description="Only arms on the task with this label.")
@@ -181,6 +189,19 @@ class ComparisonConfig(PluginConfig):
     )
     seeds: Seeds = Field([0], description="The seeds, as a list or as 1000-1004, or a number n for 0 to n − 1.")
     options: Options = Field({}, description="Options of every run and its plugins.")
+    variants: dict[str, Options] = Field(
+        {},
+        description="A second axis: options by the name of the variant. Every arm is run with each, paired by seed; an arm "
+        "that has none of the options is run once.",
+    )
+    baseline: str = Field(
+        "",
+        description="What reports compare with: an augmenter, an algorithm or a variant, or 'all' for all pairs. Unset, "
+        "'none' where there are augmenters, or else the first variant.",
+    )
+    names: dict[str, str] = Field(
+        {}, description="How tables of a paper name plugins and variants, as {metasgd: Meta-SGD}."
+    )
     arms: list[ArmRule] = Field([], description="Options for some arms.")
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
     program: dict[Literal["algo", "augment", "task", "model"], list[str]] = Field(
@@ -196,16 +217,49 @@ class ComparisonConfig(PluginConfig):
         for one, other in itertools.combinations(labels, 2):
             if slugify(one) == slugify(other):
                 raise ValueError(f"the task labels '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
+        for one, other in itertools.combinations(self.variants, 2):
+            if slugify(one) == slugify(other):
+                raise ValueError(f"the variants '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
+        if self.baseline:
+            self.find_axis(self.baseline)
         for rule in self.arms:
             given = ("algorithm", rule.algo, self.algo), ("augmenter", rule.augment, self.augment)
-            for what, name, known in (*given, ("task label", rule.task, labels)):
+            of_variants = "variant", rule.variant, list(self.variants)
+            for what, name, known in (*given, ("task label", rule.task, labels), of_variants):
                 if name is not None and name not in known:
                     raise UnknownNameError(f"{what} of this comparison", name, known)
+        tunings = [tune for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
-        every += [tune.options for tune in (self.tune, *(each.tune for each in self.tasks)) if tune]
+        every += [*self.variants.values(), *(tune.options for tune in tunings)]
+        for key in self._varied & {key for tune in tunings for key in (*tune.space, *tune.options)}:
+            raise ValueError(f"'{key}' is what variants differ in, and not for 'tune'")
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
             raise ValueError(f"'{key}' is no option here; {_NOT_OPTIONS[key]}")
         return self
+
+    @property
+    def _varied(self) -> set[str]:
+        """The options that variants say."""
+        return {key for options in self.variants.values() for key in options}
+
+    def find_axis(self, name: str) -> Axis:
+        """What a baseline of this name is: one of the augmenters, algorithms or variants, or ``"all"``.
+
+        Raises:
+            UnknownNameError: it is none of them.
+            UsageError: it is several.
+        """
+        names: dict[Axis, list[str]] = {
+            "augmenter": self.augment, "algorithm": self.algo, "variant": list(self.variants), "all": [ALL_PAIRS],
+        }  # fmt: skip
+        found = [axis for axis, known in names.items() if name in known]
+        if not found:
+            raise UnknownNameError("baseline", name, [each for known in names.values() for each in known])
+        if len(found) > 1:
+            raise UsageError(
+                f"The baseline '{name}' is a name of an {found[0]} and of an {found[1]}; rename the variant."
+            )
+        return found[0]
 
     def override(
         self, *, options: Options | None = None, space: Mapping[str, Any] | None = None, search: int | None = None
@@ -218,6 +272,8 @@ class ComparisonConfig(PluginConfig):
             search: a number of trials for each arm; without it, those of a grid over `space`.
         """
         options, space = options or {}, space or {}
+        for key in self._varied & {*options, *space}:
+            raise UsageError(f"'{key}' is what the variants of this comparison differ in; change it there.")
         values = self.model_dump()
         values["options"] = merge_options(values["options"], options)
         rules = values["arms"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Arm:
     """``"none"``, a name, or names with plus signs in the order in which they are chained."""
     task: str
     """The task's label."""
+    variant: str = ""
+    """The name of the variant; empty where no variant changes anything of the arm."""
 
     @property
     def augmenters(self) -> list[str]:
@@ -53,13 +55,23 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """``maml+cml``; without an augmenter, ``maml``."""
+        """``maml+cml``; without an augmenter, ``maml``; of a variant, ``maml+cml (bf16)``."""
+        return f"{self._method} ({self.variant})" if self.variant else self._method
+
+    @property
+    def setting(self) -> str:
+        """What stands beside its algorithm: ``cml``, or of a variant, ``cml, bf16``."""
+        return f"{self.augmenter}, {self.variant}" if self.variant else self.augmenter
+
+    @property
+    def _method(self) -> str:
         return "+".join([self.algorithm, *self.augmenters])
 
     @property
     def folder(self) -> Path:
         """Its folder below those of a comparison's runs."""
-        return Path(slugify(self.task), self.name.replace(":", "-"))
+        variant = f"@{slugify(self.variant)}" if self.variant else ""
+        return Path(slugify(self.task), self._method.replace(":", "-") + variant)
 
     def __str__(self) -> str:
         return f"{self.name} on {self.task}"
@@ -103,9 +115,11 @@ class Plan:
         self.config = config
         self.objects = objects or {}
         self._tasks = {task.label: task for task in config.tasks}
-        arms = itertools.product(self._tasks, config.algo, config.augment)
-        self.arms = [Arm(algorithm, augmenter, task) for task, algorithm, augmenter in arms]
-        self._plugins = {name for arm in self.arms for name in self._list_plugins(arm)}
+        methods = itertools.product(self._tasks, config.algo, config.augment)
+        arms = [Arm(algorithm, augmenter, task) for task, algorithm, augmenter in methods]
+        self._plugins = {name for arm in arms for name in self._list_plugins(arm)}
+        self._run_as = {each: run_as for arm in arms for each, run_as in self._list_variants(arm).items()}
+        self.arms = [*dict.fromkeys(self._run_as.values())]
         self.options = {arm: self._collect_options(arm) for arm in self.arms}
         """The options that the configuration gives each arm, before any are chosen."""
 
@@ -172,6 +186,24 @@ class Plan:
         tuning = self.get_tuning(arm)
         return (tuning and tuning.seeds) or self.config.seeds[:1]
 
+    def find_arm(self, arm: Arm) -> Arm | None:
+        """The arm as which one is run: where its variant changes nothing of it, it is that without the change."""
+        return self._run_as.get(arm)
+
+    def _list_variants(self, arm: Arm) -> dict[Arm, Arm]:
+        """For an arm in each variant, as which arm it is run."""
+        found: list[tuple[Options, Arm]] = []
+        run_as: dict[Arm, Arm] = {}
+        for name, options in self.config.variants.items():
+            own = {key: value for key, value in options.items() if self._concerns(arm, key)}
+            each = replace(arm, variant=name)
+            same = [known for known_options, known in found if known_options == own]
+            run_as[each] = same[0] if same else each
+            found += [] if same else [(own, each)]
+        if len(found) <= 1 and not any(own for own, _ in found):
+            return dict.fromkeys((arm, *run_as), arm)
+        return {arm: found[0][1]} | run_as
+
     def _concerns(self, arm: Arm, key: str) -> bool:
         """Whether an option concerns an arm: one that names a plugin of other arms does not."""
         owner, dot, _ = key.partition(".")
@@ -181,14 +213,17 @@ class Plan:
 
     def _collect_options(self, arm: Arm) -> Options:
         rules = [
-            rule.options
+            rule
             for rule in self.config.arms
             if rule.algo in (None, arm.algorithm)
             and rule.augment in (None, arm.augmenter)
             and rule.task in (None, arm.task)
+            and rule.variant in (None, arm.variant)
         ]
+        ordinary = [rule.options for rule in rules if rule.variant is None]
+        of_variant = [self.config.variants.get(arm.variant, {}), *(rule.options for rule in rules if rule.variant)]
         merged: Options = {}
-        for options in (self.config.options, self._tasks[arm.task].options, *rules):
+        for options in (self.config.options, self._tasks[arm.task].options, *ordinary, *of_variant):
             merged = merge_options(merged, options)
         return {key: value for key, value in merged.items() if self._concerns(arm, key)}
 
@@ -225,7 +260,7 @@ def check_plan(plan: Plan) -> None:
             raise UsageError(f"{arm}: {error}") from error
         # A plugin has two names, NAME and DIST:NAME.
         plugins = (selection.algorithm, *selection.augmenters)
-        twin = known.setdefault((arm.task, *((each.distribution, each.name) for each in plugins)), arm)
+        twin = known.setdefault((arm.task, arm.variant, *((each.distribution, each.name) for each in plugins)), arm)
         if twin != arm:
             raise UsageError(f"{twin} and {arm} are the same; leave one of them out.")
         other, theirs = first.setdefault(arm.task, (arm, selection))

@@ -125,11 +125,6 @@ class TaskResults:
         """Whether no arm has more than one seed, so that there are no intervals over seeds."""
         return all(len(each.seeds) <= 1 for each in self.arms)
 
-    @property
-    def baselines(self) -> dict[str, ArmResults]:
-        """The arms without an augmenter, by algorithm."""
-        return {each.arm.algorithm: each for each in self.arms if not each.arm.augmenters}
-
 
 @dataclass(frozen=True, eq=False)
 class Results:

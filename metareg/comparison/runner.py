@@ -350,7 +350,7 @@ def _list_names(objects: Objects) -> dict[str, list[str]]:
 
 def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:
     """How many threads each run gets: all cores are at work, also where there are fewer runs than cores."""
-    runs = len(config.algo) * len(config.augment) * len(config.tasks) * len(config.seeds)
+    runs = len(Plan(Path(), config).arms) * len(config.seeds)
     tuned = config.tune or any(task.tune for task in config.tasks)
     cores = count_cpu_cores()
     return max(1, cores // (jobs or (cores if tuned else min(cores, runs))))

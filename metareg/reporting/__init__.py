@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal, cast
 
 from metareg.comparison.archive import ARCHIVE_SUFFIX
 from metareg.errors import UnknownNameError, UsageError
@@ -13,11 +14,22 @@ from metareg.util.files import write_text
 
 __all__ = ["FORMATS", "infer_format", "report", "write_report"]
 
-FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv", "scores": ".scores.csv"}
+FORMATS = {"markdown": ".md", "html": ".html", "latex": ".tex", "csv": ".csv"} | {
+    "scores": ".scores.csv", "pairs": ".pairs.csv",
+}  # fmt: skip
 """The formats, with the suffixes of their files."""
+LAYOUTS = ("page", "paper")
 
 
-def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | None = None) -> str:
+def report(
+    folder: str | Path,
+    format: str = "markdown",
+    *,
+    inner_steps: int | None = None,
+    baseline: str | None = None,
+    layout: str = "page",
+    over: str = "seeds",
+) -> str:
     """Render the report of a comparison, finished or not.
 
     Args:
@@ -25,23 +37,39 @@ def report(folder: str | Path, format: str = "markdown", *, inner_steps: int | N
         format: one of `FORMATS`.
         inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
             after the last number that all its arms were tested after.
+        baseline: an augmenter, algorithm or variant that the others are compared with, or ``"all"`` for all pairs; by
+            default what the comparison says.
+        layout: ``"page"``, or ``"paper"`` for one table of methods and tasks with the best in bold, in LaTeX or Markdown.
+        over: what the intervals of a paper's table are over, ``"seeds"`` or ``"tasks"``.
 
     Raises:
-        UsageError: there is no comparison or no finished run in it, an unknown format, or no run was tested after
-            `inner_steps`.
+        UsageError: there is no comparison or no finished run in it, an unknown format or baseline, or no run was tested
+            after `inner_steps`.
     """
     if format not in FORMATS:
         raise UnknownNameError("format of reports", format, FORMATS)
+    if layout not in LAYOUTS:
+        raise UnknownNameError("layout", layout, LAYOUTS)
+    if over not in ("seeds", "tasks"):
+        raise UnknownNameError("interval", over, ("seeds", "tasks"), "Intervals are over seeds, or over tasks.")
+    if layout == "page" and over != "seeds":
+        raise UsageError("Intervals over tasks alone are for the layout 'paper'; pages show both.")
+    if layout == "paper" and format not in ("latex", "markdown"):
+        raise UsageError(f"The layout 'paper' is a table in latex or markdown, not in {format}.")
+    analysis = analyze_comparison(folder, inner_steps, baseline)
+    if layout == "paper":
+        return show_controls(formats.render_paper(analysis, format, cast(Literal["seeds", "tasks"], over)))
     render = getattr(formats, f"render_{format}")
-    return show_controls(render(analyze_comparison(folder, inner_steps)))
+    return show_controls(render(analysis))
 
 
 def infer_format(out: Path | None) -> str:
     """Infer the format from a file's suffix; Markdown without one, a `UsageError` for one that no format has."""
     suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
     suffix = out.suffix.lower() if out else ""
-    if out and out.name.lower().endswith(FORMATS["scores"]):
-        return "scores"
+    double = "".join(out.suffixes[-2:]).lower() if out else ""
+    if double in suffixes:
+        return suffixes[double]
     if suffix not in suffixes:
         raise UsageError(
             f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
@@ -49,12 +77,21 @@ def infer_format(out: Path | None) -> str:
     return suffixes[suffix]
 
 
-def write_report(folder: str | Path, format: str, out: Path | None = None, *, inner_steps: int | None = None) -> Path:
+def write_report(
+    folder: str | Path,
+    format: str,
+    out: Path | None = None,
+    *,
+    inner_steps: int | None = None,
+    baseline: str | None = None,
+    layout: str = "page",
+    over: str = "seeds",
+) -> Path:
     """Write a report into a file and return its path.
 
     By default it is ``report.md`` and its like in the comparison's folder, or beside the file of raw results.
     """
-    text = report(folder, format, inner_steps=inner_steps)
+    text = report(folder, format, inner_steps=inner_steps, baseline=baseline, layout=layout, over=over)
     path = _choose_file(Path(folder), FORMATS[format]) if out is None else out
     write_text(path, text)
     return path

@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
+from metareg.comparison.config import Axis, ComparisonConfig
 from metareg.comparison.plan import Arm
 from metareg.comparison.results import ArmResults, Results, TaskResults, read_results
 from metareg.comparison.statistics import Difference, Estimate, Verdict, compare, holm, over_seeds, over_tasks, verdict
+from metareg.contract.config import NO_PLUGIN
 from metareg.errors import UsageError
 from metareg.reporting.numbers import Scale, format_count
 
 __all__ = [
-    "Finding", "Pair", "Report", "analyze_comparison", "average_over_seeds", "average_over_tasks", "average_validations",
-    "describe_runs", "describe_tests", "list_findings",
+    "Finding", "Pair", "Rank", "Report", "analyze_comparison", "average_over_seeds", "average_over_tasks",
+    "average_validations", "describe_family", "describe_runs", "describe_tests", "list_findings", "rank_methods",
 ]  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An arm against the same without an augmenter."""
+    """An arm against another on the same task."""
 
     arm: Arm
+    other: Arm
+    """What it is compared with: the baseline that is otherwise the same."""
     scale: Scale
     difference: Difference
     planned: int
     """How many pairs the comparison asks for."""
     corrected: float
-    """The p value after Holm's correction."""
+    """The p value after Holm's correction over the report; where all pairs are compared, over those of its task."""
     verdict: Verdict
 
     @property
@@ -48,12 +55,16 @@ class Report:
     """A comparison with its statistics."""
 
     results: Results
+    baseline: str
+    """What arms are compared with: the name of an augmenter, an algorithm or a variant, or ``"all"``."""
+    axis: Axis
+    """What the baseline is one of."""
     inner_steps: int | None
     """The number of inner steps that was asked for."""
     headline: Mapping[str, int]
     """For each task with results, the number of inner steps that pairs are compared after."""
     pairs: Sequence[Pair]
-    """In the order of the tasks, algorithms and augmenters; those without a pair of seeds among them."""
+    """In the order of the tasks and arms; those without a pair of seeds among them."""
 
     @property
     def title(self) -> str:
@@ -72,33 +83,71 @@ class Report:
         return [task for task in self.results.tasks if task.label in self.headline]
 
     @property
-    def augmenters(self) -> list[str]:
-        """All of them in the comparison's order, ``none`` among them."""
-        return self.results.plan.config.augment
+    def settings(self) -> list[str]:
+        """What stands beside algorithms, augmenters and variants, in the comparison's order."""
+        return [*dict.fromkeys(arm.setting for arm in self.results.plan.arms)]
+
+    @property
+    def setting_heading(self) -> str:
+        """What a column of settings holds."""
+        return "augmenter, variant" if self.results.plan.config.variants else "augmenter"
+
+    @property
+    def has_single_setting(self) -> bool:
+        """Whether algorithms alone are compared, several of them."""
+        return len(self.settings) == 1 and len(self.results.plan.config.algo) > 1
+
+    @property
+    def series(self) -> list[str]:
+        """What figures tell apart by colour: settings, or algorithms where these alone are compared."""
+        return self.results.plan.config.algo if self.has_single_setting else self.settings
+
+    @property
+    def against(self) -> str:
+        """The baseline in a sentence."""
+        return "each other" if self.axis == "all" else self.baseline
+
+    def get_series(self, arm: Arm) -> str:
+        """Which of `series` an arm is."""
+        return arm.algorithm if self.has_single_setting else arm.setting
+
+    def find_baseline(self, arm: Arm) -> Arm | None:
+        """What an arm is measured against: itself where it is a baseline, None where the comparison lacks that one.
+
+        Where all pairs are compared, it is the task's first arm.
+        """
+        plan = self.results.plan
+        if self.axis == "all":
+            return next(each for each in plan.arms if each.task == arm.task)
+        return plan.find_arm(replace(arm, **{self.axis: self.baseline}))
 
 
-def analyze_comparison(folder: str | Path, inner_steps: int | None = None) -> Report:
+def analyze_comparison(path: str | Path, inner_steps: int | None = None, baseline: str | None = None) -> Report:
     """Read a comparison and compare what it holds; arguments as in `metareg.report`.
 
     Raises:
-        UsageError: there is no comparison, none of its runs has finished, or no run was tested after `inner_steps`.
+        UsageError: there is no comparison, none of its runs has finished, no run was tested after `inner_steps`, or the
+            comparison has no such baseline.
     """
-    found = read_results(folder)
+    found = read_results(path)
     if not found.finished:
         raise UsageError(
-            f"No run of the comparison at {folder} has finished ({_count_states(found)}); a report needs at least one."
+            f"No run of the comparison at {path} has finished ({_count_states(found)}); a report needs at least one."
         )
+    config = found.plan.config
+    baseline = baseline or config.baseline or _choose_baseline(config)
     headline = _choose_inner_steps(found, inner_steps)
-    pairs = [
-        pair for task in found.tasks if task.label in headline for pair in _compare_pairs(task, headline[task.label])
-    ]
-    corrected = holm([difference.p for *_, difference in pairs])
-    judged = []
-    for (task, each, difference), p in zip(pairs, corrected, strict=True):
+    axis = "augmenter" if baseline == NO_PLUGIN else config.find_axis(baseline)
+    report = Report(found, baseline, axis, inner_steps, headline, [])
+    compared = [(task, *pair) for task in report.tasks for pair in _compare_pairs(report, task)]
+    families = [task.label if report.axis == "all" else "" for task, *_ in compared]
+    corrected = _correct(families, [difference.p for *_, difference in compared])
+    pairs = []
+    for (task, one, other, difference), p in zip(compared, corrected, strict=True):
         words = verdict(difference, p, higher_is_better=task.higher_is_better)
         scale = Scale(task.metric, task.higher_is_better)
-        judged.append(Pair(each.arm, scale, difference, each.planned, p, words))
-    return Report(found, inner_steps, headline, judged)
+        pairs.append(Pair(one.arm, other.arm, scale, difference, one.planned, p, words))
+    return replace(report, pairs=pairs)
 
 
 def average_over_seeds(results: ArmResults, inner_steps: int) -> Estimate:
@@ -118,14 +167,31 @@ def average_validations(results: ArmResults) -> dict[int, Estimate]:
     return {step: over_seeds([curve[step] for curve in curves]) for step in sorted(shared)}
 
 
-def _compare_pairs(task: TaskResults, inner_steps: int) -> list[tuple[TaskResults, ArmResults, Difference]]:
-    pairs = []
-    for each in task.arms:
-        none = task.baselines.get(each.arm.algorithm)
-        if none is not None and each is not none:
-            scores = each.outcomes(inner_steps), none.outcomes(inner_steps)
-            pairs.append((task, each, compare(*scores, higher_is_better=task.higher_is_better)))
-    return pairs
+def _choose_baseline(config: ComparisonConfig) -> str:
+    """The baseline of a comparison that names none: no augmenter where there are others, or else the first variant."""
+    if config.variants and config.augment == [NO_PLUGIN]:
+        return next(iter(config.variants))
+    return NO_PLUGIN
+
+
+def _compare_pairs(report: Report, task: TaskResults) -> Iterator[tuple[ArmResults, ArmResults, Difference]]:
+    """Every arm against its baseline, or against every arm before it."""
+    inner_steps, arms = report.headline[task.label], {each.arm: each for each in task.arms}
+    for place, (arm, each) in enumerate(arms.items()):
+        baseline = report.find_baseline(arm)
+        others = task.arms[:place] if report.axis == "all" else [arms[baseline]] if baseline not in (None, arm) else []
+        for other in others:
+            scores = each.outcomes(inner_steps), other.outcomes(inner_steps)
+            yield each, other, compare(*scores, higher_is_better=task.higher_is_better)
+
+
+def _correct(families: Sequence[str], p: Sequence[float]) -> list[float]:
+    """Correct each family's p values by themselves, in the order that they are given in."""
+    corrected = np.full(len(p), np.nan)
+    for family in dict.fromkeys(families):
+        places = [place for place, name in enumerate(families) if name == family]
+        corrected[places] = holm([p[place] for place in places])
+    return corrected.tolist()
 
 
 def _choose_inner_steps(found: Results, wanted: int | None) -> dict[str, int]:
@@ -152,12 +218,24 @@ def _count_states(found: Results) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """An augmenter against none over the whole comparison."""
+    """What one augmenter, algorithm or variant is against the baseline, or which method leads on a task."""
 
-    augmenter: str
+    name: str
     sentence: str
-    tasks: Sequence[str]
-    """A line for each task: with which algorithms it is what."""
+    lines: Sequence[str]
+    """More of it: for each task, with what it is better or worse."""
+
+
+@dataclass(frozen=True)
+class Rank:
+    """A method's place on a task."""
+
+    arm: Arm
+    scale: Scale
+    mean: Estimate
+    """With its interval over seeds, or over tasks where no arm has several seeds."""
+    better_than: Sequence[Arm]
+    """The others that it is shown to be better than, the best first."""
 
 
 def describe_runs(report: Report) -> str:
@@ -165,33 +243,72 @@ def describe_runs(report: Report) -> str:
     found, config = report.results, report.results.plan.config
     tasks, seeds = format_count(len(config.tasks), "task"), format_count(len(config.seeds), "seed")
     diverged = f"; {found.diverged} diverged" if found.diverged else ""
+    variants = f", each as {_join_names([*config.variants])}," if config.variants else ""
     return (
-        f"{format_count(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_join_names(config.augment)} on "
-        f"{tasks}, {seeds} each: {found.finished} of {found.planned} runs "
+        f"{format_count(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_join_names(config.augment)}"
+        f"{variants} on {tasks}, {seeds} each: {found.finished} of {found.planned} runs "
         f"{'has' if found.finished == 1 else 'have'} finished{diverged}."
     )
 
 
 def list_findings(report: Report) -> list[Finding]:
-    """List what each augmenter does, in the comparison's order."""
+    """List what each augmenter, algorithm or variant is against the baseline; of all pairs, which method leads where."""
+    if report.axis == "all":
+        return [_find_leader(report, task) for task in report.tasks]
+    groups: dict[str, list[Pair]] = {}
+    for pair in report.pairs:
+        groups.setdefault(getattr(pair.arm, report.axis), []).append(pair)
     found = []
-    for augmenter in report.augmenters:
-        pairs = [pair for pair in report.pairs if pair.arm.augmenter == augmenter]
-        if pairs:
-            counts = [f"{each.value} in {len(members)}" for each, members in _group_by_verdict(pairs)]
-            sentence = f"Against none: {', '.join(counts)} of {format_count(len(pairs), 'comparison')}."
-            tasks = [
-                _describe_task(task, [pair for pair in pairs if pair.arm.task == task])
-                for task in dict.fromkeys(pair.arm.task for pair in pairs)
-            ]
-            found.append(Finding(augmenter, sentence, tasks))
+    for name, pairs in groups.items():
+        counts = [f"{each.value} in {len(members)}" for each, members in _group_by_verdict(pairs)]
+        sentence = f"Against {report.against}: {', '.join(counts)} of {format_count(len(pairs), 'comparison')}."
+        lines = [
+            _describe_task(report, task, [pair for pair in pairs if pair.arm.task == task])
+            for task in dict.fromkeys(pair.arm.task for pair in pairs)
+        ]
+        found.append(Finding(name, sentence, lines))
     return found
+
+
+def rank_methods(report: Report, task: TaskResults) -> list[Rank]:
+    """The arms of a task with a score, the best mean first, and which of the others each is shown to be better than."""
+    scale, inner_steps = Scale(task.metric, task.higher_is_better), report.headline[task.label]
+    average = average_over_tasks if task.single else average_over_seeds
+    shown: dict[Arm, list[Arm]] = {each.arm: [] for each in task.arms}
+    for pair in report.pairs:
+        if pair.arm.task == task.label and pair.verdict in (Verdict.BETTER, Verdict.WORSE):
+            ends = (pair.arm, pair.other) if pair.verdict is Verdict.BETTER else (pair.other, pair.arm)
+            shown[ends[0]].append(ends[1])
+    means = {each.arm: average(each, inner_steps) for each in task.arms}
+    known = [arm for arm, mean in means.items() if math.isfinite(mean.mean)]
+    known.sort(key=lambda arm: means[arm].mean, reverse=scale.higher_is_better)
+    return [Rank(arm, scale, means[arm], [other for other in known if other in shown[arm]]) for arm in known]
+
+
+def _find_leader(report: Report, task: TaskResults) -> Finding:
+    ranks = rank_methods(report, task)
+    best = ranks[0]
+    others, count = format_count(len(ranks) - 1, "other"), len(best.better_than)
+    shown = (
+        f"shown to be better than {count} of the {others}"
+        if count
+        else f"not shown to be better than any of the {others}"
+    )
+    names = [other.arm.name for other in ranks[1:] if other.arm not in best.better_than]
+    rest = [f"Not shown to be worse than it: {_join_names(names)}."] if names and count else []
+    return Finding(
+        task.label, f"{best.arm.name} has the best mean, {best.scale.format_estimate(best.mean)}, and is {shown}.", rest
+    )
 
 
 def describe_tests(report: Report) -> str:
     """Say what the verdicts rest on."""
     if not report.pairs:
-        return "No algorithm was run both with an augmenter and without one, so that there is no difference to show."
+        if report.baseline == NO_PLUGIN:
+            return (
+                "No algorithm was run both with an augmenter and without one, so that there is no difference to show."
+            )
+        return f"Nothing was run beside {report.baseline}, so that there is no difference to show."
     after = _describe_inner_steps(report)
     if not report.family_size:
         reasons = dict.fromkeys(pair.difference.untested for pair in report.pairs)
@@ -208,9 +325,19 @@ def describe_tests(report: Report) -> str:
     )
     return (
         f"{after} Better and worse are what a paired t test over seeds shows at the 5 % level after Holm's correction "
-        f"over {format_count(report.family_size, 'tested comparison')}. No difference shown does not say that there is none."
+        f"over {describe_family(report)}. No difference shown does not say that there is none."
         f"{unfinished}"
     )
+
+
+def describe_family(report: Report) -> str:
+    """Say which comparisons Holm's correction covers."""
+    if report.axis != "all":
+        return format_count(report.family_size, "tested comparison")
+    tested = Counter(pair.arm.task for pair in report.pairs if not pair.difference.untested)
+    sizes = sorted({*tested.values()})
+    numbers = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
+    return f"all {numbers} tested pairs of a task, for each task by itself"
 
 
 def _describe_inner_steps(report: Report) -> str:
@@ -231,13 +358,22 @@ def _describe_inner_steps(report: Report) -> str:
     return f"The scores are those after {'; '.join(numbers)}.{untested}"
 
 
-def _describe_task(task: str, pairs: Sequence[Pair]) -> str:
+def _describe_task(report: Report, task: str, pairs: Sequence[Pair]) -> str:
     """As 'sinusoid: better (lower mse) with maml; no difference shown with anil and boil.'"""
-    parts = [
-        f"{_describe_verdict(each, members[0])} with {_join_names([pair.arm.algorithm for pair in members])}"
-        for each, members in _group_by_verdict(pairs)
-    ]
+    parts = []
+    for each, members in _group_by_verdict(pairs):
+        rest = [*dict.fromkeys(filter(None, (_name_rest(report, pair.arm) for pair in members)))]
+        parts.append(_describe_verdict(each, members[0]) + (f" with {_join_names(rest)}" if rest else ""))
     return f"{task}: {'; '.join(parts)}."
+
+
+def _name_rest(report: Report, arm: Arm) -> str:
+    """What an arm and its baseline have in common; empty where that is the same for all."""
+    if report.axis == "augmenter":
+        return replace(arm, augmenter=NO_PLUGIN).name
+    if report.axis == "variant":
+        return replace(arm, variant="").name
+    return "" if report.has_single_setting else arm.setting
 
 
 def _describe_verdict(verdict: Verdict, pair: Pair) -> str:

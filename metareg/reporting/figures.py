@@ -23,12 +23,19 @@ from numpy.typing import NDArray
 from metareg.comparison.plan import Arm
 from metareg.comparison.results import TaskResults
 from metareg.comparison.statistics import Estimate, Verdict
-from metareg.reporting.analysis import Pair, Report, average_over_seeds, average_over_tasks, average_validations
+from metareg.reporting.analysis import (
+    Pair,
+    Report,
+    average_over_seeds,
+    average_over_tasks,
+    average_validations,
+    rank_methods,
+)
 from metareg.reporting.numbers import MISSING, Scale, format_significant
 from metareg.reporting.tables import describe_verdict
 from metareg.util.plotting import COLOURS, GRID, INK, PAPER, SOFT, STYLE, create_axes, set_log_scale
 
-__all__ = ["draw_costs", "draw_differences", "draw_inner_steps", "draw_key", "draw_learning_curves"]
+__all__ = ["draw_costs", "draw_differences", "draw_inner_steps", "draw_key", "draw_learning_curves", "draw_ranking"]
 
 _STYLE = STYLE | {
     "axes.titlesize": 12.5, "axes.titleweight": "bold", "figure.titlesize": 12.5, "figure.titleweight": "bold",
@@ -51,11 +58,11 @@ _Curve = Mapping[int, Estimate]
 
 
 @rc_context(_STYLE)
-def draw_key(report: Report, augmenter: str, section: str) -> Markup:
-    """Draw an augmenter's line and marker for the legend of a section."""
+def draw_key(report: Report, name: str, section: str) -> Markup:
+    """Draw the line and marker of one of the report's series for the legend of a section."""
     figure = Figure(figsize=(28 * _PIXEL, 14 * _PIXEL))
-    figure.add_artist(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **_choose_style(report, augmenter)))
-    return _write_svg(figure, f"{augmenter} in {section}")
+    figure.add_artist(Line2D([0.05, 0.5, 0.95], [0.5] * 3, markevery=[1], **_choose_style(report, name)))
+    return _write_svg(figure, f"{name} in {section}")
 
 
 @rc_context(_STYLE)
@@ -63,8 +70,8 @@ def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
     """Draw the metric in validation against training steps: the mean over seeds and its interval as a band."""
 
     def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
-        for augmenter, curve in curves.items():
-            style = _choose_style(report, augmenter)
+        for name, curve in curves.items():
+            style = _choose_style(report, name)
             steps, (mean, half) = list(curve), _to_arrays(curve.values())
             axes.fill_between(steps, mean - half, mean + half, color=style["color"], alpha=0.14, linewidth=0)
             axes.plot(steps, mean, markersize=5, markevery=max(1, len(steps) // 10), **style)
@@ -72,7 +79,7 @@ def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
         axes.locator_params(axis="x", nbins=5)
 
     curves = {each.arm: average_validations(each) for each in task.arms}
-    return _draw_panels(task, curves, draw, "training step", "in validation against training steps")
+    return _draw_panels(report, task, curves, draw, "training step", "in validation against training steps")
 
 
 @rc_context(_STYLE)
@@ -81,8 +88,8 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
 
     def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
         gap = min(0.1, 0.8 / len(curves))
-        for number, (augmenter, curve) in enumerate(curves.items()):
-            style = _choose_style(report, augmenter)
+        for number, (name, curve) in enumerate(curves.items()):
+            style = _choose_style(report, name)
             places = np.array([task.inner_steps.index(int(step)) for step in curve], dtype=float)
             places += gap * (number - (len(curves) - 1) / 2)
             mean, half = _to_arrays(curve.values())
@@ -94,27 +101,52 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
 
     estimate = average_over_tasks if task.single else average_over_seeds
     curves = {each.arm: {step: estimate(each, step) for step in each.inner_steps} for each in task.arms}
-    return _draw_panels(task, curves, draw, "inner steps", "on test tasks against the number of inner steps")
+    return _draw_panels(report, task, curves, draw, "inner steps", "on test tasks against the number of inner steps")
 
 
 @rc_context(_STYLE)
 def draw_differences(report: Report, task: TaskResults) -> Markup | None:
-    """Draw the paired differences of a task with their intervals, one row per pair; None without a difference."""
+    """Draw the paired differences of a task with their intervals, one row per pair; None where there is none to show."""
     pairs = [pair for pair in report.pairs if pair.arm.task == task.label]
-    if not any(pair.difference.by_seed for pair in pairs):
+    if report.axis == "all" or not any(pair.difference.by_seed for pair in pairs):
         return None
     scale = Scale(task.metric, task.higher_is_better)
     figure, axes, rows = _create_rows([pair.arm for pair in pairs], _WIDE)
     axes.axvline(0, color=SOFT, linewidth=1)
     axes.set_xlim(*(scale.factor * end for end in _choose_horizontal_limits(pairs)))
     for row, pair in zip(rows, pairs, strict=True):
-        _draw_difference(axes, row, pair, scale.factor, _choose_style(report, pair.arm.augmenter))
+        _draw_difference(axes, row, pair, scale.factor, _choose_style(report, report.get_series(pair.arm)))
     unit = "percentage points" if scale.percent else scale.metric
     axes.set_xlabel(f"{unit} (better →)" if scale.higher_is_better else f"{unit} (← better)")
     axes.locator_params(axis="x", nbins=5)
     axes.xaxis.set_major_formatter("{x:.6g}")
-    title = f"Paired differences on {task.label}, augmenter minus none, in {scale.difference_heading}"
+    title = f"Paired differences on {task.label}, {report.axis} minus {report.baseline}, in {scale.difference_heading}"
     return _write_svg(figure, title, f"{'; '.join(map(_describe_difference, pairs))}.")
+
+
+@rc_context(_STYLE)
+def draw_ranking(report: Report, task: TaskResults) -> Markup | None:
+    """Draw the means of a task's methods with their intervals, the best first; None unless all pairs are compared."""
+    if report.axis != "all":
+        return None
+    ranks = rank_methods(report, task)
+    scale = Scale(task.metric, task.higher_is_better)
+    figure, axes = create_axes(_WIDE * _PIXEL, (_ROW * len(ranks) + 48) * _PIXEL)
+    axes.set_yticks(range(len(ranks)), [_shorten(rank.arm.name) for rank in ranks])
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(len(ranks) - 0.4, -0.6)
+    axes.grid(axis="y", visible=False)
+    axes.spines["left"].set_visible(False)
+    means, halves = scale.factor * _to_arrays(rank.mean for rank in ranks)
+    halves = np.nan_to_num(halves)
+    if not scale.higher_is_better and means.min() > 0 and means.max() > 5 * means.min():
+        axes.set_xscale("log")
+    places = np.arange(len(ranks))
+    axes.hlines(places, means - halves, means + halves, color=COLOURS[0], linewidth=2)
+    axes.plot(means, places, "o", color=COLOURS[0])
+    axes.set_xlabel(f"{scale.heading} (better →)" if scale.higher_is_better else f"{scale.heading} (← better)")
+    texts = (f"{rank.arm.name} {scale.format_estimate(rank.mean)}" for rank in ranks)
+    return _write_svg(figure, f"Methods on {task.label}, the best first, in {scale.heading}", f"{'; '.join(texts)}.")
 
 
 @rc_context(_STYLE)
@@ -131,13 +163,17 @@ def draw_costs(report: Report, task: TaskResults) -> list[Markup]:
 
 
 def _draw_panels(
+    report: Report,
     task: TaskResults,
     curves: Mapping[Arm, _Curve],
     draw: Callable[[Axes, Mapping[str, _Curve]], None],
     label: str,
     what: str,
 ) -> list[Markup]:
-    """Draw one panel per algorithm, all with the same vertical axis; none where the curves have a single point across."""
+    """Draw one panel per algorithm, or for algorithms alone one for all of them, all with the same vertical axis.
+
+    There is none where the curves have a single point across.
+    """
     scale = Scale(task.metric, task.higher_is_better)
     panels: dict[str, dict[str, _Curve]] = {}
     for arm, curve in curves.items():
@@ -147,13 +183,14 @@ def _draw_panels(
             if math.isfinite(each.mean)
         }
         if finite:
-            panels.setdefault(arm.algorithm, {})[arm.augmenter] = finite
+            title = "all algorithms" if report.has_single_setting else arm.algorithm
+            panels.setdefault(title, {})[report.get_series(arm)] = finite
     shown = [curve for panel in panels.values() for curve in panel.values()]
     if len({x for curve in shown for x in curve}) < 2:
         return []
     low, high, log = _choose_vertical_limits([each for curve in shown for each in curve.values()], scale)
     drawings = []
-    for algorithm, panel in panels.items():
+    for name, panel in panels.items():
         figure, axes = create_axes(_WIDTH * _PIXEL, _HEIGHT * _PIXEL)
         axes.set_ylim(low, high)
         if log:
@@ -163,9 +200,9 @@ def _draw_panels(
             axes.yaxis.set_major_formatter("{x:.6g}")
         draw(axes, panel)
         axes.grid(axis="x", visible=False)
-        axes.set(title=algorithm, xlabel=label, ylabel=f"{scale.heading}, log scale" if log else scale.heading)
-        ends = ", ".join(f"{name} {format_significant([*curve.values()][-1].mean)}" for name, curve in panel.items())
-        title = f"{algorithm} on {task.label}: {task.metric} {what}"
+        axes.set(title=name, xlabel=label, ylabel=f"{scale.heading}, log scale" if log else scale.heading)
+        ends = ", ".join(f"{each} {format_significant([*curve.values()][-1].mean)}" for each, curve in panel.items())
+        title = f"{name} on {task.label}: {task.metric} {what}"
         drawings.append(_write_svg(figure, title, f"At the end, in {scale.heading}: {ends}."))
     return drawings
 
@@ -200,7 +237,7 @@ def _create_rows(arms: Iterable[Arm], width: int) -> tuple[Figure, Axes, list[in
         labels.append((algorithm, True))
         for arm in group:
             rows.append(len(labels))
-            labels.append((arm.augmenter, False))
+            labels.append((arm.setting, False))
     figure, axes = create_axes(width * _PIXEL, (_ROW * len(labels) + 48) * _PIXEL)
     axes.set_yticks(range(len(labels)), [_shorten(label) for label, _ in labels])
     axes.tick_params(axis="y", length=0)
@@ -250,7 +287,7 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     for row, each, values in zip(rows, task.arms, known, strict=True):
         mean = values.mean() if values.size else 0.0
         text = format_significant(mean) if values.size else MISSING
-        bars = axes.barh(row, mean, 0.6, color=_choose_style(report, each.arm.augmenter)["color"], alpha=0.8)
+        bars = axes.barh(row, mean, 0.6, color=_choose_style(report, report.get_series(each.arm))["color"], alpha=0.8)
         axes.bar_label(bars, [text], padding=5)
         axes.hlines(row, values.min(initial=mean), values.max(initial=mean), color=INK, linewidth=1.2)
         labels.append(f"{each.arm.name} {text}")
@@ -265,18 +302,19 @@ def _describe_difference(pair: Pair) -> str:
     if pair.difference.by_seed:
         over = " over test tasks, one seed" if pair.has_single_seed else ""
         text = f"{pair.scale.format_difference(pair.estimate)} ({pair.scale.format_interval(pair.estimate)}{over})"
-    return f"{pair.arm.algorithm} {pair.arm.augmenter} {text}, {describe_verdict(pair)}"
+    return f"{pair.arm.algorithm} {pair.arm.setting} {text}, {describe_verdict(pair)}"
 
 
 # ------------------------------------------------------------------------------------------------------------- elements
 
 
-def _choose_style(report: Report, augmenter: str) -> dict[str, Any]:
-    """An augmenter's line and marker, the same in every figure; where colours repeat, the markers do not."""
-    if augmenter == "none":
+def _choose_style(report: Report, name: str) -> dict[str, Any]:
+    """The line and marker of one of the report's series, the same in every figure; where colours repeat, markers do not."""
+    first = "none" if "none" in report.series else ""
+    if name == first:
         return {"color": COLOURS[0], "marker": _MARKERS[0], "linestyle": _DASHES[0]}
     count = len(COLOURS) - 1
-    cycle, place = divmod([name for name in report.augmenters if name != "none"].index(augmenter), count)
+    cycle, place = divmod([each for each in report.series if each != first].index(name), count)
     shape = 1 + (place + cycle) % count
     return {"color": COLOURS[1 + place], "marker": _MARKERS[shape], "linestyle": _DASHES[shape]}
 

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markdown_it import MarkdownIt
@@ -19,9 +19,18 @@ from metareg.comparison.statistics import Verdict, over_tasks
 from metareg.printable import format_csv
 from metareg.reporting import tables
 from metareg.reporting.analysis import Report, describe_runs, describe_tests, list_findings
+from metareg.reporting.paper import build_paper_table
 from metareg.reporting.tables import Table
 
-__all__ = ["render_csv", "render_html", "render_latex", "render_markdown", "render_scores"]
+__all__ = [
+    "render_csv",
+    "render_html",
+    "render_latex",
+    "render_markdown",
+    "render_pairs",
+    "render_paper",
+    "render_scores",
+]
 
 
 def _render(name: str, report: Report, escape: Callable[[str], str], *, delimiters: Any = None, **values: Any) -> str:
@@ -58,7 +67,8 @@ def _describe(report: Report) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------------ CSV
 
 _CSV_COLUMNS = (
-    "task", "algorithm", "augmenter", "seed", "inner_steps", "metric", "higher_is_better", "mean", "ci95", "tasks",
+    "task", "algorithm", "augmenter", "variant", "seed", "inner_steps", "metric", "higher_is_better", "mean", "ci95",
+    "tasks",
 )  # fmt: skip
 
 
@@ -71,7 +81,7 @@ def render_csv(report: Report) -> str:
     for task in report.tasks:
         better = str(task.higher_is_better).lower()
         for each in task.arms:
-            arm = (task.label, each.arm.algorithm, each.arm.augmenter)
+            arm = (task.label, each.arm.algorithm, each.arm.augmenter, each.arm.variant)
             for number in each.inner_steps:
                 for seed, scores in each.by_seed(number).items():
                     test = (float(scores.mean()), over_tasks([scores]).half, len(scores))
@@ -79,7 +89,7 @@ def render_csv(report: Report) -> str:
     return format_csv(rows)
 
 
-_SCORE_COLUMNS = ("task", "algorithm", "augmenter", "seed", "inner_steps", "test_task", "score")
+_SCORE_COLUMNS = ("task", "algorithm", "augmenter", "variant", "seed", "inner_steps", "test_task", "score")
 
 
 def render_scores(report: Report) -> str:
@@ -89,8 +99,24 @@ def render_scores(report: Report) -> str:
         for each in task.arms:
             for number in each.inner_steps:
                 for seed, scores in each.by_seed(number).items():
-                    run = (task.label, each.arm.algorithm, each.arm.augmenter, seed, number)
+                    run = (task.label, each.arm.algorithm, each.arm.augmenter, each.arm.variant, seed, number)
                     rows += ((*run, place, score) for place, score in enumerate(scores.tolist()))
+    return format_csv(rows)
+
+
+_PAIR_COLUMNS = (
+    "task", "inner_steps", "method", "minus", "difference", "low", "high", "seeds", "in_favour", "p", "p_holm", "verdict",
+)  # fmt: skip
+
+
+def render_pairs(report: Report) -> str:
+    """Render a row for every pair that is compared: the difference with its 95 % interval over seeds, and the test."""
+    rows: list[Sequence[object]] = [_PAIR_COLUMNS]
+    for pair in report.pairs:
+        found, estimate = pair.difference, pair.difference.over_seeds
+        names = (pair.arm.task, report.headline[pair.arm.task], pair.arm.name, pair.other.name)
+        numbers = (estimate.mean, estimate.low, estimate.high, found.pairs, found.in_favour, found.p, pair.corrected)
+        rows.append((*names, *numbers, pair.verdict.value))
     return format_csv(rows)
 
 
@@ -112,7 +138,7 @@ def _escape_markdown(text: str) -> str:
 # ----------------------------------------------------------------------------------------------------------------- HTML
 
 _MOST_COLUMNS = 4
-"""How many augmenters a page has room for side by side."""
+"""How many settings a page has room for side by side."""
 
 _VERDICT_SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
 
@@ -149,6 +175,7 @@ def render_html(report: Report) -> str:
         explain_verdict=tables.explain_verdict,
         differences=draw("differences"),
         inner_steps=inner_steps,
+        ranking=draw("ranking"),
         curves=draw("learning_curves"),
         costs=draw("costs"),
         draw_key=partial(figures.draw_key, report),
@@ -157,15 +184,15 @@ def render_html(report: Report) -> str:
 
 
 def _arrange_verdicts(report: Report) -> dict[str, Any]:
-    """Lay out every pair's verdict: algorithms down and augmenters across, or many augmenters down."""
+    """Lay out every pair's verdict: algorithms down and settings across, or many settings down."""
     algorithms = list(dict.fromkeys(pair.arm.algorithm for pair in report.pairs))
-    augmenters = list(dict.fromkeys(pair.arm.augmenter for pair in report.pairs))
+    settings = list(dict.fromkeys(pair.arm.setting for pair in report.pairs))
     layout = {"tasks": {pair.arm.task: pair.scale for pair in report.pairs}}
-    if len(augmenters) > _MOST_COLUMNS:
-        pairs = {(pair.arm.task, pair.arm.augmenter, pair.arm.algorithm): pair for pair in report.pairs}
-        return layout | {"corner": "augmenter", "rows": augmenters, "columns": algorithms, "pairs": pairs}
-    pairs = {(pair.arm.task, pair.arm.algorithm, pair.arm.augmenter): pair for pair in report.pairs}
-    return layout | {"corner": "algorithm", "rows": algorithms, "columns": augmenters, "pairs": pairs}
+    if len(settings) > _MOST_COLUMNS:
+        pairs = {(pair.arm.task, pair.arm.setting, pair.arm.algorithm): pair for pair in report.pairs}
+        return layout | {"corner": report.setting_heading, "rows": settings, "columns": algorithms, "pairs": pairs}
+    pairs = {(pair.arm.task, pair.arm.algorithm, pair.arm.setting): pair for pair in report.pairs}
+    return layout | {"corner": "algorithm", "rows": algorithms, "columns": settings, "pairs": pairs}
 
 
 # ---------------------------------------------------------------------------------------------------------------- LaTeX
@@ -185,6 +212,7 @@ _LATEX_SIGNS = {
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\ensuremath{<}", ">": r"\ensuremath{>}",
     "|": r"\textbar{}", '"': "''", "±": r"\ensuremath{\pm}", "\N{MINUS SIGN}": r"\ensuremath{-}",
     "–": "--", "×": r"\ensuremath{\times}", "…": r"\ldots{}", "→": r"\ensuremath{\to}", "←": r"\ensuremath{\gets}",
+    "↑": r"\ensuremath{\uparrow}", "↓": r"\ensuremath{\downarrow}",
     "≤": r"\ensuremath{\le}", "≥": r"\ensuremath{\ge}", "≈": r"\ensuremath{\approx}", "∞": r"\ensuremath{\infty}",
     **{sign: rf"\ensuremath{{\{name}}}" for sign, name in zip(_GREEK, _GREEK_NAMES.split(), strict=True)},
     **dict(zip("οΑΒΕΖΗΙΚΜΝΟΡΤΧ", "oABEZHIKMNOPTX", strict=True)),
@@ -208,12 +236,26 @@ def render_latex(report: Report) -> str:
         for name, what, table in (
             ("results", "Results", tables.build_results(report, task)),
             ("differences", "Paired differences", differences and _drop_columns(differences)),
-            ("costs", "Time and memory", tables.build_costs(task)),
+            ("ranking", "Ranking", tables.build_ranking(report, task)),
+            ("costs", "Time and memory", tables.build_costs(report, task)),
         ):
             if table is not None:
                 label = f"tab:{name}-{number}"
                 entries.append((what, label, table, first.setdefault(table.key, label)))
     return _render("report.tex", report, _escape_latex, delimiters=_DELIMITERS, entries=entries)
+
+
+def render_paper(report: Report, format: str, over: Literal["seeds", "tasks"]) -> str:
+    """Render one table of methods and tasks in LaTeX or Markdown."""
+    latex = format == "latex"
+    escape, bold = (_escape_latex, (r"\textbf{", "}")) if latex else (_escape_markdown, ("**", "**"))
+    table = build_paper_table(report, over)
+    rows = [
+        (name, [cell.mark_up(escape, bold) for cell in cells])
+        for name, cells in zip(table.methods, table.cells, strict=True)
+    ]
+    name, delimiters = ("paper.tex", _DELIMITERS) if latex else ("paper.md", None)
+    return _render(name, report, escape, delimiters=delimiters, table=table, rows=rows)
 
 
 def _drop_columns(table: Table) -> Table:

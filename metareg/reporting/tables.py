@@ -9,13 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
-from metareg.comparison.statistics import ALPHA
-from metareg.reporting.analysis import Pair, Report, average_over_seeds, average_over_tasks, average_validations
+from metareg.comparison.statistics import ALPHA, Verdict
+from metareg.reporting.analysis import (
+    Pair,
+    Report,
+    average_over_seeds,
+    average_over_tasks,
+    average_validations,
+    describe_family,
+    rank_methods,
+)
 from metareg.reporting.numbers import MISSING, Scale, format_count, format_p_value, format_significant
 
 __all__ = [
-    "Table", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps", "build_overview",
-    "build_results", "build_settings", "build_validations", "describe_verdict", "explain_verdict", "format_seeds_in_favour",
+    "Table", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps",
+    "build_overview", "build_ranking", "build_results", "build_settings", "build_validations",
+    "describe_verdict", "explain_verdict", "format_seeds_in_favour",
 ]  # fmt: skip
 
 _LONGEST_REASON = 400
@@ -49,10 +58,11 @@ def build_all(report: Report) -> dict[str, list[Table]]:
     """Build the tables of all tasks, by what they show."""
     found: dict[str, list[Table | None]] = {
         "results": [build_results(report, task) for task in report.tasks],
+        "ranking": [build_ranking(report, task) for task in report.tasks],
         "differences": [build_differences(report, task) for task in report.tasks],
-        "validations": [build_validations(task) for task in report.tasks],
-        "costs": [build_costs(task) for task in report.tasks],
-        "settings": [build_settings(task) for task in report.results.tasks],
+        "validations": [build_validations(report, task) for task in report.tasks],
+        "costs": [build_costs(report, task) for task in report.tasks],
+        "settings": [build_settings(report, task) for task in report.results.tasks],
     }
     return {name: [table for table in each if table] for name, each in found.items()}
 
@@ -65,8 +75,13 @@ def build_results(report: Report, task: TaskResults) -> Table:
         seeds = str(each.planned) if len(each.seeds) == each.planned else f"{len(each.seeds)} of {each.planned}"
         means = [_format_mean(each, scale, number, of_tasks=of_tasks) for number in task.inner_steps]
         of_models = [] if of_tasks else [scale.format_half_width(average_over_tasks(each, headline))]
-        rows.append([each.arm.algorithm, each.arm.augmenter, seeds, *means, *of_models])
-    columns = ["algorithm", "augmenter", "seeds", *(format_count(number, "step") for number in task.inner_steps)]
+        rows.append([each.arm.algorithm, each.arm.setting, seeds, *means, *of_models])
+    columns = [
+        "algorithm",
+        report.setting_heading,
+        "seeds",
+        *(format_count(number, "step") for number in task.inner_steps),
+    ]
     note = f"{_capitalize(scale.heading)} on the test tasks after so many inner steps, {scale.direction}. "
     if of_tasks:
         note += (
@@ -90,9 +105,14 @@ def build_results(report: Report, task: TaskResults) -> Table:
 
 
 def build_differences(report: Report, task: TaskResults) -> Table | None:
-    """Tabulate every augmenter against none on a task; None where no pair of arms is there to be compared."""
-    pairs = [pair for pair in report.pairs if pair.arm.task == task.label]
-    if not pairs:
+    """Tabulate every arm against its baseline on a task; None where no pair of arms is there to be compared.
+
+    Of all pairs, those alone that are shown to differ.
+    """
+    of_task = [pair for pair in report.pairs if pair.arm.task == task.label]
+    all_pairs = report.axis == "all"
+    pairs = [pair for pair in of_task if not all_pairs or pair.verdict in (Verdict.BETTER, Verdict.WORSE)]
+    if not (pairs if all_pairs else of_task):
         return None
     scale, after = Scale(task.metric, task.higher_is_better), format_count(report.headline[task.label], "step")
     rows = []
@@ -100,12 +120,16 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
         over_seeds, over_tasks = pair.difference.over_seeds, pair.difference.over_tasks
         ends = [scale.format_interval(over_seeds), scale.format_interval(over_tasks), format_seeds_in_favour(pair)]
         test = [format_p_value(pair.difference.p), format_p_value(pair.corrected), describe_verdict(pair)]
-        rows.append([pair.arm.algorithm, pair.arm.augmenter, scale.format_difference(over_seeds), *ends, *test])
+        names = [pair.arm.name, pair.other.name] if all_pairs else [pair.arm.algorithm, pair.arm.setting]
+        rows.append([*names, scale.format_difference(over_seeds), *ends, *test])
     columns = [
-        "algorithm", "augmenter", "difference", "95 % over seeds", "95 % over tasks", "seeds in favour", "p",
-        "p (Holm)", "in words",
+        *(["method", "minus"] if all_pairs else ["algorithm", report.setting_heading]), "difference", "95 % over seeds",
+        "95 % over tasks", "seeds in favour", "p", "p (Holm)", "in words",
     ]  # fmt: skip
-    note = f"Augmenter minus none after {after} in {scale.difference_heading}; {scale.direction}."
+    what = "The first method minus the second" if all_pairs else f"{_capitalize(report.axis)} minus {report.baseline}"
+    note = f"{what} after {after} in {scale.difference_heading}; {scale.direction}."
+    if all_pairs:
+        note += f" Of {format_count(len(of_task), 'pair')} these are shown to differ; --format pairs lists all of them."
     key = (
         "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
         "t): over seeds, or where it says so over test tasks with these trained models given. p is that of the two-sided "
@@ -116,7 +140,9 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
 
 
 def build_overview(report: Report, task: TaskResults) -> Table:
-    """Tabulate the means and the differences to none of a task in few columns, for a terminal."""
+    """Tabulate the means and the differences to the baselines of a task in few columns, for a terminal."""
+    if report.axis == "all":
+        return build_ranking(report, task) or build_results(report, task)
     scale, headline, of_tasks = Scale(task.metric, task.higher_is_better), report.headline[task.label], task.single
     pairs = {pair.arm: pair for pair in report.pairs}
     rows = []
@@ -127,35 +153,68 @@ def build_overview(report: Report, task: TaskResults) -> Table:
             interval = scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds)
             words = [interval, format_p_value(pair.corrected), describe_verdict(pair)]
         mean = _format_mean(each, scale, headline, of_tasks=of_tasks)
-        rows.append([each.arm.algorithm, each.arm.augmenter, mean, *words])
+        rows.append([each.arm.algorithm, each.arm.setting, mean, *words])
     heading = f"{scale.heading} ({format_count(headline, 'step')})"
-    columns = ["algorithm", "augmenter", heading, "minus none", "p (Holm)", "in words"]
+    columns = ["algorithm", report.setting_heading, heading, f"minus {report.baseline}", "p (Holm)", "in words"]
     note = f"± and intervals are 95 % over {'tasks (one seed)' if of_tasks else 'seeds'}; {scale.direction}."
     return Table(task.label, columns, rows, note, texts=(5,))
 
 
-def build_costs(task: TaskResults) -> Table:
+def build_ranking(report: Report, task: TaskResults) -> Table | None:
+    """Tabulate the methods of a task by their means, and which differences are shown; None unless all pairs are compared."""
+    if report.axis != "all":
+        return None
+    ranks = rank_methods(report, task)
+    scale, after = Scale(task.metric, task.higher_is_better), format_count(report.headline[task.label], "step")
+    rows = []
+    for number, rank in enumerate(ranks, 1):
+        worse = sum(rank.arm in other.better_than for other in ranks)
+        names = ", ".join(other.name for other in rank.better_than) or MISSING
+        rows.append([str(number), rank.arm.name, scale.format_estimate(rank.mean), str(worse), names])
+    over = "test tasks (one seed)" if task.single else "seeds"
+    note = (
+        f"{_capitalize(scale.heading)} after {after}, {scale.direction}: the mean ± half its 95 % interval over {over}. "
+        "The order is that of the means; which of its differences are shown is in the last columns. 'Behind' counts the "
+        "methods that are shown to be better."
+    )
+    key = (
+        "Shown is what the two-sided paired t test over seeds shows at the 5 % level after Holm's correction over "
+        f"{describe_family(report)}."
+        if report.family_size
+        else "No pair of this report could be tested."
+    )
+    columns = ["rank", "method", scale.heading, "behind", "shown to be better than"]
+    return Table(task.label, columns, rows, note, key, texts=(4,))
+
+
+def build_costs(report: Report, task: TaskResults) -> Table:
     """Tabulate time and memory of every arm of a task."""
     rows = []
+    arms = {each.arm: each for each in task.arms}
+    against = task.arms[0].arm.name if report.axis == "all" else report.baseline
     for each in task.arms:
+        baseline = report.find_baseline(each.arm)
         milliseconds, peak = 1000 * _drop_nonfinite(each.seconds_per_step), _drop_nonfinite(each.peak_bytes)
         mean = format_significant(milliseconds.mean()) if milliseconds.size else MISSING
         seeds = _format_range([format_significant(value) for value in np.sort(milliseconds)])
-        ratios = _format_range([f"{ratio:.2f}" for ratio in np.sort(_compute_time_ratios(task, each))])
+        ratios = _format_range(
+            [f"{ratio:.2f}" for ratio in np.sort(_compute_time_ratios(each, arms[baseline] if baseline else None))]
+        )
         least = f"{peak.min() / 2**20:.0f}" if peak.size else MISSING
-        rows.append([each.arm.algorithm, each.arm.augmenter, mean, seeds, ratios, least])
-    columns = ["algorithm", "augmenter", "ms per step", "from seed to seed", "times none", "peak memory in MiB"]
+        rows.append([each.arm.algorithm, each.arm.setting, mean, seeds, ratios, least])
+    heading = report.setting_heading
+    columns = ["algorithm", heading, "ms per step", "from seed to seed", f"times {against}", "peak memory in MiB"]
+    same = "that one's" if report.axis == "all" else f"the same arm and seed with {report.baseline}"
     key = (
-        "Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times none' is "
-        "the range, from seed to seed, of its ratio to the same algorithm and seed without an augmenter. Runs that shared "
-        "the machine slowed each other down: where the range is wide, that is what it shows. "
-        "Memory: the least over the seeds of each run's peak; on a GPU that of its tensors, on a CPU that of the whole "
-        "process, with what earlier runs in it left."
+        f"Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times {against}' "
+        f"is the range, from seed to seed, of its ratio to {same}. Runs that shared the machine slowed each other down: "
+        "where the range is wide, that is what it shows. Memory: the least over the seeds of each run's peak; on a GPU that "
+        "of its tensors, on a CPU that of the whole process, with what earlier runs in it left."
     )
     return Table(task.label, columns, rows, "", key)
 
 
-def build_validations(task: TaskResults) -> Table | None:
+def build_validations(report: Report, task: TaskResults) -> Table | None:
     """Tabulate the metric in validation of every arm after up to five training steps; None without validations."""
     curves = {each.arm: average_validations(each) for each in task.arms}
     shared = sorted(set.intersection(*map(set, filter(None, curves.values())))) if any(curves.values()) else []
@@ -164,30 +223,31 @@ def build_validations(task: TaskResults) -> Table | None:
     scale = Scale(task.metric, task.higher_is_better)
     shown = [shared[place] for place in np.unique(np.linspace(len(shared) - 1, 0, 5).round().astype(int))]
     rows = [
-        [arm.algorithm, arm.augmenter, *(scale.format_estimate(curve[step]) for step in shown)]
+        [arm.algorithm, arm.setting, *(scale.format_estimate(curve[step]) for step in shown)]
         for arm, curve in curves.items()
         if curve
     ]
     heading = _capitalize(scale.heading)
     note = f"{heading} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
-    return Table(task.label, ["algorithm", "augmenter", *(format_count(step, "step") for step in shown)], rows, note)
+    columns = ["algorithm", report.setting_heading, *(format_count(step, "step") for step in shown)]
+    return Table(task.label, columns, rows, note)
 
 
-def build_settings(task: TaskResults) -> Table | None:
+def build_settings(report: Report, task: TaskResults) -> Table | None:
     """Tabulate what tuning chose for the arms of a task; None where nothing was tuned."""
     rows = []
     for arm, chosen in ((each.arm, each.chosen) for each in task.arms if each.chosen):
         values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in chosen.options.items()}
         settings = ", ".join(f"{key} = {value}" for key, value in values.items()) or "the defaults"
         tried = f"{chosen.trials}, {chosen.failed} failed" if chosen.failed else str(chosen.trials)
-        rows.append([arm.algorithm, arm.augmenter, settings, tried])
+        rows.append([arm.algorithm, arm.setting, settings, tried])
     if not rows:
         return None
     key = (
         "The best of so many settings that were tried on the validation split; test tasks had no part in it. One fails "
         "where training diverges or the arm cannot have it."
     )
-    return Table(task.label, ["algorithm", "augmenter", "settings", "tried"], rows, "", key, texts=(2,))
+    return Table(task.label, ["algorithm", report.setting_heading, "settings", "tried"], rows, "", key, texts=(2,))
 
 
 def build_environment(report: Report) -> Table:
@@ -234,7 +294,7 @@ def explain_verdict(pair: Pair) -> str:
 
 
 def format_seeds_in_favour(pair: Pair) -> str:
-    """How many seeds are in favour of an augmenter, of how many that say anything, and what became of the others."""
+    """How many seeds are in favour of an arm, of how many that say anything, and what became of the others."""
     found = pair.difference
     others = [f"{found.diverged} diverged"] if found.diverged else []
     others += [f"{pair.planned} planned"] if found.pairs < pair.planned else []
@@ -245,6 +305,8 @@ def format_seeds_in_favour(pair: Pair) -> str:
 def _describe_correction(report: Report) -> str:
     if not report.family_size:
         return "no pair of this report could be tested"
+    if report.axis == "all":
+        return f"Holm's correction covers {describe_family(report)}"
     which = f"all {report.family_size} tested comparisons" if report.family_size > 1 else "the one tested comparison"
     return f"Holm's correction covers {which} of this report"
 
@@ -258,12 +320,11 @@ def _format_mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_task
     return f"{text} ({diverged} diverged)" if diverged else text
 
 
-def _compute_time_ratios(task: TaskResults, results: ArmResults) -> np.ndarray:
-    """The ratios ``[seeds]`` of an arm's times per step to those without an augmenter, where a seed has both."""
-    baseline = task.baselines.get(results.arm.algorithm)
-    of_none = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
+def _compute_time_ratios(results: ArmResults, baseline: ArmResults | None) -> np.ndarray:
+    """The ratios ``[seeds]`` of an arm's times per step to those of another, where a seed has both."""
+    of_baseline = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
     times = zip(results.seeds, results.seconds_per_step, strict=True)
-    return _drop_nonfinite(np.array([seconds / of_none[seed] for seed, seconds in times if seed in of_none]))
+    return _drop_nonfinite(np.array([seconds / of_baseline[seed] for seed, seconds in times if seed in of_baseline]))
 
 
 def _format_range(ascending: Sequence[str]) -> str:

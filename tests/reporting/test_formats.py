@@ -46,7 +46,8 @@ def test_memory_is_the_least_and_times_are_paired(small: Plan) -> None:
             line = {"steps_per_second": speed, "peak_bytes": (400 + 100 * number + 10 * seed) * 2**20}
             (small.folder / f"runs/sinusoid/{arm}/seed-{seed}/timing.jsonl").write_text(json.dumps(line))
 
-    rows = tables.build_costs(analyze_comparison(small.folder).results.tasks[0]).rows
+    found = analyze_comparison(small.folder)
+    rows = tables.build_costs(found, found.tasks[0]).rows
 
     assert list(rows[0][2:]) == ["11.7", "5.00 to 20.0", "1.00", "400"]
     assert list(rows[1][2:]) == ["14.2", "10.0 to 20.0", "1.00 to 2.00", "500"]
@@ -63,7 +64,7 @@ def test_every_table_says_what_its_numbers_mean(demo: Path, format: str) -> None
         for table in (
             tables.build_results(found, task),
             tables.build_differences(found, task),
-            tables.build_costs(task),
+            tables.build_costs(found, task),
         ):
             assert table is not None
             assert table.note in plain

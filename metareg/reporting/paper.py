@@ -1,0 +1,114 @@
+"""The layout of a paper: one table of methods and tasks, with the best in bold, in LaTeX or Markdown."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from markupsafe import Markup
+
+from metareg.comparison.plan import Arm
+from metareg.comparison.results import TaskResults
+from metareg.comparison.statistics import Estimate
+from metareg.registry.plugins import list_entries
+from metareg.reporting.analysis import Report, average_over_seeds, average_over_tasks
+from metareg.reporting.numbers import MISSING, Scale, format_count
+
+__all__ = ["Cell", "PaperTable", "build_paper_table", "name_method"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean with its interval, as they are shown."""
+
+    mean: str
+    half: str
+    """Empty where there is no interval."""
+    best: bool = False
+    """Whether no method has a better mean on the task, as they are shown."""
+
+    def mark_up(self, escape: Callable[[str], str], bold: tuple[str, str]) -> Markup:
+        """The cell in the markup of a format, whose signs for bold stand around the best mean."""
+        mean = escape(self.mean)
+        half = f" {escape(f'± {self.half}')}" if self.half else ""
+        return Markup((f"{bold[0]}{mean}{bold[1]}" if self.best else mean) + half)
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """Methods down, tasks across."""
+
+    tasks: list[str]
+    metrics: list[str]
+    """For each task, the metric with its unit and an arrow to what is better."""
+    methods: list[str]
+    cells: list[list[Cell]]
+    """``[methods][tasks]``"""
+    caption: str
+
+
+def build_paper_table(report: Report, over: Literal["seeds", "tasks"]) -> PaperTable:
+    """Build the table of a report, with intervals over seeds or over tasks."""
+    methods = list(dict.fromkeys((arm.algorithm, arm.augmenter, arm.variant) for arm in report.results.plan.arms))
+    columns = []
+    for task in report.tasks:
+        found = {(each.arm.algorithm, each.arm.augmenter, each.arm.variant): each for each in task.arms}
+        average = average_over_seeds if over == "seeds" else average_over_tasks
+        number = report.headline[task.label]
+        means = {method: average(each, number) for method, each in found.items() if each.seeds}
+        columns.append(_make_column(task, [means.get(method) for method in methods]))
+    scales = [Scale(task.metric, task.higher_is_better) for task in report.tasks]
+    return PaperTable(
+        tasks=[task.label for task in report.tasks],
+        metrics=[f"{scale.heading} {'↑' if scale.higher_is_better else '↓'}" for scale in scales],
+        methods=[
+            name_method(report, Arm(algorithm, augmenter, "", variant)) for algorithm, augmenter, variant in methods
+        ],
+        cells=[list(row) for row in zip(*columns, strict=True)],
+        caption=_describe(report, over),
+    )
+
+
+def name_method(report: Report, arm: Arm) -> str:
+    """How a paper names a method: ``MAML + CML``, of a variant ``MAML + CML (bf16)``.
+
+    A plugin is named as the comparison's ``names`` say, or else by its class.
+    """
+    given = report.results.plan.config.names
+    classes = {
+        name: entry.target.rpartition(":")[2]
+        for kind in ("algorithms", "augmenters")
+        for entry in list_entries(kind)
+        for name in (entry.name, entry.qualified)
+    }
+    parts = [given.get(each) or classes.get(each) or each for each in (arm.algorithm, *arm.augmenters)]
+    return " + ".join(parts) + (f" ({given.get(arm.variant, arm.variant)})" if arm.variant else "")
+
+
+def _make_column(task: TaskResults, means: list[Estimate | None]) -> list[Cell]:
+    scale = Scale(task.metric, task.higher_is_better)
+    finite = [each for each in means if each is not None and math.isfinite(each.mean)]
+    best = (max if scale.higher_is_better else min)((each.mean for each in finite), default=math.nan)
+    cells = []
+    for each in means:
+        mean, _, half = scale.format_estimate(each).partition(" ± ") if each else (MISSING, "", "")
+        shown = each is not None and (each.mean == best or mean == scale.format_value(best))
+        cells.append(Cell(mean, half, shown and mean != MISSING))
+    return cells
+
+
+def _describe(report: Report, over: str) -> str:
+    numbers = {report.headline[task.label] for task in report.tasks}
+    after = [
+        format_count(report.headline[task.label], "inner step") + (f" on {task.label}" if len(numbers) > 1 else "")
+        for task in (report.tasks if len(numbers) > 1 else report.tasks[:1])
+    ]
+    seeds = {len(each.seeds) for task in report.tasks for each in task.arms if each.seeds}
+    count = format_count(max(seeds), "seed") if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds"
+    spread = count if over == "seeds" else f"test tasks, the trained models of {count} given"
+    return (
+        f"Test tasks after {'; '.join(after)}: the mean ± half its 95 % interval over {spread} (Student's t). "
+        "Bold: the best mean of a column, which says nothing of whether the difference to the others is more than chance."
+    )
