@@ -124,8 +124,8 @@ def test_the_tables_hold_the_numbers(browser: Any, pages: dict[str, Path], demo:
     expected = {
         "differences": [tables.build_differences(found, task) for task in found.tasks],
         "results": [tables.build_results(found, task) for task in found.tasks],
-        "costs": [tables.build_costs(task) for task in found.tasks],
-        "settings": [tables.build_settings(task) for task in found.tasks],
+        "costs": [tables.build_costs(found, task) for task in found.tasks],
+        "settings": [tables.build_settings(found, task) for task in found.tasks],
         "environment": [tables.build_environment(found)],
     }
     for name, wanted in expected.items():
