@@ -22,7 +22,7 @@ from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.own import ThisProcess, name_objects, refuse_missing_objects
 from metareg.comparison.plan import CONFIG_FILE, Arm, Objects, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
-from metareg.comparison.tuning import Tuner
+from metareg.comparison.tuning import create_tuners
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.runs.folder import CONFIG, TIMING
@@ -64,7 +64,7 @@ class Comparison:
         self._tries: Counter[Path] = Counter()
         self._seconds: dict[tuple[str, bool], list[float]] = {}
         self._waiting: list[PlannedRun] = []
-        self._tuners = {arm: Tuner(plan, arm) for arm in plan.arms if plan.get_tuning(arm)}
+        self._tuners = create_tuners(plan)
         self._order = {arm: number for number, arm in enumerate(plan.arms)}
         for arm in plan.arms:
             self._queue_arm(arm)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from metareg.comparison.config import GRID
 from metareg.comparison.plan import CHOSEN_FILE, TRIAL_FILE, Arm, Plan, PlannedRun, select_plugins
 from metareg.comparison.pool import read_divergence
@@ -27,7 +29,7 @@ from metareg.runs.folder import RESULTS
 from metareg.util.files import read_json, write_json
 from metareg.util.seeding import derive_seed
 
-__all__ = ["Tuner", "propose"]
+__all__ = ["Tuner", "create_tuners", "propose"]
 
 log = logging.getLogger("metareg.tuning")
 
@@ -39,6 +41,17 @@ _DIGITS = 4
 """Significant digits of a proposed number."""
 
 Settings = dict[str, Any]
+
+
+def create_tuners(plan: Plan) -> dict[Arm, Tuner]:
+    """A tuner for every arm whose settings are chosen; on one task, a grid gives each as many trials."""
+    arms = [arm for arm in plan.arms if plan.get_tuning(arm)]
+    most: dict[str, int] = {}
+    for arm in arms:
+        tuning = plan.get_tuning(arm)
+        if tuning and tuning.trials == GRID:
+            most[arm.task] = max(most.get(arm.task, 0), len(_build_grid(_list_dimensions(plan, arm))))
+    return {arm: Tuner(plan, arm, most.get(arm.task, 0)) for arm in arms}
 
 
 @dataclass
@@ -63,9 +76,15 @@ class Tuner:
     The score of a trial is the mean validation metric after the largest of ``test_inner_steps``, over the seeds of trials.
     A trial that diverges, or whose settings the arm cannot have, is worse than any other. The chosen settings are written to
     chosen.json, which is final. The arm must be on a task with a `tune`.
+
+    Args:
+        plan: the comparison.
+        arm: of it.
+        trials: so many settings are tried where a grid of the arm's own has fewer: what is left is drawn at random between
+            the least and the greatest of each option's numbers.
     """
 
-    def __init__(self, plan: Plan, arm: Arm) -> None:
+    def __init__(self, plan: Plan, arm: Arm, trials: int = 0) -> None:
         tuning = plan.get_tuning(arm)
         assert tuning is not None
         self._plan = plan
@@ -73,12 +92,13 @@ class Tuner:
         self._seeds = plan.get_tuning_seeds(arm)
         self.folder = plan.get_tuning_folder(arm)
         """Where its trials are."""
-        run = plan.make_trial(arm, 0, self._seeds[0], {})
-        self._dimensions = list_dimensions(tuning, select_plugins(run))
+        self._dimensions = _list_dimensions(plan, arm)
         self._space = {each.key: format_domain(each.domain) for each in self._dimensions}
         self._grid = _build_grid(self._dimensions) if tuning.trials == GRID else None
         count = len(self._grid) if self._grid is not None else int(tuning.trials)
-        self.trials = count if self._dimensions else 0
+        self._own_trials = count if self._dimensions else 0
+        fills_up = self._grid is not None and any(_find_span(each) for each in self._dimensions)
+        self.trials = max(trials, self._own_trials) if fills_up else self._own_trials
         """How many settings are tried: none where there is nothing to choose from."""
         self.runs = self.trials * len(self._seeds)
         """How many runs that takes."""
@@ -152,7 +172,7 @@ class Tuner:
 
     def _propose(self, number: int) -> Settings:
         if self._grid is not None:
-            return self._grid[number]
+            return self._grid[number] if number < len(self._grid) else self._draw_between(number)
         if number == 0:
             return {}  # the defaults, so that a search never ends below them
         known = self._trials if number >= _RANDOM_TRIALS else []
@@ -164,6 +184,18 @@ class Tuner:
             if self._fill_defaults(options) not in tried:
                 break
             options = propose(self._dimensions, [], derive_seed(self._seeds[0], "tuning", number, draw))
+        return options
+
+    def _draw_between(self, number: int) -> Settings:
+        """Settings beside a grid, which were not tried before where there are others."""
+        tried = [self._fill_defaults(trial.options) for trial in self._trials]
+        options: Settings = {}
+        for draw in range(_DRAWS):
+            # As with a search, arms draw the same values of an option that they share.
+            seeds = {each.key: derive_seed(self._seeds[0], "grid", number, draw, each.key) for each in self._dimensions}
+            options = {each.key: _draw_value(each, seeds[each.key]) for each in self._dimensions}
+            if options not in tried:
+                break
         return options
 
     def _update(self, trial: _Trial) -> None:
@@ -231,7 +263,13 @@ class Tuner:
         if not file.is_file():
             return None
         options, space, trials = (_read_key(file, key) for key in ("options", "space", "trials"))
-        if space != self._space or [trial.get("seeds") for trial in trials] != [self._seeds] * self.trials:
+        # Grids were not filled up before, and what they chose stands.
+        counts = {self.trials, self._own_trials}
+        if (
+            space != self._space
+            or len(trials) not in counts
+            or any(each.get("seeds") != self._seeds for each in trials)
+        ):
             raise UsageError(
                 f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
             )
@@ -241,9 +279,40 @@ class Tuner:
 # -------------------------------------------------------------------------------------------------------------- search
 
 
+def _list_dimensions(plan: Plan, arm: Arm) -> list[Dimension]:
+    """What is chosen for an arm on a task with a `tune`."""
+    tuning = plan.get_tuning(arm)
+    assert tuning is not None
+    run = plan.make_trial(arm, 0, plan.get_tuning_seeds(arm)[0], {})
+    return list_dimensions(tuning, select_plugins(run))
+
+
 def _build_grid(space: Sequence[Dimension]) -> list[Settings]:
     keys = [dimension.key for dimension in space]
     return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(each.domain for each in space))]
+
+
+def _find_span(dimension: Dimension) -> tuple[float, float] | None:
+    """The least and the greatest of an option's numbers; None where it has others, or one alone."""
+    values = dimension.domain
+    if not isinstance(values, list) or any(
+        isinstance(each, bool) or not isinstance(each, int | float) for each in values
+    ):
+        return None
+    return (min(values), max(values)) if len(set(values)) > 1 else None
+
+
+def _draw_value(dimension: Dimension, seed: int) -> Any:
+    """A value beside a grid: between an option's numbers, log-uniform where they are positive, or else one of its values."""
+    generator = np.random.default_rng(seed)
+    span = _find_span(dimension)
+    if span is None:
+        assert isinstance(dimension.domain, list)
+        return dimension.domain[int(generator.integers(len(dimension.domain)))]
+    low, high = span
+    value = math.exp(generator.uniform(math.log(low), math.log(high))) if low > 0 else generator.uniform(low, high)
+    whole = all(isinstance(each, int) for each in dimension.domain)
+    return round(value) if whole else float(f"{value:.{_DIGITS}g}")
 
 
 def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]], seed: int) -> Settings:

@@ -24,7 +24,7 @@ from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
 from metareg.comparison.results import read_results
 from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import check_tuning, list_dimensions, split_assignments
-from metareg.comparison.tuning import Tuner, propose
+from metareg.comparison.tuning import Tuner, create_tuners, propose
 from metareg.contract.config import validate
 from metareg.contract.search import Range
 from metareg.runs.options import Selection, assemble
@@ -471,6 +471,39 @@ def test_nothing_to_choose_needs_no_trial(tmp_path: Path) -> None:
     plan = Plan(tmp_path, validate(ComparisonConfig, plan_values, "the comparison"))
     alone = Tuner(plan, plan.arms[0])
     assert (alone.trials, alone.remaining, alone.next_runs(), alone.chosen) == (0, 0, [], {})
+
+
+def test_a_grid_gives_every_arm_as_many_trials(tmp_path: Path) -> None:
+    space = {"inner_lr": [0.01, 0.1], "cml.gamma": [0.1, 0.5, 1.0], "dropgrad.kind": ["bernoulli", "gaussian"]}
+    values = {"augment": ["none", "cml", "dropgrad"], "options": {"steps": 7}, "tune": {"space": space}}
+    plan = Plan(tmp_path, validate(ComparisonConfig, values, "the comparison"))
+    tuners = create_tuners(plan)
+    assert [each.trials for each in tuners.values()] == [6, 6, 6]
+    none, _, dropgrad = tuners.values()
+    tried = [trial["options"] for trial in carried_out(none)["trials"]]
+    assert tried[:2] == [{"inner_lr": 0.01}, {"inner_lr": 0.1}]
+    rates = [each["inner_lr"] for each in tried]
+    assert len(set(rates)) == 6
+    assert all(0.01 < rate < 0.1 for rate in rates[2:])
+    others = [trial["options"] for trial in carried_out(dropgrad)["trials"]]
+    assert [{**each, "inner_lr": 0} for each in others[:4]] == [
+        {"inner_lr": 0, "dropgrad.kind": kind} for _ in range(2) for kind in ("bernoulli", "gaussian")
+    ]
+    assert [each["inner_lr"] for each in others[4:]] == rates[4:], (
+        "a setting's number draws the same step size in each arm"
+    )
+    # One that goes on tries the same, and what a grid of its own chose stands.
+    assert create_tuners(plan)[plan.arms[0]].chosen == none.chosen
+    file = none.folder / "chosen.json"
+    content = json.loads(file.read_text())
+    write_json(file, content | {"trials": content["trials"][:2]})
+    assert create_tuners(plan)[plan.arms[0]].chosen == none.chosen
+    write_json(file, content | {"trials": content["trials"][:3]})
+    with pytest.raises(UsageError, match="chosen in another way"):
+        create_tuners(plan)
+    alone = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [0.1, 1.0]}}}
+    without, _ = create_tuners(Plan(tmp_path / "b", validate(ComparisonConfig, alone, "the comparison"))).values()
+    assert (without.trials, without.chosen, without.next_runs(), without.chosen) == (0, None, [], {})
 
 
 def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
