@@ -58,6 +58,9 @@ def train(
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Then measure what simpler ways reach; may take longer than training.")
     ] = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the whole configuration, as --config takes it, and end.")
+    ] = False,
     _no_plugin: NoPlugin = None,
     **options: Any,
 ) -> None:
@@ -67,6 +70,7 @@ def train(
     its like for algorithms, augmenters and models list these, and what --set takes.
     """
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
+    from metareg.runs.training import configure
     from metareg.runs.training import train as carry_out
 
     if baselines and read_rank().size > 1:
@@ -84,6 +88,9 @@ def train(
         "data": None if data is None else str(data),
     }
     given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}
+    if print_config:
+        write_output(configure(config, **(given | options)).to_yaml())
+        return
     run = _show(partial(carry_out, out=out, config=config, resume=resume), given | options)
     if baselines:
         _show_baselines(run)

@@ -256,7 +256,9 @@ def compare(
     changes = _drop_none(options=options or None, space=space or None, search=search)
     folder = _choose_folder(config or archive, fields.get("tasks")) if out is None else Path(out)
     with ExitStack() as stack:
-        archived = Plan.read(stack.enter_context(unpack_archive(Path(archive))), objects) if archive is not None else None
+        archived = (
+            Plan.read(stack.enter_context(unpack_archive(Path(archive))), objects) if archive is not None else None
+        )
         plan = _build_plan(folder, config, fields, changes, 1 if objects else jobs, objects, archived)
         check_plan(plan)
         stop = stack.enter_context(catch_stop_signals())

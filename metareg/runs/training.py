@@ -38,7 +38,7 @@ from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import is_launched
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["prepare_run", "resume", "train"]
+__all__ = ["configure", "prepare_run", "resume", "train"]
 
 log = logging.getLogger("metareg")
 
@@ -101,8 +101,7 @@ def train(
     out = Path(out) if out is not None else None
 
     def select_plugins() -> Selection:
-        base = dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
-        selection = select(base, given, facts, options)
+        selection = select(_read_base(config), given, facts, options)
         if resume and out is None:
             raise UsageError("To resume a run, name its folder with --out.")
         return selection
@@ -119,6 +118,20 @@ def train(
             with _lock(path, processes, new=True), learner.split_over(processes):
                 _carry_out(run, selection, observers, stop)
         return run
+
+
+def configure(config: str | Path | Mapping[str, Any] | None = None, **options: Any) -> RunConfig:
+    """The complete configuration of the run that `train` would carry out; nothing is read of data, and nothing written.
+
+    Args:
+        config: as that of `train`.
+        options: names of plugins by field, options of the run and of its plugins.
+
+    Raises:
+        UsageError: something was asked for that cannot be.
+    """
+    given = {name: options.pop(name) for name in PLUGIN_FIELDS if name in options}
+    return _set_eval_every(select(_read_base(config), given, OwnFacts(), options)).config
 
 
 def resume(
@@ -161,6 +174,11 @@ def resume(
         stored = processes.first(lambda: read_config(path))
         selection = processes.each(lambda: select_plugins(stored))
         return _resume(path, selection, observers, processes)
+
+
+def _read_base(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
+    """A configuration that was given as it is or as a file."""
+    return dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
 
 
 def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], list[Any]]:

@@ -128,6 +128,14 @@ def test_a_run_again_from_its_configuration(metareg: Command, finished: Path, tm
     assert weights[0] == weights[1]
 
 
+def test_the_configuration_is_printed_as_a_run_would_store_it(metareg: Command, finished: Path, tmp_path: Path) -> None:
+    printed = metareg("train", "--augment", "cml", *TINY, "--print-config")
+    assert (printed.code, printed.output) == (0, (finished / "config.yaml").read_text())
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.yaml").write_text(printed.output)
+    assert metareg("train", "--config", "config.yaml", "--print-config").output == printed.output
+
+
 def test_options_stand_before_the_file(metareg: Command, tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("steps: 50\nseed: 3\nalgo: anil\n")
     assert (
