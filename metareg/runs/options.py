@@ -22,6 +22,7 @@ from metareg.contract.config import (
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, find_entry, get_config_class, get_name, list_names, resolve
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
+from metareg.util.seeding import seed_global_generators
 from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["Selection", "assemble", "describe_task", "parse_assignments", "update_option_names"]
@@ -77,6 +78,11 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
         UsageError: an unknown name or option, one that several plugins have, or an impossible value.
         PluginError: a plugin recommends an option that there is not, or that several plugins have.
     """
+    with seed_global_generators({**base, **options}.get("seed", RunConfig.model_fields["seed"].default), "plugins"):
+        return _assemble(base, options)
+
+
+def _assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     unknown = [key for key in base if key not in RunConfig.model_fields]
     if unknown:
         present = _list_present_names(unknown[0], [])

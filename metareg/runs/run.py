@@ -29,6 +29,7 @@ from metareg.runs.options import update_option_names
 from metareg.runs.own import OwnFacts, adopt_objects, list_own
 from metareg.util.devices import find_device
 from metareg.util.files import read_json, write_json
+from metareg.util.seeding import seed_global_generators
 from metareg.util.tables import Table, read_frame
 from metareg.util.yaml_files import read_yaml
 
@@ -173,9 +174,10 @@ class Run:
                 own = {name: own[name] for name in inherited if name in own}
             source = TaskSource(resolve("tasks", task or self.config.task.name, {**own, **(task_options or {})}))
             check_fit(self.learner, source, split)
-        return self.learner.evaluate(
-            source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics
-        )
+        with seed_global_generators(self.config.seed, "evaluation"):
+            return self.learner.evaluate(
+                source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics
+            )
 
     def evaluate_baselines(self) -> list[Baseline]:
         """What simpler ways reach on the run's test tasks; computed once, which may take longer than training.

@@ -33,7 +33,16 @@ from metareg.runs.options import Selection, describe_task
 from metareg.runs.own import OwnFacts, OwnModel, select
 from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps, refuse_missing
 from metareg.util.devices import peak_memory, reset_peak_memory, use_deterministic_kernels
-from metareg.util.files import LinesFile, is_leftover, lock_folder, remove_leftovers, write_json, write_text
+from metareg.util.files import (
+    LinesFile,
+    TimedLinesFile,
+    is_leftover,
+    lock_folder,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
+from metareg.util.seeding import seed_global_generators
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import is_launched
 from metareg.util.yaml_files import read_yaml
@@ -63,6 +72,9 @@ def train(
     **options: Any,
 ) -> Run:
     """Train, test and draw, as ``metareg train`` does.
+
+    The global generators of Python, NumPy and torch are seeded while it runs, so that a plugin that draws from them is a
+    function of the run's seed; afterwards they are as they were before.
 
     In a program that torchrun started in several processes, all of which make this call, they share the work; process 0
     alone writes and tells observers, and each gets the run.
@@ -259,8 +271,12 @@ def _set_eval_every(selection: Selection) -> Selection:
 
 def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
     """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written."""
+    with seed_global_generators(selection.config.seed, "learner"):
+        return _prepare_run(selection, processes or Processes())
+
+
+def _prepare_run(selection: Selection, processes: Processes) -> tuple[MetaLearner, TaskSource]:
     config, task = selection.config, selection.task.instance
-    processes = processes or Processes()
     processes.check_batch(config.meta_batch)
     own = selection.model.instance if isinstance(selection.model.instance, OwnModel) else None
     source = TaskSource(selection.task)
@@ -308,11 +324,12 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     processes.first(lambda: _open_folder(run, store))
 
     progress = Progress()
-    metrics, timing = LinesFile(path / METRICS), LinesFile(path / TIMING)
+    metrics, timing = LinesFile(path / METRICS), TimedLinesFile(path / TIMING)
     reset_peak_memory(learner.device)
     writer = _LinesWriter(metrics, timing, learner.device)
     every = [writer, *observers, *selection.observers] if processes.leads else []
-    with _set_threads(run), use_deterministic_kernels(learner.device):
+    seeded = seed_global_generators(config.seed, "training")
+    with _set_threads(run), use_deterministic_kernels(learner.device), seeded:
         lines = [metrics, timing] if processes.leads else []
         every_steps, every_minutes = config.checkpoint_every, config.checkpoint_minutes
         manager = CheckpointManager(

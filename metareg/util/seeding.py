@@ -17,7 +17,7 @@ import torch
 
 __all__ = [
     "SeparateGenerators", "create_generator", "derive_seed", "draw_distinct", "restore_global_generators",
-    "save_global_generators", "task_uniform", "use_seed",
+    "save_global_generators", "seed_global_generators", "task_uniform", "use_seed",
 ]  # fmt: skip
 
 
@@ -94,11 +94,28 @@ def _restore_states(own: Sequence[torch.Generator], states: tuple[Any, ...]) -> 
         generator.set_state(state)
 
 
-def save_global_generators() -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy and torch, as tensors and plain values.
+@contextmanager
+def seed_global_generators(seed: int, *labels: str | int) -> Iterator[None]:
+    """Seed the global generators of Python, NumPy and torch for a block, and put them back afterwards.
 
-    metareg draws from none of them; a plugin from elsewhere may.
+    metareg draws from none of them; a plugin from elsewhere may, and is then a function of the seed too. The program around
+    the block goes on as if nothing had been drawn.
     """
+    before, on_gpus, initial = save_global_generators(), torch.cuda.is_initialized(), torch.initial_seed()
+    own = derive_seed(seed, *labels, "generators")
+    random.seed(own)
+    np.random.seed(own % 2**32)
+    torch.manual_seed(own)
+    try:
+        yield
+    finally:
+        restore_global_generators(before)
+        if not on_gpus:  # as `torch.manual_seed` leaves them, which seeds those of GPUs that come into use later
+            torch.cuda.manual_seed_all(initial)
+
+
+def save_global_generators() -> dict[str, Any]:
+    """The states of the global generators of Python, NumPy and torch, as tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {

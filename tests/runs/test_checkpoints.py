@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import random
 import resource
 import shutil
 import signal
@@ -18,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -769,17 +771,65 @@ def test_another_environment_is_named(stopped: Path, caplog: pytest.LogCaptureFi
 
 
 def test_global_generators_go_on(tmp_path: Path) -> None:
-    import random
-
-    import numpy as np
-
     training = Training(tmp_path)
     training.run()
-
-    def draw() -> list[float]:
-        return [random.random(), float(np.random.rand()), torch.rand(()).item()]
-
     training.manager.save()
-    drawn = draw()
+    drawn = _draw()
     training.manager.restore()
-    assert draw() == drawn
+    assert _draw() == drawn
+
+
+def _draw() -> float:
+    """A number in [0, 3) from the global generators of Python, NumPy and torch."""
+    return random.random() + float(np.random.rand()) + torch.rand(()).item()
+
+
+class _Drawing:
+    """An augmenter that draws from the global generators wherever it is called."""
+
+    def __init__(self, _config: PluginConfig) -> None:
+        self.offset = _draw()
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: grad * (self.offset + _draw()) / 3 for name, grad in grads.items()}
+
+
+class _Listener:
+    """An observer that draws too, and may stop the run."""
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.stop_at = stop_at
+
+    @hookimpl
+    def on_step(self, step: int) -> None:
+        _draw()
+        if step == self.stop_at:
+            raise KeyboardInterrupt
+
+
+def _drawn(out: Path, seed: int = 0, stop_at: int | None = None, **options: Any) -> dict[str, bytes]:
+    """The checkpoints and results of a run whose augmenter and observer draw from the global generators."""
+    options = {**SMALL, "observers": [_Listener(stop_at)], "seed": seed, **options}
+    metareg.train("maml", [_Drawing], "sinusoid", out=out, **options)
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in (*out.glob("checkpoints/*.safetensors"), out / "metrics.jsonl", out / "results.json")
+    }
+
+
+def test_the_seed_fixes_what_plugins_draw_from_the_global_generators(tmp_path: Path) -> None:
+    first = _drawn(tmp_path / "first")
+    assert len(first) > 5
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    expected = [_draw() for _ in range(2)]
+    random.seed(9), np.random.seed(9), torch.manual_seed(9)
+    assert _draw() == expected[0]
+    assert _drawn(tmp_path / "again") == first
+    assert _draw() == expected[1]  # the caller's generators go on as if nothing had been drawn
+
+    with pytest.raises(Interrupted):
+        _drawn(tmp_path / "stopped", stop_at=15)
+    _draw()
+    assert _drawn(tmp_path / "stopped", resume=True) == first
+    assert _drawn(tmp_path / "other", seed=1)["results.json"] != first["results.json"]
