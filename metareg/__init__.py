@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
     from metareg.contract.hookspecs import CONTRACT_VERSION, hookimpl, hookspec
     from metareg.contract.losses import Metric, find_metric
+    from metareg.contract.named import NamedExamples
     from metareg.contract.split_files import read_name_lists, read_split_file
     from metareg.contract.splits import find_split
     from metareg.contract.tasks import Dataset, Task, TaskSpec
@@ -47,6 +48,7 @@ _NAMES = {
     "contract.evaluation": "Evaluation",
     "contract.hookspecs": "CONTRACT_VERSION hookimpl hookspec",
     "contract.losses": "Metric find_metric",
+    "contract.named": "NamedExamples",
     "contract.split_files": "read_name_lists read_split_file",
     "contract.splits": "find_split",
     "contract.tasks": "Dataset Task TaskSpec",
@@ -67,8 +69,8 @@ _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for na
 
 __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
-    "Interrupted", "MetaLearner", "MetaregError", "Metric", "PathText", "PluginConfig", "PluginError", "Run",
-    "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
+    "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig", "PluginError",
+    "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
     "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "draw_distinct",
     "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
     "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "task_uniform", "train",

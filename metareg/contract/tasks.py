@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from metareg.contract.columns import Columns
+    from metareg.contract.named import NamedExamples
     from metareg.util.tables import Table
 
 __all__ = ["Dataset", "Task", "TaskSpec"]
@@ -87,6 +88,11 @@ class Task:
     @property
     def dataset(self) -> Dataset | None:
         """The data that the task reads; None where it needs none."""
+        return None
+
+    @property
+    def named_examples(self) -> NamedExamples | None:
+        """The examples that the task holds itself, as the nodes of a graph; None where a user's tables hold the inputs."""
         return None
 
     def read_image(self, path: Path) -> Tensor:

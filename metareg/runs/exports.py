@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from metareg.contract.columns import Columns, name_columns
 from metareg.contract.episodes import convert_arrays
+from metareg.contract.named import NamedExamples
 from metareg.contract.tasks import Task
-from metareg.errors import UsageError
+from metareg.errors import UsageError, nearest
 from metareg.learner.learner import MetaLearner
 from metareg.printable import format_csv
 from metareg.registry.plugins import Plugin, resolve
@@ -25,6 +26,7 @@ from metareg.runs.programs import (
     describe_program,
     export_adaptation,
     export_module,
+    export_named,
     get_input_shape,
     write_program,
 )
@@ -35,6 +37,12 @@ from metareg.util.tables import Table, read_table
 __all__ = ["export", "load_learner", "predict", "predict_sites", "predict_tensors"]
 
 log = logging.getLogger("metareg")
+
+_LABEL = "label"
+_AT_ONCE = 512
+"""Named examples whose inputs are read at once: each can have a neighbourhood of its own."""
+_LARGEST_LIST = 20_000
+"""Names among which the nearest to a wrong one is looked for."""
 
 Given = Path | Table
 """A user's examples: a file, a folder, or a table."""
@@ -96,6 +104,11 @@ def _export_initialisation(
         raise UsageError(
             f"A program for tables is adapted to one of them; name its labelled rows with --support to write {to}."
         )
+    if (named := getattr(task.instance, "named_examples", None)) is not None:
+        raise UsageError(
+            f"A program that takes {named.column}s by their numbers is adapted to some; name them with --support to write "
+            f"{to}: a table with the columns {named.column} and {_LABEL}."
+        )
     if learner.model.batch_norms:
         log.warning("Without --support the BatchNorm layers use the statistics of each batch that the program gets.")
     module = learner.engine.plain.create_module(learner.plain_meta_parameters)
@@ -109,10 +122,12 @@ def _export_adapted(
     """The module that is adapted to a user's examples, and takes and returns numbers in their units."""
     examples = _Examples(learner, task, support)
     module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
-    if examples.columns is not None:
-        module = _InUnits(module, examples.columns)
     facts = describe_program(learner, task, inner_steps, bn_statistics, examples.columns)
     facts |= {"classes": None if examples.classes is None else list(examples.classes)}
+    if examples.named is not None:
+        return export_named(module, examples.named, examples.numbers), facts
+    if examples.columns is not None:
+        module = _InUnits(module, examples.columns)
     return export_module(module, get_input_shape(task)), facts
 
 
@@ -185,11 +200,14 @@ def _predict_rows(
 ) -> list[list[str]]:
     """The header and the rows of the answer."""
     examples = _Examples(learner, task, support, query)
-    header, rows, x = examples.read_queries(query)
-    module = learner.adapt(examples.x, examples.y, inner_steps, x, bn_statistics=bn_statistics)
+    apart = bn_statistics == "support" and not learner.engine.plain.stages.transductive
+    header, rows, parts = examples.read_queries(query, _AT_ONCE if apart else None)
+    query_x = None if len(parts) > 1 else parts[0]
+    module = learner.adapt(examples.x, examples.y, inner_steps, query_x, bn_statistics=bn_statistics)
+    dtype = next(module.parameters()).dtype
     with torch.no_grad():
-        outputs = module(move_tensors(x, learner.device, next(module.parameters()).dtype))
-        outputs = examples.restore_outputs(outputs.cpu())
+        outputs = torch.cat([module(move_tensors(x, learner.device, dtype)).cpu() for x in parts])
+    outputs = examples.restore_outputs(outputs)
     if examples.classes:
         best = outputs[:, : len(examples.classes)].softmax(-1).max(-1)
         answers = [
@@ -220,53 +238,116 @@ class _Examples:
 
     def __init__(self, learner: MetaLearner, task: Plugin, support: Given, query: Given | None = None) -> None:
         self._task = task.instance
-        self._shape = get_input_shape(task)
+        self._classifies = learner.loss is nn.functional.cross_entropy
+        self._output_shape = task.instance.spec.output_shape
+        self.named: NamedExamples | None = getattr(task.instance, "named_examples", None)
+        """Where the examples come from, where tables only name them."""
         self.columns: Columns | None = None
+        self.targets: Sequence[str]
+        self.classes: Sequence[str] | None
         self._query: Table | None = None
-        classifies = learner.loss is nn.functional.cross_entropy
-        if _is_folder(support):
-            files = find_images(support)
-            files.warn_of_left_out()
-            labels = [_to_text(name) for name, paths in files.classes.items() for _ in paths]
-            self.x = self._read_images([path for paths in files.classes.values() for path in paths], support)
-            if not classifies:
-                raise UsageError(
-                    f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file."
-                )
-            self.targets: Sequence[str] = ("class",)
-            self.classes: Sequence[str] | None = sorted(set(labels))
-            outputs = task.instance.spec.output_shape[0]
-            if len(self.classes) > outputs:
-                raise UsageError(f"{support} has {len(self.classes)} classes; this learner tells {outputs} apart.")
-            self.y = torch.tensor([self.classes.index(label) for label in labels])
+        if self.named is not None:
+            self._name_examples(self.named, support, query)
+        elif _is_folder(support):
+            self._shape = get_input_shape(task)
+            self._take_images(support)
         else:
-            known = getattr(task.instance, "known_columns", ())
-            table = _read(support, known)
-            if query is not None and not _is_folder(query):
-                self._query = _read(query, known or table.names)
-            if not known:
-                inputs, outputs = math.prod(self._shape), math.prod(task.instance.spec.output_shape)
-                table, self._query = name_columns(inputs, 1 if classifies else outputs, classifies, table, self._query)
-            choose = getattr(task.instance, "choose_columns", None) or partial(Task.choose_columns, task.instance)
-            columns = self.columns = choose(table, self._query, classifies)
-            table = _refuse_empty(columns.select_rows(table))
-            self.targets, self.classes = columns.targets, columns.classes
-            self.x = columns.scale_inputs(columns.read_inputs(table))
-            self.y = columns.scale_targets(columns.read_targets(table))
+            self._shape = get_input_shape(task)
+            self._take_tables(support, query)
 
-    def read_queries(self, given: Given) -> tuple[Sequence[str], list[list[str]], Tensor]:
-        """What names the rows of the answer (a header, and a list per row), and the inputs."""
+    def _take_images(self, support: Path) -> None:
+        files = find_images(support)
+        files.warn_of_left_out()
+        labels = [_to_text(name) for name, paths in files.classes.items() for _ in paths]
+        self.x = self._read_images([path for paths in files.classes.values() for path in paths], support)
+        if not self._classifies:
+            raise UsageError(f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file.")
+        self.targets = ("class",)
+        self._number_labels(labels, sorted(set(labels)), support)
+
+    def _take_tables(self, support: Given, query: Given | None) -> None:
+        known = getattr(self._task, "known_columns", ())
+        table = _read(support, known)
+        if query is not None and not _is_folder(query):
+            self._query = _read(query, known or table.names)
+        if not known:
+            inputs, outputs = math.prod(self._shape), 1 if self._classifies else math.prod(self._output_shape)
+            table, self._query = name_columns(inputs, outputs, self._classifies, table, self._query)
+        choose = getattr(self._task, "choose_columns", None) or partial(Task.choose_columns, self._task)
+        columns = self.columns = choose(table, self._query, self._classifies)
+        table = _refuse_empty(columns.select_rows(table))
+        self.targets, self.classes = columns.targets, columns.classes
+        self.x = columns.scale_inputs(columns.read_inputs(table))
+        self.y = columns.scale_targets(columns.read_targets(table))
+
+    def _name_examples(self, named: NamedExamples, support: Given, query: Given | None) -> None:
+        table = self._read_names(support, (named.column, _LABEL))
+        if query is not None:
+            self._query = self._read_names(query, (named.column,))
+        labels = table.get_texts(_LABEL)
+        if "" in labels:
+            raise UsageError(f"{table.locate(labels.index(''), _LABEL)} is empty where a class belongs.")
+        self.numbers = self._number_names(named, table)
+        self.x = named.read(self.numbers)
+        self.targets = (_LABEL,)
+        by_size = all(label.isdecimal() for label in labels)
+        self._number_labels(labels, sorted(set(labels), key=int if by_size else None), table.path)
+
+    def _read_names(self, given: Given, columns: Sequence[str]) -> Table:
+        """A table that names examples, with these columns alone."""
+        if _is_folder(given):
+            raise UsageError(f"{given} is a folder; this learner takes a table with {' and '.join(columns)}.")
+        table = _read(given, (*columns, _LABEL))
+        table.check_columns(columns)
+        return _refuse_empty(table)
+
+    @staticmethod
+    def _number_names(named: NamedExamples, table: Table) -> Tensor:
+        """The numbers of the examples in a table, each of which stands there once."""
+        names = table.get_texts(named.column)
+        for row, name in enumerate(names):
+            if name in names[:row]:
+                raise UsageError(f"{table.locate(row, named.column)} holds '{name}' a second time.")
+        try:
+            return named.number(names)
+        except KeyError as error:
+            row = names.index(error.args[0])
+            known = named.names or ()
+            close = nearest(names[row], known[:_LARGEST_LIST])
+            advice = f"; did you mean '{close[0]}'?" if close else f", for there is no such {named.column}."
+            raise UsageError(
+                f"{table.locate(row, named.column)} holds '{names[row]}', which the data does not hold{advice}"
+            ) from error
+
+    def _number_labels(self, labels: Sequence[str], classes: Sequence[str], where: Path) -> None:
+        if len(classes) > self._output_shape[0]:
+            raise UsageError(f"{where} has {len(classes)} classes; this learner tells {self._output_shape[0]} apart.")
+        self.classes = classes
+        self.y = torch.tensor([classes.index(label) for label in labels])
+
+    def read_queries(self, given: Given, at_once: int | None) -> tuple[Sequence[str], list[list[str]], list[Any]]:
+        """What names the rows of the answer (a header, and a list per row), and the inputs in one part or more.
+
+        Args:
+            given: where they are.
+            at_once: how many inputs to have in a part, where they are read by their names; None for all.
+        """
+        if self.named is not None:
+            assert self._query is not None
+            numbers = self._number_names(self.named, self._query)
+            parts = [self.named.read(some) for some in numbers.split(at_once or len(numbers))]
+            return [self.named.column], self._query.get_rows([self.named.column]), parts
         if _is_folder(given):
             path = given
             files = find_images(path)
             files.warn_of_left_out(of_classes=False)
             images = [image for members in files.by_folder.values() for image in members]
             names = [[_to_text(image.relative_to(path).as_posix())] for image in images]
-            return ["image"], names, self._read_images(images, path)
+            return ["image"], names, [self._read_images(images, path)]
         if self.columns is None or self._query is None:
             raise UsageError(f"{given} is a file; this learner takes a folder of images.")
         inputs, query = self.columns.inputs, _refuse_empty(self._query)
-        return inputs, query.get_rows(inputs), self.columns.scale_inputs(self.columns.read_inputs(query))
+        return inputs, query.get_rows(inputs), [self.columns.scale_inputs(self.columns.read_inputs(query))]
 
     def restore_outputs(self, outputs: Tensor) -> Tensor:
         """Outputs in the units of the targets."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metareg._version import __version__
 from metareg.contract.columns import Columns
+from metareg.contract.named import NamedExamples
 from metareg.contract.splits import TEST
 from metareg.contract.tasks import Task
 from metareg.engine.adaptive_program import create_adaptive_program
@@ -25,6 +26,7 @@ from metareg.errors import UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import Plugin
 from metareg.registry.task_source import TaskSource
+from metareg.util.devices import move_tensors
 from metareg.util.files import write_bytes
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "describe_program",
     "export_adaptation",
     "export_module",
+    "export_named",
     "get_input_shape",
     "write_program",
 ]
@@ -42,6 +45,8 @@ log = logging.getLogger("metareg")
 FACTS = "metareg.json"
 """The file in an exported program that says what its numbers mean; in ONNX an entry of the model's metadata."""
 ENDINGS = (".pt2", ".onnx")
+_TOLERANCE = 1e-4
+"""Of a program's outputs, relative to the largest."""
 
 
 def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
@@ -50,7 +55,34 @@ def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.expo
     Raises:
         UsageError: torch.export cannot take it.
     """
-    example = torch.zeros(2, *input_shape)
+    example = torch.zeros(2, *input_shape, dtype=next(module.parameters()).dtype)
+    return _export(module, example)
+
+
+def export_named(module: nn.Module, named: NamedExamples, numbers: Tensor) -> torch.export.ExportedProgram:
+    """An adapted module as a program that takes numbers of examples that a task holds, which lie in the program.
+
+    Args:
+        module: takes the examples' inputs.
+        named: the examples.
+        numbers: some, for which the program is compared with the module.
+
+    Raises:
+        UsageError: torch.export cannot take it, or the program computes something else.
+    """
+    program = _export(named.bind(module), torch.cat([numbers, numbers])[:2])
+    dtype = next(module.parameters()).dtype
+    with torch.no_grad():
+        outputs, expected = program.module()(numbers), module(move_tensors(named.read(numbers), "cpu", dtype))
+    if not torch.allclose(outputs, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
+        raise UsageError(
+            f"The {type(module).__name__} computes something else on all {named.column}s at once than on some of them, and "
+            "no program can hold it; `metareg predict` answers for it."
+        )
+    return program
+
+
+def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
     # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
@@ -76,8 +108,12 @@ def export_adaptation(
     noise = next(iter(engine.draw_for_adaptation(meta, inner_steps, learner.config.seed, [()])), {})
     measure: Callable[[Tensor, Tensor], Columns | None]
     measure = getattr(task.instance, "measure_columns", None) or partial(Task.measure_columns, task.instance)
+    named: NamedExamples | None = getattr(task.instance, "named_examples", None)
+    table = None if named is None else _get_table(named, next(iter(meta.values())))
 
     def predict(support_x: Tensor, support_y: Tensor, query_x: Tensor) -> Tensor:
+        if table is not None:
+            support_x, query_x = table[support_x], table[query_x]
         columns = measure(support_x, support_y)
         if columns is None:
             return engine.predict(meta, (support_x, support_y, query_x, None), noise, inner_steps, bn_statistics)
@@ -85,7 +121,9 @@ def export_adaptation(
         given = support_x, columns.scale_targets(support_y), query_x, None
         return columns.restore_outputs(engine.predict(meta, given, noise, inner_steps, bn_statistics))
 
-    draw = partial(_draw_examples, learner, task)
+    draw = (
+        partial(_draw_examples, learner, task) if table is None else partial(_draw_numbers, len(table), learner, task)
+    )
     made = create_adaptive_program(predict, draw, partial(_find_sizes, learner, task))
     for name, count in (("support", made.support), ("query", made.query)):
         if count is not None:
@@ -97,11 +135,27 @@ def export_adaptation(
     return made.program, facts | ({} if columns is None else describe_columns(columns))
 
 
+def _get_table(named: NamedExamples, like: Tensor) -> Tensor:
+    """The inputs of all examples that a task holds.
+
+    Raises:
+        UsageError: an input is more than a row of a table.
+    """
+    if named.table is None:
+        raise UsageError(
+            f"An input of this model is the neighbourhood of a {named.column}, which no program can look up by itself; a "
+            f"program that adapts takes models of which it is one row of numbers, as sgc's. With --support in the place of "
+            "--adaptive the program holds the whole graph."
+        )
+    return named.table.to(like)
+
+
 def describe_program(
     learner: MetaLearner, task: Plugin, inner_steps: int, bn_statistics: str, columns: Columns | None
 ) -> dict[str, Any]:
     """What the numbers mean that a program takes and returns, as JSON can hold it."""
-    shape = get_input_shape(task)
+    named: NamedExamples | None = getattr(task.instance, "named_examples", None)
+    shape = get_input_shape(task) if named is None else ()
     classifies = learner.loss is nn.functional.cross_entropy
     return {
         "metareg": __version__,
@@ -112,6 +166,7 @@ def describe_program(
         "input_shape": list(shape),
         "outputs": "scores of classes, whose softmax is their probabilities" if classifies else "numbers",
         **({} if columns is None else describe_columns(columns)),
+        **({} if named is None else {"numbers_of": named.column, "names": named.names and list(named.names)}),
         **({"image": _describe_images(task, shape)} if len(shape) == 3 else {}),
     }
 
@@ -143,6 +198,16 @@ def _draw_examples(learner: MetaLearner, task: Plugin, support: int, query: int)
     if learner.loss is nn.functional.cross_entropy:
         return support_x, torch.arange(support, device=like.device) % outputs[0], query_x
     return support_x, torch.randn(support, *outputs, generator=generator).to(like), query_x
+
+
+def _draw_numbers(
+    examples: int, learner: MetaLearner, task: Plugin, support: int, query: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Some examples that a task holds, by their numbers, and their targets."""
+    _, support_y, _ = _draw_examples(learner, task, support, query)
+    generator = torch.Generator().manual_seed(support * 1000 + query)
+    numbers = torch.randint(examples, (support + query,), generator=generator).to(support_y.device)
+    return numbers[:support], support_y, numbers[support:]
 
 
 def _find_sizes(learner: MetaLearner, task: Plugin) -> tuple[int, int]:

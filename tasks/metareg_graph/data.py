@@ -49,6 +49,7 @@ class GraphData:
         names: the graphs' names.
         splits: what the files say of splits: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
         classes: the names of the classes, where labels were no class numbers; empty where they were.
+        ids: the nodes' names in their files, those of several graphs as ``GRAPH/ID``; empty where numbers from 0 on are.
     """
 
     graph: Any
@@ -58,6 +59,7 @@ class GraphData:
     names: tuple[str, ...]
     splits: Mapping[str, Mapping[str, Any]]
     classes: tuple[str, ...] = ()
+    ids: tuple[str, ...] = ()
 
     @classmethod
     def from_edges(
@@ -71,6 +73,7 @@ class GraphData:
         name: str = "the graph",
         splits: Mapping[str, Mapping[str, Any]] | None = None,
         classes: tuple[str, ...] = (),
+        ids: tuple[str, ...] = (),
     ) -> GraphData:
         """One graph from its edges, checked and made simple.
 
@@ -83,6 +86,7 @@ class GraphData:
             name: how messages call the graph.
             splits: see `GraphData`.
             classes: see `GraphData`.
+            ids: see `GraphData`.
 
         Raises:
             UsageError: features that are not finite, edges to nodes that do not exist, labels that are no class numbers.
@@ -129,6 +133,7 @@ class GraphData:
             (name,),
             splits or {},
             classes,
+            ids,
         )
 
 
@@ -153,6 +158,7 @@ def join_graphs(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]
         tuple(name for each in graphs for name in each.names),
         _number_split(splits, classes),
         classes,
+        tuple(f"{each.names[0]}/{name}" for each in graphs for name in each.ids or range(each.graph.num_nodes())),
     )
 
 
@@ -307,7 +313,7 @@ def _read_folder(folder: Path, directed: bool) -> GraphData:
     graphs = [_read(part, directed) for part in parts]
     if len(graphs) == 1:
         only = graphs[0]
-        return GraphData(only.graph, only.features, only.labels, only.members, only.names, splits or only.splits)
+        return replace(only, splits=_number_split(splits, only.classes) or only.splits)
     return join_graphs(graphs, splits)
 
 
@@ -456,6 +462,7 @@ def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, An
         name=folder.name,
         splits=_number_nodes(_number_split(splits, classes), numbers),
         classes=classes,
+        ids=tuple(ids),
     )
 
 

@@ -173,6 +173,26 @@ class Inputs:
                 x = self._near.propagate(x)
         return _standardise(x, self.data.members, self.LENGTH) if self.standardised else x
 
+    @property
+    def takes_rows(self) -> bool:
+        """Whether a node's input is its row of `table`."""
+        return self.kind == "sgc" or (self.hops == 1 and self.kind != "nodes")
+
+    def select(self, nodes: np.ndarray) -> Any:
+        """The inputs of some nodes of one task ``[examples, …]``, with all neighbours."""
+        if self.kind == "nodes":
+            return {name: values[0] for name, values in self._expand_graph(nodes[None]).items()}
+        if self.takes_rows:
+            return self.table[torch.from_numpy(nodes)]
+        layers = self._sample_layers(nodes[None], _refuse_to_draw, "")
+        counts = np.array([layer.counts[0] for layer in layers])
+        inputs = self._fill_blocks(nodes[None], layers, np.zeros(1, dtype=np.int64), counts)
+        return {"x": inputs["x"][0], "blocks": [block[0] for block in inputs["blocks"]]}
+
+    def list_edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The entries of the blocks' weights over the whole graph: row, column and weight ``[edges]``."""
+        return self._near.list_edges()
+
     def episodes(self, seeds: Seeds, targets: tuple[Tensor, Tensor], uniform: Uniform) -> list[Episodes]:
         """The tasks as stacks of equal shapes, most often one.
 
@@ -185,7 +205,7 @@ class Inputs:
             return [
                 Episodes(self._expand_graph(seeds.support), targets[0], self._expand_graph(seeds.query), targets[1])
             ]
-        if self.kind == "sgc" or self.hops == 1:
+        if self.takes_rows:
             support, query = (self.table[torch.from_numpy(nodes)] for nodes in (seeds.support, seeds.query))
             return [Episodes(support, targets[0], query, targets[1])]
         parts = [
@@ -252,6 +272,10 @@ class Inputs:
         }
 
 
+def _refuse_to_draw(count: int, label: str) -> np.ndarray:
+    raise AssertionError(f"{count} numbers are asked for ({label}) where no neighbours are drawn")
+
+
 def _standardise(x: Tensor, members: Tensor, length: float) -> Tensor:
     """Rows less the mean row of their graph, all of one length ``[nodes, …]``."""
     sums = x.new_zeros(int(members.max()) + 1, x.shape[1]).index_add_(0, members, x)
@@ -294,6 +318,12 @@ class _Neighbourhoods:
         self._to = into.rsqrt() if loops else 1 / into
         self._from = out_of.rsqrt() if loops else torch.ones_like(out_of)
         self.dtype = self._to.numpy().dtype
+
+    def list_edges(self) -> tuple[Tensor, Tensor, Tensor]:
+        """All edges as destinations, sources and weights ``[edges]``."""
+        to = torch.from_numpy(np.repeat(np.arange(len(self._pointers) - 1), np.diff(self._pointers)))
+        source = torch.from_numpy(self._sources.astype(np.int64))
+        return to, source, self._to[to] * self._from[source]
 
     def propagate(self, x: Tensor) -> Tensor:
         """The weighted sum over each node's neighbours ``[nodes, features]``."""

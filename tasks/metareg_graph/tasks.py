@@ -17,6 +17,7 @@ from metareg import (
     Dataset,
     Episodes,
     MetaLearner,
+    NamedExamples,
     PathText,
     PluginConfig,
     Task,
@@ -29,6 +30,7 @@ from metareg import (
 )
 from metareg_graph.data import GNN_BENCHMARK, GraphData, Normalisation, Source, fetch, find_local, load, locate
 from metareg_graph.figures import draw_confusion, draw_features
+from metareg_graph.nodes import Nodes
 from metareg_graph.sampling import Inputs, Pools, Seeds
 from metareg_graph.splits import SPLITS, ClassSplit, split_nodes
 
@@ -94,6 +96,7 @@ class _GraphTask(Task):
         "boil": {"model.skip": False, "algo.inner_lr": 2.0},
     }
     config: GraphTaskConfig
+    name: ClassVar[str]
 
     @property
     def default_model(self) -> str | None:  # type: ignore[override]
@@ -118,6 +121,14 @@ class _GraphTask(Task):
         tasks = self._select_pictured(seed)
         return {"confusion": draw_confusion(learner, tasks), "features": draw_features(learner, tasks[:4])}
 
+    @property
+    def named_examples(self) -> NamedExamples:
+        """The nodes of the graph, as a user's tables name them."""
+        raise UsageError(
+            f"Every task of '{self.name}' is a graph of its own, whose nodes no table can name; a graph of your own is for "
+            "`metareg train --task graph-folder`."
+        )
+
     def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
         """Some test tasks, each with the names of its classes in their order."""
         raise NotImplementedError
@@ -131,7 +142,6 @@ class _FileTask(_GraphTask):
 
     Config = FileConfig
     config: FileConfig
-    name: ClassVar[str]
     source: ClassVar[Source]
 
     def __init__(self, config: FileConfig) -> None:
@@ -214,6 +224,10 @@ class _FileTask(_GraphTask):
                 groups, where, config.ways, config.shots, config.query, shared_labels=shared
             )
         return self._pools[split, seed]
+
+    @property
+    def named_examples(self) -> NamedExamples:
+        return Nodes(self._inputs)
 
     def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
         return [
@@ -424,6 +438,7 @@ class CSBM(_GraphTask):
         "boil": {"model.skip": False},
     }
     config: Config
+    name = "csbm"
 
     def __init__(self, config: Config) -> None:
         needed = config.ways * (config.shots + config.query)
