@@ -154,13 +154,23 @@ class ComparedTask(PluginConfig):
         return value
 
 
-class ArmRule(PluginConfig):
-    """Options for the arms that it fits; a later rule stands before an earlier one."""
+class ArmSelector(PluginConfig):
+    """Some arms of a comparison."""
 
     variant: str | None = Field(None, description="Only arms of this variant.")
     algo: str | None = Field(None, description="Only arms with this algorithm.")
     augment: Chain | None = Field(None, description="Only arms with this augmenter, or chain of augmenters.")
     task: str | None = Field(None, description="Only arms on the task with this label.")
+
+    def fits(self, *, algorithm: str, augmenter: str, task: str, variant: str) -> bool:
+        """Whether an arm is one of them."""
+        wanted = (self.algo, algorithm), (self.augment, augmenter), (self.task, task), (self.variant, variant)
+        return all(name in (None, own) for name, own in wanted)
+
+
+class ArmRule(ArmSelector):
+    """Options for the arms that it fits; a later rule stands before an earlier one."""
+
     options: Options = Field(description="Options of the run and its plugins.")
 
 
@@ -203,6 +213,9 @@ class ComparisonConfig(PluginConfig):
         {}, description="How tables of a paper name plugins and variants, as {metasgd: Meta-SGD}."
     )
     arms: list[ArmRule] = Field([], description="Options for some arms.")
+    leave_out: list[ArmSelector] = Field(
+        [], description="Arms that are not run, as of an algorithm that needs classes."
+    )
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
     program: dict[Literal["algo", "augment", "task", "model"], list[str]] = Field(
         {}, description="The names among these that stand for objects and classes that a program gives."
@@ -222,7 +235,7 @@ class ComparisonConfig(PluginConfig):
                 raise ValueError(f"the variants '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
         if self.baseline:
             self.find_axis(self.baseline)
-        for rule in self.arms:
+        for rule in (*self.arms, *self.leave_out):
             given = ("algorithm", rule.algo, self.algo), ("augmenter", rule.augment, self.augment)
             of_variants = "variant", rule.variant, list(self.variants)
             for what, name, known in (*given, ("task label", rule.task, labels), of_variants):

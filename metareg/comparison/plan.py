@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,9 @@ class Plan:
         arms = [Arm(algorithm, augmenter, task) for task, algorithm, augmenter in methods]
         self._plugins = {name for arm in arms for name in self._list_plugins(arm)}
         self._run_as = {each: run_as for arm in arms for each, run_as in self._list_variants(arm).items()}
-        self.arms = [*dict.fromkeys(self._run_as.values())]
+        self.arms = [arm for arm in dict.fromkeys(self._run_as.values()) if not self._is_left_out(arm)]
+        if not self.arms:
+            raise UsageError("'leave_out' leaves out every arm of the comparison.")
         self.options = {arm: self._collect_options(arm) for arm in self.arms}
         """The options that the configuration gives each arm, before any are chosen."""
 
@@ -187,8 +189,12 @@ class Plan:
         return (tuning and tuning.seeds) or self.config.seeds[:1]
 
     def find_arm(self, arm: Arm) -> Arm | None:
-        """The arm as which one is run: where its variant changes nothing of it, it is that without the change."""
-        return self._run_as.get(arm)
+        """The arm as which one is run: where its variant changes nothing of it, that without it; None where none is."""
+        found = self._run_as.get(arm)
+        return None if found is None or self._is_left_out(found) else found
+
+    def _is_left_out(self, arm: Arm) -> bool:
+        return any(each.fits(**asdict(arm)) for each in self.config.leave_out)
 
     def _list_variants(self, arm: Arm) -> dict[Arm, Arm]:
         """For an arm in each variant, as which arm it is run."""
@@ -212,14 +218,7 @@ class Plan:
         return not dot or owner not in self._plugins or owner in self._list_plugins(arm)
 
     def _collect_options(self, arm: Arm) -> Options:
-        rules = [
-            rule
-            for rule in self.config.arms
-            if rule.algo in (None, arm.algorithm)
-            and rule.augment in (None, arm.augmenter)
-            and rule.task in (None, arm.task)
-            and rule.variant in (None, arm.variant)
-        ]
+        rules = [rule for rule in self.config.arms if rule.fits(**asdict(arm))]
         ordinary = [rule.options for rule in rules if rule.variant is None]
         of_variant = [self.config.variants.get(arm.variant, {}), *(rule.options for rule in rules if rule.variant)]
         merged: Options = {}

@@ -152,6 +152,22 @@ def test_every_arm_is_run_once_in_each_variant_that_changes_it(tmp_path: Path) -
     assert [gammas.options[arm]["inner_lr"] for arm in gammas.arms] == [0.1, 0.1, 0.5]
 
 
+def test_arms_can_be_left_out(tmp_path: Path) -> None:
+    left_out = [{"algo": "anil", "task": "sinusoid"}, {"algo": "maml", "augment": "cml"}]
+    plan = write_comparison(tmp_path, ALGORITHMS | {"augment": ["none", "cml"], "leave_out": left_out}, tasks=7)
+    names = [str(arm) for arm in plan.arms if arm.algorithm in ("maml", "anil")]
+    label = ALGORITHMS["tasks"][1]["label"]
+    assert names == ["maml on sinusoid", f"maml on {label}", f"anil on {label}", f"anil+cml on {label}"]
+    found = analyze_comparison(tmp_path, baseline="maml")
+    assert {pair.other.name for pair in found.pairs} == {"maml"}
+    assert found.results.gaps == ()
+    table = build_paper_table(found, "seeds")
+    assert table.cells[table.methods.index("ANIL")][0].mean == "–"
+    Page(report(tmp_path, "html"))
+    with pytest.raises(UsageError, match="leaves out every arm"):
+        Plan(tmp_path, ComparisonConfig.model_validate({"algo": ["maml"], "leave_out": [{}]}))
+
+
 def test_variants_are_paired_by_seed(tmp_path: Path) -> None:
     plan = write_comparison(tmp_path, VARIANTS, tasks=20)
     means = read_means(plan)
