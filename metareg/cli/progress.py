@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -34,14 +34,19 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class Progress:
-    """Observer: a live bar with loss, validation metric, steps per second and time left.
+    """Observer: a live bar with what is done, loss, validation metric, steps per second and time left.
 
     Where the console is no terminal it prints a line at the start, one about every ten seconds, and one per validation.
     """
 
     def __init__(self, console: Console) -> None:
         self._console = console
-        self._bar = Bar(
+        self._run: Run | None = None
+        self._numbers = self._validation = ""
+        self._began_at = self._validated = 0
+        self._printed = 0.0
+        self._bar = _WatchingBar(
+            self._look,
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -51,8 +56,6 @@ class Progress:
             disable=not console.is_terminal,
             transient=True,
         )
-        self._validation = ""
-        self._printed = 0.0
 
     def __enter__(self) -> Progress:
         self._handler = _add_handler(self._console)
@@ -66,21 +69,22 @@ class Progress:
     @hookimpl
     def on_run_start(self, run: Run) -> None:
         self._say(f"{run.config.title} → {run.path}")
-        compiling = run.learner.strategy == "compiled"
-        self._task = self._bar.add_task("training", total=run.config.steps, numbers="compiling …" if compiling else "")
+        self._began_at = self._validated = run.learner.steps_done
+        self._task = self._bar.add_task("", total=run.config.steps, completed=self._began_at, numbers="")
+        self._run = run
         self._bar.start()
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        numbers = f"loss {logs['loss']:.4g}{self._validation} · {_format_speed(logs['steps_per_second'])} steps/s"
-        if self._console.is_terminal:
-            self._bar.update(self._task, completed=step, numbers=numbers)
-        elif time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+        speed = _format_speed(logs["steps_per_second"])
+        self._numbers = f"loss {logs['loss']:.4g}{self._validation} · {speed} steps/s"
+        if not self._console.is_terminal and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
-            self._say(f"step {step}: {numbers}")
+            self._say(f"step {step}: {self._numbers}")
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        self._validated = step
         if split == TEST:
             self._bar.stop()
             return
@@ -94,8 +98,38 @@ class Progress:
     def on_run_end(self) -> None:
         self._bar.stop()
 
+    def _look(self) -> None:
+        """Bring the bar to where the training stands, which tells its observers only now and then."""
+        if self._run is None:
+            return
+        done = self._run.learner.steps_done
+        speed = self._bar.tasks[0].speed
+        numbers = self._numbers or (f"{_format_speed(speed)} steps/s" if speed else "")
+        self._bar.update(self._task, completed=done, description=self._describe_phase(self._run, done), numbers=numbers)
+
+    def _describe_phase(self, run: Run, done: int) -> str:
+        config, strategy = run.config, run.learner.strategy
+        if done != self._validated and (done == config.steps or done % (config.eval_every or config.steps) == 0):
+            return "validating"
+        if done == config.steps:
+            return "testing"
+        return "compiling" if strategy == "compiled" and done == self._began_at else "training"
+
     def _say(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True)
+
+
+class _WatchingBar(Bar):
+    """A bar that looks before it is drawn, some times a second, rather than wait to be told."""
+
+    def __init__(self, look: Callable[[], None], *columns: ProgressColumn, **options: Any) -> None:
+        self._look = look
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, as things stand."""
+        self._look()
+        yield from super().get_renderables()
 
 
 class ComparisonProgress:

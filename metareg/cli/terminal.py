@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterable
-from typing import Any, TextIO
+from typing import IO, Any, TextIO
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.markup import escape
@@ -22,6 +22,18 @@ __all__ = ["LogHandler", "Terminal", "guard_streams", "stderr", "stdout", "write
 
 class Terminal(Console):
     """A console that shows the control characters of texts; only its own colours and cursor movements are obeyed."""
+
+    @property
+    def file(self) -> IO[str]:
+        """Where it draws: not through the guards of the standard streams, nor what a live display puts around them."""
+        file = super().file
+        while (behind := getattr(file, "rich_proxied_file", None)) is not None:
+            file = behind
+        return file
+
+    @file.setter
+    def file(self, new_file: IO[str]) -> None:
+        self._file = new_file
 
     def render_str(self, text: str, **options: Any) -> Text:
         """A text as rich lays it out: with the signs that are shown, so that columns keep their width."""

@@ -86,6 +86,14 @@ def test_a_terminal_does_not_obey_what_a_stranger_wrote(arguments: Sequence[str]
     assert "OWNED" in received or "show" in arguments
 
 
+def test_a_terminal_obeys_the_display_of_a_training(tmp_path: Path) -> None:
+    code, received = _run_in_terminal("train", "--steps", "20", "--set", "test_tasks=5", cwd=tmp_path)
+    assert code == 0
+    assert "training" in received
+    assert "\N{SYMBOL FOR ESCAPE}" not in received
+    assert not _list_controls(_DRAWING.sub("", received.replace("\r\n", "\n")))
+
+
 def test_no_command_prints_what_a_terminal_would_obey(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

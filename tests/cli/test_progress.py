@@ -1,0 +1,76 @@
+"""What a terminal shows of a training: where it stands now, not where it stood when it last told its observers."""
+
+from __future__ import annotations
+
+import io
+import re
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from metareg import Evaluation
+from metareg.cli.progress import Progress
+from metareg.cli.terminal import Terminal
+
+VALIDATION = Evaluation("mse", False, (1,), torch.ones(2, 1), "none", "head")
+
+
+class Training:
+    """A run that stands wherever a test puts it, and what a terminal shows of it."""
+
+    def __init__(self, *, begun_at: int = 0, strategy: str = "vectorized", terminal: bool = True) -> None:
+        self.learner = SimpleNamespace(steps_done=begun_at, strategy=strategy)
+        config = SimpleNamespace(title="maml on x", steps=100, eval_every=50)
+        self._file = io.StringIO()
+        self.progress = Progress(Terminal(file=self._file, force_terminal=terminal, width=80))
+        run: Any = SimpleNamespace(path="runs/x", config=config, learner=self.learner)
+        self.progress.on_run_start(run)
+
+    def look(self, steps_done: int) -> str:
+        """What the bar shows after so many steps."""
+        self.learner.steps_done = steps_done
+        self.progress._bar.refresh()
+        return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[━╸╺]", "", self._file.getvalue().rpartition("\r")[2]).strip()
+
+    def all_that_was_printed(self) -> str:
+        return self._file.getvalue()
+
+
+def test_the_bar_shows_every_step_and_every_phase() -> None:
+    training = Training()
+    assert re.match(r"training +0/100", training.look(0))
+    assert re.match(r"training +1/100", training.look(1))
+    training.look(2)
+    assert re.match(r"training +3/100 .* steps/s", training.look(3))
+    assert re.match(r"validating +50/100", training.look(50))
+    training.progress.on_evaluation(50, "validation", VALIDATION)
+    assert re.match(r"training +50/100", training.look(50))
+    training.progress.on_step(50, {"loss": 0.25, "steps_per_second": 12.0})
+    assert re.match(r"training +51/100 loss 0.25 · validation mse 1 · 12 steps/s", training.look(51))
+    assert re.match(r"validating +100/100", training.look(100))
+    training.progress.on_evaluation(100, "validation", VALIDATION)
+    assert re.match(r"testing +100/100", training.look(100))
+    training.progress.on_evaluation(100, "test", VALIDATION)
+
+
+def test_a_resumed_run_begins_where_it_stands() -> None:
+    training = Training(begun_at=50)
+    assert re.match(r"training +50/100", training.look(50))  # it was validated before it stopped
+    training.progress.on_run_end()
+
+
+def test_compiling_is_a_phase() -> None:
+    training = Training(strategy="compiled")
+    assert re.match(r"compiling +0/100", training.look(0))
+    assert re.match(r"training +1/100", training.look(1))
+    training.progress.on_run_end()
+
+
+def test_lines_where_there_is_no_terminal() -> None:
+    training = Training(terminal=False)
+    training.progress.on_step(10, {"loss": 0.5, "steps_per_second": 3.25})
+    training.progress.on_evaluation(50, "validation", VALIDATION)
+    assert training.all_that_was_printed().splitlines() == [
+        "maml on x → runs/x", "step 10: loss 0.5 · 3.2 steps/s", "step 50: validation mse 1 ± 0",
+    ]  # fmt: skip
