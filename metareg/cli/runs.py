@@ -147,15 +147,19 @@ def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> d
     return given
 
 
-def _load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
-    """The learner of a finished run or of a file, and the task by which it reads a user's examples."""
+def _load_learner(path: Path, device: str | None, data: Path | None) -> tuple[MetaLearner, Plugin]:
+    """The learner of a finished run or of a file, and the task by which it reads a user's examples, with data elsewhere."""
+    from metareg.registry.plugins import resolve
     from metareg.runs import exports
     from metareg.runs.run import Run
 
     if path.is_file():
-        return exports.load_learner(path, device)
+        return exports.load_learner(path, device, None if data is None else str(data))
     run = Run.load(path, device=device)
-    return run.learner, run.source.plugin
+    if data is None:
+        return run.learner, run.source.plugin
+    task = run.config.task
+    return run.learner, resolve("tasks", task.name, {**task.config, "data": str(data)})
 
 
 def export(
@@ -175,6 +179,7 @@ def export(
         bool,
         typer.Option("--adaptive", help="A program that adapts by itself: it takes support_x, support_y and query_x."),
     ] = False,
+    data: Data = None,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
     _no_plugin: NoPlugin = None,
@@ -184,7 +189,7 @@ def export(
     from metareg.runs import exports
 
     with stderr.status("Exporting …"), show_messages(stderr):
-        learner, task = _load_learner(path, "cpu")
+        learner, task = _load_learner(path, "cpu", data)
         exports.export(
             learner, task, to, support=support, adaptive=adaptive, inner_steps=inner_steps, bn_statistics=bn_statistics
         )
@@ -206,6 +211,7 @@ def predict(
             metavar="DIR", help="In their place, a folder for each of many sites: with support and query in it."
         ),
     ] = None,
+    data: Data = None,
     to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
@@ -222,7 +228,7 @@ def predict(
     from metareg.util.files import write_text
 
     with show_messages(stderr):
-        learner = _load_learner(path, device)
+        learner = _load_learner(path, device, data)
         if sites is not None:
             text = exports.predict_sites(*learner, sites, inner_steps, bn_statistics)
         else:

@@ -48,8 +48,13 @@ Given = Path | Table
 """A user's examples: a file, a folder, or a table."""
 
 
-def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
-    """A learner from its file alone, and the task by which it reads a user's examples; no data is read.
+def load_learner(path: Path, device: str | None, data: str | None = None) -> tuple[MetaLearner, Plugin]:
+    """A learner from its file alone, and the task by which it reads a user's examples.
+
+    Args:
+        path: the file.
+        device: where to put it.
+        data: where the data of a task is that holds examples itself, as a graph.
 
     Raises:
         UsageError: the file is no learner's, or a run did not train it.
@@ -57,7 +62,7 @@ def load_learner(path: Path, device: str | None) -> tuple[MetaLearner, Plugin]:
     learner = MetaLearner.load(path, device=find_device(device or "auto"))
     if learner.task is None:
         raise UsageError(f"{path} does not say what its inputs mean: no run with an installed task trained it.")
-    return learner, resolve("tasks", learner.task.name, learner.task.config)
+    return learner, resolve("tasks", learner.task.name, {**learner.task.config, **({"data": data} if data else {})})
 
 
 def export(

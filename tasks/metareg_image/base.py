@@ -215,16 +215,32 @@ class ImageTask(Task):
         if available < ways:
             raise UsageError(
                 f"The task '{self.name}' has {available} {split} class{'es' * (available > 1)}; {ways}-way tasks need "
-                f"{ways}: {self.too_few_classes}."
+                f"{ways}: {self.too_few_classes}{self._suggest_options()}."
             )
         least = int(index.counts.argmin())
         if index.counts[least] < self.config.shots + queries:
             raise UsageError(
                 f"The class '{index.names[least]}' of the task '{self.name}' ({split}) has {index.counts[least]} images; "
                 f"{self.config.shots} support and {queries} query images need {self.config.shots + queries}: lower shots or "
-                f"{'query' if split == 'train' else 'eval_query'}."
+                f"{'query' if split == 'train' else 'eval_query'}{self._suggest_options()}."
             )
         return index
+
+    def _suggest_options(self) -> str:
+        """What of the options to change so that every split has enough classes and images; nothing where that cannot be."""
+        parts = [each for each in self.store.splits.values() if len(each.names)]
+        classes = min(len(each.names) for each in parts) * (4 if self.config.rotations else 1)
+        images = min(int(each.counts.min()) for each in parts)
+        if classes < 2 or images < 2:
+            return ""
+        config, shots = self.config, min(self.config.shots, images - 1)
+        fitting = {
+            "--ways ": (config.ways, min(config.ways, classes)),
+            "--shots ": (config.shots, shots),
+            "--query ": (config.query, min(config.query, images - shots)),
+            "--set eval_query=": (config.eval_query, min(config.eval_query, images - shots)),
+        }
+        return f" ({' '.join(f'{flag}{new}' for flag, (old, new) in fitting.items() if old != new)} fit all splits)"
 
     def _draw_classes(self, index: SplitIndex, number: int, seed: int) -> SplitIndex:
         """Some of the classes of a split."""
