@@ -5,12 +5,17 @@ Any version of torch may rename or remove them. Everything else takes them from 
 
 from __future__ import annotations
 
+import atexit
 import copy
 import importlib
 import inspect
+import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ __all__ = [
     "writes_in_place",
 ]  # fmt: skip
 
+_CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 _TESTED = "2.8 to 2.14"
 
 
@@ -132,6 +138,7 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
     torch.compile would look for a graph in Python code, and at every call for what the code may have changed; here the
     graph is there already, so its compiler is called directly. Where that cannot be reached, torch.compile is.
     """
+    _choose_cache()
     compiler: Callable[..., Callable[..., list[Tensor]]] = _find(
         "torch._inductor.compile", default=lambda graph, _: torch.compile(graph, fullgraph=True, dynamic=False)
     )
@@ -144,6 +151,24 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
             return compiler(graph, list(inputs))
     except Exception:  # the caches may be damaged, and the compiler too old for the processor
         return compiler(graph, list(inputs))
+
+
+def _choose_cache() -> None:
+    """Let the compiler keep what it builds in the user's own cache, unless the user named another place.
+
+    What lies there is loaded as code. By itself the compiler takes a folder in /tmp, of a name that anyone can take first.
+    """
+    if _CACHE_VARIABLE in os.environ:
+        return
+    import platformdirs
+
+    folder = Path(platformdirs.user_cache_dir("metareg", appauthor=False), "inductor")
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # the home cannot be written: nothing is kept beyond this process
+        folder = Path(tempfile.mkdtemp(prefix="metareg-inductor-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_CACHE_VARIABLE] = str(folder)
 
 
 @contextmanager

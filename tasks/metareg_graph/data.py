@@ -219,7 +219,7 @@ def find_local(source: Source, data: str | None) -> Path | None:
 
 
 def locate(name: str, source: Source, data: str | None) -> Path:
-    """The file or folder of a dataset, downloaded where it is not there and the user named no place.
+    """The file or folder of a dataset; nothing is downloaded.
 
     Args:
         name: the dataset's name.
@@ -227,8 +227,7 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         data: what the user gave: the file itself, or a folder in which it is.
 
     Raises:
-        UsageError: it is not where the user said.
-        MetaregError: it cannot be downloaded.
+        UsageError: it is not there; the message says how to get it.
     """
     found = find_local(source, data)
     if found is not None:
@@ -239,7 +238,10 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         raise UsageError(f"{data} does not hold '{name}': none of {', '.join(source.names)} is there.")
     if source.url is None:
         raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
-    return fetch(source, data_folder())
+    raise UsageError(
+        f"The data of the task '{name}' is not in {data_folder()}: `metareg data {name} --download` fetches it. --data DIR "
+        "or METAREG_DATA names another folder."
+    )
 
 
 def fetch(source: Source, folder: Path) -> Path:

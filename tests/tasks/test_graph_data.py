@@ -8,6 +8,7 @@ import json
 import pickle
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,13 @@ import pytest
 import torch
 
 from downloads import cut_off, serve
-from metareg import MetaregError, UsageError
+from metareg import MetaregError, UsageError, data_folder
 
 if sys.version_info >= (3, 12):
     pytest.skip("DGL has no wheels for this Python", allow_module_level=True)
 
 from metareg_graph import AmazonComputer, CiteSeer, CoauthorCS, Cora, CoraFull, GraphFolder, OgbnArxiv, PubMed
-from metareg_graph.data import Source, load, locate
+from metareg_graph.data import Source, fetch, load, locate
 from metareg_graph.splits import SPLITS, split_nodes
 
 dgl = pytest.importorskip("dgl", reason="DGL is not installed")
@@ -270,12 +271,16 @@ def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             locate("mine", source, str(tmp_path / "nowhere"))
         with pytest.raises(UsageError, match=r"does not hold 'mine': none of mine\.npz"):
             locate("mine", source, str(tmp_path))
-        downloaded = locate("mine", source, None)
+        with pytest.raises(UsageError, match="`metareg data mine --download` fetches it"):  # not unless it is asked to
+            locate("mine", source, None)
+        assert not (tmp_path / "cache").exists()
+        downloaded = fetch(source, data_folder())
         assert downloaded == tmp_path / "cache" / "data" / "graphs" / "upstream.npz"
         assert downloaded.read_bytes() == local.read_bytes()
+        assert locate("mine", replace(source, names=("upstream.npz",)), None) == downloaded
     cut_off(monkeypatch)
     with pytest.raises(MetaregError, match="cannot be fetched: there is no connection"):
-        locate("mine", Source(("other.npz",), url="https://host.invalid/gone.npz"), None)
+        fetch(Source(("other.npz",), url="https://host.invalid/gone.npz"), data_folder())
     # Where earlier versions put downloads.
     (tmp_path / "cache" / "graphs").mkdir(parents=True)
     earlier = npz(tmp_path / "cache" / "graphs" / "mine.npz")

@@ -167,6 +167,22 @@ def test_compiling_without_the_private_compiler(monkeypatch: pytest.MonkeyPatch)
         assert_equal(torch_internals.compile_graph(graph, INPUTS)(*INPUTS), expected)
 
 
+def test_programs_are_kept_where_only_the_user_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    variable = "TORCHINDUCTOR_CACHE_DIR"
+    monkeypatch.setenv(variable, "elsewhere")
+    torch_internals._choose_cache()
+    assert os.environ[variable] == "elsewhere"
+    (tmp_path / "file").touch()
+    for home in (tmp_path / "home", tmp_path / "file" / "home"):  # the second cannot be made
+        monkeypatch.delenv(variable)
+        monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, home=home, **__: str(home))
+        torch_internals._choose_cache()
+        folder = Path(os.environ[variable])
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert (folder == home / "inductor") == (home == tmp_path / "home")
+    folder.rmdir()
+
+
 COMPILED_STEPS = """
 import json, sys
 import torch
