@@ -96,6 +96,13 @@ def steps(session: nox.Session) -> None:
     session.run(environment(session), "-m", "pytest", *arguments, external=True)
 
 
+@nox.session(default=False)
+def strangers(session: nox.Session) -> None:
+    """Strangers' files and hard days, with a table of all that was tried, an hour's work."""
+    arguments = ("-m", "strangers", "--hypothesis-profile", "strangers", *session.posargs)
+    session.run(environment(session), "-m", "pytest", *arguments, external=True)
+
+
 @nox.session
 def lint(session: nox.Session) -> None:
     """Style: ruff; and the floors of the house: import-linter."""

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from metareg.runs.config import RunConfig
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
+    from metareg.util.arrays import open_arrays
+    from metareg.util.child_process import parse_in_child
     from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.images import ImageFiles, UnreadableImageError, find_images, load_image
     from metareg.util.seeding import derive_seed, draw_distinct, task_uniform
@@ -60,6 +62,8 @@ _NAMES = {
     "runs.config": "RunConfig",
     "runs.run": "Run",
     "runs.training": "resume train",
+    "util.arrays": "open_arrays",
+    "util.child_process": "parse_in_child",
     "util.data_files": "cache_folder data_folder download",
     "util.images": "ImageFiles UnreadableImageError find_images load_image",
     "util.seeding": "derive_seed draw_distinct task_uniform",
@@ -72,8 +76,9 @@ __all__ = [
     "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig", "PluginError",
     "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
     "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "draw_distinct",
-    "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
-    "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "task_uniform", "train",
+    "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image", "open_arrays",
+    "parse_in_child", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
+    "task_uniform", "train",
 ]  # fmt: skip
 
 guard_logs("metareg", "metareg.tuning")

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+settings.register_profile("default", deadline=None, max_examples=20)
+settings.register_profile("strangers", deadline=None, max_examples=1000)
+settings.load_profile("default")
+
+STRANGERS = (
+    "containers", "configurations", "architectures", "images", "graphs", "archives", "tables", "reports", "plugins",
+    "terminals", "kills", "disks",
+)  # fmt: skip
+"""The groups of what is tried with strangers' files and on hard days."""
+
+_held: Counter[str] = Counter()
+
+
+@pytest.fixture(scope="session")
+def tried() -> Callable[..., None]:
+    """``tried(group)`` counts an attempt that was held, ``tried(group, n)`` several; called once it was."""
+
+    def count(group: str, attempts: int = 1) -> None:
+        assert group in STRANGERS
+        _held[group] += attempts
+
+    return count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of what was tried and held, where that alone was asked for."""
+    if config.option.markexpr == "strangers":
+        terminalreporter.section("strangers' files and hard days: attempts that held")
+        for group in STRANGERS:
+            terminalreporter.write_line(f"{group:<16}{_held[group]:>8,}")
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ run's scores, curves, times, versions and options, and every trial's. Weights, c
 from __future__ import annotations
 
 import io
-import json
 import lzma
 import re
 import shutil
@@ -15,8 +14,8 @@ import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from tempfile import TemporaryDirectory, TemporaryFile
+from typing import IO, Any
 
 import numpy as np
 
@@ -24,7 +23,7 @@ from metareg.comparison.plan import CHOSEN_FILE, CONFIG_FILE, TRIAL_FILE, Plan
 from metareg.comparison.pool import ERROR_FILE, cut_traceback
 from metareg.errors import UsageError
 from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
-from metareg.util.files import format_json, write_bytes
+from metareg.util.files import MALFORMED, format_json, parse_json, read_json, refuse_malformed, write_bytes
 
 __all__ = ["ARCHIVE_SUFFIX", "add_archived_runs", "unpack_archive", "write_archive"]
 
@@ -40,6 +39,7 @@ _PATTERNS = (
     *(f"tuning/*/*/trial-*/seed-*/{name}" for name in _OF_A_TRIAL),
 )
 _MEMBER = re.compile("|".join(re.escape(each).replace(r"\*", r"[^/\\:]*[^/\\:.][^/\\:]*") for each in _PATTERNS))
+_LEAST_BYTES, _MOST_TIMES, _BLOCK = 1 << 28, 100, 1 << 20
 _NARROW = "scores_are_float32"
 
 
@@ -71,7 +71,7 @@ def unpack_archive(file: Path) -> Iterator[Path]:
         folder = Path(name, file.name.removesuffix(ARCHIVE_SUFFIX))
         folder.mkdir()
         try:
-            with tarfile.open(file, mode="r:xz") as archive:
+            with _decompress(file) as plain, tarfile.open(fileobj=plain, mode="r:") as archive:
                 for member in archive:
                     known = member.isfile() and _MEMBER.fullmatch(member.name)
                     content = archive.extractfile(member) if known else None
@@ -80,11 +80,25 @@ def unpack_archive(file: Path) -> Iterator[Path]:
                             f"{file} holds no results of a comparison: '{member.name}' is none of its files."
                         )
                     _restore(folder / member.name, content.read())
-        except (OSError, EOFError, ValueError, tarfile.TarError, lzma.LZMAError) as error:
+        except (OSError, tarfile.TarError, lzma.LZMAError, *MALFORMED) as error:
             raise UsageError(f"{file} cannot be read as results of a comparison: {error}.") from error
         if not (folder / CONFIG_FILE).is_file():
             raise UsageError(f"{file} holds no results of a comparison: it has no {CONFIG_FILE}.")
         yield folder
+
+
+@contextmanager
+def _decompress(file: Path) -> Iterator[IO[bytes]]:
+    """What is compressed in a file, in a temporary one; a ValueError where that is far more than results are."""
+    left = max(_LEAST_BYTES, _MOST_TIMES * file.stat().st_size)
+    with TemporaryFile() as plain, lzma.open(file) as packed:
+        while block := packed.read(_BLOCK):
+            left -= len(block)
+            if left < 0:
+                raise ValueError(f"it unpacks to more than {_MOST_TIMES} times its size")
+            plain.write(block)
+        plain.seek(0)
+        yield plain
 
 
 def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
@@ -100,10 +114,7 @@ def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
     """
     for file in source.glob(f"tuning/*/*/{CHOSEN_FILE}"):
         own = target / file.relative_to(source)
-        if (
-            own.is_file()
-            and json.loads(own.read_text("utf-8"))["options"] != json.loads(file.read_text("utf-8"))["options"]
-        ):
+        if own.is_file() and _read_options(own) != _read_options(file):
             raise UsageError(
                 f"{own.parent} chose other settings than the results to be added; name another folder with --out."
             )
@@ -123,6 +134,12 @@ def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
         (own / ERROR_FILE).unlink(missing_ok=True)
         added += 1
     return added, kept
+
+
+def _read_options(file: Path) -> Any:
+    content = read_json(file)
+    with refuse_malformed(file, "what tuning chose"):
+        return content["options"]
 
 
 def _prepare(path: Path, folder: Path) -> bytes:
@@ -154,13 +171,13 @@ def _list_unfinished(folder: str, names: list[str]) -> list[str]:
 def _narrow_scores(content: bytes) -> bytes:
     """A results.json with as few digits as its scores need: nearly all are float32, which take 9 instead of 17."""
     try:
-        results = json.loads(content)
+        results = parse_json(content.decode())
         for step in results["steps"]:
             scores = np.array(step["scores"], dtype=np.float64)
             narrow = scores.astype(np.float32)
             if np.array_equal(scores, narrow, equal_nan=True):
                 step |= {"scores": [float(str(score)) for score in narrow], _NARROW: True}
-    except (LookupError, TypeError, ValueError):
+    except MALFORMED:
         return content  # a damaged one is reported as such
     return format_json(results).encode()
 
@@ -168,10 +185,10 @@ def _narrow_scores(content: bytes) -> bytes:
 def _widen_scores(content: bytes) -> bytes:
     """The results.json that `_narrow_scores` was given."""
     try:
-        results: dict[str, Any] = json.loads(content)
+        results: dict[str, Any] = parse_json(content.decode())
         for step in results["steps"]:
             if step.pop(_NARROW, False):
                 step["scores"] = np.array(step["scores"], dtype=np.float32).astype(np.float64).tolist()
-    except (LookupError, TypeError, ValueError):
+    except MALFORMED:
         return content
     return format_json(results).encode()

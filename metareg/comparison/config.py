@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -24,7 +25,7 @@ ALL_PAIRS: Final = "all"
 Axis = Literal["augmenter", "algorithm", "variant", "all"]
 """What a baseline is one of; arms that are otherwise the same are compared with it."""
 
-_MOST_SEEDS = 1000
+_MOST_SEEDS, _MOST_NAMES, _MOST_RUNS = 1000, 1000, 100_000
 
 _NOT_OPTIONS = {
     "algo": "it is what 'algo' is for", "augment": "it is what 'augment' is for", "task": "it is what 'tasks' is for",
@@ -106,7 +107,9 @@ def _parse_seed_range(text: str) -> Iterable[int]:
 
 _Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
 _DISTINCT_SEEDS = AfterValidator(partial(_check_distinct, "seed"))
-Seeds = Annotated[list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1), _DISTINCT_SEEDS]
+Seeds = Annotated[
+    list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1, max_length=_MOST_SEEDS), _DISTINCT_SEEDS
+]
 
 
 class Tuning(PluginConfig):
@@ -132,6 +135,11 @@ class Tuning(PluginConfig):
             raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
         if self.trials == GRID and not self.space:
             raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
+        settings = math.prod(len(values) for values in self.space.values() if isinstance(values, list))
+        if self.trials == GRID and settings > _MOST_RUNS:
+            raise ValueError(
+                f"the grid has {settings} settings, and may have {_MOST_RUNS}; a search takes a number of trials"
+            )
         return self
 
 
@@ -189,13 +197,16 @@ class ComparisonConfig(PluginConfig):
         "sentence each outcome leads to. It is fixed once a run that counts has begun.",
     )
     algo: Annotated[list[Name], BeforeValidator(_split_names)] = Field(
-        ["maml"], min_length=1, description="Algorithms."
+        ["maml"], min_length=1, max_length=_MOST_NAMES, description="Algorithms."
     )
     augment: Annotated[list[Chain], BeforeValidator(_split_names)] = Field(
-        [NO_PLUGIN], min_length=1, description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain."
+        [NO_PLUGIN],
+        min_length=1,
+        max_length=_MOST_NAMES,
+        description="Augmenters; 'none' for none, 'dropgrad+cml' for a chain.",
     )
     tasks: Annotated[list[ComparedTask], BeforeValidator(_split_names)] = Field(
-        [ComparedTask(task="sinusoid")], min_length=1, description="Tasks."
+        [ComparedTask(task="sinusoid")], min_length=1, max_length=_MOST_NAMES, description="Tasks."
     )
     seeds: Seeds = Field([0], description="The seeds, as a list or as 1000-1004, or a number n for 0 to n − 1.")
     options: Options = Field({}, description="Options of every run and its plugins.")
@@ -223,6 +234,9 @@ class ComparisonConfig(PluginConfig):
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ComparisonConfig:
+        runs = len(self.algo) * len(self.augment) * len(self.tasks) * len(self.seeds)
+        if runs > _MOST_RUNS:
+            raise ValueError(f"these would be {runs} runs, and a comparison has at most {_MOST_RUNS}; make several")
         labels = [each.label for each in self.tasks]
         _check_distinct("algorithm", self.algo)
         _check_distinct("augmenter", self.augment)

@@ -11,7 +11,6 @@ from pydantic import NonNegativeInt, model_validator
 
 from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
-from metareg.runs.folder import RESULTS
 from metareg.util.files import read_json, write_json
 from metareg.util.yaml_files import read_yaml
 
@@ -252,9 +251,9 @@ def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
 def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     """What finished runs of a recipe say."""
     from metareg.comparison.statistics import over_seeds, over_tasks
-    from metareg.contract.evaluation import Evaluation
+    from metareg.runs.run import read_evaluations
 
-    found = {run.seed: Evaluation.from_dict(read_json(run.path / RESULTS)) for run in runs}
+    found = {run.seed: read_evaluations(run.path)[0] for run in runs}
     one = next(iter(found.values()))
     by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
     estimate, over = over_seeds(list(by_seed.values())), f"{len(by_seed)} seeds"

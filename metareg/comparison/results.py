@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 from collections import Counter
@@ -24,7 +25,7 @@ from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.runs.options import parse_assignments
-from metareg.util.files import read_json
+from metareg.util.files import MALFORMED, parse_json, read_json
 
 __all__ = ["ArmResults", "Chosen", "Gap", "Results", "TaskResults", "format_command", "read_results"]
 
@@ -317,7 +318,7 @@ class _TaskReader:
         except UsageError as error:
             self._add_gap(run, "broken", str(error))
             return None
-        except (LookupError, TypeError, ValueError, AttributeError) as error:
+        except MALFORMED as error:
             self._add_gap(run, "broken", f"{RESULTS} is not what metareg writes ({type(error).__name__}: {error})")
             return None
         difference = longer or test.explain_difference(self.test, before)
@@ -345,7 +346,7 @@ class _TaskReader:
             for line in _read_lines(run.path / METRICS):
                 # Training lines are many; only those of a validation need parsing.
                 if f'"{VALIDATION}"' in line:
-                    content = json.loads(line)
+                    content = parse_json(line)
                     if content["split"] == VALIDATION:
                         points[int(content["step"])] = float(content[metric])
             return points
@@ -354,7 +355,7 @@ class _TaskReader:
     def _read_cost(self, run: PlannedRun) -> tuple[float, float]:
         """Seconds per training step and peak memory."""
         with self._note_damage(run, f"{TIMING} cannot be read, so that its time and memory are not known"):
-            lines = [json.loads(line) for line in _read_lines(run.path / TIMING)]
+            lines = [parse_json(line) for line in _read_lines(run.path / TIMING)]
             speeds = [float(line["steps_per_second"]) for line in lines]
             peaks = [float(line["peak_bytes"]) for line in lines if line.get("peak_bytes") is not None]
             seconds = [1 / speed for speed in speeds if speed > 0]
@@ -370,7 +371,7 @@ class _TaskReader:
     def _note_damage(self, run: PlannedRun, what: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, UsageError, LookupError, TypeError, ValueError, AttributeError) as error:
+        except (OSError, UsageError, *MALFORMED) as error:
             self._add_gap(run, "damaged", f"{what}: {error}")
 
     def _add_gap(self, run: PlannedRun, state: str, reason: str) -> None:
@@ -389,7 +390,7 @@ def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | 
     Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
     """
     given = runs[0].options.get("steps")
-    if isinstance(given, int | float):
+    if isinstance(given, int | float) and math.isfinite(given):
         return int(given)
     return min((steps for steps in trained.values() if steps is not None), default=None)
 
@@ -399,7 +400,7 @@ def _read_steps(run: PlannedRun) -> int | None:
 
     One line is looked for: to parse the files of all runs takes longer than the report.
     """
-    for file, line in ((RESULTS, r'^  "trained_steps": (\d+)'), (CONFIG, r"^steps: (\d+)$")):
+    for file, line in ((RESULTS, r'^  "trained_steps": (\d{1,18})'), (CONFIG, r"^steps: (\d{1,18})$")):
         with suppress(OSError):
             text = (run.path / file).read_text(encoding="utf-8", errors="replace")
             if found := re.search(line, text, re.MULTILINE):
@@ -434,7 +435,7 @@ def _read_chosen(plan: Plan, arm: Arm, gaps: list[Gap]) -> Chosen | None:
         content = read_json(path)
         trials = content["trials"]
         return Chosen(dict(content["options"]), len(trials), sum(trial["score"] is None for trial in trials))
-    except (UsageError, LookupError, TypeError, ValueError) as error:
+    except (UsageError, *MALFORMED) as error:
         reason = f"{CHOSEN_FILE} cannot be read, so that its settings are not known: {error}"
         gaps.append(_make_gap(plan, f"tuning of {arm}", "", "damaged", reason, path.parent))
         return None

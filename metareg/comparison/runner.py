@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import logging
 import os
 import re
@@ -26,7 +25,7 @@ from metareg.comparison.tuning import create_tuners
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.runs.folder import CONFIG, TIMING
-from metareg.util.files import is_leftover, lock_folder
+from metareg.util.files import MALFORMED, is_leftover, lock_folder, parse_json
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
 from metareg.util.yaml_files import read_yaml
@@ -431,8 +430,8 @@ def _list_gpus(plan: Plan) -> list[str]:
 
 def read_progress(run: PlannedRun) -> tuple[int, float | None]:
     """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
-    with suppress(OSError, ValueError, LookupError):
-        line = json.loads((run.path / TIMING).read_text(encoding="utf-8").splitlines()[-1])
+    with suppress(OSError, *MALFORMED):
+        line = parse_json((run.path / TIMING).read_text(encoding="utf-8").splitlines()[-1])
         return int(line["step"]), float(line["steps_per_second"])
     return 0, None
 

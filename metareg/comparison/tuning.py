@@ -26,7 +26,7 @@ from metareg.contract.search import Range, format_domain
 from metareg.contract.splits import VALIDATION
 from metareg.errors import UsageError
 from metareg.runs.folder import RESULTS
-from metareg.util.files import read_json, write_json
+from metareg.util.files import read_json, refuse_malformed, write_json
 from metareg.util.seeding import derive_seed
 
 __all__ = ["Tuner", "create_tuners", "propose"]
@@ -150,9 +150,9 @@ class Tuner:
         if not file.is_file():
             options = self._propose(number)
             write_json(file, {"options": options, "error": self._explain_refusal(options)})
-        options = _read_key(file, "options")
+        options, error = _read_trial(file)
         runs = [self._plan.make_trial(self._arm, number, seed, options) for seed in self._seeds]
-        trial = _Trial(options, runs, error=_read_key(file, "error"))
+        trial = _Trial(options, runs, error=error)
         settings = self._fill_defaults(options)
         trial.twin = next((each for each in self._trials if self._fill_defaults(each.options) == settings), None)
         return trial
@@ -217,9 +217,10 @@ class Tuner:
         file = run.path / RESULTS
         if _read_key(file, "split") != VALIDATION:
             raise UsageError(f"{file} is no result on validation tasks; the comparison needs a folder of its own.")
-        last = _read_key(file, "steps")[-1]
-        self._measured = _read_key(file, "metric"), _read_key(file, "higher_is_better"), last["inner_steps"]
-        return float(last["mean"])
+        with refuse_malformed(file, "results"):
+            last = _read_key(file, "steps")[-1]
+            self._measured = _read_key(file, "metric"), _read_key(file, "higher_is_better"), last["inner_steps"]
+            return float(last["mean"])
 
     def _compute_cost(self, trial: _Trial) -> float:
         """What a search minimises."""
@@ -377,6 +378,13 @@ def _decode(dimension: Dimension, position: Any) -> Any:
     if dimension.whole:
         return int(position)
     return min(max(float(f"{position:.{_DIGITS}g}"), domain.low), domain.high)
+
+
+def _read_trial(file: Path) -> tuple[Settings, str | None]:
+    """The settings that a trial has, and why there can be no such run."""
+    error = _read_key(file, "error")
+    with refuse_malformed(file, "a trial"):
+        return dict(_read_key(file, "options")), None if error is None else str(error)
 
 
 def _read_key(file: Path, key: str) -> Any:

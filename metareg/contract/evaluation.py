@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,16 +68,19 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`."""
+        """The inverse of `to_dict`; for other content a LookupError, TypeError, ValueError or the like."""
         content = update_names(cls, content)
         steps: Sequence[dict[str, Any]] = content["steps"]
+        scores = np.array([each["scores"] for each in steps], dtype=np.float64)
+        if scores.ndim != 2 or not scores.size:
+            raise ValueError("its scores are no lists of equal length")
         return cls(
-            content["metric"],
-            content["higher_is_better"],
-            tuple(each["inner_steps"] for each in steps),
-            torch.tensor([each["scores"] for each in steps], dtype=torch.float64).T,
-            content["bn_statistics"],
-            content.get("predictor", "head"),
+            str(content["metric"]),
+            bool(content["higher_is_better"]),
+            tuple(int(each["inner_steps"]) for each in steps),
+            torch.from_numpy(scores).T,
+            str(content["bn_statistics"]),
+            str(content.get("predictor", "head")),
         )
 
     def __str__(self) -> str:

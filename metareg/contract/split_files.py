@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from metareg.contract.splits import SPLITS, find_split
 from metareg.errors import UnknownNameError, UsageError
+from metareg.util.files import MALFORMED
 from metareg.util.tables import read_table
+from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["read_name_lists", "read_split_file"]
 
@@ -53,11 +53,11 @@ def read_name_lists(path: Path) -> dict[str, list[str]]:
     is_json = path.suffix.lower() == ".json"
     try:
         text = path.read_text(encoding="utf-8-sig")
-        content: Any = json.loads(text, parse_int=str, parse_float=str) if is_json else yaml.load(text, yaml.BaseLoader)
+        content: Any = json.loads(text, parse_int=str, parse_float=str) if is_json else parse_yaml(text, texts=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        reason = str(error).splitlines()[0]
+    except MALFORMED as error:
+        reason = str(error).lstrip(": ").splitlines()[0]
         raise UsageError(f"The file {path} is no valid {'JSON' if is_json else 'YAML'}: {reason}.") from error
     lists = content.values() if isinstance(content, Mapping) else [None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):

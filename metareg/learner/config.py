@@ -18,6 +18,9 @@ BatchNormStatistics = Literal["transductive", "support"]
 """Whose statistics BatchNorm uses for predictions: those of the batch at hand, or those of the support set."""
 
 
+_MOST_STEPS = 1_000_000_000
+
+
 @dataclass(frozen=True)
 class Flag:
     """Marks an option that has a flag of its own on the command line; all have ``--set``."""
@@ -39,7 +42,9 @@ class LearnerConfig(PluginConfig):
     seed: Annotated[int, Flag()] = Field(
         0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks."
     )
-    inner_steps: Annotated[int, Flag()] = Field(1, ge=1, description="Adaptation steps on the support set in training.")
+    inner_steps: Annotated[int, Flag()] = Field(
+        1, ge=1, le=10_000, description="Adaptation steps on the support set in training."
+    )
     first_order: Annotated[bool, Flag()] = Field(
         False, description="Treat inner gradients as constants in the meta-gradient."
     )
@@ -49,6 +54,7 @@ class LearnerConfig(PluginConfig):
     reset_optimizer_every: int | None = Field(
         None,
         ge=1,
+        le=_MOST_STEPS,
         description="Forget the outer optimiser's moments every so many steps, as the CML authors' code does.",
     )
     strategy: Annotated[Literal["auto", "serial", "traced", "vectorized", "compiled"], Flag(), Resumable()] = Field(
@@ -66,7 +72,7 @@ class LearnerConfig(PluginConfig):
         "keep its own.",
     )
     chunk: Annotated[int | None, Flag(), Resumable()] = Field(
-        None, ge=1, description="At most so many tasks at once; gradients accumulate."
+        None, ge=1, le=100_000, description="At most so many tasks at once; gradients accumulate."
     )
     device: Annotated[str, Flag(), Resumable()] = Field(
         "auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."
@@ -76,20 +82,23 @@ class LearnerConfig(PluginConfig):
 class Schedule(PluginConfig):
     """When what happens in training."""
 
-    steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, description="Training steps.")
-    meta_batch: Annotated[int, Flag()] = Field(4, ge=1, description="Tasks per training step.")
-    log_every: int = Field(100, ge=1, description="Training steps between two lines of metrics.jsonl.")
+    steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, le=_MOST_STEPS, description="Training steps.")
+    meta_batch: Annotated[int, Flag()] = Field(4, ge=1, le=100_000, description="Tasks per training step.")
+    log_every: int = Field(100, ge=1, le=_MOST_STEPS, description="Training steps between two lines of metrics.jsonl.")
     eval_every: int | None = Field(
-        None, ge=1, description="Training steps between validations; a tenth of the run where it is not set."
+        None,
+        ge=1,
+        le=_MOST_STEPS,
+        description="Training steps between validations; a tenth of the run where it is not set.",
     )
-    eval_tasks: int = Field(100, ge=2, description="Validation tasks each time.")
+    eval_tasks: int = Field(100, ge=2, le=1_000_000, description="Validation tasks each time.")
     on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], Flag(), Resumable()] = Field(
         "stop",
         description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "
         "checkpoint and go on from there with other tasks.",
     )
     max_nonfinite: Annotated[int, Resumable()] = Field(
-        10, ge=1, description="How often that may happen in a run before it stops."
+        10, ge=1, le=_MOST_STEPS, description="How often that may happen in a run before it stops."
     )
 
 

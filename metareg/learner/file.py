@@ -6,8 +6,8 @@ outer optimiser.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,14 @@ from metareg.learner.meta_parameters import check_shapes
 from metareg.learner.model_plugin import ModelRecipe
 from metareg.learner.module_json import build_module, describe_module
 from metareg.registry.plugins import Plugin, get_name
-from metareg.util.tensorfile import TensorFile, limit_allocation, write_tensors
+from metareg.util.files import refuse_malformed
+from metareg.util.tensorfile import TensorFile, limit_cost, write_tensors
 
 __all__ = ["Header", "LearnerFile", "write_learner"]
 
 FILE_FORMAT = 1
 _CONSTANT = "constant:"
+_BYTES_FOR_MODEL, _BYTES_FOR_EXAMPLES = 16 << 20, 1 << 30
 
 
 class AugmenterSpec(PluginSpec):
@@ -121,9 +123,16 @@ class LearnerFile:
             )
         self.header = validate(Header, self._file.header, str(path))
 
-    def limit_allocation(self) -> AbstractContextManager[None]:
-        """Refuse, for a block, to create a tensor that is larger than the whole file."""
-        return limit_allocation(self._file.bytes, str(self.path))
+    @contextmanager
+    def limit_cost(self, *, examples: bool = False) -> Iterator[None]:
+        """Refuse, for a block that builds the learner, what costs many times the file, or cannot be built.
+
+        Args:
+            examples: whether plugins may run the model on examples in the block.
+        """
+        least = _BYTES_FOR_EXAMPLES if examples else _BYTES_FOR_MODEL
+        with refuse_malformed(self.path, "a learner"), limit_cost(self._file, bytes_at_least=least):
+            yield
 
     def create_arguments(
         self,

@@ -316,10 +316,12 @@ class MetaLearner:
             UsageError: the file is missing, damaged, or does not fit the model.
         """
         file = LearnerFile(Path(path))
-        with file.limit_allocation():
+        with file.limit_cost():
             learner = cls(**file.create_arguments(model, algo, augment, loss, metric), device=device)
+        with file.limit_cost(examples=True):
             learner._meta.initialize_like(file.header.example)
-        learner._meta.tensors, constants = file.read(learner.plain_meta_parameters, learner.model.constants())
+            plain = learner.plain_meta_parameters
+        learner._meta.tensors, constants = file.read(plain, learner.model.constants())
         learner.model.module.load_state_dict(constants, strict=False)
         learner.steps_done, learner.task = file.header.steps_done, file.header.task
         return learner

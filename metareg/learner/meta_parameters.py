@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from metareg.engine.stages import Stages
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.util.devices import move_tensors
+from metareg.util.files import MALFORMED
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import tree_map
 
@@ -26,6 +28,8 @@ _DTYPES = {
                  torch.int16, torch.int32, torch.int64)
 }  # fmt: skip
 """Types that inputs can have, by name."""
+_MOST_NUMBERS = 1 << 28
+"""So many numbers the inputs of a task have at most, where a file says how many they are."""
 
 
 class MetaParameters:
@@ -176,9 +180,11 @@ def create_inputs(described: Any) -> Any:
     try:
         if isinstance(described, list):
             dtype, *shape = described
+            if math.prod(map(int, shape)) > _MOST_NUMBERS:
+                raise ValueError("no task is that large")
             return torch.zeros([int(size) for size in shape], dtype=_DTYPES[dtype])
         inputs = {name: create_inputs(value) for name, value in described.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except MALFORMED as error:
         raise UsageError(f"{described!r} does not describe a model's inputs.") from error
     for kind in (tuple, list):
         if inputs and all(name.startswith(f"{kind.__name__} ") for name in inputs):

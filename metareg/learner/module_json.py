@@ -7,18 +7,23 @@ builds such layers and nothing else.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metareg.errors import UsageError
+from metareg.util.files import MALFORMED
 from metareg.util.torch_internals import list_places
 
 __all__ = ["BodyHead", "build_module", "describe_module"]
 
 Description = dict[str, Any]
+
+_PLACES = frozenset({"device", "dtype"})
+_MOST_LAYERS, _DEEPEST = 10_000, 50
 
 
 class BodyHead(nn.Module):
@@ -67,9 +72,10 @@ def build_module(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
     """
     try:
         module = _build_on_meta(description)
-    except (TypeError, ValueError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        shapes = _get_shapes(module.state_dict())
+    except MALFORMED as error:
         raise UsageError(f"The file's description of the model cannot be built: {error}.") from error
-    for name, shape in _get_shapes(module.state_dict()).items():
+    for name, shape in shapes.items():
         if name not in tensors or tensors[name].shape != shape:
             found = f"the shape {tuple(tensors[name].shape)}" if name in tensors else "no weights"
             raise UsageError(
@@ -95,7 +101,7 @@ def _describe_layers(module: nn.Module) -> Description | None:
         return None
     arguments = {}
     for name, parameter in inspect.signature(kind.__init__).parameters.items():
-        if name in ("self", "device", "dtype") or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+        if name == "self" or name in _PLACES or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(module, name, parameter.default)
         if name == "bias":  # the argument says whether there is one, the attribute holds it
@@ -108,12 +114,15 @@ def _describe_layers(module: nn.Module) -> Description | None:
 
 def _build_on_meta(description: Any) -> nn.Module:
     with torch.device("meta"):  # shapes without memory
-        return _build_layer(description)
+        return _build_layer(description, itertools.count(1))
 
 
-def _build_layer(description: Any) -> nn.Module:
+def _build_layer(description: Any, number: Iterator[int], depth: int = 0) -> nn.Module:
+    """A layer and those in it; `number` counts all layers."""
+    if depth > _DEEPEST or next(number) > _MOST_LAYERS:
+        raise ValueError(f"it has more than {_MOST_LAYERS} layers, or more than {_DEEPEST} inside one another")
     name = description["layer"]
-    children = {key: _build_layer(child) for key, child in description.get("children", {}).items()}
+    children = {key: _build_layer(child, number, depth + 1) for key, child in description.get("children", {}).items()}
     if name == "BodyHead":
         return BodyHead(**children)
     if name == "Sequential":
@@ -127,6 +136,8 @@ def _build_layer(description: Any) -> nn.Module:
     arguments = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description["arguments"].items()
     }
+    for key in arguments.keys() & _PLACES:
+        raise ValueError(f"'{key}' is not for a file to say")
     layer: nn.Module = kind(**arguments)
     return layer
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
-from metareg.util.files import LinesFile
+from metareg.util.files import MALFORMED, LinesFile
 from metareg.util.seeding import restore_global_generators, save_global_generators
 from metareg.util.signals import StopRequest
 from metareg.util.tensorfile import DamagedFileError, TensorFile, write_tensors
@@ -76,7 +76,7 @@ class Checkpoints:
             raise DamagedFileError(f"{file.path} {problem}; it was renamed, or written by another version of metareg.")
         try:
             state: dict[str, Any] = _unpack(file.header["content"], tensors)
-        except (KeyError, TypeError) as error:
+        except MALFORMED as error:
             raise DamagedFileError(f"{file.path} is no checkpoint of metareg: it has no {error}.") from error
         return state
 
@@ -195,7 +195,7 @@ class CheckpointManager:
             for file in self._lines:
                 file.cut(state["lines"].get(file.path.name), step)
         # Its checksum is right, so it is as it was written: by somebody else.
-        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        except MALFORMED as error:
             raise UsageError(
                 f"The newest checkpoint in {self.store.folder} holds no state of this run ({type(error).__name__}: {error})."
             ) from error

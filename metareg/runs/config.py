@@ -34,26 +34,27 @@ class RunConfig(LearnerConfig, Schedule):
     threads: Annotated[int | None, Resumable()] = Field(
         None,
         ge=1,
+        le=1024,
         description="CPU threads; unset, one for small models, whose threads only wait, else as torch decides.",
     )
     select: Literal["last", "best"] = Field(
         "last", description="Which weights are tested and kept as final: the last, or those with the best validation."
     )
     checkpoint_every: Annotated[int | None, Flag(), Resumable()] = Field(
-        None, ge=1, description="Training steps between two checkpoints."
+        None, ge=1, le=1_000_000_000, description="Training steps between two checkpoints."
     )
     checkpoint_minutes: Annotated[float, Resumable()] = Field(
-        2.0, gt=0, description="Minutes between two checkpoints, beside that."
+        2.0, gt=0, le=1_000_000, description="Minutes between two checkpoints, beside that."
     )
     keep_checkpoints: Annotated[int, Resumable()] = Field(
-        3, ge=1, description="How many of the newest checkpoints to keep, beside the best."
+        3, ge=1, le=1_000_000, description="How many of the newest checkpoints to keep, beside the best."
     )
-    test_tasks: int = Field(600, ge=2, description="Test tasks at the end.")
+    test_tasks: int = Field(600, ge=2, le=1_000_000, description="Test tasks at the end.")
     test_split: Literal["test", "validation"] = Field(
         "test", description="The split of these tasks; validation while settings are still being chosen."
     )
-    test_inner_steps: list[Annotated[int, Field(ge=0)]] = Field(
-        [0, 1, 5, 10], min_length=1, description="Numbers of inner steps after which to test."
+    test_inner_steps: list[Annotated[int, Field(ge=0, le=10_000)]] = Field(
+        [0, 1, 5, 10], min_length=1, max_length=100, description="Numbers of inner steps after which to test."
     )
 
     @property

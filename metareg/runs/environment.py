@@ -9,6 +9,7 @@ import math
 import os
 import platform
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,11 @@ import torch
 from metareg._version import __version__
 from metareg.contract.config import update_names
 from metareg.contract.hookspecs import CONTRACT_VERSION
-from metareg.contract.splits import TRAIN, VALIDATION
+from metareg.contract.splits import SPLITS, TRAIN, VALIDATION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.folder import ENVIRONMENT
-from metareg.util.files import read_json, write_json
+from metareg.util.files import read_json, refuse_malformed, write_json
 from metareg.util.seeding import create_generator, use_seed
 from metareg.util.torch_internals import tree_leaves
 
@@ -78,11 +79,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
     if not path.is_file():
         write_json(path, now)
         return
-    try:
-        before = update_names(LearnerConfig, read_json(path))
-        last = before | {key: value for each in before.get("resumed", []) for key, value in each["changed"].items()}
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
+    before, last = _read_environments(path)
     no_change = ("strategy_reason", _FIRST_TASK, _OBJECTS)
     changed = {key: value for key, value in now.items() if last.get(key) != value and key not in no_change}
     if changed:
@@ -91,7 +88,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
             "stopped.",
             "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
         )
-        write_json(path, before | {"resumed": [*before.get("resumed", []), {"step": step, "changed": changed}]})
+        write_json(path, before | {"resumed": [*before["resumed"], {"step": step, "changed": changed}]})
 
 
 def refuse_other_data(run: Run) -> None:
@@ -101,16 +98,9 @@ def refuse_other_data(run: Run) -> None:
         UsageError: they differ, and the run would go on with other data or another model than it began with.
     """
     path = run.path / ENVIRONMENT
-    content = read_json(path) if path.is_file() else {}
-    before = content if isinstance(content, dict) else {}
-    tasks, model = before.get(_OBJECTS, {}).get("tasks", {}), before.get(_OBJECTS, {}).get("model")
-    if _FIRST_TASK in before:  # an earlier version has none
-        tasks = {TRAIN: before[_FIRST_TASK], **tasks}
-    try:
-        other = [split for split, means in tasks.items() if not _are_close(means, _describe_first_task(run, split))]
-        same_model = model is None or _is_same_model(model, _describe_model(run))
-    except (TypeError, LookupError, AttributeError) as error:
-        raise UsageError(f"{path} is not what metareg wrote; remove it to go on.") from error
+    tasks, model = _read_described(path) if path.is_file() else ({}, None)
+    other = [split for split, means in tasks.items() if not _are_close(means, _describe_first_task(run, split))]
+    same_model = model is None or _is_same_model(model, _describe_model(run))
     own = run.config.task.program
     if other:
         raise UsageError(
@@ -123,6 +113,34 @@ def refuse_other_data(run: Run) -> None:
             f"The module of class {_describe_model(run)['class']} is not what the run at {run.path} began with: its class, "
             "its shapes or what it computes are others. Pass the one that the run had with model=…"
         )
+
+
+def _read_environments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The environment that a run began in, with a list of changes, and the one that it was in last."""
+    content = read_json(path)
+    with refuse_malformed(path, "a run's environment"):
+        began = {"resumed": [], **update_names(LearnerConfig, content)}
+        last = began | {key: value for each in list(began["resumed"]) for key, value in each["changed"].items()}
+        return began, last
+
+
+def _read_described(path: Path) -> tuple[dict[str, list[float | None]], dict[str, Any] | None]:
+    """What environment.json says of the first task of each split, and of a module that a program gave."""
+    content = read_json(path)
+    with refuse_malformed(path, "a run's environment"):
+        own = content.get(_OBJECTS, {})
+        first = content.get(_FIRST_TASK)  # an earlier version has none
+        tasks = ({} if first is None else {TRAIN: first}) | dict(own.get("tasks", {}))
+        model = own.get("model")
+        if not tasks.keys() <= set(SPLITS):
+            raise ValueError(f"it has the splits {', '.join(tasks)}")
+        if model is not None:
+            model = {**{key: model[key] for key in ("class", "shapes")}, "outputs": _convert_means(model["outputs"])}
+        return {split: _convert_means(means) for split, means in tasks.items()}, model
+
+
+def _convert_means(stored: Any) -> list[float | None]:
+    return [None if each is None else float(each) for each in stored]
 
 
 def _describe_objects(run: Run) -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric
 from metareg.contract.splits import TEST
-from metareg.errors import UnknownNameError, UsageError, describe_error
+from metareg.errors import UnknownNameError, UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.learner.model_plugin import build_model
 from metareg.registry.plugins import Plugin, find_entry, resolve
@@ -28,12 +28,14 @@ from metareg.runs.folder import BASELINES, CONFIG, FINAL, METRICS, PLOTS, RESULT
 from metareg.runs.options import update_option_names
 from metareg.runs.own import OwnFacts, adopt_objects, list_own
 from metareg.util.devices import find_device
-from metareg.util.files import read_json, write_json
+from metareg.util.files import MALFORMED, parse_json, read_json, refuse_malformed, write_json
 from metareg.util.seeding import seed_global_generators
 from metareg.util.tables import Table, read_frame
 from metareg.util.yaml_files import read_yaml
 
-__all__ = ["Run", "check_fit", "format_resume_command", "read_config", "read_trained_steps", "refuse_missing"]
+__all__ = [
+    "Run", "check_fit", "format_resume_command", "read_config", "read_evaluations", "read_trained_steps", "refuse_missing",
+]  # fmt: skip
 
 log = logging.getLogger("metareg")
 
@@ -104,14 +106,7 @@ class Run:
             raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
         run = cls._restore(path, config, find_device(device or config.device), OwnFacts(loss, metric), objects)
         if (path / RESULTS).is_file():
-            try:
-                content = read_json(path / RESULTS)
-                run.evaluation = Evaluation.from_dict(content)
-                if "one_by_one" in content:
-                    run.evaluation_one_by_one = Evaluation.from_dict(content["one_by_one"])
-            except (LookupError, TypeError, ValueError, AttributeError) as error:
-                problem = describe_error(error)
-                raise UsageError(f"{path / RESULTS} holds no results of metareg ({problem}).") from error
+            run.evaluation, run.evaluation_one_by_one = read_evaluations(path)
             if (done := read_trained_steps(path, config)) != config.steps:
                 log.warning(
                     "The training at %s goes on to %d steps; its learner and results are those after %s.",
@@ -191,7 +186,9 @@ class Run:
         """
         path = self.path / BASELINES
         if path.is_file():
-            return [Baseline.from_dict(each) for each in read_json(path)]
+            content = read_json(path)
+            with refuse_malformed(path, "baselines"):
+                return [Baseline.from_dict(each) for each in content]
         found = measure_baselines(self.config, self._get_model(), self.source, self.learner.device)
         write_json(path, [each.to_dict() for each in found])
         return found
@@ -302,8 +299,8 @@ class Run:
         """
         path = self.path / METRICS
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+            return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError, MemoryError) as error:
             raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
 
 
@@ -341,6 +338,18 @@ def refuse_missing(
     )
 
 
+def read_evaluations(path: Path) -> tuple[Evaluation, Evaluation | None]:
+    """The test of a run, and that by predictions one by one where there is such.
+
+    Raises:
+        UsageError: its results cannot be read.
+    """
+    content = read_json(path / RESULTS)
+    with refuse_malformed(path / RESULTS, "results"):
+        one_by_one = content.get("one_by_one")
+        return Evaluation.from_dict(content), None if one_by_one is None else Evaluation.from_dict(one_by_one)
+
+
 def read_trained_steps(path: Path, config: RunConfig) -> int | None:
     """The steps of the training that a run's results are of; None where there are none.
 
@@ -349,12 +358,11 @@ def read_trained_steps(path: Path, config: RunConfig) -> int | None:
     if not (path / RESULTS).is_file():
         return None
     content = read_json(path / RESULTS)
-    try:
+    with suppress(*MALFORMED):
         # Earlier versions wrote the step of the weights alone.
         last = content["weights"]["step"] if content["weights"]["select"] == "last" else config.steps
-        return content.get("trained_steps", last)
-    except (LookupError, TypeError, AttributeError):
-        return config.steps
+        return int(content.get("trained_steps", last))
+    return config.steps
 
 
 def _read_given(given: Any, what: str) -> Path | Table:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from functools import partial
@@ -116,6 +117,8 @@ def train(
         selection = select(_read_base(config), given, facts, options)
         if resume and out is None:
             raise UsageError("To resume a run, name its folder with --out.")
+        if isinstance(config, str | Path):
+            _refuse_outer_places(selection, options.keys() | named.keys(), out or Path("runs", "new"), str(config))
         return selection
 
     with join_processes() as processes:
@@ -185,6 +188,7 @@ def resume(
     with join_processes() as processes:
         stored = processes.first(lambda: read_config(path))
         selection = processes.each(lambda: select_plugins(stored))
+        _refuse_outer_places(selection, options.keys() | given.keys(), path, str(path / CONFIG))
         return _resume(path, selection, observers, processes)
 
 
@@ -197,6 +201,41 @@ def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], li
     """The names among some observers, as an option where there are any; and the objects."""
     names = [each for each in observers if isinstance(each, str)]
     return {"observers": names} if names else {}, [each for each in observers if not isinstance(each, str)]
+
+
+def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Path, where: str) -> None:
+    """Refuse that observers write where a file says, which may be a stranger's, outside of the run's folder.
+
+    Args:
+        selection: the run.
+        said: the names of the options that the user gave beside the file.
+        folder: the run's.
+        where: the file.
+
+    Raises:
+        UsageError: a text among an observer's options leads out of the folder.
+    """
+    if "observers" in said:
+        return
+    anew = {option.rpartition(".")[2] for option in said}
+    for observer in selection.observers:
+        for option, value in dict(observer.config or ()).items():
+            default = observer.config.__class__.model_fields[option].get_default(call_default_factory=True)
+            if option in anew or value == default or not _leads_out(value, folder):
+                continue
+            raise UsageError(
+                f"{where} has the {observer.label} write to {value}, outside of the run's folder. Where that is meant, name "
+                f"the observer anew: --observe {observer.name} --set {observer.name}.{option}={shlex.quote(str(value))}."
+            )
+
+
+def _leads_out(value: Any, folder: Path) -> bool:
+    """Whether something in an option's value is a path out of a folder, or a URL."""
+    if isinstance(value, Mapping | list | tuple):
+        return any(_leads_out(each, folder) for each in (value.values() if isinstance(value, Mapping) else value))
+    if not isinstance(value, str):
+        return False
+    return "://" in value or not (folder / value).resolve().is_relative_to(folder.resolve())
 
 
 def _should_resume(out: Path, resume: bool) -> bool:

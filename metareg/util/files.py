@@ -1,4 +1,7 @@
-"""Files that a reader never sees half-written: written aside, flushed to disk, then renamed."""
+"""Files that a reader never sees half-written: written aside, flushed to disk, then renamed.
+
+What is read may be a stranger's: it costs a small multiple of its size, and whatever is wrong with it is a `UsageError`.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,29 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
 from metareg.errors import MetaregError, UsageError
 
 __all__ = [
-    "LinesFile", "TimedLinesFile", "format_json", "is_leftover", "lock_folder", "read_json", "remove_leftovers",
-    "replace_file", "write_bytes", "write_json", "write_text",
+    "MALFORMED", "LinesFile", "TimedLinesFile", "format_json", "is_leftover", "lock_folder", "open_to_append", "parse_json",
+    "read_json", "refuse_malformed", "remove_leftovers", "replace_file", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
 
+MALFORMED = (
+    LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError, MemoryError,
+)  # fmt: skip
+"""What Python and torch raise where a file's content is not what it is taken for."""
+
 _LOCK, _OWNER = ".lock", ".owner.json"
+_NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
+_MOST_DIGITS = 20
+"""As many as the numbers of 64 bits have."""
+_LONGEST_REASON = 200
 
 
 @contextmanager
@@ -36,6 +48,9 @@ def replace_file(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.unlink(missing_ok=True)
+        # A file of its own: not one that a link of that name leads to.
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
@@ -79,9 +94,52 @@ def read_json(path: Path) -> Any:
         UsageError: it cannot be read, or is no JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}.") from error
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, MemoryError) as error:
+        raise UsageError(f"{path} cannot be read as JSON: {_shorten(error)}.") from error
+
+
+def parse_json(text: str) -> Any:
+    """What a JSON text holds.
+
+    Raises:
+        ValueError: it is none, is nested too deeply, or holds a whole number of more than 64 bits.
+    """
+    try:
+        return json.loads(text, parse_int=_parse_int)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _parse_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number has {len(digits)} digits")
+    return int(digits)
+
+
+@contextmanager
+def refuse_malformed(path: Path, what: str) -> Iterator[None]:
+    """Turn what goes wrong in a block, which takes the content of a file for `what`, into one sentence.
+
+    Raises:
+        UsageError: an error of `MALFORMED` was raised.
+    """
+    try:
+        yield
+    except MALFORMED as error:
+        problem = f"{type(error).__name__}: {_shorten(error)}"
+        raise UsageError(f"{path} does not hold {what} as metareg writes it ({problem}).") from error
+
+
+def _shorten(error: Exception) -> str:
+    """What an error says; it may quote the whole file."""
+    text = str(error)
+    return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """A file to write at its end; an OSError where a link stands in its place."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666), "ab")
 
 
 @contextmanager
@@ -89,9 +147,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Be the only process that works on a folder. The system gives a dead process's lock back by itself.
 
     Raises:
-        UsageError: a living process holds it; the message names that process.
+        UsageError: a living process holds it; the message names that process. Or a link in it leads out of it.
         MetaregError: the folder cannot be written.
     """
+    _refuse_links_out(folder)
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -110,6 +169,22 @@ def lock_folder(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             (folder / _OWNER).unlink(missing_ok=True)
         lock.release()
+
+
+def _refuse_links_out(folder: Path) -> None:
+    """Refuse a folder, at any depth, in which a link leads out of it: what is written there would land elsewhere."""
+    inside = folder.resolve()
+    waiting = [folder]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(Path(entry.path))
+                elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(inside):
+                    raise UsageError(
+                        f"{entry.path} is a link that leads out of {folder}, where nothing is to be written: put what it "
+                        "leads to in its place, or remove it."
+                    )
 
 
 def is_leftover(path: Path) -> bool:
@@ -141,7 +216,7 @@ class LinesFile:
         """
         content = (json.dumps(line) + "\n").encode()
         try:
-            with self.path.open("ab") as file:
+            with open_to_append(self.path) as file:
                 file.write(content)
         except OSError as error:
             raise MetaregError(f"{self.path} cannot be written: {error.strerror}.") from error
@@ -172,8 +247,11 @@ class LinesFile:
                 kept = _legible(content, step)
                 self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
                 write_bytes(self.path, kept)
+            elif self.path.exists() and self.path.stat().st_nlink > 1:
+                write_bytes(self.path, kept)  # its other names keep what they have
             elif self.path.exists():
-                os.truncate(self.path, expected)
+                with open_to_append(self.path) as file:
+                    file.truncate(expected)
         except OSError as error:
             raise MetaregError(f"{self.path} cannot be cut back: {error.strerror}.") from error
         self._bytes = len(kept)
@@ -203,8 +281,8 @@ def _legible(content: bytes, step: int) -> bytes:
     """The lines that are JSON objects of steps up to `step`, none of them twice."""
     kept: dict[bytes, None] = {}
     for line in content.splitlines(keepends=True):
-        with suppress(ValueError, TypeError, KeyError):
-            if line.endswith(b"\n") and json.loads(line)["step"] <= step:
+        with suppress(*MALFORMED):
+            if line.endswith(b"\n") and parse_json(line.decode())["step"] <= step:
                 kept[line] = None
     return b"".join(kept)
 

@@ -22,6 +22,8 @@ log = logging.getLogger("metareg")
 
 _NAMED = 3
 """So many names a sentence lists before it counts the rest."""
+_LEAST_PIXELS, _MOST_PIXELS = 1 << 24, 100
+"""An image may have so many pixels, or so many for each byte of its file."""
 _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats that Pillow only recognises, or hands to another program to be drawn."""
 
@@ -203,6 +205,7 @@ def load_image(source: Path | Image, channels: int) -> Image:
         return _convert(source, channels)
     try:
         with Image.open(source, formats=sorted(filter(None, set(_list_formats().values())))) as image:
+            _refuse_bombs(image, source.stat().st_size)
             return _convert(image, channels)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(source, "it is no image") from error
@@ -210,6 +213,13 @@ def load_image(source: Path | Image, channels: int) -> Image:
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImageError(source, reason) from error
+
+
+def _refuse_bombs(image: Image, size: int) -> None:
+    """Refuse an image that has far more pixels than its file can tell apart; decoding takes some bytes for each."""
+    width, height = image.size
+    if width * height > max(_LEAST_PIXELS, _MOST_PIXELS * size):
+        raise ValueError(f"it has {width}×{height} pixels in a file of {size} bytes; save it with fewer")
 
 
 @cache

@@ -6,7 +6,6 @@ import csv
 import io
 import math
 import re
-import zipfile
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,10 +14,15 @@ from typing import Any
 import numpy as np
 
 from metareg.errors import UsageError, nearest
+from metareg.util.arrays import open_arrays
+from metareg.util.files import MALFORMED
 
 __all__ = ["Table", "read_frame", "read_table"]
 
 _LARGEST_TEXT = 1 << 28
+_MOST_COLUMNS = 100_000
+_LEAST_CELLS, _MOST_CELLS = 1 << 22, 20
+"""A Parquet file may have so many cells, or so many for each of its bytes."""
 _SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
 """In the order in which they are tried: a line with commas can be one of semicolons and decimal commas."""
 _WHOLE = re.compile(r"[+-]?\d+")
@@ -196,7 +200,7 @@ def read_table(path: Path, known: Collection[str] = (), *, is_data: Callable[[li
         return _read_text(path, known, is_data)
     except FileNotFoundError:
         raise UsageError(f"There is no file {path}.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, *MALFORMED) as error:
         raise UsageError(f"{path} cannot be read as a table: {getattr(error, 'strerror', None) or error}.") from error
 
 
@@ -320,12 +324,11 @@ def _has_decimal_comma(separator: str, cells: Sequence[str]) -> bool:
 
 def _read_npz(path: Path) -> Table:
     columns: dict[str, Sequence[str] | np.ndarray] = {}
-    with np.load(path, allow_pickle=False) as file:
-        for name in file.files:
-            try:
-                array = file[name]
-            except ValueError as error:
-                raise UsageError(f"The array '{name}' of {path} holds Python objects, which are not read.") from error
+    with open_arrays(path, "a table") as arrays:
+        for name in arrays:
+            array = np.asarray(arrays[name])
+            if array.ndim == 2 and array.shape[1] > _MOST_COLUMNS:
+                raise UsageError(f"The array '{name}' of {path} has {array.shape[1]} columns; at most {_MOST_COLUMNS}.")
             if array.ndim == 1:
                 columns[name] = _convert_array(path, name, array)
             elif array.ndim == 2:
@@ -383,7 +386,11 @@ def _read_parquet(path: Path) -> Table:
     except ImportError as error:
         raise UsageError(f"{path} is Parquet, which pyarrow reads: pip install 'metareg[parquet]'.") from error
     try:
-        content = parquet.read_table(path)
+        with parquet.ParquetFile(path) as file:
+            cells = file.metadata.num_rows * file.metadata.num_columns
+            if cells > max(_LEAST_CELLS, _MOST_CELLS * path.stat().st_size):
+                raise UsageError(f"{path} says that it has {cells} cells, which no file of its size has.")
+            content = file.read()
     except ArrowException as error:
         raise UsageError(f"{path} cannot be read as Parquet: {error}.") from error
     columns: dict[str, Sequence[str] | np.ndarray] = {}

@@ -14,19 +14,24 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from metareg.errors import UsageError
-from metareg.util.files import write_bytes
-from metareg.util.torch_internals import OperationMode
+from metareg.util.files import MALFORMED, parse_json, write_bytes
+from metareg.util.torch_internals import OperationMode, tree_leaves
 
-__all__ = ["DamagedFileError", "TensorFile", "limit_allocation", "write_tensors"]
+__all__ = ["DamagedFileError", "TensorFile", "limit_cost", "write_tensors"]
 
 _LONGEST_HEADER = 16 << 20
+_MOST_TENSORS = 10_000
 _NO_DIGEST = "0" * 64
-_SMALLEST_BOUND = 1 << 24
+# Building a learner takes 3 to 6 times its file, and 5 to 7 operations for each of its tensors.
+_MOST_COPIES = 16
+_MOST_OPERATIONS = 50
+_LEAST_OPERATIONS = 1000
 
 
 class DamagedFileError(UsageError):
@@ -71,12 +76,14 @@ class TensorFile:
                 if not 0 < length <= _LONGEST_HEADER:
                     raise ValueError("it does not begin with a header")
                 head = file.read(length)
-            entries = json.loads(head.decode())
-            self.header: dict[str, Any] = json.loads(entries.pop("__metadata__")["metareg"])
-            self._digest: str = self.header.pop("sha256")
+            entries = parse_json(head.decode())
+            self.header: dict[str, Any] = dict(parse_json(entries.pop("__metadata__")["metareg"]))
+            self._digest = str(self.header.pop("sha256"))
             self.shapes: dict[str, tuple[int, ...]] = {
                 name: tuple(int(size) for size in entry["shape"]) for name, entry in entries.items()
             }
+            if len(self.shapes) > _MOST_TENSORS:
+                raise ValueError(f"it holds {len(self.shapes)} tensors, more than {_MOST_TENSORS}")
             self._digest_at = 8 + head.find(self._digest.encode())
         self.bytes = path.stat().st_size
         """The size of the file."""
@@ -105,37 +112,39 @@ class TensorFile:
         except FileNotFoundError:
             raise UsageError(f"There is no {self._what} at {self.path}.") from None
         # A damaged header can be any JSON, or none.
-        except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except (SafetensorError, OSError, *MALFORMED) as error:
             raise DamagedFileError(
                 f"{self.path} is no {self._what} that metareg saved, or it is damaged: {error}."
             ) from error
 
 
 @contextmanager
-def limit_allocation(bytes_at_most: int, where: str) -> Iterator[None]:
-    """Refuse to create a tensor that is larger than what it is to be filled with.
+def limit_cost(file: TensorFile, *, bytes_at_least: int) -> Iterator[None]:
+    """Refuse, for a block that creates what a file says, to create much more than the file holds.
 
-    A file from a stranger says how wide its model is; building it must not take more memory than the file itself.
+    A file from a stranger says how wide and how deep its model is; to build it must cost a small multiple of the file, all
+    tensors taken together. Tensors without memory (on the device ``meta``) count as operations alone.
 
     Args:
-        bytes_at_most: the size of the file; at least 16 MiB are always allowed.
-        where: the file, for the message.
+        file: the file.
+        bytes_at_least: so many bytes are always allowed.
 
     Raises:
-        UsageError: a tensor would have been larger.
+        UsageError: the block creates tensors of more bytes, or takes more operations for it.
     """
-    with _AllocationBound(max(_SMALLEST_BOUND, bytes_at_most), where):
+    most_bytes = max(bytes_at_least, _MOST_COPIES * file.bytes)
+    with _CostBound(most_bytes, _LEAST_OPERATIONS + _MOST_OPERATIONS * len(file.shapes), str(file.path)):
         yield
 
 
-class _AllocationBound(OperationMode):  # type: ignore[misc]
+class _CostBound(OperationMode):  # type: ignore[misc]
     _FACTORIES = frozenset(
         ("empty", "zeros", "ones", "full", "rand", "randn", "empty_strided", "new_empty", "new_zeros", "new_full")
     )
 
-    def __init__(self, bytes_at_most: int, where: str) -> None:
+    def __init__(self, most_bytes: int, most_operations: int, where: str) -> None:
         super().__init__()
-        self._numbers_at_most = bytes_at_most
+        self._bytes, self._operations = most_bytes, most_operations
         self._where = where
 
     def __torch_dispatch__(
@@ -144,11 +153,28 @@ class _AllocationBound(OperationMode):  # type: ignore[misc]
         if getattr(func, "overloadpacket", func).__name__ in self._FACTORIES:
             integers = tuple(part for part in args if isinstance(part, int))
             sizes = next((part for part in args if isinstance(part, list | tuple)), integers)
-            if math.prod(sizes) > self._numbers_at_most:
-                raise UsageError(
-                    f"{self._where} names a model with a tensor of the shape {tuple(sizes)}, which is larger than the "
-                    "whole file; it is damaged or made up."
-                )
-        return func(*args, **(kwargs or {}))
+            device = (kwargs or {}).get("device") or torch.get_default_device()
+            if torch.device(device).type != "meta" and math.prod(sizes) > self._bytes:
+                self._refuse(f"a tensor of the shape {tuple(sizes)}")
+        given = _find_storages((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        self._operations -= 1
+        created = _find_storages(result)
+        self._bytes -= sum(created[place] for place in created.keys() - given.keys())
+        if self._bytes < 0 or self._operations < 0:
+            self._refuse("more tensors" if self._operations < 0 else "larger tensors")
+        return result
 
     __torch_function__ = __torch_dispatch__
+
+    def _refuse(self, what: str) -> None:
+        raise UsageError(
+            f"{self._where} names a model with {what}, which takes many times as much as the whole file holds; it is "
+            "damaged or made up."
+        )
+
+
+def _find_storages(tree: Any) -> dict[int, int]:
+    """Where the tensors among some values have their numbers, and the bytes of these."""
+    real = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type != "meta")
+    return {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in real}

@@ -8,10 +8,12 @@ from typing import Any
 import yaml
 
 from metareg.errors import UsageError
+from metareg.util.files import MALFORMED
 
 __all__ = ["parse_yaml", "read_yaml"]
 
 _LONGEST_YAML = 1 << 20
+_MOST_VALUES = 200_000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -38,40 +40,59 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in content.items()}
 
 
-def parse_yaml(text: str) -> Any:
+def parse_yaml(text: str, *, texts: bool = False) -> Any:
     """What a YAML text holds; nothing in it can execute, nor grow when it is read.
+
+    Args:
+        text: the YAML.
+        texts: whether numbers, dates and the like are texts too.
 
     Raises:
         ValueError: it is malformed; the message says where and how, and begins with a space or a colon.
     """
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, _TextLoader if texts else _Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f" at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         raise ValueError(f"{at}: {getattr(error, 'problem', None) or 'it is not valid YAML'}") from error
     except RecursionError as error:
         raise ValueError(": it is nested too deeply") from error
-    except ValueError as error:  # a date or a number that cannot be
+    except MALFORMED as error:  # a date or a number that cannot be
         raise ValueError(f": {error}") from error
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without aliases, a few of which can stand for gigabytes, and without keys that stand twice."""
+class _Composer:
+    """YAML without aliases, a few of which can stand for gigabytes, without keys that stand twice, and of so many values
+    that it is a configuration.
+    """
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    _values = 0
+
+    def compose_node(self: Any, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        self._values += 1
+        if self._values > _MOST_VALUES:
+            raise yaml.composer.ComposerError(None, None, f"there are more than {_MOST_VALUES} values")
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
             raise yaml.composer.ComposerError(
                 None, None, f"the alias '*{event.anchor}' is not allowed", event.start_mark
             )
-        return super().compose_node(parent, index)
+        return yaml.composer.Composer.compose_node(self, parent, index)
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def construct_mapping(self: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 problem = f"the key {key.value!r} stands there twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
-        return super().construct_mapping(node, deep)
+        return super().construct_mapping(node, deep)  # type: ignore[misc]
+
+
+class _Loader(_Composer, yaml.SafeLoader):
+    """Values of the types that YAML gives them."""
+
+
+class _TextLoader(_Composer, yaml.BaseLoader):
+    """Texts alone."""

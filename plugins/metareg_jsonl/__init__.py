@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any, TextIO
 
-from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
+from metareg import Evaluation, Field, MetaregError, PathText, PluginConfig, Run, hookimpl
 
 
 class JSONLines:
@@ -20,7 +21,7 @@ class JSONLines:
     contract = 1
 
     class Config(PluginConfig):
-        file: str | None = Field(
+        file: PathText | None = Field(
             None, description="The file to append to; unset, events.jsonl in the run's folder. A named pipe will do."
         )
 
@@ -33,7 +34,10 @@ class JSONLines:
     def on_run_start(self, run: Run) -> None:
         path = Path(self.config.file) if self.config.file else run.path / "events.jsonl"
         try:
-            self._file = path.open("a", encoding="utf-8", buffering=1)
+            # A link is followed where the user names the file, and nowhere in a run's folder, which may be a stranger's.
+            no_links = 0 if self.config.file else getattr(os, "O_NOFOLLOW", 0)
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_links, 0o666)
+            self._file = os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
         except OSError as error:
             raise MetaregError(f"The observer 'jsonl' cannot write {path}: {error.strerror}.") from error
         self._run = str(run.path)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from pydantic import field_validator
 
 from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
 
@@ -20,6 +23,13 @@ class TensorBoard:
 
     class Config(PluginConfig):
         folder: str = Field("tensorboard", description="Where in the run's folder the event files go.")
+
+        @field_validator("folder")
+        @classmethod
+        def _stay_inside(cls, folder: str) -> str:
+            if Path(folder).is_absolute() or ".." in Path(folder).parts:
+                raise ValueError("it should be a folder inside the run's")
+            return folder
 
     def __init__(self, config: Config) -> None:
         self.config = config

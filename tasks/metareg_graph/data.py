@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import logging
 import re
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metareg import Table, UsageError, cache_folder, data_folder, download, find_split, read_table
+from metareg import (
+    Table,
+    UsageError,
+    cache_folder,
+    data_folder,
+    download,
+    find_split,
+    open_arrays,
+    parse_in_child,
+    read_table,
+)  # fmt: skip
 from metareg_graph._dgl import import_dgl
 
 __all__ = ["GraphData", "Normalisation", "Source", "fetch", "find_local", "join_graphs", "load", "locate"]
@@ -27,6 +37,10 @@ log = logging.getLogger("metareg")
 _SOURCE, _DESTINATION = ("source", "src", "from", "s", "u"), ("destination", "dst", "target", "to", "t", "v", "dest")
 """What the columns of edges.csv are called, in any case."""
 _WHOLE = re.compile(r"-?\d+(\.0*)?")
+_LEAST_NUMBERS, _MOST_NUMBERS = 1 << 26, 2000
+"""Dense features may be so many numbers, or so many for each that is not 0 and each node."""
+_LEAST_TEXT, _MOST_TEXT = 1 << 26, 40
+"""Packed text may unpack to so many letters, or so many for each of its bytes."""
 _UNLABELLED = frozenset({"", "-1", "na", "n/a", "nan", "null"})
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
@@ -322,10 +336,8 @@ def _read_folder(folder: Path, directed: bool) -> GraphData:
 def _read_splits(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
+    with _explain_errors(path):
         content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {error}.") from error
     if not isinstance(content, dict) or not content.keys() <= {"classes", "graphs", "nodes"}:
         raise UsageError(f'{path} must be {{"classes" or "graphs" or "nodes": {{"train": […], …}}}}.')
     return {kind: _name_splits(given) for kind, given in content.items()}
@@ -338,29 +350,27 @@ def _name_splits(given: Any) -> Any:
 
 @contextmanager
 def _explain_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading a file into one sentence."""
+    """Turn what goes wrong in reading a file, which may hold anything, into one sentence."""
     try:
         yield
     except FileNotFoundError:
         raise UsageError(f"There is no {path}.") from None
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        text = str(error)
-        if "pickle" in text.lower():
-            text = "it holds pickled objects, which could run code and are not read"
-        elif isinstance(error, KeyError):
-            text = text.strip("'\"")
-        raise UsageError(f"{path} cannot be read as a graph: {text.rstrip('.')}.") from error
+    except UsageError:
+        raise
+    except Exception as error:
+        reason = str(error).strip() or type(error).__name__
+        raise UsageError(f"{path} cannot be read as a graph: {reason.splitlines()[0].rstrip('.')}.") from error
 
 
 def _read_npz(path: Path, directed: bool) -> GraphData:
     """CSR arrays as in gnn-benchmark: ``adj_indptr, adj_indices``, ``attr_*`` (CSR) or ``features``, and ``labels``."""
-    with _explain_errors(path), np.load(path, allow_pickle=False) as file:
+    with open_arrays(path, "a graph") as file:
 
         def array(*names: str) -> np.ndarray:
             for name in names:
                 if name in file:
                     return np.asarray(file[name])
-            raise KeyError(f"it has no array '{names[0]}'; there are {', '.join(sorted(file.files))}")
+            raise KeyError(f"it has no array '{names[0]}'; there are {', '.join(sorted(file))}")
 
         pointers, columns = array("adj_indptr", "indptr"), array("adj_indices", "indices")
         for indices in (pointers, columns):
@@ -370,16 +380,17 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
         nodes = len(pointers) - 1
         if "attr_indptr" in file:
             width = int(array("attr_shape")[1])
+            values = array("attr_data")
+            _refuse_bombs(nodes * width, len(values) + nodes)
             features = np.zeros((nodes, width), dtype=np.float32)
-            rows = np.repeat(np.arange(nodes), np.diff(array("attr_indptr")))
-            features[rows, array("attr_indices")] = array("attr_data")
+            features[_repeat_rows(array("attr_indptr"), len(values)), array("attr_indices")] = values
         else:
             features = array("features", "attr_matrix")
             if features.dtype.kind not in "biuf":
                 raise ValueError(f"its features have the type {features.dtype}; they must be real numbers")
             features = features.astype(np.float32)
-        sources = np.repeat(np.arange(nodes), np.diff(pointers))
-        if len(sources) != len(columns) or len(features) != nodes:
+        sources = _repeat_rows(pointers, len(columns))
+        if len(features) != nodes:
             raise ValueError("its arrays do not fit together")
         splits = {
             "nodes": {
@@ -400,30 +411,35 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
     )
 
 
+def _repeat_rows(pointers: np.ndarray, count: int) -> np.ndarray:
+    """The row of each of `count` entries of a CSR matrix."""
+    if pointers.ndim != 1 or not len(pointers) or pointers[0] != 0 or pointers[-1] != count:
+        raise ValueError("its arrays do not fit together")
+    return np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
+
+
+def _refuse_bombs(numbers: int, entries: int) -> None:
+    """Refuse a sparse matrix whose dense form takes far more than what it holds."""
+    if numbers > max(_LEAST_NUMBERS, _MOST_NUMBERS * entries):
+        raise ValueError(f"its features are {numbers} numbers, of which it holds {entries}")
+
+
 def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
     """DGL's binary format, as `dgl.save_graphs` and DGL's own datasets write it: tensors only, no pickle."""
-    if path.read_bytes()[:1] == b"\x80":
-        raise UsageError(f"{path} is a pickle, which could run code and is not read.")
-    try:
-        graphs, _ = import_dgl().load_graphs(str(path))
-    except Exception as error:  # whatever DGL's reader makes of a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UsageError(f"{path} cannot be read by DGL: {reason}.") from error
-    found = []
-    for number, graph in enumerate(graphs):
-        name = path.stem if len(graphs) == 1 else f"{path.stem}-{number}"
-        nodes = {key: graph.ndata[key] for key in graph.ndata}
-        for kind in ("feat", "label"):
-            if kind not in nodes:
-                raise UsageError(
-                    f"The graph '{name}' of {path} has no node data '{kind}'; it has {', '.join(nodes) or 'none'}."
-                )
-        source, destination = graph.edges()
-        found.append(
-            GraphData.from_edges(
-                source, destination, nodes["feat"], nodes["label"], directed=directed, name=name, splits=splits
-            )
+    from metareg_graph.dgl_files import read_graphs
+
+    with path.open("rb") as file:
+        if file.read(1) == b"\x80":
+            raise UsageError(f"{path} is a pickle, which could run code and is not read.")
+    (arrays,) = parse_in_child(read_graphs, [path], "a graph of DGL")
+    count = len(arrays) // 4
+    found = [
+        GraphData.from_edges(
+            *(torch.from_numpy(arrays[f"{number}.{part}"]) for part in ("source", "destination", "feat", "label")),
+            directed=directed, name=path.stem if count == 1 else f"{path.stem}-{number}", splits=splits,
         )
+        for number in range(count)
+    ]  # fmt: skip
     if not found:
         raise UsageError(f"{path} holds no graph.")
     return found[0] if len(found) == 1 else join_graphs(found, splits)
@@ -436,6 +452,8 @@ def _read_ogb(folder: Path, directed: bool) -> GraphData:
         _read_table(raw / f"{name}.csv.gz", kind)
         for name, kind in (("edge", np.int64), ("node-feat", np.float32), ("node-label", np.float64))
     )
+    if edges.shape[1:] != (2,) or labels.shape[1:] != (1,):
+        raise UsageError(f"{raw} must hold two columns of edges and one of labels.")
     ends = torch.from_numpy(edges)
     classes = torch.from_numpy(np.nan_to_num(labels[:, 0], nan=-1).astype(np.int64))
     return GraphData.from_edges(
@@ -558,5 +576,9 @@ def _number_nodes(splits: Mapping[str, Any], numbers: Mapping[str, int]) -> dict
 
 
 def _read_table(path: Path, kind: type) -> np.ndarray:
+    most = max(_LEAST_TEXT, _MOST_TEXT * path.stat().st_size) if path.is_file() else 0
     with _explain_errors(path), gzip.open(path, "rt", encoding="utf-8") as file:
-        return np.loadtxt(file, delimiter=",", dtype=kind, ndmin=2)
+        text = file.read(most + 1)
+        if len(text) > most:
+            raise ValueError(f"it unpacks to more than {most >> 20} MiB")
+        return np.loadtxt(io.StringIO(text), delimiter=",", dtype=kind, ndmin=2)

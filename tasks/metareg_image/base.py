@@ -178,7 +178,7 @@ class ImageTask(Task):
         turns, classes = np.divmod(chosen, len(index.names))
         picked = draw_distinct(uniform[:, ways:].reshape(*chosen.shape, each), index.counts[classes])
         rows = index.starts[classes][..., None] + picked
-        images = torch.from_numpy(np.asarray(self.store.pixels[rows])).movedim(-1, 3)
+        images = torch.from_numpy(self.store.read(rows)).movedim(-1, 3)
         for turn in range(1, kinds):
             turned = torch.from_numpy(turns == turn)
             images[turned] = images[turned].rot90(turn, (-2, -1))

@@ -23,6 +23,7 @@ from metareg import (
     draw_distinct,
     find_images,
     find_split,
+    parse_in_child,
     read_split_file,
     task_uniform,
 )
@@ -228,16 +229,23 @@ class Cars(_Benchmark):
         return (self._root() / self.marker).is_file()
 
     def images(self) -> Mapping[str, Sequence[Source]]:
+        # Imported where it is needed, as it imports scipy.
+        from metareg_image.matlab import read_boxes, read_class_names
+
         root = self._root()
-        annotations, meta = _read_matlab(root / self.marker), _read_matlab(root / "devkit" / "cars_meta.mat")
-        names = [str(name) for name in meta["class_names"]]
+        places = root / self.marker, root / "devkit" / "cars_meta.mat"
+        (annotations,) = parse_in_child(read_boxes, places[:1], "MATLAB's annotations of Stanford Cars")
+        (meta,) = parse_in_child(read_class_names, places[1:], "MATLAB's names of Stanford Cars")
+        names = meta["names"].tolist()
         found: dict[str, list[Source]] = {}
-        for each in annotations["annotations"]:
-            path = root / "cars_train" / str(each["fname"])
+        columns = (annotations[each].tolist() for each in ("names", "classes", "boxes"))
+        for name, number, (left, top, right, bottom) in zip(*columns, strict=True):
+            if not 1 <= number <= len(names):
+                raise UsageError(f"{places[0]} names the class {number}, of {len(names)} in {places[1]}.")
+            path = root / "cars_train" / Path(name).name
             if path.is_file():
                 # Boxes count pixels from 1, both ends included.
-                box = (int(each["bbox_x1"]) - 1, int(each["bbox_y1"]) - 1, int(each["bbox_x2"]), int(each["bbox_y2"]))
-                found.setdefault(names[int(each["class"]) - 1], []).append(Cut(path, box))
+                found.setdefault(names[number - 1], []).append(Cut(path, (left - 1, top - 1, right, bottom)))
         return found
 
     def _root(self) -> Path:
@@ -313,12 +321,3 @@ def _join(names: Iterable[str]) -> str:
 
 def _is_wordnet(name: str) -> bool:
     return len(name) == 9 and name[0] == "n" and name[1:].isdigit()
-
-
-def _read_matlab(path: Path) -> Any:
-    from scipy.io import loadmat
-
-    try:
-        return loadmat(path, squeeze_me=True)
-    except (OSError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"{path} cannot be read: {error}.") from error

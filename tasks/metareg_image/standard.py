@@ -66,7 +66,7 @@ class TorchvisionTask(ImageTask):
         datasets = import_torchvision(self.name).datasets
         try:
             images = self.images(self.parts(datasets, self.location, download=False))
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except Exception as error:  # whatever torchvision makes of damaged files
             raise UsageError(
                 f"The data of the task '{self.name}' in {self.location} cannot be read: {error}"
             ) from error

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+import math
 import os
+import secrets
 import shutil
-import tempfile
+import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -14,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
 from metareg import MetaregError, UnreadableImageError, UsageError, cache_folder, load_image
@@ -31,8 +36,13 @@ __all__ = [
 
 SPLITS = ("train", "validation", "test")
 
-_FORMAT = 2
-_INDEX, _PIXELS = "index.json", "pixels.u8"
+_FORMAT = 3
+_INDEX, _PIXELS, _LOCK = "index.json", "pixels.u8", ".lock"
+_SECONDS_TO_LOCK = 60
+"""After so long, what was begun is locked."""
+_TRIES = 3
+
+log = logging.getLogger("metareg")
 
 
 @dataclass(frozen=True)
@@ -72,24 +82,73 @@ class SplitIndex:
     counts: np.ndarray
 
 
+class DamagedStoreError(Exception):
+    """A store is not what was written."""
+
+
 class ImageStore:
     """The images of a data set as uint8 ``[images, height, width, channels]``, memory-mapped.
 
     Args:
-        folder: what `build` wrote.
+        folder: what was built.
+        build: builds the folder anew, where it turns out to be damaged.
+
+    Raises:
+        MetaregError: it is damaged, and the cache cannot be written.
     """
 
-    def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
-        self.pixels: np.ndarray = np.memmap(folder / _PIXELS, np.uint8, "r", shape=tuple(index["shape"]))
-        self.splits: dict[str, SplitIndex] = {}
-        start = 0
-        for split in SPLITS:
-            classes = index["splits"][split]
-            counts = np.array([count for _, count in classes], dtype=np.int64)
-            starts = start + np.cumsum(counts) - counts
-            self.splits[split] = SplitIndex(tuple(name for name, _ in classes), starts, counts)
-            start += int(counts.sum())
+    def __init__(self, folder: Path, build: Callable[[], None]) -> None:
+        self.folder = folder
+        self._build = build
+        try:
+            self._open()
+        except DamagedStoreError:
+            self._rebuild()
+
+    def _open(self) -> None:
+        shape, self.splits, self._checksums = _read_index(self.folder / _INDEX)
+        path = self.folder / _PIXELS
+        if not path.is_file() or path.stat().st_size != math.prod(shape):
+            raise DamagedStoreError
+        self.pixels: np.ndarray = np.memmap(path, np.uint8, "r", shape=shape)
+        self._starts, self._counts = (
+            np.concatenate([getattr(index, part) for index in self.splits.values()]) for part in ("starts", "counts")
+        )
+        self._unchecked = self._counts > 0
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Some images; those of a class are compared with its checksum when one is first read.
+
+        Args:
+            rows: the images' rows in the file, of any shape.
+
+        Returns:
+            Pixels ``[*rows.shape, height, width, channels]``.
+
+        Raises:
+            MetaregError: they are damaged, and the cache cannot be written.
+        """
+        if self._unchecked.any() and not self._are_whole(np.searchsorted(self._starts, rows, side="right") - 1):
+            self._rebuild()
+        return np.asarray(self.pixels[rows])
+
+    def _are_whole(self, classes: np.ndarray) -> bool:
+        for number in np.unique(classes[self._unchecked[classes]]).tolist():
+            start = self._starts[number]
+            if zlib.crc32(self.pixels[start : start + self._counts[number]].data) != self._checksums[number]:
+                return False
+            self._unchecked[number] = False
+        return True
+
+    def _rebuild(self) -> None:
+        """Build the store anew in the place of a damaged one."""
+        for _ in range(_TRIES):
+            log.warning("The image cache %s is damaged; it is built anew.", self.folder)
+            _remove(self.folder)
+            self._build()
+            with suppress(DamagedStoreError):  # another process may just now do the same
+                return self._open()
+        raise MetaregError(f"The image cache {self.folder} stays damaged; METAREG_CACHE names another place.")
 
     @classmethod
     def load_or_build(
@@ -101,7 +160,7 @@ class ImageStore:
         decode: Callable[[Source], np.ndarray],
         check: Callable[[Splits], None],
     ) -> ImageStore:
-        """The store of a data set, built if it is not in the cache.
+        """The store of a data set, built if it is not in the cache, and anew if it is damaged there.
 
         Args:
             name: the data set's.
@@ -119,9 +178,40 @@ class ImageStore:
         key = json.dumps({"format": _FORMAT, "size": size, **identity}, sort_keys=True)
         digest = hashlib.blake2b(key.encode(), digest_size=8).hexdigest()
         folder = cache_folder() / "images" / f"{name}-{'x'.join(map(str, size))}-{digest}"
-        if not (folder / _INDEX).is_file():
+
+        def build() -> None:
             _build(folder, classes(), size, decode, check)
-        return cls(folder)
+
+        if not folder.is_dir():
+            build()
+        return cls(folder, build)
+
+
+def _read_index(path: Path) -> tuple[tuple[int, ...], dict[str, SplitIndex], list[int]]:
+    """The shape of all pixels, the classes by split, and the checksum of each class's pixels, split after split.
+
+    Raises:
+        DamagedStoreError: the file is not what was written.
+    """
+    try:
+        checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
+        if hashlib.sha256(text.encode()).hexdigest() != checksum:
+            raise DamagedStoreError
+        content = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DamagedStoreError from error
+    splits: dict[str, SplitIndex] = {}
+    checksums: list[int] = []
+    start = 0
+    for split in SPLITS:
+        listed = content["splits"][split]
+        names, counted, sums = zip(*listed, strict=True) if listed else ((), (), ())
+        counts = np.array(counted, dtype=np.int64)
+        starts = start + np.cumsum(counts) - counts
+        splits[split] = SplitIndex(names, starts, counts)
+        checksums += sums
+        start += int(counts.sum())
+    return tuple(content["shape"]), splits, checksums
 
 
 def _build(
@@ -132,39 +222,99 @@ def _build(
     check: Callable[[Splits], None],
 ) -> None:
     """Write a store aside and rename it."""
-    aside: Path | None = None
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        with (aside / _PIXELS).open("wb") as file:
-            splits = decode_all(classes, decode, check, lambda image: file.write(image.tobytes()))
-            file.flush()
-            os.fsync(file.fileno())
-        total = sum(count for listed in splits.values() for _, count in listed)
-        index = {"shape": [total, *size], "splits": splits}
-        (aside / _INDEX).write_text(json.dumps(index), encoding="utf-8")
-        try:
-            aside.rename(folder)
-        except OSError:
-            if not (folder / _INDEX).is_file():  # else another process was faster: its store is the same
-                raise
+        _sweep(folder.parent)
+        aside.mkdir()
+        with FileLock(aside / _LOCK):
+            _write(aside, classes, size, decode, check)
+            (aside / _LOCK).unlink()
+            try:
+                aside.rename(folder)
+            except OSError:
+                if not (folder / _INDEX).is_file():  # else another process was faster: its store is the same
+                    raise
+        _sync(folder.parent)
     except OSError as error:
         raise MetaregError(
             f"The image cache {folder} cannot be written: {error.strerror or error}; METAREG_CACHE names another place."
         ) from error
     finally:
-        if aside is not None:
-            with suppress(OSError):
-                shutil.rmtree(aside)
+        _remove(aside)
+
+
+def _write(
+    folder: Path,
+    classes: Iterable[ClassImages],
+    size: tuple[int, int, int],
+    decode: Callable[[Source], np.ndarray],
+    check: Callable[[Splits], None],
+) -> None:
+    """Write pixels and index, and have them on the disk."""
+    with (folder / _PIXELS).open("wb") as file:
+        checksums: list[int] = []
+
+        def keep(image: np.ndarray, first: bool) -> None:
+            content = image.tobytes()
+            file.write(content)
+            if first:
+                checksums.append(0)
+            checksums[-1] = zlib.crc32(content, checksums[-1])
+
+        splits = decode_all(classes, decode, check, keep)
+        file.flush()
+        os.fsync(file.fileno())
+    total = sum(count for listed in splits.values() for _, count in listed)
+    each = iter(checksums)
+    listed = {
+        split: [(name, count, next(each) if count else 0) for name, count in found] for split, found in splits.items()
+    }
+    text = json.dumps({"shape": [total, *size], "splits": listed})
+    with (folder / _INDEX).open("w", encoding="utf-8") as file_of_text:
+        file_of_text.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
+        file_of_text.flush()
+        os.fsync(file_of_text.fileno())
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder on the disk; not every system can open a folder."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _sweep(parent: Path) -> None:
+    """Remove what builders that were killed left; one that lives holds its lock, or has begun just now."""
+    for path in parent.glob(".*-*"):
+        with suppress(OSError, Timeout):
+            if time.time() - path.stat().st_mtime > _SECONDS_TO_LOCK:
+                with FileLock(path / _LOCK, timeout=0):
+                    _remove(path)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a store: under another name first, so that what is left of it where that fails is taken for none."""
+    trash = (
+        folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}-damaged")
+    )
+    with suppress(OSError):
+        if trash != folder:
+            folder.rename(trash)
+        shutil.rmtree(trash)
 
 
 def decode_all(
     classes: Iterable[ClassImages],
     decode: Callable[[Source], np.ndarray],
     check: Callable[[Splits], None],
-    keep: Callable[[np.ndarray], object] = lambda _: None,
+    keep: Callable[[np.ndarray, bool], object] = lambda _image, _first: None,
 ) -> Splits:
-    """Decode every image, split after split, and hand it to `keep`.
+    """Decode every image, split after split, and hand it to `keep`, with whether it is the first of its class.
 
     Returns:
         The classes and image counts by split.
@@ -177,7 +327,7 @@ def decode_all(
     for each in sorted(classes, key=lambda each: SPLITS.index(each.split)):
         count = 0
         for image in _decode(each.images, decode, unreadable):
-            keep(image)
+            keep(image, not count)
             count += 1
         splits[each.split].append((each.name, count))
     _refuse_unreadable(unreadable)

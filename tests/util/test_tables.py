@@ -121,7 +121,7 @@ def test_npz(tmp_path: Path) -> None:
         table.get_numbers("y")
     for arrays, says in (
         ({"x": np.zeros(3), "y": np.zeros(2)}, "differ in length: x 3, y 2"),
-        ({"x": np.array([1, None])}, "Python objects"),
+        ({"x": np.array([1, None])}, "pickled objects"),
         ({"x": np.zeros((1, 1, 1))}, "shape"),
         ({"x": np.zeros(1, complex)}, "complex128"),
     ):

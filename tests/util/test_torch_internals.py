@@ -232,11 +232,13 @@ def test_an_operation_without_a_schema_may_write(monkeypatch: pytest.MonkeyPatch
     assert torch_internals.writes_in_place(torch.ops.aten.add.Tensor)
 
 
-def test_large_tensors_are_refused_without_the_private_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_are_refused_without_the_private_mode(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without = load_without((_python_dispatch, "TorchDispatchMode"))
     assert without.OperationMode is torch.overrides.TorchFunctionMode
     monkeypatch.setattr(torch_internals, "OperationMode", without.OperationMode)
-    with load_again(tensorfile).limit_allocation(1, "a file"):
+    module = load_again(tensorfile)
+    module.write_tensors(tmp_path / "a file", {"weight": torch.zeros(2)}, {})
+    with module.limit_cost(module.TensorFile(tmp_path / "a file", "learner"), bytes_at_least=1 << 20):
         nn.Linear(10, 10)
         for allocate in (lambda: nn.Linear(1 << 20, 1 << 20), lambda: torch.zeros(1 << 20, 1 << 20)):
             with pytest.raises(UsageError, match=r"a file.*1048576"):

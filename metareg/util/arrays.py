@@ -1,0 +1,51 @@
+"""Archives of arrays (npz) that anybody may have written."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from metareg.errors import UsageError
+from metareg.util.files import MALFORMED
+
+__all__ = ["open_arrays"]
+
+_LEAST_BYTES, _MOST_TIMES = 1 << 28, 100
+
+
+@contextmanager
+def open_arrays(path: Path, what: str) -> Iterator[Mapping[str, np.ndarray]]:
+    """The arrays of an npz file by name, each read when it is asked for; nothing is unpickled.
+
+    Args:
+        path: the file.
+        what: what it is to be read as, for messages, as in ``"a graph"``. The block takes the arrays for that: what goes
+            wrong in it is the file's fault.
+
+    Raises:
+        UsageError: the file is missing, damaged, holds pickled objects, or would take many times its size; or the block
+            raises what Python raises for wrong content.
+    """
+    try:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+        if size > max(_LEAST_BYTES, _MOST_TIMES * path.stat().st_size):
+            raise ValueError(f"its arrays would take {size >> 20} MiB, more than {_MOST_TIMES} times the file")
+        with np.load(path, allow_pickle=False) as arrays:
+            yield arrays
+    except FileNotFoundError:
+        raise UsageError(f"There is no file {path}.") from None
+    except (OSError, zipfile.BadZipFile, zlib.error, SyntaxError, *MALFORMED) as error:
+        raise UsageError(f"{path} cannot be read as {what}: {_explain(error)}.") from error
+
+
+def _explain(error: Exception) -> str:
+    text = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    if "pickle" in text.lower():
+        return "it holds pickled objects, which could run code and are not read"
+    return text.strip("'\"").rstrip(".") if isinstance(error, KeyError) else text.rstrip(".")
