@@ -39,6 +39,10 @@ class UsageError(MetaregError):
     exit_code = 2
 
 
+_MOST_LISTED = 40
+"""So many names a sentence lists, where another command lists them."""
+
+
 class UnknownNameError(UsageError):
     """A name that nothing answers to."""
 
@@ -49,7 +53,7 @@ class UnknownNameError(UsageError):
         close = nearest(name, self.known)
         if close:
             parts.append(f"; did you mean {_either(close)}?")
-        elif self.known:
+        elif self.known and not (hint and len(self.known) > _MOST_LISTED):
             parts.append(f"; there {'are' if len(self.known) > 1 else 'is'} {', '.join(self.known)}.")
         else:
             parts.append(".")

@@ -36,9 +36,16 @@ def plugins(
     stdout.print(create_plugin_table(rows, check))
 
 
-def show(kind: _Kind, name: _Name) -> None:
+def show(
+    names: Annotated[
+        list[str], typer.Argument(metavar="[KIND] NAME", help="The plugin, its kind first where several have the name.")
+    ],
+) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
-    entry = find_entry(_parse_kind(kind), name)
+    if len(names) > 2:
+        raise UsageError(f"`metareg show` takes a name, or a kind and a name; got {' '.join(names)}.")
+    *kinds, name = names
+    entry = find_entry(_parse_kind(kinds[0]) if kinds else _find_kind(name), name)
     from metareg.cli.tables import describe_plugin
 
     cls = entry.load()
@@ -155,6 +162,25 @@ def _parse_kind(given: str) -> str:
     if len(matches) != 1:
         raise UnknownNameError("kind of plugin", given, KINDS)
     return matches[0]
+
+
+def _find_kind(name: str) -> str:
+    """The kind of the plugins with a name.
+
+    Raises:
+        UsageError: there is none, or plugins of several kinds have it.
+    """
+    entries = list_entries()
+    kinds = [kind for kind in KINDS if any(e.kind == kind and name in (e.name, e.qualified) for e in entries)]
+    if not kinds:
+        hint = (
+            f"`metareg show {name} NAME` shows one." if name in KINDS else "`metareg plugins` lists what is installed."
+        )
+        raise UnknownNameError("plugin", name, {entry.name for entry in entries}, hint)
+    if len(kinds) > 1:
+        commands = " or ".join(f"`metareg show {kind} {name}`" for kind in kinds)
+        raise UsageError(f"Plugins of {len(kinds)} kinds are named '{name}': {commands}.")
+    return kinds[0]
 
 
 def _describe_entries(*, check: bool) -> list[dict[str, Any]]:

@@ -66,8 +66,8 @@ def train(
 ) -> None:
     """Train, test and draw: [bold]metareg train --algo maml --augment cml[/].
 
-    Defaults stand in brackets; a task, an algorithm or a model may recommend others. [bold]metareg show tasks NAME[/] and
-    its like for algorithms, augmenters and models list these, and what --set takes.
+    Defaults stand in brackets; a task, an algorithm or a model may recommend others. [bold]metareg show NAME[/] lists
+    these, and what --set takes.
     """
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
     from metareg.runs.training import configure

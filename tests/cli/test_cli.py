@@ -353,6 +353,7 @@ def test_show(kind: str, name: str, metareg: Command) -> None:
     expected = {"metasgd": "inner_lr_max", "cml": "gamma", "sinusoid": "shots", "mlp": "hidden"}[name]
     assert expected in outcome.output
     assert ("beside MAML's" in outcome.output) == (kind == "algorithms")
+    assert metareg("show", name).output == outcome.output
 
 
 @pytest.mark.parametrize(
@@ -361,7 +362,10 @@ def test_show(kind: str, name: str, metareg: Command) -> None:
         (["algorithm", "mmal"], "did you mean 'maml'"),
         (["nosuch", "maml"], "kind of plugin"),
         (["", "maml"], "kind of plugin"),
-        (["tasks"], "Missing argument"),
+        (["mmal"], "There is no plugin named 'mmal'; did you mean 'maml'"),
+        (["tasks"], "`metareg show tasks NAME`"),
+        (["metacurvature"], "`metareg show algorithms metacurvature` or `metareg show augmenters metacurvature`"),
+        ([], "Missing argument"),
     ],
 )
 def test_bad_show(arguments: list[str], sentence: str, metareg: Command) -> None:
