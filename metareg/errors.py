@@ -16,6 +16,7 @@ __all__ = [
     "Interrupted",
     "LostProcessError",
     "MetaregError",
+    "NonfiniteExamplesError",
     "PluginError",
     "UnknownNameError",
     "UsageError",
@@ -66,6 +67,10 @@ class PluginError(UsageError):
 
 class DivergenceError(MetaregError):
     """Training produced a number that is not finite."""
+
+
+class NonfiniteExamplesError(UsageError, DivergenceError):
+    """Examples of a task hold NaN or infinite values; a training can leave them out as it does steps that diverge."""
 
 
 class LostProcessError(MetaregError):

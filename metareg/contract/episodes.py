@@ -26,8 +26,8 @@ class Episodes:
     Args:
         support_x: inputs ``[tasks, support, …]``; a tensor, or a pytree of tensors with these leading dimensions (a
             graph task's may be ``[tasks, …]``). Arrays of NumPy and frames of pandas are taken as tensors, here and below.
-        support_y: targets ``[tasks, support]`` (class numbers) or ``[tasks, support, outputs]`` (numbers, or
-            probabilities of the classes).
+        support_y: targets ``[tasks, support]`` (class numbers, which become int64) or ``[tasks, support, outputs]``
+            (numbers, or probabilities of the classes).
         query_x: inputs ``[tasks, query, …]``.
         query_y: targets ``[tasks, query]`` or ``[tasks, query, outputs]``.
 
@@ -62,8 +62,16 @@ class Episodes:
         if not tasks:
             raise UsageError("Episodes: there must be at least one task.")
         for name in ("support_y", "query_y"):
-            if not isinstance(getattr(self, name), Tensor):
-                raise UsageError(f"Episodes: {name} must be a tensor, not {type(getattr(self, name)).__name__}.")
+            y = getattr(self, name)
+            if not isinstance(y, Tensor):
+                raise UsageError(f"Episodes: {name} must be a tensor, not {type(y).__name__}.")
+            if y.dim() < 2 or y.shape[1] == 0:
+                raise UsageError(
+                    f"Episodes: {name} has the shape {tuple(y.shape)}; it must be [tasks, examples, …] with at least one "
+                    "example a task."
+                )
+            if y.dtype != torch.int64 and not y.is_floating_point() and not y.is_complex():
+                object.__setattr__(self, name, y.long())
         for part in ("support", "query"):
             x, y = getattr(self, f"{part}_x"), getattr(self, f"{part}_y")
             if isinstance(x, Tensor) and x.shape[1:2] != y.shape[1:2]:

@@ -5,16 +5,20 @@ All are made of operations that `torch.func.vmap` and traced graphs know: no bra
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from metareg.errors import UnknownNameError, UsageError
 
-__all__ = ["LOSSES", "METRICS", "Metric", "find_loss", "find_metric"]
+__all__ = ["LOSSES", "METRICS", "Metric", "find_loss", "find_loss_name", "find_metric", "widen"]
+
+log = logging.getLogger("metareg")
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -28,18 +32,18 @@ class Metric:
     higher_is_better: bool
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return self.function(outputs, targets)
+        """The metric of one task, computed in float32 or better: a share of 0.2008 is none in bfloat16."""
+        return self.function(widen(outputs), widen(targets))
 
 
 def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    if targets.is_floating_point():  # probabilities of the classes, as mixtures of examples have them
-        targets = targets.argmax(-1)
-    return (outputs.argmax(-1) == targets).to(outputs.dtype).mean()
+    classes = _find_classes(outputs, targets)
+    return (outputs.argmax(1) == classes).to(outputs.dtype).mean()
 
 
 def _balanced_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """The mean over the classes that have targets of the share of them that is recognised."""
-    outputs = _widen(outputs)
+    targets = _find_classes(outputs, targets)
     members = _compare_classes(targets, outputs)
     counts = members.sum(0)
     right = (members * (outputs.argmax(-1) == targets).unsqueeze(-1)).sum(0)
@@ -52,7 +56,7 @@ def _auroc(outputs: Tensor, targets: Tensor) -> Tensor:
     It is the share of pairs of a member and another example of which the member has the higher odds, ties counting half
     (Mann and Whitney, 1947). Where no class has both it is ½.
     """
-    outputs = _widen(outputs)
+    targets = _find_classes(outputs, targets)
     own = torch.eye(outputs.shape[-1], dtype=torch.bool, device=outputs.device)
     odds = outputs - outputs.unsqueeze(-2).masked_fill(own, -torch.inf).logsumexp(-1)
     members = _compare_classes(targets, outputs)
@@ -65,8 +69,21 @@ def _auroc(outputs: Tensor, targets: Tensor) -> Tensor:
     return torch.where(known.sum() > 0, areas.sum() / known.sum().clamp(min=1), 0.5)
 
 
-def _cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(_widen(outputs), targets)
+def _find_classes(outputs: Tensor, targets: Tensor) -> Tensor:
+    """The class numbers of targets, which may be probabilities ``[examples, classes]``, as mixtures of examples have them.
+
+    Raises:
+        UsageError: they do not fit outputs ``[examples, classes, …]``: comparing them would broadcast.
+    """
+    shape = tuple(outputs.shape)
+    if targets.is_floating_point() and outputs.dim() > 1 and targets.shape == outputs.shape:
+        return targets.argmax(1)
+    if outputs.dim() < 2 or targets.is_floating_point() or tuple(targets.shape) != (shape[0], *shape[2:]):
+        raise UsageError(
+            f"A metric of classes needs outputs [examples, classes] and class numbers [examples]; the model gives {shape} "
+            f"where the targets of a task are {tuple(targets.shape)}, {targets.dtype}."
+        )
+    return targets
 
 
 def _r2(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -75,7 +92,7 @@ def _r2(outputs: Tensor, targets: Tensor) -> Tensor:
     Where the targets do not vary it is 1 for perfect outputs and 0 for others.
     """
     _check_shapes(outputs, targets, "The R²")
-    outputs, targets = _widen(outputs).flatten(1), _widen(targets).flatten(1)
+    outputs, targets = outputs.flatten(1), targets.flatten(1)
     residual = (targets - outputs).square().sum(0)
     total = (targets - targets.mean(0)).square().sum(0)
     constant = (residual == 0).to(residual.dtype)
@@ -105,7 +122,7 @@ def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
     return F.huber_loss(outputs, targets)
 
 
-def _widen(values: Tensor) -> Tensor:
+def widen(values: Tensor) -> Tensor:
     """Numbers in float32 or better."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
@@ -116,42 +133,95 @@ def _compare_classes(targets: Tensor, outputs: Tensor) -> Tensor:
     return (targets.unsqueeze(-1) == classes).to(outputs.dtype)
 
 
-def _measure(error: Loss) -> Loss:
-    """A loss as a metric: in float32 or better."""
-    return lambda outputs, targets: error(_widen(outputs), _widen(targets))
-
-
 LOSSES: dict[str, Loss] = {"cross_entropy": F.cross_entropy, "mse": _mse, "mae": _mae, "huber": _huber}
 METRICS: dict[str, Metric] = {
     "accuracy": Metric("accuracy", _accuracy, higher_is_better=True),
     "balanced_accuracy": Metric("balanced_accuracy", _balanced_accuracy, higher_is_better=True),
     "auroc": Metric("auroc", _auroc, higher_is_better=True),
-    "cross_entropy": Metric("cross_entropy", _cross_entropy, higher_is_better=False),
+    "cross_entropy": Metric("cross_entropy", F.cross_entropy, higher_is_better=False),
     "mse": Metric("mse", _mse, higher_is_better=False),
-    "mae": Metric("mae", _measure(_mae), higher_is_better=False),
-    "huber": Metric("huber", _measure(_huber), higher_is_better=False),
+    "mae": Metric("mae", _mae, higher_is_better=False),
+    "huber": Metric("huber", _huber, higher_is_better=False),
     "r2": Metric("r2", _r2, higher_is_better=True),
 }
 _METRIC_OF = {"cross_entropy": "accuracy", "mse": "mse", "mae": "mae", "huber": "huber"}
+_CLASSES_OF_TORCH: dict[Any, str] = {
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.MSELoss: "mse",
+    nn.L1Loss: "mae",
+    nn.HuberLoss: "huber",
+}
+_FUNCTIONS_OF_TORCH: dict[Any, str] = {
+    F.cross_entropy: "cross_entropy",
+    F.mse_loss: "mse",
+    F.l1_loss: "mae",
+    F.huber_loss: "huber",
+}
 
 
-def find_loss(loss: str | Loss) -> Loss:
-    """A loss by name, or the callable itself."""
-    if not isinstance(loss, str):
+def find_loss(loss: str | type | Loss) -> Loss:
+    """A loss by name, the callable itself, or one of a class of torch without arguments.
+
+    Raises:
+        UsageError: it is none.
+    """
+    if isinstance(loss, type) and issubclass(loss, nn.Module):
+        return LOSSES[_CLASSES_OF_TORCH[loss]] if loss in _CLASSES_OF_TORCH else _create(loss)
+    if callable(loss) and not isinstance(loss, type):
         return loss
+    if not isinstance(loss, str):
+        raise UsageError(f"A loss is a name ({', '.join(LOSSES)}) or a function of outputs and targets; got {loss!r}.")
     if loss not in LOSSES:
         raise UnknownNameError("loss", loss, LOSSES)
     return LOSSES[loss]
 
 
-def find_metric(metric: str | Metric | None, loss: str | Loss) -> Metric:
-    """A metric by name; by default the one that goes with the loss: accuracy, the loss itself where it is an error."""
+def _create(loss: type[nn.Module]) -> Loss:
+    try:
+        return loss()
+    except TypeError as error:
+        raise UsageError(f"loss = {loss.__name__} needs arguments; pass an object of it. ({error})") from error
+
+
+def find_loss_name(loss: str | type | Loss) -> str | None:
+    """The name of the loss that it is, whatever its options; None for one's own."""
+    if isinstance(loss, str):
+        return loss
+    known = [*((function, name) for name, function in LOSSES.items()), *_FUNCTIONS_OF_TORCH.items()]
+    name = next((name for function, name in known if function is loss), None)
+    return name or _CLASSES_OF_TORCH.get(loss if isinstance(loss, type) else type(loss))
+
+
+def find_metric(metric: str | Metric | Loss | None, loss: str | type | Loss) -> Metric:
+    """A metric by name, or a function; by default the one that goes with the loss: accuracy, the loss itself where it is an
+    error.
+
+    Raises:
+        UsageError: it is none.
+    """
     if isinstance(metric, Metric):
         return metric
     if metric is None:
-        if not isinstance(loss, str):
-            return Metric("loss", loss, higher_is_better=False)
-        metric = _METRIC_OF.get(loss, loss)
-    if metric not in METRICS:
-        raise UnknownNameError("metric", metric, METRICS)
-    return METRICS[metric]
+        known = find_loss_name(loss)
+        if known is None:
+            return Metric("loss", find_loss(loss), higher_is_better=False)
+        metric = _METRIC_OF.get(known, known)
+    if isinstance(metric, str):
+        if metric not in METRICS:
+            raise UnknownNameError("metric", metric, METRICS)
+        return METRICS[metric]
+    if not callable(metric) or isinstance(metric, type):
+        raise UsageError(
+            f"A metric is a name ({', '.join(METRICS)}), a function of outputs and targets, or a metareg.Metric; got "
+            f"{metric!r}."
+        )
+    name = getattr(metric, "__name__", type(metric).__name__).strip("<>")
+    is_error = metric is loss or find_loss_name(metric) is not None
+    if not is_error:
+        log.warning(
+            "Of the metric '%s' higher values count as better; metareg.Metric('%s', function, higher_is_better=False) says "
+            "the opposite.",
+            name,
+            name,
+        )
+    return Metric(name, metric, higher_is_better=not is_error)

@@ -8,7 +8,7 @@ plugins.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -20,14 +20,16 @@ from torch.func import vmap
 
 from metareg.contract.episodes import Episodes, stack_trees
 from metareg.contract.losses import Loss, Metric
+from metareg.engine.agreement import compare
 from metareg.engine.context import Task, TaskOptions, Tensors
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
-from metareg.engine.tracing import Function, Program, advise_on_memory
-from metareg.util.layout import match_strides
+from metareg.engine.tracing import Function, Program, advise_on_memory, summarise_error
+from metareg.errors import MetaregError
+from metareg.util.layout import make_contiguous, match_strides
 from metareg.util.torch_internals import tree_map
 
 __all__ = ["Engine", "Gradient"]
@@ -153,6 +155,57 @@ class Engine:
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
+    def find_disagreement(
+        self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], weights: Tensor | None = None
+    ) -> str | None:
+        """Why the meta-gradients of some tasks at once are not those of one after the other; None where they are.
+
+        Args:
+            meta, noise, weights: as in `gradient`.
+            episodes: at least two tasks.
+        """
+        expected = self.gradient(meta, [episodes], noise, "serial", None, weights)
+        extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
+
+        def compute_at_once() -> list[Tensor]:
+            found = self._map_gradient(meta, tree_map(make_contiguous, episodes.parts), extra)
+            return found[: len(meta)]
+
+        return self._compare(compute_at_once, list(expected.grads.values()))
+
+    def find_disagreement_of_scores(
+        self,
+        meta: Tensors,
+        episodes: Episodes,
+        noise: Sequence[Mapping[str, Any]],
+        inner_steps: tuple[int, ...],
+        bn_statistics: str,
+    ) -> str | None:
+        """`find_disagreement` for what an evaluation computes: the outputs for the query sets, and their metric."""
+        drawn = list(noise) or [{}] * len(episodes)
+        steps = inner_steps[-1]
+
+        def score(task: Task, drawn: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+            outputs = self.predict(meta, task, drawn, steps, bn_statistics)
+            return outputs, self.plain.metric(outputs, task[3])
+
+        with torch.no_grad():
+            expected = [score(episodes.unstack(number), each)[0] for number, each in enumerate(drawn)]
+            tasks = tree_map(make_contiguous, episodes.parts), stack_trees(drawn)
+            return self._compare(lambda: list(vmap(score)(*tasks)[0]), expected)
+
+    def _compare(self, compute_at_once: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> str | None:
+        """What keeps tasks from running at once: an error, or other values than one after the other."""
+        try:
+            with torch.no_grad():
+                found = compute_at_once()
+        except MetaregError:
+            raise
+        except Exception as error:  # code of users and plugins is run, and torch has errors of many kinds for it
+            return summarise_error(error)
+        precision = torch.bfloat16 if self.training.options.precision == "bf16" else None
+        return compare(found, expected, precision)
+
     def draw_for_adaptation(
         self, meta: Tensors, inner_steps: int, seed: int, draws: Sequence[tuple[str | int, ...]]
     ) -> list[dict[str, Any]]:
@@ -219,7 +272,9 @@ class Engine:
     def _find_program(self, key: Any, function: Function, strategy: Strategy) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
-            program = self._programs[key, strategy] = Program(function, compiled=strategy == "compiled")
+            reads = (self.training.loss, self.training.metric.function, *self.training.model.forwards)
+            program = Program(function, compiled=strategy == "compiled", reads=reads)
+            self._programs[key, strategy] = program
         return program
 
 

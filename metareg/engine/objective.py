@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad
 
-from metareg.contract.losses import Loss, Metric
+from metareg.contract.losses import Loss, Metric, widen
 from metareg.engine.context import Adaptation, Task, TaskContext, TaskOptions, Tensors
 from metareg.engine.plugin_head import PluginHead
 from metareg.engine.split_model import SplitModel
@@ -185,9 +185,19 @@ class TaskFunctions:
             _, outputs = self.model.forward(full, context.support_x)
         outputs, targets = self.restore(outputs, context), context.support_y
         if not self.stages.changes_inner_loss:
-            return self.loss(outputs, targets)
+            return self.task_loss(outputs, targets)
         view, meta, noise = self.view(context, step), context.meta, context.noise
         return self.stages.inner_loss(outputs, targets, params, meta, step, self.loss, noise, view)
+
+    def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """The loss of a task's examples, a scalar."""
+        value = self.loss(outputs, targets)
+        if value.dim() != 0:
+            raise UsageError(
+                "The loss must return a scalar, the mean over a task's examples; it returned the shape "
+                f"{tuple(value.shape)}."
+            )
+        return value
 
     def inner_gradient(self, params: Tensors, context: TaskContext, step: int) -> Tensors:
         """The gradient of `inner_loss`, as a constant where the outer loop is of first order."""
@@ -273,12 +283,7 @@ class TaskFunctions:
         features, outputs = self.predict(adapted, context)
         view = self.view_outer(adaptation, context)
         targets, weights = context.query_y, context.weights
-        query_loss = self.loss(outputs, targets)
-        if query_loss.dim() != 0:
-            raise UsageError(
-                f"The loss must return a scalar, the mean over a task's examples; it returned the shape "
-                f"{tuple(query_loss.shape)}."
-            )
+        query_loss = self.task_loss(outputs, targets)
         terms, extra_logs = self.stages.augment_outer_loss(
             self.lower(context.meta),
             context.noise,
@@ -298,8 +303,9 @@ class TaskFunctions:
         # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
         total = terms if self.stages.implements("outer_gradient") else objective + terms
         reported = query_loss.detach()
-        same = self.metric.function is self.loss
-        logs = {"query_loss": reported, self.metric.name: reported if same else self.metric(outputs.detach(), targets)}
+        same = self.metric.function is self.loss and reported.dtype == widen(reported).dtype
+        score = reported if same else self.metric(outputs.detach(), targets)
+        logs = {"query_loss": reported, self.metric.name: score}
         return torch.as_tensor(total, dtype=query_loss.dtype), logs | extra_logs
 
     def earlier_losses(self, adapted: Tensors, context: TaskContext, step: int) -> tuple[Tensor, ...]:

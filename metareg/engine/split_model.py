@@ -5,15 +5,16 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from threading import RLock
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from metareg.engine.normalisation import cheapen_second_derivative
+from metareg.engine.side_effects import SideEffects, call_purely, observe
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import (
@@ -24,6 +25,7 @@ from metareg.util.torch_internals import (
     list_places,
     tree_leaves,
     tree_map,
+    unwrap_compiled,
 )  # fmt: skip
 
 __all__ = ["SplitModel"]
@@ -31,6 +33,9 @@ __all__ = ["SplitModel"]
 log = logging.getLogger("metareg")
 
 Params = Mapping[str, Tensor]
+_Part = Literal["module", "body", "head", "neck"]
+"""The whole, what comes before the head, the head, and the head without its last layer."""
+_NO_EFFECTS = SideEffects()
 
 
 class SplitModel:
@@ -40,8 +45,11 @@ class SplitModel:
     the submodule that `head` names (which must be the last thing that its forward applies). Where no head is known the
     whole module is the body and the head is the identity.
 
+    What `torch.compile` made of a module is taken as that module: a strategy decides what is compiled.
+
     BatchNorm layers are converted in the copy to use the statistics of the batch at hand and to keep no running ones:
-    running statistics would leak from one task into the next.
+    running statistics would leak from one task into the next. What other layers write into buffers, attributes or parameters
+    is dropped after each call, once `observe` has seen it (metareg.engine.side_effects).
 
     Args:
         model: any module; it is copied and never changed.
@@ -57,15 +65,15 @@ class SplitModel:
         lazy = next((name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)), None)
         if lazy is not None:
             raise UsageError(f"The model's parameter '{lazy}' has no shape yet; run the model on an example first.")
-        self.module = copy.deepcopy(model)
+        self.module = unwrap_compiled(copy.deepcopy(model))
         self._refuse_dropout()
         self.batch_norms = self._drop_running_statistics()
-        self._body, self._head, self.body_prefix, self.head_prefix = _split(self.module, head)
+        body, head_part, self.body_prefix, self.head_prefix = _split(self.module, head)
         if self.batch_norms:
-            self._body, self._head = (_replace(part, BATCH_NORM, _cheapen) for part in (self._body, self._head))
-        self._last_linear = _find_last_linear(self._head) if self.head_prefix is not None else None
-        self._neck = nn.Identity() if not self._last_linear else _remove(self._head, self._last_linear)
-        """The head without its last layer."""
+            body, head_part = (_replace(part, BATCH_NORM, _cheapen) for part in (body, head_part))
+        self._last_linear = _find_last_linear(head_part) if self.head_prefix is not None else None
+        neck = nn.Identity() if not self._last_linear else _remove(head_part, self._last_linear)
+        self._modules: dict[_Part, nn.Module] = {"body": body, "head": head_part, "neck": neck}
         self._support_norms: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._lock = RLock()
         """Held where the modules are in use: `functional_call` puts values into them for the time of a call."""
@@ -88,13 +96,21 @@ class SplitModel:
         in_body = {name: first for name, first in everywhere.items() if name not in in_head}
         self.body_names = tuple(name for name in trainable if name in in_body.values())
         self.head_names = tuple(name for name in trainable if name not in self.body_names)
-        self._in_module = _drop_repeated_places(self.module, everywhere)
-        in_body, in_head = (_drop_repeated_places(self.module, part) for part in (in_body, in_head))
-        self._in_body = {name[len(self.body_prefix) :]: first for name, first in in_body.items()}
-        self._in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
-        self._in_neck = {
-            place: first for place, first in self._in_head.items() if place.rpartition(".")[0] != self._last_linear
+        in_body, in_head, everywhere = (
+            _drop_repeated_places(self.module, part) for part in (in_body, in_head, everywhere)
+        )
+        in_head = {name[len(prefix or "") :]: first for name, first in in_head.items()}
+        self._places: dict[_Part, dict[str, str]] = {
+            "module": everywhere,
+            "body": {name[len(self.body_prefix) :]: first for name, first in in_body.items()},
+            "head": in_head,
+            "neck": {place: first for place, first in in_head.items() if self._is_in_neck(place)},
         }
+        """The parameters by their places in a part."""
+        self._effects: dict[_Part, SideEffects] = {}
+        """What a part does beside computing outputs, as far as `examine` has seen it."""
+        self._written: list[str] = []
+        """The names of what the forward writes, less what layers of torch keep for themselves."""
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
         if stray:
             raise UsageError(
@@ -114,6 +130,11 @@ class SplitModel:
         """Whether it is known which part is the head."""
         return self.head_prefix is not None
 
+    @property
+    def forwards(self) -> list[Any]:
+        """What its modules run when they are called."""
+        return [type(each).forward for each in self.module.modules()]
+
     def initial_parameters(self) -> dict[str, Tensor]:
         """Contiguous copies of the trainable parameters by name."""
         return copy_contiguous({name: p for name, p in self.module.named_parameters() if p.requires_grad})
@@ -126,15 +147,15 @@ class SplitModel:
 
     def body(self, params: Params, x: Any) -> Tensor:
         """Features ``[examples, …]`` of inputs ``[examples, …]``."""
-        return self._call(self._body, params, self._in_body, x)
+        return self._call("body", params, x)
 
     def head(self, params: Params, features: Tensor) -> Tensor:
         """Outputs ``[examples, …]`` of features ``[examples, …]``."""
-        return self._call(self._head, params, self._in_head, features)
+        return self._call("head", params, features)
 
     def embed(self, params: Params, features: Tensor) -> Tensor:
         """What the head's last layer takes ``[examples, …]``, of features ``[examples, …]``."""
-        return self._call(self._neck, params, self._in_neck, features)
+        return self._call("neck", params, features)
 
     @property
     def output_layer(self) -> tuple[str, str | None]:
@@ -148,7 +169,8 @@ class SplitModel:
                 f"The head of {type(self.module).__name__} must be an nn.Linear, or an nn.Sequential that ends in one, for "
                 "an algorithm that computes its last layer."
             )
-        last = {place.rpartition(".")[2]: first for place, first in self._in_head.items() if place not in self._in_neck}
+        in_head, in_neck = self._places["head"], self._places["neck"]
+        last = {place.rpartition(".")[2]: first for place, first in in_head.items() if place not in in_neck}
         return last["weight"], last.get("bias")
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
@@ -161,7 +183,7 @@ class SplitModel:
         examples = tree_leaves(support_x)[0].shape[0]
         body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
-        features = self._call(body, params, self._in_body, both)
+        features = self._call("body", params, both, body)
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
@@ -169,7 +191,7 @@ class SplitModel:
         examples = support_features.shape[0]
         _, head = self._find_support_norms(examples)
         both = torch.cat([support_features, query_features])
-        return self._call(head, params, self._in_head, both)[examples:]
+        return self._call("head", params, both, head)[examples:]
 
     def create_adapted_module(
         self, params: Params, statistics_of: Any = None, head: nn.Module | None = None
@@ -193,39 +215,112 @@ class SplitModel:
             module.set_submodule((self.head_prefix or "").removesuffix("."), head)
         return module.eval()
 
-    def check_split(self, params: Params, x: Any) -> None:
-        """Compare ``head(body(x))`` with the module's own forward.
+    def settle(self, module: nn.Module, params: Params, x: Any) -> nn.Module:
+        """An adapted module whose layers that write when they are called predict as this model does.
+
+        In evaluation mode a spectral norm no longer iterates, so each is called once first. Layers that still compute
+        something else, such as ones with running statistics of their own, stay in the mode that the model is in.
+
+        Args:
+            module: what `create_adapted_module` made of `params`, without another head.
+            params: parameters by name.
+            x: inputs ``[examples, …]``.
+        """
+        owners = [self._find_owner(name) for name in self._written]
+        layers = {name for name, layer in self.module.named_modules() if layer in owners and layer.training}
+        if not layers:
+            return module
+        _, expected = self.forward(params, x)
+        settled = copy.deepcopy(module)
+        _set_modes(settled, layers, training=True)
+        settled(x)
+        _set_modes(settled, layers, training=False)
+        if _are_alike(expected, settled(x)):
+            return settled
+        _set_modes(module, layers, training=True)
+        log.warning(
+            "In evaluation mode the layer%s %s would compute something else than in training; the adapted module keeps "
+            "them in training mode.",
+            "s" * (len(layers) > 1),
+            ", ".join(sorted(name or type(module).__name__ for name in layers)),
+        )
+        return module
+
+    def examine(self, params: Params, x: Any) -> Tensor:
+        """Run the model on some inputs: note what its forward does beside computing outputs, and check the split.
+
+        Returns:
+            The outputs ``[examples, …]``.
 
         Raises:
-            UsageError: they differ, so that training would optimise another function than the user calls.
+            UsageError: ``head(body(x))`` is something else than the module's own forward, so that training would optimise
+                another function than the user calls; or a forward draws random numbers.
         """
-        if type(self.module).forward is nn.Module.forward:
-            return
         # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
         x = tree_map(torch.Tensor.contiguous, x)
-        with torch.no_grad():
-            whole = self._call(self.module, params, self._in_module, x)
-            try:
-                _, parts = self.forward(params, x)
-            except (RuntimeError, IndexError):
-                parts = torch.empty(0)
+        if not self.has_head or type(self.module).forward is nn.Module.forward:
+            return self._observe_parts(params, x)
+        with self._lock:
+            whole, _ = observe(self.module, self._place("module", params), x)
+        try:
+            parts = self._observe_parts(params, x)
+        except (RuntimeError, IndexError):
+            parts = torch.empty(0)
         if not _are_alike(whole, parts):
             raise UsageError(
                 f"The model {type(self.module).__name__} computes something else than head(body(x)); the head must be "
                 "the last thing that its forward applies."
             )
+        return parts
 
     def to(self, device: torch.device) -> None:
         """Move what is not passed as an argument (buffers, frozen parameters)."""
         self.module.to(device)
 
-    def _call(self, module: nn.Module, params: Params, names: Mapping[str, str], x: Any) -> Tensor:
-        """A submodule's outputs with parameters, which `names` gives by their places in it."""
-        values = {place: params[name] for place, name in names.items()}
-        # Every place of a tied weight is among the names; looking for others would find a submodule that stands twice.
+    def _call(self, part: _Part, params: Params, x: Any, module: nn.Module | None = None) -> Tensor:
+        """The outputs of a part, or of a module that has taken its place."""
+        values, effects = self._place(part, params), self._effects.get(part, _NO_EFFECTS)
         with self._lock:
-            outputs: Tensor = functional_call(module, values, (x,), tie_weights=False)
+            return call_purely(module or self._modules[part], values, x, effects)
+
+    def _place(self, part: _Part, params: Params) -> dict[str, Tensor]:
+        """The parameters of a part by their places in it: every place of a tied weight is among them."""
+        return {place: params[name] for place, name in self._places[part].items()}
+
+    def _is_in_neck(self, place: str) -> bool:
+        """Whether a place in the head is in the neck too."""
+        return place.rpartition(".")[0] != self._last_linear
+
+    def _observe_parts(self, params: Params, x: Any) -> Tensor:
+        """The outputs of the head on those of the body; what each does beside computing them is kept."""
+        with self._lock:
+            features, of_body = observe(self._modules["body"], self._place("body", params), x)
+            outputs, of_head = observe(self._modules["head"], self._place("head", params), features)
+            in_neck = tuple(place for place in of_head.tensors if self._is_in_neck(place))
+            self._effects = {"body": of_body, "head": of_head, "neck": replace(of_head, tensors=in_neck)}
+        self._written = [
+            *self._list_written(of_body, self.body_prefix),
+            *self._list_written(of_head, self.head_prefix or ""),
+        ]
+        if self._written:
+            log.warning(
+                "The forward of %s writes into %s; what it writes is dropped after each call, so that no gradient, "
+                "evaluation or adaptation changes the learner.",
+                type(self.module).__name__,
+                ", ".join(self._written),
+            )
         return outputs
+
+    def _list_written(self, effects: SideEffects, prefix: str) -> list[str]:
+        """The names of what a part writes, less what layers of torch keep for themselves as recurrent ones do."""
+        named = [f"{prefix}{name}" for name in effects.attributes]
+        own = [name for name in named if not type(self._find_owner(name)).__module__.startswith("torch.")]
+        return [*(f"{prefix}{name}" for name in effects.tensors), *own]
+
+    def _find_owner(self, name: str) -> nn.Module:
+        """The submodule that something written belongs to; the whole where it is none's."""
+        layers = dict(self.module.named_modules())
+        return layers.get(name.rpartition(".")[0], self.module)
 
     def _refuse_dropout(self) -> None:
         for name, module in self.module.named_modules():
@@ -258,7 +353,8 @@ class SplitModel:
 
     def _create_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
         body, head = (
-            _replace(part, BATCH_NORM, lambda layer: _SupportNorm(layer, examples)) for part in (self._body, self._head)
+            _replace(self._modules[part], BATCH_NORM, lambda layer: _SupportNorm(layer, examples))
+            for part in ("body", "head")
         )
         return body, head
 
@@ -278,6 +374,12 @@ class _SupportNorm(nn.Module):
             return normalised
         shape = (1, -1, *[1] * (x.dim() - 2))
         return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _set_modes(module: nn.Module, names: Iterable[str], *, training: bool) -> None:
+    """Set the mode of some submodules and of what they hold."""
+    for name in names:
+        module.get_submodule(name).train(training)
 
 
 def _are_alike(whole: Tensor, parts: Tensor) -> bool:

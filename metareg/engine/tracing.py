@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import torch
@@ -12,7 +15,9 @@ from torch import Tensor
 from torch.func import functionalize
 
 from metareg.contract.episodes import Episodes
+from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
+from metareg.engine.python_state import PythonState
 from metareg.errors import MetaregError, describe_error
 from metareg.util.layout import make_contiguous, settle_layout
 from metareg.util.torch_internals import (
@@ -24,7 +29,9 @@ from metareg.util.torch_internals import (
     writes_in_place,
 )
 
-__all__ = ["CompileError", "Program", "advise_on_memory", "remove_idle_operations"]
+__all__ = ["CompileError", "Program", "advise_on_memory", "remove_idle_operations", "summarise_error"]
+
+log = logging.getLogger("metareg")
 
 Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
@@ -32,6 +39,8 @@ _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
+_TRACING = RLock()
+"""Held where something is traced or compiled: torch does that in one thread at a time."""
 
 
 class CompileError(MetaregError):
@@ -45,16 +54,25 @@ class Program:
     operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
     graph, in which no Python of a plugin is left to break it.
 
+    A graph holds the values that Python variables had. Where one has changed since, the graphs are dropped and the function
+    runs itself; where it changes again and again, so does every call. A function that cannot be traced, or whose graph
+    computes something else, always runs itself.
+
     Args:
-        function: pure; its control flow depends on nothing but shapes.
+        function: its control flow depends on nothing but shapes.
         compiled: hand the graph to `torch.compile`.
+        reads: functions, objects and modules of the user, whose variables it reads.
     """
 
-    def __init__(self, function: Function, *, compiled: bool) -> None:
+    def __init__(self, function: Function, *, compiled: bool, reads: Sequence[Any] = ()) -> None:
         self._function = function
         self._compiled = compiled
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._calls: Counter[Any] = Counter()
+        self._reads = reads
+        self._state: PythonState | None = None
+        """The variables as they were when the graphs were traced."""
+        self._changes = 0
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flatten(episodes.parts, extra)
@@ -64,40 +82,91 @@ class Program:
         inputs = [settled(leaf) for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), advise_on_memory(len(episodes)):
+            self._drop_outdated()
             graph = self._graphs.get(key)
-            if graph is None:
-                self._calls[key] += 1
-                # Tracing costs as much as a dozen calls or more: not worth it for a function that is called once, nor for
-                # each of the many shapes that tasks of unequal sizes come in.
-                worth = 1 if not self._graphs else _CALLS_OF_ANOTHER_SHAPE
-                if self._calls[key] <= worth and not self._compiled:
-                    return self._function(meta, *_unflatten(inputs, structure))
-                graph = self._graphs[key] = self._trace(meta, inputs, structure)
-            return graph(*meta.values(), *inputs)
+            if graph is not None:
+                return graph(*meta.values(), *inputs)
+            self._calls[key] += 1
+            if self._calls[key] <= self._count_calls_before_tracing():
+                return self._function(meta, *_unflatten(inputs, structure))
+            return self._trace(key, meta, inputs, structure)
 
-    def _trace(self, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> Callable[..., list[Tensor]]:
+    def _count_calls_before_tracing(self) -> int:
+        """How often a function is called itself before it is traced.
+
+        Tracing costs as much as a dozen calls or more: not worth it for a function that is called once, nor for each of the
+        many shapes that tasks of unequal sizes come in, nor where what it reads keeps changing.
+        """
+        if self._changes:
+            return 2 ** min(self._changes, 30)
+        if self._compiled:
+            return 0
+        return _CALLS_OF_ANOTHER_SHAPE if self._graphs else 1
+
+    def _drop_outdated(self) -> None:
+        """Drop the graphs where a variable has another value than when they were traced."""
+        changed = None if self._state is None else next(self._state.find_changes(), None)
+        if changed is None:
+            return
+        if not self._changes:
+            log.warning(
+                "'%s' has another value than at the calls before; what was traced with the old one is dropped, and while "
+                "it keeps changing every call runs untraced, which is slower.",
+                changed,
+            )
+        self._changes += 1
+        self._state = None
+        self._graphs.clear()
+        self._calls.clear()
+
+    def _trace(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+        """Trace the function for inputs like these, and return its values for them."""
         names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
             parts, extra = _unflatten(leaves[len(names) :], structure)
             return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
 
-        graph = trace(flat, leaves)
-        if _mutates(graph):
-            graph = trace(functionalize(graph), leaves)
-        graph = remove_idle_operations(graph)
-        if not self._compiled:
-            traced: Callable[..., list[Tensor]] = graph.forward
-            return traced
+        self._state = self._state or PythonState(*self._reads)
         try:
-            compiled = compile_graph(graph, leaves)
-            compiled(*leaves)
-        except Exception as error:
-            raise CompileError(
-                f"torch.compile failed ({describe_error(error).splitlines()[0]}); "
-                "strategy='vectorized' needs no compiler."
-            ) from error
-        return compiled
+            with _TRACING:
+                graph = _create_graph(flat, leaves)
+                run = compile_graph(graph, leaves) if self._compiled else graph.forward
+                values = run(*leaves) if self._compiled else None
+        except MetaregError:
+            raise
+        except Exception as error:  # code of users and plugins is traced, and torch has errors of many kinds for it
+            if self._compiled:
+                raise CompileError(
+                    f"torch.compile failed ({summarise_error(error)}); strategy='vectorized' needs no compiler."
+                ) from error
+            log.warning("Untraced, which is slower: tracing failed (%s).", summarise_error(error))
+            self._graphs[key] = flat
+            return flat(*leaves)
+        values = run(*leaves) if values is None else values
+        expected = flat(*leaves)
+        difference = compare(values, expected)
+        if difference is None:
+            self._graphs[key] = run
+            return values
+        if self._compiled:
+            raise CompileError(f"The compiled values are not those of the function: {difference}.")
+        log.warning("Untraced, which is slower: the traced values are not those of the function, %s.", difference)
+        self._graphs[key] = flat
+        return expected
+
+
+def _create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+    """The graph of a function, less the idle operations."""
+    graph = trace(function, inputs)
+    if _mutates(graph):
+        graph = trace(functionalize(graph), inputs)
+    return remove_idle_operations(graph)
+
+
+def summarise_error(error: Exception) -> str:
+    """An error in one line without a full stop."""
+    return textwrap.shorten(describe_error(error).splitlines()[0], 160, placeholder=" …").removesuffix(".")
 
 
 def _flatten(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:

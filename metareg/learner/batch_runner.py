@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from metareg.contract.episodes import Batch, Episodes, convert_arrays, read_episodes
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
-from metareg.engine.strategies import Strategy, choose_strategy
+from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, UsageError
 from metareg.learner.batch_split import BatchSplit, select_tasks
 from metareg.learner.config import LearnerConfig
+from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
@@ -44,6 +45,11 @@ class BatchRunner:
         self._device = device
         self.strategy: Strategy | None = None if config.strategy == "auto" else config.strategy
         """The strategy in use; None while ``"auto"`` has not chosen."""
+        self._proven: set[str] = set()
+        """What ``"auto"`` has compared with tasks one after the other: ``"gradient"``, ``"scores"``."""
+        self._one_by_one: set[str] = set()
+        """Those of them where it found another result, or an error."""
+        self._targets = TargetCheck(engine.training.loss)
         self.split = BatchSplit(Processes())
         """The processes over which batches are split."""
 
@@ -56,10 +62,21 @@ class BatchRunner:
         tasks = self.split.processes.largest_share(tasks)
         at_once = tasks if self._config.chunk is None else min(tasks, self._config.chunk)
         self.strategy, reason = choose_strategy(self._engine.training, self._device, at_once, steps, stackable)
+        if "gradient" in self._one_by_one and self.strategy not in ONE_BY_ONE:
+            self.strategy, reason = "traced", "tasks at once gave another result than one after the other"
         return self.strategy, reason
 
-    def restore_strategy(self, strategy: Strategy | None) -> None:
+    @property
+    def proven(self) -> bool:
+        """Whether the strategy needs no comparison any more with tasks one after the other."""
+        return self._config.strategy != "auto" or "gradient" in self._proven
+
+    def restore_strategy(self, strategy: Strategy | None, proven: bool) -> None:
         """Go on with the strategy of a checkpoint, unless the user fixed one.
+
+        Args:
+            strategy: what `strategy` was.
+            proven: what `proven` was: the same comparison for another batch could have another result.
 
         Raises:
             TypeError: it is no strategy.
@@ -68,6 +85,7 @@ class BatchRunner:
             raise TypeError(f"{strategy!r} is no strategy")
         if self._config.strategy == "auto":
             self.strategy = strategy
+            self._proven |= {"gradient"} if proven else set()
 
     def compute_gradient(self, parameters: MetaParameters, episodes: Batch, training_step: int) -> Gradient:
         """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
@@ -79,8 +97,8 @@ class BatchRunner:
         if not batches:
             raise UsageError("There is no task in the batch.")
         parameters.prepare(batches[0])
+        batches = [self._check_targets(parameters, batch) for batch in batches]
         meta, stages = parameters.tensors, self._engine.training.stages
-        tasks = sum(len(batch) for batch in batches)
         steps, seed, draws = self._config.inner_steps, self._config.seed, [(training_step,)]
         batches = stages.augment_episodes(batches, seed, training_step)
         drawn = stages.draw_noise("batch", meta, parameters.like, steps, seed, draws, training_step)
@@ -88,7 +106,7 @@ class BatchRunner:
 
         def compute_at(meta: Tensors) -> Gradient:
             """The meta-gradient of the batch at some meta-parameters, as the optimiser would take it without augmenters."""
-            strategy = self.strategy or self.choose_strategy(tasks, 1)[0]
+            strategy = self._prove_strategy(meta, parameters, batches, training_step)
             gradient = self.split.gradient(
                 meta,
                 batches,
@@ -120,15 +138,10 @@ class BatchRunner:
         strategy: Strategy,
     ) -> Gradient:
         """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
-        functions, config, stages = self._engine.training, self._config, self._engine.training.stages
+        config = self._config
         batches = [parameters.match(batch) for batch in batches]
         tasks = range(first, first + sum(len(batch) for batch in batches))
-        adapted = {name: meta[name] for name in functions.adapted_names}
-        draws = ((training_step, task) for task in tasks)
-        noise = stages.draw_noise(
-            "task", adapted, parameters.like, config.inner_steps, config.seed, draws, training_step
-        )
-        weights = compute_outer_loss_weights(stages, config.inner_steps, training_step, parameters.like)
+        noise, weights = self._draw_for_tasks(meta, parameters, tasks, training_step)
         try:
             return self._engine.gradient(meta, batches, noise, strategy, config.chunk, weights)
         except CompileError as error:
@@ -137,6 +150,91 @@ class BatchRunner:
             log.warning("%s Going on with strategy vectorized.", error)
             self.strategy = "vectorized"
             return self._engine.gradient(meta, batches, noise, "vectorized", config.chunk, weights)
+
+    def _check_targets(self, parameters: MetaParameters, episodes: Episodes) -> Episodes:
+        """Tasks whose targets fit the model's outputs."""
+        if parameters.outputs is None:
+            return episodes
+        return self._targets.prepare(episodes, parameters.outputs, parameters.like.dtype)
+
+    def refuse_nonfinite(self, parameters: MetaParameters, episodes: Batch, where: str = "") -> None:
+        """Look for NaN and infinite values in tasks; as `metareg.learner.example_checks.refuse_nonfinite`."""
+
+        def predict(x: Any) -> Tensor:
+            x = move_tensors(x, parameters.like.device, parameters.like.dtype)
+            with torch.no_grad():
+                return self._engine.plain.model.forward(parameters.tensors, x)[1]
+
+        for stack in read_episodes(episodes):
+            refuse_nonfinite(stack, predict, where)
+
+    def _draw_for_tasks(
+        self, meta: Tensors, parameters: MetaParameters, tasks: range, training_step: int
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """What the plugins draw for some tasks of a batch, by their numbers in it, and the weights of the query losses."""
+        config, stages, like = self._config, self._engine.training.stages, parameters.like
+        adapted = {name: meta[name] for name in self._engine.training.adapted_names}
+        draws = ((training_step, task) for task in tasks)
+        noise = stages.draw_noise("task", adapted, like, config.inner_steps, config.seed, draws, training_step)
+        return noise, compute_outer_loss_weights(stages, config.inner_steps, training_step, like)
+
+    def _prove_strategy(
+        self, meta: Tensors, parameters: MetaParameters, batches: Sequence[Episodes], training_step: int
+    ) -> Strategy:
+        """The strategy for a batch. Where ``"auto"`` runs tasks at once, two are compared with one after the other, once.
+
+        All processes compare the same two, and so go on in the same way.
+        """
+        strategy = self.strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
+        pair = None if self.proven or strategy in ONE_BY_ONE else self._find_pair(batches)
+        if pair is None:
+            return strategy
+        episodes, first = pair
+        noise, weights = self._draw_for_tasks(meta, parameters, range(first, first + 2), training_step)
+        problem = self._engine.find_disagreement(meta, parameters.match(episodes), noise, weights)
+        if self._record_proof("gradient", problem):
+            self.strategy = strategy = "traced"
+        return strategy
+
+    def _prove_scores(
+        self,
+        meta: MetaParameters,
+        plain: Tensors,
+        stacks: Sequence[Episodes],
+        inner_steps: tuple[int, ...],
+        *options: Any,
+    ) -> None:
+        """`_prove_strategy` for what an evaluation computes."""
+        pair = None if self._config.strategy != "auto" or "scores" in self._proven else self._find_pair(stacks)
+        if pair is None or self.strategy in ONE_BY_ONE:
+            return
+        episodes, first = pair
+        noise = self._engine.draw_for_adaptation(plain, inner_steps[-1], self._config.seed, [(first,), (first + 1,)])
+        problem = self._engine.find_disagreement_of_scores(plain, meta.match(episodes), noise, inner_steps, *options)
+        self._record_proof("scores", problem)
+
+    def _find_pair(self, stacks: Sequence[Episodes]) -> tuple[Episodes, int] | None:
+        """Two tasks that run at once, and the number of the first of them; None where all run alone."""
+        first = 0
+        for stack in stacks:
+            if len(stack) > 1 and self._config.chunk != 1:
+                return stack[:2], first
+            first += len(stack)
+        return None
+
+    def _record_proof(self, what: str, problem: str | None) -> bool:
+        """Remember and say what a comparison found; returns whether it found a problem."""
+        self._proven.add(what)
+        if problem is None:
+            return False
+        self._one_by_one.add(what)
+        log.warning(
+            "Strategy traced instead of %s for %s, which takes tasks one after the other: at once, %s.",
+            self.strategy,
+            {"gradient": "training", "scores": "evaluation"}[what],
+            problem,
+        )
+        return True
 
     def score_tasks(
         self,
@@ -155,11 +253,15 @@ class BatchRunner:
             """Where in `indices` each task stands, and the scores of this process's share of them."""
             stacks, positions = source.placed_episodes(split, indices, seed)
             meta.prepare(stacks[0])  # also where none of the tasks are this process's
+            stacks = [self._check_targets(meta, stack) for stack in stacks]
+            self.refuse_nonfinite(meta, stacks)
             mine = processes.share(len(indices))
             plain = meta.select_plain()
             draws = [(split, indices[positions[place]]) for place in mine]
             noise = self._engine.draw_for_adaptation(plain, inner_steps[-1], seed, draws)
             options = inner_steps, source.stackable, bn_statistics
+            if source.stackable:
+                self._prove_scores(meta, plain, stacks, inner_steps, bn_statistics)
             scores, done = [], 0
             for stack in select_tasks(stacks, mine):
                 drawn = noise[done : done + len(stack)]
@@ -186,6 +288,8 @@ class BatchRunner:
     ) -> Tensor:
         """The metric of a stack ``[tasks, len(inner_steps)]``, on the CPU."""
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
+        if "scores" in self._one_by_one and strategy not in ONE_BY_ONE:
+            strategy = "traced"
         chunk = self._config.chunk
         return self._engine.scores(meta, batch, noise, inner_steps, strategy, chunk, bn_statistics).cpu()
 
@@ -199,13 +303,17 @@ class BatchRunner:
         query_x = None if query_x is None else convert_arrays(query_x, "The query set")
         episodes = meta.match(Episodes(x, y, x, y))
         meta.prepare(episodes)
+        episodes = self._check_targets(meta, episodes)
+        self.refuse_nonfinite(meta, episodes)
         support_x, support_y, *_ = episodes.unstack(0)
         task = support_x, support_y, move_tensors(query_x, meta.like.device, meta.like.dtype), None
         plain, functions = meta.select_plain(), self._engine.plain
         drawn = self._engine.draw_for_adaptation(plain, steps, self._config.seed, [()])
         with torch.no_grad():
             adapted = functions.adapt(functions.prepare(plain, task, drawn[0] if drawn else None), steps).params
-            return functions.create_module({**plain, **adapted}, support_x if bn_statistics == "support" else None)
+            params = {**plain, **adapted}
+            module = functions.create_module(params, support_x if bn_statistics == "support" else None)
+            return module if functions.stages.predictor else functions.model.settle(module, params, support_x)
 
 
 def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:

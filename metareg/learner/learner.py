@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from metareg.contract.config import PluginSpec, split_names, validate
 from metareg.contract.episodes import Batch
 from metareg.contract.evaluation import Evaluation
-from metareg.contract.losses import Loss, Metric, find_loss, find_metric
+from metareg.contract.losses import Loss, Metric, find_loss, find_loss_name, find_metric
 from metareg.contract.splits import TEST
 from metareg.contract.tasks import TaskSpec
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
-from metareg.errors import UnknownNameError, UsageError
+from metareg.errors import DivergenceError, UnknownNameError, UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
 from metareg.learner.batch_split import BatchSplit, check_same_bits
 from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
@@ -47,9 +47,11 @@ class MetaLearner:
         algo: an algorithm: a plugin's name, a plugin class or object.
         augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
             ``(name or class, config)``.
-        loss: ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``, or a callable ``loss(outputs, targets) -> scalar``.
+        loss: ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``, a callable ``loss(outputs, targets) -> scalar``, or a
+            class of torch's losses.
         metric: ``"accuracy"``, ``"balanced_accuracy"``, ``"auroc"``, ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``,
-            ``"r2"`` or a `metareg.Metric`; by default the one that goes with the loss.
+            ``"r2"``, a `metareg.Metric` or a function ``metric(outputs, targets) -> scalar``, of which more is better; by
+            default the one that goes with the loss.
         device: where to run; by default where the model is.
         head: the dotted name of the model's head, for a model without `body` and `head`.
         spec: the shapes for a model named by its plugin.
@@ -72,8 +74,8 @@ class MetaLearner:
         algo: str | type | object = "maml",
         augment: Sequence[Any] | str = (),
         *,
-        loss: str | Loss = "cross_entropy",
-        metric: str | Metric | None = None,
+        loss: str | type | Loss = "cross_entropy",
+        metric: str | Metric | Loss | None = None,
         inner_steps: int = 1,
         first_order: bool = False,
         outer_lr: float = 1e-3,
@@ -94,7 +96,8 @@ class MetaLearner:
         self.config = create_config(locals())
         model, self._recipe = resolve_model(model, model_options, spec, self.config.seed)
         self.loss, self.metric = find_loss(loss), find_metric(metric, loss)
-        self._file_facts = {"head": head, "loss": loss if isinstance(loss, str) else None, "metric": self.metric.name}
+        name = find_loss_name(loss) if isinstance(loss, str | type) else None
+        self._file_facts = {"head": head, "loss": name, "metric": self.metric.name}
         self.algorithm = resolve("algorithms", algo, {**(algo_config or {}), **algo_options})
         self.augmenters = [_resolve_augmenter(each) for each in split_names(augment)]
         self.stages = Stages(self.algorithm, self.augmenters)
@@ -167,9 +170,14 @@ class MetaLearner:
 
         Returns:
             The objective (mean query loss and the augmenters' terms) and its gradient by name.
+
+        Raises:
+            UsageError: the tasks do not fit the learner, or hold NaN or infinite values.
         """
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
+        if not bool(gradient.loss.isfinite()):
+            self._runner.refuse_nonfinite(self._meta, episodes)
         return gradient.loss, gradient.grads
 
     def step(self, episodes: Batch) -> Tensor:
@@ -179,6 +187,7 @@ class MetaLearner:
             episodes: as in `meta_gradient`.
 
         Raises:
+            UsageError: as `meta_gradient`.
             DivergenceError: the objective or its gradient is not finite; the learner is as it was before.
         """
         gradient = self.take_step(episodes)
@@ -188,7 +197,12 @@ class MetaLearner:
     def take_step(self, episodes: Batch) -> Gradient:
         """`step`, returning all that was computed as tensors; what a training loop calls."""
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
-        check_finite(gradient, self.steps_done)
+        try:
+            check_finite(gradient, self.steps_done)
+        except DivergenceError:
+            where = f"Step {self.steps_done + 1} is not taken, for its objective is not finite: "
+            self._runner.refuse_nonfinite(self._meta, episodes, where)
+            raise
         self._meta.tensors = self._optimizer.update(self._meta.tensors, gradient.grads, self.steps_done)
         self.steps_done += 1
         return gradient
@@ -331,8 +345,8 @@ class MetaLearner:
 
         The tensors are the learner's own and change with its next step.
         """
-        parts = {"steps_done": self.steps_done, "strategy": self.strategy, "meta": self.meta_parameters,
-                 "example": self._meta.example}  # fmt: skip
+        parts = {"steps_done": self.steps_done, "strategy": self.strategy, "proven": self._runner.proven,
+                 "meta": self.meta_parameters, "example": self._meta.example}  # fmt: skip
         return parts | self._optimizer.state()
 
     def load_state(self, state: Mapping[str, Any], where: str = "The state") -> None:
@@ -343,7 +357,7 @@ class MetaLearner:
         """
         self._meta.load(state["meta"], state.get("example"), where)
         self._optimizer.load_state(state, self._meta.tensors)
-        self._runner.restore_strategy(state["strategy"])
+        self._runner.restore_strategy(state["strategy"], state.get("proven", True))
         self.steps_done = state["steps_done"]
 
     @property

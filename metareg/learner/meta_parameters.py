@@ -44,7 +44,8 @@ class MetaParameters:
         self.initialized = False
         self.example: Any = None
         """The shapes and types of the inputs by which the plugins' were created, for a file; None where none were needed."""
-        self._split_checked = False
+        self.outputs: tuple[int, ...] | None = None
+        """The shape ``(examples, …)`` of the model's outputs for the first inputs that it was given; None before."""
 
     @property
     def like(self) -> Tensor:
@@ -52,23 +53,19 @@ class MetaParameters:
         return next(iter(self.tensors.values()))
 
     def initialize(self, example: Any) -> None:
-        """Compare the split model with the whole, and create the plugins' parameters; each is done once.
+        """Examine the model, and create the plugins' parameters; each is done once.
 
         Args:
             example: one support set's inputs ``[examples, …]``; None where there is none yet.
 
         Raises:
-            UsageError: the model does not compute ``head(body(x))``, a parameter of it has the name of a plugin in front,
-                or a plugin needs an example.
+            UsageError: as `SplitModel.examine`; or a parameter of the model has the name of a plugin in front, or a plugin
+                needs an example.
         """
-        if not self._split_checked and example is not None:
-            if self._model.has_head:
-                self._model.check_split(self.tensors, example)
-            self._split_checked = True
+        if self.outputs is None and example is not None:
+            self.outputs = tuple(self._model.examine(self.tensors, example).shape)
         if not self.initialized:
-            self.tensors = self.tensors | self._create(example)
-            self.example = None if example is None else describe_inputs(example)
-            self.initialized = True
+            self._create_plugins(example)
 
     def initialize_like(self, described: Any) -> None:
         """Create the plugins' parameters by inputs that `example` describes, as far as it does.
@@ -77,9 +74,14 @@ class MetaParameters:
             UsageError: it describes no inputs, or a plugin needs inputs and there are none.
         """
         if not self.initialized:
-            split_checked, self._split_checked = self._split_checked, True  # zeros say nothing about the split
-            self.initialize(None if described is None else move_tensors(create_inputs(described), self.like.device))
-            self._split_checked = split_checked
+            inputs = None if described is None else move_tensors(create_inputs(described), self.like.device)
+            self._create_plugins(inputs)  # zeros say nothing about the model's forward
+
+    def _create_plugins(self, example: Any) -> None:
+        """Create the plugins' parameters by some inputs, if there are any."""
+        self.tensors = self.tensors | self._create(example)
+        self.example = None if example is None else describe_inputs(example)
+        self.initialized = True
 
     def _create(self, example: Any) -> Tensors:
         features = outputs = None
@@ -123,7 +125,7 @@ class MetaParameters:
                 "torch.autocast would change the types of gradients and scores, in a traced graph for good; leave its "
                 "context and take MetaLearner(precision='bf16')."
             )
-        if not (self.initialized and self._split_checked):
+        if not self.initialized or self.outputs is None:
             self._stages.check_targets(episodes.support_y)
             example = self.match(episodes[:1]).support_x
             self.initialize(tree_map(lambda leaf: leaf[0], example))

@@ -76,7 +76,7 @@ def check_model_split(subject: Subject) -> None:
         fail(f"The {subject.label} builds a model without body and head.", "name its parts self.body and self.head.")
     example = Example.of(subject)
     x = example.inputs
-    split.check_split(split.initial_parameters(), x)
+    split.examine(split.initial_parameters(), x)
     outputs = model(x)
     expected = (example.episodes.support_y.shape[1], *example.spec.output_shape)
     if tuple(outputs.shape) != expected:

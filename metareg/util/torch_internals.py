@@ -25,9 +25,9 @@ from torch.overrides import TorchFunctionMode
 from metareg.errors import MetaregError
 
 __all__ = [
-    "BATCH_NORM", "DROPOUT", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph", "copy_shell",
-    "list_places", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
-    "writes_in_place",
+    "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph",
+    "copy_shell", "count_writes", "list_attributes", "list_places", "open_store", "trace", "trace_sizes", "tree_flatten",
+    "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -72,6 +72,9 @@ UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view).
 # A mode whose `__torch_dispatch__` sees every operation of a block. TorchFunctionMode, whose `__torch_function__` sees the
 # calls of torch's functions, misses the few that are none, such as torch.Tensor(3, 4).
 OperationMode: Any = _find("torch.utils._python_dispatch.TorchDispatchMode", default=TorchFunctionMode)
+
+# What every module keeps in its attributes for itself: its parameters, buffers, submodules and hooks.
+MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 _OPERATION = type(torch.ops.aten.add.Tensor)
 
@@ -197,6 +200,25 @@ def _trust_instruction_set() -> Iterator[None]:
         return
     with config.patch({"cpp.vec_isa_ok": True}):
         yield
+
+
+def list_attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """The dicts in which a module keeps its attributes, submodules left out: plain ones, buffers and parameters."""
+    return vars(module), module._buffers, module._parameters
+
+
+def unwrap_compiled(module: nn.Module) -> nn.Module:
+    """A module with those in the place of what `torch.compile` made of them, itself included; nothing is copied."""
+    module = getattr(module, "_orig_mod", module)
+    for name, child in module._modules.items():
+        if child is not None:
+            module._modules[name] = unwrap_compiled(child)
+    return module
+
+
+def count_writes(value: Tensor) -> int:
+    """How often a tensor was written in place."""
+    return value._version
 
 
 def list_places(module: nn.Module) -> Mapping[str, nn.Module | None]:

@@ -11,7 +11,7 @@ import torch
 from learners import SignMAML, Source
 from torch import nn
 
-from metareg import Episodes, MetaLearner, UsageError
+from metareg import MetaLearner, UsageError
 from samples import MLP, episodes, tasks_of
 
 
@@ -126,15 +126,8 @@ def test_name_of_a_plugin_in_the_model() -> None:
 
 def test_loss_that_is_no_scalar() -> None:
     learner = MetaLearner(MLP(), loss=lambda outputs, targets: (outputs - targets) ** 2)
-    with pytest.raises((UsageError, RuntimeError), match="scalar"):
+    with pytest.raises(UsageError, match="must return a scalar"):
         learner.meta_gradient(episodes("mlp"))
-
-
-def test_mse_does_not_broadcast() -> None:
-    batch = episodes("mlp")
-    flat = Episodes(batch.support_x, batch.support_y.squeeze(-1), batch.query_x, batch.query_y.squeeze(-1))
-    with pytest.raises(UsageError, match=r"shape.*\(8, 1\)"):
-        MetaLearner(MLP(), loss="mse").step(flat)
 
 
 def test_no_task_at_all() -> None:

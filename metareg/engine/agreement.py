@@ -1,0 +1,41 @@
+"""Whether two ways to compute the same tensors gave the same, to rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["compare"]
+
+# Of the norm. Second derivatives amplify rounding: these tell a wrong rule of differentiation or a frozen value from it.
+_TOLERANCES = {torch.float64: 1e-6, torch.float32: 0.05}
+_TOLERANCE = 0.3
+"""Of numbers with 8 or 11 bits."""
+
+
+def compare(found: Sequence[Tensor], expected: Sequence[Tensor], precision: torch.dtype | None = None) -> str | None:
+    """How the tensors differ, in words; None where they agree.
+
+    Args:
+        found: tensors of any shapes; scalars among others do not count.
+        expected: as many.
+        precision: what they were computed in, where it is another than their own type.
+    """
+    pairs = [
+        (one.detach().flatten(), other.detach().flatten())
+        for one, other in zip(found, expected, strict=True)
+        if other.dim() and other.is_floating_point()
+    ]
+    if not pairs:
+        return None
+    one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
+    if not torch.equal(one.isfinite(), other.isfinite()):
+        return "they are not finite where those are"
+    one, other = (side.nan_to_num(0.0, 0.0, 0.0) for side in (one, other))
+    tolerance = _TOLERANCES.get(precision or other.dtype, _TOLERANCE)
+    difference, norm = (one - other).norm().item(), other.norm().item()
+    if difference <= tolerance * norm + torch.finfo(other.dtype).eps:
+        return None
+    return f"they differ by {difference / norm:.0%}" if norm else "they are not zero where those are"

@@ -1,0 +1,161 @@
+"""What a forward does beside computing outputs: it writes into tensors and attributes, draws, and attends.
+
+A learner is a function of its meta-parameters. What its model's forward writes, such as running statistics, the power
+iteration of a spectral norm, a counter or a cached mask, is therefore dropped after each call: every call starts from the
+same values, in every strategy, and gradients, evaluation and adaptation leave the learner as it was.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
+
+from metareg.engine.python_state import PythonState
+from metareg.errors import UsageError
+from metareg.util.torch_internals import count_writes
+
+__all__ = ["SideEffects", "call_purely", "observe"]
+
+_ATTENTION = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward)
+_ATTENTION_LOCK = RLock()
+"""Held where the kernels of attention are chosen: torch keeps that choice for the whole process."""
+
+
+@dataclass(frozen=True)
+class SideEffects:
+    """What the forward of a module does beside computing outputs."""
+
+    tensors: tuple[str, ...] = ()
+    """The places of the parameters and buffers that it writes in place."""
+    attributes: tuple[str, ...] = ()
+    """The attributes and variables that it changes."""
+    attends: bool = False
+    """Whether it computes attention."""
+
+    def __bool__(self) -> bool:
+        return bool(self.tensors or self.attributes or self.attends)
+
+
+def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Tensor, SideEffects]:
+    """Call a module once and leave everything as it was.
+
+    Args:
+        module: whose forward is observed.
+        values: parameters by their places in it.
+        x: its inputs ``[examples, …]``.
+
+    Returns:
+        Its outputs, and what it did beside computing them.
+
+    Raises:
+        UsageError: it draws random numbers.
+    """
+    tensors = _list_tensors(module, values)
+    state, watch = PythonState(module), _AttentionWatch()
+    with torch.no_grad(), torch.random.fork_rng(_list_devices(tensors)):
+        copies = _copy(tensors)
+        writes = {place: count_writes(copy) for place, copy in copies.items()}
+        drawn = _list_generator_states(tensors)
+        try:
+            with _take_math_kernel(), watch:
+                outputs = functional_call(module, copies, (x,), tie_weights=False)
+            attributes = tuple(state.find_changes())
+        finally:
+            state.restore()
+        if _list_generator_states(tensors) != drawn:
+            raise UsageError(
+                f"The forward of {type(module).__name__} draws random numbers (F.dropout or torch.rand, say): inner steps "
+                "need outputs that depend on parameters and inputs alone. Leave the draws out, or call model.eval() "
+                "first where the layers draw in training only."
+            )
+    written = tuple(place for place, copy in copies.items() if count_writes(copy) > writes[place])
+    return outputs, SideEffects(written, attributes, watch.attends)
+
+
+def call_purely(module: nn.Module, values: Mapping[str, Tensor], x: Any, effects: SideEffects) -> Tensor:
+    """The outputs of a module, which changes nothing; arguments as in `observe`."""
+    if not effects:
+        outputs: Tensor = functional_call(module, dict(values), (x,), tie_weights=False)
+        return outputs
+    own = {place: values[place] if place in values else _get_tensor(module, place) for place in effects.tensors}
+    state = PythonState(module) if effects.attributes else None
+    try:
+        with _take_math_kernel() if effects.attends else nullcontext():
+            outputs = functional_call(module, {**values, **_copy(own)}, (x,), tie_weights=False)
+    finally:
+        if state is not None:
+            state.restore()
+    return outputs
+
+
+def _list_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All parameters and buffers of a module, each of its places once: what `values` says, else its own."""
+    owners = ((place, *place.rpartition(".")[::2]) for place in values)
+    given = {(module.get_submodule(owner), name): place for place, owner, name in owners}
+    tensors = dict(values)
+    for path, each in module.named_modules():
+        for name, tensor in (*each.named_parameters(recurse=False), *each.named_buffers(recurse=False)):
+            if (each, name) not in given:
+                tensors[f"{path}.{name}" if path else name] = tensor
+    return tensors
+
+
+def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of each tensor, of one that stands in several places one."""
+    copies: dict[int, Tensor] = {}
+    return {place: copies.setdefault(id(tensor), tensor.clone()) for place, tensor in tensors.items()}
+
+
+def _get_tensor(module: nn.Module, place: str) -> Tensor:
+    owner, _, name = place.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
+@contextmanager
+def _take_math_kernel() -> Iterator[None]:
+    """Compute attention by the operations that it is made of: PyTorch's fused kernels have no second derivative."""
+    with _ATTENTION_LOCK:
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with sdpa_kernel(SDPBackend.MATH):
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
+
+
+class _AttentionWatch(TorchFunctionMode):
+    """Sees whether a block computes attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attends = False
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        self.attends |= func in _ATTENTION
+        return func(*args, **kwargs or {})
+
+
+def _list_devices(tensors: Mapping[str, Tensor]) -> list[torch.device]:
+    """The GPUs that the tensors are on."""
+    return list({tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"})
+
+
+def _list_generator_states(tensors: Mapping[str, Tensor]) -> list[Any]:
+    """The states of the generators that code draws from unless it brings its own."""
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _list_devices(tensors))]
+    return [*(state.numpy().tobytes() for state in states), random.getstate(), str(np.random.get_state(legacy=False))]
