@@ -11,9 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("dgl")
-from readers import CHILDREN, OWN, READERS, Reader, find_functions
-
 from metareg import MetaregError, parse_in_child
+from readers import CHILDREN, OWN, READERS, Reader, find_functions
 
 pytestmark = pytest.mark.strangers
 
