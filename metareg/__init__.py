@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from metareg.learner.learner import MetaLearner
     from metareg.learner.processes import join_processes
     from metareg.reporting import report
+    from metareg.runs.analysis import analyse
     from metareg.runs.config import RunConfig
     from metareg.runs.run import Run
     from metareg.runs.training import resume, train
@@ -59,6 +60,7 @@ _NAMES = {
     "learner.learner": "MetaLearner",
     "learner.processes": "join_processes",
     "reporting": "report",
+    "runs.analysis": "analyse",
     "runs.config": "RunConfig",
     "runs.run": "Run",
     "runs.training": "resume train",
@@ -75,9 +77,9 @@ __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
     "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig", "PluginError",
     "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
-    "UsageError", "__version__", "cache_folder", "compare", "data_folder", "derive_seed", "download", "draw_distinct",
-    "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image", "open_arrays",
-    "parse_in_child", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
+    "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder", "derive_seed", "download",
+    "draw_distinct", "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
+    "open_arrays", "parse_in_child", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
     "task_uniform", "train",
 ]  # fmt: skip
 

@@ -22,7 +22,7 @@ from metareg._version import __version__
 from metareg.cli.compare import compare, report, reproduce
 from metareg.cli.flags import Command, RunCommand
 from metareg.cli.plugins import check_plugin, data, doctor, new_plugin, plugins, show
-from metareg.cli.runs import evaluate, export, predict, resume, train
+from metareg.cli.runs import analyse, evaluate, export, predict, resume, train
 from metareg.cli.terminal import stderr, stdout
 from metareg.errors import MetaregError, UsageError, describe_error
 from metareg.util.torchrun import is_follower, read_rank
@@ -42,6 +42,7 @@ app.command(cls=RunCommand)(resume)
 app.command(cls=Command)(export)
 app.command(cls=Command)(predict)
 app.command("eval", cls=Command)(evaluate)
+app.command(cls=Command)(analyse)
 app.command(cls=Command)(data)
 app.command(cls=RunCommand)(compare)
 app.command(cls=Command)(report)

@@ -19,8 +19,10 @@ from metareg.cli.common import (
     LearnerPath,
     NoPlugin,
     RunFolder,
+    expand_path,
     path_option,
     plugin_option,
+    set_data_folder,
     set_option,
 )
 from metareg.cli.flags import takes_run_options
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
     from metareg.registry.plugins import Plugin
     from metareg.runs.run import Run
 
-__all__ = ["evaluate", "export", "predict", "resume", "train"]
+__all__ = ["analyse", "evaluate", "export", "predict", "resume", "train"]
 
 
 @takes_run_options(lambda config: config.model_fields)
@@ -194,6 +196,31 @@ def export(
             learner, task, to, support=support, adaptive=adaptive, inner_steps=inner_steps, bn_statistics=bn_statistics
         )
     stdout.print(escape(str(to)), soft_wrap=True)
+
+
+def analyse(
+    paths: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN …", show_default=False)],
+    tasks: Annotated[int, typer.Option(help="Tasks of each split.")] = 100,
+    inner_steps: InnerSteps = None,
+    data: Data = None,
+    _no_plugin: NoPlugin = None,
+) -> None:
+    """Show where a finished run's learner adapts: in which layers, and what the body and the head are worth.
+
+    Writes analysis.json and plots/analysis.png into each run's folder.
+    """
+    set_data_folder(data)
+    from metareg.cli.progress import show_messages
+    from metareg.cli.tables import create_analysis_tables
+    from metareg.runs.analysis import analyse as carry_out
+
+    for path in map(expand_path, paths):
+        assert path is not None
+        with show_messages(stderr):
+            found = carry_out(path, tasks, inner_steps)
+        stdout.print(escape(str(path)), soft_wrap=True)
+        for table in create_analysis_tables(found):
+            stdout.print(table)
 
 
 def predict(

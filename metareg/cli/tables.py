@@ -6,7 +6,7 @@ import inspect
 import platform
 import shlex
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
 
 from rich.console import Console, Group, RenderableType
@@ -27,11 +27,13 @@ if TYPE_CHECKING:
     from metareg.registry.inspection import DatasetFacts
     from metareg.registry.plugins import Entry
     from metareg.reporting.tables import Table as ReportTable
+    from metareg.runs.adaptation import Analysis, Mean
     from metareg.runs.baselines import Baseline
     from metareg.runs.run import Run
     from metareg.testing import Check
 
 __all__ = [
+    "create_analysis_tables",
     "create_baseline_overview",
     "create_baseline_table",
     "create_dataset_table",
@@ -94,6 +96,34 @@ def print_results(run: Run, console: Console) -> None:
     plots = (("plot", path) for path in run.plots)
     for label, value in (("run", run.path), ("results", run.path / RESULTS), *plots):
         console.print(f"[dim]{label:<8}[/]{escape(str(value))}", soft_wrap=True)
+
+
+def create_analysis_tables(found: Analysis) -> Iterator[Table]:
+    """The relative update of each layer, the metric with parts of the model adapted, and the augmenters' angles."""
+
+    def write(each: Mean) -> str:
+        return f"{each.mean:.4g} ± {each.ci95:.2g}"
+
+    last = found.inner_steps
+    updates = _create_table(
+        "layer", "part", "‖change‖ / ‖start‖", title=f"What {last} inner steps change", title_justify="left"
+    )
+    for layer in found.layers:
+        updates.add_row(escape(layer.layer), layer.part, write(layer.relative[-1]))
+    yield updates
+    better = "higher" if found.higher_is_better else "lower"
+    title = f"{found.metric} over {found.tasks} tasks ({better} is better)"
+    scores = _create_table("tasks", "adapted", "0 steps", f"{last} steps", title=title, title_justify="left")
+    for name, means in found.adapting.items():
+        scores.add_row("test", name, write(means[0]), write(means[-1]))
+    scores.add_row("training", "all", write(found.train[0]), write(found.train[-1]))
+    yield scores
+    if found.angles:
+        title = f"Outer gradient of {found.augmenters} against the algorithm's"
+        angles = _create_table("part", "degrees", "length", title=title, title_justify="left")
+        for angle in found.angles:
+            angles.add_row(angle.part, write(angle.degrees), write(angle.ratio))
+        yield angles
 
 
 def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_one: Evaluation | None = None) -> Table:

@@ -22,14 +22,14 @@ import numpy as np
 from metareg.comparison.plan import CHOSEN_FILE, CONFIG_FILE, TRIAL_FILE, Plan
 from metareg.comparison.pool import ERROR_FILE, cut_traceback
 from metareg.errors import UsageError
-from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
+from metareg.runs.folder import ANALYSIS, CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.util.files import MALFORMED, format_json, parse_json, read_json, refuse_malformed, write_bytes
 
 __all__ = ["ARCHIVE_SUFFIX", "add_archived_runs", "unpack_archive", "write_archive"]
 
 ARCHIVE_SUFFIX = ".tar.xz"
 
-_OF_A_RUN = (CONFIG, ENVIRONMENT, ERROR_FILE, METRICS, RESULTS, TIMING)
+_OF_A_RUN = (ANALYSIS, CONFIG, ENVIRONMENT, ERROR_FILE, METRICS, RESULTS, TIMING)
 _OF_A_TRIAL = (CONFIG, ERROR_FILE, RESULTS)
 _PATTERNS = (
     CONFIG_FILE,

@@ -23,7 +23,7 @@ from metareg.contract.config import update_names
 from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
-from metareg.runs.folder import CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
+from metareg.runs.folder import ANALYSIS, CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.runs.options import parse_assignments
 from metareg.util.files import MALFORMED, parse_json, read_json
 
@@ -82,6 +82,8 @@ class ArmResults:
     """How many seeds the comparison asks for."""
     chosen: Chosen | None
     """None without tuning, and before it has ended."""
+    analyses: Mapping[int, Mapping[str, Any]]
+    """By seed, what ``metareg analyse`` wrote of the run, as `metareg.runs.adaptation.Analysis`."""
     command: str
     """Trains one run of the arm; SEED stands for the seed."""
 
@@ -275,6 +277,7 @@ class _TaskReader:
         runs = self._plan.list_arm_runs(arm, chosen.options if chosen else {})
         tests: dict[int, _Test] = {}
         curves: dict[int, dict[int, float]] = {}
+        analyses: dict[int, Mapping[str, Any]] = {}
         costs = []
         trained = {run.seed: _read_steps(run) for run in runs}
         planned = _find_planned_steps(runs, trained)
@@ -290,6 +293,9 @@ class _TaskReader:
             curve = self._read_curve(run, test.metric)
             if curve:
                 curves[run.seed] = curve
+            if (run.path / ANALYSIS).is_file():
+                with self._note_damage(run, f"{ANALYSIS} cannot be read"):
+                    analyses[run.seed] = _check_analysis(read_json(run.path / ANALYSIS))
             costs.append(self._read_cost(run))
             self._note_environment(run)
         seconds, peaks = np.array(costs).reshape(-1, 2).T
@@ -304,6 +310,7 @@ class _TaskReader:
             peak_bytes=peaks,
             planned=len(runs),
             chosen=chosen,
+            analyses=analyses,
             command=format_command(runs[0], self._plan.config.program),
         )
 
@@ -382,6 +389,17 @@ def _make_gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: P
     # A report that is published need not say where on whose machine it was made.
     reason = reason.replace(f"{plan.folder.resolve()}/", "").replace(f"{plan.folder}/", "")
     return Gap(what, seed, state, reason, path.relative_to(plan.folder))
+
+
+def _check_analysis(content: Any) -> Mapping[str, Any]:
+    """The content of an analysis.json; a LookupError or TypeError where it is not what metareg writes."""
+    for layer in content["layers"]:
+        float(layer["relative"][-1]["mean"])
+    for means in (*content["adapting"].values(), content["train"]):
+        float(means[-1]["mean"])
+    for angle in content["angles"]:
+        float(angle["degrees"]["mean"])
+    return dict(content)
 
 
 def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:

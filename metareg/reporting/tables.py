@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
-from metareg.comparison.statistics import ALPHA, Verdict
+from metareg.comparison.statistics import ALPHA, Estimate, Verdict, over_seeds
 from metareg.reporting.analysis import (
     Pair,
     Report,
@@ -22,7 +23,7 @@ from metareg.reporting.analysis import (
 from metareg.reporting.numbers import MISSING, Scale, format_count, format_p_value, format_significant
 
 __all__ = [
-    "Table", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps",
+    "Table", "build_adaptation", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps",
     "build_overview", "build_ranking", "build_results", "build_settings", "build_validations",
     "describe_verdict", "explain_verdict", "format_seeds_in_favour",
 ]  # fmt: skip
@@ -61,6 +62,7 @@ def build_all(report: Report) -> dict[str, list[Table]]:
         "ranking": [build_ranking(report, task) for task in report.tasks],
         "differences": [build_differences(report, task) for task in report.tasks],
         "validations": [build_validations(report, task) for task in report.tasks],
+        "adaptation": [build_adaptation(report, task) for task in report.tasks],
         "costs": [build_costs(report, task) for task in report.tasks],
         "settings": [build_settings(report, task) for task in report.results.tasks],
     }
@@ -231,6 +233,53 @@ def build_validations(report: Report, task: TaskResults) -> Table | None:
     note = f"{heading} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
     columns = ["algorithm", report.setting_heading, *(format_count(step, "step") for step in shown)]
     return Table(task.label, columns, rows, note)
+
+
+def build_adaptation(report: Report, task: TaskResults) -> Table | None:
+    """Tabulate where the arms of a task adapt; None where no run was analysed."""
+    analysed = [each for each in task.arms if each.analyses]
+    if not analysed:
+        return None
+    scale, rows = Scale(task.metric, task.higher_is_better), []
+
+    def average(values: Iterable[float | None]) -> Estimate:
+        return over_seeds([math.nan if value is None else value for value in values])
+
+    for each in analysed:
+        found = [*each.analyses.values()]
+        moved = [average(_find_update(one, part) for one in found) for part in ("body", "head")]
+        scores = [average(_find_score(one, part) for one in found) for part in ("all", "body", "head")]
+        train = average(one["train"][-1]["mean"] for one in found)
+        angle = average(
+            next((angle["degrees"]["mean"] for angle in one["angles"] if angle["part"] == "body"), None)
+            for one in found
+        )
+        plain = Scale("", higher_is_better=True)
+        cells = [*map(plain.format_estimate, moved), *map(scale.format_estimate, [*scores, train])]
+        rows.append([each.arm.algorithm, each.arm.setting, str(len(found)), *cells, plain.format_estimate(angle)])
+    steps = sorted({one["inner_steps"] for each in analysed for one in each.analyses.values()})
+    numbers = " to ".join(str(number) for number in dict.fromkeys((steps[0], steps[-1])))
+    columns = [
+        "algorithm", report.setting_heading, "seeds", "body moves", "head moves", "all adapted", "body alone", "head alone",
+        "training tasks", "angle",
+    ]  # fmt: skip
+    note = (
+        f"After {numbers} inner steps, by 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over the "
+        f"layers of the part. Then {scale.heading} on test tasks ({scale.direction}) where all that the algorithm adapts "
+        "may change, the body alone or the head alone, and on training tasks. Angle: in degrees, on the body, between the "
+        "algorithm's outer gradient and what the augmenter adds to it. ± is half the 95 % interval over seeds."
+    )
+    return Table(task.label, columns, rows, note)
+
+
+def _find_update(analysis: Mapping[str, Any], part: str) -> float | None:
+    moved = [layer["relative"][-1]["mean"] for layer in analysis["layers"] if layer["part"] == part]
+    return sum(moved) / len(moved) if moved else None
+
+
+def _find_score(analysis: Mapping[str, Any], part: str) -> float | None:
+    means = analysis["adapting"].get(part)
+    return means[-1]["mean"] if means else None
 
 
 def build_settings(report: Report, task: TaskResults) -> Table | None:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
-__all__ = ["BASELINES", "CHECKPOINTS", "CONFIG", "ENVIRONMENT", "FINAL", "METRICS", "PLOTS", "RESULTS", "TIMING"]
+__all__ = [
+    "ANALYSIS",
+    "BASELINES",
+    "CHECKPOINTS",
+    "CONFIG",
+    "ENVIRONMENT",
+    "FINAL",
+    "METRICS",
+    "PLOTS",
+    "RESULTS",
+    "TIMING",
+]
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -13,3 +24,4 @@ FINAL = f"{CHECKPOINTS}/final.safetensors"
 PLOTS = "plots"
 RESULTS = "results.json"
 BASELINES = "baselines.json"
+ANALYSIS = "analysis.json"

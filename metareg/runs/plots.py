@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
     from metareg.runs.run import Run
 
-__all__ = ["draw", "plot_inner_steps", "plot_learning_curve"]
+__all__ = ["draw", "format_metric", "plot_inner_steps", "plot_learning_curve"]
 
 log = logging.getLogger("metareg")
 
@@ -80,7 +80,7 @@ def plot_learning_curve(run: Run) -> Figure:
     if not metric.higher_is_better and min((value for _, value in train), default=0.0) > 0:
         set_log_scale(axes)
     axes.set_xlabel("training step")
-    axes.set_ylabel(f"query {_format_metric(metric.name)}")
+    axes.set_ylabel(f"query {format_metric(metric.name)}")
     axes.set_title(run.config.title, fontsize=10)
     axes.legend()
     return figure
@@ -101,10 +101,10 @@ def plot_inner_steps(evaluation: Evaluation) -> Figure:
     axes.set_xticks(steps)
     axes.margins(x=0.08)
     axes.set_xlabel("inner steps")
-    axes.set_ylabel(f"test {_format_metric(evaluation.metric)}")
+    axes.set_ylabel(f"test {format_metric(evaluation.metric)}")
     axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
     return figure
 
 
-def _format_metric(metric: str) -> str:
+def format_metric(metric: str) -> str:
     return {"mse": "mean squared error"}.get(metric, metric)

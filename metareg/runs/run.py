@@ -51,6 +51,7 @@ class Run:
     checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
     plots/                  pictures (PNG)
     results.json            the test: mean, interval and every task's score after each number of inner steps
+    analysis.json           where the learner adapts, where that was asked for (``metareg analyse``)
     baselines.json          what simpler ways reach on the test tasks, where that was asked for (`evaluate_baselines`)
     ======================  ================================================================================
 

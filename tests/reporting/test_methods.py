@@ -18,6 +18,7 @@ from scipy import stats
 
 from comparisons import SMALL, break_run, write_comparison
 from metareg import UsageError, report
+from metareg.comparison.archive import write_archive
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Arm, Plan
 from metareg.reporting import tables
@@ -166,6 +167,39 @@ def test_arms_can_be_left_out(tmp_path: Path) -> None:
     Page(report(tmp_path, "html"))
     with pytest.raises(UsageError, match="leaves out every arm"):
         Plan(tmp_path, ComparisonConfig.model_validate({"algo": ["maml"], "leave_out": [{}]}))
+
+
+def test_where_arms_adapt_is_the_mean_over_seeds(small: Plan) -> None:
+    assert "Where adaptation happens" not in report(small.folder)
+    numbers = np.random.default_rng(0).uniform(1, 2, (3, 8))
+    for seed, (one, other, head, everything, body, alone, train, angle) in zip((0, 1, 5), numbers, strict=True):
+        updates = [("a", "body", one), ("b", "body", other), ("c", "head", head)]
+        content = {
+            "inner_steps": 5,
+            "layers": [{"layer": n, "part": p, "relative": [{"mean": 9.0}, {"mean": v}]} for n, p, v in updates],
+            "adapting": {
+                p: [{"mean": 9.0}, {"mean": v}] for p, v in (("all", everything), ("body", body), ("head", alone))
+            },
+            "train": [{"mean": 9.0}, {"mean": train}],
+            "angles": [{"part": "head", "degrees": {"mean": 9.0}}, {"part": "body", "degrees": {"mean": angle}}],
+        }
+        (small.folder / f"runs/sinusoid/maml+cml/seed-{seed}/analysis.json").write_text(json.dumps(content))
+    (small.folder / "runs/sinusoid/anil/seed-0/analysis.json").write_text('{"layers": [{}]}')
+    found = analyze_comparison(small.folder)
+    table = tables.build_adaptation(found, found.tasks[0])
+    assert table is not None
+    ((*names, body_moves, head_moves, everything, body, alone, train, angle),) = table.rows
+    assert names == ["maml", "cml", "3"]
+    expected = [numbers[:, :2].mean(1), *numbers[:, 2:].T]
+    for cell, values in zip((body_moves, head_moves, everything, body, alone, train, angle), expected, strict=True):
+        mean, half = map(float, cell.split(" ± "))
+        assert mean == pytest.approx(values.mean(), abs=6e-3)
+        assert half == pytest.approx(stats.sem(values) * stats.t.ppf(0.975, 2), abs=6e-3)
+    (gap,) = found.results.gaps
+    assert (gap.state, gap.what) == ("damaged", "anil on sinusoid")
+    file = small.folder / "raw.tar.xz"
+    write_archive(small.folder, file)
+    assert report(file).split("\n", 1)[1] == report(small.folder).split("\n", 1)[1]
 
 
 def test_variants_are_paired_by_seed(tmp_path: Path) -> None:
