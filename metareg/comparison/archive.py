@@ -23,7 +23,15 @@ from metareg.comparison.plan import CHOSEN_FILE, CONFIG_FILE, TRIAL_FILE, Plan
 from metareg.comparison.pool import ERROR_FILE, cut_traceback
 from metareg.errors import UsageError
 from metareg.runs.folder import ANALYSIS, CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
-from metareg.util.files import MALFORMED, format_json, parse_json, read_json, refuse_malformed, write_bytes
+from metareg.util.files import (
+    MALFORMED,
+    format_json,
+    parse_json,
+    read_json,
+    refuse_malformed,
+    refuse_special_file,
+    write_bytes,
+)
 
 __all__ = ["ARCHIVE_SUFFIX", "add_archived_runs", "unpack_archive", "write_archive"]
 
@@ -90,6 +98,7 @@ def unpack_archive(file: Path) -> Iterator[Path]:
 @contextmanager
 def _decompress(file: Path) -> Iterator[IO[bytes]]:
     """What is compressed in a file, in a temporary one; a ValueError where that is far more than results are."""
+    refuse_special_file(file)
     left = max(_LEAST_BYTES, _MOST_TIMES * file.stat().st_size)
     with TemporaryFile() as plain, lzma.open(file) as packed:
         while block := packed.read(_BLOCK):

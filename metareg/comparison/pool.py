@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError, describe_error
-from metareg.util.files import write_text
+from metareg.util.files import read_text, write_text
 from metareg.util.malloc import keep_freed_memory
 
 __all__ = [
@@ -95,7 +95,7 @@ def carry_out(run: PlannedRun) -> Outcome:
 def read_failure(path: Path) -> tuple[str, str] | None:
     """How a run failed by error.txt in its folder: ``"diverged"`` or ``"broken"``, and why; None where it did not."""
     try:
-        text = (path / ERROR_FILE).read_text(encoding="utf-8", errors="replace")
+        text = read_text(path / ERROR_FILE, errors="replace")
     except OSError:
         return None
     kind, _, problem = text.partition(": ")

@@ -25,7 +25,7 @@ from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.runs.folder import ANALYSIS, CONFIG, ENVIRONMENT, METRICS, RESULTS, TIMING
 from metareg.runs.options import parse_assignments
-from metareg.util.files import MALFORMED, parse_json, read_json
+from metareg.util.files import MALFORMED, parse_json, read_json, read_text
 
 __all__ = ["ArmResults", "Chosen", "Gap", "Results", "TaskResults", "format_command", "read_results"]
 
@@ -420,7 +420,7 @@ def _read_steps(run: PlannedRun) -> int | None:
     """
     for file, line in ((RESULTS, r'^  "trained_steps": (\d{1,18})'), (CONFIG, r"^steps: (\d{1,18})$")):
         with suppress(OSError):
-            text = (run.path / file).read_text(encoding="utf-8", errors="replace")
+            text = read_text(run.path / file, errors="replace")
             if found := re.search(line, text, re.MULTILINE):
                 return int(found[1])
     return None

@@ -25,7 +25,7 @@ from metareg.comparison.tuning import create_tuners
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.runs.folder import CONFIG, TIMING
-from metareg.util.files import MALFORMED, is_leftover, lock_folder, parse_json
+from metareg.util.files import MALFORMED, is_leftover, lock_folder, parse_json, read_text
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
 from metareg.util.yaml_files import read_yaml
@@ -431,7 +431,7 @@ def _list_gpus(plan: Plan) -> list[str]:
 def read_progress(run: PlannedRun) -> tuple[int, float | None]:
     """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
     with suppress(OSError, *MALFORMED):
-        line = parse_json((run.path / TIMING).read_text(encoding="utf-8").splitlines()[-1])
+        line = parse_json(read_text(run.path / TIMING).splitlines()[-1])
         return int(line["step"]), float(line["steps_per_second"])
     return 0, None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from metareg.contract.splits import SPLITS, find_split
 from metareg.errors import UnknownNameError, UsageError
-from metareg.util.files import MALFORMED
+from metareg.util.files import MALFORMED, read_text, refuse_twice
 from metareg.util.tables import read_table
 from metareg.util.yaml_files import parse_yaml
 
@@ -52,8 +52,8 @@ def read_name_lists(path: Path) -> dict[str, list[str]]:
     """
     is_json = path.suffix.lower() == ".json"
     try:
-        text = path.read_text(encoding="utf-8-sig")
-        content: Any = json.loads(text, parse_int=str, parse_float=str) if is_json else parse_yaml(text, texts=True)
+        text = read_text(path).removeprefix("\ufeff")
+        content: Any = _parse_json(text) if is_json else parse_yaml(text, texts=True)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except MALFORMED as error:
@@ -63,6 +63,10 @@ def read_name_lists(path: Path) -> dict[str, list[str]]:
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise UsageError(f"The file {path} must map train, validation and test to lists of names.")
     return dict(content)
+
+
+def _parse_json(text: str) -> Any:
+    return json.loads(text, parse_int=str, parse_float=str, object_pairs_hook=refuse_twice)
 
 
 def _read_pairs(path: Path, what: str) -> list[tuple[str, str]]:

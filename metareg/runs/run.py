@@ -28,7 +28,7 @@ from metareg.runs.folder import BASELINES, CONFIG, FINAL, METRICS, PLOTS, RESULT
 from metareg.runs.options import update_option_names
 from metareg.runs.own import OwnFacts, adopt_objects, list_own
 from metareg.util.devices import find_device
-from metareg.util.files import MALFORMED, parse_json, read_json, refuse_malformed, write_json
+from metareg.util.files import MALFORMED, parse_json, read_json, read_text, refuse_malformed, write_json
 from metareg.util.seeding import seed_global_generators
 from metareg.util.tables import Table, read_frame
 from metareg.util.yaml_files import read_yaml
@@ -300,7 +300,7 @@ class Run:
         """
         path = self.path / METRICS
         try:
-            return [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [parse_json(line) for line in read_text(path).splitlines()]
         except (OSError, ValueError, MemoryError) as error:
             raise UsageError(f"{path} cannot be read as lines of JSON: {error}.") from error
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from metareg.errors import UsageError
-from metareg.util.files import MALFORMED
+from metareg.util.files import MALFORMED, refuse_special_file
 
 __all__ = ["open_arrays"]
 
@@ -32,6 +32,7 @@ def open_arrays(path: Path, what: str) -> Iterator[Mapping[str, np.ndarray]]:
             raises what Python raises for wrong content.
     """
     try:
+        refuse_special_file(path)
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
         if size > max(_LEAST_BYTES, _MOST_TIMES * path.stat().st_size):

@@ -15,6 +15,7 @@ import numpy as np
 
 from metareg.errors import MetaregError, UsageError
 from metareg.util.arrays import open_arrays
+from metareg.util.files import refuse_special_file
 
 __all__ = ["parse_in_child"]
 
@@ -41,6 +42,11 @@ def parse_in_child(
     Raises:
         UsageError: the parser refused a file, crashed or took too long; the message names the file.
     """
+    for path in paths:
+        try:
+            refuse_special_file(path)
+        except OSError as error:
+            raise UsageError(f"{path} cannot be read as {what}: {error.strerror}.") from error
     most = max((path.stat().st_size for path in paths if path.is_file()), default=0)
     seconds = _LEAST_SECONDS + sum(path.stat().st_size for path in paths if path.is_file()) // _BYTES_A_SECOND
     with tempfile.TemporaryDirectory(prefix="metareg-") as folder:

@@ -5,12 +5,14 @@ What is read may be a stranger's: it costs a small multiple of its size, and wha
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
+import stat
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,7 +23,8 @@ from metareg.errors import MetaregError, UsageError
 
 __all__ = [
     "MALFORMED", "LinesFile", "TimedLinesFile", "format_json", "is_leftover", "lock_folder", "open_to_append", "parse_json",
-    "read_json", "refuse_malformed", "remove_leftovers", "replace_file", "write_bytes", "write_json", "write_text",
+    "read_json", "read_text", "refuse_malformed", "refuse_special_file", "refuse_twice", "remove_leftovers", "replace_file",
+    "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -87,6 +90,19 @@ def format_json(content: Any) -> str:
     return _json(content, "") + "\n"
 
 
+def refuse_special_file(path: Path) -> None:
+    """Raise an OSError for a pipe or a device, which may never come to an end, or not even to a beginning."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(errno.EINVAL, "it is a pipe or a device, and no file")
+
+
+def read_text(path: Path, errors: str = "strict") -> str:
+    """A text file in UTF-8; an OSError for a pipe or a device."""
+    refuse_special_file(path)
+    return path.read_text(encoding="utf-8", errors=errors)
+
+
 def read_json(path: Path) -> Any:
     """What a JSON file holds.
 
@@ -94,7 +110,7 @@ def read_json(path: Path) -> Any:
         UsageError: it cannot be read, or is no JSON.
     """
     try:
-        return parse_json(path.read_text(encoding="utf-8"))
+        return parse_json(read_text(path))
     except (OSError, ValueError, MemoryError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {_shorten(error)}.") from error
 
@@ -109,6 +125,20 @@ def parse_json(text: str) -> Any:
         return json.loads(text, parse_int=_parse_int)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
+
+
+def refuse_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of some keys and values, none of whose keys stands there twice; the `object_pairs_hook` of `json.loads`.
+
+    Raises:
+        ValueError: one does.
+    """
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"the key '{key}' stands there twice")
+        found[key] = value
+    return found
 
 
 def _parse_int(digits: str) -> int:
@@ -172,7 +202,10 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _refuse_links_out(folder: Path) -> None:
-    """Refuse a folder, at any depth, in which a link leads out of it: what is written there would land elsewhere."""
+    """Refuse a folder in which, at any depth, a link leads out of it or a pipe or device takes the place of a file.
+
+    What is written there would land elsewhere, or never come to an end.
+    """
     inside = folder.resolve()
     waiting = [folder]
     while waiting:
@@ -185,6 +218,8 @@ def _refuse_links_out(folder: Path) -> None:
                         f"{entry.path} is a link that leads out of {folder}, where nothing is to be written: put what it "
                         "leads to in its place, or remove it."
                     )
+                elif not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
+                    raise UsageError(f"{entry.path} is a pipe or a device, and no file; remove it.")
 
 
 def is_leftover(path: Path) -> bool:
@@ -239,6 +274,8 @@ class LinesFile:
         Where somebody changed the file since, its whole lines up to `step` are kept and the log says so.
         """
         try:
+            if self.path.exists():
+                refuse_special_file(self.path)
             content = self.path.read_bytes() if mark is not None and self.path.exists() else b""
             expected = 0 if mark is None else int(mark["bytes"])
             kept = content[:expected]
@@ -272,6 +309,7 @@ class TimedLinesFile(LinesFile):
             super().cut(None)
             return
         try:
+            refuse_special_file(self.path)
             write_bytes(self.path, _legible(self.path.read_bytes(), step))
         except OSError as error:
             raise MetaregError(f"{self.path} cannot be cut back: {error.strerror}.") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from metareg.errors import UsageError
+from metareg.util.files import refuse_special_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -204,6 +205,7 @@ def load_image(source: Path | Image, channels: int) -> Image:
     if not isinstance(source, Path):
         return _convert(source, channels)
     try:
+        refuse_special_file(source)
         with Image.open(source, formats=sorted(filter(None, set(_list_formats().values())))) as image:
             _refuse_bombs(image, source.stat().st_size)
             return _convert(image, channels)

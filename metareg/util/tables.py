@@ -15,7 +15,7 @@ import numpy as np
 
 from metareg.errors import UsageError, nearest
 from metareg.util.arrays import open_arrays
-from metareg.util.files import MALFORMED
+from metareg.util.files import MALFORMED, refuse_special_file
 
 __all__ = ["Table", "read_frame", "read_table"]
 
@@ -191,6 +191,7 @@ def read_table(path: Path, known: Collection[str] = (), *, is_data: Callable[[li
         UsageError: the file cannot be read, lines differ in length, or columns have no name or the same one.
     """
     try:
+        refuse_special_file(path)
         if path.suffix.lower() == ".npz":
             return _read_npz(path)
         if path.suffix.lower() in (".parquet", ".pq"):

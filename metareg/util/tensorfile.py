@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from metareg.errors import UsageError
-from metareg.util.files import MALFORMED, parse_json, write_bytes
+from metareg.util.files import MALFORMED, parse_json, refuse_special_file, write_bytes
 from metareg.util.torch_internals import OperationMode, tree_leaves
 
 __all__ = ["DamagedFileError", "TensorFile", "limit_cost", "write_tensors"]
@@ -71,6 +71,7 @@ class TensorFile:
         self.path = path
         self._what = what
         with self._translate_errors():
+            refuse_special_file(path)
             with path.open("rb") as file:
                 length = int.from_bytes(file.read(8), "little")
                 if not 0 < length <= _LONGEST_HEADER:

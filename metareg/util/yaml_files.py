@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from metareg.errors import UsageError
-from metareg.util.files import MALFORMED
+from metareg.util.files import MALFORMED, read_text
 
 __all__ = ["parse_yaml", "read_yaml"]
 
@@ -25,11 +25,13 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > _LONGEST_YAML:
             raise UsageError(f"The configuration file {path} is larger than {_LONGEST_YAML >> 20} MiB.")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except FileNotFoundError:
         raise UsageError(f"There is no configuration file {path}.") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"The configuration file {path} cannot be read: {error}.") from error
+        raise UsageError(
+            f"The configuration file {path} cannot be read: {getattr(error, 'strerror', None) or error}."
+        ) from error
     try:
         content = parse_yaml(text)
     except ValueError as error:
@@ -82,11 +84,11 @@ class _Composer:
 
     def construct_mapping(self: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                problem = f"the key {key.value!r} stands there twice"
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"the key '{key.value}' stands there twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-            seen.add(key.value if isinstance(key, yaml.ScalarNode) else "")
+            seen.add(key.value)
         return super().construct_mapping(node, deep)  # type: ignore[misc]
 
 

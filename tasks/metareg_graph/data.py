@@ -428,6 +428,8 @@ def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
     """DGL's binary format, as `dgl.save_graphs` and DGL's own datasets write it: tensors only, no pickle."""
     from metareg_graph.dgl_files import read_graphs
 
+    if not path.is_file():
+        raise UsageError(f"There is no {path}, or it is no file.")
     with path.open("rb") as file:
         if file.read(1) == b"\x80":
             raise UsageError(f"{path} is a pickle, which could run code and is not read.")
@@ -576,7 +578,9 @@ def _number_nodes(splits: Mapping[str, Any], numbers: Mapping[str, int]) -> dict
 
 
 def _read_table(path: Path, kind: type) -> np.ndarray:
-    most = max(_LEAST_TEXT, _MOST_TEXT * path.stat().st_size) if path.is_file() else 0
+    if not path.is_file():
+        raise UsageError(f"There is no {path}, or it is no file.")
+    most = max(_LEAST_TEXT, _MOST_TEXT * path.stat().st_size)
     with _explain_errors(path), gzip.open(path, "rt", encoding="utf-8") as file:
         text = file.read(most + 1)
         if len(text) > most:

@@ -123,6 +123,8 @@ def _read_characters(path: Path) -> dict[str, list[Image.Image]]:
     """Images by ``alphabet/character`` of a zip archive ``set/alphabet/character/drawing.png``, the authors' own."""
     characters: dict[str, list[Image.Image]] = {}
     try:
+        if not path.is_file():
+            raise ValueError("it is no file")
         if f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != _SMALL[path.name]:
             raise ValueError("it is not the authors' archive")
         with zipfile.ZipFile(path) as archive:

@@ -193,6 +193,8 @@ def _read_index(path: Path) -> tuple[tuple[int, ...], dict[str, SplitIndex], lis
     Raises:
         DamagedStoreError: the file is not what was written.
     """
+    if not path.is_file():
+        raise DamagedStoreError
     try:
         checksum, _, text = path.read_text(encoding="utf-8").partition("\n")
         if hashlib.sha256(text.encode()).hexdigest() != checksum:

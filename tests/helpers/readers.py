@@ -188,6 +188,9 @@ _RESULTS = {"metric": "mse", "higher_is_better": False, "bn_statistics": "none",
 _ENVIRONMENT = {"metareg": "1", "torch": "2", "gpus": [], "libraries": {"numpy": "2"}, "first_task": [0.5, None],
                 "plugins": [{"kind": "tasks", "name": "t", "distribution": "d", "version": "1"}],
                 "resumed": [{"step": 2, "changed": {"torch": "3"}}]}  # fmt: skip
+_MEANS = [{"inner_steps": 1, "mean": 0.5}]
+_ANALYSIS = {"layers": [{"name": "head", "relative": _MEANS}], "adapting": {"all": _MEANS}, "train": _MEANS,
+             "angles": [{"degrees": {"mean": 9.5}}]}  # fmt: skip
 _METRICS = "".join(
     json.dumps({"step": k, "split": split, "mse": 0.5, "ci95": 0.1, "inner_steps": 1}) + "\n"
     for k in (1, 2) for split in ("train", "validation")
@@ -249,13 +252,13 @@ READERS = (
            lambda path: parse_assignments([path.read_text("utf-8", "replace")]),
            ("metareg.runs.options:parse_assignments", "metareg.comparison.space:split_assignments")),
     Reader("configurations", "comparison.yaml", _text("comparison.yaml", _COMPARISON), _in_folder(Plan.read),
-           ("metareg.comparison.plan:Plan.read",)),
+           ("metareg.comparison.plan:Plan.read", "metareg.util.files:read_text")),
     Reader("configurations", "recipe.yaml", _text("recipe.yaml", yaml.safe_dump(
         list_recipes()[0].model_dump(mode="json", exclude={"name"}))), Recipe.read,
         ("metareg.comparison.reproduction:Recipe.read",)),
     Reader("configurations", "split.yaml", _text("split.yaml", yaml.safe_dump(_SPLIT)),
            lambda path: read_split_file(path, ["a", "b", "c", "1"], "class"),
-           ("metareg.contract.split_files:read_name_lists",)),
+           ("metareg.contract.split_files:read_name_lists", "metareg.contract.split_files:_parse_json")),
     Reader("configurations", "split.json", _text("split.json", json.dumps(_SPLIT)), read_name_lists, ()),
     Reader("reports", f"{_RUN}/results.json", _COMPARED, _read_comparison, (
         "metareg.comparison.results:_TaskReader._read_test", "metareg.comparison.results:_read_steps",
@@ -266,6 +269,8 @@ READERS = (
            ("metareg.comparison.results:_TaskReader._read_curve",)),
     Reader("reports", f"{_RUN}/timing.jsonl", _COMPARED, _read_comparison,
            ("metareg.comparison.results:_TaskReader._read_cost",)),
+    Reader("reports", f"{_RUN}/analysis.json", _both(_COMPARED, _text(f"{_RUN}/analysis.json", json.dumps(_ANALYSIS))),
+           _read_comparison, ("metareg.comparison.results:_TaskReader.read_arm",)),
     Reader("reports", _CHOSEN, _COMPARED, _read_comparison, ("metareg.comparison.results:_read_chosen",)),
     Reader("reports", "error.txt", _text("error.txt", "UsageError: no\n"), _in_folder(read_failure),
            ("metareg.comparison.pool:read_failure",)),

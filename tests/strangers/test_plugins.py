@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,10 @@ from metareg.cli import app as cli
 from metareg.registry import inspection
 from metareg.registry.inspection import DatasetFacts, inspect_datasets, inspect_plugins
 from metareg.registry.plugins import Entry, find_entry, list_entries, resolve
+
+pytestmark = pytest.mark.strangers
+
+Tried = Callable[..., None]
 
 GOOD = 'class Plugin:\n    """Good."""\n'
 DEADLY = {
@@ -74,7 +78,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_plugins_that_misbehave_cost_themselves_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plugins_that_misbehave_cost_themselves_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, tried: Tried
+) -> None:
     monkeypatch.setattr(inspection, "_SECONDS", 10.0)
     bad = {**DEADLY, **RAISING}
     sources = {"first": GOOD, **{name: source for name, (source, _) in bad.items()}, **PECULIAR, "last": GOOD}
@@ -84,19 +90,21 @@ def test_plugins_that_misbehave_cost_themselves_alone(folder: Path, monkeypatch:
         assert "\x1b" not in found[name]["broken"]
     for name in ("first", *PECULIAR, "last"):
         assert found[name] == {"summary": "7" if name == "numbered" else "Good.", "config": []}, name
+    tried("plugins", len(sources))
 
 
-def test_what_one_plugin_leaves_behind_is_not_blamed_on_the_next(folder: Path) -> None:
+def test_what_one_plugin_leaves_behind_is_not_blamed_on_the_next(folder: Path, tried: Tried) -> None:
     mine = (
         "import os, sys\nclass Finder:\n    def find_spec(self, name, *_):\n"
         "        if name == 'strange_next': os._exit(4)\nsys.meta_path.insert(0, Finder())\n"
     )
     entries = _write(folder, {"mine": mine + GOOD, "next": GOOD})
     assert [answer.get("broken") for answer in inspect_plugins(entries)] == [None, None]
+    tried("plugins")
 
 
 def test_tables_of_plugins_and_data_go_on(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tried: Tried
 ) -> None:
     monkeypatch.setenv("COLUMNS", "250")
     monkeypatch.setattr(cli, "TRACEBACK_VARIABLE", "NO_SUCH_VARIABLE")
@@ -120,10 +128,11 @@ def test_tables_of_plugins_and_data_go_on(
     assert "ends Python with exit code 0" in capsys.readouterr().out
     assert cli.run(["doctor"]) == 1
     assert "1 of 3 plugins do not work." in capsys.readouterr().out
+    tried("plugins", 3)
 
 
 def test_what_a_plugin_prints_is_no_result(
-    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tried: Tried
 ) -> None:
     (folder / "strange_loud.py").write_text(
         "print('imported')\nfrom metareg import hookimpl\nclass Plugin:\n    @hookimpl\n"
@@ -139,9 +148,10 @@ def test_what_a_plugin_prints_is_no_result(
     printed = capsys.readouterr()
     assert json.loads(printed.out)["metric"] == "mse"
     assert "imported" in printed.err
+    tried("plugins")
 
 
-def test_a_plugin_that_leaves_in_its_hooks_ends_no_command_as_done() -> None:
+def test_a_plugin_that_leaves_in_its_hooks_ends_no_command_as_done(tried: Tried) -> None:
     class Leaving:
         def __init__(self, _config: object) -> None:
             sys.exit(0)
@@ -157,21 +167,25 @@ def test_a_plugin_that_leaves_in_its_hooks_ends_no_command_as_done() -> None:
     ones = torch.ones(2, 3, 1)
     with pytest.raises(MetaregError, match="failed in its hook augment_inner_gradient: SystemExit: 0"):
         learner.meta_gradient(metareg.Episodes(ones, ones, ones, ones))
+    tried("plugins", 2)
 
 
 # ------------------------------------------------------------------------------------------------------------ namesakes
 
 
-def test_another_distribution_that_calls_itself_metareg(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_distribution_that_calls_itself_metareg(
+    folder: Path, caplog: pytest.LogCaptureFixture, tried: Tried
+) -> None:
     (folder / "strange_maml.py").write_text(GOOD)
     _install(folder, "Metareg", "algorithms", {"maml": "strange_maml:Plugin", "mine": "strange_maml:Plugin"})
     assert find_entry("algorithms", "maml").target == "metareg_maml:MAML"
     assert len(list_entries("algorithms")) > 20
     assert "mine" not in {entry.name for entry in list_entries()}
     assert f"calls itself metareg, in {folder}: its plugins are left out" in caplog.text
+    tried("plugins")
 
 
-def test_listing_says_so_once(folder: Path) -> None:
+def test_listing_says_so_once(folder: Path, tried: Tried) -> None:
     _install(folder, "metareg", "algorithms", {"maml": "strange_maml:Plugin"})
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     listed = subprocess.run(
@@ -183,3 +197,4 @@ def test_listing_says_so_once(folder: Path) -> None:
     )
     assert {row["version"] for row in json.loads(listed.stdout) if row["name"] == "maml"} == {metareg.__version__}
     assert listed.stderr.count("calls itself metareg") == 1
+    tried("plugins")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -65,6 +67,33 @@ def test_damaged_files_are_one_sentence(reader: Reader, tmp_path: Path, tried: T
     if path.suffix != ".zip":  # no zip but the authors' own is read
         reader.read(path)
     try_one()
+
+
+class _Hung(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+@pytest.mark.parametrize("reader", [*READERS, CHILDREN[0]], ids=lambda reader: reader.name)
+def test_a_named_pipe_is_no_file(reader: Reader, tmp_path: Path, tried: Tried) -> None:
+    if reader.name in ("set.txt", "baselines.json"):
+        pytest.skip("the one is read by the test, the other measured anew where there is no file")
+
+    def stop(*_: object) -> None:
+        raise _Hung
+
+    path = _write(reader, tmp_path)
+    path.unlink()
+    os.mkfifo(path)
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(20)
+    try:
+        with suppress(MetaregError):
+            reader.read(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    tried(reader.group)
 
 
 def _write(reader: Reader, folder: Path) -> Path:

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +19,17 @@ from hypothesis import strategies as st
 
 import metareg
 from comparisons import SMALL, write_comparison
-from metareg import UsageError
+from metareg import UsageError, read_name_lists
 from metareg.cli import app as cli
 from metareg.cli.terminal import Terminal
 from metareg.printable import format_csv, show_controls
 from metareg.reporting import FORMATS
 from metareg.runs.options import parse_assignments
 from metareg.util.yaml_files import parse_yaml
+
+pytestmark = pytest.mark.strangers
+
+Tried = Callable[..., None]
 
 TITLE = "\x1b]0;OWNED\x07"
 """What sets the title of a terminal's window."""
@@ -60,30 +64,33 @@ def _run_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
     return process.wait(), received.decode()
 
 
-@given(st.text(st.characters(codec=None)))
-def test_what_is_printed_has_no_controls_and_else_all_its_signs(text: str) -> None:
+@given(text=st.text(st.characters(codec=None)))
+def test_what_is_printed_has_no_controls_and_else_all_its_signs(text: str, tried: Tried) -> None:
     shown = show_controls(text)
     assert not _list_controls(shown)
     assert len(shown) == len(text)
     shown.encode()
     assert all(new == old for new, old in zip(shown, text, strict=True) if old.isprintable() or old in "\n\t")
     assert show_controls(shown) == shown
+    tried("terminals")
 
 
-@given(st.text(st.characters(codec="utf-8"), max_size=20))
-def test_a_console_draws_texts_as_they_are_shown(text: str) -> None:
+@given(text=st.text(st.characters(codec="utf-8"), max_size=20))
+def test_a_console_draws_texts_as_they_are_shown(text: str, tried: Tried) -> None:
     written = io.StringIO()
     Terminal(file=written, width=200, force_terminal=True).print("[bold]x[/]", text, markup=False)
     assert not _list_controls(_DRAWING.sub("", written.getvalue()))
+    tried("terminals")
 
 
 @pytest.mark.parametrize("arguments", [["reproduce", "./key.yaml"], ["show", "algorithms", HOSTILE, "more"]])
-def test_a_terminal_does_not_obey_what_a_stranger_wrote(arguments: Sequence[str], tmp_path: Path) -> None:
+def test_a_terminal_does_not_obey_what_a_stranger_wrote(arguments: Sequence[str], tmp_path: Path, tried: Tried) -> None:
     (tmp_path / "key.yaml").write_text('"\\e]0;OWNED\\a": 1\n')
     code, received = _run_in_terminal(*arguments, cwd=tmp_path)
     assert code == 2
     assert not _list_controls(_DRAWING.sub("", received.replace("\r\n", "\n")))
     assert "OWNED" in received or "show" in arguments
+    tried("terminals")
 
 
 def test_a_terminal_obeys_the_display_of_a_training(tmp_path: Path) -> None:
@@ -95,7 +102,7 @@ def test_a_terminal_obeys_the_display_of_a_training(tmp_path: Path) -> None:
 
 
 def test_no_command_prints_what_a_terminal_would_obey(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tried: Tried
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "value.yaml").write_text('algo: "\\e]0;OWNED\\a"\n')
@@ -111,9 +118,10 @@ def test_no_command_prints_what_a_terminal_would_obey(
         printed = "".join(capsys.readouterr())
         assert "OWNED" in printed
         assert not _list_controls(printed), arguments
+        tried("terminals")
 
 
-def test_errors_and_logs_of_the_library_steer_nothing_either(caplog: pytest.LogCaptureFixture) -> None:
+def test_errors_and_logs_of_the_library_steer_nothing_either(caplog: pytest.LogCaptureFixture, tried: Tried) -> None:
     with pytest.raises(UsageError) as raised:
         metareg.train(algo=HOSTILE)
     assert not _list_controls(str(raised.value))
@@ -122,10 +130,11 @@ def test_errors_and_logs_of_the_library_steer_nothing_either(caplog: pytest.LogC
         logging.getLogger(name).warning("%s is unknown", HOSTILE)
     assert caplog.messages
     assert not _list_controls("".join(caplog.messages))
+    tried("terminals", 2)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_reports_hold_no_controls_and_no_formulas(format: str, tmp_path: Path) -> None:
+def test_reports_hold_no_controls_and_no_formulas(format: str, tmp_path: Path, tried: Tried) -> None:
     label = f"=HYPERLINK({HOSTILE})"
     config = SMALL | {"tasks": [{"task": "sinusoid", "label": label}], "title": HOSTILE, "notes": f"see {HOSTILE}"}
     write_comparison(tmp_path, config, tasks=5)
@@ -135,31 +144,43 @@ def test_reports_hold_no_controls_and_no_formulas(format: str, tmp_path: Path) -
     if format == "csv":
         rows = list(csv.reader(io.StringIO(text)))
         assert {row[0] for row in rows[1:]} == {f"'{show_controls(label)}"}
+    tried("reports")
 
 
-@given(st.text(max_size=12) | st.from_regex(r"\A[-+]?\d{1,3}([.,]\d{0,3})?\Z"))
-def test_no_cell_is_a_formula_and_numbers_stay(cell: str) -> None:
+@given(cell=st.text(max_size=12) | st.from_regex(r"\A[-+]?\d{1,3}([.,]\d{0,3})?\Z"))
+def test_no_cell_is_a_formula_and_numbers_stay(cell: str, tried: Tried) -> None:
     (found,) = next(csv.reader(io.StringIO(format_csv([[cell]]), newline="")), [""])
     if re.fullmatch(r"[-+]?\d+([.,]\d*)?", cell):
         assert found == cell
     assert not found.lstrip().startswith(("=", "@"))
     assert found in (show_controls(cell), f"'{show_controls(cell)}")
+    tried("reports")
 
 
-def test_cells_that_begin_like_a_formula() -> None:
+def test_cells_that_begin_like_a_formula(tried: Tried) -> None:
     rows = [["=1+1", "-cmd", "+x", "@SUM(A1)", "\t=1", "-1.5", "+1", "-1e-3", "1,5", "-nan", "a=b", ""], [-2, 0.5]]
     first, second = csv.reader(io.StringIO(format_csv(rows)))
     assert first == ["'=1+1", "'-cmd", "'+x", "'@SUM(A1)", "'\t=1", *rows[0][5:]]
     assert second == ["-2", "0.5"]
+    tried("reports", len(rows[0]))
 
 
 # ---------------------------------------------------------------------------------------------------------- said twice
 
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "a: {b: 1, b: 2}", "- {x: 1, 'x': 1}", "{1: a, '1': b}"])
-def test_a_key_that_stands_twice_is_refused(text: str) -> None:
+def test_a_key_that_stands_twice_is_refused(text: str, tried: Tried) -> None:
     with pytest.raises(ValueError, match=r"line \d, column \d+: the key '\w' stands there twice"):
         parse_yaml(text)
+    tried("configurations")
+
+
+@pytest.mark.parametrize("name", ["split.yaml", "split.json"])
+def test_a_split_file_that_says_something_twice_is_refused(name: str, tmp_path: Path, tried: Tried) -> None:
+    (tmp_path / name).write_text('{"train": ["a"], "test": ["b"], "train": ["c"]}')
+    with pytest.raises(UsageError, match="'train' stands there twice"):
+        read_name_lists(tmp_path / name)
+    tried("configurations")
 
 
 def test_an_assignment_that_is_made_twice_is_refused() -> None:
@@ -180,7 +201,7 @@ def _run_to(output: int, *arguments: str, cwd: Path, errors: int = subprocess.PI
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["plugins"], ["plugins", "--json"]], ids=" ".join)
-def test_an_output_that_ends_is_one_sentence(arguments: Sequence[str], tmp_path: Path) -> None:
+def test_an_output_that_ends_is_one_sentence(arguments: Sequence[str], tmp_path: Path, tried: Tried) -> None:
     ours, its = os.pipe()
     os.close(ours)
     assert _run_to(its, *arguments, cwd=tmp_path) == (1, "Error: The output cannot be written: Broken pipe.\n")
@@ -190,10 +211,11 @@ def test_an_output_that_ends_is_one_sentence(arguments: Sequence[str], tmp_path:
         sentence = "Error: The output cannot be written: No space left on device.\n"
         assert _run_to(full, *arguments, cwd=tmp_path) == (1, sentence)
         os.close(full)
+    tried("terminals", 2)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
-def test_what_is_under_way_goes_on_where_nobody_hears_of_it() -> None:
+def test_what_is_under_way_goes_on_where_nobody_hears_of_it(tried: Tried) -> None:
     code = (
         "from metareg.cli.terminal import guard_streams, stderr, stdout; import sys\n"
         "guard_streams(); stderr.print('lost'); print('lost', file=sys.stderr); stdout.print('done')"
@@ -208,12 +230,14 @@ def test_what_is_under_way_goes_on_where_nobody_hears_of_it() -> None:
             env=_environment(),
         )
     assert (ended.returncode, ended.stdout) == (0, "done\n")
+    tried("terminals")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX closes the streams")
-def test_closed_streams_are_not_taken_by_files(tmp_path: Path) -> None:
+def test_closed_streams_are_not_taken_by_files(tmp_path: Path, tried: Tried) -> None:
     command = 'exec >&- 2>&- <&-; exec "$0" -m metareg new-plugin algorithms sign-maml'
     ended = subprocess.run(["sh", "-c", command, sys.executable], cwd=tmp_path, env=_environment(), check=False)
     assert ended.returncode == 0
     assert "sign-maml" in (tmp_path / "metareg-sign-maml" / "pyproject.toml").read_text()
     assert not any("pip install" in path.read_text()[:20] for path in tmp_path.rglob("*.toml"))
+    tried("terminals")
