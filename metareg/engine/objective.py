@@ -287,6 +287,7 @@ class TaskFunctions:
         terms, extra_logs = self.stages.augment_outer_loss(
             self.lower(context.meta),
             context.noise,
+            dtype=query_loss.dtype,
             features=features,
             outputs=outputs,
             targets=targets,

@@ -7,14 +7,12 @@ same values, in every strategy, and gradients, evaluation and adaptation leave t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -23,7 +21,8 @@ from torch.overrides import TorchFunctionMode
 
 from metareg.engine.python_state import PythonState
 from metareg.errors import UsageError
-from metareg.util.torch_internals import count_writes
+from metareg.util.seeding import restore_global_generators, save_global_generators
+from metareg.util.torch_internals import count_writes, tree_leaves
 
 __all__ = ["SideEffects", "call_purely", "observe"]
 
@@ -62,23 +61,24 @@ def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Te
         UsageError: it draws random numbers.
     """
     tensors = _list_tensors(module, values)
-    state, watch = PythonState(module), _AttentionWatch()
-    with torch.no_grad(), torch.random.fork_rng(_list_devices(tensors)):
+    state, watch, generators = PythonState(module), _AttentionWatch(), save_global_generators()
+    with torch.no_grad():
         copies = _copy(tensors)
         writes = {place: count_writes(copy) for place, copy in copies.items()}
-        drawn = _list_generator_states(tensors)
         try:
             with _take_math_kernel(), watch:
                 outputs = functional_call(module, copies, (x,), tie_weights=False)
             attributes = tuple(state.find_changes())
+            draws = not _are_equal(generators, save_global_generators())
         finally:
             state.restore()
-        if _list_generator_states(tensors) != drawn:
-            raise UsageError(
-                f"The forward of {type(module).__name__} draws random numbers (F.dropout or torch.rand, say): inner steps "
-                "need outputs that depend on parameters and inputs alone. Leave the draws out, or call model.eval() "
-                "first where the layers draw in training only."
-            )
+            restore_global_generators(generators)
+    if draws:
+        raise UsageError(
+            f"The forward of {type(module).__name__} draws random numbers (F.dropout or torch.rand, say): inner steps need "
+            "outputs that depend on parameters and inputs alone. Leave the draws out, or call model.eval() first where the "
+            "layers draw in training only."
+        )
     written = tuple(place for place, copy in copies.items() if count_writes(copy) > writes[place])
     return outputs, SideEffects(written, attributes, watch.attends)
 
@@ -150,12 +150,7 @@ class _AttentionWatch(TorchFunctionMode):
         return func(*args, **kwargs or {})
 
 
-def _list_devices(tensors: Mapping[str, Tensor]) -> list[torch.device]:
-    """The GPUs that the tensors are on."""
-    return list({tensor.device for tensor in tensors.values() if tensor.device.type == "cuda"})
-
-
-def _list_generator_states(tensors: Mapping[str, Tensor]) -> list[Any]:
-    """The states of the generators that code draws from unless it brings its own."""
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in _list_devices(tensors))]
-    return [*(state.numpy().tobytes() for state in states), random.getstate(), str(np.random.get_state(legacy=False))]
+def _are_equal(states: Any, others: Any) -> bool:
+    """Whether the states of generators are the same."""
+    pairs = zip(tree_leaves(states), tree_leaves(others), strict=True)
+    return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)

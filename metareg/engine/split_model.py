@@ -162,7 +162,7 @@ class SplitModel:
         """The names of the weight ``[outputs, inputs]`` and the bias ``[outputs]`` of the head's last layer.
 
         Raises:
-            UsageError: the head does not end in an `nn.Linear`.
+            UsageError: the head does not end in an `nn.Linear`, or that is frozen.
         """
         if self._last_linear is None:
             raise UsageError(
@@ -171,6 +171,11 @@ class SplitModel:
             )
         in_head, in_neck = self._places["head"], self._places["neck"]
         last = {place.rpartition(".")[2]: first for place, first in in_head.items() if place not in in_neck}
+        if "weight" not in last:
+            raise UsageError(
+                f"The last layer of the head of {type(self.module).__name__} is frozen (its requires_grad is False); an "
+                "algorithm that computes its values needs it to be trainable."
+            )
         return last["weight"], last.get("bias")
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:

@@ -272,11 +272,18 @@ class Stages:
         return self._reduce("predict", _take_outputs, **arguments)
 
     def augment_outer_loss(
-        self, meta: Tensors, noise: Mapping[str, Any], **arguments: Any
+        self, meta: Tensors, noise: Mapping[str, Any], *, dtype: torch.dtype, **arguments: Any
     ) -> tuple[Tensor | float, Tensors]:
-        """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``."""
+        """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``.
+
+        Args:
+            meta: every meta-parameter.
+            noise: what each plugin drew.
+            dtype: that of the query loss; a term may also have that of the features, which the model runs in.
+            arguments: the others of the hook.
+        """
         logs: Tensors = {}
-        take = partial(_take_term, logs)
+        take = partial(_take_term, logs, (dtype, arguments["features"].dtype))
         return self._reduce("augment_outer_loss", take, **arguments, meta=meta, noise=noise), logs
 
     def outer_objective(
@@ -466,11 +473,13 @@ def _take_outputs(features: Tensor, given: Any, by: Implementation) -> Tensor:
     return given
 
 
-def _take_term(logs: Tensors, _: Any, given: Any, by: Implementation) -> Tensor:
-    """A term of the outer loss; what is to be logged beside it is added to `logs`."""
+def _take_term(logs: Tensors, dtypes: Collection[torch.dtype], _: Any, given: Any, by: Implementation) -> Tensor:
+    """A term of the outer loss, of one of some types; what is to be logged beside it is added to `logs`."""
     term, extra = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
     if not _is_scalar(term):
         by.reject(f"it must return a scalar tensor, not {_describe(term)}")
+    if term.dtype not in dtypes:
+        by.reject(f"its term must be of {next(iter(dtypes))}, as the query loss is, not of {term.dtype}")
     if not isinstance(extra, dict) or not all(_is_scalar(value) for value in extra.values()):
         by.reject("what it wants logged must be a dict of scalar tensors")
     logs |= {f"{by.name}.{key}": value.detach() for key, value in extra.items()}

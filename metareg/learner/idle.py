@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import Tensor
 
+from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.learner.config import LearnerConfig
 
@@ -17,10 +18,16 @@ log = logging.getLogger("metareg")
 _OUTER = ("combine_tasks", "outer_gradient", "outer_objective", "outer_update")
 
 
-def report_idle(stages: Stages, config: LearnerConfig) -> None:
-    """Log a warning for each option and hook that the learner's plugins make idle."""
+def report_idle(stages: Stages, config: LearnerConfig, model: SplitModel) -> None:
+    """Log a warning for each option and hook that the learner's plugins make idle, and for an idle inner loop."""
     for sentence in _find_idle(stages, config):
         log.warning(sentence)
+    if model.has_head and not (model.body_names and model.head_names) and not stages.adapted_parameters(model):
+        log.warning(
+            "The %s adapts no parameter: the %s has none that is trainable (requires_grad).",
+            stages.algorithm.label,
+            "head" if model.body_names else "body",
+        )
 
 
 def report_unlearned(stages: Stages, grads: Mapping[str, Tensor]) -> None:

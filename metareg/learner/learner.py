@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +110,7 @@ class MetaLearner:
         """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
         self._meta = MetaParameters(self.model, self.stages, self.config, self.device)
         self._optimizer = OuterOptimizer(self.stages, self.config)
-        report_idle(self.stages, self.config)
+        report_idle(self.stages, self.config, self.model)
         self._runner = BatchRunner(self.engine, self.config, self.device)
         self.steps_done = 0
         """Training steps taken so far."""
@@ -117,6 +118,11 @@ class MetaLearner:
         """The task plugin that a run trained it on, with the options by which it reads a user's own examples."""
         self.logs: dict[str, float] = {}
         """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A learner that `torch.multiprocessing` sends to a process is a copy: its tensors arrive in memory of both."""
+        shared = any(value.is_shared() for value in state["_meta"].tensors.values())
+        self.__dict__.update(copy.deepcopy(state) if shared else state)
 
     @property
     def bn_statistics(self) -> str:

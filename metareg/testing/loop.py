@@ -117,8 +117,8 @@ def _task_gradient(
         objective = objective + weight * learner.loss(outputs, task[3])
     view, steps = replace(view, step=len(weights), start=start), len(weights)
     terms, _ = stages.augment_outer_loss(
-        meta, noise, features=features, outputs=outputs, targets=task[3], adapted=params, loss=learner.loss,
-        metric=learner.metric, task=view,
+        meta, noise, dtype=objective.dtype, features=features, outputs=outputs, targets=task[3], adapted=params,
+        loss=learner.loss, metric=learner.metric, task=view,
     )  # fmt: skip
     own = stages.outer_objective(meta, params, start, state, steps, noise, view)
     total = (objective if own is None else own) + terms

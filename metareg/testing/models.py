@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from metareg.contract.episodes import Episodes
 from metareg.contract.tasks import TaskSpec
 from metareg.engine.split_model import SplitModel
-from metareg.errors import MetaregError
+from metareg.errors import MetaregError, describe_error
 from metareg.learner.learner import MetaLearner
 from metareg.registry.plugins import resolve
 from metareg.registry.task_source import TaskSource
@@ -57,6 +57,22 @@ def _build(subject: Subject, seed: int = 0) -> nn.Module:
     return build_model(subject.resolve(), Example.of(subject).spec, seed)
 
 
+def _run(subject: Subject, model: nn.Module, x: Any) -> Tensor:
+    """The outputs for the inputs that the kit runs a model on."""
+    try:
+        outputs: Tensor = model(x)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        what = (
+            f"a tensor of the shape {tuple(x.shape)}" if isinstance(x, Tensor) else f"a {type(x).__name__} of tensors"
+        )
+        fail(
+            f"The {subject.label} cannot be run on {what}: {describe_error(error)}",
+            "declare example_spec = TaskSpec(…), the shapes that it is for; or example_task, a task plugin whose inputs it "
+            "takes, where these are no plain tensors.",
+        )
+    return outputs
+
+
 def check_model_seed(subject: Subject) -> None:
     """The seed decides the initial weights, and nothing else does."""
     remedy = "draw from the generator that build is given, or through torch's default initialisers."
@@ -76,8 +92,8 @@ def check_model_split(subject: Subject) -> None:
         fail(f"The {subject.label} builds a model without body and head.", "name its parts self.body and self.head.")
     example = Example.of(subject)
     x = example.inputs
+    outputs = _run(subject, model, x)
     split.examine(split.initial_parameters(), x)
-    outputs = model(x)
     expected = (example.episodes.support_y.shape[1], *example.spec.output_shape)
     if tuple(outputs.shape) != expected:
         fail(
@@ -104,14 +120,14 @@ def check_model_trains(subject: Subject) -> None:
     example = Example.of(subject)
     model = _build(subject).double()
     state = snapshot(model)
-    learner = MetaLearner(model, Descent, loss=example.loss, inner_steps=2, strategy="serial")
-    before = snapshot(learner.model.module)
-    _, grads = learner.meta_gradient(example.episodes)
-    if not are_equal(before, snapshot(learner.model.module)) or not are_equal(state, snapshot(model)):
+    _run(subject, model, example.inputs)
+    if not are_equal(state, snapshot(model)):
         fail(
             f"A forward of the {subject.label} changes its buffers or parameters.",
             "let forward compute outputs and change nothing.",
         )
+    learner = MetaLearner(model, Descent, loss=example.loss, inner_steps=2, strategy="serial")
+    _, grads = learner.meta_gradient(example.episodes)
     still = [name for name, value in grads.items() if not bool(value.any())]
     if still:
         fail(

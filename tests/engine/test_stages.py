@@ -203,6 +203,7 @@ def test_properties_of_a_plugin_are_not_run() -> None:
         ("augment_outer_gradient", lambda grads: {name: value.sum() for name, value in grads.items()}, "of shape"),
         ("augment_outer_loss", lambda features: features, "must return a scalar"),
         ("augment_outer_loss", lambda features: 1.0, "must return a scalar tensor, not a float"),
+        ("augment_outer_loss", lambda features: features.sum().float(), "of torch.float64, .* not of torch.float32"),
         ("augment_outer_loss", lambda features: (features.sum(), {"x": 1.0}), "logged must be a dict of scalar"),
         ("augment_outer_loss", lambda features: (features.sum(), 1), "logged must be a dict of scalar"),
         ("augment_outer_loss", lambda features: (features.sum(), {"x": features}), "logged must be a dict of scalar"),

@@ -16,7 +16,7 @@ import torch
 from learners import AUGMENTERS, Source, same
 from torch import Tensor, nn
 
-from metareg import DivergenceError, Episodes, MetaLearner, TaskSpec, hookimpl
+from metareg import DivergenceError, Episodes, MetaLearner, TaskSpec, UsageError, hookimpl
 from metareg.learner.config import LearnerConfig
 from samples import LOSSES, MLP, MODELS, ConvNet, episodes
 
@@ -178,3 +178,55 @@ def test_several_threads_use_one_learner() -> None:
     assert all(each.result().scores.equal(scores) for each in evaluations)
     assert same(learner.state()["meta"], before)
     assert learner.model.initial_parameters().keys() == before.keys()
+
+
+def _train_on(learner: MetaLearner, results: Any) -> None:
+    learner.step(episodes("conv"))
+    results.put({name: value.tolist() for name, value in learner.meta_parameters.items()})
+
+
+def test_a_learner_in_another_process_is_a_copy() -> None:
+    learner = MetaLearner(ConvNet(), inner_lr=0.3, strategy="serial")
+    learner.step(episodes("conv"))
+    before = {name: value.clone() for name, value in learner.meta_parameters.items()}
+    context = torch.multiprocessing.get_context("spawn")
+    results = context.Queue()
+    process = context.Process(target=_train_on, args=(learner, results))
+    process.start()
+    found = results.get(timeout=300)
+    process.join()
+    assert same(before, learner.meta_parameters)
+    learner.step(episodes("conv"))
+    assert {name: value.tolist() for name, value in learner.meta_parameters.items()} == found
+
+
+def test_several_learners_are_traced_in_several_threads() -> None:
+    def train(_: int) -> list[float]:
+        learner = MetaLearner(MLP(), loss="mse", strategy="vectorized")
+        return [learner.step(episodes("mlp")).item() for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        losses = list(pool.map(train, range(4)))
+    assert losses == [train(0)] * 4
+
+
+@pytest.mark.parametrize(("algo", "part"), [("anil", "head"), ("boil", "body")])
+def test_what_is_frozen_is_not_adapted_and_a_line_says_so(
+    algo: str, part: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = MLP()
+    getattr(model, part).requires_grad_(False)
+    learner = MetaLearner(model, algo, loss="mse")
+    assert f"The algorithm '{algo}' adapts no parameter: the {part} has none that is trainable" in caplog.text
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    x, y, query_x, _ = episodes("mlp").unstack(0)
+    learner.step(episodes("mlp"))
+    assert all(value.equal(before[name]) for name, value in learner.model.constants().items())
+    assert torch.equal(learner.adapt(x, y, steps=0)(query_x), learner.adapt(x, y, steps=3)(query_x))
+
+
+def test_an_algorithm_that_computes_the_last_layer_needs_it_to_be_trainable() -> None:
+    model = ConvNet()
+    model.head.requires_grad_(False)
+    with pytest.raises(UsageError, match="last layer of the head of ConvNet is frozen"):
+        MetaLearner(model, "protonet").step(episodes("conv"))

@@ -701,6 +701,35 @@ class Model:
         return Network(spec)
 
 
+class Pairs(Lines):
+    """Tasks of which an input is two vectors."""
+
+    def stacked(self, numbers: np.ndarray) -> Episodes:
+        support_x, support_y, query_x, query_y = super().stacked(numbers).parts
+        return Episodes({"x": support_x, "of": [-support_x]}, support_y, {"x": query_x, "of": [-query_x]}, query_y)
+
+
+class TakesPairs(Model):
+    """It passes."""
+
+    example_task = Pairs
+
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        network = Network(TaskSpec((2,), spec.output_shape))
+        network.body.insert(0, _Join())
+        return network
+
+
+class _Join(nn.Module):
+    def forward(self, x: dict[str, Any]) -> Tensor:
+        return torch.cat([x["x"], *x["of"]], -1)
+
+
+class TakesUndeclaredPairs(TakesPairs):
+    example_task = None
+
+
 class Unseeded(Model):
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
@@ -896,7 +925,7 @@ BROKEN: dict[str, dict[str, list[type]]] = {
     },
     "models": {
         "seed": [Unseeded, Zeros, NumpyWeights],
-        "split": [Unsplit, WrongOutputs, AnySize],
+        "split": [Unsplit, WrongOutputs, AnySize, TakesUndeclaredPairs],
         "trains": [CountsForwards, Unused],
         "whole-steps": [Branches],
     },
@@ -909,7 +938,7 @@ BROKEN: dict[str, dict[str, list[type]]] = {
 
 SOUND: list[tuple[str, type]] = [
     ("algorithms", Plain), ("algorithms", Learned), ("augmenters", CoLearner), ("tasks", Lines), ("models", Model),
-    ("observers", Watching),
+    ("models", TakesPairs), ("observers", Watching),
 ]  # fmt: skip
 
 
@@ -933,6 +962,10 @@ def test_no_false_alarm(plugin: type) -> None:
     for check in checks("algorithms", plugin):
         if check.name not in ("composition", "strategies", "determinism"):  # no alarm was false there
             check()
+
+
+def test_a_model_of_other_inputs_is_asked_for_them() -> None:
+    assert "declare example_spec" in failing("models", TakesUndeclaredPairs, "split")
 
 
 def test_every_check_is_broken_by_some_plugin() -> None:
