@@ -77,6 +77,11 @@ class Task:
     """
     inherited_options: ClassVar[tuple[str, ...]] = ()
     """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
+    image_preparation: str = (
+        "upright as EXIF says, on white where transparent, grey or RGB; resized to width × height by Pillow's BICUBIC, "
+        "whatever the aspect; divided by 255"
+    )
+    """How `read_image` makes an input of an image, for who does the same where a program runs without metareg."""
     known_columns: Sequence[str] = ()
     """Names of columns that a user's tables have, of which the task knows; they may be numbers."""
 
@@ -106,9 +111,10 @@ class Task:
         """
         import numpy as np
         import torch
+        from PIL import Image
 
         channels, height, width = self.spec.input_shape
-        scaled = load_image(path, channels).resize((width, height))
+        scaled = load_image(path, channels).resize((width, height), Image.Resampling.BICUBIC)
         values = torch.from_numpy(np.array(scaled, dtype=np.float32) / 255)
         return values[None] if channels == 1 else values.permute(2, 0, 1)
 

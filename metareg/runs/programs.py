@@ -186,7 +186,11 @@ def _describe_images(task: Plugin, shape: tuple[int, ...]) -> dict[str, Any]:
             path = Path(folder, f"{name}.png")
             Image.new("RGB", (width, height), name).save(path)
             values[name] = read(path).flatten(1).mean(1).tolist()
-    return {"channels": channels, "height": height, "width": width, **values}
+    prepared = getattr(task.instance, "image_preparation", Task.image_preparation)
+    own_reader = getattr(type(task.instance), "read_image", Task.read_image) is not Task.read_image
+    if own_reader and prepared == Task.image_preparation:  # what the base says of another reader
+        prepared = None
+    return {"channels": channels, "height": height, "width": width, **values, "prepared": prepared}
 
 
 def _draw_examples(learner: MetaLearner, task: Plugin, support: int, query: int) -> tuple[Tensor, Tensor, Tensor]:

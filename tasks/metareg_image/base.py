@@ -95,6 +95,10 @@ class ImageTask(Task):
     """Whether `download` can fetch it."""
     too_few_classes: ClassVar[str] = "ask for fewer ways"
     """What to do where a split has too few classes."""
+    image_preparation: str = (
+        "upright as EXIF says, on white where transparent, grey or RGB; resized to width × height by Pillow's BILINEAR, "
+        "whatever the aspect; divided by 255"
+    )
     version: ClassVar[int] = 1
     """Raised when the task makes other pixels of the same data, so that older caches are not used."""
 

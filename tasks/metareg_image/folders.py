@@ -199,6 +199,10 @@ class CUB(_Benchmark):
         "classes (001.Black_footed_Albatross)."
     )
     contents = (200, 11_788)
+    image_preparation = (
+        "upright as EXIF says, on white where transparent, grey or RGB; resized by Pillow's BILINEAR so that the shorter "
+        "side is 1.5 times the size, then cropped in the middle; divided by 255"
+    )
 
     def resize(self, image: Image.Image) -> Image.Image:
         size = self.config.size

@@ -37,6 +37,7 @@ class OmniglotConfig(ImageConfig):
 class _Characters(ImageTask):
     Config = OmniglotConfig
     folder = "omniglot"
+    image_preparation = ImageTask.image_preparation.replace("; resized", "; inverted, so that ink is bright; resized")
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Ink is bright on a dark ground."""

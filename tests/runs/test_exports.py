@@ -306,6 +306,7 @@ def test_programs_that_adapt_run_without_metareg(curves: Run, shades: Run, tmp_p
             torch.testing.assert_close(predicted, alone.detach(), rtol=1e-5, atol=1e-5)
     facts = answers[1][0]
     assert facts["bn_statistics"] == "support"
+    assert "BICUBIC" in facts["image"].pop("prepared")
     assert facts["image"] == {"channels": 3, "height": 4, "width": 5, "black": [0.0] * 3, "white": [1.0] * 3}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from downloads import serve
@@ -71,6 +71,19 @@ def split_of(task: ImageFolder) -> dict[str, list[str]]:
 
 
 # --------------------------------------------------------------------------------------------------------- image-folder
+
+
+def test_images_are_prepared_as_programs_say(animals: Path) -> None:
+    """The lines of docs/deployment.md, for those who prepare images without metareg."""
+    task = folder_task(animals)
+    noise = np.random.default_rng(0).integers(256, size=(40, 61, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned
+    Image.fromarray(noise).save(animals.parent / "photo.jpg", exif=exif)
+    upright = ImageOps.exif_transpose(Image.open(animals.parent / "photo.jpg")).convert("RGB")
+    pixels = np.array(upright.resize((16, 16), Image.Resampling.BILINEAR))
+    assert torch.equal(task.read_image(animals.parent / "photo.jpg"), torch.from_numpy(pixels).permute(2, 0, 1) / 255)
+    assert "BILINEAR" in task.image_preparation
 
 
 def test_nested_folders_and_a_seeded_split(animals: Path) -> None:
