@@ -32,9 +32,10 @@ def name_objects(fields: Mapping[str, Any], model: Any) -> tuple[dict[str, Any],
     objects: dict[tuple[str, str], Any] = {}
 
     def name(field: str, given: Any, label: str = "") -> Any:
-        if isinstance(given, str | PluginSpec) or (isinstance(given, Mapping) and "name" in given) or given is None:
+        plugin = given[0] if isinstance(given, tuple) and len(given) == 2 else given
+        if isinstance(plugin, str | PluginSpec) or (isinstance(given, Mapping) and "name" in given) or given is None:
             return given
-        text = label or get_name(given)
+        text = label or get_name(plugin)
         if objects.setdefault((field, text), given) is not given:
             advice = ' Give it as {"task": …, "label": …}.' if field == "task" else ""
             raise UsageError(f"Two objects given as {field} go by the name '{text}'.{advice}")

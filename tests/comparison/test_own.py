@@ -12,6 +12,7 @@ from torch import nn
 
 import metareg
 from metareg import Episodes, PluginConfig, UsageError, derive_seed, hookimpl
+from metareg.comparison.own import name_objects
 
 TINY: dict[str, Any] = {
     "steps": 4, "meta_batch": 2, "eval_tasks": 2, "test_tasks": 3, "test_inner_steps": [1], "strategy": "serial",
@@ -44,6 +45,14 @@ class Sign:
 def create_net() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def test_pairs_of_a_class_and_options_are_objects_and_those_of_a_name_are_not() -> None:
+    pair = (Sign, {"inner_lr": 0.3})
+    fields, model, objects = name_objects({"algo": ["maml", pair], "tasks": "sinusoid"}, ("mlp", {"hidden": [3]}))
+    assert fields == {"algo": ["maml", "sign"], "tasks": "sinusoid"}
+    assert model == ("mlp", {"hidden": [3]})
+    assert objects == {("algo", "sign"): pair}
 
 
 def test_own_objects_are_compared_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
