@@ -196,6 +196,8 @@ _METRICS = "".join(
     for k in (1, 2) for split in ("train", "validation")
 )  # fmt: skip
 _TIMING = "".join(json.dumps({"step": k, "steps_per_second": 9.5, "peak_bytes": None}) + "\n" for k in (1, 2))
+_ANALYSIS = {"layers": [{"name": "head", "relative": [{"mean": 0.5}]}], "adapting": {"all": [{"mean": 0.5}]},
+             "train": [{"mean": 0.5}], "angles": [{"degrees": {"mean": 80.0}}]}  # fmt: skip
 _RUN = "runs/sinusoid/maml/seed-0"
 _COMPARISON = yaml.safe_dump({
     "algo": ["maml"], "tasks": ["sinusoid"], "seeds": [0], "options": {"steps": 4},
@@ -206,7 +208,8 @@ _CHOSEN = "tuning/sinusoid/maml/chosen.json"
 _COMPARED = _both(
     _text("comparison.yaml", _COMPARISON), _text(f"{_RUN}/results.json", json.dumps(_RESULTS)),
     _text(f"{_RUN}/config.yaml", _CONFIG), _text(f"{_RUN}/metrics.jsonl", _METRICS),
-    _text(f"{_RUN}/timing.jsonl", _TIMING), _text(f"{_RUN}/environment.json", json.dumps(_ENVIRONMENT)),
+    _text(f"{_RUN}/timing.jsonl", _TIMING), _text(f"{_RUN}/analysis.json", json.dumps(_ANALYSIS)),
+    _text(f"{_RUN}/environment.json", json.dumps(_ENVIRONMENT)),
     _text(_CHOSEN, json.dumps({"options": {"inner_lr": 0.1}, "trials": [{"score": 0.5}, {"score": None}]})),
 )  # fmt: skip
 _NODES = "id,label,a,b\n" + "".join(f"n{k},{k % 2},{k}.5,0\n" for k in range(6))

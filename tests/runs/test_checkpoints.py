@@ -481,7 +481,10 @@ def _failure(function: Callable[[], Any]) -> str:
     return ""
 
 
-def test_a_checkpoint_that_fails_at_any_step_harms_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.strangers
+def test_a_checkpoint_that_fails_at_any_step_harms_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Callable[..., None]
+) -> None:
     (tmp_path / "alone").mkdir()
     expected, expected_lines = Training(tmp_path / "alone").run()
     shim = Shim(monkeypatch)
@@ -505,10 +508,12 @@ def test_a_checkpoint_that_fails_at_any_step_harms_nothing(tmp_path: Path, monke
         weights, lines = Training(folder).run()
         assert all(torch.equal(value, weights[name]) for name, value in expected.items())
         assert lines == expected_lines
+        tried("disks")
     assert failed >= 3 * 5, "each of five checkpoints was to fail in write, fsync and rename"
 
 
-def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path) -> None:
+@pytest.mark.strangers
+def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path, tried: Callable[..., None]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
     try:
@@ -518,6 +523,7 @@ def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     metareg.resume(stopped)
     assert _results(stopped) == _results(finished)
+    tried("disks")
 
 
 class Vanishing:
@@ -532,10 +538,12 @@ class Vanishing:
         shutil.rmtree(self.path)
 
 
-def test_a_folder_that_vanishes_is_one_sentence_and_stays_away(tmp_path: Path) -> None:
+@pytest.mark.strangers
+def test_a_folder_that_vanishes_is_one_sentence_and_stays_away(tmp_path: Path, tried: Callable[..., None]) -> None:
     with pytest.raises(MetaregError, match="cannot be written"):
         metareg.train(out=tmp_path / "run", observers=[Vanishing()], **SMALL)
     assert not (tmp_path / "run").exists()
+    tried("disks")
 
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

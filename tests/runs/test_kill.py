@@ -6,7 +6,7 @@ import itertools
 import random
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,8 @@ import pytest
 
 from metareg.registry.plugins import list_entries
 from processes import Command, Nursery, kill
+
+pytestmark = pytest.mark.strangers
 
 RESULT = ("config.yaml", "metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
@@ -98,19 +100,28 @@ def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 
 
 @pytest.mark.parametrize("case", _short(), ids=str)
-def test_killed_runs_end_as_if_left_alone(case: Case, tmp_path: Path, nursery: Nursery) -> None:
+def test_killed_runs_end_as_if_left_alone(
+    case: Case, tmp_path: Path, nursery: Nursery, tried: Callable[..., None]
+) -> None:
     often = case.task == "sinusoid"  # the others take longer for a step
-    _kill_and_compare(case, tmp_path, nursery, kills=4 if often else 2, steps=40 if often else 16)
+    kills = 4 if often else 2
+    _kill_and_compare(case, tmp_path, nursery, kills=kills, steps=40 if often else 16)
+    tried("kills", kills)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", _long(), ids=str)
 def test_killed_commands_end_as_if_left_alone(
-    case: Case, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tried: Callable[..., None],
 ) -> None:
     if case.task in _NEED_DATA:
         monkeypatch.setenv("METAREG_DATA", str(request.getfixturevalue("data_folder")))
     _kill_and_compare(case, tmp_path, Command(tmp_path), kills=6, steps=100)
+    tried("kills", 6)
 
 
 def _kill_and_compare(case: Case, folder: Path, processes: Nursery | Command, *, kills: int, steps: int) -> None:

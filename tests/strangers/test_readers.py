@@ -109,7 +109,7 @@ def _write(reader: Reader, folder: Path) -> Path:
 def test_damaged_files_crash_a_child_alone(reader: Reader, tmp_path: Path, tried: Tried) -> None:
     good = _write(reader, tmp_path).read_bytes()
     paths = []
-    for flip in range(0, 8 * len(good), max(1, len(good) // 8)):
+    for flip in range(0, 8 * len(good), max(1, len(good) // 2)):
         paths.append(tmp_path / f"{flip}{Path(reader.name).suffix}")
         damaged = bytearray(good)
         damaged[flip // 8] ^= 1 << flip % 8

@@ -78,7 +78,7 @@ _EPISODES = Episodes(torch.ones(2, 3, 1), torch.ones(2, 3, 1), torch.zeros(2, 3,
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_every_flipped_bit_of_a_checkpoint_is_noticed(checkpoint: tuple[Path, bytes]) -> None:
+def test_every_flipped_bit_of_a_checkpoint_is_noticed(tried: Tried, checkpoint: tuple[Path, bytes]) -> None:
     path, good = checkpoint
     flips = range(8 * len(good))
     for flip in random.Random(0).sample(flips, 2000):
@@ -87,11 +87,13 @@ def test_every_flipped_bit_of_a_checkpoint_is_noticed(checkpoint: tuple[Path, by
         path.write_bytes(damaged)
         with pytest.raises(UsageError, match=r"step-000000007\.safetensors"):
             Checkpoints(path.parent, 3).load(7)
+    tried("containers", 2000)
 
 
 @_FUZZ
 @given(st.data())
-def test_damaged_checkpoints_are_skipped(checkpoint: tuple[Path, bytes], data: st.DataObject) -> None:
+def test_damaged_checkpoints_are_skipped(tried: Tried, checkpoint: tuple[Path, bytes], data: st.DataObject) -> None:
+    tried("containers")
     path, good = checkpoint
     start = data.draw(st.integers(0, len(good)))
     end = data.draw(st.integers(start, len(good)))
@@ -107,7 +109,8 @@ def test_damaged_checkpoints_are_skipped(checkpoint: tuple[Path, bytes], data: s
 
 @_FUZZ
 @given(st.data())
-def test_damaged_learners_are_refused(learner_file: tuple[Path, bytes], data: st.DataObject) -> None:
+def test_damaged_learners_are_refused(tried: Tried, learner_file: tuple[Path, bytes], data: st.DataObject) -> None:
+    tried("containers")
     path, good = learner_file
     start = data.draw(st.integers(0, len(good) - 1))
     damaged = good[:start] + data.draw(st.binary(max_size=20)) + good[data.draw(st.integers(start, len(good))) :]
@@ -118,7 +121,8 @@ def test_damaged_learners_are_refused(learner_file: tuple[Path, bytes], data: st
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff" * 100, pickle.dumps({"a": 1}), b"PK\x03\x04" + b"\0" * 99, bytes(8)])
-def test_files_of_other_kinds_are_refused(tmp_path: Path, content: bytes) -> None:
+def test_files_of_other_kinds_are_refused(tried: Tried, tmp_path: Path, content: bytes) -> None:
+    tried("containers")
     path = tmp_path / "file"
     path.write_bytes(content)
     with pytest.raises(UsageError, match="is no learner that metareg saved"):
@@ -138,8 +142,9 @@ def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
 @_FUZZ
 @given(st.data())
 def test_made_up_headers_are_refused_or_harmless(
-    learner_file: tuple[Path, bytes], tmp_path: Path, data: st.DataObject
+    tried: Tried, learner_file: tuple[Path, bytes], tmp_path: Path, data: st.DataObject
 ) -> None:
+    tried("containers")
     path, good = learner_file
     path.write_bytes(good)
     file = TensorFile(path, "learner")
@@ -165,7 +170,8 @@ def _finite(value: Any) -> Any:
 
 @_FUZZ
 @given(st.data())
-def test_made_up_checkpoints_are_refused_or_harmless(tmp_path: Path, data: st.DataObject) -> None:
+def test_made_up_checkpoints_are_refused_or_harmless(tried: Tried, tmp_path: Path, data: st.DataObject) -> None:
+    tried("containers")
     folder = tmp_path / "made-up"
     folder.mkdir(exist_ok=True)
     learner, progress, store = _learner(), Progress(), Checkpoints(folder, 1)
@@ -228,7 +234,8 @@ def test_names_and_shapes_are_compared_with_the_model(learner_file: tuple[Path, 
 @example("? {a: 1}\n: 2")
 @example("a: " + "9" * 5000)
 @example("steps: !!python/object/apply:os.system ['touch /tmp/never']")
-def test_any_text_as_configuration(tmp_path: Path, text: str) -> None:
+def test_any_text_as_configuration(tried: Tried, tmp_path: Path, text: str) -> None:
+    tried("configurations")
     path = tmp_path / "config.yaml"
     path.write_text(text, encoding="utf-8", errors="surrogatepass")
     try:
@@ -240,7 +247,8 @@ def test_any_text_as_configuration(tmp_path: Path, text: str) -> None:
 
 @_FUZZ
 @given(st.dictionaries(st.sampled_from(sorted(RunConfig.model_fields)), _VALUES, max_size=5))
-def test_any_values_in_a_configuration(base: dict[str, Any]) -> None:
+def test_any_values_in_a_configuration(tried: Tried, base: dict[str, Any]) -> None:
+    tried("configurations")
     _assembled_or_refused(base)
 
 
@@ -248,7 +256,8 @@ def test_any_values_in_a_configuration(base: dict[str, Any]) -> None:
 @given(st.dictionaries(st.text(max_size=10) | st.sampled_from(["inner_lr", "cml.gamma", "task.shots"]), _VALUES))
 @example({"cml.gamma": 0.5, "task.shots": 3})
 @example({"cml.gama": 0.5})
-def test_any_options(options: dict[str, Any]) -> None:
+def test_any_options(tried: Tried, options: dict[str, Any]) -> None:
+    tried("configurations")
     _assembled_or_refused({"augment": "cml"}, options)
 
 
@@ -273,7 +282,8 @@ def _names(value: Any) -> Iterator[str]:
 
 @_FUZZ
 @given(st.data())
-def test_any_text_in_a_run_folder(tmp_path: Path, data: st.DataObject) -> None:
+def test_any_text_in_a_run_folder(tried: Tried, tmp_path: Path, data: st.DataObject) -> None:
+    tried("reports")
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
     for name in ("config.yaml", "results.json", "checkpoints/final.safetensors"):
@@ -311,7 +321,8 @@ def _never_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("_never_trains")
 @_FUZZ
 @given(st.sampled_from(_COMMANDS), st.lists(_WORDS | st.text(max_size=6), max_size=5))
-def test_any_command_line(capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
+def test_any_command_line(tried: Tried, capsys: pytest.CaptureFixture[str], name: str, words: list[str]) -> None:
+    tried("configurations")
     code = command([name, *words])
     printed = capsys.readouterr()
     assert code in (0, 1, 2)
