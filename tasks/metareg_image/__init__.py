@@ -1,6 +1,7 @@
 """Few-shot image classification: drawn letters, Omniglot, the benchmarks of the literature, and one's own folders."""
 
 from metareg_image.folders import CUB, Cars, ImageFolder, MiniImageNet, TieredImageNet
+from metareg_image.fonts import FontFolder
 from metareg_image.glyphs import Glyphs
 from metareg_image.models import Conv4, ResNet12
 from metareg_image.omniglot import Omniglot, OmniglotSmall
@@ -14,6 +15,7 @@ __all__ = [
     "Aircraft",
     "Cars",
     "Conv4",
+    "FontFolder",
     "Glyphs",
     "ImageFolder",
     "MiniImageNet",

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import matplotlib
 import numpy as np
 from matplotlib.ft2font import FT2Font
-from PIL import Image, ImageDraw, ImageFont
 from pydantic import Field
 
-from metareg import Dataset, UsageError, task_uniform
+from metareg import Dataset, UsageError
 from metareg_image.base import Channels, ImageConfig, ImageTask
-from metareg_image.store import ClassImages
+from metareg_image.letters import Face, centre, draw_example, draw_letter
+from metareg_image.likeness import find_alike, find_similar, picture_shapes, select_distinct
+from metareg_image.store import SPLITS, ClassImages
 
 __all__ = ["Glyphs"]
 
@@ -32,12 +34,9 @@ _FACES = [
 ]
 _FEWEST_FACES = 4
 _EXAMPLES = 20
-_POINTS = 64
-"""Size at which letters are rendered, in pixels per em, before they are scaled to the image."""
-_INK = 0.72
-"""The part of the image's side that the larger side of a letter takes."""
 _ALIKE = 0.4
-"""Two letters look the same where ‖a − b‖² is less than this part of the smaller of ‖a‖² and ‖b‖²."""
+"""Letters of one split look the same where they differ by less than this, drawn in `_SIDE` pixels."""
+_SIDE = 28
 
 
 class GlyphsConfig(ImageConfig):
@@ -55,13 +54,15 @@ class Glyphs(ImageTask):
     A class is a letter, an example one of its faces with a small random affine change. Training takes Latin, Cyrillic,
     Canadian syllabics, Arabic, Lisu, Old Italic and Coptic, validation Armenian and Lao, the test Greek, Georgian and
     Hebrew: all test classes are of scripts that were not trained on. Left out are letters with marks that Unicode writes
-    as a letter and the mark, those that fewer than four faces have, and those that look like an earlier one (A in Greek
-    like A in Latin). 20×20 grey images, ink bright, 20 examples a class. Drawn at the first use, then kept.
+    as a letter and the mark, those that fewer than four faces have, and those that look like another: of a split the
+    first is kept, of several splits the test's before the validation's before the training's (A in Greek, not in Latin;
+    τ and not T). 20×20 grey images, ink bright, 20 examples a class. Drawn at the first use, then kept.
     """
 
     Config = GlyphsConfig
     name = "glyphs"
     folder = "glyphs"
+    version = 2
     obtain = "It is drawn from matplotlib's fonts at the first use."
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
@@ -82,19 +83,35 @@ class Glyphs(ImageTask):
         return matplotlib.__version__
 
     def classes(self) -> Iterable[ClassImages]:
-        charmaps = {face: set(FT2Font(str(_find_font(face))).get_charmap()) for face in _FACES}
+        faces = {name: Face(_find_font(name)) for name in _FACES}
+        charmaps = {name: set(FT2Font(str(face.path)).get_charmap()) for name, face in faces.items()}
         letters = [
-            (split, chr(code), faces)
-            for split, scripts in _SCRIPTS.items()
-            for script in scripts
+            (split, chr(code), having)
+            # Test classes first: of letters that look alike, the first is kept.
+            for split in reversed(SPLITS)
+            for script in _SCRIPTS[split]
             for code in sorted(set().union(*charmaps.values()))
             if _is_letter_of(chr(code), script)
-            and len(faces := [face for face in _FACES if code in charmaps[face]]) >= _FEWEST_FACES
+            and len(having := [faces[name] for name in _FACES if code in charmaps[name]]) >= _FEWEST_FACES
         ]
-        for number in _find_distinct([_centre(_draw_letter(letter, faces[0])) for _, letter, faces in letters]):
-            split, letter, faces = letters[number]
-            images = [partial(_draw_example, letter, faces, example, self.config.size) for example in range(_EXAMPLES)]
+        for number in _select(letters):
+            split, letter, having = letters[number]
+            images = [partial(draw_example, letter, having, example, self.config.size) for example in range(_EXAMPLES)]
             yield ClassImages(split, unicodedata.name(letter).capitalize(), images)
+
+
+def _select(letters: Sequence[tuple[str, str, Sequence[Face]]]) -> list[int]:
+    """The letters (split, letter, faces) that look like none before them, in their split or in another."""
+    drawn = [draw_letter(letter, faces[0]) for _, letter, faces in letters]
+    small = np.stack([np.asarray(centre(each, _SIDE)) for each in drawn])[:, None]
+    shapes = picture_shapes(drawn)
+    splits = [np.flatnonzero([split == each for split, _, _ in letters]) for each in SPLITS]
+    pairs = [
+        (rows[i], rows[j]) for rows in splits for i, j, _ in find_alike(small[rows], small[rows], _ALIKE) if i != j
+    ]
+    for one, other in itertools.combinations(splits, 2):
+        pairs += [(one[i], other[j]) for i, j, _ in find_similar(shapes[one], shapes[other])]
+    return select_distinct(len(letters), pairs)
 
 
 def _is_letter_of(letter: str, script: str) -> bool:
@@ -112,66 +129,3 @@ def _find_font(face: str) -> Path:
             f"matplotlib's font {path} is missing, from which the task 'glyphs' is drawn; reinstall matplotlib."
         )
     return path
-
-
-@cache
-def _load_font(face: str) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(str(_find_font(face)), _POINTS, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _draw_letter(letter: str, face: str) -> Image.Image:
-    """A letter, bright on dark, cut at its edges."""
-    left, top, right, bottom = _load_font(face).getbbox(letter)
-    image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
-    ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=_load_font(face))
-    return image.crop(image.getbbox())
-
-
-def _centre(
-    image: Image.Image, size: int = 28, matrix: np.ndarray | None = None, shift: tuple[float, float] = (0, 0)
-) -> Image.Image:
-    """A letter in the middle of an image of ``size × size``, its larger side taking `_INK` of it, changed by an affine map.
-
-    Args:
-        image: the letter, cut at its edges.
-        size: of the result.
-        matrix: 2×2, applied around the centre.
-        shift: in pixels of the result.
-    """
-    scale = max(image.size) / (_INK * size)
-    inverse = scale * np.linalg.inv(np.eye(2) if matrix is None else matrix)
-    centre = np.array(image.size) / 2
-    # Pillow maps a pixel of the result to a place in the source.
-    offset = centre - inverse @ (np.array([size, size]) / 2 + shift)
-    coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
-    # Smaller first, so that the map does not skip pixels.
-    shrink = max(1, int(scale))
-    if shrink > 1:
-        small = image.reduce(shrink)
-        coefficients = tuple(value / shrink for value in coefficients)
-        image = small
-    return image.transform((size, size), Image.Transform.AFFINE, coefficients, Image.Resampling.BILINEAR)
-
-
-def _draw_example(letter: str, faces: list[str], number: int, size: int) -> Image.Image:
-    """An example of a letter: the next of its faces, turned, sheared, scaled and shifted a little."""
-    turn, shear, scale, right, down = 2 * task_uniform(0, "glyphs", [ord(letter)], 5, str(number))[0] - 1
-    angle = np.deg2rad(12 * turn)
-    rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
-    matrix = (1 + 0.15 * scale) * rotation @ np.array([[1, 0.2 * shear], [0, 1]])
-    return _centre(
-        _draw_letter(letter, faces[number % len(faces)]), size, matrix, (0.06 * size * right, 0.06 * size * down)
-    )
-
-
-def _find_distinct(images: list[Image.Image]) -> Iterator[int]:
-    """The numbers of the images that do not look like one that was kept before."""
-    flat = np.stack([np.asarray(image, dtype=np.float32).ravel() for image in images])
-    squares = (flat**2).sum(1)
-    distances = squares[:, None] + squares - 2 * flat @ flat.T
-    alike = distances < _ALIKE * np.minimum(squares[:, None], squares)
-    kept: list[int] = []
-    for number in range(len(images)):
-        if squares[number] and not alike[number, kept].any():
-            kept.append(number)
-            yield number

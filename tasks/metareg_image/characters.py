@@ -1,0 +1,130 @@
+"""Which characters a user means, their scripts, and groups of them such as radicals."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from fontTools import unicodedata as scripts
+
+from metareg import UnknownNameError, UsageError, read_table
+
+__all__ = ["find_script", "name_character", "parse_characters", "read_groups"]
+
+_LETTERS = frozenset({"Lu", "Ll", "Lt", "Lo"})
+_CODES = re.compile(r"(?:U\+)?([0-9A-F]{1,6})(?:-(?:U\+)?([0-9A-F]{1,6}))?", re.IGNORECASE)
+_CODE = re.compile(r"U\+([0-9A-F]{4,6})", re.IGNORECASE)
+_RADICAL = re.compile(r"^U\+([0-9A-F]{4,6})\tkRSUnicode\t(\d+)", re.MULTILINE)
+"""A line of Unihan: the character, and the number of its radical, followed by a sign and the strokes besides."""
+_LARGEST_UNIHAN = 1 << 28
+
+
+def find_script(character: str) -> str:
+    """The script of a character by its property in Unicode, as ``"HAN"`` or ``"OLD ITALIC"``."""
+    return scripts.script_name(scripts.script(character)).replace("_", " ").upper()
+
+
+def name_character(character: str) -> str:
+    """A class's name: that in Unicode, or the code where it would only repeat it."""
+    name = unicodedata.name(character, "")
+    code = f"{ord(character):04X}"
+    return f"U+{code}" if not name or name.endswith(code) else name.capitalize()
+
+
+def parse_characters(text: str | None) -> Callable[[str], bool]:
+    """Whether a character is among those that a text like ``"HIRAGANA, U+4E00-9FFF"`` means.
+
+    Args:
+        text: scripts and ranges of codes between commas; None for the letters of all scripts. Of a script it means the
+            letters, without those that Unicode takes for another one or for several (é, fullwidth A); of a range all
+            that can be drawn.
+
+    Raises:
+        UsageError: a part is neither a script nor a range.
+    """
+    if text is None:
+        return _is_letter
+    named: set[str] = set()
+    ranges: list[range] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        if part.upper().startswith("U+"):
+            ranges.append(_parse_range(part))
+        else:
+            named.add(_find_name(part))
+    if not named and not ranges:
+        raise UsageError("'characters' names no script and no range; write, for instance, HIRAGANA or U+4E00-9FFF.")
+
+    def is_meant(character: str) -> bool:
+        in_range = any(ord(character) in each for each in ranges) and unicodedata.category(character)[0] in "LNPS"
+        return in_range or (_is_letter(character) and find_script(character) in named)
+
+    return is_meant
+
+
+def read_groups(path: Path) -> dict[str, str]:
+    """The group of each character of a file.
+
+    Args:
+        path: a table of two columns, called ``character`` (itself or as ``U+4E00``) and ``group`` where they have names;
+            or a text of the Unihan database, whose lines kRSUnicode name radicals, of which the first counts.
+
+    Raises:
+        UsageError: it cannot be read, or holds something else, or puts a character into two groups.
+    """
+    if not path.is_file():
+        raise UsageError(f"There is no file {path}.")
+    try:
+        with path.open("rb") as file:
+            text = file.read(_LARGEST_UNIHAN).decode("utf-8", "replace")
+    except OSError as error:
+        raise UsageError(f"The file {path} cannot be read: {error.strerror}.") from error
+    if radicals := _RADICAL.findall(text):
+        return {chr(int(code, 16)): radical for code, radical in radicals if int(code, 16) <= 0x10FFFF}
+    table = read_table(path, is_data=lambda cells: len(cells) == 2 and _parse_character(cells[0]) is not None)
+    if len(table.names) != 2 or (table.named and set(table.names) != {"character", "group"}):
+        raise UsageError(
+            f"{path} must be a table with the columns 'character' and 'group', or a text of Unihan with lines kRSUnicode; "
+            f"it has the columns {', '.join(table.names)}."
+        )
+    first, second = ("character", "group") if table.named else table.names
+    groups: dict[str, str] = {}
+    for row, (cell, group) in enumerate(zip(table.get_texts(first), table.get_texts(second), strict=True)):
+        character = _parse_character(cell)
+        if character is None:
+            raise UsageError(
+                f"{table.locate(row, first)} holds '{cell}' where one character, or U+ and its code, belongs."
+            )
+        if groups.setdefault(character, group) != group:
+            raise UsageError(f"{path} puts the character '{character}' into '{groups[character]}' and into '{group}'.")
+    return groups
+
+
+def _is_letter(character: str) -> bool:
+    return unicodedata.category(character) in _LETTERS and not unicodedata.decomposition(character)
+
+
+def _parse_range(part: str) -> range:
+    matched = _CODES.fullmatch(part)
+    first, last = (int(code, 16) for code in (matched[1], matched[2] or matched[1])) if matched else (1, 0)
+    if first > last:
+        raise UsageError(f"'{part}' in 'characters' is no range of codes; write, for instance, U+4E00-9FFF.")
+    return range(first, last + 1)
+
+
+def _find_name(part: str) -> str:
+    """The script that a user names, in any case, with spaces or underscores, or by its four letters (ISO 15924)."""
+    known = {name.replace("_", " ").upper(): code for code, name in scripts.Scripts.NAMES.items()}
+    wanted = part.replace("_", " ").upper()
+    by_code = {code.upper(): name for name, code in known.items()}
+    if wanted not in known and wanted not in by_code:
+        raise UnknownNameError("script (in 'characters')", part, sorted(known))
+    return by_code.get(wanted, wanted)
+
+
+def _parse_character(cell: str) -> str | None:
+    matched = _CODE.fullmatch(cell)
+    if matched and int(matched[1], 16) <= 0x10FFFF:
+        return chr(int(matched[1], 16))
+    return cell if len(cell) == 1 else None

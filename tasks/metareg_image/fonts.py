@@ -1,0 +1,299 @@
+"""Letters of the fonts that a user has: any script, thousands of classes, no images to fetch."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from PIL import Image, features
+from pydantic import Field, model_validator
+
+from metareg import PathText, UsageError, draw_distinct, read_split_file, task_uniform
+from metareg_image.base import Channels, ImageConfig, ImageTask
+from metareg_image.characters import find_script, name_character, parse_characters, read_groups
+from metareg_image.font_files import find_fonts, list_some, read_faces
+from metareg_image.letters import Face, centre, draw_example, draw_letter, has_ink
+from metareg_image.likeness import find_alike, find_similar, picture_shapes, select_distinct
+from metareg_image.store import SPLITS, ClassImages
+
+__all__ = ["FontFolder"]
+
+log = logging.getLogger("metareg")
+
+_MOST_FACES = 1000
+_SAME = 0.2
+"""Letters of one script, and those of one split, look the same where they differ by less than this."""
+_SIDE = 56
+_COMPARED = 5
+"""Letters of one script are compared in so many faces, from light to bold."""
+_SAMPLE = 32
+"""A face's weight is measured on so many letters."""
+
+_Item = TypeVar("_Item")
+
+
+class FontFolderConfig(ImageConfig):
+    """Options of the font-folder task."""
+
+    size: int = Field(28, ge=8, description="Height and width of the images, in pixels.")
+    channels: Channels = Field(1, description="1 for grey images, 3 for colour.")
+    query: int = Field(5, ge=1, description="Query images of each class in training.")
+    characters: str | None = Field(
+        None,
+        description="Scripts and ranges of codes, as 'HIRAGANA, U+4E00-9FFF'; without it all letters of the fonts.",
+    )
+    faces: int = Field(4, ge=1, description="Faces in which a character must be drawn at least, to be a class.")
+    examples: int = Field(20, ge=2, description="Images of each class, in its faces one after the other.")
+    split_by: Literal["character", "script", "group"] = Field(
+        "character", description="What is split: single characters, whole scripts, or the groups of the file `groups`."
+    )
+    groups: PathText | None = Field(
+        None,
+        description="Table with lines character,group, or Unihan's text with lines kRSUnicode (radicals).",
+    )
+    split_file: PathText | None = Field(
+        None,
+        description="JSON or YAML {train: [name, …], validation: […], test: […]}, or CSV with lines name,split, of "
+        "characters, scripts or groups, as split_by says; without it they are split at random by the ratios.",
+    )
+    ratios: list[float] = Field(
+        [0.6, 0.2, 0.2], min_length=3, max_length=3, description="Parts of the classes for train, validation, test."
+    )
+    split_seed: int = Field(0, ge=0, description="Seed of the split by ratios.")
+
+    @model_validator(mode="after")
+    def _check_split(self) -> FontFolderConfig:
+        if min(self.ratios) < 0 or sum(self.ratios) <= 0:
+            raise ValueError(f"ratios must not be negative, and not all zero, got {self.ratios}")
+        if (self.split_by == "group") != (self.groups is not None):
+            raise ValueError("split_by = 'group' and the file 'groups' belong together")
+        return self
+
+
+class FontFolder(ImageTask):
+    """Characters drawn from the fonts in a folder of yours: a class is a character, an example one of its faces.
+
+    Read are .ttf, .otf, .ttc, .otc and .woff files, and .woff2 where Pillow can, in the folder and those inside it. Each
+    image has a small random affine change, always the same. Characters, or whole scripts or groups such as radicals,
+    are split into train, validation and test by a file or at random by ratios. Of characters that look alike one is
+    kept: training gives way to validation, and both to the test. Drawn at the first use, then kept.
+    """
+
+    Config = FontFolderConfig
+    config: FontFolderConfig
+    name = "font-folder"
+    folder = "font-folder"
+    obtain = "Put font files into it."
+    too_few_classes = (
+        "ask for fewer ways, or choose more characters, fewer faces, or another split (ratios, split_file)"
+    )
+    recommended: ClassVar[Mapping[str, Any]] = {
+        **ImageTask.recommended,
+        "steps": 10_000,
+        "outer_lr": 2e-3,
+        "model.width": 16,
+        "anil": {"inner_steps": 5},
+    }
+
+    def fingerprint(self) -> str:
+        config = self.config
+        chosen = config.model_dump(include={"characters", "faces", "examples", "split_by", "ratios", "split_seed"})
+        digest = hashlib.blake2b(json.dumps([chosen, features.version("freetype2")]).encode(), digest_size=16)
+        if self.location.is_dir():
+            for path in self._files:
+                state = path.stat()
+                line = f"{path.relative_to(self.location)} {state.st_size} {state.st_mtime_ns}\n"
+                digest.update(line.encode(errors="surrogateescape"))
+        for name in (config.groups, config.split_file):
+            if name is not None and Path(name).is_file():
+                digest.update(Path(name).read_bytes())
+        return digest.hexdigest()
+
+    def classes(self) -> Iterable[ClassImages]:
+        faces_of = self._find_characters()
+        split_of = self._split(faces_of)
+        letters = sorted(split_of, key=lambda letter: (-SPLITS.index(split_of[letter]), ord(letter)))
+        kept = [letters[number] for number in self._select(letters, split_of, faces_of)]
+        for letter in sorted(kept):
+            faces = _spread(faces_of[letter], self.config.examples)
+            images = [partial(draw_example, letter, faces, n, self.config.size) for n in range(self.config.examples)]
+            yield ClassImages(split_of[letter], name_character(letter), images)
+
+    # ------------------------------------------------------------------------------------------------------------ fonts
+
+    @cached_property
+    def _files(self) -> list[Path]:
+        """The font files, sorted; what else is in the folder is said once."""
+        files, left_out = find_fonts(self.location)
+        said = [f"{reason}: {list_some(names)}" for reason, names in left_out.items()]
+        if said:
+            log.warning("Left out of %s: %s.", self.location, "; ".join(said))
+        if not files:
+            raise UsageError(f"There are no fonts in {self.location}; put .ttf, .otf, .ttc or .woff files there.")
+        return files
+
+    def _find_characters(self) -> dict[str, list[Face]]:
+        """The characters that enough faces draw, and those faces."""
+        is_meant = parse_characters(self.config.characters)
+        known, damaged = read_faces(self._files)
+        if damaged:
+            log.warning("Left out of %s, as they cannot be read: %s.", self.location, list_some(damaged))
+        if not known:
+            raise UsageError(f"None of the fonts in {self.location} can be read.")
+        if len(known) > _MOST_FACES:
+            raise UsageError(f"{self.location} holds {len(known)} faces; at most {_MOST_FACES} are drawn from.")
+        having: dict[int, list[Face]] = {}
+        for face, codes in known.items():
+            for code in codes:
+                having.setdefault(code, []).append(face)
+        meant = {code: faces for code, faces in sorted(having.items()) if is_meant(chr(code))}
+        drawn = {chr(code): [face for face in faces if has_ink(chr(code), face)] for code, faces in meant.items()}
+        enough = {letter: faces for letter, faces in drawn.items() if len(faces) >= self.config.faces}
+        if len(enough) < len(drawn):
+            log.warning(
+                "Left out: %s characters that fewer than %s of the %s faces draw; %s remain.",
+                f"{len(drawn) - len(enough):,}", self.config.faces, len(known), f"{len(enough):,}",
+            )  # fmt: skip
+        if not enough:
+            raise UsageError(
+                f"No character that is meant is drawn by {self.config.faces} of the {len(known)} faces in {self.location}: "
+                "choose other characters, or lower 'faces'."
+            )
+        return enough
+
+    # ------------------------------------------------------------------------------------------------------------ split
+
+    def _split(self, letters: Iterable[str]) -> dict[str, str]:
+        """The split of each character that has one."""
+        unit_of = self._find_units(list(letters))
+        sizes = Counter(unit_of.values())
+        if self.config.split_file is not None:
+            what = "character" if self.config.split_by == "character" else self.config.split_by
+            split = read_split_file(Path(self.config.split_file), sizes, what)
+        else:
+            split = self._split_at_random(sizes)
+        without = sorted(sizes.keys() - split.keys())
+        if without:
+            log.warning("Left out: %s, which %s does not name.", list_some(without), self.config.split_file)
+        return {letter: split[unit] for letter, unit in unit_of.items() if unit in split}
+
+    def _find_units(self, letters: Sequence[str]) -> dict[str, str]:
+        """What each character is split with: itself, its script or its group; without those that are in no group."""
+        if self.config.split_by == "character":
+            return {letter: letter for letter in letters}
+        if self.config.split_by == "script":
+            return {letter: find_script(letter) for letter in letters}
+        groups = read_groups(Path(str(self.config.groups)))
+        without = [letter for letter in letters if letter not in groups]
+        if without:
+            log.warning("Left out: %s characters that are in no group of %s.", f"{len(without):,}", self.config.groups)
+        return {letter: groups[letter] for letter in letters if letter in groups}
+
+    def _split_at_random(self, sizes: Mapping[str, int]) -> dict[str, str]:
+        """The split of each unit: units in a random order, cut where the classes before are the ratios' parts."""
+        units = sorted(sizes)
+        order = draw_distinct(task_uniform(self.config.split_seed, "classes", [0], len(units)), len(units))[0]
+        counts = np.array([sizes[units[place]] for place in order])
+        middles = (np.cumsum(counts) - counts / 2) / counts.sum()
+        ends = np.cumsum(self.config.ratios)[:2] / sum(self.config.ratios)
+        parts = np.searchsorted(ends, middles, side="right")
+        return {units[place]: SPLITS[part] for place, part in zip(order, parts, strict=True)}
+
+    # ------------------------------------------------------------------------------------------------------ those alike
+
+    def _select(
+        self, letters: Sequence[str], split_of: Mapping[str, str], faces_of: Mapping[str, Sequence[Face]]
+    ) -> list[int]:
+        """The numbers of the letters that look like none before them; how many are left out is said."""
+        inside: list[tuple[int, int]] = []
+        across: list[tuple[int, int]] = []
+        for i, j in _find_pairs(letters, split_of, faces_of):
+            (inside if split_of[letters[i]] == split_of[letters[j]] else across).append((i, j))
+        distinct = select_distinct(len(letters), inside)
+        kept = select_distinct(len(letters), [*inside, *across])
+        log.info(
+            "%s is split: %s characters. Left out as they look like another: %s of the same split, %s of another.",
+            self.location,
+            "/".join(f"{sum(split_of[letters[n]] == split for n in kept):,}" for split in SPLITS),
+            f"{len(letters) - len(distinct):,}",
+            f"{len(distinct) - len(kept):,}",
+        )
+        return kept
+
+
+def _find_pairs(
+    letters: Sequence[str], split_of: Mapping[str, str], faces_of: Mapping[str, Sequence[Face]]
+) -> Iterator[tuple[int, int]]:
+    """The numbers of the letters that look alike.
+
+    Those who read a script tell its letters apart, so that of one script only those count that are nearly the same in the
+    faces that are compared. Letters of different scripts may be one letter by origin (T and τ), which counts where they
+    stand in different splits.
+    """
+    weights = _weigh(faces_of)
+    by_script: dict[str, list[int]] = {}
+    for number, letter in enumerate(letters):
+        by_script.setdefault(find_script(letter), []).append(number)
+    for rows in by_script.values():
+        images = _draw_in_shared_faces([letters[row] for row in rows], faces_of, weights)
+        yield from ((rows[i], rows[j]) for i, j, _ in find_alike(images, images, _SAME) if i < j)
+    shapes = picture_shapes(_draw_in_one_face(letters, faces_of, weights))
+    scripts = list(by_script.values())
+    for number, rows in enumerate(scripts[:-1]):
+        others = list(itertools.chain(*scripts[number + 1 :]))
+        for i, j, distance in find_similar(shapes[rows], shapes[others]):
+            if distance < _SAME or split_of[letters[rows[i]]] != split_of[letters[others[j]]]:
+                yield rows[i], others[j]
+
+
+def _weigh(faces_of: Mapping[str, Sequence[Face]]) -> dict[Face, float]:
+    """How much ink each face spends on a letter."""
+    letters_of: dict[Face, list[str]] = {}
+    for letter, faces in faces_of.items():
+        for face in faces:
+            letters_of.setdefault(face, []).append(letter)
+    return {
+        face: float(
+            np.mean([np.asarray(centre(draw_letter(letter, face), _SIDE)) for letter in _spread(letters, _SAMPLE)])
+        )
+        for face, letters in letters_of.items()
+    }
+
+
+def _draw_in_shared_faces(
+    letters: Sequence[str], faces_of: Mapping[str, Sequence[Face]], weights: Mapping[Face, float]
+) -> np.ndarray:
+    """Letters in some of the faces that have most of them, from light to bold: uint8 ``[letters, faces, side, side]``."""
+    counts = Counter(face for letter in letters for face in faces_of[letter])
+    frequent = [face for face, count in counts.items() if 2 * count >= max(counts.values())]
+    faces = _spread(sorted(frequent, key=lambda face: weights[face]), _COMPARED)
+    images = np.zeros((len(letters), len(faces), _SIDE, _SIDE), np.uint8)
+    for (row, letter), (column, face) in itertools.product(enumerate(letters), enumerate(faces)):
+        if face in faces_of[letter]:
+            images[row, column] = np.asarray(centre(draw_letter(letter, face), _SIDE))
+    return images
+
+
+def _draw_in_one_face(
+    letters: Sequence[str], faces_of: Mapping[str, Sequence[Face]], weights: Mapping[Face, float]
+) -> Iterator[Image.Image]:
+    """Each letter in the one of its faces that has most letters, and is nearest to the middle weight."""
+    counts = Counter(face for letter in letters for face in faces_of[letter])
+    middle = float(np.median([weights[face] for face in counts]))
+    ranks = {face: (-count, abs(weights[face] - middle)) for face, count in counts.items()}
+    for letter in letters:
+        yield draw_letter(letter, min(faces_of[letter], key=ranks.__getitem__))
+
+
+def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
+    """As many of the items as are wanted, evenly spread; all where there are no more."""
+    wanted = min(most, len(items))
+    return [items[(2 * number + 1) * len(items) // (2 * wanted)] for number in range(wanted)]
