@@ -48,15 +48,15 @@ def find_alike(first: np.ndarray, second: np.ndarray, most: float, reach: int = 
         most: the bound, not included.
         reach: letters of `second` are shifted by up to so many pixels to each side.
     """
+    blocks, squares = _average_blocks(first), _square(second)
     for shift in itertools.product(range(-reach, reach + 1), repeat=2):
         moved = np.roll(second, shift, (2, 3)) if any(shift) else second
-        coarse = _average_blocks(moved)
-        squares = _square(moved)
+        moved_blocks = _average_blocks(moved)
         for start in range(0, len(first), _ROWS):
             rows = first[start : start + _ROWS]
             least = np.minimum(_square(rows)[:, None], squares)
             # Means over blocks differ by no more than the pixels do, and are fewer.
-            i, j = np.nonzero(_average(_measure(_average_blocks(rows), coarse), least) < most)
+            i, j = np.nonzero(_average(_measure(blocks[start : start + _ROWS], moved_blocks), least) < most)
             for part in range(0, len(i), _PAIRS):
                 some = slice(part, part + _PAIRS)
                 distances = _square(rows[i[some]].astype(np.float32) - moved[j[some]])
@@ -82,8 +82,8 @@ def select_distinct(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
 def _average_blocks(images: np.ndarray) -> np.ndarray:
     """``[letters, faces, side, side]`` → ``[letters, faces, blocks]``, scaled so that no distance grows."""
     letters, faces, side, _ = images.shape
-    blocks = images.reshape(letters, faces, side // _BLOCK, _BLOCK, side // _BLOCK, _BLOCK)
-    return blocks.sum((3, 5), dtype=np.float32).reshape(letters, faces, -1) / _BLOCK
+    average = np.repeat(np.eye(side // _BLOCK, dtype=np.float32), _BLOCK, axis=0) / _BLOCK**0.5
+    return np.stack([average.T @ each.astype(np.float32) @ average for each in images]).reshape(letters, faces, -1)
 
 
 def _square(images: np.ndarray) -> np.ndarray:

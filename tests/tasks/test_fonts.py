@@ -22,6 +22,7 @@ from metareg_image import FontFolder
 from metareg_image.characters import find_script, parse_characters
 from metareg_image.font_files import read_faces
 from metareg_image.letters import has_ink
+from metareg_image.likeness import find_alike, select_distinct
 
 LATIN = "ABCDEFGHIJKLMNOPQRSTUVWX"
 KANJI = "".join(map(chr, range(0x4E00, 0x4E18)))
@@ -199,6 +200,29 @@ def test_letters_of_other_scripts_that_look_alike(tmp_path: Path) -> None:
     assert {"Greek small letter tau", "Greek capital kai symbol", "Greek small letter kappa"} <= names["test"]
     assert not latin("TK") & names["train"]
     assert {"Latin small letter k", "Latin capital letter b"} <= names["train"]
+
+
+def test_letters_are_compared_as_the_formula_says() -> None:
+    images = np.random.default_rng(0).random((12, 2, 16, 16)).astype(np.float32)
+    images[6:] = images[:6] + 0.4 * images[6:]  # pairs of all distances
+    images[3, 1] = images[7, 0] = 0  # faces that a letter lacks
+    images[4, 0] = images[10, 1] = 0  # … and two without a common one
+    first, second = images[:6], images[6:]
+    expected: list[tuple[int, int, float]] = []
+    for i, j, down, right in np.ndindex(6, 6, 3, 3):
+        moved = np.roll(second[j], (down - 1, right - 1), (1, 2)).astype(float)
+        shared = [face for face in range(2) if first[i, face].any() and moved[face].any()]
+        distances = [
+            np.sum((first[i, face] - moved[face]) ** 2) / min(np.sum(first[i, face] ** 2), np.sum(moved[face] ** 2))
+            for face in shared
+        ]
+        if distances and np.mean(distances) < 0.5:
+            expected.append((i, j, float(np.mean(distances))))
+    found = sorted(find_alike(first, second, 0.5, 1))
+    assert [pair[:2] for pair in found] == sorted(pair[:2] for pair in expected)
+    np.testing.assert_allclose([pair[2] for pair in found], [pair[2] for pair in sorted(expected)], rtol=1e-4)
+    assert {pair[:2] for pair in expected} != {pair[:2] for pair in find_alike(first, second, 0.5)}
+    assert select_distinct(5, [(0, 1), (2, 1), (3, 2), (4, 4)]) == [0, 2, 4]
 
 
 @pytest.mark.parametrize("form", ["table", "unihan"])
