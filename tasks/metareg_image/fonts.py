@@ -113,8 +113,7 @@ class FontFolder(ImageTask):
                 line = f"{path.relative_to(self.location)} {state.st_size} {state.st_mtime_ns}\n"
                 digest.update(line.encode(errors="surrogateescape"))
         for name in (config.groups, config.split_file):
-            if name is not None and Path(name).is_file():
-                digest.update(Path(name).read_bytes())
+            digest.update(b"" if name is None else _read_quietly(Path(name)))
         return digest.hexdigest()
 
     def classes(self) -> Iterable[ClassImages]:
@@ -227,6 +226,14 @@ class FontFolder(ImageTask):
             f"{len(distinct) - len(kept):,}",
         )
         return kept
+
+
+def _read_quietly(path: Path) -> bytes:
+    """A file's bytes; none where it cannot be read, which is told when it is needed."""
+    try:
+        return path.read_bytes() if path.is_file() else b""
+    except OSError:
+        return b""
 
 
 def _find_pairs(

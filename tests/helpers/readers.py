@@ -9,6 +9,7 @@ import ast
 import gzip
 import io
 import json
+import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -35,6 +36,9 @@ from metareg.runs.run import read_config, read_evaluations, read_trained_steps
 from metareg.util.files import LinesFile
 from metareg.util.yaml_files import read_yaml
 from metareg_graph.data import load as load_graph
+from metareg_image.characters import read_groups
+from metareg_image.font_files import read_faces
+from metareg_image.letters import has_ink, load_font
 from metareg_image.matlab import read_boxes, read_class_names
 from metareg_image.omniglot import _read_characters
 from metareg_image.store import DamagedStoreError, _read_index
@@ -153,6 +157,17 @@ def _matlab(folder: Path) -> None:
     rows = np.array([(1, 2, 3, 4, 1, "00001.jpg"), (2, 3, 4, 5, 2, "00002.jpg")], dtype=kind)
     savemat(folder / "boxes.mat", {"annotations": rows})
     savemat(folder / "names.mat", {"class_names": np.array(["one", "two"], dtype=object)})
+
+
+def _font(folder: Path) -> None:
+    import matplotlib
+
+    shutil.copy(Path(matplotlib.get_data_path(), "fonts", "ttf", "cmr10.ttf"), folder / "font.ttf")
+
+
+def _read_font(path: Path) -> object:
+    load_font.cache_clear()
+    return [has_ink("A", face) for face in read_faces([path])[0]]
 
 
 def _zip(folder: Path) -> None:
@@ -301,6 +316,11 @@ READERS = (
     Reader("containers", "index.json", _cached, _read_cached, ("metareg_image.store:_read_index",)),
     Reader("tables", "table.csv", _text("table.csv", _TABLE), read_table, ("metareg.util.tables:_decode",)),
     Reader("tables", "table.parquet", _parquet, read_table, ("metareg.util.tables:_read_parquet",)),
+    Reader("tables", "groups.csv", _text("groups.csv", "character,group\nA,1\nU+4E00,2\n"), read_groups,
+           ("metareg_image.characters:read_groups",)),
+    Reader("tables", "unihan.txt", _text("unihan.txt", "U+4E00\tkRSUnicode\t1.0\nU+4E01\tkRSUnicode\t1'.1\n"), read_groups,
+           ()),
+    Reader("images", "font.ttf", _font, _read_font, ("metareg_image.font_files:_read_collection",)),
     Reader("archives", "results.tar.xz", _archive, _read_archive, (
         "metareg.comparison.archive:unpack_archive", "metareg.comparison.archive:_decompress",
         "metareg.comparison.archive:_widen_scores", "metareg.comparison.archive:_read_options")),
@@ -359,6 +379,7 @@ OWN = {
     "metareg.comparison.archive:_narrow_scores": "as _widen_scores, and takes what is damaged as it is",
     "metareg.comparison.archive:write_archive": "files that it puts together as they are",
     "metareg_jsonl:JSONLines.on_run_start": "only writes",
+    "metareg_image.fonts:_read_quietly": "bytes of a file, for a checksum",
     "metareg_image.store:_sync": "only flushes a folder",
     "metareg_image.store:ImageStore._open": "bytes of a known number, with checksums",
     "metareg_image.standard:Aircraft.images": "torchvision's; TorchvisionTask.classes explains whatever is wrong",
