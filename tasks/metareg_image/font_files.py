@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -101,7 +102,8 @@ def _read_collection(path: Path) -> dict[Face, frozenset[int]]:
         count = readTTCHeader(file).numFonts if file.read(4) == b"ttcf" else 1
         for number in range(count):
             file.seek(0)
-            codes = frozenset(TTFont(file, fontNumber=number, lazy=True).getBestCmap() or ())
+            charmap = TTFont(file, fontNumber=number, lazy=True).getBestCmap() or {}
+            codes = frozenset(code for code in charmap if code <= sys.maxunicode)
             if not codes:
                 raise ValueError("it has no table of Unicode characters")
             face = Face(path, number)

@@ -149,12 +149,12 @@ class FontFolder(ImageTask):
             raise UsageError(f"None of the fonts in {self.location} can be read.")
         if len(known) > _MOST_FACES:
             raise UsageError(f"{self.location} holds {len(known)} faces; at most {_MOST_FACES} are drawn from.")
-        having: dict[int, list[Face]] = {}
+        meant = {letter for letter in map(chr, frozenset().union(*known.values())) if is_meant(letter)}
+        drawn: dict[str, list[Face]] = {letter: [] for letter in sorted(meant)}
         for face, codes in known.items():
-            for code in codes:
-                having.setdefault(code, []).append(face)
-        meant = {code: faces for code, faces in sorted(having.items()) if is_meant(chr(code))}
-        drawn = {chr(code): [face for face in faces if has_ink(chr(code), face)] for code, faces in meant.items()}
+            for letter in meant.intersection(map(chr, codes)):
+                if has_ink(letter, face):
+                    drawn[letter].append(face)
         enough = {letter: faces for letter, faces in drawn.items() if len(faces) >= self.config.faces}
         if len(enough) < len(drawn):
             log.warning(

@@ -15,6 +15,7 @@ import pytest
 from fontTools.fontBuilder import FontBuilder
 from fontTools.pens.ttGlyphPen import TTGlyphPen
 from fontTools.ttLib import TTCollection, TTFont
+from fontTools.ttLib.tables._c_m_a_p import CmapSubtable
 
 import metareg
 from metareg import UsageError
@@ -324,6 +325,20 @@ def test_what_is_no_font_is_left_out_and_said(tmp_path: Path, caplog: pytest.Log
         assert words in first
     assert second.count(".ttf (") + second.count(".otf (") == 3
     assert second.endswith("and 1 more.")
+
+
+def test_a_code_that_is_none_is_passed_over(tmp_path: Path) -> None:
+    path = make_font(tmp_path / "font.ttf")
+    with TTFont(path) as font:
+        table = font.getBestCmap()
+        wide = CmapSubtable.newSubtable(12)
+        wide.platformID, wide.platEncID, wide.language = 3, 10, 0
+        wide.cmap = {**table, 0x110000: "g65", 0xFFFFFFF0: "g66"}
+        font["cmap"].tables = [wide]
+        font.save(tmp_path / "wide.ttf")
+    faces, unreadable = read_faces([tmp_path / "wide.ttf"])
+    assert not unreadable
+    assert list(faces.values()) == [frozenset(map(ord, LATIN))]
 
 
 def test_a_folder_without_fonts(tmp_path: Path) -> None:
