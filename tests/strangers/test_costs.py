@@ -232,6 +232,7 @@ def _make_bombs(folder: Path) -> dict[str, list[Path]]:
     return groups
 
 
+@pytest.mark.slow
 def test_small_files_cost_little(tmp_path: Path, tried: Tried) -> None:
     pytest.importorskip("dgl")
     groups = _make_bombs(tmp_path)

@@ -141,6 +141,7 @@ def _start(slow: float) -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", _BUILD, str(Path(__file__).parent), str(slow)])
 
 
+@pytest.mark.slow
 def test_what_a_killed_builder_left_is_swept(cache: Path, tried: Tried) -> None:
     killed, alive = _start(1000), _start(1000)
     try:
@@ -163,6 +164,7 @@ def test_what_a_killed_builder_left_is_swept(cache: Path, tried: Tried) -> None:
     tried("kills")
 
 
+@pytest.mark.slow
 def test_two_builders_at_once_make_one_store(cache: Path, tried: Tried) -> None:
     builders = [_start(0.1) for _ in range(2)]
     assert [each.wait(timeout=180) for each in builders] == [0, 0]
