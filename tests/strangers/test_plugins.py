@@ -114,8 +114,11 @@ def test_tables_of_plugins_and_data_go_on(
         "from pathlib import Path\nfrom metareg import Dataset\nclass Plugin:\n"
         "    dataset = Dataset(Path('there'), False, 'Ask.', None, str)\n    def episodes(self, split, indices): ...\n"
     )
-    _install(folder, "strange", "tasks", {"a-bad": "strange_bad:Plugin", "b-good": "strange_good:Plugin"})
-    entries = [find_entry("tasks", name) for name in ("a-bad", "b-good", "sinusoid")]
+    _install(folder, "strange", "tasks", {
+        "a-bad": "strange_bad:Plugin", "b-good": "strange_good:Plugin", "c-none": "strange_none:Plugin"
+    })  # fmt: skip
+    (folder / "strange_none.py").write_text(GOOD)
+    entries = [find_entry("tasks", name) for name in ("a-bad", "b-good", "c-none")]
     ended, facts, none = inspect_datasets(entries, None)
     assert ended == "The task 'a-bad' of strange 1.2 (strange_bad:Plugin) ends Python with exit code 0."
     assert facts == DatasetFacts("there", False, "Ask.", False)
