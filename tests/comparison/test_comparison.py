@@ -29,13 +29,16 @@ from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
 from metareg.comparison.results import read_results
 from metareg.comparison.runner import Comparison, compare
+from metareg.comparison.space import list_dimensions
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UsageError
 from metareg.runs.options import assemble
 from metareg.runs.training import prepare_run
 from metareg.util.files import write_text
 from metareg.util.signals import StopRequest
+from metareg.util.yaml_files import read_yaml
 
+COMPARISONS = Path(__file__).parents[2] / "benchmarks" / "comparisons"
 TINY = {
     "steps": 30,
     "test_tasks": 4,
@@ -450,6 +453,23 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
         compare(out=tmp_path / "nothing")
 
 
+@pytest.mark.parametrize("file", sorted(COMPARISONS.glob("*.yaml")), ids=lambda file: file.stem)
+def test_the_shipped_comparisons_are_whole(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    if "comparisons/tables" in file.read_text():
+        assert cli.run(["data", "table-folder", "--example", "comparisons/tables"]) == 0
+    plan = Plan(tmp_path, validate(ComparisonConfig, read_yaml(file), str(file)))
+    for arm in plan.arms:
+        run = plan.make_run(arm, plan.config.seeds[0], Path("runs"), {})
+        assemble(run.config, run.options)
+        tuning = plan.get_tuning(arm)
+        if tuning:
+            trial = plan.make_trial(arm, 0, plan.get_tuning_seeds(arm)[0], {})
+            assert list_dimensions(tuning, assemble(trial.config, trial.options)), f"{arm} has nothing to choose"
+            fresh = not set(plan.get_tuning_seeds(arm)) & set(plan.config.seeds)
+            assert fresh or not plan.config.plan, "a plan's seeds had no part in choosing settings"
+
+
 def test_a_plan_is_fixed_once_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Comparison, "carry_out", lambda *_: None)
     for text in ("Five seeds.", "Eight seeds."):  # nothing has begun yet
@@ -528,7 +548,10 @@ def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any
     ("arguments", "sentence"),
     [
         (["--out", "."], "--out takes a file; . is a folder."),
-        (["--out", "x.pdf"], "No format's files end in .pdf, but .md, .html, .tex, .csv; --format says which it is."),
+        (
+            ["--out", "x.pdf"],
+            "No format's files end in .pdf, but .md, .html, .tex, .csv, .scores.csv, .pairs.csv; --format says which it is.",
+        ),
         (["--format", ""], "There is no format of reports named ''"),
     ],
 )
