@@ -98,6 +98,8 @@ def _find_reason(path: Path, known: set[tuple[int, int]]) -> str | None:
 def _read_collection(path: Path) -> dict[Face, frozenset[int]]:
     """The faces of one file, which may hold several."""
     faces: dict[Face, frozenset[int]] = {}
+    if not path.is_file():  # it may have become something else since the folder was looked through
+        raise ValueError("it is no file")
     with path.open("rb") as file:
         count = readTTCHeader(file).numFonts if file.read(4) == b"ttcf" else 1
         for number in range(count):
