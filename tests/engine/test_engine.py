@@ -475,28 +475,17 @@ def test_reset_optimizer_every_forgets_the_moments() -> None:
 
 
 def test_body_runs_once_per_support_set_where_only_the_head_adapts() -> None:
-    calls = []
-
-    class Counting(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.linear = nn.Linear(2, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            calls.append(len(x))
-            return self.linear(x).relu()
-
-    model = nn.Module()
-    model.body, model.head = Counting(), nn.Linear(5, 1)
-    model.double()
     batch = episodes("mlp", tasks=1, shots=1, query=2)
     counts = {}
     for algo in ("anil", "maml"):
-        learner = MetaLearner(model, algo, loss="mse", inner_steps=5, strategy="serial")
-        learner.initialize(None)
-        calls.clear()
+        learner = learner_of("mlp", algo, inner_steps=5, strategy="serial")
+        learner.initialize(batch.support_x[0])
+        examples: list[int] = []
+        learner.model.module.body.register_forward_hook(
+            lambda _, inputs, outputs, examples=examples: examples.append(len(inputs[0]))
+        )
         learner.meta_gradient(batch)
-        counts[algo] = calls.count(4)
+        counts[algo] = examples.count(4)
     assert counts == {"anil": 1, "maml": 5}
 
 

@@ -151,14 +151,14 @@ def test_evaluation_does_not_depend_on_how_it_is_run(net: str, algo: str) -> Non
 
 @pytest.mark.parametrize("bn_statistics", ["transductive", "support"])
 def test_the_features_that_stay_are_computed_once_in_an_evaluation(bn_statistics: str) -> None:
-    model, seen = ConvNet(), []
-    learner = MetaLearner(model, "anil", strategy="serial", bn_statistics=bn_statistics)
+    seen: list[int] = []
+    learner = MetaLearner(ConvNet(), "anil", strategy="serial", bn_statistics=bn_statistics)
     learner.evaluate(Source("conv"), 3, inner_steps=[0])
-    next(model.children()).register_forward_hook(lambda *_: seen.append(1))
+    learner.model.module.body.register_forward_hook(lambda *_: seen.append(1))
     learner.evaluate(Source("conv"), 3, inner_steps=[0])
     alone = len(seen)
     learner.evaluate(Source("conv"), 3, inner_steps=[0, 1, 2, 5])
-    assert len(seen) == 2 * alone
+    assert len(seen) == 2 * alone > 0
 
 
 def test_evaluation_uses_no_augmenter() -> None:
