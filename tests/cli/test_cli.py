@@ -340,7 +340,6 @@ def test_plugins_check_marks_broken_ones(metareg: Command, tmp_path: Path, monke
     assert rows["maml"]["broken"] is None
     assert "inner_lr" in rows["maml"]["config"]
     assert rows["maml"]["summary"]
-    assert metareg("plugins", "--check").code in (0, 1)
     assert metareg("train", "--augment", "bad").code == 2
 
 
