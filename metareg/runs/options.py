@@ -22,7 +22,6 @@ from metareg.contract.config import (
 from metareg.errors import MetaregError, PluginError, UnknownNameError, UsageError, nearest
 from metareg.registry.plugins import Plugin, find_entry, get_config_class, get_name, list_names, resolve
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
-from metareg.util.seeding import seed_global_generators
 from metareg.util.yaml_files import parse_yaml
 
 __all__ = ["Selection", "assemble", "describe_task", "parse_assignments", "update_option_names"]
@@ -78,6 +77,8 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
         UsageError: an unknown name or option, one that several plugins have, or an impossible value.
         PluginError: a plugin recommends an option that there is not, or that several plugins have.
     """
+    from metareg.util.seeding import seed_global_generators  # it imports torch, which reports do without
+
     with seed_global_generators({**base, **options}.get("seed", RunConfig.model_fields["seed"].default), "plugins"):
         return _assemble(base, options)
 
