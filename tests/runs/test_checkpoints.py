@@ -725,7 +725,7 @@ def _poisoned(path: Path, tasks: list[int], **options: Any) -> metareg.Run:
 
 def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    with pytest.raises(DivergenceError, match=r"step 10.*not finite.*step-000000009"):
+    with pytest.raises(DivergenceError, match=r"(?i)step 10.*not finite.*step-000000009"):
         _poisoned(path, [19])
     store = Checkpoints(path / "checkpoints", 3)
     assert store.list_steps()[-1] == 9
@@ -750,10 +750,10 @@ def test_going_on_after_divergence_is_repeatable(tmp_path: Path, policy: str, ca
 
 
 def test_going_on_after_divergence_has_a_bound(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match=r"at step 6: .* more often than max_nonfinite = 2 times"):
+    with pytest.raises(DivergenceError, match=r"(?i)step 6.* more often than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "skip", list(range(6, 40)), on_nonfinite="skip", max_nonfinite=2)
     # Step 4 fails, then step 1 twice: it takes the tasks that come after those of the step that failed last.
-    with pytest.raises(DivergenceError, match=r"at step 1: .* more often than max_nonfinite = 2 times"):
+    with pytest.raises(DivergenceError, match=r"(?i)step 1 .* more often than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "rollback", list(range(6, 400)), on_nonfinite="rollback", max_nonfinite=2)
 
 
