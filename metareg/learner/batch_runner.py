@@ -230,7 +230,7 @@ class BatchRunner:
         self._one_by_one.add(what)
         log.warning(
             "Strategy traced instead of %s for %s, which takes tasks one after the other: at once, %s.",
-            self.strategy,
+            self.strategy or "vectorized",
             {"gradient": "training", "scores": "evaluation"}[what],
             problem,
         )

@@ -169,7 +169,13 @@ class Run:
                 inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
                 own = {name: own[name] for name in inherited if name in own}
             source = TaskSource(resolve("tasks", task or self.config.task.name, {**own, **(task_options or {})}))
-            check_fit(self.learner, source, split)
+            source.episodes(split, range(2), self.config.seed)  # what is wrong with the data says so itself
+            try:
+                check_fit(self.learner, source, split)
+            except UsageError as error:
+                if error.__cause__ is not None:  # an error of torch, told by `check_fit`
+                    raise
+                raise UsageError(f"The run's learner is not for the {source.plugin.label}: {error}") from error
         with seed_global_generators(self.config.seed, "evaluation"):
             return self.learner.evaluate(
                 source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics

@@ -83,7 +83,7 @@ def test_another_gradient_at_once_is_noticed(monkeypatch: pytest.MonkeyPatch, ca
         for _ in range(3):
             each.step(episodes("mlp"))
     assert learner.strategy == "traced"
-    assert "at once, they differ by 50%" in caplog.text
+    assert "at once, they differ by 50 %" in caplog.text
     torch.testing.assert_close(learner.meta_parameters, expected.meta_parameters)
 
 

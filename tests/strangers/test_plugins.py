@@ -15,6 +15,7 @@ import torch
 import metareg
 from metareg import MetaregError, PluginError, TaskSpec
 from metareg.cli import app as cli
+from metareg.cli.terminal import stdout
 from metareg.registry import inspection
 from metareg.registry.inspection import DatasetFacts, inspect_datasets, inspect_plugins
 from metareg.registry.plugins import Entry, find_entry, list_entries, resolve
@@ -106,7 +107,7 @@ def test_what_one_plugin_leaves_behind_is_not_blamed_on_the_next(folder: Path, t
 def test_tables_of_plugins_and_data_go_on(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tried: Tried
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "250")
+    monkeypatch.setattr(stdout, "_width", 250)
     monkeypatch.setattr(cli, "TRACEBACK_VARIABLE", "NO_SUCH_VARIABLE")
     bad = "print('junk')\nimport os\nos._exit(0)\n"
     (folder / "strange_bad.py").write_text(bad)

@@ -58,7 +58,9 @@ def test_a_run_is_tested_on_another_task(
 
 
 def test_a_test_on_a_task_of_another_kind_is_one_sentence(trained: metareg.Run) -> None:
-    with pytest.raises(metareg.UsageError, match="cannot be run on the task 'sinusoid'"):
+    with pytest.raises(
+        metareg.UsageError, match=r"The run's learner is not for the task 'sinusoid'.*: support_y has the shape"
+    ):
         trained.evaluate(5, [1], "sinusoid")
 
 
