@@ -13,6 +13,7 @@ from metareg.printable import show_controls
 
 __all__ = [
     "DivergenceError",
+    "ExamplesError",
     "Interrupted",
     "LostProcessError",
     "MetaregError",
@@ -69,7 +70,11 @@ class DivergenceError(MetaregError):
     """Training produced a number that is not finite."""
 
 
-class NonfiniteExamplesError(UsageError, DivergenceError):
+class ExamplesError(UsageError):
+    """The examples of a task are not what a learner is for."""
+
+
+class NonfiniteExamplesError(ExamplesError, DivergenceError):
     """Examples of a task hold NaN or infinite values; a training can leave them out as it does steps that diverge."""
 
 

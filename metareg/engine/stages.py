@@ -14,7 +14,7 @@ from metareg.contract.hookspecs import HOOKS, Reduction
 from metareg.contract.losses import Loss
 from metareg.contract.views import TaskView
 from metareg.engine.split_model import SplitModel
-from metareg.errors import PluginError, UsageError
+from metareg.errors import ExamplesError, PluginError
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
 from metareg.util.devices import move_tensors
@@ -106,13 +106,13 @@ class Stages:
         """Refuse targets that a plugin declares not to be for.
 
         Raises:
-            UsageError: they are numbers, and it is for classes, or the other way round.
+            ExamplesError: they are numbers, and it is for classes, or the other way round.
         """
         found = "numbers" if targets.is_floating_point() else "classes"
         for plugin in self.plugins.values():
             wanted = getattr(plugin.instance, "targets", found)
             if wanted != found:
-                raise UsageError(
+                raise ExamplesError(
                     f"The {plugin.label} is for targets that are {wanted}; those of this task are {found}."
                 )
 

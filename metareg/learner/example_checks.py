@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from metareg.contract.episodes import Episodes
 from metareg.contract.losses import Loss, find_loss_name
-from metareg.errors import NonfiniteExamplesError, UsageError
+from metareg.errors import ExamplesError, NonfiniteExamplesError
 from metareg.util.torch_internals import tree_leaves, tree_map
 
 __all__ = ["TargetCheck", "refuse_nonfinite"]
@@ -39,7 +39,7 @@ class TargetCheck:
             dtype: that of the model.
 
         Raises:
-            UsageError: the targets do not fit the outputs.
+            ExamplesError: the targets do not fit the outputs.
         """
         if self._loss is None:
             return episodes
@@ -57,11 +57,11 @@ class TargetCheck:
 
     def _check_classes(self, name: str, y: Tensor, outputs: tuple[int, ...]) -> None:
         if len(outputs) < 2:
-            raise UsageError(f"Cross-entropy needs outputs [examples, classes]; the model gives {outputs}.")
+            raise ExamplesError(f"Cross-entropy needs outputs [examples, classes]; the model gives {outputs}.")
         classes = outputs[1]
         if y.is_floating_point():
             if y.dim() != len(outputs) + 1 or y.shape[2] != classes:
-                raise UsageError(
+                raise ExamplesError(
                     f"{_describe(name, y)}. Floating-point targets of cross-entropy are probabilities "
                     f"[tasks, examples, {classes}]; class numbers must be integers: y.long()."
                 )
@@ -69,7 +69,7 @@ class TargetCheck:
         if y.dim() != len(outputs):
             one_hot = y.dim() == len(outputs) + 1 and y.shape[2] == classes > 1
             remedy = "y.argmax(2) makes them of one-hot rows" if one_hot else "y.squeeze(2) drops a dimension of size 1"
-            raise UsageError(f"{_describe(name, y)}; cross-entropy takes class numbers [tasks, examples]. {remedy}.")
+            raise ExamplesError(f"{_describe(name, y)}; cross-entropy takes class numbers [tasks, examples]. {remedy}.")
         if y.device.type != "cpu":
             if self._looked:
                 return
@@ -81,7 +81,7 @@ class TargetCheck:
         if self._ignored is not None:
             labels = labels[labels != self._ignored]
         if labels.size and not 0 <= labels.min() <= labels.max() < classes:
-            raise UsageError(
+            raise ExamplesError(
                 f"{name} holds class numbers from {labels.min()} to {labels.max()}; the model has {classes} outputs, for "
                 f"the classes 0 to {classes - 1}."
             )
@@ -98,7 +98,7 @@ def _check_numbers(name: str, y: Tensor, outputs: tuple[int, ...]) -> None:
     ones = y.dim() == len(outputs) and outputs[1:] == (1,)
     extra = y.dim() == len(outputs) + 2 and y.shape[-1] == 1
     remedy = " y.unsqueeze(-1) makes it so." if ones else " y.squeeze(-1) makes it so." if extra else ""
-    raise UsageError(
+    raise ExamplesError(
         f"{name} has the shape {tuple(y.shape)}; the model's outputs need targets [{wanted}], of one shape with "
         f"them.{remedy}"
     )

@@ -100,16 +100,16 @@ def measure_adaptation(run: Run, tasks: int, inner_steps: int) -> Analysis:
     if not adapted:
         raise UsageError(f"{run.config.algo.name} adapts no parameters in an inner loop: there is nothing to analyse.")
     body, head = set(learner.model.body_names), set(learner.model.head_names)
-    frozen: dict[str, set[str]] = {"all": set()}
+    layers, everything = _measure_updates(run, tasks, steps)
+    scores = {"all": everything}
     if adapted & body and adapted & head:
-        frozen |= {"body": head, "head": body}
-    scores = {name: _score(run, TEST, tasks, steps, fixed) for name, fixed in frozen.items()}
+        scores |= {"body": _score(run, TEST, tasks, steps, head), "head": _score(run, TEST, tasks, steps, body)}
     return Analysis(
         metric=learner.metric.name,
         higher_is_better=learner.metric.higher_is_better,
         inner_steps=steps,
         tasks=tasks,
-        layers=_measure_updates(run, tasks, steps),
+        layers=layers,
         adapting={name: [Mean.over(column) for column in of_part.T] for name, of_part in scores.items()},
         train=[Mean.over(column) for column in _score(run, TRAIN, tasks, steps, set()).T],
         augmenters="+".join(choice.name for choice in run.config.augment),
@@ -161,20 +161,24 @@ def _score(run: Run, split: str, tasks: int, steps: int, frozen: set[str]) -> Te
     ).cpu()
 
 
-def _measure_updates(run: Run, tasks: int, steps: int) -> list[LayerUpdate]:
+def _measure_updates(run: Run, tasks: int, steps: int) -> tuple[list[LayerUpdate], Tensor]:
+    """What the inner loop changes on the test tasks, and the metric there, as `_score` has it."""
     model, layers = run.learner.model, _group_by_layer(run.learner.engine.plain.adapted_names)
     relative: dict[str, list[list[float]]] = {layer: [] for layer in layers}
-    for params, _ in _iterate_adaptations(run, TEST, tasks, steps, set()):
+    of_tasks = []
+    for params, scores in _iterate_adaptations(run, TEST, tasks, steps, set()):
+        of_tasks.append(torch.stack(scores))
         for layer, names in layers.items():
             start = _flatten(params[0], names)
             relative[layer].append([_divide(_flatten(each, names) - start, start) for each in params[1:]])
     parts = dict.fromkeys(model.body_names, "body") | dict.fromkeys(model.head_names, "head")
-    return [
+    updates = [
         LayerUpdate(
             layer, parts.get(names[0], "plugin"), [Mean.over(column) for column in zip(*relative[layer], strict=True)]
         )
         for layer, names in layers.items()
     ]
+    return updates, torch.stack(of_tasks).cpu()
 
 
 def _group_by_layer(names: Sequence[str]) -> dict[str, list[str]]:

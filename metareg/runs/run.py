@@ -16,7 +16,7 @@ from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.losses import Loss, Metric
 from metareg.contract.splits import TEST
-from metareg.errors import UnknownNameError, UsageError
+from metareg.errors import ExamplesError, UnknownNameError, UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.learner.model_plugin import build_model
 from metareg.registry.plugins import Plugin, find_entry, resolve
@@ -169,12 +169,9 @@ class Run:
                 inherited = getattr(find_entry("tasks", task).load(), "inherited_options", ())
                 own = {name: own[name] for name in inherited if name in own}
             source = TaskSource(resolve("tasks", task or self.config.task.name, {**own, **(task_options or {})}))
-            source.episodes(split, range(2), self.config.seed)  # what is wrong with the data says so itself
             try:
                 check_fit(self.learner, source, split)
-            except UsageError as error:
-                if error.__cause__ is not None:  # an error of torch, told by `check_fit`
-                    raise
+            except ExamplesError as error:
                 raise UsageError(f"The run's learner is not for the {source.plugin.label}: {error}") from error
         with seed_global_generators(self.config.seed, "evaluation"):
             return self.learner.evaluate(

@@ -24,7 +24,7 @@ from metareg.errors import MetaregError, UsageError
 __all__ = [
     "MALFORMED", "LinesFile", "TimedLinesFile", "format_json", "is_leftover", "lock_folder", "open_to_append", "parse_json",
     "read_json", "read_text", "refuse_malformed", "refuse_special_file", "refuse_twice", "remove_leftovers", "replace_file",
-    "write_bytes", "write_json", "write_text",
+    "sync_folder", "write_bytes", "write_json", "write_text",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -58,7 +58,7 @@ def replace_file(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
         temporary.replace(path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         raise MetaregError(f"{path} cannot be written: {error.strerror or error}.") from error
     finally:
@@ -335,7 +335,7 @@ def _json(value: Any, indent: str) -> str:
     return json.dumps(value)
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable; not every system can open a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

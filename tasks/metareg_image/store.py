@@ -21,7 +21,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from metareg import MetaregError, UnreadableImageError, UsageError, cache_folder, load_image
+from metareg import MetaregError, UnreadableImageError, UsageError, cache_folder, load_image, sync_folder
 
 __all__ = [
     "SPLITS",
@@ -237,7 +237,7 @@ def _build(
             except OSError:
                 if not (folder / _INDEX).is_file():  # else another process was faster: its store is the same
                     raise
-        _sync(folder.parent)
+        sync_folder(folder.parent)
     except OSError as error:
         raise MetaregError(
             f"The image cache {folder} cannot be written: {error.strerror or error}; METAREG_CACHE names another place."
@@ -277,17 +277,7 @@ def _write(
         file_of_text.write(f"{hashlib.sha256(text.encode()).hexdigest()}\n{text}")
         file_of_text.flush()
         os.fsync(file_of_text.fileno())
-    _sync(folder)
-
-
-def _sync(folder: Path) -> None:
-    """Have the names in a folder on the disk; not every system can open a folder."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    sync_folder(folder)
 
 
 def _sweep(parent: Path) -> None:
