@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ __all__ = [
     "SeparateGenerators", "create_generator", "derive_seed", "draw_distinct", "restore_global_generators",
     "save_global_generators", "seed_global_generators", "task_uniform", "use_seed",
 ]  # fmt: skip
+
+_TORCH_GENERATOR = RLock()  # torch has one global generator for all threads of a process
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
@@ -37,9 +40,9 @@ def use_seed(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     """Seed torch's global CPU generator for a block and restore it afterwards.
 
     The default initialisers of `torch.nn` draw from the global generator; inside the block they are a function of the
-    seed. Yields a generator of its own for code that takes one.
+    seed. Yields a generator of its own for code that takes one. Threads take turns.
     """
-    with torch.random.fork_rng(devices=[]):
+    with _TORCH_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *labels, "global"))
         yield create_generator(seed, *labels)
 

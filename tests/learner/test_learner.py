@@ -6,6 +6,7 @@ import copy
 import inspect
 import math
 import pickle
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -201,13 +202,30 @@ def test_a_learner_in_another_process_is_a_copy() -> None:
 
 
 def test_several_learners_are_traced_in_several_threads() -> None:
-    def train(_: int) -> list[float]:
-        learner = MetaLearner(MLP(), loss="mse", strategy="vectorized")
+    def train(model: MLP) -> list[float]:
+        learner = MetaLearner(model, loss="mse", strategy="vectorized")
         return [learner.step(episodes("mlp")).item() for _ in range(3)]
 
+    models = [MLP() for _ in range(5)]  # in one thread, for they draw from torch's global generator
     with ThreadPoolExecutor(4) as pool:
-        losses = list(pool.map(train, range(4)))
-    assert losses == [train(0)] * 4
+        losses = list(pool.map(train, models[1:]))
+    assert losses == [train(models[0])] * 4
+
+
+def test_learners_built_in_several_threads_begin_alike() -> None:
+    def build(model: MLP) -> list[float]:
+        learner = MetaLearner(model, augment="cml", loss="mse")
+        return torch.cat([value.flatten() for value in learner.meta_parameters.values()]).tolist()
+
+    models = [MLP() for _ in range(33)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            starts = list(pool.map(build, models[1:]))
+    finally:
+        sys.setswitchinterval(interval)
+    assert starts == [build(models[0])] * 32
 
 
 @pytest.mark.parametrize(("algo", "part"), [("anil", "head"), ("boil", "body")])
