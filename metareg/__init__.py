@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from metareg.util.arrays import open_arrays
     from metareg.util.child_process import parse_in_child
     from metareg.util.data_files import cache_folder, data_folder, download
-    from metareg.util.files import sync_folder
+    from metareg.util.files import read_json, sync_folder
     from metareg.util.images import ImageFiles, UnreadableImageError, find_images, load_image
     from metareg.util.seeding import derive_seed, draw_distinct, task_uniform
     from metareg.util.tables import Table, read_table
@@ -68,7 +68,7 @@ _NAMES = {
     "util.arrays": "open_arrays",
     "util.child_process": "parse_in_child",
     "util.data_files": "cache_folder data_folder download",
-    "util.files": "sync_folder",
+    "util.files": "read_json sync_folder",
     "util.images": "ImageFiles UnreadableImageError find_images load_image",
     "util.seeding": "derive_seed draw_distinct task_uniform",
     "util.tables": "Table read_table",
@@ -81,8 +81,8 @@ __all__ = [
     "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
     "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder", "derive_seed", "download",
     "draw_distinct", "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
-    "open_arrays", "parse_in_child", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume",
-    "sync_folder", "task_uniform", "train",
+    "open_arrays", "parse_in_child", "read_json", "read_name_lists", "read_split_file", "read_table", "report",
+    "reproduce", "resume", "sync_folder", "task_uniform", "train",
 ]  # fmt: skip
 
 guard_logs("metareg", "metareg.tuning")

@@ -110,7 +110,7 @@ def read_json(path: Path) -> Any:
         UsageError: it cannot be read, or is no JSON.
     """
     try:
-        return parse_json(read_text(path))
+        return parse_json(read_text(path).removeprefix("\ufeff"))
     except (OSError, ValueError, MemoryError) as error:
         raise UsageError(f"{path} cannot be read as JSON: {_shorten(error)}.") from error
 
@@ -119,10 +119,10 @@ def parse_json(text: str) -> Any:
     """What a JSON text holds.
 
     Raises:
-        ValueError: it is none, is nested too deeply, or holds a whole number of more than 64 bits.
+        ValueError: it is none, has a key twice, is nested too deeply, or holds a whole number of more than 64 bits.
     """
     try:
-        return json.loads(text, parse_int=_parse_int)
+        return json.loads(text, parse_int=_parse_int, object_pairs_hook=refuse_twice)
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from metareg import (
     find_split,
     open_arrays,
     parse_in_child,
+    read_json,
     read_table,
 )  # fmt: skip
 from metareg_graph._dgl import import_dgl
@@ -336,8 +336,7 @@ def _read_folder(folder: Path, directed: bool) -> GraphData:
 def _read_splits(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    with _explain_errors(path):
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    content = read_json(path)
     if not isinstance(content, dict) or not content.keys() <= {"classes", "graphs", "nodes"}:
         raise UsageError(f'{path} must be {{"classes" or "graphs" or "nodes": {{"train": […], …}}}}.')
     return {kind: _name_splits(given) for kind, given in content.items()}

@@ -37,6 +37,24 @@ def test_a_head_that_is_not_the_last_is_found(model: nn.Module, head: str, algo:
         learner.step(Episodes(batch.support_x, batch.support_x, batch.query_x, batch.query_x))
 
 
+class LastOfRecurrent(nn.Module):
+    """Its head takes a part of what its body returns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.GRU(2, 5, batch_first=True), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+def test_a_head_that_takes_another_thing_than_the_body_returns_is_refused() -> None:
+    learner = MetaLearner(LastOfRecurrent(), loss="mse")
+    x, y = torch.randn(2, 3, 7, 2), torch.randn(2, 3, 1)
+    with pytest.raises(UsageError, match="LastOfRecurrent computes something else than head"):
+        learner.step(Episodes(x, y, x, y))
+
+
 class Rounded(nn.Module):
     """Its own forward rounds the features to the 10 bits of TF32, as convolutions do on CUDA."""
 

@@ -205,6 +205,9 @@ def test_bad_files(tmp_path: Path) -> None:
     (folder / "splits.json").write_text('{"classs": {}}')
     with pytest.raises(UsageError, match=r"splits\.json must be"):
         load(folder)
+    (folder / "splits.json").write_text('{"nodes": {"train": ["n0"], "train": ["n1"]}}')
+    with pytest.raises(UsageError, match=r"splits\.json.*'train'.*twice"):
+        load(folder)
 
 
 @pytest.mark.parametrize(
