@@ -64,7 +64,10 @@ def algorithms() -> str:
     shipped = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
     for entry in sorted(shipped, key=lambda entry: [*formulas, entry.name].index(entry.name)):
         rows.append([f"`{entry.name}`", formulas.get(entry.name, ""), *_describe_algorithm(entry)])
-    caption = f"Time and memory of a training step relative to MAML: {SETTING}. State: how many numbers are kept for each adapted parameter."
+    caption = (
+        f"Time and memory are those of a training step relative to MAML: {SETTING}. "
+        "State is how many numbers the inner loop keeps for each adapted parameter."
+    )
     content = f"<!-- family -->\n\n{_table(rows)}\n\n{caption}\n\n## "
     return re.sub(r"<!-- family -->.*?\n\n## ", lambda _: content, text, count=1, flags=re.S)
 
