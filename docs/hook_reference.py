@@ -138,7 +138,7 @@ class _Everything:
 
 
 def _checks() -> str:
-    rows = [["kinds", "check", "what it holds"]]
+    rows = [["kinds", "check", "what it verifies"]]
     kinds: dict[tuple[str, str], list[str]] = {}
     for kind in ("algorithms", "augmenters", "tasks", "models", "observers"):
         for check in checks(kind, _Everything, compiled=True):

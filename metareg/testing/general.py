@@ -23,7 +23,7 @@ _DEFAULT_TASK = RunConfig().task.name
 
 
 def check_contract_stated(subject: Subject) -> None:
-    """It states the contract that it was written for, and its hooks are those of metareg."""
+    """It states its contract version, and all its hooks are hooks of metareg."""
     plugin = subject.resolve()
     create_plugin_manager([plugin])  # refuses misspelt hooks and arguments
     if not subject.hooks:
@@ -36,7 +36,7 @@ def check_contract_stated(subject: Subject) -> None:
 
 
 def check_configuration(subject: Subject) -> None:
-    """Its options are documented, refuse what they do not know, and survive being written to a file."""
+    """Its options are documented, reject unknown names, and can be written to a file and read back."""
     plugin = subject.resolve()
     cls = getattr(type(plugin.instance), "Config", PluginConfig)
     if not issubclass(cls, PluginConfig):
@@ -67,7 +67,7 @@ def check_configuration(subject: Subject) -> None:
 
 
 def check_recommended(subject: Subject) -> None:
-    """What it recommends are options of runs with it, each of one plugin, and values that these options can have."""
+    """It recommends only existing options, each of exactly one plugin, with valid values."""
     own = subject.plugin, subject.config
     algorithms = sorted(list_names("algorithms") & (subject.attribute("recommended") or {}).keys())
     runs: dict[str, list[dict[str, Any]]] = {

@@ -74,7 +74,7 @@ def _run(subject: Subject, model: nn.Module, x: Any) -> Tensor:
 
 
 def check_model_seed(subject: Subject) -> None:
-    """The seed decides the initial weights, and nothing else does."""
+    """The initial weights depend only on the seed."""
     remedy = "draw from the generator that build is given, or through torch's default initialisers."
     with refuse_global_randomness(subject, remedy):
         first = _build(subject)
@@ -85,7 +85,7 @@ def check_model_seed(subject: Subject) -> None:
 
 
 def check_model_split(subject: Subject) -> None:
-    """`outputs = head(body(x))` has the shape that the spec asks for; a forward changes nothing in the model."""
+    """`outputs = head(body(x))` has the shape that the spec requires; a forward pass does not change the model."""
     model = _build(subject).double()
     split = SplitModel(model)
     if not split.has_head:
@@ -116,7 +116,7 @@ def check_model_split(subject: Subject) -> None:
 
 
 def check_model_trains(subject: Subject) -> None:
-    """It can be differentiated twice, every parameter has a gradient, and a forward changes nothing of it."""
+    """It is twice differentiable, every parameter has a gradient, and a forward pass does not change it."""
     example = Example.of(subject)
     model = _build(subject).double()
     state = snapshot(model)
@@ -137,7 +137,7 @@ def check_model_trains(subject: Subject) -> None:
 
 
 def check_model_steps(subject: Subject) -> None:
-    """A few steps of fit with it end alike in every strategy, in float32 and float64."""
+    """A few steps of fit with it agree in every strategy, in float32 and float64."""
     example = Example.of(subject)
     for precision in PRECISIONS:
 

@@ -57,7 +57,7 @@ class _Line:
 
 
 def check_observer(subject: Subject) -> None:
-    """It sees a whole run to its end, changes nothing of it, and writes into its folder only."""
+    """It observes a complete run, changes nothing, and writes only into the run's folder."""
     results = []
     for observers in ([], [subject.resolve()]):
         with _enter_empty_folder() as folder, refuse_global_randomness(subject, "draw nothing at random."):
@@ -77,7 +77,7 @@ def check_observer(subject: Subject) -> None:
 
 
 def check_observer_logs(subject: Subject) -> None:
-    """It takes logs and evaluations as they are, and leaves them so."""
+    """It accepts logs and evaluations as they are, and does not change them."""
     names = ("loss", "query_loss", "mse", "grad_norm", "steps_per_second", "cml.colearner_metric")
     logs = {name: float(number) for number, name in enumerate(names)}
     plugin = subject.resolve()

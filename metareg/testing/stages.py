@@ -28,7 +28,7 @@ __all__ = [
 
 
 def check_purity(subject: Subject) -> None:
-    """Stage functions change nothing in place, use no global random numbers, and repeat their results."""
+    """Stage functions change nothing in place, use no global random numbers, and are repeatable."""
     for call in list_stage_calls(subject, torch.float64):
         arguments = call.arguments()
         before = snapshot(arguments)
@@ -50,7 +50,7 @@ def check_purity(subject: Subject) -> None:
 
 
 def check_shapes(subject: Subject) -> None:
-    """Results have the names, shapes and types that the contract asks for, in float32 and float64."""
+    """Results have the names, shapes and types that the contract requires, in float32 and float64."""
     for dtype in (torch.float32, torch.float64):
         for call in list_stage_calls(subject, dtype):
             arguments = call.arguments()
@@ -85,7 +85,7 @@ def check_shapes(subject: Subject) -> None:
 
 
 def check_wrong_shapes(subject: Subject) -> None:
-    """What does not fit together is an error, never passed over in silence."""
+    """Mismatched shapes raise an error; they are never ignored."""
     for call in list_stage_calls(subject, torch.float64):
         for part in ("grads", "features"):
             # Features of any shape are fine where no meta-parameter was made for a certain one.
@@ -137,7 +137,7 @@ def _describe(value: Tensor) -> str:
 
 
 def check_adapted(subject: Subject) -> None:
-    """The inner loop moves the parameters that the class says it does, and no other."""
+    """The inner loop changes the parameters that the class declares, and no others."""
     pair = Pair.of(subject)
     bench = pair.benches[0]
     learner = pair.learner(bench)
@@ -170,7 +170,7 @@ def check_adapted(subject: Subject) -> None:
 
 
 def check_step_examples(subject: Subject) -> None:
-    """One inner step gives the numbers that the class's worked examples say."""
+    """One inner step gives the numbers of the class's worked examples."""
     examples: tuple[StepExample, ...] = tuple(subject.attribute("step_examples", ()))
     if not examples:
         fail(
@@ -224,7 +224,7 @@ def _fill(like: Tensor, value: float, every: int) -> Tensor:
 
 
 def check_devices(subject: Subject) -> None:
-    """Stage functions make their tensors on the device of their arguments."""
+    """Stage functions create tensors on the device of their arguments."""
     for call in list_stage_calls(subject, torch.float32, device="meta"):
         # Initial values and noise are drawn on the CPU and moved; tasks are changed where they were drawn.
         if call.hook in ("init_meta", "draw_noise", "augment_episodes"):
@@ -245,7 +245,7 @@ def check_devices(subject: Subject) -> None:
 
 
 def check_inner_rule(subject: Subject) -> None:
-    """An augmenter leaves to the algorithm what is adapted, and how: it is not there after training."""
+    """An augmenter does not change what is adapted, or how: it is absent after training."""
     taken = [hook for hook in subject.hooks if HOOKS[hook].part == "inner"]
     if taken and subject.attribute("training_only", True):
         fail(
@@ -257,7 +257,7 @@ def check_inner_rule(subject: Subject) -> None:
 
 
 def check_outer_terms(subject: Subject) -> None:
-    """A term of the outer loss is a sum of weighted losses: nothing is adapted on the way to it."""
+    """A term of the outer loss is a weighted sum of losses; computing it adapts nothing."""
     for call in list_stage_calls(subject, torch.float64):
         if call.hook != "augment_outer_loss":
             continue
@@ -280,7 +280,7 @@ def check_outer_terms(subject: Subject) -> None:
 
 
 def check_export(subject: Subject) -> None:
-    """Nothing of an augmenter is in the saved learner, in adapted modules, or in the user's model."""
+    """The saved learner, adapted modules and the user's model contain nothing of an augmenter."""
     for bench in Pair.of(subject).benches:
         pair = Pair.of(subject)
         state = snapshot(bench.model)

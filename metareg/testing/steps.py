@@ -60,12 +60,12 @@ PRECISIONS = (DOUBLE, SINGLE)
 
 
 def check_steps(subject: Subject) -> None:
-    """A few steps of fit end, in every strategy, where the steps written out by hooks and `torch.optim.Adam` end."""
+    """In every strategy, a few steps of fit equal the plain loop over hooks with `torch.optim.Adam`."""
     compare_pair_steps(lambda: Pair.of(subject))
 
 
 def check_compiled(subject: Subject) -> None:
-    """A few steps of fit with `torch.compile` end there too."""
+    """A few steps of fit with `torch.compile` equal the plain loop too."""
     _compare_pair(lambda: Pair.of(subject), Pair.of(subject).benches[0], DOUBLE, _COMPILED)
 
 

@@ -24,7 +24,7 @@ ROUNDING = 1e-8
 
 
 def check_task_function(subject: Subject) -> None:
-    """A task is a function of seed, split and number, whatever was asked for before and beside it."""
+    """A task depends only on seed, split and number, whatever else was requested."""
     first, second = TaskSource(subject.resolve()), TaskSource(subject.resolve())
     remedy = "draw with metareg.task_uniform, or from a generator seeded by metareg.derive_seed(seed, split, index)."
     for split in SPLITS:
@@ -75,7 +75,7 @@ def _create_learner(task: Any, dtype: torch.dtype) -> MetaLearner:
 
 
 def check_task_shapes(subject: Subject) -> None:
-    """Inputs and targets have the shapes and types that `spec` and the loss ask for, and are finite."""
+    """Inputs and targets are finite, with the shapes and types that `spec` and the loss require."""
     plugin = subject.resolve()
     task = plugin.instance
     spec: TaskSpec = task.spec
@@ -117,7 +117,7 @@ def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part:
 
 
 def check_task_trains(subject: Subject) -> None:
-    """Its own model can be trained and evaluated on it."""
+    """Its default model can be trained and evaluated on it."""
     plugin = subject.resolve()
     task = plugin.instance
     if getattr(task, "default_model", None) is None:
@@ -130,7 +130,7 @@ def check_task_trains(subject: Subject) -> None:
 
 
 def check_task_steps(subject: Subject) -> None:
-    """A few steps of fit on its own episodes, with its model and recommended options, end alike in every strategy."""
+    """A few steps of fit on its episodes, with its model and recommended options, agree in every strategy."""
     selection = assemble({"algo": Descent, "task": (subject.plugin, subject.config)}, {})
     task, source = selection.task.instance, TaskSource(selection.task)
     of_step = selection.config.model_dump(include={"inner_steps", "first_order", "outer_lr", "reset_optimizer_every"})

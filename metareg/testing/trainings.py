@@ -57,7 +57,7 @@ LEARNING_STEPS, LEARNING_STEP, LEARNING_FACTOR = 500, 0.02, 0.7
 
 
 def check_model_unchanged(subject: Subject) -> None:
-    """Training leaves the model's buffers and its own parameters alone: all that learns are the meta-parameters."""
+    """Training does not change the model's buffers or parameters: only the meta-parameters learn."""
     for bench in Pair.of(subject).benches:
         learner = Pair.of(subject).learner(bench)
         module = learner.model.module
@@ -113,7 +113,7 @@ def compare_finite_differences(pair: Pair) -> None:
 
 
 def check_strategies(subject: Subject) -> None:
-    """Task after task, vectorized, traced and in chunks, with stored and recomputed graphs: one gradient."""
+    """Serial, vectorized, traced and chunked, with stored and recomputed graphs, the gradient is the same."""
     compare_strategies(Pair.of(subject))
 
 
@@ -136,7 +136,7 @@ def compare_strategies(pair: Pair) -> None:
 
 
 def check_determinism(subject: Subject) -> None:
-    """The seed alone decides: two trainings are equal to the last bit."""
+    """Only the seed matters: two trainings are equal to the last bit."""
     compare_trainings(Pair.of(subject), Pair.of(subject))
 
 
@@ -159,7 +159,7 @@ def compare_trainings(pair: Pair, again: Pair) -> None:
 
 
 def check_resume(subject: Subject) -> None:
-    """A training that stops and goes on in a new process ends in the same bits: nothing is kept outside of its state."""
+    """A training resumed in a new process ends with the same bits: nothing is kept outside its state."""
     pair, again = Pair.of(subject), Pair.of(subject)
     bench = pair.benches[0]
     through, resumed = pair.learner(bench), again.learner(bench)
@@ -207,7 +207,7 @@ def check_learns(subject: Subject) -> None:
 
 
 def check_meta_parameters(subject: Subject) -> None:
-    """Every meta-parameter of its own learns: the outer loop has a gradient for it."""
+    """Every meta-parameter of the plugin learns: the outer loop has a gradient for it."""
     unused: set[str] | None = None
     for bench in Pair.of(subject).benches:
         pair = Pair.of(subject)
@@ -227,7 +227,7 @@ def check_meta_parameters(subject: Subject) -> None:
 
 
 def check_outer_update(subject: Subject) -> None:
-    """A step of its own outer optimiser moves every parameter that has a gradient."""
+    """A step of the plugin's outer optimiser changes every parameter that has a gradient."""
     for bench in Pair.of(subject).benches:
         learner = Pair.of(subject).learner(bench)
         meta = learner.meta_parameters
@@ -245,7 +245,7 @@ def check_outer_update(subject: Subject) -> None:
 
 
 def check_frozen_layers(subject: Subject) -> None:
-    """It works beside a layer that does not train."""
+    """It works with a model that has a frozen layer."""
     pair = Pair.of(subject)
     bench = pair.frozen_bench
     for strategy in ("serial", "vectorized"):
@@ -262,7 +262,7 @@ def check_frozen_layers(subject: Subject) -> None:
 
 
 def check_more_steps(subject: Subject) -> None:
-    """An evaluation may take more inner steps than training did, none included."""
+    """An evaluation can take more inner steps than training, or none."""
     for bench in Pair.of(subject).benches:
         pair = Pair.of(subject)
         learner = pair.learner(bench)
@@ -284,7 +284,7 @@ def check_more_steps(subject: Subject) -> None:
 
 
 def check_reload(subject: Subject) -> None:
-    """A saved learner is loaded from its file alone, and adapts as the one that was saved."""
+    """A saved learner can be loaded from its file alone, and adapts like the original."""
     for bench in Pair.of(subject).benches:
         pair = Pair.of(subject)
         learner = pair.learner(bench)
@@ -324,7 +324,7 @@ def _move_away(meta: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_composition(subject: Subject) -> None:
-    """It works with every other installed augmenter, or algorithm, that works alone."""
+    """It works with every installed augmenter or algorithm that works by itself."""
     other = "augmenters" if subject.kind == "algorithms" else "algorithms"
     for entry in list_entries(other):
         try:
