@@ -232,16 +232,22 @@ def check_contract(plugin: Any, label: str) -> None:
 def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
     """The entries of a kind, and of a name where one is given: reading their distributions' metadata takes time."""
     found: dict[tuple[str, str, str], Entry] = {}
+    identify = cache(_identify)  # a distribution has many entry points
     for each in KINDS if kind is None else (kind,):
         for point in _list_points(each):
             if name not in (None, point.name):
                 continue
-            distribution = (point.dist and point.dist.name) or "unknown"
-            version = (point.dist and point.dist.version) or "unknown"
+            distribution, version = identify(point.dist)
             entry = Entry(each, point.name, distribution, version, point.value)
             # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
             found.setdefault((each, point.name, _normalize(distribution)), entry)
     return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
+
+
+def _identify(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
+    """The name and version of a distribution; each access to its metadata parses the whole file."""
+    metadata = distribution.metadata if distribution else {}
+    return metadata.get("Name") or "unknown", metadata.get("Version") or "unknown"
 
 
 def _list_points(kind: str) -> list[importlib.metadata.EntryPoint]:

@@ -77,16 +77,13 @@ def _short() -> list[Case]:
 def _long() -> list[Case]:
     """Every algorithm, with every augmentation, on each kind of task."""
     strategies = itertools.cycle(("vectorized", "serial"))
+    algorithms = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
+    predict_numbers = {each.name: getattr(each.load(), "targets", "numbers") == "numbers" for each in algorithms}
     return [
         Case(algo, augment, task, next(strategies))
-        for algo, augment, task in itertools.product(_installed("algorithms"), _AUGMENTS, _tasks())
-        if task != "sinusoid" or _predicts_numbers(algo)
+        for algo, augment, task in itertools.product(predict_numbers, _AUGMENTS, _tasks())
+        if task != "sinusoid" or predict_numbers[algo]
     ]
-
-
-def _predicts_numbers(algo: str) -> bool:
-    (entry,) = [each for each in list_entries("algorithms") if each.name == algo and each.distribution == "metareg"]
-    return getattr(entry.load(), "targets", "numbers") == "numbers"
 
 
 def _tasks() -> list[str]:

@@ -253,10 +253,15 @@ def task_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return of
 
 
-@pytest.mark.parametrize(
-    "case",
-    [pytest.param(case, id=case.id, marks=() if case in DEFAULT else pytest.mark.slow) for case in CASES],
-)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give `test_fit_equals_a_plain_loop` its cases: those of the default run alone there, for collecting 4,224 takes long."""
+    if "case" in metafunc.fixturenames:
+        default = set(DEFAULT)
+        cases = DEFAULT if metafunc.config.option.markexpr == "not slow" else CASES
+        marks = {case: () if case in default else pytest.mark.slow for case in cases}
+        metafunc.parametrize("case", [pytest.param(case, id=case.id, marks=marks[case]) for case in cases])
+
+
 def test_fit_equals_a_plain_loop(case: Case, task_of: Callable[[Case], Any]) -> None:
     task = task_of(case)
     learner = learner_of(case, task)
