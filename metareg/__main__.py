@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from contextlib import suppress
 
 from metareg.util.malloc import keep_freed_memory
 
@@ -27,8 +28,9 @@ def _leave(*_: object) -> None:
 
     An exception would not do: torch imports NumPy without looking at errors, loses it, and goes on with half of NumPy.
     """
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\x1b[?25h\n")  # a progress display had hidden the cursor
+    with suppress(OSError):
+        show_cursor = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a progress display may have hidden it
+        os.write(2, show_cursor + b"Stopped.\n")
     os._exit(130)
 
 

@@ -24,7 +24,7 @@ from metareg.cli.flags import Command, RunCommand
 from metareg.cli.plugins import check_plugin, data, doctor, new_plugin, plugins, show
 from metareg.cli.runs import analyse, evaluate, export, predict, resume, train
 from metareg.cli.terminal import stderr, stdout
-from metareg.errors import MetaregError, UsageError, describe_error
+from metareg.errors import Interrupted, MetaregError, UsageError, describe_error
 from metareg.util.torchrun import is_follower, read_rank
 
 __all__ = ["app", "run"]
@@ -134,5 +134,6 @@ def _print_error(error: Exception) -> int:
             stderr.print(escape(context.get_usage()), soft_wrap=True)
     else:
         code, hint = 1, f"\nThis is a bug in metareg or in a plugin; {TRACEBACK_VARIABLE}=1 shows where."
-    stderr.print(f"[bold red]Error:[/] {escape(sentence)}{hint}", soft_wrap=True)
+    label = "" if isinstance(error, Interrupted) else "[bold red]Error:[/] "
+    stderr.print(f"{label}{escape(sentence)}{hint}", soft_wrap=True)
     return code

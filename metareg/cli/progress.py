@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from metareg.cli.terminal import LogHandler
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["ComparisonProgress", "Progress", "show_messages"]
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LEAST_BAR = 4
+"""Columns that are left to the bar itself."""
 
 
 class Progress:
@@ -42,24 +44,29 @@ class Progress:
     def __init__(self, console: Console) -> None:
         self._console = console
         self._run: Run | None = None
-        self._numbers = self._validation = ""
+        self._logged: list[str] = []
+        self._validation = ""
         self._began_at = self._validated = 0
         self._printed = 0.0
         self._bar = _WatchingBar(
             self._look,
             TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
             console=console,
             disable=not console.is_terminal,
             transient=True,
+            # Long enough for an estimate from steps that take minutes.
+            speed_estimate_period=1800,
         )
 
     def __enter__(self) -> Progress:
         self._handler = _add_handler(self._console)
         logging.getLogger("metareg").setLevel(logging.INFO)
+        self._task = self._bar.add_task("preparing", total=None, count="", numbers="")
+        self._bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -70,17 +77,15 @@ class Progress:
     def on_run_start(self, run: Run) -> None:
         self._say(f"{run.config.title} → {run.path}")
         self._began_at = self._validated = run.learner.steps_done
-        self._task = self._bar.add_task("", total=run.config.steps, completed=self._began_at, numbers="")
+        self._bar.reset(self._task, total=run.config.steps, completed=self._began_at)
         self._run = run
-        self._bar.start()
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        speed = _format_speed(logs["steps_per_second"])
-        self._numbers = f"loss {logs['loss']:.4g}{self._validation} · {speed} steps/s"
+        self._logged = [f"loss {logs['loss']:.4g}", f"{_format_speed(logs['steps_per_second'])} steps/s"]
         if not self._console.is_terminal and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
-            self._say(f"step {step}: {self._numbers}")
+            self._say(f"step {step}: {' · '.join(self._logged)}")
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
@@ -90,7 +95,7 @@ class Progress:
             return
         inner_steps = evaluation.inner_steps[-1]
         mean, width = evaluation.mean(inner_steps), evaluation.ci95(inner_steps)
-        self._validation = f" · validation {evaluation.metric} {mean:.4g}"
+        self._validation = f"validation {evaluation.metric} {mean:.4g}"
         if not self._console.is_terminal:
             self._say(f"step {step}: validation {evaluation.metric} {mean:.4g} ± {width:.2g}")
 
@@ -102,18 +107,35 @@ class Progress:
         """Bring the bar to where the training stands, which tells its observers only now and then."""
         if self._run is None:
             return
-        done = self._run.learner.steps_done
-        speed = self._bar.tasks[0].speed
-        numbers = self._numbers or (f"{_format_speed(speed)} steps/s" if speed else "")
-        self._bar.update(self._task, completed=done, description=self._describe_phase(self._run, done), numbers=numbers)
+        run, task = self._run, self._bar.tasks[0]
+        done = run.learner.steps_done
+        phase = self._find_phase(run, done)
+        if phase == "testing":
+            if task.description != phase:
+                self._bar.reset(self._task, total=run.config.test_tasks, description=phase)
+            done = run.source.scored
+        count = f"{done:>{len(str(task.total))}}/{task.total}"
+        numbers = self._choose_numbers(task, phase)
+        self._bar.update(self._task, completed=done, description=phase, count=count, numbers=numbers)
 
-    def _describe_phase(self, run: Run, done: int) -> str:
+    def _find_phase(self, run: Run, done: int) -> str:
         config, strategy = run.config, run.learner.strategy
         if done != self._validated and (done == config.steps or done % (config.eval_every or config.steps) == 0):
             return "validating"
         if done == config.steps:
             return "testing"
         return "compiling" if strategy == "compiled" and done == self._began_at else "training"
+
+    def _choose_numbers(self, task: Task, phase: str) -> str:
+        """As many numbers as there is room for beside a short bar, the most telling first."""
+        if phase == "testing":
+            return self._validation
+        loss, speed = self._logged or ("", f"{_format_speed(task.speed)} steps/s" if task.speed else "")
+        numbers = [each for each in (loss, self._validation, speed) if each]
+        others = len(f"validating {_LEAST_BAR * '━'} {task.total}/{task.total}  0:00:00 ")
+        while len(numbers) > 1 and len(" · ".join(numbers)) > self._console.width - others:
+            numbers.pop()
+        return " · ".join(numbers)
 
     def _say(self, line: str) -> None:
         self._console.print(escape(line), soft_wrap=True)

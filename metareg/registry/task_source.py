@@ -23,6 +23,8 @@ class TaskSource:
         self.plugin = plugin
         self.stackable: bool = getattr(plugin.instance, "stackable", True)
         self._episodes, self._knows_splits = _find_episodes(plugin)
+        self.scored = 0
+        """Tasks that the evaluation under way has done with."""
 
     @classmethod
     def of(cls, source: str | type | object) -> TaskSource:
@@ -76,6 +78,7 @@ class TaskSource:
 
         Where several stacks do not say it, their tasks are drawn once more, one by one.
         """
+        self.scored = indices[0]
         batches = self.episodes(split, indices, seed)
         if len(batches) == 1 and batches[0].positions is None:
             return batches, list(range(len(indices)))
