@@ -9,7 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from metareg._version import __version__
-from metareg.printable import guard_logs
+from metareg.printable import format_count, guard_logs
 
 if TYPE_CHECKING:
     from metareg.comparison.reproduction import reproduce
@@ -77,12 +77,13 @@ _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for na
 
 __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
-    "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig", "PluginError",
-    "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError", "UnreadableImageError",
-    "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder", "derive_seed", "download",
-    "draw_distinct", "find_images", "find_metric", "find_split", "hookimpl", "hookspec", "join_processes", "load_image",
-    "open_arrays", "parse_in_child", "read_json", "read_name_lists", "read_split_file", "read_table", "report",
-    "reproduce", "resume", "sync_folder", "task_uniform", "train",
+    "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig",
+    "PluginError", "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError",
+    "UnreadableImageError", "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder",
+    "derive_seed", "download", "draw_distinct", "find_images", "find_metric", "find_split", "format_count",
+    "hookimpl", "hookspec", "join_processes", "load_image", "open_arrays", "parse_in_child", "read_json",
+    "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "sync_folder",
+    "task_uniform", "train",
 ]  # fmt: skip
 
 guard_logs("metareg", "metareg.tuning")

@@ -1,4 +1,4 @@
-"""Text from strangers, made fit to be printed: nothing in it can steer a terminal or a spreadsheet."""
+"""Texts made fit to be printed: what strangers wrote can steer no terminal and no spreadsheet, and counts are in order."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Sequence
 
-__all__ = ["format_csv", "guard_logs", "show_controls"]
+__all__ = ["format_count", "format_csv", "guard_logs", "show_controls"]
 
 _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\N{SYMBOL FOR DELETE}"}
 _UNSHOWN = (
@@ -31,6 +31,17 @@ def show_controls(text: str) -> str:
     halves of surrogate pairs. C0 and DEL become the pictures that Unicode has of them, the others U+FFFD.
     """
     return text if text.isascii() and text.isprintable() else text.translate(_REPLACED)
+
+
+def format_count(number: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: ``1 image``, ``12,000 images``.
+
+    Args:
+        number: how many.
+        noun: what is counted, in the singular.
+        plural: its plural; the noun with an s by default.
+    """
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 
 
 def guard_logs(*names: str) -> None:

@@ -16,6 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from metareg.contract.splits import TEST
+from metareg.printable import format_count
 from metareg.runs.folder import RESULTS
 
 if TYPE_CHECKING:
@@ -137,16 +138,30 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_on
     table.add_column(evaluation.metric, justify="right")
     table.add_column("95 % interval", justify="right")
     shown = [evaluation]
+    captions = []
     if one_by_one is not None:
         shown.append(one_by_one)
         table.add_column("one by one", justify="right")
         table.add_column("95 % interval", justify="right")
-        table.caption = "One by one: BatchNorm uses the support set's statistics, as in `metareg predict` and `export`."
-        table.caption_justify = "left"
+        captions.append(
+            "One by one: BatchNorm uses the support set's statistics, as in `metareg predict` and `export`."
+        )
     for k in evaluation.inner_steps:
-        cells = [cell for each in shown for cell in (f"{each.mean(k):.4f}", f"± {each.ci95(k):.4f}")]
+        cells = [cell for each in shown for cell in _format_score(each, k)]
         table.add_row("0 (before)" if k == 0 else str(k), *cells)
+        if diverged := max(each.count_diverged(k) for each in shown):
+            captions.append(
+                f"After {format_count(k, 'inner step')} {diverged} of {evaluation.tasks} tasks have no finite score."
+            )
+    table.caption, table.caption_justify = "\n".join(captions) or None, "left"
     return table
+
+
+def _format_score(evaluation: Evaluation, inner_steps: int) -> tuple[str, str]:
+    """The mean and its interval, where every task has a finite score."""
+    if evaluation.count_diverged(inner_steps):
+        return "[red]diverged[/]", ""
+    return f"{evaluation.mean(inner_steps):.4f}", f"± {evaluation.ci95(inner_steps):.4f}"
 
 
 def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:

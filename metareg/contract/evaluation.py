@@ -52,6 +52,10 @@ class Evaluation:
         """Half the width of the 95 % interval of the mean over tasks, by Student's t; NaN where a score is not finite."""
         return compute_half_width(self.get_scores(inner_steps).numpy())
 
+    def count_diverged(self, inner_steps: int) -> int:
+        """Tasks whose score after so many inner steps is not finite; with one of them the mean is no number either."""
+        return int((~self.get_scores(inner_steps).isfinite()).sum())
+
     def to_dict(self) -> dict[str, Any]:
         """What results.json holds."""
         steps = [
@@ -84,8 +88,13 @@ class Evaluation:
         )
 
     def __str__(self) -> str:
-        cells = [f"{k}: {self.mean(k):.4g} ± {self.ci95(k):.2g}" for k in self.inner_steps]
+        cells = [f"{k}: {self._format_score(k)}" for k in self.inner_steps]
         return f"{self.metric} over {self.tasks} tasks after inner steps {', '.join(cells)}"
+
+    def _format_score(self, inner_steps: int) -> str:
+        if diverged := self.count_diverged(inner_steps):
+            return f"diverged on {diverged} of {self.tasks} tasks"
+        return f"{self.mean(inner_steps):.4g} ± {self.ci95(inner_steps):.2g}"
 
     def get_scores(self, inner_steps: int) -> Tensor:
         """The score of each task after a number of inner steps ``[tasks]``, in float64."""

@@ -16,7 +16,8 @@ from metareg.comparison.results import ArmResults, Results, TaskResults, read_re
 from metareg.comparison.statistics import Difference, Estimate, Verdict, compare, holm, over_seeds, over_tasks, verdict
 from metareg.contract.config import NO_PLUGIN
 from metareg.errors import UsageError
-from metareg.reporting.numbers import Scale, format_count
+from metareg.printable import format_count
+from metareg.reporting.numbers import Scale
 
 __all__ = [
     "Finding", "Pair", "Rank", "Report", "analyze_comparison", "average_over_seeds", "average_over_tasks",

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from metareg.comparison.statistics import Estimate
 
-__all__ = ["MISSING", "Scale", "format_count", "format_p_value", "format_significant"]
+__all__ = ["MISSING", "Scale", "format_p_value", "format_significant"]
 
 MISSING = "–"
 """Stands for a number that does not exist."""
@@ -99,11 +99,6 @@ class Scale:
         ends = [found.mean] if math.isnan(found.half) else [found.mean, found.low, found.high]
         fewest = self._count_decimals(max(map(abs, ends)))
         return None if fewest is None else _find_nonzero_decimals([end * self.factor for end in ends], fewest)
-
-
-def format_count(number: int, what: str) -> str:
-    """As ``1 seed`` or ``5 seeds``."""
-    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def format_significant(number: float, digits: int = 3) -> str:

@@ -12,9 +12,10 @@ from markupsafe import Markup
 from metareg.comparison.plan import Arm
 from metareg.comparison.results import TaskResults
 from metareg.comparison.statistics import Estimate
+from metareg.printable import format_count
 from metareg.registry.plugins import list_entries
 from metareg.reporting.analysis import Report, average_over_seeds, average_over_tasks
-from metareg.reporting.numbers import MISSING, Scale, format_count
+from metareg.reporting.numbers import MISSING, Scale
 
 __all__ = ["Cell", "PaperTable", "build_paper_table", "name_method"]
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
 from metareg.comparison.statistics import ALPHA, Estimate, Verdict, over_seeds
+from metareg.printable import format_count
 from metareg.reporting.analysis import (
     Pair,
     Report,
@@ -20,7 +21,7 @@ from metareg.reporting.analysis import (
     describe_family,
     rank_methods,
 )
-from metareg.reporting.numbers import MISSING, Scale, format_count, format_p_value, format_significant
+from metareg.reporting.numbers import MISSING, Scale, format_p_value, format_significant
 
 __all__ = [
     "Table", "build_adaptation", "build_all", "build_costs", "build_differences", "build_environment", "build_gaps",

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.errors import describe_error
+from metareg.printable import format_count
 from metareg.registry.dispatch import find_hook
 from metareg.runs.folder import PLOTS
 from metareg.util.files import replace_file
-from metareg.util.plotting import COLOURS, STYLE, create_axes, set_log_scale
+from metareg.util.plotting import COLOURS, STYLE, create_axes, mark_diverged, set_log_scale
 
 if TYPE_CHECKING:
     from metareg.contract.evaluation import Evaluation
@@ -37,7 +41,7 @@ def draw(run: Run) -> list[Path]:
     with _warn("learning-curve"):
         figures["learning-curve"] = plot_learning_curve(run)
     with _warn("inner-steps"):
-        figures["inner-steps"] = plot_inner_steps(run.evaluation)
+        figures["inner-steps"] = plot_inner_steps(run.evaluation, run.config.title)
     of_task = find_hook(run.source.plugin, "figures")
     if of_task is not None:
         with _warn(f"those of the {run.source.plugin.label}"):
@@ -73,12 +77,16 @@ def plot_learning_curve(run: Run) -> Figure:
     inner_steps = run.config.inner_steps
     validation = [line for line in lines if line["split"] == VALIDATION and line["inner_steps"] == inner_steps]
     if validation:
-        steps, means, widths = zip(*((v["step"], v[metric.name], v["ci95"]) for v in validation), strict=True)
+        points = [(v["step"], v[metric.name], v["ci95"]) for v in validation]
+        finite = [point for point in points if math.isfinite(point[1])]
+        steps, means, widths = np.array(finite).reshape(-1, 3).T
         axes.errorbar(
             steps, means, widths, fmt="o-", ms=4, lw=1.8, capsize=3, color=COLOURS[1], label="validation, 95 % interval"
         )
+        mark_diverged(axes, [point[0] for point in points if point not in finite])
     if not metric.higher_is_better and min((value for _, value in train), default=0.0) > 0:
         set_log_scale(axes)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training step")
     axes.set_ylabel(f"query {format_metric(metric.name)}")
     axes.set_title(run.config.title, fontsize=10)
@@ -87,22 +95,28 @@ def plot_learning_curve(run: Run) -> Figure:
 
 
 @rc_context(STYLE)
-def plot_inner_steps(evaluation: Evaluation) -> Figure:
-    """The test metric with its 95 % interval against the number of inner steps."""
+def plot_inner_steps(evaluation: Evaluation, title: str) -> Figure:
+    """The test metric with its 95 % interval against the number of inner steps; a cross where it is not finite."""
     figure, axes = create_axes(7, 4.4)
-    steps = evaluation.inner_steps
-    means = [evaluation.mean(k) for k in steps]
-    widths = [evaluation.ci95(k) for k in steps]
-    axes.errorbar(steps, means, widths, fmt="o-", ms=5, lw=1.8, capsize=3, color=COLOURS[1])
-    for k, mean in zip(steps, means, strict=True):
+    means = {k: evaluation.mean(k) for k in evaluation.inner_steps}
+    finite = {k: mean for k, mean in means.items() if math.isfinite(mean)}
+    widths = [evaluation.ci95(k) for k in finite]
+    axes.errorbar(
+        list(finite), list(finite.values()), widths, fmt="o-", ms=5, lw=1.8, capsize=3, color=COLOURS[1],
+        label="mean, 95 % interval",
+    )  # fmt: skip
+    for k, mean in finite.items():
         axes.annotate(f"{mean:.3g}", (k, mean), xytext=(6, 6), textcoords="offset points", fontsize=9)
-    if not evaluation.higher_is_better and min(means) > 0 and max(means) > 10 * min(means):
+    if finite and not evaluation.higher_is_better and max(finite.values()) > 10 * min(finite.values()) > 0:
         set_log_scale(axes)
-    axes.set_xticks(steps)
+    if len(finite) < len(means):
+        mark_diverged(axes, [k for k in means if k not in finite])
+        axes.legend()
+    axes.set_xticks(list(means))
     axes.margins(x=0.08)
     axes.set_xlabel("inner steps")
     axes.set_ylabel(f"test {format_metric(evaluation.metric)}")
-    axes.set_title(f"{evaluation.tasks} test tasks, mean and 95 % interval", fontsize=10)
+    axes.set_title(f"{title}: {format_count(evaluation.tasks, 'test task')}, mean and 95 % interval", fontsize=10)
     return figure
 
 

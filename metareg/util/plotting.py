@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator
 
-__all__ = ["COLOURS", "GRID", "INK", "PAPER", "SOFT", "STYLE", "create_axes", "set_log_scale"]
+__all__ = ["COLOURS", "GRID", "INK", "PAPER", "SOFT", "STYLE", "create_axes", "mark_diverged", "set_log_scale"]
 
 PAPER, INK, SOFT, GRID = "#fdfdfb", "#1d2328", "#5a646e", "#d9dcdd"
 """The background, text, secondary text and grid lines."""
@@ -30,6 +31,15 @@ def create_axes(width: float, height: float) -> tuple[Figure, Axes]:
     """A figure of that many inches with one pair of axes, which leave their labels as much room as they need."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots()
+
+
+def mark_diverged(axes: Axes, places: Sequence[float]) -> None:
+    """Mark on the horizontal axis where a value is not finite: a cross below the upper edge, whatever the scale."""
+    if places:
+        axes.plot(
+            places, [0.96] * len(places), "x", ms=9, mew=2, color=COLOURS[2], label="diverged",
+            transform=axes.get_xaxis_transform(),
+        )  # fmt: skip
 
 
 def set_log_scale(axes: Axes) -> None:

@@ -82,7 +82,7 @@ def test_what_a_person_sees_of_a_run(run: Run) -> None:
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(create_evaluation_table(run.evaluation))
     assert f"± {half:.4f}" in console.export_text()
-    (axes,) = plot_inner_steps(run.evaluation).axes
+    (axes,) = plot_inner_steps(run.evaluation, "a run").axes
     ((_, _, (bars,)),) = axes.containers
     (segment,) = bars.get_segments()
     assert (segment[1, 1] - segment[0, 1]) / 2 == pytest.approx(half, rel=1e-9)
