@@ -122,18 +122,17 @@ def probe_stream(first: int) -> dict[str, float]:
 
 
 def reckon_gpus() -> Iterator[dict[str, Any]]:
-    """A step of GPUs with so many tasks each: computing, drawing the batch of all, and a ring all-reduce of the gradient.
+    """A step of GPUs with so many tasks each: computing, drawing a share, and a ring all-reduce of gradients.
 
     A ring moves 2 (G − 1) / G of the gradient over each link and takes 2 (G − 1) hops.
     """
     for name, tasks, step, draw, size in GPU_WORKS:
         for gpus in (1, 8, 64):
             sent = 2 * (gpus - 1) / gpus * size / LINK + 2 * (gpus - 1) * HOP
-            whole = step + draw * tasks * gpus + sent
-            share = step + draw * tasks + sent
+            alone = step + draw * tasks
             yield {
-                "work": name, "GPUs": gpus, "computing": step, "drawing": draw * tasks * gpus, "sum": sent,
-                "efficiency": (step + draw * tasks) / whole, "if each drew its share": (step + draw * tasks) / share,
+                "work": name, "GPUs": gpus, "computing": step, "drawing": draw * tasks, "sum": sent,
+                "efficiency": alone / (alone + sent),
             }  # fmt: skip
 
 
@@ -190,7 +189,7 @@ def show(part: str, rows: list[dict[str, Any]]) -> Table:
 def format_cell(name: str, value: Any) -> str:
     if name in ("seconds", "computing", "drawing", "sum"):
         return f"{1e3 * value:.3g} ms"
-    if name in ("efficiency", "if each drew its share"):
+    if name == "efficiency":
         return f"{100 * value:.0f} %"
     if name == "bytes" and isinstance(value, float | int):
         return f"{value / MB:.3g} MB"

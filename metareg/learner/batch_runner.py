@@ -16,7 +16,7 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, UsageError
-from metareg.learner.batch_split import BatchSplit, select_tasks
+from metareg.learner.batch_split import BatchSplit, Share, select_tasks
 from metareg.learner.config import LearnerConfig
 from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
@@ -87,13 +87,15 @@ class BatchRunner:
             self.strategy = strategy
             self._proven |= {"gradient"} if proven else set()
 
-    def compute_gradient(self, parameters: MetaParameters, episodes: Batch, training_step: int) -> Gradient:
+    def compute_gradient(self, parameters: MetaParameters, episodes: Batch | Share, training_step: int) -> Gradient:
         """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
 
         Raises:
             UsageError: there is no task, or the tasks do not fit the learner.
         """
-        batches = read_episodes(episodes)
+        batches, of = (
+            ([episodes.stack], episodes.of) if isinstance(episodes, Share) else (read_episodes(episodes), None)
+        )
         if not batches:
             raise UsageError("There is no task in the batch.")
         parameters.prepare(batches[0])
@@ -111,6 +113,7 @@ class BatchRunner:
                 meta,
                 batches,
                 lambda share, first: self._compute_gradient(meta, parameters, share, first, training_step, strategy),
+                of,
             )
             if not stages.implements("combine_tasks"):
                 return gradient
@@ -157,7 +160,7 @@ class BatchRunner:
             return episodes
         return self._targets.prepare(episodes, parameters.outputs, parameters.like.dtype)
 
-    def refuse_nonfinite(self, parameters: MetaParameters, episodes: Batch, where: str = "") -> None:
+    def refuse_nonfinite(self, parameters: MetaParameters, episodes: Batch | Share, where: str = "") -> None:
         """Look for NaN and infinite values in tasks; as `metareg.learner.example_checks.refuse_nonfinite`."""
 
         def predict(x: Any) -> Tensor:
@@ -165,7 +168,7 @@ class BatchRunner:
             with torch.no_grad():
                 return self._engine.plain.model.forward(parameters.tensors, x)[1]
 
-        for stack in read_episodes(episodes):
+        for stack in [episodes.stack] if isinstance(episodes, Share) else read_episodes(episodes):
             refuse_nonfinite(stack, predict, where)
 
     def _draw_for_tasks(

@@ -2,14 +2,15 @@
 
 The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per gradient, or the
 gradients of all tasks where a plugin combines them. A task is a function of its number, so that each process draws the
-whole batch and keeps its share, and noise is drawn by the task's number in the batch: the result is that of one process,
-to rounding.
+whole batch and keeps its share, or draws its share alone, and noise is drawn by the task's number in the batch: the result
+is that of one process, to rounding.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
@@ -20,7 +21,16 @@ from metareg.engine.engine import Gradient
 from metareg.errors import MetaregError
 from metareg.learner.processes import Processes
 
-__all__ = ["BatchSplit", "check_same_bits", "hash_tensors", "select_tasks"]
+__all__ = ["BatchSplit", "Share", "check_same_bits", "hash_tensors", "select_tasks"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """This process's tasks of a batch, where it drew no others."""
+
+    stack: Episodes
+    of: int
+    """How many tasks all processes have together."""
 
 
 class BatchSplit:
@@ -37,13 +47,15 @@ class BatchSplit:
         meta: Mapping[str, Tensor],
         batches: Sequence[Episodes],
         compute: Callable[[Sequence[Episodes], int], Gradient],
+        of: int | None = None,
     ) -> Gradient:
         """The meta-gradient of all tasks, their mean or of each, the same bits in every process.
 
         Args:
             meta: every meta-parameter.
-            batches: all tasks of the batch, the same in every process.
+            batches: all tasks of the batch, the same in every process; or this process's share.
             compute: the meta-gradient of some tasks, given the number of the first of them in the batch.
+            of: how many tasks the batch has, where `batches` are a share.
 
         Raises:
             UsageError: there are fewer tasks than processes.
@@ -51,10 +63,11 @@ class BatchSplit:
         """
         if self.processes.size == 1:
             return compute(batches, 0)
-        tasks = sum(len(batch) for batch in batches)
+        tasks = sum(len(batch) for batch in batches) if of is None else of
         self.processes.check_batch(tasks)
         share = self.processes.share(tasks)
-        own = self._compute_share(lambda: compute(select_tasks(batches, share), share.start))
+        mine = select_tasks(batches, share) if of is None else batches
+        own = self._compute_share(lambda: compute(mine, share.start))
         weight, dtype = len(share) / tasks, own.loss.dtype
         grads, logs = [own.grads[name] for name in meta], [own.logs[name] for name in self._log_names]
         if own.loss.dim() == 0:

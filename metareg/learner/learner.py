@@ -23,7 +23,7 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import Strategy
 from metareg.errors import DivergenceError, UnknownNameError, UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
-from metareg.learner.batch_split import BatchSplit, check_same_bits
+from metareg.learner.batch_split import BatchSplit, Share, check_same_bits
 from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
 from metareg.learner.file import LearnerFile, write_learner
 from metareg.learner.idle import report_idle
@@ -200,14 +200,14 @@ class MetaLearner:
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
         return gradient.loss
 
-    def take_step(self, episodes: Batch) -> Gradient:
+    def take_step(self, episodes: Batch | Share) -> Gradient:
         """`step`, returning all that was computed as tensors; what a training loop calls."""
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
         try:
             check_finite(gradient, self.steps_done)
         except DivergenceError:
             where = f"Step {self.steps_done + 1} is not taken, for its objective is not finite: "
-            self._runner.refuse_nonfinite(self._meta, episodes, where)
+            self.processes.each(lambda: self._runner.refuse_nonfinite(self._meta, episodes, where))
             raise
         self._meta.tensors = self._optimizer.update(self._meta.tensors, gradient.grads, self.steps_done)
         self.steps_done += 1

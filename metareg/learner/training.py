@@ -17,8 +17,9 @@ import torch
 from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.splits import TRAIN, VALIDATION
-from metareg.engine.engine import Gradient
+from metareg.engine.engine import Engine, Gradient
 from metareg.errors import DivergenceError
+from metareg.learner.batch_split import Share
 from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
@@ -47,7 +48,10 @@ class Trainee(Protocol):
 
     def split_over(self, processes: Processes) -> AbstractContextManager[None]: ...
 
-    def take_step(self, episodes: Sequence[Episodes]) -> Gradient: ...
+    @property
+    def engine(self) -> Engine: ...
+
+    def take_step(self, episodes: Sequence[Episodes] | Share) -> Gradient: ...
 
     def abandon_step(self, error: Exception) -> NoReturn: ...
 
@@ -180,7 +184,7 @@ class _Loop:
         if schedule.eval_every and schedule.steps % schedule.eval_every:
             self.validate()
 
-    def take_step(self, episodes: list[Episodes]) -> None:
+    def take_step(self, episodes: list[Episodes] | Share) -> None:
         """One training step and what is due after it."""
         learner, schedule = self.learner, self.schedule
         try:
@@ -234,31 +238,49 @@ class _Loop:
         )
 
 
-def _draw_batches(learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int) -> Iterator[list[Episodes]]:
+def _draw_batches(
+    learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int
+) -> Iterator[list[Episodes] | Share]:
     """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one.
 
     Blocks begin at multiples of their size wherever the training begins: the last bit of a result can depend on where in
-    memory a batch lies, which is so always the same.
+    memory a batch lies, which is so always the same. Of several processes each draws its share of a batch alone where a task
+    is a function of its number, after a first block by which strategies are proven.
     """
     seed, size = learner.config.seed, schedule.meta_batch
+    whole = range(size)
+    mine = learner.processes.share(size) if not source.is_stream and _can_share(learner, size) else whole
 
-    def draw(batch: int, batches: int) -> list[Episodes]:
+    def draw(batches: range, tasks: range) -> list[Episodes]:
+        every = range(batches.start * size, batches.stop * size)
+        indices = every if tasks == whole else [index for index in every if index % size in tasks]
         try:
-            return source.episodes(TRAIN, range(batch * size, (batch + batches) * size), seed)
+            return source.episodes(TRAIN, indices, seed)
         except Exception as error:
             learner.abandon_step(error)
 
     first, end = learner.steps_done + left_out, schedule.steps + left_out
-    one = draw(first, 1)
-    block = _count_batches_to_prefetch(one, size) if len(one) == 1 else 1
+    one = draw(range(first, first + 1), whole)
+    is_stack = len(one) == 1
+    block = _count_batches_to_prefetch(one, size) if is_stack else 1
     for start in range(first - first % block, end, block):
+        batches = range(start, min(start + block, end))
+        tasks = mine if start and is_stack else whole
         # Contiguous once for many steps, and each step's slice of it is.
-        stacks = [stack.contiguous() for stack in draw(start, min(block, end - start))] if block > 1 else []
-        for batch in range(max(start, first), min(start + block, end)):
+        stacks = [stack.contiguous() for stack in draw(batches, tasks)] if block > 1 or tasks != whole else []
+        for batch in range(max(start, first), batches.stop):
             if len(stacks) == 1:
-                yield [stacks[0][(batch - start) * size : (batch - start + 1) * size]]
+                own = stacks[0][(batch - start) * len(tasks) : (batch - start + 1) * len(tasks)]
+                yield [own] if tasks == whole else Share(own, size)
             else:  # tasks of unequal sizes come in groups, where a batch's own tasks stand only if it is drawn alone
-                yield one if batch == first else draw(batch, 1)
+                yield one if batch == first else draw(range(batch, batch + 1), whole)
+
+
+def _can_share(learner: Trainee, tasks: int) -> bool:
+    """Whether a process needs no more than its share of a batch: no plugin reads or combines all of its tasks."""
+    stages = learner.engine.training.stages
+    needed = any(map(stages.implements, ("augment_episodes", "combine_tasks")))
+    return not needed and tasks >= learner.processes.size
 
 
 def _count_batches_to_prefetch(stacks: list[Episodes], size: int) -> int:

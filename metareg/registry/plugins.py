@@ -246,8 +246,8 @@ def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
 
 def _identify(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
     """The name and version of a distribution; each access to its metadata parses the whole file."""
-    metadata = distribution.metadata if distribution else {}
-    return metadata.get("Name") or "unknown", metadata.get("Version") or "unknown"
+    metadata: Mapping[str, Any] = distribution.metadata.json if distribution else {}
+    return str(metadata.get("name") or "unknown"), str(metadata.get("version") or "unknown")
 
 
 def _list_points(kind: str) -> list[importlib.metadata.EntryPoint]:

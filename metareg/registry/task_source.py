@@ -23,6 +23,8 @@ class TaskSource:
         self.plugin = plugin
         self.stackable: bool = getattr(plugin.instance, "stackable", True)
         self._episodes, self._knows_splits = _find_episodes(plugin)
+        self.is_stream = isinstance(plugin.instance, EpisodeStreams)
+        """Whether a task can be had only after the ones before it."""
         self.scored = 0
         """Tasks that the evaluation under way has done with."""
 
@@ -38,7 +40,7 @@ class TaskSource:
             UsageError: the two differ, so that a training on such tasks could be neither repeated nor resumed.
         """
         first = tree_leaves(self.episodes(split, [0], seed)[0].parts)
-        if isinstance(self.plugin.instance, EpisodeStreams):
+        if self.is_stream:
             self.plugin.instance.begin_anew()
         again = tree_leaves(self.episodes(split, [0], seed)[0].parts)
         if len(first) != len(again) or not all(map(is_same, first, again)):

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -196,6 +197,29 @@ def trained(case: str, processes: Processes) -> dict[str, Any]:
     return {"meta": meta, "digest": hash_tensors(meta), "logs": logs, "scores": scores}
 
 
+class Recorded:
+    """Tasks by number, in one stack, and which of them were asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def episodes(self, split: str, indices: Sequence[int]) -> Episodes:
+        self.asked.append(list(indices))
+        return Episodes.group([tasks_of(episodes("mlp", 1, seed=index + len(split)))[0] for index in indices])[0]
+
+
+FITTED = {"noise": True, "momentum": True, "combined": False}
+"""Learners that are fitted, and whether a process's share of a batch is all that it needs."""
+
+
+def fitted(case: str, processes: Processes) -> dict[str, Any]:
+    """What a training of six steps leads to, in blocks of two, and the tasks that were drawn for it."""
+    learner, source = learner_of(case), Recorded()
+    with mock.patch("metareg.learner.training._PREFETCHED_STEPS", 2), learner.split_over(processes):
+        learner.fit(source, 6, meta_batch=5)
+    return {"meta": learner.meta_parameters, "digest": hash_tensors(learner.meta_parameters), "asked": source.asked}
+
+
 def drifted(processes: Processes) -> str:
     """What is said of processes that do not hold the same parameters."""
     learner = learner_of("unequal shares")
@@ -325,6 +349,7 @@ def main(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with join_processes() as processes:
         found["learners"] = {case: trained(case, processes) for case in LEARNERS}
+        found["fitted"] = {case: fitted(case, processes) for case in FITTED}
         found["drifted"] = drifted(processes)
         with join_processes() as again:  # the program's own group is used, and left as it is
             found["again"] = again.gather(lambda: RANK)

@@ -25,7 +25,7 @@ from metareg.learner.processes import Processes, join_processes
 from metareg.util.signals import StopRequest
 from metareg.util.torchrun import read_rank
 from processes import environment
-from ranks import COMMAND, LEARNERS, learner_of, run_of, trained
+from ranks import COMMAND, FITTED, LEARNERS, fitted, learner_of, run_of, trained
 from reference import NETS, meta_gradient
 from samples import episodes
 
@@ -104,6 +104,23 @@ def test_two_processes_learn_what_one_learns(together: SimpleNamespace, case: st
         for logs, wanted in zip(got["logs"], expected["logs"], strict=True):
             assert list(logs) == list(wanted)
             assert logs == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("case", FITTED)
+def test_each_process_draws_its_share_alone(together: SimpleNamespace, case: str) -> None:
+    """After the first block, by which strategies are proven; the result is that of one process."""
+    expected = fitted(case, Processes())
+    first, second = (found["fitted"][case] for found in together.ranks)
+    assert first["digest"] == second["digest"]
+    _close(first["meta"], expected["meta"])
+    assert expected["asked"] == [list(range(5)), *(list(range(start, start + 10)) for start in (0, 10, 20))]
+    assert first["asked"][:2] == second["asked"][:2] == expected["asked"][:2]
+    for one, other, every in zip(first["asked"][2:], second["asked"][2:], expected["asked"][2:], strict=True):
+        if FITTED[case]:
+            assert [len(one), len(other)] == [4, 6]
+            assert sorted(one + other) == every
+        else:
+            assert one == other == every
 
 
 def test_two_processes_learn_from_images_as_a_plain_loop_does(together: SimpleNamespace) -> None:
