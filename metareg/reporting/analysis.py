@@ -306,27 +306,24 @@ def describe_tests(report: Report) -> str:
     """Say what the verdicts rest on."""
     if not report.pairs:
         if report.baseline == NO_PLUGIN:
-            return (
-                "No algorithm was run both with an augmenter and without one, so that there is no difference to show."
-            )
-        return f"Nothing was run beside {report.baseline}, so that there is no difference to show."
+            return "No algorithm was run both with and without an augmenter, so there is no difference to test."
+        return f"Nothing was run besides {report.baseline}, so there is no difference to test."
     after = _describe_inner_steps(report)
     if not report.family_size:
         reasons = dict.fromkeys(pair.difference.untested for pair in report.pairs)
         return (
-            f"{after} No pair could be tested ({', '.join(reasons)}): a test needs two seeds "
-            "or more, with both arms finished and none diverged. An interval over test tasks says nothing about other "
-            "seeds."
+            f"{after} No pair could be tested ({', '.join(reasons)}): a test needs at least two seeds, with both arms "
+            "finished and none diverged. An interval over test tasks says nothing about other seeds."
         )
     unfinished = (
-        " The comparison is not finished: these words may change with the runs that are missing, and the 5 % hold for a "
-        "look at the end alone."
+        " The comparison is not finished: the missing runs may change these verdicts, and the 5 % level applies only to "
+        "the final report."
         if report.results.missing
         else ""
     )
     return (
-        f"{after} Better and worse are what a paired t test over seeds shows at the 5 % level after Holm's correction "
-        f"over {describe_family(report)}. No difference shown does not say that there is none."
+        f"{after} 'Better' and 'worse' mean that a paired t test over seeds is significant at the 5 % level after Holm's "
+        f"correction over {describe_family(report)}. 'No difference shown' does not mean that there is none."
         f"{unfinished}"
     )
 
@@ -338,7 +335,7 @@ def describe_family(report: Report) -> str:
     tested = Counter(pair.arm.task for pair in report.pairs if not pair.difference.untested)
     sizes = sorted({*tested.values()})
     numbers = " to ".join(str(size) for size in dict.fromkeys((sizes[0], sizes[-1])))
-    return f"all {numbers} tested pairs of a task, for each task by itself"
+    return f"the {numbers} tested pairs of each task separately"
 
 
 def _describe_inner_steps(report: Report) -> str:
@@ -356,7 +353,7 @@ def _describe_inner_steps(report: Report) -> str:
         if report.inner_steps is not None and others
         else ""
     )
-    return f"The scores are those after {'; '.join(numbers)}.{untested}"
+    return f"Scores are after {'; '.join(numbers)}.{untested}"
 
 
 def _describe_task(report: Report, task: str, pairs: Sequence[Pair]) -> str:

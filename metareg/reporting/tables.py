@@ -85,22 +85,21 @@ def build_results(report: Report, task: TaskResults) -> Table:
         "seeds",
         *(format_count(number, "step") for number in task.inner_steps),
     ]
-    note = f"{_capitalize(scale.heading)} on the test tasks after so many inner steps, {scale.direction}. "
+    note = f"{_capitalize(scale.heading)} on the test tasks after the given number of inner steps; {scale.direction}. "
     if of_tasks:
         note += (
-            "± is half the 95 % interval over test tasks (Student's t). With one seed there is no interval over seeds: "
-            "nothing here says what another seed would give."
+            "± is half the 95 % interval over test tasks (Student's t). With one seed, there is no interval over seeds, "
+            "and the table does not say what another seed would give."
         )
     else:
         columns.append(f"± over tasks, {format_count(headline, 'step')}")
         note += (
-            "± is half the 95 % interval of the mean over seeds (Student's t); the last column is half the interval "
-            "that other test tasks would move it in, these trained models given. A mean without ± is that of one seed."
+            "± is half the 95 % interval of the mean over seeds (Student's t). The last column is half its 95 % interval "
+            "over test tasks, for these trained models. A mean without ± is from one seed."
         )
     if any("diverged" in cell for row in rows for cell in row):
         note += (
-            " A seed has diverged where its training did or one of its scores is not finite; the mean is that of the "
-            "other seeds."
+            " A seed diverged if its training did or if one of its scores is not finite; the mean is over the other seeds."
         )
     statistics = [each for each in task.bn_statistics if each != "none"]
     note += f" BatchNorm: {', '.join(statistics)}." if statistics else ""
@@ -127,17 +126,17 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
         rows.append([*names, scale.format_difference(over_seeds), *ends, *test])
     columns = [
         *(["method", "minus"] if all_pairs else ["algorithm", report.setting_heading]), "difference", "95 % over seeds",
-        "95 % over tasks", "seeds in favour", "p", "p (Holm)", "in words",
+        "95 % over tasks", "seeds in favour", "p", "p (Holm)", "verdict",
     ]  # fmt: skip
     what = "The first method minus the second" if all_pairs else f"{_capitalize(report.axis)} minus {report.baseline}"
     note = f"{what} after {after} in {scale.difference_heading}; {scale.direction}."
     if all_pairs:
-        note += f" Of {format_count(len(of_task), 'pair')} these are shown to differ; --format pairs lists all of them."
+        note += f" Of {format_count(len(of_task), 'pair')}, these are shown to differ; --format pairs lists all of them."
     key = (
-        "Pairs are those of the same seed and test task. The intervals are 95 % ones of the mean difference (Student's "
-        "t): over seeds, or where it says so over test tasks with these trained models given. p is that of the two-sided "
-        f"paired t test over seeds; {_describe_correction(report)}. Better and worse need p (Holm) < {ALPHA:g}; 'no "
-        "difference shown' does not say that there is none."
+        "Runs are paired by seed and test task. The intervals are 95 % intervals of the mean difference (Student's t) "
+        "over seeds or, where stated, over test tasks for these trained models. p is from the two-sided paired t test "
+        f"over seeds; {_describe_correction(report)}. 'Better' and 'worse' require p (Holm) < {ALPHA:g}; 'no difference "
+        "shown' does not mean that there is none."
     )
     return Table(task.label, columns, rows, note, key, texts=(8,))
 
@@ -158,7 +157,7 @@ def build_overview(report: Report, task: TaskResults) -> Table:
         mean = _format_mean(each, scale, headline, of_tasks=of_tasks)
         rows.append([each.arm.algorithm, each.arm.setting, mean, *words])
     heading = f"{scale.heading} ({format_count(headline, 'step')})"
-    columns = ["algorithm", report.setting_heading, heading, f"minus {report.baseline}", "p (Holm)", "in words"]
+    columns = ["algorithm", report.setting_heading, heading, f"minus {report.baseline}", "p (Holm)", "verdict"]
     note = f"± and intervals are 95 % over {'tasks (one seed)' if of_tasks else 'seeds'}; {scale.direction}."
     return Table(task.label, columns, rows, note, texts=(5,))
 
@@ -177,12 +176,12 @@ def build_ranking(report: Report, task: TaskResults) -> Table | None:
     over = "test tasks (one seed)" if task.single else "seeds"
     note = (
         f"{_capitalize(scale.heading)} after {after}, {scale.direction}: the mean ± half its 95 % interval over {over}. "
-        "The order is that of the means; which of its differences are shown is in the last columns. 'Behind' counts the "
+        "Methods are ordered by their means; the last columns say which differences are shown. 'Behind' counts the "
         "methods that are shown to be better."
     )
     key = (
-        "Shown is what the two-sided paired t test over seeds shows at the 5 % level after Holm's correction over "
-        f"{describe_family(report)}."
+        "A difference is shown if the two-sided paired t test over seeds is significant at the 5 % level after Holm's "
+        f"correction over {describe_family(report)}."
         if report.family_size
         else "No pair of this report could be tested."
     )
@@ -207,12 +206,12 @@ def build_costs(report: Report, task: TaskResults) -> Table:
         rows.append([each.arm.algorithm, each.arm.setting, mean, seeds, ratios, least])
     heading = report.setting_heading
     columns = ["algorithm", heading, "ms per step", "from seed to seed", f"times {against}", "peak memory in MiB"]
-    same = "that one's" if report.axis == "all" else f"the same arm and seed with {report.baseline}"
+    same = "that method" if report.axis == "all" else f"the same arm and seed with {report.baseline}"
     key = (
-        f"Time per training step: the mean over seeds of each run's median, and the range of the seeds; 'times {against}' "
-        f"is the range, from seed to seed, of its ratio to {same}. Runs that shared the machine slowed each other down: "
-        "where the range is wide, that is what it shows. Memory: the least over the seeds of each run's peak; on a GPU that "
-        "of its tensors, on a CPU that of the whole process, with what earlier runs in it left."
+        f"Time per training step: the mean over seeds of each run's median, and the range over seeds. 'times {against}' "
+        f"is the range over seeds of its ratio to {same}. Runs that share a machine slow each other down, which makes "
+        "the range wide. Memory: the smallest peak over seeds; on a GPU, of the tensors; on a CPU, of the whole process, "
+        "including memory left by earlier runs."
     )
     return Table(task.label, columns, rows, "", key)
 
@@ -265,10 +264,10 @@ def build_adaptation(report: Report, task: TaskResults) -> Table | None:
         "training tasks", "angle",
     ]  # fmt: skip
     note = (
-        f"After {numbers} inner steps, by 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over the "
-        f"layers of the part. Then {scale.heading} on test tasks ({scale.direction}) where all that the algorithm adapts "
-        "may change, the body alone or the head alone, and on training tasks. Angle: in degrees, on the body, between the "
-        "algorithm's outer gradient and what the augmenter adds to it. ± is half the 95 % interval over seeds."
+        f"After {numbers} inner steps, from 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over "
+        f"the layers of the part. Next, {scale.heading} on test tasks ({scale.direction}) if everything that the algorithm "
+        "adapts may change, the body alone or the head alone; then on training tasks. Angle: in degrees, on the body, "
+        "between the algorithm's outer gradient and what the augmenter adds. ± is half the 95 % interval over seeds."
     )
     return Table(task.label, columns, rows, note)
 
@@ -294,8 +293,8 @@ def build_settings(report: Report, task: TaskResults) -> Table | None:
     if not rows:
         return None
     key = (
-        "The best of so many settings that were tried on the validation split; test tasks had no part in it. One fails "
-        "where training diverges or the arm cannot have it."
+        "The best of the tried settings on the validation split; test tasks were not used. A setting fails if training "
+        "diverges or the arm cannot use it."
     )
     return Table(task.label, ["algorithm", report.setting_heading, "settings", "tried"], rows, "", key, texts=(2,))
 
@@ -307,7 +306,7 @@ def build_environment(report: Report) -> Table:
     for name, counts in report.results.environment.items():
         values = [value if count == finished else f"{value} ({count} runs)" for value, count in counts.most_common()]
         rows.append([name, ", ".join(values)])
-    note = f"What the {finished} finished runs were made with. Where they differ, the runs of each value are counted."
+    note = f"The environment of the {finished} finished runs. Where runs differ, each value has its number of runs."
     return Table("Environment", ["what", "value"], rows, note, headers=1, texts=(1,))
 
 
@@ -324,8 +323,8 @@ def build_gaps(report: Report) -> Table | None:
         folder = found[0].path if len(found) == 1 else found[0].path.parent
         rows.append([what, seeds, state, _shorten(reason), str(folder)])
     note = (
-        "Runs that are broken, unfinished or not begun count nowhere in this report: pairs need both of their runs. One "
-        "that diverged takes the verdict from its pair. A damaged run counts, but for the file that is named."
+        "This report excludes runs that failed, are unfinished or have not begun: a pair needs both runs. If a run "
+        "diverged, its pair gets no verdict. A damaged run counts, except for the named file."
     )
     columns = ["runs", "seeds", "state", "why", "folder"]
     return Table("Missing and broken runs", columns, rows, note, headers=1, texts=(2, 3, 4))

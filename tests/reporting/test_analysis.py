@@ -128,7 +128,7 @@ def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
 def test_without_a_baseline_there_is_no_difference(tmp_path: Path) -> None:
     write_comparison(tmp_path, SMALL | {"augment": ["cml", "dropgrad"]}, tasks=5)
     text = report(tmp_path)
-    assert "there is no difference to show" in text
+    assert "there is no difference to test" in text
     assert "Paired differences" not in text
     for format in FORMATS:
         assert report(tmp_path, format)

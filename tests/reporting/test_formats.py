@@ -127,6 +127,6 @@ def test_latex_differences_are_few_columns_and_explained_once(demo: Path) -> Non
     text = report(demo, "latex")
     headings = re.findall(r"^algorithm & augmenter & difference.*$", text, re.MULTILINE)
     assert [heading.count("&") + 1 for heading in headings] == [7, 7]
-    assert text.count("Student's t): over seeds") == 1
+    assert text.count("Runs are paired by seed") == 1
     assert sorted(re.findall(r"\\ref\{tab:(.*?)\}", text)) == ["costs-1", "differences-1"]
     assert r"\caption[{Results: sinusoid, 10-shot}]" in text

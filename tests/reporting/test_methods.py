@@ -105,7 +105,7 @@ def test_pages_show_all_pairs_and_one_panel_for_all_algorithms(tmp_path: Path) -
     assert page.count("<title>all algorithms on ") == 4, "inner steps and curves of two tasks"
     assert "<title>Methods on sinusoid, the best first, in mse</title>" in page
     assert "has the best mean" in text
-    assert "over all 6 tested pairs of a task, for each task by itself" in text
+    assert "over the 6 tested pairs of each task separately" in text
     assert "times maml" in text
     assert "against none" not in page.lower()
 
