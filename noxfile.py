@@ -161,7 +161,7 @@ def results(session: nox.Session, name: str) -> None:
     )
     raw = f"{page}.tar.xz"
     session.run(python, "-m", "metareg", "report", folder, "--archive", raw, "--out", f"{page}.md", external=True)
-    session.run(python, "-m", "metareg", "report", raw, "--out", f"{page}.html", external=True)
+    session.run(python, "-m", "metareg", "report", raw, "--out", f"{folder}/report.html", external=True)
 
 
 @nox.session(default=False)
