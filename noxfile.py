@@ -40,7 +40,7 @@ def environment(session: nox.Session) -> str:
     editable = [part for path in folders for part in ("-e", path)]
     others = [name for name in STRANGERS if name not in folders]
     session.run(
-        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev,graph,images]", *editable, *others,
+        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev,docs,graph,images]", *editable, *others,
         external=True,
     )  # fmt: skip
     stamp.write_text(state)
@@ -120,10 +120,12 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation, as written: its commands are run and its listings installed; the hook reference is current."""
+    """The documentation: the site is built, the commands and listings of its pages run, generated pages compared."""
     python = environment(session)
-    session.run(python, "docs/hook_reference.py", "--check", external=True)
-    session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/whole/test_docs_plugins.py", external=True)
+    for script in ("docs/hook_reference.py", "docs/options_reference.py"):
+        session.run(python, script, "--check", external=True)
+    session.run(python, "-m", "mkdocs", "build", "-q", env={"NO_MKDOCS_2_WARNING": "1"}, external=True)
+    session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/docs", external=True)
 
 
 @nox.session

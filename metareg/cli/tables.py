@@ -44,6 +44,7 @@ __all__ = [
     "describe_check",
     "describe_installation",
     "describe_plugin",
+    "format_type",
     "print_comparison",
     "print_results",
 ]
@@ -313,7 +314,7 @@ def _create_option_table(entry: Entry, fields: Mapping[str, Any]) -> Table:
     table = _create_table("option", "default", "allowed", *searched, "what it is", padding=_PADDING)
     for name, field in fields.items():
         default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-        cells = [name, default, _format_type(field), field.description or ""]
+        cells = [name, default, format_type(field), field.description or ""]
         if searched:
             label = f"{entry.kind.removesuffix('s')} '{entry.name}'"
             cells.insert(3, describe_search_space(label, name, field) or "nothing")
@@ -355,7 +356,7 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
     return Group(table, Text(), create_plugin_table(rows, checked=True), Text(), Text(verdict, style))
 
 
-def _format_type(field: Any) -> str:
+def format_type(field: Any) -> str:
     """The type and bounds of a configuration field, as a reader would write them."""
     signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
     bounds = [

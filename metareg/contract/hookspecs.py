@@ -53,7 +53,10 @@ OLDEST_CONTRACT = 1
 """The oldest supported contract; plugins written for an older one are refused when they are loaded."""
 
 hookspec = pluggy.HookspecMarker("metareg")
+"""Marks a function as the specification of a hook; metareg's own are marked with it."""
+
 hookimpl = pluggy.HookimplMarker("metareg")
+"""Marks a plugin's method as the implementation of the hook of its name: ``@hookimpl``."""
 
 
 class Reduction(Enum):

@@ -66,22 +66,3 @@ def test_tutorial_as_written(tutorial: Path, environment: dict[str, str], tmp_pa
         assert result.returncode == 0, f"{text}\n{result.stdout[-3000:]}\n{result.stderr[-3000:]}"
         if "metareg plugins" in text:
             assert re.search(r"sign-maml", result.stdout)
-
-
-def test_hook_reference_is_current() -> None:
-    command = [sys.executable, str(ROOT / "docs" / "hook_reference.py"), "--check"]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-
-
-def test_every_hook_is_in_the_reference() -> None:
-    import pluggy
-
-    from metareg.contract import hookspecs
-
-    manager = pluggy.PluginManager("metareg")
-    manager.add_hookspecs(hookspecs)
-    text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
-    hooks = [name for name in vars(manager.hook) if not name.startswith("_")]
-    assert hooks
-    assert [name for name in hooks if f"### {name}\n" not in text] == []

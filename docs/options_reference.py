@@ -1,0 +1,118 @@
+"""Writes options.md, the options of a run and of every shipped plugin; ``--check`` says whether it is current."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from metareg.cli.tables import format_type
+from metareg.contract.config import PluginSpec
+from metareg.contract.search import describe_search_space
+from metareg.registry.plugins import KINDS, Entry, get_config_class, list_entries
+from metareg.runs.config import RunConfig
+
+PAGE = Path(__file__).with_name("options.md")
+INTRODUCTION = """# Options
+
+<!-- Written by docs/options_reference.py from the options' own descriptions. -->
+
+Every option can be set by `--set OPTION=VALUE`, in a file for `--config`, and as an argument of `metareg.train`; some have a
+flag as well. `OWNER.OPTION` says whose option is meant, as `cml.gamma` or `algo.inner_lr`.
+[Which value counts](getting-started.md#which-value-counts) has the order of precedence. A flag's list of choices is in
+`metareg train --help`, and `metareg show NAME` prints the tables below for any plugin, other people's too.
+"""
+
+
+def options_page() -> str:
+    """The page options.md."""
+    parts = [INTRODUCTION, *_describe_run()]
+    entries = [entry for entry in list_entries() if entry.distribution == "metareg"]
+    for kind in KINDS:
+        parts.append(f"## {kind.capitalize()}")
+        parts += _describe_kind([entry for entry in entries if entry.kind == kind])
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _describe_run() -> Iterator[str]:
+    flags, resumable = RunConfig.list_flags(), RunConfig.list_resumable()
+    yield "## The run"
+    yield "Those with a ✓ can be given anew to `metareg resume`."
+    rows = [["option", "flag", "default", "allowed", "resume", "what it is"]]
+    for name, field in RunConfig.model_fields.items():
+        flag = f"`{flags[name]}`" if name in flags else ""
+        *others, description = _describe_option(name, field)
+        rows.append([others[0], flag, *others[1:], "✓" if name in resumable else "", description])
+    yield _table(rows)
+
+
+def _describe_kind(entries: list[Entry]) -> Iterator[str]:
+    """A section for each plugin; one whose options are those of a plugin before it refers to that one."""
+    owners: dict[str, str] = {}
+    for entry in entries:
+        cls = entry.load()
+        yield f"### {entry.name}"
+        yield " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].replace("``", "`").split())
+        options = _describe_options(entry, get_config_class(cls).model_fields)
+        owner = owners.setdefault(options, entry.name)
+        if not options:
+            yield "It has no options."
+        else:
+            yield options if owner == entry.name else f"Its options are those of [{owner}](#{owner})."
+        recommended = getattr(cls, "recommended", {})
+        if recommended and isinstance(recommended, Mapping):
+            yield _describe_recommendations(recommended)
+
+
+def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> str:
+    """The table of a plugin's options; empty where it has none."""
+    searched = entry.kind in ("algorithms", "augmenters")
+    rows = [["option", "default", "allowed", *(["a search tries"] if searched else []), "what it is"]]
+    for name, field in fields.items():
+        *others, description = _describe_option(name, field)
+        space = [describe_search_space(entry.label, name, field) or ""] if searched else []
+        rows.append([*others, *space, description])
+    return _table(rows) if fields else ""
+
+
+def _describe_option(name: str, field: Any) -> list[str]:
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, PluginSpec):
+        default = default.name
+    text = "required" if field.is_required() else "" if default is None else f"`{default}`"
+    return [f"`{name}`", text, format_type(field).replace("PluginSpec", "plugin"), field.description or ""]
+
+
+def _describe_recommendations(recommended: Mapping[str, Any]) -> str:
+    """What a plugin recommends in a line for any algorithm, and one for each that it names."""
+    named = {name: values for name, values in recommended.items() if isinstance(values, Mapping)}
+    general = {key: value for key, value in recommended.items() if key not in named}
+    lines = {"Recommends": general} | {
+        f"With `{name}`" if general else f"Recommends for `{name}`": named[name] for name in named
+    }
+    written = {start: ", ".join(f"`{key}={value}`" for key, value in values.items()) for start, values in lines.items()}
+    return "\n\n".join(f"{start}: {values}." for start, values in written.items() if values)
+
+
+def _table(rows: list[list[str]]) -> str:
+    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    lines = ["| " + " | ".join(row) + " |" for row in cells]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page; with ``--check`` only say whether it is current."""
+    text = options_page()
+    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    if "--check" in arguments:
+        print(f"{PAGE.name}: not current; run python docs/options_reference.py", file=sys.stderr)
+        return 1
+    PAGE.write_text(text, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

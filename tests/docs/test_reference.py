@@ -1,0 +1,59 @@
+"""The pages that scripts write are current, and the Python reference has every public name."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import metareg
+import metareg.testing
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("script", ["hook_reference.py", "options_reference.py"])
+def test_generated_pages_are_current(script: str) -> None:
+    command = [sys.executable, str(ROOT / "docs" / script), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+
+
+def test_every_hook_is_in_the_reference() -> None:
+    import pluggy
+
+    from metareg.contract import hookspecs
+
+    manager = pluggy.PluginManager("metareg")
+    manager.add_hookspecs(hookspecs)
+    text = (ROOT / "docs" / "hooks.md").read_text(encoding="utf-8")
+    hooks = [name for name in vars(manager.hook) if not name.startswith("_")]
+    assert hooks
+    assert [name for name in hooks if f"### {name}\n" not in text] == []
+
+
+def test_every_public_name_is_in_the_python_reference_once() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    found = re.findall(r"^::: ([\w.]+)$", text, flags=re.M) + ["metareg.Field"] * text.count("\n### Field\n")
+    public = [f"metareg.{name}" for name in metareg.__all__]
+    assert sorted(found) == sorted(public + [f"metareg.testing.{name}" for name in metareg.testing.__all__])
+
+
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")[2]
+    listed = re.findall(r"[\w./-]+\.md", navigation)
+    pages = [path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")]
+    assert [page for page in pages if listed.count(page) != 1] == []
+
+
+def test_no_generated_page_is_large() -> None:
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if files.returncode:
+        pytest.skip("there is no checkout of git here")
+    large = [
+        name for name in files.stdout.split("\0") if name.endswith(".html") and (ROOT / name).stat().st_size > 100_000
+    ]
+    assert large == []
