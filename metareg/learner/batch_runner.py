@@ -16,7 +16,7 @@ from metareg.engine.stages import Stages
 from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
 from metareg.engine.tracing import CompileError
 from metareg.errors import DivergenceError, UsageError
-from metareg.learner.batch_split import BatchSplit, Share, select_tasks
+from metareg.learner.batch_split import BatchSplit, Share
 from metareg.learner.config import LearnerConfig
 from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
@@ -252,33 +252,32 @@ class BatchRunner:
         """The metric of a split's first tasks ``[tasks, len(inner_steps)]`` in their order, the same in all processes."""
         processes = self.split.processes
 
-        def score_block(indices: range) -> tuple[list[int], list[Tensor]]:
-            """Where in `indices` each task stands, and the scores of this process's share of them."""
+        def score_share(block: range) -> Tensor:
+            """The scores of this process's share of a block ``[tasks, len(inner_steps)]``."""
+            share = processes.share(len(block))
+            indices = block[share.start : share.stop] or block[:1]
             stacks, positions = source.placed_episodes(split, indices, seed)
             meta.prepare(stacks[0])  # also where none of the tasks are this process's
+            if not share:
+                return torch.empty(0, len(inner_steps))
             stacks = [self._check_targets(meta, stack) for stack in stacks]
             self.refuse_nonfinite(meta, stacks)
-            mine = processes.share(len(indices))
             plain = meta.select_plain()
-            draws = [(split, indices[positions[place]]) for place in mine]
+            draws = [(split, indices[position]) for position in positions]
             noise = self._engine.draw_for_adaptation(plain, inner_steps[-1], seed, draws)
             options = inner_steps, source.stackable, bn_statistics
             if source.stackable:
                 self._prove_scores(meta, plain, stacks, inner_steps, bn_statistics)
             scores, done = [], 0
-            for stack in select_tasks(stacks, mine):
+            for stack in stacks:
                 drawn = noise[done : done + len(stack)]
                 scores.append(self._compute_scores(plain, meta.match(stack), drawn, *options))
                 done += len(stack)
-            return positions, scores
+            return torch.cat(scores)[torch.tensor(positions).argsort()]
 
         blocks = [range(start, min(start + _BLOCK, tasks)) for start in range(0, tasks, _BLOCK)]
-        shares = processes.gather(lambda: [score_block(indices) for indices in blocks])
-        ordered = []
-        for parts in zip(*shares, strict=True):  # of one block, from each process
-            positions = torch.tensor(parts[0][0])
-            ordered.append(torch.cat([row for _, rows in parts for row in rows])[positions.argsort()])
-        return torch.cat(ordered)
+        shares = processes.gather(lambda: [score_share(block) for block in blocks])
+        return torch.cat([scores for parts in zip(*shares, strict=True) for scores in parts])
 
     def _compute_scores(
         self,

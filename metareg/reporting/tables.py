@@ -98,9 +98,7 @@ def build_results(report: Report, task: TaskResults) -> Table:
             "over test tasks, for these trained models. A mean without ± is from one seed."
         )
     if any("diverged" in cell for row in rows for cell in row):
-        note += (
-            " A seed diverged if its training did or if one of its scores is not finite; the mean is over the other seeds."
-        )
+        note += " A seed diverged if its training did or if one of its scores is not finite; the mean is over the other seeds."
     statistics = [each for each in task.bn_statistics if each != "none"]
     note += f" BatchNorm: {', '.join(statistics)}." if statistics else ""
     return Table(task.label, columns, rows, note)
@@ -131,7 +129,9 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
     what = "The first method minus the second" if all_pairs else f"{_capitalize(report.axis)} minus {report.baseline}"
     note = f"{what} after {after} in {scale.difference_heading}; {scale.direction}."
     if all_pairs:
-        note += f" Of {format_count(len(of_task), 'pair')}, these are shown to differ; --format pairs lists all of them."
+        note += (
+            f" Of {format_count(len(of_task), 'pair')}, these are shown to differ; --format pairs lists all of them."
+        )
     key = (
         "Runs are paired by seed and test task. The intervals are 95 % intervals of the mean difference (Student's t) "
         "over seeds or, where stated, over test tasks for these trained models. p is from the two-sided paired t test "

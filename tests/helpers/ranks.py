@@ -213,11 +213,13 @@ FITTED = {"noise": True, "momentum": True, "combined": False}
 
 
 def fitted(case: str, processes: Processes) -> dict[str, Any]:
-    """What a training of six steps leads to, in blocks of two, and the tasks that were drawn for it."""
-    learner, source = learner_of(case), Recorded()
+    """What a training of six steps leads to, in blocks of two, and the tasks that were drawn for it and for a test."""
+    learner, source, tests = learner_of(case), Recorded(), Recorded()
     with mock.patch("metareg.learner.training._PREFETCHED_STEPS", 2), learner.split_over(processes):
         learner.fit(source, 6, meta_batch=5)
-    return {"meta": learner.meta_parameters, "digest": hash_tensors(learner.meta_parameters), "asked": source.asked}
+        learner.evaluate(tests, 5, inner_steps=(1,))
+    meta = learner.meta_parameters
+    return {"meta": meta, "digest": hash_tensors(meta), "asked": source.asked, "tested": tests.asked}
 
 
 def drifted(processes: Processes) -> str:

@@ -115,6 +115,7 @@ def test_each_process_draws_its_share_alone(together: SimpleNamespace, case: str
     _close(first["meta"], expected["meta"])
     assert expected["asked"] == [list(range(5)), *(list(range(start, start + 10)) for start in (0, 10, 20))]
     assert first["asked"][:2] == second["asked"][:2] == expected["asked"][:2]
+    assert [each["tested"] for each in (expected, first, second)] == [[[0, 1, 2, 3, 4]], [[0, 1]], [[2, 3, 4]]]
     for one, other, every in zip(first["asked"][2:], second["asked"][2:], expected["asked"][2:], strict=True):
         if FITTED[case]:
             assert [len(one), len(other)] == [4, 6]
