@@ -36,7 +36,8 @@ __all__ = ["Dimension", "check_tuning", "list_dimensions", "split_assignments"]
 _LARGEST_GRID = 1000
 
 _OF_A_RUN = (
-    "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "reset_optimizer_every", "select",
+    "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "outer_optimizer",
+    "outer_weight_decay", "outer_momentum", "lr_schedule", "lr_warmup_steps", "reset_optimizer_every", "select",
 )  # fmt: skip
 """Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
 

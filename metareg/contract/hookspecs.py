@@ -449,7 +449,7 @@ def combine_tasks(
 def outer_update(
     meta: dict[str, Tensor], grads: dict[str, Tensor], state: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """Take one step of the outer optimiser; a step of `torch.optim.Adam` if no plugin answers.
+    """Take one step of the outer optimiser; a step of the run's `outer_optimizer` if no plugin answers.
 
     Args:
         meta: every meta-parameter by its full name.

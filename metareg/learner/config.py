@@ -6,11 +6,14 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
+from pydantic import model_validator
+
 from metareg.contract.config import Field, PluginConfig, unknown_option_error, validate
 from metareg.registry.plugins import find_entry, get_config_class
 
 __all__ = [
     "BatchNormStatistics", "Flag", "LearnerConfig", "Resumable", "Schedule", "create_config", "describe_options",
+    "is_outer_option",
 ]  # fmt: skip
 
 
@@ -19,6 +22,17 @@ BatchNormStatistics = Literal["transductive", "support"]
 
 
 _MOST_STEPS = 1_000_000_000
+
+_OPTIONS_OF = {
+    "outer_betas": ("outer_optimizer", ("adam", "adamw", "radam")),
+    "outer_momentum": ("outer_optimizer", ("rmsprop", "sgd")),
+    "outer_nesterov": ("outer_optimizer", ("sgd",)),
+    "lr_schedule_steps": ("lr_schedule", ("cosine",)),
+    "lr_step_size": ("lr_schedule", ("step",)),
+    "lr_milestones": ("lr_schedule", ("multistep",)),
+    "lr_gamma": ("lr_schedule", ("step", "multistep")),
+}
+"""Options that mean something for some values of another one."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +63,52 @@ class LearnerConfig(PluginConfig):
         False, description="Treat inner gradients as constants in the meta-gradient."
     )
     outer_lr: float = Field(
-        1e-3, gt=0, description="Step size of the outer Adam.", json_schema_extra={"search": {"factor": 10}}
+        1e-3, gt=0, description="Learning rate of the outer optimiser.", json_schema_extra={"search": {"factor": 10}}
+    )
+    outer_optimizer: Literal["adam", "adamw", "radam", "rmsprop", "sgd"] = Field(
+        "adam", description="The outer optimiser, one of torch.optim."
+    )
+    outer_weight_decay: float | None = Field(
+        None,
+        ge=0,
+        description="Weight decay of the model's own parameters, as torch's optimiser defines it; what plugins learn does "
+        "not decay. Unset: 0.01 for adamw, 0 for the others.",
+        json_schema_extra={"search": [0.0, 1e-4, 1e-3, 1e-2]},
+    )
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="Momentum of sgd and rmsprop; unset, 0.")
+    outer_nesterov: bool = Field(False, description="Nesterov's momentum, of sgd.")
+    outer_betas: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="Decay rates of the moments of adam, adamw and radam; unset, 0.9 and 0.999.",
+    )
+    lr_schedule: Literal["constant", "cosine", "step", "multistep"] = Field(
+        "constant", description="How outer_lr changes from step to step, as torch.optim.lr_scheduler defines it."
+    )
+    lr_warmup_steps: int = Field(
+        0,
+        ge=0,
+        le=_MOST_STEPS,
+        description="Training steps in which outer_lr rises linearly, before lr_schedule begins.",
+    )
+    lr_schedule_steps: int | None = Field(
+        None,
+        ge=1,
+        le=_MOST_STEPS,
+        description="The training step at which the cosine schedule reaches 0, warm-up included; unset, the run's last.",
+    )
+    lr_step_size: int | None = Field(
+        None, ge=1, le=_MOST_STEPS, description="Multiply by lr_gamma every so many steps; for lr_schedule step."
+    )
+    lr_milestones: list[Annotated[int, Field(ge=1, le=_MOST_STEPS)]] | None = Field(
+        None,
+        min_length=1,
+        max_length=1000,
+        description="Multiply by lr_gamma after each of these training steps; for lr_schedule multistep.",
+    )
+    lr_gamma: float | None = Field(
+        None, gt=0, le=1, description="The factor of the schedules step and multistep; unset, 0.1."
     )
     reset_optimizer_every: int | None = Field(
         None,
@@ -78,6 +137,36 @@ class LearnerConfig(PluginConfig):
         "auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."
     )
 
+    @model_validator(mode="after")
+    def _refuse_without_effect(self) -> LearnerConfig:
+        for option, (other, values) in _OPTIONS_OF.items():
+            given = getattr(self, option)
+            if given and getattr(self, other) not in values:
+                raise ValueError(
+                    f"{option} = {given} goes with {other} = {' or '.join(values)}, not with {getattr(self, other)}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> LearnerConfig:
+        if self.outer_nesterov and not self.outer_momentum:
+            raise ValueError("outer_nesterov needs an outer_momentum above 0")
+        for option, schedule in (("lr_step_size", "step"), ("lr_milestones", "multistep")):
+            if self.lr_schedule == schedule and not getattr(self, option):
+                raise ValueError(f"lr_schedule = {schedule} needs {option}")
+        milestones = self.lr_milestones or []
+        if milestones != sorted(set(milestones)):
+            raise ValueError(f"lr_milestones must ascend, got {milestones}")
+        ends = {
+            "lr_schedule_steps": self.lr_schedule_steps,
+            "lr_step_size": self.lr_step_size,
+            "lr_milestones": min(milestones, default=None),
+        }
+        for option, end in ends.items():
+            if end is not None and self.lr_warmup_steps >= end:
+                raise ValueError(f"lr_warmup_steps = {self.lr_warmup_steps} must be less than {option}, {end}")
+        return self
+
 
 class Schedule(PluginConfig):
     """When what happens in training."""
@@ -100,6 +189,11 @@ class Schedule(PluginConfig):
     max_nonfinite: Annotated[int, Resumable()] = Field(
         10, ge=1, le=_MOST_STEPS, description="How often that may happen in a run before it stops."
     )
+
+
+def is_outer_option(name: str) -> bool:
+    """Whether an option is one of metareg's outer optimiser or of its schedule."""
+    return name.startswith(("outer_", "lr_"))
 
 
 def create_config(parameters: Mapping[str, Any]) -> LearnerConfig:

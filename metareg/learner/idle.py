@@ -9,7 +9,7 @@ from torch import Tensor
 
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
-from metareg.learner.config import LearnerConfig
+from metareg.learner.config import LearnerConfig, is_outer_option
 
 __all__ = ["report_idle", "report_unlearned"]
 
@@ -48,8 +48,10 @@ def report_unlearned(stages: Stages, grads: Mapping[str, Tensor]) -> None:
 def _find_idle(stages: Stages, config: LearnerConfig) -> Iterator[str]:
     owners = {hook: stages.list_owners(hook) for hook in (*_OUTER, "inner_loss", "outer_loss_weights")}
     owner = {hook: listed[0] for hook, listed in owners.items() if listed}
-    if "outer_update" in owner and config.outer_lr != LearnerConfig.model_fields["outer_lr"].default:
-        yield f"outer_lr = {config.outer_lr:g} has no effect: the {owner['outer_update']} has an outer update of its own."
+    if "outer_update" in owner:
+        for option, field in LearnerConfig.model_fields.items():
+            if is_outer_option(option) and (value := getattr(config, option)) != field.default:
+                yield f"{option} = {value} has no effect: the {owner['outer_update']} has an outer update of its own."
     if "inner_loss" in owner and config.first_order:
         yield f"With first_order, what the {owner['inner_loss']} learns for its inner_loss gets no gradient through it."
     if "outer_gradient" in owner and "outer_objective" in owner:

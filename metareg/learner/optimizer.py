@@ -1,8 +1,8 @@
-"""The outer optimiser: Adam, or what a plugin does in its place."""
+"""The outer optimiser: one of torch's, or what a plugin does in its place."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,26 +10,42 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from metareg.engine.stages import Stages
+from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.learner.learning_rate import compute_learning_rate
 from metareg.util.devices import move_tensors
 from metareg.util.layout import match_strides
 
-__all__ = ["Adam", "OuterOptimizer"]
+__all__ = ["Adam", "OuterOptimizer", "TorchOptimizer", "create_optimizer"]
 
 Tensors = dict[str, Tensor]
 
+_CLASSES: Mapping[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
 
 class OuterOptimizer:
-    """The outer update of meta-parameters: a plugin's `outer_update`, or Adam."""
+    """The outer update of meta-parameters: a plugin's `outer_update`, or an optimiser of torch.
+
+    Raises:
+        UsageError: the cosine schedule has no length.
+    """
 
     def __init__(self, stages: Stages, config: LearnerConfig) -> None:
+        if config.lr_schedule == "cosine" and config.lr_schedule_steps is None:
+            raise UsageError("lr_schedule = cosine needs lr_schedule_steps, the step at which the learning rate is 0.")
         self._stages = stages
         self._config = config
-        self._adam: Adam | None = None
+        self._optimizer: Adam | TorchOptimizer | None = None
         self._plugin_state: dict[str, Any] = {}
 
     def update(self, meta: Tensors, grads: Tensors, training_step: int) -> Tensors:
-        """The meta-parameters after a step; Adam changes those that it is given.
+        """The meta-parameters after a step; torch's optimisers change those that they are given.
 
         Args:
             meta: contiguous tensors by name, those that the last call returned.
@@ -38,39 +54,98 @@ class OuterOptimizer:
         """
         reset_every = self._config.reset_optimizer_every
         if reset_every is not None and training_step % reset_every == 0:
-            self._adam, self._plugin_state = None, {}
+            self._optimizer, self._plugin_state = None, {}
         with torch.no_grad():
             if self._stages.implements("outer_update"):
                 updated, self._plugin_state = self._stages.outer_update(meta, grads, self._plugin_state)
                 return {name: value.contiguous() for name, value in updated.items()}
-            if self._adam is None:
-                self._adam = Adam(meta, self._config.outer_lr)
-            self._adam.step(grads)
+            if self._optimizer is None:
+                self._optimizer = create_optimizer(meta, self._stages, self._config)
+            self._optimizer.step(grads, compute_learning_rate(self._config, training_step))
             return meta
 
     def state(self) -> dict[str, Any]:
-        """Adam's moments and the plugin's state, whichever there is."""
-        return {"adam": self._adam.state() if self._adam else {}, "outer_state": self._plugin_state}
+        """The optimiser's state and the plugin's, whichever there is."""
+        return {"optimizer": self._optimizer.state() if self._optimizer else {}, "outer_state": self._plugin_state}
 
     def load_state(self, state: Mapping[str, Any], meta: Tensors) -> None:
         """Take over what `state` returned, which may hold more, for the meta-parameters that `update` will be given next."""
-        self._adam = None
-        if state["adam"]:
-            self._adam = Adam(meta, self._config.outer_lr)
-            self._adam.load_state(state["adam"])
+        self._optimizer = None
+        stored = state["optimizer"] if "optimizer" in state else state["adam"]  # the name of earlier checkpoints
+        if stored:
+            self._optimizer = create_optimizer(meta, self._stages, self._config)
+            self._optimizer.load_state(stored)
         self._plugin_state = move_tensors(state["outer_state"], next(iter(meta.values())).device)
 
 
+def create_optimizer(meta: Tensors, stages: Stages, config: LearnerConfig) -> Adam | TorchOptimizer:
+    """The optimiser of torch that the options describe."""
+    if config.outer_optimizer == "adam" and not config.outer_weight_decay:
+        return Adam(meta, *(config.outer_betas or (0.9, 0.999)))
+    return TorchOptimizer(meta, config, [name for name in meta if stages.owner(name)])
+
+
+class TorchOptimizer:
+    """An optimiser of `torch.optim`, its state by the names of parameters.
+
+    Args:
+        params: contiguous tensors by name, which `step` changes in place.
+        config: the options.
+        not_decayed: the names of parameters without weight decay: learned step sizes and whatever else plugins learn. Decay
+            is a prior that weights are small, which says nothing about them.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], config: LearnerConfig, not_decayed: Collection[str] = ()) -> None:
+        self._params = dict(params)
+        options: dict[str, Any] = {
+            "weight_decay": config.outer_weight_decay, "momentum": config.outer_momentum, "betas": config.outer_betas,
+            "nesterov": config.outer_nesterov or None,
+        }  # fmt: skip
+        groups: list[dict[str, Any]] = [
+            {"params": [value for name, value in params.items() if name not in not_decayed]},
+            {"params": [params[name] for name in not_decayed], "weight_decay": 0.0},
+        ]
+        create: Callable[..., torch.optim.Optimizer] = _CLASSES[config.outer_optimizer]
+        # Without the kernels that take many tensors at once, whose result depends on how the tensors lie in memory.
+        self._optimizer = create(
+            [group for group in groups if group["params"]], lr=config.outer_lr, foreach=False,
+            **{name: value for name, value in options.items() if value is not None},
+        )  # fmt: skip
+
+    def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
+        """Update the parameters with their gradients."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        for name, grad in match_strides(grads, self._params).items():
+            self._params[name].grad = grad
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """What the optimiser keeps of each parameter, by its name."""
+        kept = {name: dict(self._optimizer.state.get(value, {})) for name, value in self._params.items()}
+        return {name: state for name, state in kept.items() if state}
+
+    def load_state(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take over what `state` returned."""
+        for name, kept in state.items():
+            param = self._params[name]
+            self._optimizer.state[param] = {
+                key: value.clone() if key == "step" else torch.empty_like(param).copy_(value)
+                for key, value in kept.items()
+            }
+
+
 class Adam:
-    """`torch.optim.Adam` with its default coefficients, called as a function.
+    """`torch.optim.Adam` without weight decay, called as a function.
 
     The bookkeeping of the optimiser's object takes longer than the update of a small model. It changes `params`, contiguous
     tensors, in place.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], lr: float) -> None:
+    def __init__(self, params: Mapping[str, Tensor], beta1: float = 0.9, beta2: float = 0.999) -> None:
         self._params = dict(params)
-        self._lr = lr
+        self._betas = beta1, beta2
         self._moments = {
             "exp_avg": [torch.zeros_like(value) for value in params.values()],
             "exp_avg_sq": [torch.zeros_like(value) for value in params.values()],
@@ -78,12 +153,13 @@ class Adam:
         }
         self._fused = all(value.device.type in ("cpu", "cuda") for value in params.values())
 
-    def step(self, grads: Mapping[str, Tensor]) -> None:
+    def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
         """Update the parameters with their gradients."""
+        beta1, beta2 = self._betas
         adam(
             list(self._params.values()), list(match_strides(grads, self._params).values()),
             self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
-            fused=self._fused, amsgrad=False, beta1=0.9, beta2=0.999, lr=self._lr, weight_decay=0.0, eps=1e-8,
+            fused=self._fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=1e-8,
             maximize=False,
         )  # fmt: skip
 

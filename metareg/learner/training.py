@@ -21,6 +21,7 @@ from metareg.engine.engine import Engine, Gradient
 from metareg.errors import DivergenceError
 from metareg.learner.batch_split import Share
 from metareg.learner.config import LearnerConfig, Schedule
+from metareg.learner.learning_rate import check_schedule, compute_learning_rate, is_constant
 from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
@@ -149,9 +150,11 @@ def fit(
         manager: is called after every step, and can put the training back to an earlier one.
 
     Raises:
+        UsageError: the learning rate is 0 before the last step.
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
+    check_schedule(learner.config, schedule.steps)
     if schedule.eval_every:
         source.check_splits()
     _Loop(learner, source, schedule, connect_observers(observers, learner), progress or Progress(), manager).run()
@@ -203,8 +206,11 @@ class _Loop:
     def report(self) -> None:
         """Tell the observers the means since the last report."""
         if self.progress.averager.count:
-            self.learner.logs = self.progress.averager.means()
-            self.hooks.on_step(step=self.learner.steps_done, logs=self.learner.logs)
+            learner = self.learner
+            learner.logs = self.progress.averager.means()
+            if not is_constant(learner.config):
+                learner.logs["lr"] = compute_learning_rate(learner.config, learner.steps_done - 1)
+            self.hooks.on_step(step=learner.steps_done, logs=learner.logs)
 
     def validate(self) -> bool:
         """Evaluate, tell the observers, and return whether the score is the best so far."""

@@ -23,6 +23,7 @@ from metareg.contract.tasks import TaskSpec
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
+from metareg.learner.learning_rate import check_schedule
 from metareg.learner.processes import Processes, join_processes
 from metareg.learner.training import Progress, connect_observers, fit
 from metareg.registry.task_source import TaskSource
@@ -125,7 +126,7 @@ def train(
         selection = processes.each(select_plugins)
         if out is not None and processes.first(lambda: _should_resume(out, resume)):
             return _resume(out, selection, observers, processes)
-        selection = _set_eval_every(selection)
+        selection = _write_out_lengths(selection)
         with catch_stop_signals(is_launched() or processes.size > 1) as stop:
             learner, source = processes.each(lambda: prepare_run(selection, processes))
             path = processes.first(lambda: _create_folder(out, selection.config))
@@ -146,7 +147,7 @@ def configure(config: str | Path | Mapping[str, Any] | None = None, **options: A
         UsageError: something was asked for that cannot be.
     """
     given = {name: options.pop(name) for name in PLUGIN_FIELDS if name in options}
-    return _set_eval_every(select(_read_base(config), given, OwnFacts(), options)).config
+    return _write_out_lengths(select(_read_base(config), given, OwnFacts(), options)).config
 
 
 def resume(
@@ -251,7 +252,11 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
     def reopen() -> tuple[RunConfig, bool]:
         """The configuration to go on with; and whether the run has ended with it already."""
         stored = read_config(path)
-        wanted = selection.config.model_copy(update={"eval_every": selection.config.eval_every or stored.eval_every})
+        lengths = {
+            name: getattr(selection.config, name) or getattr(stored, name)
+            for name in ("eval_every", "lr_schedule_steps")
+        }
+        wanted = selection.config.model_copy(update=lengths)
         _refuse_changes(path, stored, wanted)
         return wanted, read_trained_steps(path, stored) == wanted.steps
 
@@ -301,11 +306,13 @@ def _is_taken(out: Path) -> bool:
     return out.exists() and (not out.is_dir() or not all(is_leftover(path) for path in out.iterdir()))
 
 
-def _set_eval_every(selection: Selection) -> Selection:
+def _write_out_lengths(selection: Selection) -> Selection:
     """Write out what depends on the number of steps, so that it stays when that number is raised."""
     config = selection.config
-    every = config.eval_every or max(1, config.steps // 10)
-    return dataclasses.replace(selection, config=config.model_copy(update={"eval_every": every}))
+    lengths = {"eval_every": config.eval_every or max(1, config.steps // 10)}
+    if config.lr_schedule == "cosine":
+        lengths["lr_schedule_steps"] = config.lr_schedule_steps or config.steps
+    return dataclasses.replace(selection, config=config.model_copy(update=lengths))
 
 
 def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
@@ -317,6 +324,7 @@ def prepare_run(selection: Selection, processes: Processes | None = None) -> tup
 def _prepare_run(selection: Selection, processes: Processes) -> tuple[MetaLearner, TaskSource]:
     config, task = selection.config, selection.task.instance
     processes.check_batch(config.meta_batch)
+    check_schedule(config, config.steps)
     own = selection.model.instance if isinstance(selection.model.instance, OwnModel) else None
     source = TaskSource(selection.task)
     source.check_splits()

@@ -1,7 +1,7 @@
 """A training step written out: what fit does in every strategy, as a loop over tasks and inner steps.
 
 It calls the plugins' hooks one after the other, differentiates with `torch.autograd.grad` and updates with
-`torch.optim.Adam`. Nothing is vectorized, traced or transformed by `torch.func`, and nothing of the engine is used, so that
+`torch.optim`. Nothing is vectorized, traced or transformed by `torch.func`, and nothing of the engine is used, so that
 it can be read as the definition of a step and be stepped through with a debugger.
 """
 
@@ -18,6 +18,8 @@ from torch.func import functional_call
 from metareg.contract.episodes import Episodes, stack_trees
 from metareg.engine.stages import Stages
 from metareg.learner.learner import MetaLearner
+from metareg.learner.learning_rate import compute_learning_rate
+from metareg.learner.optimizer import TorchOptimizer
 from metareg.testing.benches import draw_noise
 from metareg.util.layout import copy_contiguous
 
@@ -47,7 +49,7 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
     """
     learner = new_learner()
     start, meta = (copy_contiguous(learner.meta_parameters) for _ in range(2))
-    adam = _new_adam(meta, learner.config.outer_lr)
+    optimizer = _new_optimizer(learner, meta)
     state: dict[str, Any] = {}
     gradients: list[Tensors] = []
     for step, stacks in enumerate(batches):
@@ -58,14 +60,12 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
         gradients.append(grads)
         every = learner.config.reset_optimizer_every
         if every is not None and step % every == 0:
-            adam, state = _new_adam(meta, learner.config.outer_lr), {}
+            optimizer, state = _new_optimizer(learner, meta), {}
         if learner.stages.implements("outer_update"):
             with torch.no_grad():
                 meta, state = learner.stages.outer_update(meta, grads, state)
         else:
-            for name, value in meta.items():
-                value.grad = grads[name]
-            adam.step()
+            optimizer.step(grads, compute_learning_rate(learner.config, step))
     return Training(start, meta, gradients)
 
 
@@ -278,6 +278,6 @@ def _gradient(
     return dict(zip(of, grads, strict=True))
 
 
-def _new_adam(meta: Tensors, lr: float) -> torch.optim.Adam:
-    """Without the kernels that take many tensors at once."""
-    return torch.optim.Adam(list(meta.values()), lr, foreach=False, fused=False)
+def _new_optimizer(learner: MetaLearner, meta: Tensors) -> TorchOptimizer:
+    """The optimiser of torch itself, also where the learner's training calls it as a function."""
+    return TorchOptimizer(meta, learner.config, [name for name in meta if learner.stages.owner(name)])

@@ -44,7 +44,7 @@ def test_any_strides_give_the_steps_of_torch(grads: list[Tensor], moment: Tensor
     """Gradients and loaded moments may lie in any order."""
     start = torch.linspace(-1, 1, 120).reshape(3, 4, 2, 5)
     ours, theirs = start.clone(), nn.Parameter(start.clone())
-    adam, reference = Adam({"w": ours}, lr=0.1), torch.optim.Adam([theirs], lr=0.1, foreach=False, fused=False)
+    adam, reference = Adam({"w": ours}), torch.optim.Adam([theirs], lr=0.1, foreach=False, fused=False)
     adam.load_state({"w": {"exp_avg": moment, "exp_avg_sq": moment**2, "step": torch.tensor(7.0)}})
     reference.state[theirs] = {
         "step": torch.tensor(7.0),
@@ -52,7 +52,7 @@ def test_any_strides_give_the_steps_of_torch(grads: list[Tensor], moment: Tensor
         "exp_avg_sq": (moment**2).clone(memory_format=torch.contiguous_format),
     }
     for grad in grads:
-        adam.step({"w": grad})
+        adam.step({"w": grad}, 0.1)
         theirs.grad = grad.clone(memory_format=torch.contiguous_format)
         reference.step()
     torch.testing.assert_close(ours, theirs.data)

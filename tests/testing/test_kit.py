@@ -569,9 +569,9 @@ def test_an_entry_moved_by_the_gradient_of_another_is_noticed(
 def test_an_optimiser_that_forgets_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     step = optimizer.Adam.step
 
-    def forgetful(self: optimizer.Adam, grads: Tensors) -> None:
-        self._moments = optimizer.Adam(self._params, self._lr)._moments
-        step(self, grads)
+    def forgetful(self: optimizer.Adam, grads: Tensors, lr: float) -> None:
+        self._moments = optimizer.Adam(self._params)._moments
+        step(self, grads, lr)
 
     monkeypatch.setattr(optimizer.Adam, "step", forgetful)
     failing("algorithms", Plain, "whole-steps")
