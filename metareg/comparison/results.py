@@ -414,11 +414,12 @@ def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | 
 
 
 def _read_steps(run: PlannedRun) -> int | None:
-    """The steps that a run was trained for, from its results, or its config.yaml where these are older.
+    """The steps that a run was to be trained for, from its results, or its config.yaml where these are older.
 
     One line is looked for: to parse the files of all runs takes longer than the report.
     """
-    for file, line in ((RESULTS, r'^  "trained_steps": (\d{1,18})'), (CONFIG, r"^steps: (\d{1,18})$")):
+    planned = (RESULTS, r'^    "of_steps": (\d{1,18})')  # of a training that stopped early
+    for file, line in (planned, (RESULTS, r'^  "trained_steps": (\d{1,18})'), (CONFIG, r"^steps: (\d{1,18})$")):
         with suppress(OSError):
             text = read_text(run.path / file, errors="replace")
             if found := re.search(line, text, re.MULTILINE):

@@ -181,6 +181,12 @@ class Schedule(PluginConfig):
         description="Training steps between validations; a tenth of the run where it is not set.",
     )
     eval_tasks: int = Field(100, ge=2, le=1_000_000, description="Validation tasks each time.")
+    patience: Annotated[int | None, Resumable()] = Field(
+        None,
+        ge=1,
+        le=_MOST_STEPS,
+        description="Stop after so many validations in a row without a better one; unset, never.",
+    )
     on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], Flag(), Resumable()] = Field(
         "stop",
         description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "

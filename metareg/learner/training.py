@@ -120,6 +120,20 @@ class Progress:
             raise TypeError(f"best_step is a {type(self.best_step).__name__}")
         self.averager.load_state(state["window"], device)
 
+    def is_exhausted(self, step: int, schedule: Schedule) -> bool:
+        """Whether the last `schedule.patience` validations up to a step were no better than the best before them."""
+        if schedule.patience is None or schedule.eval_every is None:
+            return False
+        validations = step // schedule.eval_every - (self.best_step or 0) // schedule.eval_every
+        return validations >= schedule.patience
+
+    def describe_wait(self, schedule: Schedule) -> str:
+        """Why a training whose patience is exhausted stops."""
+        last = "the last validation was" if schedule.patience == 1 else f"the last {schedule.patience} validations were"
+        if self.best_step is None:
+            return f"{last} not finite"
+        return f"{last} not better than that after step {self.best_step}"
+
     def record(self, evaluation: Evaluation, step: int) -> bool:
         """Record a validation; returns whether it is the best so far."""
         score = evaluation.mean(evaluation.inner_steps[-1])
@@ -139,7 +153,7 @@ def fit(
     progress: Progress | None = None,
     manager: Checkpointer | None = None,
 ) -> None:
-    """Train a learner on the split ``"train"`` until `schedule.steps` steps are done.
+    """Train a learner on the split ``"train"`` until `schedule.steps` steps are done, or its patience is exhausted.
 
     Step n takes the tasks n·meta_batch … (n+1)·meta_batch − 1, so that a training that goes on from a step sees what an
     uninterrupted one sees.
@@ -174,18 +188,30 @@ class _Loop:
     def run(self) -> None:
         learner, schedule = self.learner, self.schedule
         self.progress.averager.start_clock()
-        while learner.steps_done < schedule.steps:
+        while not self.has_ended:
             batches = _draw_batches(learner, self.source, schedule, self.progress.left_out)
             try:
                 for episodes in batches:
                     self.take_step(episodes)
+                    if self.has_ended:
+                        break
             except DivergenceError as error:
                 self.roll_back(error)
         # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
-        if schedule.steps % schedule.log_every:
+        if learner.steps_done % schedule.log_every:
             self.report()
-        if schedule.eval_every and schedule.steps % schedule.eval_every:
+        if schedule.eval_every and learner.steps_done % schedule.eval_every:
             self.validate()
+        if learner.steps_done < schedule.steps:
+            log.info(
+                "Training stops early after step %d: %s.", learner.steps_done, self.progress.describe_wait(schedule)
+            )
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the last step is done, or the validations have not got better for long enough."""
+        step, schedule = self.learner.steps_done, self.schedule
+        return step >= schedule.steps or self.progress.is_exhausted(step, schedule)
 
     def take_step(self, episodes: list[Episodes] | Share) -> None:
         """One training step and what is due after it."""
@@ -201,7 +227,7 @@ class _Loop:
             self.report()
         improved = schedule.eval_every is not None and step % schedule.eval_every == 0 and self.validate()
         if self.manager is not None:
-            self.manager.after_step(must=improved or step == schedule.steps)
+            self.manager.after_step(must=improved or self.has_ended)
 
     def report(self) -> None:
         """Tell the observers the means since the last report."""

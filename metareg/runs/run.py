@@ -34,7 +34,8 @@ from metareg.util.tables import Table, read_frame
 from metareg.util.yaml_files import read_yaml
 
 __all__ = [
-    "Run", "check_fit", "format_resume_command", "read_config", "read_evaluations", "read_trained_steps", "refuse_missing",
+    "Run", "check_fit", "format_resume_command", "has_stopped_early", "read_config", "read_evaluations",
+    "read_planned_steps", "refuse_missing",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -108,7 +109,7 @@ class Run:
         run = cls._restore(path, config, find_device(device or config.device), OwnFacts(loss, metric), objects)
         if (path / RESULTS).is_file():
             run.evaluation, run.evaluation_one_by_one = read_evaluations(path)
-            if (done := read_trained_steps(path, config)) != config.steps:
+            if (done := read_planned_steps(path, config)) != config.steps:
                 log.warning(
                     "The training at %s goes on to %d steps; its learner and results are those after %s.",
                     path, config.steps, done,
@@ -354,8 +355,8 @@ def read_evaluations(path: Path) -> tuple[Evaluation, Evaluation | None]:
         return Evaluation.from_dict(content), None if one_by_one is None else Evaluation.from_dict(one_by_one)
 
 
-def read_trained_steps(path: Path, config: RunConfig) -> int | None:
-    """The steps of the training that a run's results are of; None where there are none.
+def read_planned_steps(path: Path, config: RunConfig) -> int | None:
+    """The steps that the training of a run's results was to have; None where there are none.
 
     They are fewer than the configuration's once these were raised, until the run has ended anew.
     """
@@ -365,8 +366,16 @@ def read_trained_steps(path: Path, config: RunConfig) -> int | None:
     with suppress(*MALFORMED):
         # Earlier versions wrote the step of the weights alone.
         last = content["weights"]["step"] if content["weights"]["select"] == "last" else config.steps
-        return int(content.get("trained_steps", last))
+        stopped = content.get("stopped_early")
+        return int(stopped["of_steps"] if stopped else content.get("trained_steps", last))
     return config.steps
+
+
+def has_stopped_early(path: Path) -> bool:
+    """Whether the training of a run's results ended because its validations did not get better."""
+    with suppress(*MALFORMED):
+        return (path / RESULTS).is_file() and bool(read_json(path / RESULTS)["stopped_early"])
+    return False
 
 
 def _read_given(given: Any, what: str) -> Path | Table:

@@ -33,7 +33,15 @@ from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
 from metareg.runs.options import Selection, describe_task
 from metareg.runs.own import OwnFacts, OwnModel, select
-from metareg.runs.run import Run, check_fit, format_resume_command, read_config, read_trained_steps, refuse_missing
+from metareg.runs.run import (
+    Run,
+    check_fit,
+    format_resume_command,
+    has_stopped_early,
+    read_config,
+    read_planned_steps,
+    refuse_missing,
+)
 from metareg.util.devices import peak_memory, reset_peak_memory, use_deterministic_kernels
 from metareg.util.files import (
     LinesFile,
@@ -258,7 +266,8 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
         }
         wanted = selection.config.model_copy(update=lengths)
         _refuse_changes(path, stored, wanted)
-        return wanted, read_trained_steps(path, stored) == wanted.steps
+        ended = read_planned_steps(path, stored) == wanted.steps
+        return wanted, ended and (not has_stopped_early(path) or wanted.patience == stored.patience)
 
     with catch_stop_signals(is_launched() or processes.size > 1) as stop, _lock(path, processes):
         wanted, ended = processes.first(reopen)
@@ -457,7 +466,7 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     # Nobody looked since the last step: a signal may have come in the validation after it.
     if any(processes.gather(lambda: stop.asked)):
         raise Interrupted("Stopped before the test.")
-    best = progress.best_step
+    trained, best = learner.steps_done, progress.best_step
     if config.select == "best" and best is not None:
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
@@ -473,7 +482,9 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
         weights = {"select": config.select, "step": learner.steps_done}
         one_by_one = run.evaluation_one_by_one
         others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
-        facts = {"split": config.test_split, "weights": weights, "trained_steps": config.steps}
+        facts: dict[str, Any] = {"split": config.test_split, "weights": weights, "trained_steps": trained}
+        if trained < config.steps:
+            facts["stopped_early"] = {"of_steps": config.steps, "patience": config.patience, "best_step": best}
         write_json(run.path / RESULTS, {**evaluation.to_dict(), **facts, **others})
         with learner.split_over(Processes()):
             return plots.draw(run)

@@ -32,7 +32,7 @@ from metareg.comparison.runner import read_progress
 from metareg.runs import environment
 from metareg.runs.checkpoints import Checkpoints
 from metareg.runs.options import parse_assignments
-from metareg.runs.run import read_config, read_evaluations, read_trained_steps
+from metareg.runs.run import read_config, read_evaluations, read_planned_steps
 from metareg.util.files import LinesFile
 from metareg.util.yaml_files import read_yaml
 from metareg_graph.data import load as load_graph
@@ -297,8 +297,8 @@ READERS = (
     Reader("reports", "trial.json", _text("trial.json", json.dumps({"options": {"a": 1}, "error": None})),
            tuning._read_trial, ("metareg.comparison.tuning:_read_key",)),
     Reader("reports", "results.json", _text("results.json", json.dumps(_RESULTS)),
-           lambda path: (read_evaluations(path.parent), read_trained_steps(path.parent, SimpleNamespace(steps=4))),
-           ("metareg.runs.run:read_evaluations", "metareg.runs.run:read_trained_steps")),
+           lambda path: (read_evaluations(path.parent), read_planned_steps(path.parent, SimpleNamespace(steps=4))),
+           ("metareg.runs.run:read_evaluations", "metareg.runs.run:read_planned_steps")),
     Reader("reports", "environment.json", _text("environment.json", json.dumps(_ENVIRONMENT)), _read_environment,
            ("metareg.runs.environment:_read_environments", "metareg.runs.environment:_read_described")),
     Reader("reports", "metrics.jsonl", _text("metrics.jsonl", _METRICS),

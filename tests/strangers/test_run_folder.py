@@ -16,7 +16,7 @@ import yaml
 import metareg
 from metareg import MetaregError, Run, UsageError, hookimpl
 from metareg.runs import environment
-from metareg.runs.run import read_config, read_trained_steps
+from metareg.runs.run import read_config, read_planned_steps
 from metareg.util.files import LinesFile, replace_file
 
 pytestmark = pytest.mark.strangers
@@ -208,7 +208,7 @@ def test_a_bad_file_of_a_run_is_one_sentence(finished: Path, tmp_path: Path, tri
     path = Path(shutil.copytree(finished, tmp_path / "run"))
     run = Run.load(path)
     readers: dict[str, tuple[Callable[[], object], ...]] = {
-        "results.json": (lambda: Run.load(path), lambda: read_trained_steps(path, run.config)),
+        "results.json": (lambda: Run.load(path), lambda: read_planned_steps(path, run.config)),
         "environment.json": (
             lambda: environment.refuse_other_data(run), lambda: environment.write(run, "serial", "as asked for", 4),
         ),
