@@ -1,10 +1,10 @@
-"""What every test shares: one thread, and where real data lies."""
+"""What every test shares: one thread, one cache, and where real data lies."""
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -43,6 +43,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("strangers' files and hard days: attempts that held")
         for group in STRANGERS:
             terminalreporter.write_line(f"{group:<16}{_held[group]:>8,}")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing of the user's cache is read; all processes of a test run draw the letters of `glyphs` once."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("METAREG_CACHE", str(folder / "cache"))
+        yield
 
 
 @pytest.fixture(scope="session")

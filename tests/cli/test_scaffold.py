@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from metareg import testing
 from metareg.cli.app import run
 from metareg.cli.scaffold import write_plugin
 from metareg.registry.plugins import KINDS, list_entries
@@ -34,14 +35,21 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     importlib.invalidate_caches()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_new_plugin_is_listed_trains_and_passes_its_checks(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.fixture
+def without_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those checks left out that take long; the tests of the kit carry them out, with plugins like the templates."""
+    for named in testing._OF_KIND.values():
+        for name in ("strategies", "whole-steps", "determinism", "composition"):
+            monkeypatch.delitem(named, name, raising=False)
+
+
+def try_new_plugin(
+    kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    """Write a plugin, install it, train with it and check it."""
+    monkeypatch.chdir(folder)
     assert run(["new-plugin", kind, "of-mine"]) == 0
-    folder = tmp_path / "metareg-of-mine"
-    installed(folder, monkeypatch)
+    installed(folder / "metareg-of-mine", monkeypatch)
     assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in list_entries(kind)}
 
     flag = dict(zip(KINDS, ("--algo", "--augment", "--task", "--model", "--observe"), strict=True))[kind]
@@ -52,6 +60,22 @@ def test_new_plugin_is_listed_trains_and_passes_its_checks(
     assert "passed  contract" in printed
     assert "failed" not in printed
     sys.modules.pop("metareg_of_mine", None)
+
+
+@pytest.mark.usefixtures("without_trainings")
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_is_listed_trains_and_passes_its_checks(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_new_plugin(kind, tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_plugin_passes_the_checks_that_take_long(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try_new_plugin(kind, tmp_path, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -88,6 +112,7 @@ def test_existing_folder_is_left_alone(tmp_path: Path) -> None:
     assert list((tmp_path / "metareg-mine").iterdir()) == []
 
 
+@pytest.mark.usefixtures("without_trainings")
 def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

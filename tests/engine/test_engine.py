@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import permutations
+from itertools import cycle, permutations
 from typing import Any
 
 import pytest
@@ -228,8 +228,11 @@ def test_compiled_graph_takes_other_strides() -> None:
 # --------------------------------------------------------------------------------------------------------- augmenters
 
 
-@pytest.mark.parametrize("order", list(permutations([CML, "dropgrad", "gradient-noise"])), ids=str)
-@pytest.mark.parametrize("algo", ALGORITHMS)
+@pytest.mark.parametrize(
+    ("algo", "order"),
+    list(zip(cycle(ALGORITHMS), permutations([CML, "dropgrad", "gradient-noise"]), strict=False)),
+    ids=str,
+)
 def test_any_order_of_augmenters(algo: str, order: Any) -> None:
     batch = episodes("mlp")
     first, *others = [

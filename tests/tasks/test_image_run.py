@@ -16,12 +16,10 @@ from metareg_image import Glyphs
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> metareg.Run:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("METAREG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return metareg.train(
-            "maml", "cml", "glyphs", out=tmp_path_factory.mktemp("runs") / "run", steps=4, ways=3, query=2, eval_query=2,
-            size=16, test_tasks=4, eval_tasks=2, test_inner_steps=[0, 1], **{"model.width": 4},
-        )  # fmt: skip
+    return metareg.train(
+        "maml", "cml", "glyphs", out=tmp_path_factory.mktemp("runs") / "run", steps=4, ways=3, query=2, eval_query=2,
+        size=16, test_tasks=4, eval_tasks=2, test_inner_steps=[0, 1], **{"model.width": 4},
+    )  # fmt: skip
 
 
 def test_a_run_on_glyphs(trained: metareg.Run) -> None:
@@ -36,9 +34,8 @@ def test_a_run_on_glyphs(trained: metareg.Run) -> None:
 
 
 def test_a_run_is_tested_on_another_task(
-    trained: metareg.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    trained: metareg.Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "cache"))
     colours = np.random.default_rng(0).integers(0, 255, (4, 5, 20, 30, 3), dtype=np.uint8)
     for kind, images in enumerate(colours):
         for number, image in enumerate(images):

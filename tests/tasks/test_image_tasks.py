@@ -17,16 +17,6 @@ from metareg_image import Glyphs, OmniglotSmall
 from metareg_image.figures import _label
 
 
-@pytest.fixture(scope="session")
-def image_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(autouse=True)
-def _cache(image_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("METAREG_CACHE", str(image_cache))
-
-
 def glyphs(**options: object) -> Glyphs:
     return Glyphs(Glyphs.Config(**options))
 

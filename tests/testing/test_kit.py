@@ -937,7 +937,7 @@ BROKEN: dict[str, dict[str, list[type]]] = {
 """Plugins by their kind and the check that must refuse them."""
 
 SOUND: list[tuple[str, type]] = [
-    ("algorithms", Plain), ("algorithms", Learned), ("augmenters", CoLearner), ("tasks", Lines), ("models", Model),
+    ("algorithms", Learned), ("augmenters", CoLearner), ("tasks", Lines), ("models", Model),
     ("models", TakesPairs), ("observers", Watching),
 ]  # fmt: skip
 
@@ -957,10 +957,22 @@ def test_sound_plugin_passes(kind: str, plugin: type) -> None:
         check()
 
 
-@pytest.mark.parametrize("plugin", [ForClasses, Normalised, AdaptsNothing, WithMomentum, Curved])
+FURTHER = [Plain, ForClasses, Normalised, AdaptsNothing, WithMomentum, Curved]
+TAKE_LONG = ("strategies", "whole-steps", "determinism", "composition")
+
+
+@pytest.mark.parametrize("plugin", FURTHER)
 def test_no_false_alarm(plugin: type) -> None:
     for check in checks("algorithms", plugin):
-        if check.name not in ("composition", "strategies", "determinism"):  # no alarm was false there
+        if check.name not in TAKE_LONG:
+            check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("plugin", FURTHER)
+def test_no_false_alarm_of_whole_trainings(plugin: type) -> None:
+    for check in checks("algorithms", plugin):
+        if check.name in TAKE_LONG:
             check()
 
 
