@@ -1,6 +1,6 @@
-"""The command line: the commands, and how each ends.
+"""The command line: its commands and their exit codes.
 
-Whatever is slow to import (torch, pydantic, a plugin) is imported by the command that needs it.
+Slow imports (torch, pydantic, plugins) are left to the commands that need them.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def _check_rank(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """What comes before every command."""
+    """Check what applies to every command."""
     if read_rank().size > 1 and context.invoked_subcommand not in ("train", "resume"):
         raise UsageError(
-            f"torchrun splits `metareg train` and `metareg resume`; `metareg {context.invoked_subcommand}` takes one "
+            f"torchrun can run `metareg train` and `metareg resume`; run `metareg {context.invoked_subcommand}` in one "
             "process."
         )
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Carry out a command line.
+    """Run a command line.
 
     Returns:
         The exit code: 0 done, 2 wrong use, 1 anything else, 130 interrupted.
@@ -93,13 +93,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _explain(error: OSError) -> MetaregError:
-    """What the system says of a file, which is no bug: a name that is too long, a folder that may not be read."""
+    """Turn an operating system error about a file, which is not a bug, into a sentence."""
     wrong_use = error.errno == errno.ENAMETOOLONG
     return (UsageError if wrong_use else MetaregError)(f"{error.strerror}: {os.fsdecode(error.filename)}.")
 
 
 def _wait_for_leader() -> None:
-    """Stay for a second, or until SIGTERM: once one has failed, torchrun ends all, the one with the message too."""
+    """Wait for a second, or until SIGTERM: torchrun ends all processes once one has failed, even the one with the message."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait(1)
@@ -120,7 +120,7 @@ def _run_command(arguments: Sequence[str]) -> int:
 
 
 def _print_error(error: Exception) -> int:
-    """Say in a sentence what ended a command; the exit code."""
+    """Print the error that ended a command, and return the exit code."""
     if isinstance(error, OSError) and error.strerror and error.filename:
         error = _explain(error)
     sentence, hint = str(error) if isinstance(error, MetaregError) else describe_error(error), ""

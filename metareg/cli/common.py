@@ -1,4 +1,4 @@
-"""What the commands share: options that several have, and how they are read."""
+"""Options that several commands share, and how they are read."""
 
 from __future__ import annotations
 
@@ -30,34 +30,34 @@ __all__ = [
 
 
 def complete_names(kind: str) -> Callable[[str], list[str]]:
-    """What completes a plugin's name in a shell."""
+    """Return a function that completes a plugin's name in a shell."""
     return lambda incomplete: [entry.name for entry in list_entries(kind) if entry.name.startswith(incomplete)]
 
 
 def _disable_plugins(names: list[str] | None) -> list[str] | None:
-    """Disable plugins in this process and in those that it starts."""
+    """Disable plugins in this process and those that it starts."""
     disabled = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
     os.environ[DISABLE_VARIABLE] = ",".join(filter(None, disabled))
     return names
 
 
 def expand_path(path: Path | None) -> Path | None:
-    """A path with a home folder in the place of ``~``."""
+    """Replace ``~`` by the home folder."""
     return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 (that of pathlib can raise)
 
 
 def path_option(*flags: str, metavar: str, help: str) -> Any:
-    """An option that takes a path, which may begin with ``~``."""
+    """Create an option for a path, which may start with ``~``."""
     return typer.Option(*flags, metavar=metavar, help=help, callback=expand_path)
 
 
 def plugin_option(kind: str, *, metavar: str, help: str) -> Any:
-    """An option that takes the names of plugins of a kind, which a shell completes."""
+    """Create an option for names of plugins of a kind, with shell completion."""
     return typer.Option(metavar=metavar, help=help, autocompletion=complete_names(kind))
 
 
 def set_option(help: str) -> Any:
-    """The option ``--set KEY=VALUE``."""
+    """Create the option ``--set KEY=VALUE``."""
     return typer.Option("--set", metavar="KEY=VALUE", help=help)
 
 
@@ -71,27 +71,28 @@ LearnerPath = Annotated[
     ),
 ]
 Data = Annotated[
-    Path | None, path_option("--data", metavar="DIR", help="Where the task's data is (the variable METAREG_DATA).")
+    Path | None,
+    path_option("--data", metavar="DIR", help="Folder of the task's data (default: the variable METAREG_DATA)."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU where there is one by default.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default, a GPU if there is one.")]
 BatchNormStatistics = Annotated[
     str,
     typer.Option(
         metavar="NAME",
-        help="support: BatchNorm uses the support set's statistics, and no prediction depends on another; transductive: "
-        "those of the batch at hand.",
+        help="support: BatchNorm uses the support set's statistics, and predictions are independent of each other; "
+        "transductive: it uses those of the current batch.",
     ),
 ]
-InnerSteps = Annotated[int | None, typer.Option(help="Adaptation steps (those of training).")]
+InnerSteps = Annotated[int | None, typer.Option(help="Inner steps (default: as in training).")]
 NoPlugin = Annotated[
     list[str] | None,
     typer.Option(
-        "--no-plugin", metavar="NAME", help="Leave an installed plugin out. Repeatable.", callback=_disable_plugins
+        "--no-plugin", metavar="NAME", help="Disable an installed plugin. Repeatable.", callback=_disable_plugins
     ),
 ]
 
 
 def set_data_folder(data: Path | None) -> None:
-    """Let this process, and those that it starts, look for data in a folder."""
+    """Set the data folder of this process and of those that it starts."""
     if data is not None:
         os.environ["METAREG_DATA"] = str(absolute_path(data))

@@ -27,68 +27,67 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "report", "reproduce"]
 
-_Jobs = Annotated[
-    int | None, typer.Option(metavar="N", help="Runs at a time (as many as there are GPUs, or CPU cores).")
-]
+_Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (default: one per GPU or CPU core).")]
 
 
 @takes_run_options(lambda _: ("steps",))
 def compare(
     algo: Annotated[
-        str | None, plugin_option("algorithms", metavar="NAMES", help="Algorithms, with commas (maml).")
+        str | None, plugin_option("algorithms", metavar="NAMES", help="Algorithms, separated by commas (maml).")
     ] = None,
     augment: Annotated[
         str | None,
         plugin_option(
             "augmenters",
             metavar="NAMES",
-            help="Augmenters, with commas; 'none' for none, 'dropgrad+cml' for a chain (none).",
+            help="Augmenters, separated by commas; 'none' for none, 'dropgrad+cml' for a chain (none).",
         ),
     ] = None,
-    task: Annotated[str | None, plugin_option("tasks", metavar="NAMES", help="Tasks, with commas (sinusoid).")] = None,
+    task: Annotated[
+        str | None, plugin_option("tasks", metavar="NAMES", help="Tasks, separated by commas (sinusoid).")
+    ] = None,
     seeds: Annotated[
-        str | None, typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, as 0,3 or 1000-1004 (1).")
+        str | None, typer.Option(metavar="N", help="Number of seeds, from 0; or seeds such as 0,3 or 1000-1004 (1).")
     ] = None,
     assignments: Annotated[
         list[str] | None,
         set_option(
-            "An option of every run, or of those with the plugin: cml.gamma=0.1. Several values (0.01,0.1) are tried "
-            "for each arm on validation tasks. Repeatable."
+            "An option of all runs, or of those with the plugin: cml.gamma=0.1. With several values (0.01,0.1), each arm "
+            "chooses one on validation tasks. Repeatable."
         ),
     ] = None,
     search: Annotated[
         int | None,
-        typer.Option(metavar="N", help="Choose each arm's settings by N trials on validation tasks (Optuna)."),
+        typer.Option(metavar="N", help="Choose each arm's settings in N trials on validation tasks (Optuna)."),
     ] = None,
     search_over: Annotated[
         str | None,
-        typer.Option(metavar="KEYS", help="Which options to search (those of the algorithm and the augmenters)."),
+        typer.Option(metavar="KEYS", help="Options to search (default: those of the algorithm and augmenters)."),
     ] = None,
     config: Annotated[
         Path | None,
-        path_option(metavar="FILE", help="YAML with the whole comparison; options given here stand before it."),
+        path_option(metavar="FILE", help="YAML file with the complete comparison; flags override it."),
     ] = None,
     out: Annotated[
-        Path | None, path_option(metavar="DIR", help="The comparison's folder (one in comparisons/); goes on with it.")
+        Path | None,
+        path_option(metavar="DIR", help="The comparison's folder, new or to continue (default: in comparisons/)."),
     ] = None,
     archive: Annotated[
         Path | None,
         path_option(
             metavar="FILE.tar.xz",
-            help="Raw results of a comparison (`metareg report DIR --archive FILE`): its finished runs are taken as done.",
+            help="Raw results of a comparison (`metareg report DIR --archive FILE`); its finished runs count as done.",
         ),
     ] = None,
     jobs: _Jobs = None,
     launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
-        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (one is started)."),
+        typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (default: start one)."),
     ] = None,
     baselines: Annotated[
         bool,
-        typer.Option(
-            "--baselines", help="Then measure what simpler ways reach on each task; a training for each seed."
-        ),
+        typer.Option("--baselines", help="Also evaluate simpler baselines on each task; one training for each seed."),
     ] = False,
     data: Data = None,
     _no_plugin: NoPlugin = None,
@@ -96,9 +95,10 @@ def compare(
 ) -> None:
     """Compare algorithms and augmenters on tasks over seeds: [bold]metareg compare --augment none,cml --seeds 5[/].
 
-    The same seed gives every arm the same initial weights, training tasks and test tasks. Finished runs are kept: the same
-    command again goes on where it stopped, and tries again what broke. What is given with an --out that holds a comparison
-    changes that one: [bold]--out DIR --seeds 10[/] adds seeds.
+    For a given seed, every arm gets the same initial weights, training tasks and
+    test tasks. Repeat the command to continue: finished runs are kept, and failed
+    runs are tried again. If --out holds a comparison, flags change it:
+    [bold]--out DIR --seeds 10[/] adds seeds.
     """
     set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
@@ -107,10 +107,12 @@ def compare(
     from metareg.comparison.space import split_assignments
 
     if search_over is not None and search is None:
-        raise UsageError("--search-over names what --search N varies; give the number of trials too.")
+        raise UsageError(
+            "--search-over names the options that --search N varies; add the number of trials with --search."
+        )
     given, space = split_assignments(assignments or [])
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
-        raise UsageError(f"--set cannot set '{key}'; `metareg compare --help` says how it is given.")
+        raise UsageError(f"--set cannot set '{key}'; see `metareg compare --help` for its flag.")
     searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
@@ -125,7 +127,7 @@ def compare(
 
 
 def _show_baselines(comparison: Comparison) -> None:
-    """What simpler ways reach on each task, by the configuration of its first arm's runs."""
+    """Show simpler baselines on each task, with the configuration of its first arm's runs."""
     from metareg.cli.progress import show_messages
     from metareg.cli.tables import create_baseline_overview
     from metareg.runs.run import Run
@@ -142,7 +144,7 @@ def report(
     path: Annotated[
         Path,
         typer.Argument(
-            help="The comparison's folder, finished or not, or the file of its raw results (--archive).",
+            help="The comparison's folder, finished or not, or the file with its raw results (--archive).",
             metavar="DIR",
             show_default=False,
         ),
@@ -151,38 +153,40 @@ def report(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="markdown, html, latex, or CSV: csv (means), pairs, scores (every one). By --out's suffix, or markdown.",
+            help="markdown, html, latex, or as CSV: csv (means), pairs, scores (all). Default: by the suffix of --out, or markdown.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        path_option(metavar="FILE", help="Write there (html: report.html in DIR; the others: to the output)."),
+        path_option(
+            metavar="FILE", help="File to write (default: report.html in DIR for html, otherwise standard output)."
+        ),
     ] = None,
     inner_steps: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Compare after K inner steps (the last number that was tested after)."),
+        typer.Option(metavar="K", help="Compare after K inner steps (default: the largest tested number)."),
     ] = None,
     baseline: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="Compare with this augmenter, algorithm or variant, or 'all' pairs (what the comparison says, or none).",
+            help="Compare with this augmenter, algorithm or variant, or 'all' pairs (default: as configured, or none).",
         ),
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="page, or paper for one table of methods and tasks, the best in bold (latex, markdown).")
+        str, typer.Option(help="page, or paper: one table of methods and tasks, the best in bold (latex, markdown).")
     ] = "page",
-    over: Annotated[str, typer.Option(help="What a paper's intervals are over: seeds, or test tasks.")] = "seeds",
+    over: Annotated[str, typer.Option(help="For paper: intervals over seeds, or over test tasks.")] = "seeds",
     archive: Annotated[
         Path | None,
         path_option(
             metavar="FILE.tar.xz",
-            help="First write the raw results there: every score, setting, time and version. Reports are made from that "
-            "file alone, and `metareg compare --archive FILE` goes on with it.",
+            help="First write the raw results to this file: every score, setting, time and version. You can report from "
+            "that file alone, and continue with `metareg compare --archive FILE`.",
         ),
     ] = None,
 ) -> None:
-    """Show what a comparison gave: tables with intervals, and paired differences, of each augmenter to none by default."""
+    """Report a comparison: tables with intervals, and paired differences to a baseline."""
     from metareg.comparison.archive import ARCHIVE_SUFFIX, write_archive
     from metareg.reporting import infer_format, write_report
     from metareg.reporting import report as format_report
@@ -208,31 +212,33 @@ def report(
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe's name, or a YAML file of your own.", show_default=False),
+        typer.Argument(metavar="[RECIPE]", help="A recipe's name, or your own YAML file.", show_default=False),
     ] = None,
     seeds: Annotated[
         str | None,
-        typer.Option(metavar="N", help="How many seeds, from 0 on; or the seeds, with commas (the recipe's)."),
+        typer.Option(
+            metavar="N", help="Number of seeds, from 0; or seeds separated by commas (default: the recipe's)."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        path_option(metavar="DIR", help="Where its runs are kept (one in reproductions/); goes on with them."),
+        path_option(metavar="DIR", help="Folder of its runs, new or to continue (default: in reproductions/)."),
     ] = None,
     jobs: _Jobs = None,
     data: Data = None,
     device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Carry out a recipe, and say whether the value that it is expected to reach was reached; without a name, list them.
+    """Run a recipe, and say whether it reaches its expected value; without a name, list all recipes.
 
-    The exit code is 1 where the value was not reached.
+    The exit code is 1 if the value was not reached.
     """
     from metareg.comparison.reproduction import find_recipe, list_recipes
     from metareg.comparison.reproduction import reproduce as carry_out
 
     if name is None:
         if any(given is not None for given in (seeds, out, jobs, data, device)):
-            raise UsageError("Name a recipe; `metareg reproduce` lists them.")
+            raise UsageError("Name a recipe; run `metareg reproduce` to list them.")
         from metareg.cli.tables import create_recipe_table
 
         stdout.print(create_recipe_table(list_recipes()))

@@ -1,4 +1,4 @@
-"""``metareg plugins``, ``show``, ``new-plugin``, ``check-plugin``, ``doctor``, and ``data``: what is installed."""
+"""``metareg plugins``, ``show``, ``new-plugin``, ``check-plugin``, ``doctor`` and ``data``."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _Name = Annotated[str, typer.Argument(metavar="NAME", help="The plugin's name.")
 
 def plugins(
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
-    check: Annotated[bool, typer.Option("--check", help="Import each, and say which do not work.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Import each plugin, and say which ones do not work.")] = False,
 ) -> None:
-    """List the installed plugins. Without --check nothing of them is imported."""
+    """List the installed plugins. Without --check, none of them is imported."""
     rows = _describe_entries(check=check)
     if as_json:
         write_output(json.dumps(rows, indent=2) + "\n")
@@ -38,7 +38,8 @@ def plugins(
 
 def show(
     names: Annotated[
-        list[str], typer.Argument(metavar="[KIND] NAME", help="The plugin, its kind first where several have the name.")
+        list[str],
+        typer.Argument(metavar="[KIND] NAME", help="The plugin; with its kind first if several share the name."),
     ],
 ) -> None:
     """Show what a plugin does, its hooks, and its options with their bounds and defaults."""
@@ -58,16 +59,16 @@ def show(
 
 def new_plugin(
     kind: _Kind,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What users will type, as sign-maml.")],
-    out: Annotated[Path, path_option(metavar="DIR", help="Where to make the package's folder.")] = Path(),
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The name that users will type, such as sign-maml.")],
+    out: Annotated[Path, path_option(metavar="DIR", help="Folder in which to create the package.")] = Path(),
 ) -> None:
-    """Write a package with a working plugin of your own, its tests and its README."""
+    """Create a package with a working plugin, its tests and its README."""
     from metareg.cli.scaffold import write_plugin
 
     plural = _parse_kind(kind)
     folder = write_plugin(plural, name, out)
     stdout.print(
-        f"{escape(str(folder))} is a package that works as it is:\n"
+        f"{escape(str(folder))} is a working package:\n"
         f"  pip install -e '{escape(str(folder))}'\n"
         f"  metareg check-plugin {plural} {name}",
         soft_wrap=True,
@@ -77,12 +78,12 @@ def new_plugin(
 def check_plugin(
     kind: _Kind,
     name: _Name,
-    assignments: Annotated[
-        list[str] | None, set_option("An option of the plugin to check it with. Repeatable.")
-    ] = None,
-    compile: Annotated[bool, typer.Option(help="Compare with torch.compile too, which takes 10 to 20 seconds.")] = True,
+    assignments: Annotated[list[str] | None, set_option("An option of the plugin for the check. Repeatable.")] = None,
+    compile: Annotated[
+        bool, typer.Option(help="Also compare with torch.compile, which takes 10 to 20 seconds.")
+    ] = True,
 ) -> None:
-    """Check an installed plugin against the contract: the conformance kit of metareg.testing."""
+    """Check an installed plugin with the conformance kit of metareg.testing."""
     from metareg.cli.tables import describe_check
     from metareg.runs.options import parse_assignments
     from metareg.testing import checks
@@ -110,29 +111,29 @@ def doctor() -> None:
 
 def data(
     name: Annotated[
-        str | None, typer.Argument(metavar="[TASK]", help="One task; all where none is named.", show_default=False)
+        str | None, typer.Argument(metavar="[TASK]", help="The task (default: all).", show_default=False)
     ] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the task's data.")] = False,
-    verify: Annotated[bool, typer.Option("--verify", help="Read all of the task's data, and count it.")] = False,
+    download: Annotated[bool, typer.Option("--download", help="Download the task's data.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Read and count all of the task's data.")] = False,
     example: Annotated[
-        Path | None, path_option("--example", metavar="DIR", help="Write drawn data to begin with into a new folder.")
+        Path | None, path_option("--example", metavar="DIR", help="Write generated example data to a new folder.")
     ] = None,
     where: Data = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """List the data that tasks read: where it is, or how to get it; download and verify it."""
+    """List the data that tasks read, and where it is or how to get it; download and verify it."""
     from metareg.cli.tables import create_dataset_table
 
     if name is None:
         if download or verify or example:
-            raise UsageError("Name the task whose data is meant: metareg data TASK --download.")
+            raise UsageError("Name the task: metareg data TASK --download.")
         stdout.print(create_dataset_table(_list_datasets(where)))
         return
     entry = find_entry("tasks", name)
     dataset = read_dataset(entry, where)
     if example is not None:
         if dataset is None or dataset.write_example is None:
-            raise UsageError(f"The task '{name}' has no example to write; table-folder has one.")
+            raise UsageError(f"The task '{name}' has no example data; table-folder has.")
         stdout.print(escape(dataset.write_example(example)), soft_wrap=True)
         return
     if dataset is not None and download and not dataset.present:
@@ -150,14 +151,14 @@ def data(
 
 
 def _list_datasets(where: Path | None) -> list[tuple[str, DatasetFacts | str]]:
-    """Every installed task that reads data, and what it says of it; a text where it cannot be asked."""
+    """List the installed tasks that read data, with what they say about it; an error text if that failed."""
     entries = list_entries("tasks")
     found = zip(entries, inspect_datasets(entries, where), strict=True)
     return [(entry.name, dataset) for entry, dataset in found if dataset is not None]
 
 
 def _parse_kind(given: str) -> str:
-    """The kind of plugin that a user means, in the singular or the plural."""
+    """Parse a kind of plugin, in the singular or the plural."""
     matches = [each for each in KINDS if given and each.startswith(given.rstrip("s"))]
     if len(matches) != 1:
         raise UnknownNameError("kind of plugin", given, KINDS)
@@ -173,9 +174,7 @@ def _find_kind(name: str) -> str:
     entries = list_entries()
     kinds = [kind for kind in KINDS if any(e.kind == kind and name in (e.name, e.qualified) for e in entries)]
     if not kinds:
-        hint = (
-            f"`metareg show {name} NAME` shows one." if name in KINDS else "`metareg plugins` lists what is installed."
-        )
+        hint = f"Use `metareg show {name} NAME`." if name in KINDS else "`metareg plugins` lists the installed plugins."
         raise UnknownNameError("plugin", name, {entry.name for entry in entries}, hint)
     if len(kinds) > 1:
         commands = " or ".join(f"`metareg show {kind} {name}`" for kind in kinds)
@@ -184,7 +183,7 @@ def _find_kind(name: str) -> str:
 
 
 def _describe_entries(*, check: bool) -> list[dict[str, Any]]:
-    """The installed plugins, with what importing them says where they are to be checked."""
+    """Describe the installed plugins; with `check`, import each of them."""
     entries = list_entries()
     facts = inspect_plugins(entries) if check else repeat({})
     names = ("kind", "name", "distribution", "version")

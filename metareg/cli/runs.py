@@ -1,4 +1,4 @@
-"""``metareg train`` and ``resume``; and ``eval``, ``predict`` and ``export``: what a finished run is good for."""
+"""``metareg train`` and ``resume``; ``eval``, ``analyse``, ``predict`` and ``export`` for finished runs."""
 
 from __future__ import annotations
 
@@ -45,40 +45,40 @@ def train(
     query: Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")] = None,
     data: Data = None,
     target: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column to predict, for a task on tables.")
+        str | None, typer.Option(metavar="COLUMN", help="The column to predict, for tasks on tables.")
     ] = None,
     assignments: Annotated[
-        list[str] | None, set_option("Any other option of the run or of its plugins. Repeatable.")
+        list[str] | None, set_option("Any other option of the run or its plugins. Repeatable.")
     ] = None,
     config: Annotated[
-        Path | None, path_option(metavar="FILE", help="YAML with any of these; options given here stand before it.")
+        Path | None, path_option(metavar="FILE", help="YAML file with any of these options; flags override it.")
     ] = None,
-    out: Annotated[Path | None, path_option(metavar="DIR", help="The run's folder (a new one in runs/).")] = None,
+    out: Annotated[
+        Path | None, path_option(metavar="DIR", help="The run's folder (default: a new one in runs/).")
+    ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out where there is one, begin it where not.")
+        bool, typer.Option("--resume", help="Resume the run in --out if there is one; otherwise start it.")
     ] = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Then measure what simpler ways reach; may take longer than training.")
+        bool, typer.Option("--baselines", help="Also evaluate simpler baselines; may take longer than training.")
     ] = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the whole configuration, as --config takes it, and end.")
+        bool, typer.Option("--print-config", help="Print the complete configuration, for --config, and exit.")
     ] = False,
     _no_plugin: NoPlugin = None,
     **options: Any,
 ) -> None:
-    """Train, test and draw: [bold]metareg train --algo maml --augment cml[/].
+    """Train and test a learner, and plot results: [bold]metareg train --algo maml --augment cml[/].
 
-    Defaults stand in brackets; a task, an algorithm or a model may recommend others. [bold]metareg show NAME[/] lists
-    these, and what --set takes.
+    Defaults are in parentheses; tasks, algorithms and models can recommend
+    others. [bold]metareg show NAME[/] lists these and the options for --set.
     """
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
     from metareg.runs.training import configure
     from metareg.runs.training import train as carry_out
 
     if baselines and read_rank().size > 1:
-        raise UsageError(
-            "Baselines are measured by one process: `metareg eval RUN --baselines` does it after the training."
-        )
+        raise UsageError("Baselines run in one process; after training, use `metareg eval RUN --baselines`.")
     flags = RunConfig.list_flags()
     plugins = {name: flags[name] for name in PLUGIN_FIELDS}
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})
@@ -103,14 +103,15 @@ def resume(
     path: RunFolder,
     data: Data = None,
     assignments: Annotated[
-        list[str] | None, set_option("An option that leaves the run's meaning as it is. Repeatable.")
+        list[str] | None, set_option("An option that does not change the run's meaning. Repeatable.")
     ] = None,
     _no_plugin: NoPlugin = None,
     **options: Any,
 ) -> None:
-    """Go on with a run that was stopped, from its newest good checkpoint.
+    """Resume a stopped run from its newest valid checkpoint.
 
-    On the same machine it ends with the same weights, metrics and results, bit for bit, as if it had never stopped.
+    On the same machine, its weights, metrics and results equal those of an
+    uninterrupted run, bit for bit.
     """
     from metareg.runs.training import resume as carry_out
 
@@ -120,7 +121,7 @@ def resume(
 
 
 def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> Run:
-    """Carry out a training with some options, and show how it goes on and what it comes to."""
+    """Train with some options, and show the progress and the results."""
     from metareg.cli.progress import Progress
     from metareg.cli.tables import print_results
 
@@ -140,17 +141,17 @@ def _show_baselines(run: Run) -> None:
 
 
 def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:
-    """What ``--set`` gives; it may not give what only a flag can."""
+    """Parse ``--set``, which must not set what only a flag can."""
     from metareg.runs.options import parse_assignments
 
     given = parse_assignments(assignments or [])
     for key in given.keys() & flags.keys():
-        raise UsageError(f"--set cannot set '{key}'; it is what {flags[key]} is for.")
+        raise UsageError(f"--set cannot set '{key}'; use {flags[key]}.")
     return given
 
 
 def _load_learner(path: Path, device: str | None, data: Path | None) -> tuple[MetaLearner, Plugin]:
-    """The learner of a finished run or of a file, and the task by which it reads a user's examples, with data elsewhere."""
+    """Load the learner of a finished run or a file, and the task that reads a user's examples, with data elsewhere."""
     from metareg.registry.plugins import resolve
     from metareg.runs import exports
     from metareg.runs.run import Run
@@ -170,23 +171,23 @@ def export(
         Path,
         path_option(
             metavar="FILE",
-            help="FILE.safetensors: the learner, for MetaLearner.load. FILE.pt2, FILE.onnx: its module as a program of "
-            "torch.export or ONNX.",
+            help="FILE.safetensors: the learner, for MetaLearner.load. FILE.pt2, FILE.onnx: its module as a torch.export "
+            "or ONNX program.",
         ),
     ],
     support: Annotated[
-        Path | None, path_option(metavar="FILE", help="Adapt the program's module to these labelled examples first.")
+        Path | None, path_option(metavar="FILE", help="First adapt the module to these labelled examples.")
     ] = None,
     adaptive: Annotated[
         bool,
-        typer.Option("--adaptive", help="A program that adapts by itself: it takes support_x, support_y and query_x."),
+        typer.Option("--adaptive", help="Write a program that adapts: its inputs are support_x, support_y, query_x."),
     ] = False,
     data: Data = None,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Write a finished run's learner, or its module, as one file without what is there in training alone."""
+    """Export a finished run's learner, or its module, as one file, without anything that only training needs."""
     from metareg.cli.progress import show_messages
     from metareg.runs import exports
 
@@ -205,7 +206,7 @@ def analyse(
     data: Data = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Show where a finished run's learner adapts: in which layers, and what the body and the head are worth.
+    """Show where a finished run's learner adapts: in which layers, and how much body and head contribute.
 
     Writes analysis.json and plots/analysis.png into each run's folder.
     """
@@ -227,28 +228,30 @@ def predict(
     path: LearnerPath,
     support: Annotated[
         Path | None,
-        path_option(metavar="FILE", help="Labelled examples: a table, or a folder of images in one per class."),
+        path_option(
+            metavar="FILE", help="Labelled examples: a table, or a folder with one folder of images per class."
+        ),
     ] = None,
     query: Annotated[
-        Path | None, path_option(metavar="FILE", help="What to predict: a table, or a folder of images.")
+        Path | None, path_option(metavar="FILE", help="Examples to predict: a table, or a folder of images.")
     ] = None,
     sites: Annotated[
         Path | None,
         path_option(
-            metavar="DIR", help="In their place, a folder for each of many sites: with support and query in it."
+            metavar="DIR", help="Instead of these: a folder with one folder per site, each with support and query."
         ),
     ] = None,
     data: Data = None,
-    to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV there, not to the output.")] = None,
+    to: Annotated[Path | None, path_option(metavar="FILE", help="Write the CSV to this file.")] = None,
     inner_steps: InnerSteps = None,
     bn_statistics: BatchNormStatistics = "support",
     device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Adapt a finished run's learner to your own examples, and predict others."""
+    """Adapt a finished run's learner to your examples, and predict others."""
     if (sites is None) == (support is None or query is None) or (sites is not None and (support or query)):
         raise UsageError(
-            "Name the labelled examples with --support and what to predict with --query, or --sites alone."
+            "Give the labelled examples with --support and the examples to predict with --query, or give only --sites."
         )
     from metareg.cli.progress import show_messages
     from metareg.runs import exports
@@ -271,7 +274,7 @@ def predict(
 def evaluate(
     path: RunFolder,
     tasks: Annotated[int, typer.Option(help="Test tasks.")] = 600,
-    inner_steps: Annotated[str, typer.Option(help="Numbers of inner steps, with commas.")] = "0,1,5,10",
+    inner_steps: Annotated[str, typer.Option(help="Numbers of inner steps, separated by commas.")] = "0,1,5,10",
     task: Annotated[
         str | None,
         plugin_option("tasks", metavar="NAME", help="Test on another task, with the run's ways, shots and sizes."),
@@ -281,11 +284,11 @@ def evaluate(
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Measure what simpler ways reach on the run's own test tasks instead.")
+        bool, typer.Option("--baselines", help="Instead, evaluate simpler baselines on the run's own test tasks.")
     ] = False,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Test a finished run anew: other tasks, other numbers of inner steps."""
+    """Test a finished run again: on other tasks, or after other numbers of inner steps."""
     if baselines:
         from metareg.runs.run import Run
 
@@ -294,7 +297,9 @@ def evaluate(
     try:
         numbers = [int(part) for part in inner_steps.split(",")]
     except ValueError:
-        raise UsageError(f"--inner-steps takes whole numbers with commas, as 1,5,10; got '{inner_steps}'.") from None
+        raise UsageError(
+            f"--inner-steps takes whole numbers separated by commas, such as 1,5,10; got '{inner_steps}'."
+        ) from None
     from metareg.cli.tables import create_evaluation_table
     from metareg.runs.options import parse_assignments
     from metareg.runs.run import Run

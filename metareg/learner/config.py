@@ -57,7 +57,7 @@ class LearnerConfig(PluginConfig):
         0, ge=0, lt=2**63, description="Fixes initial weights, training tasks, noise and test tasks."
     )
     inner_steps: Annotated[int, Flag()] = Field(
-        1, ge=1, le=10_000, description="Adaptation steps on the support set in training."
+        1, ge=1, le=10_000, description="Inner steps on the support set in training."
     )
     first_order: Annotated[bool, Flag()] = Field(
         False, description="Treat inner gradients as constants in the meta-gradient."
@@ -114,27 +114,27 @@ class LearnerConfig(PluginConfig):
         None,
         ge=1,
         le=_MOST_STEPS,
-        description="Forget the outer optimiser's moments every so many steps, as the CML authors' code does.",
+        description="Reset the outer optimiser's moments after this many steps, as the CML authors' code does.",
     )
     strategy: Annotated[Literal["auto", "serial", "traced", "vectorized", "compiled"], Flag(), Resumable()] = Field(
-        "auto", description="How the tasks of a batch are run; the result is the same to rounding."
+        "auto", description="How to run the tasks of a batch; the results agree up to rounding."
     )
     memory: Annotated[Literal["store", "recompute"], Flag(), Resumable()] = Field(
-        "store", description="Keep every inner step's graph, or its parameters only and rebuild the graph."
+        "store", description="Keep the graph of every inner step, or only its parameters and rebuild the graph."
     )
     bn_statistics: Annotated[BatchNormStatistics, Flag()] = Field(
-        "transductive", description="Whose statistics BatchNorm uses for predictions on the query set."
+        "transductive", description="The statistics that BatchNorm uses for query predictions."
     )
     precision: Annotated[Literal["full", "bf16"], Flag()] = Field(
         "full",
         description="Run the model in its own precision, or in bfloat16 (bf16); parameters, losses, gradients and updates "
-        "keep its own.",
+        "stay in full precision.",
     )
     chunk: Annotated[int | None, Flag(), Resumable()] = Field(
-        None, ge=1, le=100_000, description="At most so many tasks at once; gradients accumulate."
+        None, ge=1, le=100_000, description="Maximum number of tasks to run at once; gradients accumulate."
     )
     device: Annotated[str, Flag(), Resumable()] = Field(
-        "auto", description="cpu, cuda, cuda:1, mps; auto takes a GPU where there is one."
+        "auto", description="cpu, cuda, cuda:1, mps; auto uses a GPU if there is one."
     )
 
     @model_validator(mode="after")
@@ -169,31 +169,31 @@ class LearnerConfig(PluginConfig):
 
 
 class Schedule(PluginConfig):
-    """When what happens in training."""
+    """The schedule of training steps, validations and logs."""
 
     steps: Annotated[int, Flag(), Resumable()] = Field(10_000, ge=1, le=_MOST_STEPS, description="Training steps.")
     meta_batch: Annotated[int, Flag()] = Field(4, ge=1, le=100_000, description="Tasks per training step.")
-    log_every: int = Field(100, ge=1, le=_MOST_STEPS, description="Training steps between two lines of metrics.jsonl.")
+    log_every: int = Field(100, ge=1, le=_MOST_STEPS, description="Training steps between lines of metrics.jsonl.")
     eval_every: int | None = Field(
         None,
         ge=1,
         le=_MOST_STEPS,
-        description="Training steps between validations; a tenth of the run where it is not set.",
+        description="Training steps between validations; by default, a tenth of the run.",
     )
-    eval_tasks: int = Field(100, ge=2, le=1_000_000, description="Validation tasks each time.")
+    eval_tasks: int = Field(100, ge=2, le=1_000_000, description="Tasks per validation.")
     patience: Annotated[int | None, Resumable()] = Field(
         None,
         ge=1,
         le=_MOST_STEPS,
-        description="Stop after so many validations in a row without a better one; unset, never.",
+        description="Stop after this many validations in a row without a better one; by default, never.",
     )
     on_nonfinite: Annotated[Literal["stop", "skip", "rollback"], Flag(), Resumable()] = Field(
         "stop",
-        description="At a loss or gradient that is not finite: stop, leave the step out, or go back to the newest "
-        "checkpoint and go on from there with other tasks.",
+        description="If a loss or gradient is not finite: stop, skip the step, or roll back to the newest checkpoint and "
+        "continue with other tasks.",
     )
     max_nonfinite: Annotated[int, Resumable()] = Field(
-        10, ge=1, le=_MOST_STEPS, description="How often that may happen in a run before it stops."
+        10, ge=1, le=_MOST_STEPS, description="How often a run may skip or roll back before it stops."
     )
 
 

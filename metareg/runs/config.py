@@ -22,39 +22,37 @@ class RunConfig(LearnerConfig, Schedule):
 
     algo: Annotated[PluginSpec, Flag()] = Field(PluginSpec(name="maml"), description="The algorithm.")
     augment: Annotated[list[PluginSpec], Flag()] = Field(
-        [], description="Gradient augmenters, in the order in which they are chained; 'none' for none."
+        [], description="Gradient augmenters, chained in this order; 'none' for none."
     )
     task: Annotated[PluginSpec, Flag()] = Field(PluginSpec(name="sinusoid"), description="The task plugin.")
-    model: Annotated[PluginSpec | None, Flag()] = Field(
-        None, description="The model; the task's own where none is named."
-    )
+    model: Annotated[PluginSpec | None, Flag()] = Field(None, description="The model; by default, the task's own.")
     observers: Annotated[list[PluginSpec], Flag("--observe"), Resumable()] = Field(
-        [], description="Observers beside the progress display and metrics.jsonl."
+        [], description="Observers, in addition to the progress display and metrics.jsonl."
     )
     threads: Annotated[int | None, Resumable()] = Field(
         None,
         ge=1,
         le=1024,
-        description="CPU threads; unset, one for small models, whose threads only wait, else as torch decides.",
+        description="CPU threads; if unset, one for small models (more would only wait), otherwise torch's default.",
     )
     select: Literal["last", "best"] = Field(
-        "last", description="Which weights are tested and kept as final: the last, or those with the best validation."
+        "last", description="Weights to test and keep as final: the last ones, or those with the best validation."
     )
     checkpoint_every: Annotated[int | None, Flag(), Resumable()] = Field(
-        None, ge=1, le=1_000_000_000, description="Training steps between two checkpoints."
+        None, ge=1, le=1_000_000_000, description="Training steps between checkpoints."
     )
     checkpoint_minutes: Annotated[float, Resumable()] = Field(
-        2.0, gt=0, le=1_000_000, description="Minutes between two checkpoints, beside that."
+        2.0, gt=0, le=1_000_000, description="Minutes between checkpoints, in addition to checkpoint_every."
     )
     keep_checkpoints: Annotated[int, Resumable()] = Field(
-        3, ge=1, le=1_000_000, description="How many of the newest checkpoints to keep, beside the best."
+        3, ge=1, le=1_000_000, description="Number of newest checkpoints to keep, in addition to the best one."
     )
     test_tasks: int = Field(600, ge=2, le=1_000_000, description="Test tasks at the end.")
     test_split: Literal["test", "validation"] = Field(
-        "test", description="The split of these tasks; validation while settings are still being chosen."
+        "test", description="The split of these tasks; use validation while you choose settings."
     )
     test_inner_steps: list[Annotated[int, Field(ge=0, le=10_000)]] = Field(
-        [0, 1, 5, 10], min_length=1, max_length=100, description="Numbers of inner steps after which to test."
+        [0, 1, 5, 10], min_length=1, max_length=100, description="Numbers of inner steps to test after."
     )
 
     @property

@@ -177,7 +177,7 @@ BAD = [
     (["--steps", "-5"], "steps = -5 cannot be used"),
     (["--steps", "many"], "Invalid value for '--steps'"),
     (["--steps", "1.5"], "Invalid value for '--steps'"),
-    (["--set", "algo=maml"], "--set cannot set 'algo'; it is what --algo is for"),
+    (["--set", "algo=maml"], "--set cannot set 'algo'; use --algo"),
     (["--set", "out=there"], "--set cannot set 'out'"),
     (["--meta-batch", "0"], "meta_batch = 0 cannot be used"),
     (["--inner-steps", "0"], "inner_steps = 0 cannot be used"),
@@ -275,7 +275,10 @@ def test_eval(metareg: Command, finished: Path) -> None:
     [
         (["nosuch"], "There is no run at nosuch"),
         ([], "Missing argument"),
-        (["RUN", "--inner-steps", "1,x"], "--inner-steps takes whole numbers with commas, as 1,5,10; got '1,x'"),
+        (
+            ["RUN", "--inner-steps", "1,x"],
+            "--inner-steps takes whole numbers separated by commas, such as 1,5,10; got '1,x'",
+        ),
         (["RUN", "--inner-steps", "-1"], "0 or more"),
         (["RUN", "--tasks", "1"], "at least 2 tasks"),
         (["RUN", "--task", "sinusiod"], "did you mean 'sinusoid'"),
