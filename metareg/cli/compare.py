@@ -107,9 +107,7 @@ def compare(
     from metareg.comparison.space import split_assignments
 
     if search_over is not None and search is None:
-        raise UsageError(
-            "--search-over names the options that --search N varies; add the number of trials with --search."
-        )
+        raise UsageError("--search-over names the options that --search N varies; add --search N.")
     given, space = split_assignments(assignments or [])
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; see `metareg compare --help` for its flag.")

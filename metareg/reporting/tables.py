@@ -98,7 +98,7 @@ def build_results(report: Report, task: TaskResults) -> Table:
             "over test tasks, for these trained models. A mean without ± is from one seed."
         )
     if any("diverged" in cell for row in rows for cell in row):
-        note += " A seed diverged if its training did or if one of its scores is not finite; the mean is over the other seeds."
+        note += " A seed diverged if its training did, or if a score is not finite; the mean is over the other seeds."
     statistics = [each for each in task.bn_statistics if each != "none"]
     note += f" BatchNorm: {', '.join(statistics)}." if statistics else ""
     return Table(task.label, columns, rows, note)

@@ -62,7 +62,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_help_says_what_the_defaults_are(metareg: Command) -> None:
     for command, default in (
         ("train", "The algorithm (maml)."),
-        ("compare", "Tasks, with commas (sinusoid)."),
+        ("compare", "Tasks, separated by commas (sinusoid)."),
         ("eval", "METAREG_DATA"),
     ):
         assert default in " ".join(metareg(command, "--help").output.replace("│", " ").split())
