@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from metareg.cli.tables import format_type
+from metareg.cli.option_types import describe_type
 from metareg.contract.config import PluginSpec
 from metareg.contract.search import describe_search_space
 from metareg.registry.plugins import KINDS, Entry, get_config_class, list_entries
@@ -82,7 +82,7 @@ def _describe_option(name: str, field: Any) -> list[str]:
     if isinstance(default, PluginSpec):
         default = default.name
     text = "required" if field.is_required() else "" if default is None else f"`{default}`"
-    return [f"`{name}`", text, format_type(field).replace("PluginSpec", "plugin"), field.description or ""]
+    return [f"`{name}`", text, describe_type(field), field.description or ""]
 
 
 def _describe_recommendations(recommended: Mapping[str, Any]) -> str:

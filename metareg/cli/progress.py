@@ -211,7 +211,9 @@ class ComparisonProgress:
             (f", {broken} broken" if broken else "", "red"),
             _format_time_left(comparison),
         )
-        return Group(ProgressBar(total=done + left + broken, completed=done, width=48), words, table)
+        head = Table.grid(padding=(0, 1))
+        head.add_row(ProgressBar(total=done + left + broken, completed=done, width=24), words)
+        return Group(head, table)
 
 
 @contextmanager

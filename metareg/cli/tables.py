@@ -5,9 +5,8 @@ from __future__ import annotations
 import inspect
 import platform
 import shlex
-import types
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich.console import Console, Group, RenderableType
 from rich.markup import escape
@@ -44,12 +43,13 @@ __all__ = [
     "describe_check",
     "describe_installation",
     "describe_plugin",
-    "format_type",
     "print_comparison",
     "print_results",
 ]
 
 _PADDING = (0, 2, 0, 0)
+_LEAST_VERDICT = 9
+"""Columns that the words at the end of a table take at least."""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
@@ -63,7 +63,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if any(run.finished for run in comparison.plan.list_runs()):
         analysis = analyze_comparison(folder)
         for task in analysis.tasks:
-            console.print(_create_short_table(build_overview(analysis, task)))
+            console.print(_create_short_table(build_overview(analysis, task), console.width))
             console.print()
         rows.append(("page", write_report(folder, "html")))
     for label, value in rows:
@@ -75,13 +75,19 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
         console.print(escape(again), soft_wrap=True)
 
 
-def _create_short_table(content: ReportTable) -> Table:
+def _create_short_table(content: ReportTable, width: int) -> Table:
+    """A report's table in so many columns: names and numbers stay whole, the verdict in words, which comes last, folds."""
+    *wholes, _ = zip(content.columns, *content.rows, strict=True)
+    taken = sum(max(map(len, cells)) + len("  ") for cells in wholes)
+    # Where they are too wide, what stands in brackets gets a line of its own.
+    separator = " (" if taken + _LEAST_VERDICT <= width else "\n("
     table = _create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
+    last = len(content.columns) - 1
     for number, column in enumerate(content.columns):
-        words = content.is_text(number)
-        table.add_column(column, justify="left" if words else "right", no_wrap=words)
+        justify: Literal["left", "right"] = "left" if content.is_text(number) else "right"
+        table.add_column(column.replace(" (", separator), justify=justify, no_wrap=number < last)
     for row in content.rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(cell.replace(" (", separator)) for cell in row[:last]), escape(row[last]))
     return table
 
 
@@ -260,29 +266,33 @@ def describe_check(check: Check, problem: str | None) -> Text:
 
 
 def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
-    """The installed plugins, one a row."""
+    """The installed plugins, a line each; where they were imported, with what they are, and why others do not work."""
     if not rows:
         return Text("No plugin is installed or enabled.")
-    columns = ("kind", "name", "distribution", "version")
-    table = _create_table(*columns, *(("works", "what it is") if checked else ()))
+    if not checked:
+        columns = ("kind", "name", "distribution", "version")
+        table = _create_table(*columns)
+        for row in rows:
+            table.add_row(*(escape(row[column]) for column in columns))
+        return table
+    table = _create_table("kind", "name", "works", padding=_PADDING, expand=True)
+    table.add_column("what it is", no_wrap=True, overflow="ellipsis", ratio=1)
     for row in rows:
-        cells = [row[column] for column in columns]
-        if checked:
-            cells += ["no", row["broken"]] if row["broken"] else ["yes", row["summary"]]
-        table.add_row(*map(escape, cells), style="red" if row["broken"] else None)
-    return table
+        works, summary = ("no", "see below") if row["broken"] else ("yes", row["summary"])
+        table.add_row(row["kind"], escape(row["name"]), works, escape(summary), style="red" if row["broken"] else None)
+    return Group(table, *(Text(f"\n{row['broken']}", "red") for row in rows if row["broken"]))
 
 
 def describe_plugin(entry: Entry, cls: type) -> RenderableType:
     """All that there is to know of a plugin."""
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
-        Padding(Text(inspect.cleandoc(str(cls.__doc__ or "") or "It has no description.")), (1, 0, 1, 2)),
+        Padding(_reflow(inspect.cleandoc(str(cls.__doc__ or "") or "It has no description.")), (1, 0, 1, 2)),
         *(Text.assemble((f"{label}: ", "bold"), value) for label, value in _describe_nature(entry, cls).items()),
     ]
     fields = getattr(getattr(cls, "Config", None), "model_fields", {})
     if fields:
-        parts += [Text(), _create_option_table(entry, fields)]
+        parts += [Text(), Text("options", "bold"), *_describe_options(entry, fields)]
     recommended = getattr(cls, "recommended", {})
     if recommended and isinstance(recommended, Mapping):
         parts += [Text(), _create_recommendation_table(recommended)]
@@ -307,19 +317,40 @@ def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
     }
 
 
-def _create_option_table(entry: Entry, fields: Mapping[str, Any]) -> Table:
+def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Of each option a line with its default and what is allowed, and below it what it is."""
+    from metareg.cli.option_types import describe_type
     from metareg.contract.search import describe_search_space
 
-    searched = ("a search tries",) if entry.kind in ("algorithms", "augmenters") else ()
-    table = _create_table("option", "default", "allowed", *searched, "what it is", padding=_PADDING)
     for name, field in fields.items():
-        default = "required" if field.is_required() else str(field.get_default(call_default_factory=True))
-        cells = [name, default, format_type(field), field.description or ""]
-        if searched:
-            label = f"{entry.kind.removesuffix('s')} '{entry.name}'"
-            cells.insert(3, describe_search_space(label, name, field) or "nothing")
-        table.add_row(*map(escape, cells))
-    return table
+        default = "required" if field.is_required() else _format_value(field.get_default(call_default_factory=True))
+        facts = [describe_type(field)]
+        if entry.kind in ("algorithms", "augmenters"):
+            searched = describe_search_space(f"{entry.kind.removesuffix('s')} '{entry.name}'", name, field)
+            facts += [f"a search tries {searched}"] if searched else []
+        yield Text.assemble((name, "bold"), f" = {default}  ", (f"({'; '.join(facts)})", "dim"))
+        yield Padding(Text(field.description or ""), (0, 0, 0, 4))
+
+
+def _format_value(value: Any) -> str:
+    """A value as ``--set`` takes it."""
+    if value is None:
+        return "unset"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _reflow(text: str) -> RenderableType:
+    """A docstring with lines as long as the console's: paragraphs and items of lists are made one line each."""
+    paragraphs: list[tuple[int, str]] = []
+    open_to = None
+    for line in text.splitlines():
+        words, indent = line.strip(), len(line) - len(line.lstrip())
+        if words and indent == open_to and not words.startswith(("- ", ">>>", "=")):
+            paragraphs[-1] = (paragraphs[-1][0], f"{paragraphs[-1][1]} {words}")
+            continue
+        paragraphs.append((indent, words))
+        open_to = None if not words else indent + 2 * words.startswith("- ")
+    return Group(*(Padding(Text(words), (0, 0, 0, indent)) for indent, words in paragraphs))
 
 
 def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
@@ -354,29 +385,3 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
     verdict = f"{broken} of {len(rows)} plugins do not work." if broken else f"All {len(rows)} plugins work."
     style = "bold red" if broken else "green"
     return Group(table, Text(), create_plugin_table(rows, checked=True), Text(), Text(verdict, style))
-
-
-def format_type(field: Any) -> str:
-    """The type and bounds of a configuration field, as a reader would write them."""
-    signs = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤", "min_length": "length ≥", "max_length": "length ≤"}
-    bounds = [
-        f"{sign} {value}"
-        for constraint in field.metadata
-        for key, sign in signs.items()
-        if (value := getattr(constraint, key, None)) is not None
-    ]
-    return " ".join([_format_annotation(field.annotation), *bounds])
-
-
-def _format_annotation(annotation: Any) -> str:
-    """A type without what only a program wants to know of it."""
-    origin, arguments = get_origin(annotation), get_args(annotation)
-    if origin is Annotated:
-        return _format_annotation(arguments[0])
-    if origin is Literal:
-        return ", ".join(map(repr, arguments))
-    if origin in (Union, types.UnionType):
-        return " | ".join(map(_format_annotation, arguments))
-    if origin is not None:
-        return f"{origin.__name__}[{', '.join(map(_format_annotation, arguments))}]"
-    return "None" if annotation is types.NoneType else getattr(annotation, "__name__", str(annotation))
