@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import importlib.resources
+import importlib.util
 import re
 import tempfile
 from pathlib import Path
@@ -28,7 +30,7 @@ _USES = {
 
 
 def write_plugin(kind: str, name: str, parent: Path) -> Path:
-    """Write the package ``metareg-NAME`` with a working plugin, its entry point, tests and a README.
+    """Write the package ``metareg-NAME``: a working plugin, its entry point, tests, README, license and a CI workflow.
 
     Returns:
         The package's folder, in `parent`. Where an error ends it, nothing is left of the folder.
@@ -39,6 +41,11 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
     owner = next((entry.distribution for entry in list_entries(kind) if entry.name == name), None)
     if owner is not None:
         raise UsageError(f"The name '{name}' is taken by the {kind.removesuffix('s')} of {owner}; choose another one.")
+    module = _name_module(name)
+    if importlib.util.find_spec(module) is not None:
+        raise UsageError(
+            f"The name '{name}' stands for the module {module}, which is installed already; choose another one."
+        )
     folder = parent / f"metareg-{name}"
     if folder.exists():
         raise UsageError(f"{folder} exists already; choose another name, or another folder with --out.")
@@ -55,9 +62,13 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
     return folder
 
 
+def _name_module(name: str) -> str:
+    return f"metareg_{name.replace('-', '_')}"
+
+
 def _render_files(kind: str, name: str) -> dict[str, str]:
     flags, arguments = _USES[kind]
-    module = f"metareg_{name.replace('-', '_')}"
+    module = _name_module(name)
     values = {
         "kind": kind,
         "singular": kind.removesuffix("s"),
@@ -68,11 +79,13 @@ def _render_files(kind: str, name: str) -> dict[str, str]:
         "cls": "".join(word.capitalize() for word in name.split("-")),
         "contract": str(CONTRACT_VERSION),
         "metareg": __version__,
+        "year": str(datetime.date.today().year),
         "flags": flags.format(name=name),
         "arguments": arguments.format(name=name),
     }
     folder = importlib.resources.files("metareg.cli") / "templates"
-    templates = {"pyproject.toml": "pyproject.toml", "README.md": "README.md"}
+    templates = {name: name for name in ("pyproject.toml", "README.md", "LICENSE")}
+    templates |= {".gitignore": "gitignore", ".github/workflows/tests.yml": "tests.yml"}
     templates |= {f"{module}/__init__.py": f"{kind}.py", "tests/test_plugin.py": "test_plugin.py"}
     return {
         path: Template((folder / f"{template}.template").read_text(encoding="utf-8")).substitute(values)

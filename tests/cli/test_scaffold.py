@@ -11,6 +11,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 
 from metareg import testing
 from metareg.cli.app import run
@@ -49,7 +50,12 @@ def try_new_plugin(
     """Write a plugin, install it, train with it and check it."""
     monkeypatch.chdir(folder)
     assert run(["new-plugin", kind, "of-mine"]) == 0
-    installed(folder / "metareg-of-mine", monkeypatch)
+    package = folder / "metareg-of-mine"
+    assert yaml.safe_load((package / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]["tests"]["steps"]
+    project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
+    assert (package / project["license-files"][0]).read_text("utf-8").startswith(f"{project['license']} License")
+    assert "/runs/" in (package / ".gitignore").read_text("utf-8").splitlines()
+    installed(package, monkeypatch)
     assert ("metareg-of-mine", "0.1.0") in {(entry.distribution, entry.version) for entry in list_entries(kind)}
 
     flag = dict(zip(KINDS, ("--algo", "--augment", "--task", "--model", "--observe"), strict=True))[kind]
@@ -92,6 +98,8 @@ def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
     [
         (["new-plugin", "algorithm", "Sign MAML"], "lower-case letters"),
         (["new-plugin", "algorithms", "maml"], "taken by the algorithm of metareg"),
+        # Its module would hide the shipped one, and no MAML could be trained.
+        (["new-plugin", "augmenters", "maml"], "the module metareg_maml, which is installed already"),
         (["new-plugin", "optimisers", "mine"], "no kind of plugin named 'optimisers'"),
         (["check-plugin", "algorithms", "mamml"], "did you mean 'maml'"),
         (["check-plugin", "augmenters", "dropgrad", "--set", "rat=0.5"], "did you mean 'rate'"),
