@@ -99,7 +99,7 @@ def _explain(error: OSError) -> MetaregError:
 
 
 def _wait_for_leader() -> None:
-    """Wait for a second, or until SIGTERM: when a process fails, torchrun ends all of them, even the one with the message."""
+    """Wait for a second, or until SIGTERM: when a process fails, torchrun ends them all, even the one with the message."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait(1)

@@ -151,7 +151,8 @@ def report(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="markdown, html, latex, or as CSV: csv (means), pairs, scores (all). Default: by the suffix of --out, or markdown.",
+            help="markdown, html, latex, or as CSV: csv (means), pairs, scores (all). Default: by the suffix of --out, "
+            "or markdown.",
         ),
     ] = None,
     out: Annotated[

@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from metareg.contract.config import PathText
+from metareg.contract.config import PathText, PluginSpec
 
 __all__ = ["describe_type"]
 
@@ -15,6 +15,7 @@ _NOUNS: dict[Any, tuple[str, str]] = {
     str: ("text", "texts"),
     bool: ("true or false", "true or false"),
     PathText: ("path", "paths"),
+    PluginSpec: ("plugin", "plugins"),
 }
 
 

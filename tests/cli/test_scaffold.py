@@ -51,7 +51,9 @@ def try_new_plugin(
     monkeypatch.chdir(folder)
     assert run(["new-plugin", kind, "of-mine"]) == 0
     package = folder / "metareg-of-mine"
-    assert yaml.safe_load((package / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]["tests"]["steps"]
+    assert yaml.safe_load((package / ".github" / "workflows" / "tests.yml").read_text("utf-8"))["jobs"]["tests"][
+        "steps"
+    ]
     project = tomllib.loads((package / "pyproject.toml").read_text("utf-8"))["project"]
     assert (package / project["license-files"][0]).read_text("utf-8").startswith(f"{project['license']} License")
     assert "/runs/" in (package / ".gitignore").read_text("utf-8").splitlines()
