@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("metareg", "torch", "numpy", "higher", "parallel-metalearn")
+_PACKAGES = ("metareg", "torch", "numpy", "higher", "parallel-metalearn", "jax", "optax")
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,27 @@ class Row:
 COLUMNS = ("work", "against", "metareg", "the other", "figure", "target", "")
 
 
+@dataclass(frozen=True)
+class Clocks:
+    """Seconds per step of one block."""
+
+    cpu: float
+    """Of all threads of this process."""
+    wall: float
+
+
 def interleaved(
     works: Mapping[str, Callable[[int], object]], steps: Mapping[str, int], rounds: int, seconds: float = 60.0
 ) -> dict[str, list[float]]:
-    """Seconds per step of several works, measured in turns, so that what else the machine does falls on all alike.
+    """Seconds per step by the wall clock; arguments as in `interleaved_clocks`."""
+    times = interleaved_clocks(works, steps, rounds, seconds)
+    return {name: [each.wall for each in blocks] for name, blocks in times.items()}
+
+
+def interleaved_clocks(
+    works: Mapping[str, Callable[[int], object]], steps: Mapping[str, int], rounds: int, seconds: float = 60.0
+) -> dict[str, list[Clocks]]:
+    """What several works take, measured in turns, so that what else the machine does falls on all alike.
 
     Args:
         works: each does so many steps as it is told.
@@ -98,13 +115,15 @@ def interleaved(
         rounds: turns of each; every second round goes backwards.
         seconds: stop after the round in which this is exceeded.
     """
-    times: dict[str, list[float]] = {name: [] for name in works}
+    times: dict[str, list[Clocks]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
     for number in range(rounds):
         for name in list(works)[:: -1 if number % 2 else 1]:
-            start = time.perf_counter()
+            cpu, wall = time.process_time(), time.perf_counter()
             works[name](steps[name])
-            times[name].append((time.perf_counter() - start) / steps[name])
+            times[name].append(
+                Clocks((time.process_time() - cpu) / steps[name], (time.perf_counter() - wall) / steps[name])
+            )
         if time.perf_counter() > end:
             break
     return times
