@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import nn
 
-from metareg.contract.config import PluginConfig
+from metareg.contract.config import PluginConfig, drop_paths
 from metareg.contract.tasks import TaskSpec
 from metareg.errors import PluginError, UsageError
 from metareg.registry.dispatch import find_hook
@@ -48,7 +48,8 @@ def resolve_model(
     module = build_model(plugin, spec, seed)
     if plugin.distribution is None:
         return module, None
-    config = plugin.config.model_dump(mode="json") if isinstance(plugin.config, PluginConfig) else {}
+    # Without the places of pretrained weights: the learner's file holds the values.
+    config = drop_paths(plugin.config) if isinstance(plugin.config, PluginConfig) else {}
     shapes = {"input_shape": spec.input_shape, "output_shape": spec.output_shape}
     return module, ModelRecipe(name=plugin.name, config=config, **shapes)
 

@@ -5,6 +5,7 @@ from metareg_image.fonts import FontFolder
 from metareg_image.glyphs import Glyphs
 from metareg_image.models import Conv4, ResNet12
 from metareg_image.omniglot import Omniglot, OmniglotSmall
+from metareg_image.pretrained import TorchvisionModel
 from metareg_image.standard import CIFARFS, FC100, SVHN, Aircraft, TrafficSign, VGGFlower
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "OmniglotSmall",
     "ResNet12",
     "TieredImageNet",
+    "TorchvisionModel",
     "TrafficSign",
     "VGGFlower",
 ]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from metareg import PluginConfig, TaskSpec, UsageError, hookimpl
 
-__all__ = ["Conv4", "ResNet12"]
+__all__ = ["BodyAndHead", "Conv4", "ResNet12", "check_image_shape"]
 
 _GROUPS = 8
 
@@ -44,14 +44,14 @@ class Conv4:
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
-        channels, height, breadth = _check_image_shape(spec, "conv4", 16)
+        channels, height, breadth = check_image_shape(spec, "conv4", 16)
         config, layers = self.config, []
         for block in range(4):
             layers.append(_convolution(channels if block == 0 else config.width, config.width, config.norm_layer))
             layers.append(_relu_and_pool(config.pool) if block < 3 else nn.ReLU())
         inputs = config.width * (height // 16) * (breadth // 16)
         head = nn.Sequential(_pool(config.pool), nn.Flatten(), nn.Linear(inputs, spec.output_shape[0]))
-        return _BodyAndHead(nn.Sequential(*layers), head)
+        return BodyAndHead(nn.Sequential(*layers), head)
 
 
 class ResNet12:
@@ -83,17 +83,19 @@ class ResNet12:
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:
-        channels, *_ = _check_image_shape(spec, "resnet12", 16)
+        channels, *_ = check_image_shape(spec, "resnet12", 16)
         widths = self.config.widths
         blocks = [
             _Residual(before, after, self.config.norm_layer)
             for before, after in zip([channels, *widths[:3]], widths, strict=True)
         ]
         head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], spec.output_shape[0]))
-        return _BodyAndHead(nn.Sequential(*blocks), head)
+        return BodyAndHead(nn.Sequential(*blocks), head)
 
 
-class _BodyAndHead(nn.Module):
+class BodyAndHead(nn.Module):
+    """The head applied to the body's features."""
+
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
         self.body = body
@@ -141,7 +143,12 @@ def _pool(kind: Pool) -> nn.Module:
     return nn.MaxPool2d(2) if kind == "max" else nn.AvgPool2d(2)
 
 
-def _check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, int, int]:
+def check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, int, int]:
+    """Channels, height and width of a task's images.
+
+    Raises:
+        UsageError: the task is not one of images and classes, or they have fewer than `smallest` pixels a side.
+    """
     if len(spec.input_shape) != 3 or len(spec.output_shape) != 1:
         raise UsageError(
             f"The model '{model}' takes images [channels, height, width] and gives one score a class; this task's "
@@ -150,7 +157,6 @@ def _check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, 
     channels, height, breadth = spec.input_shape
     if min(height, breadth) < smallest:
         raise UsageError(
-            f"The model '{model}' halves images four times and needs {smallest}×{smallest} pixels at least; this task's "
-            f"are {height}×{breadth}."
+            f"The model '{model}' needs images of {smallest}×{smallest} pixels at least; this task's are {height}×{breadth}."
         )
     return channels, height, breadth
