@@ -19,7 +19,11 @@ __all__ = [
     "InnerSteps",
     "LearnerPath",
     "NoPlugin",
+    "Query",
     "RunFolder",
+    "Shots",
+    "Ways",
+    "collect_given",
     "complete_names",
     "expand_path",
     "path_option",
@@ -75,6 +79,9 @@ Data = Annotated[
     path_option("--data", metavar="DIR", help="Folder of the task's data (default: the variable METAREG_DATA)."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default, a GPU if there is one.")]
+Ways = Annotated[int | None, typer.Option(help="Classes per task.")]
+Shots = Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")]
+Query = Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")]
 BatchNormStatistics = Annotated[
     str,
     typer.Option(
@@ -90,6 +97,11 @@ NoPlugin = Annotated[
         "--no-plugin", metavar="NAME", help="Disable an installed plugin. Repeatable.", callback=_disable_plugins
     ),
 ]
+
+
+def collect_given(**options: Any) -> dict[str, Any]:
+    """Those of some options that a user gave."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def set_data_folder(data: Path | None) -> None:

@@ -13,6 +13,10 @@ from metareg.cli.common import (
     Data,
     Device,
     NoPlugin,
+    Query,
+    Shots,
+    Ways,
+    collect_given,
     path_option,
     plugin_option,
     set_data_folder,
@@ -27,10 +31,12 @@ if TYPE_CHECKING:
 
 __all__ = ["compare", "report", "reproduce"]
 
+_OWN_FIELDS = {"algo", "augment", "task", "seed", "observers"}
+"""The options of a run of which a comparison takes several, or none."""
 _Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (default: one per GPU or CPU core).")]
 
 
-@takes_run_options(lambda _: ("steps",))
+@takes_run_options(lambda config: config.model_fields.keys() - _OWN_FIELDS)
 def compare(
     algo: Annotated[
         str | None, plugin_option("algorithms", metavar="NAMES", help="Algorithms, separated by commas (maml).")
@@ -49,6 +55,9 @@ def compare(
     seeds: Annotated[
         str | None, typer.Option(metavar="N", help="Number of seeds, from 0; or seeds such as 0,3 or 1000-1004 (1).")
     ] = None,
+    ways: Ways = None,
+    shots: Shots = None,
+    query: Query = None,
     assignments: Annotated[
         list[str] | None,
         set_option(
@@ -111,6 +120,8 @@ def compare(
     given, space = split_assignments(assignments or [])
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; see `metareg compare --help` for its flag.")
+    of_task = collect_given(ways=ways, shots=shots, query=query)
+    given |= {f"task.{name}": value for name, value in of_task.items()}
     searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
@@ -151,8 +162,8 @@ def report(
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="markdown, html, latex, or as CSV: csv (means), pairs, scores (all). Default: by the suffix of --out, "
-            "or markdown.",
+            help="markdown (md), html, latex (tex), or as CSV: csv (means), pairs, scores (all). Default: by the suffix of "
+            "--out, or markdown.",
         ),
     ] = None,
     out: Annotated[
@@ -187,7 +198,7 @@ def report(
 ) -> None:
     """Report a comparison: tables with intervals, and paired differences to a baseline."""
     from metareg.comparison.archive import ARCHIVE_SUFFIX, write_archive
-    from metareg.reporting import infer_format, write_report
+    from metareg.reporting import find_format, infer_format, write_report
     from metareg.reporting import report as format_report
 
     if out is not None and out.is_dir():
@@ -196,7 +207,7 @@ def report(
         raise UsageError(f"--archive takes a file that ends in {ARCHIVE_SUFFIX}; got {archive}.")
     if archive is not None and path.is_file():
         raise UsageError(f"--archive takes the raw results of a comparison's folder; {path} is a file.")
-    chosen = infer_format(out) if format is None else format
+    chosen = infer_format(out) if format is None else find_format(format)
     if archive is not None:
         write_archive(path, archive)
         stderr.print(escape(f"The raw results are in {archive}."), soft_wrap=True)

@@ -57,15 +57,15 @@ class RunCommand(Command):
 
         function: Any = inspect.unwrap(self.callback)  # type: ignore[arg-type]
         taken = RunConfig.list_flags().keys() & set(function.choose(RunConfig))
-        plugins_first = [*PLUGIN_FIELDS, *(name for name in RunConfig.model_fields if name not in PLUGIN_FIELDS)]
-        options = [_create_parameter(name) for name in plugins_first if name in taken]
+        own = function.__signature__.parameters.values()
+        plugins = [_create_parameter(name) for name in PLUGIN_FIELDS if name in taken]
+        others = [_create_parameter(name) for name in RunConfig.model_fields if name in taken - PLUGIN_FIELDS.keys()]
 
         def call(**values: Any) -> None:
             function(**{name: value for name, value in values.items() if value is not None})
 
-        parameters = [*options, *function.__signature__.parameters.values()]
         call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+            [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in (*plugins, *own, *others)]
         )
         app = typer.Typer(add_completion=False)
         app.command()(call)
@@ -90,8 +90,9 @@ def _refuse_wrong_flag(given: str, flags: Collection[str]) -> None:
     name = given.removeprefix("--").replace("-", "_")
     option = RunConfig.former_names.get(name, name)
     if option in RunConfig.model_fields:
-        flag = RunConfig.list_flags().get(option)
-        right = flag if flag and flag in flags else f"--set {option}=VALUE"
+        flag = RunConfig.list_flags().get(option, "")
+        # `metareg compare` takes --seeds where `metareg train` takes --seed.
+        right = next((each for each in (flag, f"{flag}s") if each in flags), f"--set {option}=VALUE")
         if option != name:
             raise unknown_option_error("option", given, (), [right])
         raise UsageError(f"There is no option named '{given}' in this command; write '{right}'.")

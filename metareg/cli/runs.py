@@ -18,7 +18,11 @@ from metareg.cli.common import (
     InnerSteps,
     LearnerPath,
     NoPlugin,
+    Query,
     RunFolder,
+    Shots,
+    Ways,
+    collect_given,
     expand_path,
     path_option,
     plugin_option,
@@ -31,6 +35,7 @@ from metareg.errors import UsageError
 from metareg.util.torchrun import read_rank
 
 if TYPE_CHECKING:
+    from metareg.contract.evaluation import Evaluation
     from metareg.learner.learner import MetaLearner
     from metareg.registry.plugins import Plugin
     from metareg.runs.run import Run
@@ -40,9 +45,9 @@ __all__ = ["analyse", "evaluate", "export", "predict", "resume", "train"]
 
 @takes_run_options(lambda config: config.model_fields)
 def train(
-    ways: Annotated[int | None, typer.Option(help="Classes per task.")] = None,
-    shots: Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")] = None,
-    query: Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")] = None,
+    ways: Ways = None,
+    shots: Shots = None,
+    query: Query = None,
     data: Data = None,
     target: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="The column to predict, for tasks on tables.")
@@ -82,14 +87,10 @@ def train(
     flags = RunConfig.list_flags()
     plugins = {name: flags[name] for name in PLUGIN_FIELDS}
     given = _parse_options(assignments, plugins | {"out": "--out", "config": "--config", "resume": "--resume"})
-    of_task = {
-        "ways": ways,
-        "shots": shots,
-        "query": query,
-        "target": target,
-        "data": None if data is None else str(data),
-    }
-    given |= {f"task.{name}": value for name, value in of_task.items() if value is not None}
+    of_task = collect_given(
+        ways=ways, shots=shots, query=query, target=target, data=None if data is None else str(data)
+    )
+    given |= {f"task.{name}": value for name, value in of_task.items()}
     if print_config:
         write_output(configure(config, **(given | options)).to_yaml())
         return
@@ -204,6 +205,7 @@ def analyse(
     tasks: Annotated[int, typer.Option(help="Tasks of each split.")] = 100,
     inner_steps: InnerSteps = None,
     data: Data = None,
+    device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Show where a finished run's learner adapts: in which layers, and how much body and head contribute.
@@ -214,11 +216,12 @@ def analyse(
     from metareg.cli.progress import show_messages
     from metareg.cli.tables import create_analysis_tables
     from metareg.runs.analysis import analyse as carry_out
+    from metareg.runs.run import Run
 
     for path in map(expand_path, paths):
         assert path is not None
         with show_messages(stderr):
-            found = carry_out(path, tasks, inner_steps)
+            found = carry_out(Run.load(path, device=device), tasks, inner_steps)
         stdout.print(escape(str(path)), soft_wrap=True)
         for table in create_analysis_tables(found):
             stdout.print(table)
@@ -279,16 +282,22 @@ def evaluate(
         str | None,
         plugin_option("tasks", metavar="NAME", help="Test on another task, with the run's ways, shots and sizes."),
     ] = None,
+    ways: Ways = None,
+    shots: Shots = None,
+    query: Query = None,
     data: Data = None,
     assignments: Annotated[list[str] | None, set_option("An option of the task. Repeatable.")] = None,
     device: Device = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print means and intervals as JSON.")] = False,
+    with_scores: Annotated[bool, typer.Option("--scores", help="With --json, every task's score too.")] = False,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="Instead, evaluate simpler baselines on the run's own test tasks.")
     ] = False,
     _no_plugin: NoPlugin = None,
 ) -> None:
     """Test a finished run again: on other tasks, or after other numbers of inner steps."""
+    if with_scores and not as_json:
+        raise UsageError("--scores goes with --json; the table shows means.")
     if baselines:
         from metareg.runs.run import Run
 
@@ -304,14 +313,22 @@ def evaluate(
     from metareg.runs.options import parse_assignments
     from metareg.runs.run import Run
 
-    options = parse_assignments(assignments or []) | ({} if data is None else {"data": str(data)})
+    options = parse_assignments(assignments or [])
+    options |= collect_given(ways=ways, shots=shots, query=query, data=None if data is None else str(data))
     with stderr.status("Testing …"):
         test = partial(Run.load(path, device=device).evaluate, tasks, numbers, task, options)
         evaluation, one_by_one = test(), None
         if evaluation.bn_statistics == "transductive":
             one_by_one = test(bn_statistics="support")
     if as_json:
-        others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
-        write_output(json.dumps({**evaluation.to_dict(), **others}) + "\n")
+        write_output(json.dumps(_collect_results(evaluation, one_by_one, with_scores)) + "\n")
     else:
         stdout.print(create_evaluation_table(evaluation, one_by_one=one_by_one))
+
+
+def _collect_results(evaluation: Evaluation, one_by_one: Evaluation | None, with_scores: bool) -> dict[str, Any]:
+    """A test as results.json holds it, each task's score only where that is asked for."""
+    content = evaluation.to_dict()
+    if not with_scores:
+        content["steps"] = [{key: each[key] for key in each if key != "scores"} for each in content["steps"]]
+    return content if one_by_one is None else content | {"one_by_one": _collect_results(one_by_one, None, with_scores)}

@@ -34,7 +34,7 @@ def report(
 
     Args:
         folder: the comparison's, or the file of its raw results (``metareg report DIR --archive FILE``).
-        format: one of `FORMATS`.
+        format: one of `FORMATS`, or the suffix of its files (``"md"``).
         inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
             after the last number that all its arms were tested after.
         baseline: an augmenter, algorithm or variant that the others are compared with, or ``"all"`` for all pairs; by
@@ -46,8 +46,7 @@ def report(
         UsageError: there is no comparison or no finished run in it, an unknown format or baseline, or no run was tested
             after `inner_steps`.
     """
-    if format not in FORMATS:
-        raise UnknownNameError("format of reports", format, FORMATS)
+    format = find_format(format)
     if layout not in LAYOUTS:
         raise UnknownNameError("layout", layout, LAYOUTS)
     if over not in ("seeds", "tasks"):
@@ -61,6 +60,18 @@ def report(
         return show_controls(formats.render_paper(analysis, format, cast(Literal["seeds", "tasks"], over)))
     render = getattr(formats, f"render_{format}")
     return show_controls(render(analysis))
+
+
+def find_format(name: str) -> str:
+    """The format of a name, or of its files' suffix: ``md`` is markdown.
+
+    Raises:
+        UnknownNameError: there is none.
+    """
+    suffixes = {suffix.removeprefix("."): known for known, suffix in FORMATS.items()}
+    if name not in FORMATS and name not in suffixes:
+        raise UnknownNameError("format of reports", name, FORMATS)
+    return name if name in FORMATS else suffixes[name]
 
 
 def infer_format(out: Path | None) -> str:
@@ -91,6 +102,7 @@ def write_report(
 
     By default it is ``report.md`` and its like in the comparison's folder, or beside the file of raw results.
     """
+    format = find_format(format)
     text = report(folder, format, inner_steps=inner_steps, baseline=baseline, layout=layout, over=over)
     path = _choose_file(Path(folder), FORMATS[format]) if out is None else out
     write_text(path, text)

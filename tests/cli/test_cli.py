@@ -79,6 +79,20 @@ def test_every_option_with_a_flag_has_it_in_train(metareg: Command) -> None:
         assert choice in shown
 
 
+def test_the_same_flags_mean_the_same_in_every_command(metareg: Command) -> None:
+    """What says of a task how large it is, what is run and where, has one flag."""
+    shown = {
+        command: metareg(command, "--help").output for command in ("train", "compare", "eval", "analyse", "predict")
+    }
+    for flag in ("--ways", "--shots", "--query", "--data"):
+        assert all(f"{flag} " in shown[command] for command in ("train", "compare", "eval")), flag
+    assert all("--device " in each for each in shown.values())
+    own = {"algo", "augment", "task", "seed", "observers"}
+    for name, flag in RunConfig.list_flags().items():
+        assert name in own or f"{flag} " in shown["compare"], flag
+    assert "write '--seeds'" in metareg("compare", "--seed", "3").errors
+
+
 def test_resume_takes_what_may_change(metareg: Command) -> None:
     shown = metareg("resume", "--help").output
     assert all(flag in shown for flag in ("--steps", "--strategy", "--memory", "--chunk", "--device", "--on-nonfinite"))
@@ -262,12 +276,17 @@ def test_eval(metareg: Command, finished: Path) -> None:
     outcome = metareg("eval", str(finished), "--tasks", "4", "--inner-steps", "2,0")
     assert outcome.code == 0
     assert "mse" in outcome.output
-    as_json = json.loads(metareg("eval", str(finished), "--tasks", "3", "--inner-steps", "0,1", "--json").output)
+    as_json = json.loads(
+        metareg("eval", str(finished), "--tasks", "3", "--inner-steps", "0,1", "--json", "--scores").output
+    )
     stored = json.loads((finished / "results.json").read_text())
     for ours, theirs in zip(as_json["steps"], stored["steps"], strict=True):
         assert ours["scores"] == pytest.approx(theirs["scores"], rel=1e-6)
     other = json.loads(metareg("eval", str(finished), "--tasks", "3", "--task", "harmonic", "--json").output)
     assert other["steps"][0]["mean"] != as_json["steps"][0]["mean"]
+    assert other["steps"][0].keys() == {"inner_steps", "mean", "ci95", "tasks"}
+    fewer = json.loads(metareg("eval", str(finished), "--tasks", "3", "--shots", "2", "--json").output)
+    assert fewer["steps"][-1]["mean"] != as_json["steps"][-1]["mean"]
 
 
 @pytest.mark.parametrize(
@@ -283,6 +302,8 @@ def test_eval(metareg: Command, finished: Path) -> None:
         (["RUN", "--tasks", "1"], "at least 2 tasks"),
         (["RUN", "--task", "sinusiod"], "did you mean 'sinusoid'"),
         (["RUN", "--device", "toaster"], "no device 'toaster'"),
+        (["RUN", "--ways", "5"], "no option of task 'sinusoid' named 'ways'"),
+        (["RUN", "--scores"], "--scores goes with --json"),
     ],
 )
 def test_bad_evaluations(arguments: list[str], sentence: str, metareg: Command, finished: Path) -> None:

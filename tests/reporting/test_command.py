@@ -30,6 +30,7 @@ def test_the_command_prints_markdown(metareg: Command, small: Plan) -> None:
     code, output, errors = metareg("report", str(small.folder))
     assert (code, errors) == (0, "")
     assert output == report(small.folder, "markdown")
+    assert metareg("report", str(small.folder), "--format", "md") == (0, output, "")
 
 
 def test_a_report_needs_no_torch(small: Plan) -> None:
