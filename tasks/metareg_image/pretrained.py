@@ -89,15 +89,11 @@ def _create(architecture: str) -> nn.Module:
     # Their auxiliary classifiers give outputs of their own in training.
     extra = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(architecture, weights=None, **extra)
+    # Dropout, torchvision's StochasticDepth, and its attention.
     for layer in model.modules():
-        if isinstance(getattr(layer, "inplace", None), bool):
-            layer.inplace = False
-        # Dropout and torchvision's StochasticDepth.
-        if isinstance(getattr(layer, "p", None), float):
-            layer.p = 0.0
-        # Its attention.
-        if isinstance(getattr(layer, "dropout", None), float):
-            layer.dropout = 0.0
+        for name, off in (("inplace", False), ("p", 0.0), ("dropout", 0.0)):
+            if isinstance(getattr(layer, name, None), type(off)):
+                setattr(layer, name, off)
     return model
 
 
