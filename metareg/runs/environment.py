@@ -28,7 +28,7 @@ from metareg.util.torch_internals import tree_leaves
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["describe_machine", "refuse_other_data", "write"]
+__all__ = ["describe_machine", "refuse_other_data", "settle_strategy", "write"]
 
 log = logging.getLogger("metareg")
 
@@ -89,6 +89,16 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
             "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
         )
         write_json(path, before | {"resumed": [*before["resumed"], {"step": step, "changed": changed}]})
+
+
+def settle_strategy(run: Run) -> None:
+    """Correct the strategy in environment.json, where the first steps have shown that ``auto`` must choose another one."""
+    path = run.path / ENVIRONMENT
+    if run.config.strategy != "auto" or not path.is_file():
+        return
+    if _read_environments(path)[1].get("strategy") != run.learner.strategy:
+        reason = "the first choice failed, or gave other results than one task after the other"
+        write_json(path, read_json(path) | {"strategy": run.learner.strategy, "strategy_reason": reason})
 
 
 def refuse_other_data(run: Run) -> None:

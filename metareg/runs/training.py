@@ -438,7 +438,12 @@ def _start(run: Run, manager: CheckpointManager) -> None:
         if learner.strategy != strategy:
             strategy, reason = learner.strategy or strategy, "as before the run was resumed"
     log.info("Strategy %s: %s.", strategy, reason)
-    learner.processes.first(lambda: environment.write(run, strategy, reason, learner.steps_done))
+
+    def describe() -> None:
+        environment.settle_strategy(run)
+        environment.write(run, strategy, reason, learner.steps_done)
+
+    learner.processes.first(describe)
     if manager.last_saved is None:
         manager.save()
 
@@ -456,6 +461,9 @@ def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: 
             advice = f"It happened more often than max_nonfinite = {run.config.max_nonfinite} times."
         where = manager.store.path(manager.last_saved)
         raise DivergenceError(f"{error} The last good checkpoint is {where}. {advice}") from error
+    finally:
+        if run.learner.processes.leads:
+            environment.settle_strategy(run)
 
 
 def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest, hooks: Any) -> None:

@@ -44,6 +44,17 @@ class Lines:
         return Episodes.group([draw(split, index, seed) for index in indices])
 
 
+class LastOfRecurrent(nn.Module):
+    """A recurrent layer over the inputs of an example: at once, `torch.func` cannot map over its tasks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(1, 4, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x[..., None])[0][:, -1]
+
+
 def draw_anew(split: str, indices: Any) -> Episodes:
     x = torch.rand(len(indices), 4, 2, dtype=torch.float64) + len(split)
     return Episodes(x, x[..., :1], x, x[..., :1])
@@ -441,3 +452,18 @@ def test_loaders_are_taken_where_tasks_are() -> None:
         learner.evaluate(test, 7)
     with pytest.raises(UsageError, match="same for training, validation and test"):
         learner.fit(loader, 2, eval_every=1)
+
+
+def test_the_environment_names_the_strategy_that_the_first_steps_have_led_to(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = SMALL | {"strategy": "auto", "meta_batch": 25}
+    model = nn.Sequential(LastOfRecurrent(), nn.Linear(4, 1)).double()
+    path = tmp_path / "run"
+    metareg.train("maml", task=Lines(), model=model, out=path, **settings)
+    described = json.loads((path / "environment.json").read_text())
+    assert described["strategy"] == "traced"
+    caplog.clear()
+    metareg.resume(path, steps=15, task=Lines(), model=model)
+    assert json.loads((path / "environment.json").read_text()) == described
+    assert "another environment" not in caplog.text
