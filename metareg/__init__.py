@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from metareg.util.data_files import cache_folder, data_folder, download
     from metareg.util.files import read_json, sync_folder
     from metareg.util.images import ImageFiles, UnreadableImageError, find_images, load_image
+    from metareg.util.malloc import keep_freed_memory
     from metareg.util.seeding import derive_seed, draw_distinct, task_uniform
     from metareg.util.tables import Table, read_table
 
@@ -70,6 +71,7 @@ _NAMES = {
     "util.data_files": "cache_folder data_folder download",
     "util.files": "read_json sync_folder",
     "util.images": "ImageFiles UnreadableImageError find_images load_image",
+    "util.malloc": "keep_freed_memory",
     "util.seeding": "derive_seed draw_distinct task_uniform",
     "util.tables": "Table read_table",
 }
@@ -81,8 +83,8 @@ __all__ = [
     "PluginError", "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError",
     "UnreadableImageError", "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder",
     "derive_seed", "download", "draw_distinct", "find_images", "find_metric", "find_split", "format_count",
-    "hookimpl", "hookspec", "join_processes", "load_image", "open_arrays", "parse_in_child", "read_json",
-    "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "sync_folder",
+    "hookimpl", "hookspec", "join_processes", "keep_freed_memory", "load_image", "open_arrays", "parse_in_child",
+    "read_json", "read_name_lists", "read_split_file", "read_table", "report", "reproduce", "resume", "sync_folder",
     "task_uniform", "train",
 ]  # fmt: skip
 
