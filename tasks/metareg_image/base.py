@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -32,12 +32,14 @@ from metareg_image.augmentation import crop, flip
 from metareg_image.figures import draw_episodes
 from metareg_image.store import ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
 
-__all__ = ["Channels", "ImageConfig", "ImageTask"]
+__all__ = ["Channels", "ImageConfig", "ImageTask", "crop_middle"]
 
 Channels = Literal[1, 3]
 
 
 _PICTURED = 3
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+"""Means and standard deviations of red, green and blue, of torchvision's pretrained models."""
 
 
 class ImageConfig(PluginConfig):
@@ -56,6 +58,21 @@ class ImageConfig(PluginConfig):
     )
     flips: bool = Field(False, description="Mirror training images left to right at random.")
     crops: int = Field(0, ge=0, description="Pad training images by so many pixels, and crop at random.")
+    resize: Literal["stretch", "crop"] = Field(
+        "stretch",
+        description="Stretch an image to the size, or scale its shorter side to the size and crop the middle.",
+    )
+    normalisation: Literal["none", "imagenet", "train"] = Field(
+        "none",
+        description="Subtract a mean from each channel and divide by a standard deviation: those of ImageNet, or of the "
+        "training classes. With mean and std, these numbers.",
+    )
+    mean: list[float] | None = Field(
+        None, description="Means of the channels for the normalisation, of pixels from 0 to 1."
+    )
+    std: list[Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="Standard deviations of the channels for the normalisation, of pixels from 0 to 1."
+    )
 
     @model_validator(mode="after")
     def _narrow_padding(self) -> ImageConfig:
@@ -63,11 +80,32 @@ class ImageConfig(PluginConfig):
             raise ValueError(f"crops = {self.crops} must be less than the size, {self.size}: padding mirrors the image")
         return self
 
+    @model_validator(mode="after")
+    def _check_normalisation(self) -> ImageConfig:
+        given = [each for each in (self.mean, self.std) if each is not None]
+        if len(given) == 1:
+            raise ValueError("mean and std go together; one of them is missing")
+        if any(len(each) != self.channels for each in given):
+            raise ValueError(f"mean and std need a number for each channel, {self.channels}")
+        if self.normalisation == "imagenet" and not given and self.channels != 3:
+            raise ValueError(f"normalisation = imagenet is for channels = 3, not for {self.channels}")
+        if self.normalisation == "train" and not given and self.train_classes is not None:
+            raise ValueError("normalisation = train cannot go with train_classes, which differ from seed to seed")
+        return self
+
+
+class Normalisation(NamedTuple):
+    """What is subtracted from each channel of pixels in [0, 1], and by what it is divided."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
 
 class ImageTask(Task):
     """Classification of images of classes that were not trained on; a subclass says where the images are.
 
-    Pixels are in [0, 1] and not standardised, as in the code of MAML's, BOIL's and CML's authors.
+    Pixels are in [0, 1]; unless `normalisation` says so they are not standardised, as in the code of MAML's, BOIL's and
+    CML's authors.
     """
 
     contract = 1
@@ -81,7 +119,9 @@ class ImageTask(Task):
         "algo.inner_lr": 0.5,
         "outer_lr": 1e-3,
     }
-    inherited_options = ("ways", "shots", "query", "eval_query", "size", "channels")
+    inherited_options = (
+        "ways", "shots", "query", "eval_query", "size", "channels", "normalisation", "mean", "std",
+    )  # fmt: skip
 
     name: ClassVar[str]
     """The plugin's name."""
@@ -95,10 +135,8 @@ class ImageTask(Task):
     """Whether `download` can fetch it."""
     too_few_classes: ClassVar[str] = "ask for fewer ways"
     """What to do where a split has too few classes."""
-    image_preparation: str = (
-        "upright as EXIF says, on white where transparent, grey or RGB; resized to width × height by Pillow's BILINEAR, "
-        "whatever the aspect; divided by 255"
-    )
+    resizing: ClassVar[str | None] = None
+    """How `resize` of a subclass that has its own makes the size, for `image_preparation`."""
     version: ClassVar[int] = 1
     """Raised when the task makes other pixels of the same data, so that older caches are not used."""
 
@@ -124,9 +162,13 @@ class ImageTask(Task):
         return ""
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """An image in the task's size; the aspect is not kept."""
-        size = (self.config.size, self.config.size)
-        return image if image.size == size else image.resize(size, Image.Resampling.BILINEAR)
+        """An image in the task's size."""
+        size = self.config.size
+        if image.size == (size, size):
+            return image
+        if self.config.resize == "crop":
+            return crop_middle(image, size, size)
+        return image.resize((size, size), Image.Resampling.BILINEAR)
 
     def download(self) -> None:
         """Fetch the data into its `location`, where that can be done."""
@@ -143,7 +185,7 @@ class ImageTask(Task):
         """The decoded images, out of the cache or decoded now."""
         return ImageStore.load_or_build(
             self.name,
-            {"version": self.version, "source": self.fingerprint()},
+            {"version": self.version, "source": self.fingerprint(), **self._resize_identity},
             self._present_classes,
             (self.config.size, self.config.size, self.config.channels),
             self._read_pixels,
@@ -156,21 +198,83 @@ class ImageTask(Task):
         ways, shots = self.config.ways, self.config.shots
         labels = torch.arange(ways).expand(len(indices), ways)
         return Episodes(
-            _normalise(images[:, :, :shots]),
+            self._to_inputs(images[:, :, :shots]),
             labels.repeat_interleave(shots, 1),
-            _normalise(images[:, :, shots:]),
+            self._to_inputs(images[:, :, shots:]),
             labels.repeat_interleave(images.shape[2] - shots, 1),
         )
 
     def read_image(self, path: Path) -> Tensor:
-        return torch.from_numpy(self._read_pixels(path).copy()).movedim(-1, 0).to(torch.float32).div_(255)
+        pixels = torch.from_numpy(self._read_pixels(path).copy())
+        return self._normalise(pixels.to(torch.float32).div_(255)).movedim(-1, 0)
+
+    @property
+    def stored_config(self) -> ImageConfig:
+        """The options with the mean and std of the training classes, where these were asked for: others need no data."""
+        if self._constants is None or self.config.normalisation != "train":
+            return self.config
+        mean, std = self._constants
+        return self.config.model_copy(update={"mean": list(mean), "std": list(std)})
+
+    @property
+    def image_preparation(self) -> str:  # type: ignore[override]
+        """How `read_image` makes an input of an image."""
+        resizing = self.resizing or (
+            "resized by Pillow's BILINEAR so that the shorter side is the size, then cropped in the middle"
+            if self.config.resize == "crop"
+            else "resized to width × height by Pillow's BILINEAR, whatever the aspect"
+        )
+        steps = ["upright as EXIF says, on white where transparent, grey or RGB", resizing, "divided by 255"]
+        if self._constants is not None:
+            mean, std = (", ".join(f"{value:g}" for value in values) for values in self._constants)
+            steps.append(f"minus the mean ({mean}) and divided by the standard deviation ({std}) of its channel")
+        return "; ".join(steps)
+
+    @functools.cached_property
+    def _constants(self) -> Normalisation | None:
+        """What pixels are normalised by; None where they are not."""
+        config = self.config
+        if config.mean is not None and config.std is not None:
+            return Normalisation(tuple(config.mean), tuple(config.std))
+        if config.normalisation == "imagenet":
+            return Normalisation(*_IMAGENET)
+        if config.normalisation == "train":
+            return _measure(self.store.read_split("train"))
+        return None
+
+    @property
+    def _resize_identity(self) -> dict[str, str]:
+        """What the pixels in the cache depend on; nothing where images are stretched, as in earlier caches."""
+        return {} if self.config.resize == "stretch" else {"resize": self.config.resize}
+
+    def _to_inputs(self, images: Tensor) -> Tensor:
+        """``[tasks, ways, each, channels, height, width]`` uint8 → ``[tasks, ways × each, …]``, normalised.
+
+        In memory the channels come last, in which order convolutions and poolings are faster.
+        """
+        values = images.movedim(3, -1).flatten(1, 2).to(torch.float32).div_(255)
+        return self._normalise(values).movedim(-1, 2)
+
+    def _normalise(self, values: Tensor) -> Tensor:
+        """Pixels ``[…, channels]`` in [0, 1], changed in place."""
+        if self._constants is not None:
+            mean, std = self._constants
+            values.sub_(torch.tensor(mean)).div_(torch.tensor(std))
+        return values
+
+    def _to_pixels(self, image: Tensor) -> Tensor:
+        """An input ``[channels, height, width]`` as a picture in [0, 1]."""
+        if self._constants is None:
+            return image
+        mean, std = (torch.tensor(values)[:, None, None] for values in self._constants)
+        return (image * std + mean).clamp(0, 1)
 
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Test episodes: support images, query images, predicted and true labels with the model's confidence."""
         indices = range(_PICTURED)
         _, names = self._draw_tasks("test", indices, seed)
-        return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names)}
+        return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names, self._to_pixels)}
 
     def _draw_tasks(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
         """Images uint8 ``[tasks, ways, shots + query, channels, height, width]``, and the names of the classes."""
@@ -313,9 +417,30 @@ class ImageTask(Task):
             )
 
 
-def _normalise(images: Tensor) -> Tensor:
-    """``[tasks, ways, each, channels, height, width]`` uint8 → ``[tasks, ways × each, …]`` in [0, 1].
+def crop_middle(image: Image.Image, shorter: int, size: int) -> Image.Image:
+    """The middle ``size × size`` pixels of an image whose shorter side is scaled to `shorter`."""
+    scale = shorter / min(image.size)
+    image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BILINEAR)
+    left, top = ((side - size) // 2 for side in image.size)
+    return image.crop((left, top, left + size, top + size))
 
-    In memory the channels come last, in which order convolutions and poolings are faster.
+
+def _measure(images: Iterable[np.ndarray]) -> Normalisation:
+    """Mean and standard deviation of each channel, to six decimals.
+
+    Args:
+        images: classes of uint8 images ``[images, height, width, channels]``.
     """
-    return images.movedim(3, -1).flatten(1, 2).to(torch.float32).div_(255).movedim(-1, 2)
+    counts = sum(
+        np.stack([np.bincount(channel.ravel(), minlength=256) for channel in np.moveaxis(each, -1, 0)])
+        for each in images
+    )
+    shares = counts / np.sum(counts, axis=1, keepdims=True)
+    values = np.arange(256) / 255
+    mean = shares @ values
+    std = np.sqrt(shares @ values**2 - mean**2)
+    if not (std > 0).all():
+        raise UsageError(
+            "The training images are of one colour: their standard deviation is 0, by which nothing can be divided."
+        )
+    return Normalisation(*(tuple(np.round(each, 6).tolist()) for each in (mean, std)))

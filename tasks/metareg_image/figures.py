@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from matplotlib.axes import Axes
@@ -20,7 +20,12 @@ _GAP = 0.25
 """Between support and query images, in widths of an image."""
 
 
-def draw_episodes(learner: MetaLearner, episodes: Episodes, names: Sequence[Sequence[str]]) -> Figure:
+def draw_episodes(
+    learner: MetaLearner,
+    episodes: Episodes,
+    names: Sequence[Sequence[str]],
+    to_pixels: Callable[[Tensor], Tensor],
+) -> Figure:
     """A picture of a few tasks: one row a class, its support images on the left and, after a gap, its query images.
 
     Over each query image stand the predicted class and the model's confidence after adaptation, in green where it is
@@ -30,6 +35,7 @@ def draw_episodes(learner: MetaLearner, episodes: Episodes, names: Sequence[Sequ
         learner: adapts to each task.
         episodes: the tasks.
         names: the names of each task's classes.
+        to_pixels: an input ``[channels, height, width]`` as a picture in [0, 1].
     """
     ways = len(names[0])
     rows, shots = min(_CLASSES, ways), min(_SUPPORT, episodes.support_y.shape[1] // ways)
@@ -49,13 +55,13 @@ def draw_episodes(learner: MetaLearner, episodes: Episodes, names: Sequence[Sequ
         for row, axes in enumerate(grid):
             axes[shots].axis("off")
             for axis, image in zip(axes, support_x[support_y == row], strict=False):
-                _show(axis, image, "0.35")
+                _show(axis, to_pixels(image), "0.35")
             axes[0].set_ylabel(_label(row, names[number][row]), fontsize=6)
             mine = query_y == row
             for axis, image, scores in zip(axes[shots + 1 :], query_x[mine], confidence[mine], strict=False):
                 guess = int(scores.argmax())
                 colour = "tab:green" if guess == row else "tab:red"
-                _show(axis, image, colour)
+                _show(axis, to_pixels(image), colour)
                 truth = "" if guess == row else f" (is {row})"
                 axis.set_title(f"{guess} · {scores[guess]:.0%}{truth}", fontsize=7, pad=2, color=colour)
         grid[0][0].set_title("support", fontsize=7, pad=2)

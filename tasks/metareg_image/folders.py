@@ -27,7 +27,7 @@ from metareg import (
     read_split_file,
     task_uniform,
 )
-from metareg_image.base import ImageConfig, ImageTask
+from metareg_image.base import ImageConfig, ImageTask, crop_middle
 from metareg_image.splits import read_splits
 from metareg_image.store import SPLITS, ClassImages, Cut, Source
 
@@ -199,17 +199,15 @@ class CUB(_Benchmark):
         "classes (001.Black_footed_Albatross)."
     )
     contents = (200, 11_788)
-    image_preparation = (
-        "upright as EXIF says, on white where transparent, grey or RGB; resized by Pillow's BILINEAR so that the shorter "
-        "side is 1.5 times the size, then cropped in the middle; divided by 255"
-    )
+    resizing = "resized by Pillow's BILINEAR so that the shorter side is 1.5 times the size, then cropped in the middle"
+
+    def __init__(self, config: ImageConfig) -> None:
+        if config.resize != "stretch":
+            raise ValueError("resize is not for this task, which has a crop of its own")
+        super().__init__(config)
 
     def resize(self, image: Image.Image) -> Image.Image:
-        size = self.config.size
-        scale = round(1.5 * size) / min(image.size)
-        image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BILINEAR)
-        left, top = ((side - size) // 2 for side in image.size)
-        return image.crop((left, top, left + size, top + size))
+        return crop_middle(image, round(1.5 * self.config.size), self.config.size)
 
 
 class Cars(_Benchmark):

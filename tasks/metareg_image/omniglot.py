@@ -37,7 +37,11 @@ class OmniglotConfig(ImageConfig):
 class _Characters(ImageTask):
     Config = OmniglotConfig
     folder = "omniglot"
-    image_preparation = ImageTask.image_preparation.replace("; resized", "; inverted, so that ink is bright; resized")
+
+    @property
+    def image_preparation(self) -> str:  # type: ignore[override]
+        """How `read_image` makes an input of an image."""
+        return super().image_preparation.replace("; resized", "; inverted, so that ink is bright; resized")
 
     def resize(self, image: Image.Image) -> Image.Image:
         """Ink is bright on a dark ground."""

@@ -49,7 +49,8 @@ class TorchvisionModel:
 
     The features are what that layer takes, ``[examples, features]``; the head is a new linear layer for the classes of a
     task. Dropout and stochastic depth are set to 0, which the inner loop cannot have. BatchNorm layers use the statistics
-    of tasks (``bn_statistics``), not those of the pretraining.
+    of tasks (``bn_statistics``), not those of the pretraining. With pretrained weights, images are normalised as ImageNet's
+    were, unless `normalisation` says otherwise.
 
     Reference:
         torchvision.models; for ResNets He, Zhang, Ren and Sun, CVPR 2016, arXiv 1512.03385.
@@ -61,6 +62,11 @@ class TorchvisionModel:
 
     def __init__(self, config: TorchvisionConfig) -> None:
         self.config = config
+
+    @property
+    def recommended(self) -> Mapping[str, Any]:
+        """The normalisation that pretrained weights expect."""
+        return {} if self.config.weights is None else {"task.normalisation": "imagenet"}
 
     @hookimpl
     def build(self, spec: TaskSpec) -> nn.Module:

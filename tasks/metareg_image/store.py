@@ -132,6 +132,12 @@ class ImageStore:
             self._rebuild()
         return np.asarray(self.pixels[rows])
 
+    def read_split(self, split: str) -> Iterator[np.ndarray]:
+        """The images ``[images, height, width, channels]`` of each class of a split."""
+        index = self.splits[split]
+        for start, count in zip(index.starts, index.counts, strict=True):
+            yield self.read(np.arange(start, start + count))
+
     def _are_whole(self, classes: np.ndarray) -> bool:
         for number in np.unique(classes[self._unchecked[classes]]).tolist():
             start = self._starts[number]
