@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from metareg.errors import UsageError
+from metareg.printable import format_count
 from metareg.util.layout import settle_layout
 from metareg.util.torch_internals import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
@@ -19,7 +20,7 @@ __all__ = ["Batch", "Episodes", "convert_arrays", "read_episodes"]
 _PARTS = ("support_x", "support_y", "query_x", "query_y")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Episodes:
     """Some tasks of equal sizes, each with its support and query set.
 
@@ -108,6 +109,13 @@ class Episodes:
     def __len__(self) -> int:
         return self.support_y.shape[0]
 
+    def __repr__(self) -> str:
+        support, query = (
+            f"{_describe_inputs(x)} → {_describe_tensor(y)}"
+            for x, y in ((self.support_x, self.support_y), (self.query_x, self.query_y))
+        )
+        return f"<Episodes: {format_count(len(self), 'task')}; support {support}, query {query}>"
+
     def __getitem__(self, which: slice) -> Episodes:
         """Some of the tasks."""
         some = self._map(lambda leaf: leaf[which])
@@ -170,6 +178,15 @@ def _create_unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -
         support_x=support_x, support_y=support_y, query_x=query_x, query_y=query_y, positions=positions
     )
     return episodes
+
+
+def _describe_inputs(x: Any) -> str:
+    return _describe_tensor(x) if isinstance(x, Tensor) else format_count(len(tree_leaves(x)), "tensor")
+
+
+def _describe_tensor(leaf: Tensor) -> str:
+    """The shape of one task's part and its type: ``[10, 1] float32``."""
+    return f"{list(leaf.shape[1:])} {str(leaf.dtype).removeprefix('torch.')}"
 
 
 Batch = Episodes | Sequence[Any] | Mapping[str, Any]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from metareg.contract.config import update_names
 from metareg.errors import UsageError
+from metareg.printable import format_count
 from metareg.util.intervals import compute_half_width
 
 __all__ = ["Evaluation"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Evaluation:
     """The metric on the query sets of some tasks, before and after adaptation.
 
@@ -89,7 +91,17 @@ class Evaluation:
 
     def __str__(self) -> str:
         cells = [f"{k}: {self._format_score(k)}" for k in self.inner_steps]
-        return f"{self.metric} over {self.tasks} tasks after inner steps {', '.join(cells)}"
+        return f"{self.metric} over {format_count(self.tasks, 'task')} after inner steps {', '.join(cells)}"
+
+    def __repr__(self) -> str:
+        return f"<Evaluation: {self}>"
+
+    def _repr_html_(self) -> str:
+        rows = [f"<tr><td>{k}</td><td>{self._format_score(k)}</td></tr>" for k in self.inner_steps]
+        better = "higher" if self.higher_is_better else "lower"
+        heading = f"<tr><th>inner steps</th><th>{html.escape(self.metric)} ({better} is better)</th></tr>"
+        note = f"mean over {format_count(self.tasks, 'task')} and 95 % interval"
+        return f"<table>{heading}{''.join(rows)}</table><div>{note}</div>"
 
     def _format_score(self, inner_steps: int) -> str:
         if diverged := self.count_diverged(inner_steps):

@@ -25,6 +25,8 @@ from metareg.errors import DivergenceError, UnknownNameError, UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
 from metareg.learner.batch_split import BatchSplit, Share, check_same_bits
 from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
+from metareg.learner.description import describe_learner
+from metareg.learner.display import display_training
 from metareg.learner.file import LearnerFile, write_learner
 from metareg.learner.idle import report_idle
 from metareg.learner.meta_parameters import MetaParameters
@@ -130,6 +132,8 @@ class MetaLearner:
         self.logs: dict[str, float] = {}
         """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
 
+    __repr__ = describe_learner
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A learner that `torch.multiprocessing` sends to a process is a copy: its tensors arrive in memory of both."""
         shared = any(value.is_shared() for value in state["_meta"].tensors.values())
@@ -234,6 +238,7 @@ class MetaLearner:
         eval_every: int | None = None,
         eval_tasks: int = 100,
         observers: Sequence[Observer | object] = (),
+        progress: bool = False,
     ) -> MetaLearner:
         """Train on tasks of one's own, or of a task plugin; returns the learner.
 
@@ -248,12 +253,14 @@ class MetaLearner:
             eval_every: steps between evaluations on the split ``"validation"``; None for none.
             eval_tasks: tasks of each.
             observers: objects with the hooks `on_step` and `on_evaluation`.
+            progress: whether to show a bar and the losses, in a terminal or a notebook.
         """
         values = {"steps": self.steps_done + steps, "meta_batch": meta_batch, "log_every": log_every,
                   "eval_every": eval_every, "eval_tasks": eval_tasks}  # fmt: skip
         schedule, source = validate(Schedule, values, "fit"), TaskSource.of(task_source)
         self.choose_strategy(meta_batch, steps, source.stackable)
-        fit(self, source, schedule, observers)
+        with display_training(self, source, schedule, progress) as displays:
+            fit(self, source, schedule, [*observers, *displays])
         return self
 
     def evaluate(

@@ -25,6 +25,8 @@ class TaskSource:
         self._episodes, self._knows_splits = _find_episodes(plugin)
         self.is_stream = isinstance(plugin.instance, EpisodeStreams)
         """Whether a task can be had only after the ones before it."""
+        self.evaluated_split: str | None = None
+        """The split of the evaluation under way, or of the last one; who shows it sets it to None at its end."""
         self.scored = 0
         """Tasks that the evaluation under way has done with."""
 
@@ -80,7 +82,7 @@ class TaskSource:
 
         Where several stacks do not say it, their tasks are drawn once more, one by one.
         """
-        self.scored = indices[0]
+        self.evaluated_split, self.scored = split, indices[0]
         batches = self.episodes(split, indices, seed)
         if len(batches) == 1 and batches[0].positions is None:
             return batches, list(range(len(indices)))

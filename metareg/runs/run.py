@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import logging
 import shlex
 from collections.abc import Collection, Mapping, Sequence
@@ -19,6 +21,7 @@ from metareg.contract.splits import TEST
 from metareg.errors import ExamplesError, UnknownNameError, UsageError
 from metareg.learner.learner import MetaLearner
 from metareg.learner.model_plugin import build_model
+from metareg.printable import format_count
 from metareg.registry.plugins import Plugin, find_entry, resolve
 from metareg.registry.task_source import TaskSource
 from metareg.runs import exports
@@ -78,6 +81,20 @@ class Run:
         """The same test by predictions that do not depend on a task's other queries; None where those of the test do not."""
         self.plots: list[Path] = []
         """The pictures that were drawn."""
+
+    def __repr__(self) -> str:
+        state = str(self.evaluation or format_count(self.learner.steps_done, "training step") + " done, not tested")
+        return f"<Run at {self.path}: {self.config.title}; {state}>"
+
+    def _repr_html_(self) -> str:
+        """The test's table and the learning curve."""
+        curve = self.path / PLOTS / "learning-curve.png"
+        table = "" if self.evaluation is None else self.evaluation._repr_html_()
+        image = ""
+        if curve.is_file():
+            data = base64.b64encode(curve.read_bytes()).decode()
+            image = f'<img alt="learning curve" width="560" src="data:image/png;base64,{data}">'
+        return f"<div>{html.escape(f'{self.config.title} at {self.path}')}</div>{table}{image}"
 
     @classmethod
     def load(

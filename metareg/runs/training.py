@@ -22,6 +22,7 @@ from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.contract.tasks import TaskSpec
 from metareg.errors import DivergenceError, Interrupted, LostProcessError, MetaregError, UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.learner.display import display_training_in_notebook
 from metareg.learner.learner import MetaLearner
 from metareg.learner.learning_rate import check_schedule
 from metareg.learner.processes import Processes, join_processes
@@ -383,9 +384,10 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
     metrics, timing = LinesFile(path / METRICS), TimedLinesFile(path / TIMING)
     reset_peak_memory(learner.device)
     writer = _LinesWriter(metrics, timing, learner.device)
-    every = [writer, *observers, *selection.observers] if processes.leads else []
     seeded = seed_global_generators(config.seed, "training")
-    with _set_threads(run), use_deterministic_kernels(learner.device), seeded:
+    displayed = display_training_in_notebook()
+    with _set_threads(run), use_deterministic_kernels(learner.device), displayed as displays, seeded:
+        every = [writer, *displays, *observers, *selection.observers] if processes.leads else []
         lines = [metrics, timing] if processes.leads else []
         every_steps, every_minutes = config.checkpoint_every, config.checkpoint_minutes
         manager = CheckpointManager(

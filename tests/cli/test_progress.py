@@ -23,7 +23,7 @@ class Training:
         self, *, begun_at: int = 0, strategy: str = "vectorized", terminal: bool = True, width: int = 80
     ) -> None:
         self.learner = SimpleNamespace(steps_done=begun_at, strategy=strategy)
-        self.source = SimpleNamespace(scored=0)
+        self.source = SimpleNamespace(scored=0, evaluated_split=None)
         config = SimpleNamespace(title="maml on x", steps=100, eval_every=50, test_tasks=600)
         self._file = io.StringIO()
         self.progress = Progress(Terminal(file=self._file, force_terminal=terminal, width=width))
@@ -37,8 +37,9 @@ class Training:
     def __exit__(self, *_: object) -> None:
         self.progress.__exit__()
 
-    def look(self, steps_done: int) -> str:
-        """What the bar shows after so many steps."""
+    def look(self, steps_done: int, evaluated_split: str | None = None) -> str:
+        """What the bar shows after so many steps, while a split is evaluated."""
+        self.source.evaluated_split = evaluated_split
         self.learner.steps_done = steps_done
         self.progress._bar.refresh()
         return re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|[━╸╺]", "", self._file.getvalue().rpartition("\r")[2]).strip()
@@ -53,16 +54,16 @@ def test_the_bar_shows_every_step_and_every_phase() -> None:
         assert re.match(r"training +1/100", training.look(1))
         training.look(2)
         assert re.match(r"training +3/100 +[\d.]+ steps/s +\d+:\d\d", training.look(3))
-        assert re.match(r"validating +50/100", training.look(50))
+        assert re.match(r"validating +50/100", training.look(50, "validation"))
         training.progress.on_evaluation(50, "validation", VALIDATION)
-        assert re.match(r"training +50/100", training.look(50))
+        assert training.source.evaluated_split is None
         training.progress.on_step(50, {"loss": 0.25, "steps_per_second": 12.0})
         assert re.match(r"training +51/100 loss 0.25 · validation mse 1 · 12 steps/s", training.look(51))
-        assert re.match(r"validating +100/100", training.look(100))
+        assert re.match(r"validating +100/100", training.look(100, "validation"))
         training.progress.on_evaluation(100, "validation", VALIDATION)
-        assert re.match(r"testing +0/600", training.look(100))
+        assert re.match(r"testing +0/600", training.look(100, "test"))
         training.source.scored = 200
-        assert re.match(r"testing +200/600", training.look(100))
+        assert re.match(r"testing +200/600", training.look(100, "test"))
         training.progress.on_evaluation(100, "test", VALIDATION)
 
 

@@ -1,0 +1,356 @@
+"""A training as it goes on, for a person: a bar in a terminal, a bar and a curve in a notebook, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib
+import io
+import logging
+import math
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, RenderableType
+from rich.markup import escape
+from rich.progress import BarColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+from metareg.contract.hookspecs import hookimpl
+from metareg.contract.splits import TEST, VALIDATION
+from metareg.errors import describe_error
+
+if TYPE_CHECKING:
+    from metareg.contract.evaluation import Evaluation
+    from metareg.learner.config import Schedule
+    from metareg.registry.task_source import TaskSource
+
+__all__ = ["NotebookDisplay", "TerminalDisplay", "display_training", "display_training_in_notebook", "format_speed"]
+
+log = logging.getLogger("metareg")
+
+_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_UPDATES = 0.5
+_LEAST_BAR = 4
+"""Columns that are left to the bar itself."""
+_REPORTS = 5
+"""Reports that a notebook shows."""
+_STEPS_TO_ESTIMATE_FROM = 3
+
+
+class Status:
+    """Where a training stands now; its observers are told only now and then.
+
+    Args:
+        learner: what is trained, a `metareg.MetaLearner`.
+        source: where its tasks come from.
+        steps: how many it is trained for.
+        test_tasks: how many it is tested on at the end.
+    """
+
+    def __init__(self, learner: Any, source: TaskSource, steps: int, test_tasks: int = 0) -> None:
+        self._learner, self._source = learner, source
+        self._steps, self._test_tasks = steps, test_tasks
+        self._began_at = learner.steps_done
+        source.evaluated_split = None
+        self.loss = self.validation = self.speed = ""
+
+    @property
+    def phase(self) -> str:
+        """``"compiling"``, ``"training"``, ``"validating"`` or ``"testing"``."""
+        if self._source.evaluated_split is not None:
+            return "validating" if self._source.evaluated_split == VALIDATION else "testing"
+        compiling = self._learner.strategy == "compiled" and self.done == self._began_at
+        return "compiling" if compiling else "training"
+
+    @property
+    def done(self) -> int:
+        """Steps, or tasks of the test, that are done."""
+        return self._source.scored if self._source.evaluated_split == TEST else self._learner.steps_done
+
+    @property
+    def total(self) -> int:
+        """Steps, or tasks of the test, that there will be."""
+        return self._test_tasks if self._source.evaluated_split == TEST else self._steps
+
+    def record_step(self, logs: dict[str, float]) -> None:
+        """Note the numbers of a report."""
+        self.loss, self.speed = f"loss {logs['loss']:.4g}", f"{format_speed(logs['steps_per_second'])} steps/s"
+
+    def record_evaluation(self, split: str, evaluation: Evaluation) -> None:
+        """Note a validation's result, or that the test has ended."""
+        self._source.evaluated_split = None
+        if split != TEST:
+            self.validation = f"validation {evaluation.metric} {evaluation.mean(evaluation.inner_steps[-1]):.4g}"
+
+
+class TerminalDisplay:
+    """Observer: a live bar with what is done, loss, validation metric, steps per second and time left.
+
+    Where the console is no terminal it prints a line at the start, one about every ten seconds, and one per validation.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._status: Status | None = None
+        self._printed = 0.0
+        self._bar = _WatchingBar(
+            self._look,
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
+            console=console,
+            disable=not console.is_terminal,
+            transient=True,
+            # Long enough for an estimate from steps that take minutes.
+            speed_estimate_period=1800,
+        )
+
+    def __enter__(self) -> TerminalDisplay:
+        self._task = self._bar.add_task("preparing", total=None, count="", numbers="")
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def begin(self, status: Status) -> None:
+        """Show a training from now on."""
+        self._bar.reset(self._task, total=status.total, completed=status.done)
+        self._status = status
+
+    @hookimpl
+    def on_run_start(self, run: Any) -> None:
+        self._say(f"{run.config.title} → {run.path}")
+        self.begin(Status(run.learner, run.source, run.config.steps, run.config.test_tasks))
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        assert self._status is not None
+        self._status.record_step(logs)
+        if not self._console.is_terminal and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
+            self._printed = time.monotonic()
+            self._say(f"step {step}: {self._status.loss} · {self._status.speed}")
+
+    @hookimpl
+    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        assert self._status is not None
+        self._status.record_evaluation(split, evaluation)
+        if split == TEST:
+            self._bar.stop()
+        elif not self._console.is_terminal:
+            width = evaluation.ci95(evaluation.inner_steps[-1])
+            self._say(f"step {step}: {self._status.validation} ± {width:.2g}")
+
+    @hookimpl
+    def on_run_end(self) -> None:
+        self._bar.stop()
+
+    def _look(self) -> None:
+        """Bring the bar to where the training stands."""
+        if self._status is None:
+            return
+        status, task = self._status, self._bar.tasks[0]
+        phase, done, total = status.phase, status.done, status.total
+        if total != task.total:
+            self._bar.reset(self._task, total=total, description=phase)
+        count = f"{done:>{len(str(total))}}/{total}"
+        numbers = self._choose_numbers(status, task)
+        self._bar.update(self._task, completed=done, description=phase, count=count, numbers=numbers)
+
+    def _choose_numbers(self, status: Status, task: Task) -> str:
+        """As many numbers as there is room for beside a short bar, the most telling first."""
+        if status.phase == "testing":
+            return status.validation
+        speed = status.speed or (f"{format_speed(task.speed)} steps/s" if task.speed else "")
+        numbers = [each for each in (status.loss, status.validation, speed) if each]
+        others = len(f"validating {_LEAST_BAR * '━'} {task.total}/{task.total}  0:00:00 ")
+        while len(numbers) > 1 and len(" · ".join(numbers)) > self._console.width - others:
+            numbers.pop()
+        return " · ".join(numbers)
+
+    def _say(self, line: str) -> None:
+        self._console.print(escape(line), soft_wrap=True)
+
+
+class _WatchingBar(Bar):
+    """A bar that looks before it is drawn, some times a second, rather than wait to be told."""
+
+    def __init__(self, look: Callable[[], None], *columns: ProgressColumn, **options: Any) -> None:
+        self._look = look
+        super().__init__(*columns, **options)
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, as things stand."""
+        self._look()
+        yield from super().get_renderables()
+
+
+class NotebookDisplay:
+    """Observer: a bar and the last reports below a notebook's cell, and at the end the curves of loss and validation."""
+
+    def __init__(self) -> None:
+        self._status: Status | None = None
+        self._title = ""
+        self._losses: list[tuple[int, float]] = []
+        self._validations: list[tuple[int, float, float]] = []
+        self._metric = ""
+        self._end = ""
+        self._ended = threading.Event()
+        self._watching = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> NotebookDisplay:
+        self._handle = importlib.import_module("IPython.display").display(
+            _Html("preparing …", "preparing …"), display_id=f"metareg-{id(self)}"
+        )
+        self._watching.start()
+        return self
+
+    def __exit__(self, error: object, *_: object) -> None:
+        self._end = "trained" if error is None else "stopped after"
+        self._ended.set()
+        self._watching.join()
+        try:
+            curves = self._draw()
+        except Exception as problem:  # a picture that fails is no reason to lose what was trained
+            log.warning("The curves could not be drawn: %s", describe_error(problem))
+            curves = ""
+        self._handle.update(_Html(self._format() + curves, self._describe()))
+
+    def begin(self, status: Status, title: str = "") -> None:
+        """Show a training from now on."""
+        self._status, self._title = status, title
+        self._began, self._first = time.monotonic(), status.done
+
+    @hookimpl
+    def on_run_start(self, run: Any) -> None:
+        status = Status(run.learner, run.source, run.config.steps, run.config.test_tasks)
+        self.begin(status, f"{run.config.title} → {run.path}")
+
+    @hookimpl
+    def on_step(self, step: int, logs: dict[str, float]) -> None:
+        assert self._status is not None
+        self._status.record_step(logs)
+        self._losses.append((step, logs["loss"]))
+
+    @hookimpl
+    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
+        assert self._status is not None
+        self._status.record_evaluation(split, evaluation)
+        if split != TEST:
+            last = evaluation.inner_steps[-1]
+            self._metric = evaluation.metric
+            self._validations.append((step, evaluation.mean(last), evaluation.ci95(last)))
+
+    def _watch(self) -> None:
+        while not self._ended.wait(_SECONDS_BETWEEN_UPDATES):
+            self._handle.update(_Html(self._format(), self._describe()))
+
+    def _describe(self) -> str:
+        """What is done, and the time that it took or that is left."""
+        status = self._status
+        if status is None:
+            return "preparing …"
+        phase = self._end if self._ended.is_set() else status.phase
+        return " · ".join([f"{phase} {status.done:,}/{status.total:,}", *self._describe_time(status)])
+
+    def _format(self) -> str:
+        """The bar and the last reports as HTML."""
+        done, total = (0, 1) if self._status is None else (self._status.done, self._status.total)
+        bar = f'<progress value="{done}" max="{max(total, 1)}" style="width: 20em"></progress>'
+        validations = {step: f"{mean:.4g} ± {half:.2g}" for step, mean, half in self._validations}
+        losses = {step: f"{loss:.4g}" for step, loss in self._losses}
+        rows = [
+            f"<tr><td>{step:,}</td><td>{losses.get(step, '')}</td><td>{validations.get(step, '')}</td></tr>"
+            for step in sorted({*losses, *validations})[-_REPORTS:]
+        ]
+        heading = f"<tr><th>step</th><th>loss</th><th>validation {html.escape(self._metric)}</th></tr>"
+        table = f"<table>{heading}{''.join(rows)}</table>" if rows else ""
+        return f"<div>{html.escape(self._title)}</div><div>{bar} {html.escape(self._describe())}</div>{table}"
+
+    def _describe_time(self, status: Status) -> list[str]:
+        """The time that it took, or about how much is left once a few steps are done."""
+        seconds, steps = time.monotonic() - self._began, status.done - self._first
+        if self._ended.is_set():
+            return [f"{seconds:.0f} s"]
+        if status.phase == "testing" or steps < _STEPS_TO_ESTIMATE_FROM:
+            return []
+        left = math.ceil((status.total - status.done) * seconds / steps)
+        return [f"{format_speed(steps / seconds)} steps/s", f"about {left:,} s left"]
+
+    def _draw(self) -> str:
+        """The curves as an image; empty where there are none."""
+        if len(self._losses) + len(self._validations) < 2:
+            return ""
+        from matplotlib import rc_context
+        from matplotlib.ticker import MaxNLocator
+
+        from metareg.util.plotting import COLOURS, STYLE, create_axes
+
+        with rc_context(STYLE):
+            figure, axes = create_axes(6, 3.2)
+            axes.plot(*zip(*self._losses, strict=True), color=COLOURS[0], label="training loss")
+            if self._validations:
+                steps, means, halves = zip(*self._validations, strict=True)
+                label = f"validation {self._metric}"
+                axes.errorbar(steps, means, halves, fmt="o-", ms=4, capsize=3, color=COLOURS[1], label=label)
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_xlabel("training step")
+            axes.legend()
+            file = io.BytesIO()
+            figure.savefig(file, format="png", dpi=100)
+        return f'<img alt="" src="data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}">'
+
+
+class _Html:
+    """What a notebook shows as HTML, and as text where it has no HTML."""
+
+    def __init__(self, content: str, text: str) -> None:
+        self._content, self._text = content, text
+
+    def __repr__(self) -> str:
+        return self._text
+
+    def _repr_html_(self) -> str:
+        return self._content
+
+
+def is_notebook() -> bool:
+    """Whether this process is the kernel of a notebook."""
+    ipython = sys.modules.get("IPython")
+    shell = ipython.get_ipython() if ipython is not None else None
+    return hasattr(shell, "kernel")
+
+
+@contextmanager
+def display_training(learner: Any, source: TaskSource, schedule: Schedule, wanted: bool) -> Iterator[list[Any]]:
+    """Show a training of `MetaLearner.fit` for a block, by the observers that this yields: none unless wanted."""
+    if not wanted:
+        yield []
+        return
+    display = NotebookDisplay() if is_notebook() else TerminalDisplay(Console(stderr=True, highlight=False))
+    with display:
+        display.begin(Status(learner, source, schedule.steps))
+        yield [display]
+
+
+@contextmanager
+def display_training_in_notebook() -> Iterator[list[Any]]:
+    """Show a run in a notebook for a block, by the observers that this yields: none elsewhere."""
+    if not is_notebook():
+        yield []
+        return
+    with NotebookDisplay() as display:
+        yield [display]
+
+
+def format_speed(steps_per_second: float) -> str:
+    """A speed in two digits, or in as many as its whole part has."""
+    return f"{steps_per_second:.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"
