@@ -316,10 +316,8 @@ def evaluate(
     options = parse_assignments(assignments or [])
     options |= collect_given(ways=ways, shots=shots, query=query, data=None if data is None else str(data))
     with stderr.status("Testing …"):
-        test = partial(Run.load(path, device=device).evaluate, tasks, numbers, task, options)
-        evaluation, one_by_one = test(), None
-        if evaluation.bn_statistics == "transductive":
-            one_by_one = test(bn_statistics="support")
+        run = Run.load(path, device=device)
+        evaluation, one_by_one = run.evaluate_one_by_one(tasks, numbers, task, options)
     if as_json:
         write_output(json.dumps(_collect_results(evaluation, one_by_one, with_scores)) + "\n")
     else:

@@ -128,17 +128,21 @@ class Engine:
         inner_steps: tuple[int, ...],
         strategy: Strategy,
         chunk: int | None,
-        bn_statistics: str,
+        bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of every task after each number of inner steps: ``[tasks, len(inner_steps)]``."""
-        functions = _use_statistics(self.plain, bn_statistics)
+        """The metric of every task ``[tasks, len(bn_statistics), len(inner_steps)]``."""
+        policies = [_use_statistics(self.plain, each) for each in bn_statistics]
+        # Which statistics the predictions use makes no difference to the adaptation, unless it starts from features that
+        # were computed together with those of the query set.
+        adapting_alike = [[each] for each in policies] if self.plain.head_only else [policies]
         one_by_one = strategy in ONE_BY_ONE
 
         def score_stack(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+            def score(task: Task, noise: Mapping[str, Any]) -> Tensor:
+                return torch.cat([alike[0].scores(meta, task, noise, inner_steps, alike) for alike in adapting_alike])
+
             noise = extra.get("noise", {})
-            if one_by_one:
-                return [functions.scores(meta, _unbatch(tasks), _unbatch(noise), inner_steps)[None]]
-            return [vmap(lambda task, drawn: functions.scores(meta, task, drawn, inner_steps))(tasks, noise)]
+            return [score(_unbatch(tasks), _unbatch(noise))[None] if one_by_one else vmap(score)(tasks, noise)]
 
         parts = list(episodes.chunks(1 if one_by_one else chunk))
         starts = accumulate((len(part) for part in parts), initial=0)

@@ -329,8 +329,22 @@ class TaskFunctions:
         last, logs = self.outer_loss(adaptation, context)
         return sum(earlier, last), logs
 
-    def scores(self, meta: Tensors, task: Task, noise: Mapping[str, Any], inner_steps: Sequence[int]) -> Tensor:
-        """The metric on the query set after each number of inner steps in `inner_steps` (ascending): ``[len]``."""
+    def scores(
+        self,
+        meta: Tensors,
+        task: Task,
+        noise: Mapping[str, Any],
+        inner_steps: Sequence[int],
+        predictors: Sequence[TaskFunctions],
+    ) -> Tensor:
+        """The metric on the query set after each number of inner steps ``[len(predictors), len(inner_steps)]``.
+
+        Args:
+            meta, task, noise: as in `prepare`.
+            inner_steps: ascending.
+            predictors: what predicts with the adapted parameters: functions that differ from these in no more than whose
+                statistics BatchNorm uses for the query set; these alone where only the head adapts.
+        """
         context = self.prepare(meta, task, noise)
         if len(context.features) == 1:  # those of the query set too: once, not after each number of steps
             query_features = self.model.body(self.lower(meta), context.query_x)
@@ -339,11 +353,11 @@ class TaskFunctions:
         scores = []
         for step in range(inner_steps[-1] + 1):
             if step in inner_steps:
-                outputs = self.evaluate_query(adaptation.params, context)
-                scores.append(self.metric(outputs, context.query_y))
+                outputs = [each.evaluate_query(adaptation.params, context) for each in predictors]
+                scores.append(torch.stack([self.metric(each, context.query_y) for each in outputs]))
             if step < inner_steps[-1]:
                 adaptation = self.evaluation_step(adaptation, context, step)
-        return torch.stack(scores)
+        return torch.stack(scores, 1)
 
     def lower(self, tree: Any) -> Any:
         """Parameters or inputs in the precision that the model runs in."""

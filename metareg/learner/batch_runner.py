@@ -247,19 +247,22 @@ class BatchRunner:
         tasks: int,
         seed: int,
         inner_steps: tuple[int, ...],
-        bn_statistics: str,
+        bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of a split's first tasks ``[tasks, len(inner_steps)]`` in their order, the same in all processes."""
+        """The metric of a split's first tasks ``[tasks, len(bn_statistics), len(inner_steps)]`` in their order.
+
+        It is the same in all processes.
+        """
         processes = self.split.processes
 
         def score_share(block: range) -> Tensor:
-            """The scores of this process's share of a block ``[tasks, len(inner_steps)]``."""
+            """The scores of this process's share of a block, as of all tasks."""
             share = processes.share(len(block))
             indices = block[share.start : share.stop] or block[:1]
             stacks, positions = source.placed_episodes(split, indices, seed)
             meta.prepare(stacks[0])  # also where none of the tasks are this process's
             if not share:
-                return torch.empty(0, len(inner_steps))
+                return torch.empty(0, len(bn_statistics), len(inner_steps))
             stacks = [self._check_targets(meta, stack) for stack in stacks]
             self.refuse_nonfinite(meta, stacks)
             plain = meta.select_plain()
@@ -267,7 +270,7 @@ class BatchRunner:
             noise = self._engine.draw_for_adaptation(plain, inner_steps[-1], seed, draws)
             options = inner_steps, source.stackable, bn_statistics
             if source.stackable:
-                self._prove_scores(meta, plain, stacks, inner_steps, bn_statistics)
+                self._prove_scores(meta, plain, stacks, inner_steps, bn_statistics[0])
             scores, done = [], 0
             for stack in stacks:
                 drawn = noise[done : done + len(stack)]
@@ -286,9 +289,9 @@ class BatchRunner:
         noise: Sequence[Mapping[str, Any]],
         inner_steps: tuple[int, ...],
         stackable: bool,
-        bn_statistics: str,
+        bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of a stack ``[tasks, len(inner_steps)]``, on the CPU."""
+        """The metric of a stack ``[tasks, len(bn_statistics), len(inner_steps)]``, on the CPU."""
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
         if "scores" in self._one_by_one and strategy not in ONE_BY_ONE:
             strategy = "traced"

@@ -283,15 +283,35 @@ class MetaLearner:
             seed: fixes the tasks; the learner's own by default.
             bn_statistics: as that of the learner, which is the default.
         """
+        (evaluation,) = self.evaluate_policies(
+            [bn_statistics or self.config.bn_statistics], task_source, tasks, split, inner_steps, seed
+        )
+        return evaluation
+
+    def evaluate_policies(
+        self,
+        bn_statistics: Sequence[str],
+        task_source: str | type | object,
+        tasks: int,
+        split: str,
+        inner_steps: Sequence[int],
+        seed: int | None = None,
+    ) -> list[Evaluation]:
+        """`evaluate` by several policies of BatchNorm, for which each task is drawn and adapted to once.
+
+        Returns:
+            One for each different policy: a single one where the model has no BatchNorm.
+        """
         wanted = sort_inner_steps(inner_steps, tasks)
         seed = self.config.seed if seed is None else seed
-        statistics = _check_statistics(bn_statistics or self.config.bn_statistics, self.model)
-        scores = self._runner.score_tasks(
-            self._meta, TaskSource.of(task_source), split, tasks, seed, wanted, statistics
-        )
+        policies = tuple(dict.fromkeys(_check_statistics(each, self.model) for each in bn_statistics))
+        scores = self._runner.score_tasks(self._meta, TaskSource.of(task_source), split, tasks, seed, wanted, policies)
         check_same_bits(self.processes, self._meta.tensors, self.steps_done)
-        metric = self.metric
-        return Evaluation(metric.name, metric.higher_is_better, wanted, scores, statistics, self.predictor)
+        facts = self.metric.name, self.metric.higher_is_better, wanted
+        return [
+            Evaluation(*facts, scores[:, number].contiguous(), policy, self.predictor)
+            for number, policy in enumerate(policies)
+        ]
 
     def adapt(
         self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None, *, bn_statistics: str = "support"

@@ -180,6 +180,36 @@ class Run:
             split: the tasks' split.
             bn_statistics: as that of the run, which is the default.
         """
+        policies = [bn_statistics or self.learner.config.bn_statistics]
+        return self._evaluate(policies, tasks, inner_steps, task, task_options, split)[0]
+
+    def evaluate_one_by_one(
+        self,
+        tasks: int,
+        inner_steps: Sequence[int],
+        task: str | None = None,
+        task_options: Mapping[str, Any] | None = None,
+        *,
+        split: str = TEST,
+    ) -> tuple[Evaluation, Evaluation | None]:
+        """`evaluate`; and the same test by predictions that do not depend on a task's other queries.
+
+        The second takes little longer, for each task is adapted to once. It is None where the first is such a test.
+        """
+        policies = [self.learner.config.bn_statistics, "support"]
+        first, *others = self._evaluate(policies, tasks, inner_steps, task, task_options, split)
+        return first, others[0] if others else None
+
+    def _evaluate(
+        self,
+        bn_statistics: Sequence[str],
+        tasks: int,
+        inner_steps: Sequence[int],
+        task: str | None,
+        task_options: Mapping[str, Any] | None,
+        split: str,
+    ) -> list[Evaluation]:
+        """A test by each policy of BatchNorm; arguments as in `evaluate`."""
         source = self.source
         if task or task_options:
             own = self.config.task.config
@@ -192,9 +222,7 @@ class Run:
             except ExamplesError as error:
                 raise UsageError(f"The run's learner is not for the {source.plugin.label}: {error}") from error
         with seed_global_generators(self.config.seed, "evaluation"):
-            return self.learner.evaluate(
-                source, tasks, split=split, inner_steps=inner_steps, seed=self.config.seed, bn_statistics=bn_statistics
-            )
+            return self.learner.evaluate_policies(bn_statistics, source, tasks, split, inner_steps, self.config.seed)
 
     def evaluate_baselines(self) -> list[Baseline]:
         """What simpler ways reach on the run's test tasks; computed once, which may take longer than training.

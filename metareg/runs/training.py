@@ -9,7 +9,6 @@ import shlex
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -480,17 +479,16 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     if config.select == "best" and best is not None:
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
         log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
-    test = partial(run.evaluate, config.test_tasks, config.test_inner_steps, split=config.test_split)
-    evaluation = run.evaluation = test()
-    if evaluation.bn_statistics == "transductive":
-        run.evaluation_one_by_one = test(bn_statistics="support")
+    evaluation, one_by_one = run.evaluate_one_by_one(
+        config.test_tasks, config.test_inner_steps, split=config.test_split
+    )
+    run.evaluation, run.evaluation_one_by_one = evaluation, one_by_one
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
     def conclude() -> list[Path]:
         # Those of a run whose steps were raised stand until these take their place.
         learner.save(run.path / FINAL)
         weights = {"select": config.select, "step": learner.steps_done}
-        one_by_one = run.evaluation_one_by_one
         others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
         facts: dict[str, Any] = {"split": config.test_split, "weights": weights, "trained_steps": trained}
         if trained < config.steps:

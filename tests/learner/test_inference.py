@@ -12,7 +12,7 @@ from learners import AUGMENTERS, Source, same
 from scipy import stats
 from torch import Tensor, nn
 
-from metareg import Episodes, MetaLearner, Metric, UsageError
+from metareg import Episodes, MetaLearner, Metric, UsageError, hookimpl
 from reference import NETS, difference, inner_loop
 from samples import LOSSES, MLP, MODELS, ConvNet, episodes, tasks_of
 
@@ -58,6 +58,30 @@ def test_adapted_module_predicts_what_evaluation_scores(bn_statistics: str) -> N
             adapted = learner.adapt(x, y, steps, bn_statistics=bn_statistics)
             accuracy = (adapted(query_x).argmax(-1) == query_y).double().mean()
             assert evaluation.scores[number, column].item() == pytest.approx(accuracy.item())
+
+
+@pytest.mark.parametrize("strategy", ["serial", "vectorized"])
+@pytest.mark.parametrize("algo", ["maml", "anil", "boil"])
+def test_policies_are_scored_together_as_alone(algo: str, strategy: str) -> None:
+    learner, source = MetaLearner(ConvNet(), algo, inner_lr=0.4, strategy=strategy), Source("conv")
+    policies = ["transductive", "support"]
+    together = learner.evaluate_policies([*policies, "support"], source, 4, "test", [0, 1, 2])
+    alone = [learner.evaluate(source, 4, inner_steps=[0, 1, 2], bn_statistics=policy) for policy in policies]
+    assert [each.to_dict() for each in together] == [each.to_dict() for each in alone]
+
+
+def test_a_task_is_adapted_to_once_for_all_policies() -> None:
+    steps: list[int] = []
+
+    class Counted:
+        @hookimpl
+        def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor], step: int) -> dict[str, Tensor]:
+            steps.append(step)
+            return {name: value - 0.4 * grads[name] for name, value in params.items()}
+
+    learner = MetaLearner(ConvNet(), Counted, strategy="serial")
+    learner.evaluate_policies(["transductive", "support"], Source("conv"), 3, "test", [0, 2])
+    assert steps == [0, 1] * 3
 
 
 @pytest.mark.parametrize("algo", ["maml", "anil"])
