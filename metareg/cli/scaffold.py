@@ -36,7 +36,7 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
         The package's folder, in `parent`. Where an error ends it, nothing is left of the folder.
     """
     if not _NAME.fullmatch(name):
-        allowed = "use lower-case letters, digits and hyphens, as sign-maml"
+        allowed = "use lower-case letters, digits and hyphens, such as sign-maml"
         raise UsageError(f"'{name}' cannot be a plugin's name: {allowed}.")
     owner = next((entry.distribution for entry in list_entries(kind) if entry.name == name), None)
     if owner is not None:
@@ -48,7 +48,7 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
         )
     folder = parent / f"metareg-{name}"
     if folder.exists():
-        raise UsageError(f"{folder} exists already; choose another name, or another folder with --out.")
+        raise UsageError(f"{folder} already exists; choose another name, or another folder with --out.")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent, prefix=".metareg-") as temporary:

@@ -71,7 +71,7 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     for outcome in comparison.broken.values():
         console.print(f"[red]broken[/]      {escape(f'{outcome.run}: {outcome.error}')}", soft_wrap=True)
     if comparison.broken:
-        again = f"`metareg compare --out {shlex.quote(str(folder))}` tries them again."
+        again = f"Run `metareg compare --out {shlex.quote(str(folder))}` to try them again."
         console.print(escape(again), soft_wrap=True)
 
 
@@ -221,7 +221,7 @@ def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]])
 
 def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> RenderableType:
     """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
-    table = _create_table("task", "there", "where it is, or how to get it")
+    table = _create_table("task", "there", "location, or how to get it")
     for name, dataset in rows:
         if isinstance(dataset, str):
             table.add_row(escape(name), "?", escape(dataset), style="red")
@@ -230,7 +230,7 @@ def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> Rend
         if dataset.present:
             table.add_row(escape(name), "[green]yes[/]", escape(location or dataset.obtain))
         else:
-            fetch = f" metareg data {name} --download puts it into" if dataset.downloadable else " It belongs into"
+            fetch = f"metareg data {name} --download downloads it to" if dataset.downloadable else " It belongs into"
             table.add_row(escape(name), "no", escape(f"{dataset.obtain}{fetch} {location}."))
     return table
 
@@ -308,11 +308,11 @@ def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
     if entry.kind != "algorithms":
         return hooks
     cost = find_cost(entry)
-    beside_maml = f"{cost} ({SETTING})" if cost else "not measured; benchmarks/family.py does it"
+    beside_maml = f"{cost} ({SETTING})" if cost else "not measured; run benchmarks/family.py"
     return {
         "adapts": getattr(cls, "adapts", "all"),
         "order": describe_order(cls),
-        "a step beside MAML's": beside_maml,
+        "a step relative to MAML": beside_maml,
         **hooks,
     }
 

@@ -84,14 +84,12 @@ def unpack_archive(file: Path) -> Iterator[Path]:
                     known = member.isfile() and _MEMBER.fullmatch(member.name)
                     content = archive.extractfile(member) if known else None
                     if content is None:
-                        raise UsageError(
-                            f"{file} holds no results of a comparison: '{member.name}' is none of its files."
-                        )
+                        raise UsageError(f"{file} is not an archive of a comparison: it contains '{member.name}'.")
                     _restore(folder / member.name, content.read())
         except (OSError, tarfile.TarError, lzma.LZMAError, *MALFORMED) as error:
             raise UsageError(f"{file} cannot be read as results of a comparison: {error}.") from error
         if not (folder / CONFIG_FILE).is_file():
-            raise UsageError(f"{file} holds no results of a comparison: it has no {CONFIG_FILE}.")
+            raise UsageError(f"{file} is not an archive of a comparison: it has no {CONFIG_FILE}.")
         yield folder
 
 
@@ -125,7 +123,7 @@ def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
         own = target / file.relative_to(source)
         if own.is_file() and _read_options(own) != _read_options(file):
             raise UsageError(
-                f"{own.parent} chose other settings than the results to be added; name another folder with --out."
+                f"{own.parent} chose other settings than the results to add; choose another folder with --out."
             )
     for folder in sorted(source.glob("tuning/*/*")):
         own = target / folder.relative_to(source)

@@ -28,9 +28,9 @@ Axis = Literal["augmenter", "algorithm", "variant", "all"]
 _MOST_SEEDS, _MOST_NAMES, _MOST_RUNS = 1000, 1000, 100_000
 
 _NOT_OPTIONS = {
-    "algo": "it is what 'algo' is for", "augment": "it is what 'augment' is for", "task": "it is what 'tasks' is for",
-    "seed": "it is what 'seeds' is for", "config": "it is what 'options' is for", "test_split": "it is what 'tune' is for",
-    "out": "the comparison's folder says it", "resume": "a comparison always goes on",
+    "algo": "use 'algo'", "augment": "use 'augment'", "task": "use 'tasks'",
+    "seed": "use 'seeds'", "config": "use 'options'", "test_split": "use 'tune'",
+    "out": "the comparison's folder decides it", "resume": "a comparison always continues",
     "observers": "the runs of a comparison have none",
 }  # fmt: skip
 
@@ -50,14 +50,14 @@ def _check_chain(text: str) -> str:
     """An augmenter or several in a chain, without blanks."""
     parts = [_check_name(part) for part in text.split("+")]
     if NO_PLUGIN in parts and len(parts) > 1:
-        raise ValueError(f"'{NO_PLUGIN}' is no part of a chain")
+        raise ValueError(f"'{NO_PLUGIN}' cannot be part of a chain")
     return "+".join(parts)
 
 
 def _check_distinct(what: str, values: list[Any], hint: str = "") -> list[Any]:
     twice = [value for value in values if values.count(value) > 1]
     if twice:
-        raise ValueError(f"the {what} '{twice[0]}' stands twice{hint}")
+        raise ValueError(f"the {what} '{twice[0]}' is listed twice{hint}")
     return values
 
 
@@ -75,7 +75,7 @@ def _parse_space(given: Any) -> Any:
 def _check_trials(given: Any) -> Any:
     if given == GRID or (isinstance(given, int) and not isinstance(given, bool) and given >= 2):
         return given
-    raise ValueError("it should be a number from 2 on (the first trial is the defaults), or grid")
+    raise ValueError("it should be a number of 2 or more (the first trial uses the defaults), or grid")
 
 
 def parse_seeds(given: Any) -> Any:
@@ -84,15 +84,13 @@ def parse_seeds(given: Any) -> Any:
         try:
             numbers = [number for part in given.split(",") for number in _parse_seed_range(part)]
         except ValueError:
-            expected = (
-                "a number of seeds, as 5, seeds with commas, as 0,3,7, or from the first to the last, as 1000-1004"
-            )
+            expected = "a number of seeds (5), seeds separated by commas (0,3,7), or a range (1000-1004)"
             raise ValueError(f"it should be {expected}") from None
         given = numbers if re.search("[,-]", given.strip()) else numbers[0]
     if not isinstance(given, int) or isinstance(given, bool):
         return given
     if not 1 <= given <= _MOST_SEEDS:
-        raise ValueError(f"a number of seeds is one from 1 to {_MOST_SEEDS}, not {given}")
+        raise ValueError(f"the number of seeds must be from 1 to {_MOST_SEEDS}, not {given}")
     return list(range(given))
 
 
@@ -120,25 +118,29 @@ class Tuning(PluginConfig):
     )
     seeds: Seeds | None = Field(
         None,
-        description="Seeds that each setting is tried with, or a number n for 0 to n − 1; unset, the comparison's first.",
+        description="Seeds for every setting, or a number n for 0 to n − 1; if unset, the comparison's first seed.",
     )
     space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_parse_space)] = Field(
         {},
-        description="What to choose, and from which values: a list, {low: …, high: …, log: true}, {factor: …} around the "
-        "option's default, or null for what its plugin declares. Empty, all that the algorithm and the augmenters declare.",
+        description="Options to choose, and their values: a list, {low: …, high: …, log: true}, {factor: …} around the "
+        "option's default, or null for the range that its plugin declares. If empty, all options that the "
+        "algorithm and the augmenters declare.",
     )
-    options: dict[str, Any] = Field({}, description="Options of the trials alone, as fewer steps.")
+    options: dict[str, Any] = Field({}, description="Options of the trials only, such as fewer steps.")
 
     @model_validator(mode="after")
     def _check_consistency(self) -> Tuning:
         for key in self.space.keys() & self.options.keys():
-            raise ValueError(f"'{key}' is to be chosen and has one value in 'options'")
+            raise ValueError(f"'{key}' is to be tuned but has a fixed value in 'options'")
         if self.trials == GRID and not self.space:
-            raise ValueError("a grid needs values in 'space', as {inner_lr: [0.01, 0.1]}; a search, a number of trials")
+            raise ValueError(
+                "a grid needs values in 'space', such as {inner_lr: [0.01, 0.1]}; a search needs a number of trials"
+            )
         settings = math.prod(len(values) for values in self.space.values() if isinstance(values, list))
         if self.trials == GRID and settings > _MOST_RUNS:
             raise ValueError(
-                f"the grid has {settings} settings, and may have {_MOST_RUNS}; a search takes a number of trials"
+                f"the grid has {settings} settings, more than {_MOST_RUNS}; use a search with a number of trials "
+                "instead"
             )
         return self
 
@@ -147,11 +149,9 @@ class ComparedTask(PluginConfig):
     """One task of a comparison: a plugin with options. In YAML a bare name is enough."""
 
     task: Name = Field(description="The task plugin.")
-    label: str = Field("", description="How tables name it; the plugin's name where it is not given.")
+    label: str = Field("", description="Its name in tables; by default, the plugin's name.")
     options: Options = Field({}, description="Options of the run and its plugins, for this task.")
-    tune: Tuning | None = Field(
-        None, description="How settings are chosen on this task; as on all others where it is not given."
-    )
+    tune: Tuning | None = Field(None, description="How settings are chosen on this task; by default, as on all others.")
 
     @model_validator(mode="before")
     @classmethod
@@ -193,8 +193,8 @@ class ComparisonConfig(PluginConfig):
     notes: str = Field("", description="Markdown that its reports show below the heading.")
     plan: str = Field(
         "",
-        description="Markdown that its reports show below the notes: what is to be found out, by which runs, and which "
-        "sentence each outcome leads to. It is fixed once a run that counts has begun.",
+        description="Markdown that its reports show below the notes: the question, the runs that answer it, and the "
+        "conclusion for each outcome. It is fixed once a run that counts has begun.",
     )
     algo: Annotated[list[Name], BeforeValidator(_split_names)] = Field(
         ["maml"], min_length=1, max_length=_MOST_NAMES, description="Algorithms."
@@ -212,35 +212,35 @@ class ComparisonConfig(PluginConfig):
     options: Options = Field({}, description="Options of every run and its plugins.")
     variants: dict[str, Options] = Field(
         {},
-        description="A second axis: options by the name of the variant. Every arm is run with each, paired by seed; an arm "
-        "that has none of the options is run once.",
+        description="A second axis: options by name of the variant. Every arm runs with each variant, paired by seed; arms "
+        "with none of the options run once.",
     )
     baseline: str = Field(
         "",
-        description="What reports compare with: an augmenter, an algorithm or a variant, or 'all' for all pairs. Unset, "
-        "'none' where there are augmenters, or else the first variant.",
+        description="What reports compare with: an augmenter, algorithm or variant, or 'all' for all pairs. By default, "
+        "'none' if there are augmenters, otherwise the first variant.",
     )
     names: dict[str, str] = Field(
-        {}, description="How tables of a paper name plugins and variants, as {metasgd: Meta-SGD}."
+        {}, description="Names of plugins and variants in paper tables, such as {metasgd: Meta-SGD}."
     )
     arms: list[ArmRule] = Field([], description="Options for some arms.")
     leave_out: list[ArmSelector] = Field(
-        [], description="Arms that are not run, as of an algorithm that needs classes."
+        [], description="Arms that are not run, for example because an algorithm needs classes."
     )
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
     program: dict[Literal["algo", "augment", "task", "model"], list[str]] = Field(
-        {}, description="The names among these that stand for objects and classes that a program gives."
+        {}, description="Which of these names stand for objects and classes from a program."
     )
 
     @model_validator(mode="after")
     def _check_consistency(self) -> ComparisonConfig:
         runs = len(self.algo) * len(self.augment) * len(self.tasks) * len(self.seeds)
         if runs > _MOST_RUNS:
-            raise ValueError(f"these would be {runs} runs, and a comparison has at most {_MOST_RUNS}; make several")
+            raise ValueError(f"this would be {runs} runs, but a comparison can have at most {_MOST_RUNS}; split it")
         labels = [each.label for each in self.tasks]
         _check_distinct("algorithm", self.algo)
         _check_distinct("augmenter", self.augment)
-        _check_distinct("task label", labels, "; give each of its tasks a label of its own")
+        _check_distinct("task label", labels, "; give each of its tasks its own label")
         for one, other in itertools.combinations(labels, 2):
             if slugify(one) == slugify(other):
                 raise ValueError(f"the task labels '{one}' and '{other}' share the folder '{slugify(one)}'; change one")
@@ -259,7 +259,7 @@ class ComparisonConfig(PluginConfig):
         every = [self.options, *(each.options for each in self.tasks), *(rule.options for rule in self.arms)]
         every += [*self.variants.values(), *(tune.options for tune in tunings)]
         for key in self._varied & {key for tune in tunings for key in (*tune.space, *tune.options)}:
-            raise ValueError(f"'{key}' is what variants differ in, and not for 'tune'")
+            raise ValueError(f"'{key}' is set by variants and cannot be tuned")
         for key in (key for options in every for key in options if key in _NOT_OPTIONS):
             raise ValueError(f"'{key}' is no option here; {_NOT_OPTIONS[key]}")
         return self
@@ -283,9 +283,7 @@ class ComparisonConfig(PluginConfig):
         if not found:
             raise UnknownNameError("baseline", name, [each for known in names.values() for each in known])
         if len(found) > 1:
-            raise UsageError(
-                f"The baseline '{name}' is a name of an {found[0]} and of an {found[1]}; rename the variant."
-            )
+            raise UsageError(f"The baseline '{name}' is ambiguous ({found[0]}, {found[1]}); rename the variant.")
         return found[0]
 
     def override(
@@ -300,7 +298,7 @@ class ComparisonConfig(PluginConfig):
         """
         options, space = options or {}, space or {}
         for key in self._varied & {*options, *space}:
-            raise UsageError(f"'{key}' is what the variants of this comparison differ in; change it there.")
+            raise UsageError(f"'{key}' is set by the variants of this comparison; change it there.")
         values = self.model_dump()
         values["options"] = merge_options(values["options"], options)
         rules = values["arms"]

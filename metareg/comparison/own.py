@@ -38,7 +38,7 @@ def name_objects(fields: Mapping[str, Any], model: Any) -> tuple[dict[str, Any],
         text = label or get_name(plugin)
         if objects.setdefault((field, text), given) is not given:
             advice = ' Give it as {"task": …, "label": …}.' if field == "task" else ""
-            raise UsageError(f"Two objects given as {field} go by the name '{text}'.{advice}")
+            raise UsageError(f"Two objects passed as {field} have the name '{text}'.{advice}")
         return text
 
     def name_task(given: Any) -> Any:
@@ -68,7 +68,7 @@ def refuse_missing_objects(config: ComparisonConfig, objects: Objects) -> None:
     if missing:
         listed = ", ".join(f"{field} '{name}'" for field, name in missing)
         raise UsageError(
-            f"The comparison is of objects that a program gave, and no command can make them ({listed}): go on in Python, "
+            f"The comparison uses objects from a program, which commands cannot create ({listed}): continue in Python, "
             "with metareg.compare and the same objects."
         )
 

@@ -121,7 +121,7 @@ class Plan:
         self._run_as = {each: run_as for arm in arms for each, run_as in self._list_variants(arm).items()}
         self.arms = [arm for arm in dict.fromkeys(self._run_as.values()) if not self._is_left_out(arm)]
         if not self.arms:
-            raise UsageError("'leave_out' leaves out every arm of the comparison.")
+            raise UsageError("'leave_out' excludes every arm of the comparison.")
         self.options = {arm: self._collect_options(arm) for arm in self.arms}
         """The options that the configuration gives each arm, before any are chosen."""
 
@@ -261,7 +261,7 @@ def check_plan(plan: Plan) -> None:
         plugins = (selection.algorithm, *selection.augmenters)
         twin = known.setdefault((arm.task, arm.variant, *((each.distribution, each.name) for each in plugins)), arm)
         if twin != arm:
-            raise UsageError(f"{twin} and {arm} are the same; leave one of them out.")
+            raise UsageError(f"{twin} and {arm} are the same; remove one of them.")
         other, theirs = first.setdefault(arm.task, (arm, selection))
         difference = _describe_task_difference(selection, theirs)
         if difference:

@@ -234,7 +234,7 @@ class _Worker:
     def _report_death(self) -> None:
         code = self.process.wait()
         how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
-        self._report(f"The process of the run {how}; {self._log} holds what it printed.", again=True)
+        self._report(f"The process of the run {how}; its output is in {self._log}.", again=True)
 
     def _report(self, error: str | None, again: bool) -> None:
         with self._lock:

@@ -110,7 +110,7 @@ class RayLauncher:
         except self._ray.exceptions.RayError as error:
             # Of the traceback that Ray makes a message of, the last line says what happened.
             lines = str(error).strip().splitlines() or [type(error).__name__]
-            return Outcome(run, f"The cluster could not carry the run out: {lines[-1]}", again=True)
+            return Outcome(run, f"The cluster could not execute the run: {lines[-1]}", again=True)
 
 
 def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:

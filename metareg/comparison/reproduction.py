@@ -31,14 +31,14 @@ class Expected(PluginConfig):
     mean: float = Field(description="The value, in the metric's own unit: accuracies from 0 to 1.")
     interval: tuple[float, float] = Field(description="Its 95 % interval.")
     over: str | None = Field(
-        description="What the interval is over, as '3 seeds' or '600 test tasks'; null if unknown."
+        description="What the interval covers, such as '3 seeds' or '600 test tasks'; null if unknown."
     )
     source: str = Field(description="Where it comes from.")
 
     @model_validator(mode="after")
     def _check_interval(self) -> Expected:
         if not self.interval[0] <= self.mean <= self.interval[1]:
-            raise ValueError(f"the interval {list(self.interval)} does not hold the mean {self.mean}")
+            raise ValueError(f"the interval {list(self.interval)} does not contain the mean {self.mean}")
         return self
 
 
@@ -48,26 +48,26 @@ class Recipe(PluginConfig):
     name: str = Field("", description="The name of its file.")
     summary: str = Field(description="One line.")
     algo: str = Field(description="The algorithm.")
-    augment: str = Field("none", description="An augmenter, a chain of them as 'dropgrad+cml', or 'none'.")
+    augment: str = Field("none", description="An augmenter, a chain such as 'dropgrad+cml', or 'none'.")
     task: str = Field(description="The task plugin.")
-    options: dict[str, Any] = Field({}, description="Further options, as `metareg train --set` takes them.")
+    options: dict[str, Any] = Field({}, description="Further options, with the names for `metareg train --set`.")
     seeds: list[NonNegativeInt] = Field(min_length=1, description="The seeds that are run.")
     metric: str = Field(description="The metric that is judged.")
     inner_steps: int = Field(ge=0, description="The number of inner steps at which it is judged.")
-    expected: Expected | None = Field(description="What it is expected to reach; null where no figure is known.")
-    unknown: str | None = Field(None, description="Why no figure is known.")
-    minutes: float = Field(gt=0, description="About how long one run takes.")
-    hardware: str = Field(description="On what it takes so long.")
-    data: str | None = Field(None, description="The data that it reads; null where nothing is needed.")
-    gpu: bool = Field(False, description="Whether it takes a GPU to end within a day.")
+    expected: Expected | None = Field(description="The expected value; null if none is known.")
+    unknown: str | None = Field(None, description="Why no value is known.")
+    minutes: float = Field(gt=0, description="The approximate duration of one run.")
+    hardware: str = Field(description="The hardware of this duration.")
+    data: str | None = Field(None, description="The data that it reads; null if it needs none.")
+    gpu: bool = Field(False, description="Whether it needs a GPU to finish within a day.")
     notes: str = Field("", description="What differs from the source's setting.")
 
     @model_validator(mode="after")
     def _check_explanation(self) -> Recipe:
         if (self.expected is None) != (self.unknown is not None):
-            raise ValueError("'unknown' says why there is no figure where 'expected' is null, and only there")
+            raise ValueError("'unknown' must say why there is no value if, and only if, 'expected' is null")
         if self.metric == "accuracy" and self.expected is not None and self.expected.interval[1] > 1:
-            raise ValueError(f"accuracies are written from 0 to 1; {self.expected.interval[1]:g} is above it")
+            raise ValueError(f"write accuracies from 0 to 1; {self.expected.interval[1]:g} is above 1")
         return self
 
     @classmethod
@@ -167,7 +167,7 @@ def find_recipe(name: str) -> Recipe:
         return Recipe.read(Path(name))
     known = [path.stem for path in _FOLDER.glob("*.yaml")]
     if name not in known:
-        hint = "`metareg reproduce` lists them; one of your own is a file NAME.yaml."
+        hint = "`metareg reproduce` lists them; your own recipe is a file NAME.yaml."
         raise UnknownNameError("recipe", name, known, hint)
     return Recipe.read(_FOLDER / f"{name}.yaml")
 
@@ -212,7 +212,7 @@ def reproduce(
     try:
         comparison = compare(config=values, out=out, jobs=jobs, observer=observer)
     except Interrupted as error:
-        raise Interrupted(f"Stopped. The same command goes on with the recipe in {out}.") from error
+        raise Interrupted(f"Stopped. Repeat the command to continue the recipe in {out}.") from error
     if comparison.broken:
         outcome = next(iter(comparison.broken.values()))
         failed = f"{len(comparison.broken)} of the runs of the recipe '{recipe.name}' could not be finished"
@@ -233,7 +233,7 @@ def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
         written = read_json(out / FILE)
         other = written.get("recipe") if isinstance(written, dict) else None
         if other != recipe.name:
-            raise UsageError(f"{out} holds what came out of the recipe '{other}'; name another folder with --out.")
+            raise UsageError(f"{out} contains results of the recipe '{other}'; choose another folder with --out.")
     run = Plan(out, validate(ComparisonConfig, values, f"the recipe {recipe.name}")).list_runs()[0]
     selection = assemble(run.config, run.options)
     tested = selection.config.test_inner_steps

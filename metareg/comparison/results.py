@@ -243,22 +243,22 @@ class _Test:
     def parse(cls, content: Any) -> _Test:
         """From the file's content; a LookupError, TypeError or ValueError where it is not what metareg writes."""
         if content.get("split", TEST) != TEST:
-            raise ValueError(f"its tasks are of the split '{content['split']}'")
+            raise ValueError(f"its tasks are from the split '{content['split']}'")
         scores = [np.array(each["scores"], dtype=np.float64) for each in content["steps"]]
         if not scores or any(each.ndim != 1 or len(each) != len(scores[0]) or not len(each) for each in scores):
-            raise ValueError("its scores are no lists of equal length")
+            raise ValueError("its scores are not lists of equal length")
         inner_steps = tuple(int(each["inner_steps"]) for each in content["steps"])
         return cls(str(content["metric"]), bool(content["higher_is_better"]), inner_steps, scores)
 
     def explain_difference(self, of_task: _Test | None, of_arm: _Test | None) -> str:
         """How it does not belong beside others of its task and its arm; empty where it does."""
         if of_task and (self.metric, self.higher_is_better) != (of_task.metric, of_task.higher_is_better):
-            return f"its metric is '{self.metric}', where that of the runs before it is '{of_task.metric}'"
+            return f"its metric is '{self.metric}', but earlier runs have '{of_task.metric}'"
         if of_arm and self.inner_steps != of_arm.inner_steps:
             numbers, others = (", ".join(map(str, each.inner_steps)) for each in (self, of_arm))
-            return f"it was tested after {numbers} inner steps, those before it after {others}"
+            return f"it was tested after {numbers} inner steps, earlier runs after {others}"
         if of_arm and len(self.scores[0]) != len(of_arm.scores[0]):
-            return f"it has {len(self.scores[0])} test tasks, those before it {len(of_arm.scores[0])}"
+            return f"it has {len(self.scores[0])} test tasks, earlier runs have {len(of_arm.scores[0])}"
         return ""
 
 
@@ -284,7 +284,7 @@ class _TaskReader:
         first = None
         for run in runs:
             steps = trained[run.seed]
-            longer = f"it was trained for {steps} steps, not for the {planned} of the comparison"
+            longer = f"it was trained for {steps} steps instead of the comparison's {planned}"
             test = self._read_test(run, "" if steps in (None, planned) else longer, first)
             if test is None:
                 continue
@@ -342,10 +342,10 @@ class _TaskReader:
         if failure:
             return failure
         if (run.path / CONFIG).is_file():
-            return "unfinished", f"it has begun and has no {RESULTS} yet"
+            return "unfinished", f"it has begun but has no {RESULTS} yet"
         if self._plan.get_tuning(run.arm) and not (self._plan.get_tuning_folder(run.arm) / CHOSEN_FILE).is_file():
             return "not begun", "the arm's settings are not chosen yet"
-        return "not begun", "there is nothing of it yet"
+        return "not begun", "it has not begun"
 
     def _read_curve(self, run: PlannedRun, metric: str) -> dict[int, float]:
         points: dict[int, float] = {}

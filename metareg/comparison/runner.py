@@ -131,7 +131,7 @@ class Comparison:
             if stop.asked:
                 self._launcher.stop()
                 folder = shlex.quote(str(self.path))
-                raise Interrupted(f"Stopped. `metareg compare --out {folder}` goes on with the comparison.")
+                raise Interrupted(f"Stopped. `metareg compare --out {folder}` continues the comparison.")
             if observer is not None:
                 observer.on_progress(self)
 
@@ -238,9 +238,11 @@ def compare(
         Interrupted: Ctrl-C or SIGTERM ended it; calling it again goes on.
     """
     if read_rank().size > 1:
-        raise UsageError("A comparison takes one process, which starts others; torchrun is for `metareg train`.")
+        raise UsageError(
+            "A comparison must be started as one process, which starts others; torchrun is for `metareg train`."
+        )
     if jobs is not None and jobs < 1:
-        raise UsageError(f"--jobs takes a number of 1 or more; got {jobs}.")
+        raise UsageError(f"--jobs must be 1 or more; got {jobs}.")
     if launcher not in LAUNCHERS:
         raise UnknownNameError("launcher", launcher, LAUNCHERS)
     if ray_address is not None and launcher != "ray":
@@ -248,9 +250,7 @@ def compare(
     fields = _drop_none(algo=algo, augment=augment, tasks=task, seeds=seeds)
     fields, model, objects = name_objects(fields, model)
     if objects and (launcher != "local" or jobs not in (None, 1)):
-        raise UsageError(
-            "A comparison of a program's own objects is carried out in its process; leave launcher and jobs out."
-        )
+        raise UsageError("A comparison of your own objects runs in the program's process; do not set launcher or jobs.")
     options |= _drop_none(model=model)
     changes = _drop_none(options=options or None, space=space or None, search=search)
     folder = _choose_folder(config or archive, fields.get("tasks")) if out is None else Path(out)
@@ -266,15 +266,15 @@ def compare(
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise MetaregError(f"The comparison's folder cannot be made: {error.strerror}: {folder}.") from error
+            raise MetaregError(f"The comparison's folder cannot be created: {error.strerror}: {folder}.") from error
         # What is left of the runs ends before another process may work on the folder.
         with lock_folder(folder), closing(workers):
             if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
                 _refuse_changes(Plan.read(folder, objects), plan)
             if archived is not None:
                 added, kept = add_archived_runs(archived.folder, folder)
-                stay = f"; {kept} that {folder} has begun stay as they are" if kept else ""
-                log.info("%d finished runs of %s are taken as done%s.", added, archive, stay)
+                stay = f"; {kept} that {folder} has begun are kept" if kept else ""
+                log.info("%d finished runs of %s count as done%s.", added, archive, stay)
             plan.write()
             comparison = Comparison(plan, workers)
             try:
@@ -282,7 +282,7 @@ def compare(
             except Interrupted as error:
                 if not objects:
                     raise
-                advice = f"metareg.compare(out={str(folder)!r}, …) with the same objects goes on with the comparison."
+                advice = f"metareg.compare(out={str(folder)!r}, …) with the same objects continues the comparison."
                 raise Interrupted(f"Stopped. {advice}") from error
     return comparison
 
@@ -297,7 +297,7 @@ def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | 
         return Path("comparisons", Path(config).stem.removesuffix(".tar"))
     tasks = [task or "sinusoid"] if isinstance(task, str | None) else task
     if config is not None or not all(isinstance(each, str) for each in tasks):
-        raise UsageError("Say as 'out' which folder the comparison is to have.")
+        raise UsageError("Set 'out' to the comparison's folder.")
     return Path("comparisons", re.sub("[,:]", "-", ",".join(map(str, tasks))))
 
 
@@ -319,7 +319,7 @@ def _build_plan(
     base = begun or archived
     if config is None and not fields and not changes:
         if base is None:
-            raise UsageError(f"There is no comparison at {folder} to go on with; say what to compare.")
+            raise UsageError(f"There is no comparison to continue at {folder}; say what to compare.")
         refuse_missing_objects(base.config, objects)
         if archived is None:
             return base
@@ -336,7 +336,7 @@ def _build_plan(
     refuse_missing_objects(compared, objects)
     plan = Plan(folder, compared.model_copy(update=update), objects)
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
-        raise UsageError(f"{folder} exists already and holds no comparison; name another folder with --out.")
+        raise UsageError(f"{folder} already exists and contains no comparison; choose another folder with --out.")
     for before in filter(None, (begun, archived)):
         _refuse_changes(before, plan)
     return plan
@@ -362,7 +362,7 @@ def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
     try:
         values = config.model_dump(mode="json")
     except PydanticSerializationError as error:
-        raise UsageError(f"A comparison is of values that a file can hold: {error}.") from error
+        raise UsageError(f"A comparison's values must be writable to a file: {error}.") from error
     return ComparisonConfig.model_validate(values)
 
 
@@ -372,19 +372,17 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
     `begun` is of the plan's folder, or of another one whose runs are to be added.
     """
     name = f"at {plan.folder}" if begun.folder == plan.folder else f"of {begun.folder.name}"
-    where, other = f"The comparison {name} cannot go on as another one", "name another folder with --out"
+    where, other = f"The comparison {name} cannot be continued with these changes", "choose another folder with --out"
     for arm in (arm for arm in plan.arms if arm in begun.arms):
         places = begun.get_tuning_folder(arm), begun.folder / "runs" / arm.folder
         ways = [(of.get_tuning(arm), of.get_tuning(arm) and of.get_tuning_seeds(arm)) for of in (begun, plan)]
         if ways[0] != ways[1] and any(place.is_dir() for place in places):
-            raise UsageError(f"{where}: the settings of {arm} were to be chosen in another way; {other}.")
+            raise UsageError(f"{where}: the settings of {arm} were chosen differently; {other}.")
 
     if begun.config.plan.strip() not in ("", plan.config.plan.strip()) and any(
         (run.path / CONFIG).is_file() for run in begun.list_runs()
     ):
-        raise UsageError(
-            f"{where}: its plan was written before its first run and is fixed; what is to be added goes into notes."
-        )
+        raise UsageError(f"{where}: its plan was written before its first run and is fixed; put additions into notes.")
 
     def defaults(of: Plan) -> dict[Path, PlannedRun]:
         trials = [of.make_trial(arm, 0, of.get_tuning_seeds(arm)[0], {}) for arm in of.arms if of.get_tuning(arm)]
@@ -397,7 +395,8 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
         run = wanted.get(place)
         if run is None:
             raise UsageError(
-                f"{where}: it has begun {before}, which this one leaves out; name that too, or another folder with --out."
+                f"{where}: it has begun {before}, which the new configuration omits; include it, or choose another "
+                "folder with --out."
             )
         was, now = {**before.config, **before.options}, {**run.config, **run.options}
         for key in (*was, *now):

@@ -125,7 +125,7 @@ def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
             raise UsageError(f"{name}: {error}") from error
     if not any(spaces):
         lack = "no algorithm or augmenter of the comparison declares values of an option"
-        raise UsageError(f"There is nothing to search: {lack}; give some, as --set KEY=VALUE,VALUE.")
+        raise UsageError(f"There is nothing to search: {lack}; give values, such as --set KEY=VALUE,VALUE.")
 
 
 def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
@@ -143,7 +143,7 @@ def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
             place = option.owner, option.name
             other = chosen.get(place, ("", option))[0]
             if other and ("." in key) == ("." in other):
-                raise UsageError(f"'{other}' and '{key}' are one option; choose it by one of these names.")
+                raise UsageError(f"'{other}' and '{key}' are the same option; use one of these names.")
             if not other or "." in key:  # the key that names the plugin stands before the one that does not
                 chosen[place] = key, option
     space = [_make_dimension(key, option, tuning) for key, option in chosen.values()]
@@ -159,12 +159,12 @@ def _make_dimension(key: str, option: _Option, tuning: Tuning) -> Dimension:
     domain = option.choose_domain(key, tuning.space[key])
     if domain is None:
         raise UsageError(
-            f"'{key}' declares nothing to search; give values, as --set {key}=VALUE,VALUE, or a range in a file, as "
-            f"tune: {{space: {{{key}: {{low: …, high: …}}}}}}; a plugin declares one in the option's Field, as "
-            "json_schema_extra={'search': …}."
+            f"'{key}' declares no search range; give values, such as --set {key}=VALUE,VALUE, or a range in a file, "
+            f"such as tune: {{space: {{{key}: {{low: …, high: …}}}}}}; a plugin declares one in the option's Field "
+            "with json_schema_extra={'search': …}."
         )
     if tuning.trials == GRID and isinstance(domain, Range):
-        fix = f"give some, as {key}=VALUE,VALUE, or a number of trials (--search N)"
+        fix = f"give some, such as {key}=VALUE,VALUE, or a number of trials (--search N)"
         raise UsageError(f"A grid needs values of '{key}', not the range {domain}; {fix}.")
     return Dimension(key, domain, option.default)
 
@@ -215,6 +215,6 @@ def _find_options(key: str, selection: Selection) -> list[_Option]:
 
 def _refuse_choice(key: str) -> UsageError:
     return UsageError(
-        f"'{key}' cannot be chosen by validation: it is none of the options that say how an arm learns, which are those of "
-        f"its algorithm, augmenters and model, and {', '.join(_OF_A_RUN)}."
+        f"'{key}' cannot be tuned: only options of how an arm learns can be, those of its algorithm, augmenters and "
+        f"model, and {', '.join(_OF_A_RUN)}."
     )

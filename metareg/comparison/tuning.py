@@ -216,7 +216,7 @@ class Tuner:
     def _read_score(self, run: PlannedRun) -> float:
         file = run.path / RESULTS
         if _read_key(file, "split") != VALIDATION:
-            raise UsageError(f"{file} is no result on validation tasks; the comparison needs a folder of its own.")
+            raise UsageError(f"{file} is not a result on validation tasks; the comparison needs its own folder.")
         with refuse_malformed(file, "results"):
             last = _read_key(file, "steps")[-1]
             self._measured = _read_key(file, "metric"), _read_key(file, "higher_is_better"), last["inner_steps"]
@@ -233,7 +233,7 @@ class Tuner:
     def _choose(self) -> None:
         best = min(self._trials, key=self._compute_cost, default=None)
         if best is not None and best.score is None:
-            log.warning("%s: none of its %d trials has a score; the defaults are taken.", self._arm, len(self._trials))
+            log.warning("%s: none of its %d trials has a score; using the defaults.", self._arm, len(self._trials))
         self.chosen = {} if best is None or best.score is None else best.options
         metric, higher_is_better, inner_steps = self._measured or (None, None, None)
         write_json(
@@ -272,7 +272,7 @@ class Tuner:
             or any(each.get("seeds") != self._seeds for each in trials)
         ):
             raise UsageError(
-                f"The settings in {file} were chosen in another way than this comparison asks for; name another folder."
+                f"The settings in {file} were chosen with another 'tune' than this comparison's; choose another folder."
             )
         return dict(options)
 

@@ -78,7 +78,7 @@ class Columns:
                 close = nearest(text, self.classes)
                 advice = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(self.classes)}."
                 raise UsageError(
-                    f"{table.locate(row, self.targets[0])} holds '{text}', which is none of the classes{advice}"
+                    f"{table.locate(row, self.targets[0])} contains '{text}', which is not one of the classes{advice}"
                 )
         return torch.tensor([self.classes.index(text) for text in texts])
 
@@ -105,7 +105,7 @@ def name_columns(
     unnamed = [table for table in (support, query) if table is not None and not table.named]
     for table in unnamed:
         _check_count(table, table.names, inputs, targets if table is support else 0)
-        log.info("%s does not name its columns: they are taken by place, the inputs first.", table.path)
+        log.info("%s does not name its columns: they are matched by position, inputs first.", table.path)
     if query is not None and not query.named:
         query = query.rename(support.names[:inputs])
     if not support.named:
@@ -142,15 +142,15 @@ def match_columns(
                 raise UsageError(f"{query.path} has the column '{name}', which is not in {support.path}{advice}")
         if len(query.names) == len(names) > inputs:
             raise UsageError(
-                f"{query.path} has all columns of {support.path} ({', '.join(names)}): leave the target out of it, so that "
-                "it is known which one that is."
+                f"{query.path} has all columns of {support.path} ({', '.join(names)}): remove the target column, so "
+                "that the target can be identified."
             )
         names = [name for name in names if name in query.names] + [name for name in names if name not in query.names]
         _check_count(query, query.names, inputs, 0)
     _check_count(support, names, inputs, targets)
     classes = tuple(sorted(set(support.get_texts(names[inputs])))) if classifies else None
     if classes is not None and len(classes) > outputs:
-        raise UsageError(f"{support.path} has {len(classes)} classes; this learner tells {outputs} apart.")
+        raise UsageError(f"{support.path} has {len(classes)} classes; this learner distinguishes {outputs}.")
     return Columns(tuple(names[:inputs]), tuple(names[inputs:]), classes, input_shape)
 
 

@@ -97,7 +97,7 @@ def unknown_option_error(what: str, name: str, known: Iterable[str], present_nam
     """The error for a `name` that no option has, or no longer: `present_names` are those of options that once had it."""
     if present_names:
         present = " or ".join(f"'{each}'" for each in present_names)
-        return UsageError(f"There is no {what} named '{name}' any more: it is {present} now.")
+        return UsageError(f"The {what} '{name}' has been renamed: it is {present} now.")
     return UnknownNameError(what, name, known)
 
 
@@ -123,7 +123,7 @@ def _sentence(error: Any) -> str:
     if not key:
         return problem
     if error["type"] == "missing":
-        return f"'{key}' is required and has no value"
+        return f"'{key}' is required but has no value"
     hint = ""
     if error["type"] == "literal_error":
         close = nearest(str(error["input"]), re.findall("'(.*?)'", error["ctx"]["expected"]))

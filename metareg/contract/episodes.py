@@ -50,7 +50,7 @@ class Episodes:
                 object.__setattr__(self, name, convert_arrays(getattr(self, name), f"Episodes: {name}"))
             leaves = tree_leaves(getattr(self, name))
             if not leaves:
-                raise UsageError(f"Episodes: {name} holds no tensor.")
+                raise UsageError(f"Episodes: {name} contains no tensor.")
             for leaf in leaves:
                 if leaf.dim() == 0:
                     raise UsageError(f"Episodes: {name} must have a leading task dimension; it is a scalar.")
@@ -68,8 +68,8 @@ class Episodes:
                 raise UsageError(f"Episodes: {name} must be a tensor, not {type(y).__name__}.")
             if y.dim() < 2 or y.shape[1] == 0:
                 raise UsageError(
-                    f"Episodes: {name} has the shape {tuple(y.shape)}; it must be [tasks, examples, …] with at least one "
-                    "example a task."
+                    f"Episodes: {name} has the shape {tuple(y.shape)}; it must be [tasks, examples, …] with at least "
+                    "one example per task."
                 )
             if y.dtype != torch.int64 and not y.is_floating_point() and not y.is_complex():
                 object.__setattr__(self, name, y.long())
@@ -137,7 +137,7 @@ class Episodes:
             UsageError: there are more or fewer of them than tasks.
         """
         if len(positions) != len(self):
-            raise UsageError(f"Episodes: {len(positions)} positions are given for {len(self)} tasks.")
+            raise UsageError(f"Episodes: got {len(positions)} positions for {len(self)} tasks.")
         return _create_unchecked(self.parts, tuple(positions))
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:
@@ -236,9 +236,9 @@ def convert_arrays(tree: Any, what: str) -> Any:
             return leaf
         array = leaf.to_numpy() if hasattr(leaf, "to_numpy") else leaf
         if not isinstance(array, np.ndarray):
-            raise UsageError(f"{what} must hold tensors or arrays, not {type(leaf).__name__}.")
+            raise UsageError(f"{what} must contain tensors or arrays, not {type(leaf).__name__}.")
         if array.dtype.kind not in "biuf":
-            raise UsageError(f"{what} holds an array of the type {array.dtype}, where numbers belong.")
+            raise UsageError(f"{what} contains an array of type {array.dtype} instead of numbers.")
         return torch.from_numpy(
             array.astype(array.dtype.newbyteorder("="), order="C")
         )  # a copy, which can be written to

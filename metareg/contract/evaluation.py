@@ -79,7 +79,7 @@ class Evaluation:
         steps: Sequence[dict[str, Any]] = content["steps"]
         scores = np.array([each["scores"] for each in steps], dtype=np.float64)
         if scores.ndim != 2 or not scores.size:
-            raise ValueError("its scores are no lists of equal length")
+            raise ValueError("its scores are not lists of equal length")
         return cls(
             str(content["metric"]),
             bool(content["higher_is_better"]),
@@ -112,5 +112,5 @@ class Evaluation:
         """The score of each task after a number of inner steps ``[tasks]``, in float64."""
         if inner_steps not in self.inner_steps:
             known = ", ".join(str(steps) for steps in self.inner_steps)
-            raise UsageError(f"There are no scores after {inner_steps} inner steps; there are some after {known}.")
+            raise UsageError(f"There are no scores after {inner_steps} inner steps, only after {known}.")
         return self.scores[:, self.inner_steps.index(inner_steps)].double()

@@ -102,8 +102,8 @@ def _r2(outputs: Tensor, targets: Tensor) -> Tensor:
 def _check_shapes(outputs: Tensor, targets: Tensor, what: str) -> None:
     if outputs.shape != targets.shape:  # torch's losses would broadcast them and mean something else
         raise UsageError(
-            f"{what} needs outputs and targets of one shape; the model gives {tuple(outputs.shape)} where the targets of a "
-            f"task are {tuple(targets.shape)}."
+            f"{what} needs outputs and targets of the same shape; the model gives {tuple(outputs.shape)} where the "
+            f"targets of a task are {tuple(targets.shape)}."
         )
 
 
@@ -180,7 +180,7 @@ def _create(loss: type[nn.Module]) -> Loss:
     try:
         return loss()
     except TypeError as error:
-        raise UsageError(f"loss = {loss.__name__} needs arguments; pass an object of it. ({error})") from error
+        raise UsageError(f"loss = {loss.__name__} needs arguments; pass an instance. ({error})") from error
 
 
 def find_loss_name(loss: str | type | Loss) -> str | None:
@@ -219,8 +219,8 @@ def find_metric(metric: str | Metric | Loss | None, loss: str | type | Loss) -> 
     is_error = metric is loss or find_loss_name(metric) is not None
     if not is_error:
         log.warning(
-            "Of the metric '%s' higher values count as better; metareg.Metric('%s', function, higher_is_better=False) says "
-            "the opposite.",
+            "Higher values of the metric '%s' count as better; for the opposite, use metareg.Metric('%s', function, "
+            "higher_is_better=False).",
             name,
             name,
         )

@@ -30,7 +30,7 @@ class Range(PluginConfig):
         if not self.low < self.high:
             raise ValueError(f"low = {self.low:g} must be below high = {self.high:g}")
         if self.log and self.low <= 0:
-            raise ValueError(f"a logarithmic scale begins above 0, not at low = {self.low:g}")
+            raise ValueError(f"a logarithmic scale must start above 0, not at low = {self.low:g}")
         return self
 
     def __str__(self) -> str:
@@ -65,7 +65,7 @@ def parse_domain(key: str, value: Any) -> Domain:
     if isinstance(value, list | tuple):
         return check_distinct(key, value)
     raise UsageError(
-        f"'{key}' is to be chosen from [VALUE, VALUE], {{low: …, high: …}} or {{factor: …}}; {value!r} is none of these."
+        f"The values of '{key}' must be [VALUE, VALUE], {{low: …, high: …}} or {{factor: …}}, not {value!r}."
     )
 
 
@@ -76,7 +76,7 @@ def check_distinct(key: str, values: Sequence[Any]) -> list[Any]:
     texts = [json.dumps(value, default=str) for value in values]
     twice = [text for text in texts if texts.count(text) > 1]
     if twice:
-        raise UsageError(f"'{key}' is to be chosen from values of which {twice[0]} stands twice.")
+        raise UsageError(f"The values of '{key}' contain {twice[0]} twice.")
     return [*values]
 
 
@@ -95,7 +95,7 @@ def check_domain(key: str, field: FieldInfo, domain: Range | list[Any]) -> Range
         return check_distinct(key, [convert(each) for each in domain])
     low, high = convert(domain.low), convert(domain.high)
     if isinstance(low, bool) or not isinstance(low, int | float):
-        raise UsageError(f"'{key}' is no number; it is chosen from a list, as [VALUE, VALUE].")
+        raise UsageError(f"'{key}' is not a number; give a list of values, such as [VALUE, VALUE].")
     return domain.model_copy(update={"low": low, "high": high})
 
 
@@ -114,7 +114,7 @@ def get_declared_domain(plugin_label: str, option_name: str, field: FieldInfo) -
             check_domain(option_name, field, around)
     except UsageError as error:
         where = f"The option '{option_name}' of the {plugin_label}"
-        raise PluginError(f"{where} declares a search that cannot be: {error}") from error
+        raise PluginError(f"{where} declares an invalid search range: {error}") from error
     return domain
 
 

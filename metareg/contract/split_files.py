@@ -58,7 +58,7 @@ def read_name_lists(path: Path) -> dict[str, list[str]]:
         raise UsageError(f"The file {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     except MALFORMED as error:
         reason = str(error).lstrip(": ").splitlines()[0]
-        raise UsageError(f"The file {path} is no valid {'JSON' if is_json else 'YAML'}: {reason}.") from error
+        raise UsageError(f"The file {path} is not valid {'JSON' if is_json else 'YAML'}: {reason}.") from error
     lists = content.values() if isinstance(content, Mapping) else [None]
     if not all(isinstance(names, list) and all(isinstance(name, str) for name in names) for names in lists):
         raise UsageError(f"The file {path} must map train, validation and test to lists of names.")

@@ -65,7 +65,7 @@ def create_adaptive_program(
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         else:
             return AdaptiveProgram(program, *(None if is_free else n for n, is_free in zip(sizes, free, strict=True)))
-    raise UsageError(f"This adaptation cannot be written as one program: {problem}")
+    raise UsageError(f"This adaptation cannot be exported as one program: {problem}")
 
 
 def _export(
@@ -80,7 +80,7 @@ def _export(
     with torch.no_grad():
         graph, fixed, answer = trace_sizes(predict, inputs, (free[0], *free))
         if any(count is not None for count, is_free in zip((fixed[0], fixed[2]), free, strict=True) if is_free):
-            raise ValueError("its operations are for one number of examples")
+            raise ValueError("its operations depend on the number of examples")
         least = 1 if _runs(predict, draw(1 if free[0] else sizes[0], 1 if free[1] else sizes[1])) else 2
         support, query = (torch.export.Dim(name, min=least) for name in ("support", "query"))
         open_dims = [{0: support} if free[0] else {}, {0: support} if free[0] else {}, {0: query} if free[1] else {}]

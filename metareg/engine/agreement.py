@@ -32,10 +32,10 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], precision: torc
         return None
     one, other = (torch.cat(side) for side in zip(*pairs, strict=True))
     if not torch.equal(one.isfinite(), other.isfinite()):
-        return "they are not finite where those are"
+        return "they are not finite where the others are"
     one, other = (side.nan_to_num(0.0, 0.0, 0.0) for side in (one, other))
     tolerance = _TOLERANCES.get(precision or other.dtype, _TOLERANCE)
     difference, norm = (one - other).norm().item(), other.norm().item()
     if difference <= tolerance * norm + torch.finfo(other.dtype).eps:
         return None
-    return f"they differ by {100 * difference / norm:.2g} %" if norm else "they are not zero where those are"
+    return f"they differ by {100 * difference / norm:.2g} %" if norm else "they are not zero where the others are"

@@ -43,7 +43,7 @@ class _TaskView:
     def query_x(self) -> Any:
         if self.start is None and not self.functions.stages.transductive:
             raise PluginError(
-                "The query inputs are there in an inner stage only where the plugin's class declares transductive = True."
+                "Inner stages see the query inputs only if the plugin's class declares transductive = True."
             )
         return self.context.query_x
 
@@ -122,9 +122,7 @@ class _TaskView:
 
     def _refuse_inner(self, name: str) -> None:
         if self.start is None:
-            raise PluginError(
-                f"task.{name} is there in the outer stages alone: no inner step may see the query targets."
-            )
+            raise PluginError(f"task.{name} exists only in the outer stages: no inner step may see the query targets.")
 
 
 class TaskFunctions:
@@ -194,7 +192,7 @@ class TaskFunctions:
         value = self.loss(outputs, targets)
         if value.dim() != 0:
             raise UsageError(
-                "The loss must return a scalar, the mean over a task's examples; it returned the shape "
+                "The loss must return a scalar, the mean over a task's examples; it returned a tensor of shape "
                 f"{tuple(value.shape)}."
             )
         return value

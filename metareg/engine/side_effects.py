@@ -75,9 +75,9 @@ def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Te
             restore_global_generators(generators)
     if draws:
         raise UsageError(
-            f"The forward of {type(module).__name__} draws random numbers (F.dropout or torch.rand, say): inner steps need "
-            "outputs that depend on parameters and inputs alone. Leave the draws out, or call model.eval() first where the "
-            "layers draw in training only."
+            f"The forward pass of {type(module).__name__} draws random numbers (for example, F.dropout or torch.rand): "
+            "inner steps need outputs that depend only on parameters and inputs. Remove the draws, or call "
+            "model.eval() first if the layers draw only in training mode."
         )
     written = tuple(place for place, copy in copies.items() if count_writes(copy) > writes[place])
     return outputs, SideEffects(written, attributes, watch.attends)

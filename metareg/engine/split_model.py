@@ -114,8 +114,8 @@ class SplitModel:
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
         if stray:
             raise UsageError(
-                f"The model {type(model).__name__} has the parameter '{stray[0]}' in neither body nor head; move it "
-                "into one of them, or name the head's submodule with head=…"
+                f"The model {type(model).__name__} has the parameter '{stray[0]}' that is in neither body nor head; "
+                "move it into one of them, or name the head's submodule with head=…"
             )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -244,8 +244,8 @@ class SplitModel:
             return settled
         _set_modes(module, layers, training=True)
         log.warning(
-            "In evaluation mode the layer%s %s would compute something else than in training; the adapted module keeps "
-            "them in training mode.",
+            "In evaluation mode, the layer%s %s would compute something else; the adapted module stays in training "
+            "mode there.",
             "s" * (len(layers) > 1),
             ", ".join(sorted(name or type(module).__name__ for name in layers)),
         )
@@ -275,8 +275,8 @@ class SplitModel:
             parts = torch.empty(0)
         if not _are_alike(whole, parts):
             raise UsageError(
-                f"The model {type(self.module).__name__} computes something else than head(body(x)); the head must be "
-                "the last thing that its forward applies."
+                f"The model {type(self.module).__name__} does not compute head(body(x)); the head must be the last "
+                "layer that its forward pass applies."
             )
         return parts
 
@@ -311,8 +311,8 @@ class SplitModel:
         ]
         if self._written:
             log.warning(
-                "The forward of %s writes into %s; what it writes is dropped after each call, so that no gradient, "
-                "evaluation or adaptation changes the learner.",
+                "The forward pass of %s writes to %s; these writes are discarded after each call, so that gradients, "
+                "evaluation and adaptation do not change the learner.",
                 type(self.module).__name__,
                 ", ".join(self._written),
             )
@@ -346,7 +346,7 @@ class SplitModel:
             layer.running_mean = layer.running_var = layer.num_batches_tracked = None
         if converted:
             log.info(
-                "Normalisation keeps no running statistics here, which would leak between tasks: converted %s.",
+                "Running statistics would leak between tasks; converted to normalisation without them: %s.",
                 ", ".join(converted),
             )
         return [name for name, layer in layers.items() if isinstance(layer, BATCH_NORM)]
@@ -411,8 +411,8 @@ def _refuse_types(trainable: Mapping[str, Tensor]) -> None:
         if p.dtype != dtype or not p.is_floating_point():
             other = f", while '{first}' is {dtype}" if p.dtype != dtype else ""
             raise UsageError(
-                f"The model's parameter '{name}' is {p.dtype}{other}; all trainable parameters must have one floating-point "
-                "type: model.float() or model.double() gives them one."
+                f"The model's parameter '{name}' is {p.dtype}{other}; all trainable parameters must have the same "
+                "floating-point type: use model.float() or model.double()."
             )
 
 
@@ -476,8 +476,8 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
     def record(layer: nn.Module, inputs: tuple[Tensor]) -> None:
         if layer.running_mean is not None:
             raise UsageError(
-                f"The model's layer '{layers[layer]}' normalises in several places, and can keep the support set's "
-                "statistics of one; bn_statistics='transductive' uses those of each batch."
+                f"The model's layer '{layers[layer]}' is applied several times, but can keep the support set's "
+                "statistics of only one call; bn_statistics='transductive' uses those of each batch."
             )
         (value,) = inputs
         dims = [0, *range(2, value.dim())]

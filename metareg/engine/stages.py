@@ -60,8 +60,8 @@ class Stages:
             for each in self._implementations[hook]:
                 if _is_training_only(each.plugin):
                     raise PluginError(
-                        f"The {each.plugin.label} implements {hook}: without it, evaluation would adapt otherwise than "
-                        "training; declare training_only = False in its class, so that it stays."
+                        f"The {each.plugin.label} implements {hook}: without it, evaluation would adapt differently "
+                        "from training; declare training_only = False in its class to keep it."
                     )
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
@@ -70,14 +70,18 @@ class Stages:
         self._refuse_split_namesakes()
         for each in self._implementations["draw_noise"]:
             if not any(each in drawing for drawing in self._drawing.values()):
-                raise PluginError(f"The {each.plugin.label} draws noise and takes it nowhere: name `noise` in a stage.")
+                raise PluginError(
+                    f"The {each.plugin.label} draws noise but does not use it: add the argument `noise` to a stage."
+                )
 
     def _refuse_split_namesakes(self) -> None:
         """Refuse augmenters of one name of which some stay in evaluation: there the others' numbers would be gone."""
         for augmenter in self.augmenters:
             namesakes = [each for each in self.augmenters if each.name == augmenter.name]
             if len({_is_training_only(each) for each in namesakes}) > 1:
-                raise PluginError(f"Of several augmenters '{augmenter.name}' either all stay in evaluation or none.")
+                raise PluginError(
+                    f"Several augmenters '{augmenter.name}' must either all stay in evaluation or none of them."
+                )
 
     def _find_drawing(self, hooks: Sequence[str]) -> list[Implementation]:
         """What draws noise for these hooks: of each plugin that takes it in one of them."""
@@ -113,7 +117,7 @@ class Stages:
             wanted = getattr(plugin.instance, "targets", found)
             if wanted != found:
                 raise ExamplesError(
-                    f"The {plugin.label} is for targets that are {wanted}; those of this task are {found}."
+                    f"The {plugin.label} supports only targets that are {wanted}; those of this task are {found}."
                 )
 
     def find_asking(self, *arguments: str, hook: str | None = None) -> Plugin | None:
@@ -359,7 +363,7 @@ class Stages:
                     return check(arguments[first], result, each)
             if otherwise is _REQUIRED:
                 at = f" at inner step {arguments['step']}" if "step" in arguments else ""
-                raise PluginError(f"No plugin gave a result for {hook}{at}.")
+                raise PluginError(f"No plugin returned a result for {hook}{at}.")
             return otherwise
         if reduction is Reduction.CHAIN:
             for each in implementations:
@@ -419,7 +423,7 @@ def _go_on(before: Any, expected: Tensors, given: Any, by: Implementation) -> tu
     """The adaptation after one more step; the state keeps its structure, and is as before where none is returned."""
     params, state = given if isinstance(given, tuple) and len(given) == 2 else (given, before)
     if state is not before and _list_shapes(state) != _list_shapes(before):
-        by.reject("the state must keep the structure, shapes and types that start_task gave it")
+        by.reject("the state must keep the structure, shapes and types that start_task returned")
     return _match(expected, params, by), state
 
 
@@ -437,14 +441,14 @@ def _complete(expected: Tensors, given: Any, by: Implementation) -> Tensors:
 def _match_every(every: Tensors, given: Any, by: Implementation) -> Tensors:
     """`_match` for the meta-parameters at which a plugin asks for the gradient of a batch."""
     if not isinstance(given, dict) or given.keys() != every.keys():
-        by.reject("gradient_at takes a value for each meta-parameter, by the names in `every`")
+        by.reject("gradient_at takes a value for each meta-parameter, with the names in `every`")
     return _match(every, given, by)
 
 
 def _match_with_state(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, dict[str, Any]]:
     """`_match` for the first of two parts, the second of which is a state."""
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
-        by.reject("it must return the new meta-parameters and a dict, the new state")
+        by.reject("it must return the new meta-parameters and the new state, a dict")
     return _match(expected, given[0], by), given[1]
 
 
@@ -479,9 +483,9 @@ def _take_term(logs: Tensors, dtypes: Collection[torch.dtype], _: Any, given: An
     if not _is_scalar(term):
         by.reject(f"it must return a scalar tensor, not {_describe(term)}")
     if term.dtype not in dtypes:
-        by.reject(f"its term must be of {next(iter(dtypes))}, as the query loss is, not of {term.dtype}")
+        by.reject(f"its term must have the type of the query loss, {next(iter(dtypes))}, not {term.dtype}")
     if not isinstance(extra, dict) or not all(_is_scalar(value) for value in extra.values()):
-        by.reject("what it wants logged must be a dict of scalar tensors")
+        by.reject("the values to log must be a dict of scalar tensors")
     logs |= {f"{by.name}.{key}": value.detach() for key, value in extra.items()}
     return term
 
@@ -505,7 +509,7 @@ def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
     if not isinstance(given, Episodes):
         by.reject(f"it must return Episodes, not {_describe(given)}")
     if len(given) != len(stack):
-        by.reject(f"it must return as many tasks as it is given, {len(stack)}, not {len(given)}")
+        by.reject(f"it must return the same number of tasks, {len(stack)}, not {len(given)}")
     return given if stack.positions is None else given.placed(stack.positions)
 
 

@@ -34,7 +34,7 @@ def choose_strategy(
         stackable: whether the tasks can be stacked.
     """
     if not stackable:
-        return "serial", "the task's episodes do not stack"
+        return "serial", "the task's episodes cannot be stacked"
     convolves = any(p.dim() >= 4 for p in functions.model.module.parameters())
     if device.type == "cpu" and convolves:
         return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
@@ -47,8 +47,8 @@ def choose_strategy(
     if gain <= cost:
         return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
     if device.type == "cpu" and find_compiler() is None:
-        return "vectorized", "compiling would pay, but there is no C++ compiler (g++ or clang++)"
-    return "compiled", f"{steps} steps pay for about {cost:.0f} s of compiling"
+        return "vectorized", "compiling would pay off, but there is no C++ compiler (g++ or clang++)"
+    return "compiled", f"{steps} steps pay off about {cost:.0f} s of compiling"
 
 
 def find_compiler() -> str | None:

@@ -110,8 +110,8 @@ class Program:
             return
         if not self._changes:
             log.warning(
-                "'%s' has another value than at the calls before; what was traced with the old one is dropped, and while "
-                "it keeps changing every call runs untraced, which is slower.",
+                "The value of '%s' has changed since the previous calls; the graph traced with the old value is "
+                "dropped. While it keeps changing, every call runs untraced, which is slower.",
                 changed,
             )
         self._changes += 1
@@ -140,7 +140,7 @@ class Program:
                 raise CompileError(
                     f"torch.compile failed ({summarise_error(error)}); strategy='vectorized' needs no compiler."
                 ) from error
-            log.warning("Untraced, which is slower: tracing failed (%s).", summarise_error(error))
+            log.warning("Running untraced, which is slower: tracing failed (%s).", summarise_error(error))
             self._graphs[key] = flat
             return flat(*leaves)
         values = run(*leaves) if values is None else values
@@ -150,8 +150,8 @@ class Program:
             self._graphs[key] = run
             return values
         if self._compiled:
-            raise CompileError(f"The compiled values are not those of the function: {difference}.")
-        log.warning("Untraced, which is slower: the traced values are not those of the function, %s.", difference)
+            raise CompileError(f"The compiled function computes other values: {difference}.")
+        log.warning("Running untraced, which is slower: the traced graph computes other values; %s.", difference)
         self._graphs[key] = flat
         return expected
 
@@ -193,7 +193,7 @@ def advise_on_memory(tasks: int) -> Iterator[None]:
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
-        smaller = f"chunk={max(1, tasks // 2)} takes fewer tasks at once" if tasks > 1 else "take a smaller batch"
+        smaller = f"chunk={max(1, tasks // 2)} runs fewer tasks at once" if tasks > 1 else "use a smaller batch"
         raise MetaregError(
             f"Out of memory with {tasks} task{'s' * (tasks > 1)} at once; {smaller}, and memory='recompute' keeps "
             "only the parameters of each inner step."

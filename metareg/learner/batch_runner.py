@@ -63,7 +63,7 @@ class BatchRunner:
         at_once = tasks if self._config.chunk is None else min(tasks, self._config.chunk)
         self.strategy, reason = choose_strategy(self._engine.training, self._device, at_once, steps, stackable)
         if "gradient" in self._one_by_one and self.strategy not in ONE_BY_ONE:
-            self.strategy, reason = "traced", "tasks at once gave another result than one after the other"
+            self.strategy, reason = "traced", "running tasks at once gave a different result"
         return self.strategy, reason
 
     @property
@@ -97,7 +97,7 @@ class BatchRunner:
             ([episodes.stack], episodes.of) if isinstance(episodes, Share) else (read_episodes(episodes), None)
         )
         if not batches:
-            raise UsageError("There is no task in the batch.")
+            raise UsageError("The batch contains no task.")
         parameters.prepare(batches[0])
         batches = [self._check_targets(parameters, batch) for batch in batches]
         meta, stages = parameters.tensors, self._engine.training.stages
@@ -150,7 +150,7 @@ class BatchRunner:
         except CompileError as error:
             if config.strategy != "auto":
                 raise
-            log.warning("%s Going on with strategy vectorized.", error)
+            log.warning("%s Continuing with strategy vectorized.", error)
             self.strategy = "vectorized"
             return self._engine.gradient(meta, batches, noise, "vectorized", config.chunk, weights)
 
@@ -232,7 +232,7 @@ class BatchRunner:
             return False
         self._one_by_one.add(what)
         log.warning(
-            "Strategy traced instead of %s for %s, which takes tasks one after the other: at once, %s.",
+            "Using strategy traced instead of %s for %s, which runs tasks one after the other: run at once, %s.",
             self.strategy or "vectorized",
             {"gradient": "training", "scores": "evaluation"}[what],
             problem,
@@ -303,7 +303,7 @@ class BatchRunner:
     ) -> nn.Module:
         """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
         if steps < 0:
-            raise UsageError(f"The number of inner steps cannot be negative; got {steps}.")
+            raise UsageError(f"The number of inner steps must not be negative; got {steps}.")
         x, y = tree_map(lambda leaf: leaf[None], convert_arrays((x, y), "The support set"))
         query_x = None if query_x is None else convert_arrays(query_x, "The query set")
         episodes = meta.match(Episodes(x, y, x, y))
@@ -339,7 +339,7 @@ def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:
     wanted = tuple(sorted(set(inner_steps)))
     if tasks < 2 or not wanted or wanted[0] < 0:
         raise UsageError(
-            f"An evaluation needs at least 2 tasks and numbers of inner steps of 0 or more; got {tasks} tasks and "
+            f"An evaluation needs at least 2 tasks and non-negative numbers of inner steps; got {tasks} tasks and "
             f"inner steps {list(inner_steps)}."
         )
     return wanted

@@ -141,8 +141,8 @@ def check_same_bits(processes: Processes, tensors: Mapping[str, Tensor], trainin
     """
     if processes.size > 1 and len(set(processes.gather(lambda: hash_tensors(tensors)))) > 1:
         raise MetaregError(
-            f"After step {training_step} the processes hold different meta-parameters: their machines or versions differ, "
-            "or a plugin draws random numbers of its own."
+            f"After step {training_step}, the processes hold different meta-parameters: their machines or versions "
+            "differ, or a plugin draws its own random numbers."
         )
 
 

@@ -82,8 +82,8 @@ class TargetCheck:
             labels = labels[labels != self._ignored]
         if labels.size and not 0 <= labels.min() <= labels.max() < classes:
             raise ExamplesError(
-                f"{name} holds class numbers from {labels.min()} to {labels.max()}; the model has {classes} outputs, for "
-                f"the classes 0 to {classes - 1}."
+                f"{name} contains class numbers from {labels.min()} to {labels.max()}; the model has {classes} "
+                f"outputs, for classes 0 to {classes - 1}."
             )
 
 
@@ -99,8 +99,8 @@ def _check_numbers(name: str, y: Tensor, outputs: tuple[int, ...]) -> None:
     extra = y.dim() == len(outputs) + 2 and y.shape[-1] == 1
     remedy = " y.unsqueeze(-1) makes it so." if ones else " y.squeeze(-1) makes it so." if extra else ""
     raise ExamplesError(
-        f"{name} has the shape {tuple(y.shape)}; the model's outputs need targets [{wanted}], of one shape with "
-        f"them.{remedy}"
+        f"{name} has the shape {tuple(y.shape)}; the targets must have the shape of the model's outputs, "
+        f"[{wanted}].{remedy}"
     )
 
 
@@ -122,4 +122,4 @@ def refuse_nonfinite(episodes: Episodes, predict: Callable[[Any], Tensor], where
         task = int(torch.stack(finite).all(0).logical_not().nonzero()[0])
         if name.endswith("x") and bool(predict(tree_map(lambda leaf, task=task: leaf[task], part)).isfinite().all()):
             continue
-        raise NonfiniteExamplesError(f"{where}{name} of task {task} (from 0 on) holds NaN or infinite values.")
+        raise NonfiniteExamplesError(f"{where}{name} of task {task} (counted from 0) contains NaN or infinite values.")

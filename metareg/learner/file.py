@@ -118,7 +118,7 @@ class LearnerFile:
         found = self._file.header.get("format")
         if found != FILE_FORMAT:
             raise UsageError(
-                f"{path} has the file format {found}, this metareg reads format {FILE_FORMAT}; use the metareg version "
+                f"{path} has file format {found}, but this metareg reads format {FILE_FORMAT}; use the metareg version "
                 "that wrote it."
             )
         self.header = validate(Header, self._file.header, str(path))
@@ -151,7 +151,7 @@ class LearnerFile:
         if algo is None and not header.installed:
             raise UsageError(f"{self.path} was trained by '{header.algo.name}', which no package installs; pass algo=…")
         if loss is None and header.loss is None:
-            raise UsageError(f"{self.path} was trained with a loss of its own; pass it as loss=…")
+            raise UsageError(f"{self.path} was trained with a custom loss; pass it as loss=…")
         ready_made = algo is not None and not isinstance(algo, type | str)
         return {
             **header.model_dump(include=LearnerConfig.model_fields.keys() - {"device"}),
@@ -169,7 +169,7 @@ class LearnerFile:
         own = {get_name(each): each for each in given}
         for name in own.keys() - {each.name for each in self.header.augment}:
             known = ", ".join(each.name for each in self.header.augment) or "none"
-            raise UsageError(f"{self.path} was saved without an augmenter '{name}'; those that stay in it: {known}.")
+            raise UsageError(f"{self.path} was saved without an augmenter '{name}'; it contains: {known}.")
         augmenters: list[Any] = []
         for each in self.header.augment:
             if each.name not in own and not each.installed:
@@ -189,7 +189,7 @@ class LearnerFile:
         if header.architecture is not None:
             values = {name.removeprefix(_CONSTANT): value for name, value in self._file.read().items()}
             return {"model": build_module(header.architecture, values)}
-        raise UsageError(f"{self.path} holds the weights of a {header.module}; pass such a module as model=…")
+        raise UsageError(f"{self.path} contains the weights of a {header.module}; pass such a module as model=…")
 
     def read(
         self, meta: Mapping[str, Tensor], constants: Mapping[str, Tensor]

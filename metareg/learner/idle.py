@@ -39,8 +39,8 @@ def report_unlearned(stages: Stages, grads: Mapping[str, Tensor]) -> None:
             learns[owner] = learns.get(owner, False) or bool(grad.any())
     for owner in (owner for owner, moved in learns.items() if not moved):
         log.warning(
-            "The meta-parameters of '%s' got a gradient of exactly zero in the first step; with this algorithm they may "
-            "learn nothing.",
+            "The gradient of the meta-parameters of '%s' was exactly zero in the first step; with this algorithm, "
+            "they may not learn anything.",
             owner,
         )
 
@@ -51,20 +51,20 @@ def _find_idle(stages: Stages, config: LearnerConfig) -> Iterator[str]:
     if "outer_update" in owner:
         for option, field in LearnerConfig.model_fields.items():
             if is_outer_option(option) and (value := getattr(config, option)) != field.default:
-                yield f"{option} = {value} has no effect: the {owner['outer_update']} has an outer update of its own."
+                yield f"{option} = {value} has no effect: the {owner['outer_update']} has its own outer update."
     if "inner_loss" in owner and config.first_order:
         yield f"With first_order, what the {owner['inner_loss']} learns for its inner_loss gets no gradient through it."
     if "outer_gradient" in owner and "outer_objective" in owner:
         yield (
-            f"The outer_objective of the {owner['outer_objective']} has no effect beside the outer_gradient of the "
-            f"{owner['outer_gradient']}."
+            f"The outer_objective of the {owner['outer_objective']} has no effect: the outer_gradient of the "
+            f"{owner['outer_gradient']} replaces it."
         )
     instead = next((hook for hook in ("outer_gradient", "outer_objective") if hook in owner), None)
     if instead and stages.outer_loss_weights(config.inner_steps, 0) is not None:
         yield (
-            f"The outer_loss_weights of the {owner['outer_loss_weights']} have no effect beside the {instead} "
-            f"of the {owner[instead]}."
+            f"The outer_loss_weights of the {owner['outer_loss_weights']} have no effect: the {instead} of the "
+            f"{owner[instead]} replaces them."
         )
     for hook in _OUTER:
         for other in owners[hook][1:]:
-            yield f"The {hook} of the {other} has no effect where that of the {owner[hook]} gives a result."
+            yield f"The {hook} of the {other} has no effect where that of the {owner[hook]} returns a result."

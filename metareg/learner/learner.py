@@ -221,7 +221,7 @@ class MetaLearner:
         try:
             check_finite(gradient, self.steps_done)
         except DivergenceError:
-            where = f"Step {self.steps_done + 1} is not taken, for its objective is not finite: "
+            where = f"Step {self.steps_done + 1} was not taken because its objective is not finite: "
             self.processes.each(lambda: self._runner.refuse_nonfinite(self._meta, episodes, where))
             raise
         self._meta.tensors = self._optimizer.update(self._meta.tensors, gradient.grads, self.steps_done)

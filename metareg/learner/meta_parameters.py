@@ -100,7 +100,7 @@ class MetaParameters:
         taken = [name for name in self.tensors if self._stages.owner(name)]
         if taken:
             raise UsageError(
-                f"The model's parameter '{taken[0]}' has the name of a plugin in front; rename the submodule."
+                f"The model's parameter '{taken[0]}' starts with the name of a plugin; rename the submodule."
             )
         return {name: value.to(self.like) for name, value in created.items()}
 
@@ -109,8 +109,8 @@ class MetaParameters:
         head = self._model.module.get_submodule((self._model.head_prefix or "").rstrip("."))
         if not isinstance(head, nn.Linear):
             raise UsageError(
-                "The meta-parameters of this learner depend on the shape of its features; call "
-                "learner.initialize(example_inputs) first, or run a first batch of tasks."
+                "The meta-parameters of this learner depend on the shape of its features; first call "
+                "learner.initialize(example_inputs), or run a batch of tasks."
             )
         return self.like.new_zeros(2, head.in_features)
 
@@ -122,8 +122,8 @@ class MetaParameters:
         """
         if torch.is_autocast_enabled(self.like.device.type):
             raise UsageError(
-                "torch.autocast would change the types of gradients and scores, in a traced graph for good; leave its "
-                "context and take MetaLearner(precision='bf16')."
+                "torch.autocast would change the types of gradients and scores, permanently so in a traced graph; "
+                "leave its context and use MetaLearner(precision='bf16')."
             )
         if not self.initialized or self.outputs is None:
             self._stages.check_targets(episodes.support_y)

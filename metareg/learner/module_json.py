@@ -120,7 +120,7 @@ def _build_on_meta(description: Any) -> nn.Module:
 def _build_layer(description: Any, number: Iterator[int], depth: int = 0) -> nn.Module:
     """A layer and those in it; `number` counts all layers."""
     if depth > _DEEPEST or next(number) > _MOST_LAYERS:
-        raise ValueError(f"it has more than {_MOST_LAYERS} layers, or more than {_DEEPEST} inside one another")
+        raise ValueError(f"it has more than {_MOST_LAYERS} layers, or nests more than {_DEEPEST}")
     name = description["layer"]
     children = {key: _build_layer(child, number, depth + 1) for key, child in description.get("children", {}).items()}
     if name == "BodyHead":
@@ -132,12 +132,12 @@ def _build_layer(description: Any, number: Iterator[int], depth: int = 0) -> nn.
         return module
     kind = getattr(nn, name, None)
     if not (isinstance(kind, type) and issubclass(kind, nn.Module) and _is_layer(kind)):
-        raise ValueError(f"'{name}' is no layer of torch.nn")
+        raise ValueError(f"'{name}' is not a layer of torch.nn")
     arguments = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description["arguments"].items()
     }
     for key in arguments.keys() & _PLACES:
-        raise ValueError(f"'{key}' is not for a file to say")
+        raise ValueError(f"a file must not set '{key}'")
     layer: nn.Module = kind(**arguments)
     return layer
 

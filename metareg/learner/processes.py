@@ -74,8 +74,8 @@ class Processes:
         """
         if tasks < self.size:
             raise UsageError(
-                f"{self.size} processes cannot share a batch of {tasks}; start fewer of them, or take more tasks per step "
-                "(--meta-batch)."
+                f"{self.size} processes cannot share a batch of {tasks}; start fewer processes, or use more tasks per "
+                "step (--meta-batch)."
             )
 
     def device(self, name: str) -> torch.device:
@@ -92,8 +92,8 @@ class Processes:
         gpus = torch.cuda.device_count()
         if self._local_rank >= gpus:
             raise UsageError(
-                f"There is no GPU for process {self._local_rank} of this machine, which has {gpus}; start one process per "
-                "GPU, or take --device cpu."
+                f"There is no GPU for process {self._local_rank} of this machine, which has {gpus}; start one process "
+                "per GPU, or use --device cpu."
             )
         torch.cuda.set_device(self._local_rank)
         return torch.device("cuda", self._local_rank)
@@ -204,8 +204,8 @@ def join_processes() -> Iterator[Processes]:
     if given:
         if "cpu" not in _list_backends():
             raise UsageError(
-                f"The process group of this program carries {' and '.join(_list_backends())} tensors alone; metareg needs "
-                "it for the CPU's too: init_process_group('cpu:gloo,cuda:nccl')."
+                f"The process group of this program supports only {' and '.join(_list_backends())} tensors; metareg "
+                "also needs CPU tensors: init_process_group('cpu:gloo,cuda:nccl')."
             )
         rank = dist.get_rank()
         here = RankInfo(rank, dist.get_world_size(), int(os.environ.get("LOCAL_RANK", rank)))
@@ -226,7 +226,7 @@ def join_processes() -> Iterator[Processes]:
 
 def _create_group(processes: Processes) -> None:
     if not dist.is_available():
-        raise UsageError("This build of torch cannot work in several processes; start one.")
+        raise UsageError("This build of torch does not support several processes; start one.")
     # Control messages go through gloo in any case: they are made on the CPU.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
@@ -278,5 +278,5 @@ def _detect_lost_process() -> Iterator[None]:
     except RuntimeError as error:
         silent = "timed out" in str(error).lower() or "timeout" in str(error).lower()
         minutes = TIMEOUT.total_seconds() / 60
-        what = f"has not answered for {minutes:g} minutes" if silent else "has ended before its time"
+        what = f"has not answered for {minutes:g} minutes" if silent else "ended early"
         raise LostProcessError(f"Another process of this training {what}.") from error

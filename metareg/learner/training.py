@@ -266,7 +266,7 @@ class _Loop:
         self.manager.restore()
         progress.nonfinite, progress.left_out = times, next_batch - learner.steps_done
         log.warning(
-            "%s Going on from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
+            "%s Continuing from step %d with other tasks (%d of at most %d).", error, learner.steps_done, times, at_most
         )
 
 

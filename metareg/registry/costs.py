@@ -32,7 +32,7 @@ class Cost:
     """Numbers that the outer loop learns beside the model's, for each of the model's."""
 
     def __str__(self) -> str:
-        return f"{self.time:.2f} × its time, {self.memory:.2f} × its memory"
+        return f"{self.time:.2f} × the time, {self.memory:.2f} × the memory"
 
 
 def find_cost(entry: Entry) -> Cost | None:

@@ -85,10 +85,10 @@ def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManag
             if attribute not in HOOKS:
                 close = nearest(attribute, HOOKS)
                 hint = f"; did you mean '{close[0]}'?" if close else f"; the hooks are {', '.join(HOOKS)}."
-                raise PluginError(f"The {plugin.label} implements '{attribute}', which is no hook of metareg{hint}")
+                raise PluginError(f"The {plugin.label} implements '{attribute}', which is not a hook of metareg{hint}")
         for name in _list_unmarked(plugin):
             raise PluginError(
-                f"The {plugin.label} has a method {name} that lacks @metareg.hookimpl: nothing would call it."
+                f"The {plugin.label} has a method {name} without @metareg.hookimpl: it would never be called."
             )
     return manager, named
 
@@ -154,4 +154,4 @@ def _explain_refusal(plugin: Plugin) -> str:
                 f"The {plugin.label} asks for the argument '{unknown}' in {name}, which that hook does not have; "
                 f"it has {', '.join(allowed)}{hint}"
             )
-    return f"The {plugin.label} cannot be registered: its hooks do not keep their specifications."
+    return f"The {plugin.label} cannot be registered: its hooks do not match their specifications."

@@ -134,7 +134,7 @@ class _Child:
         with suppress(OSError):
             self._process.stdin.close()
         if code is None:
-            return f"gives no sign of life within {_SECONDS:g} seconds"
+            return f"does not respond within {_SECONDS:g} seconds"
         return f"ends Python by {signal.Signals(-code).name}" if code < 0 else f"ends Python with exit code {code}"
 
     def _wait(self) -> int | None:

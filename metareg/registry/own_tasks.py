@@ -52,8 +52,8 @@ def wrap_tasks(given: Any) -> Any:
         return _wrap_mapping(given)
     if isinstance(given, Iterator):
         raise UsageError(
-            f"A {type(given).__name__} can be gone through only once, and a training that is to be repeatable begins "
-            "anew: pass the function that makes it, or a list."
+            f"A {type(given).__name__} can be iterated only once, but a reproducible training must restart it: pass "
+            "the function that creates it, or a list."
         )
     if isinstance(given, Iterable):
         return EpisodeStreams(type(given).__name__.lower(), lambda split, seed: given, False)  # noqa: ARG005
@@ -70,8 +70,8 @@ def _wrap_mapping(given: Mapping[Any, Any]) -> EpisodeStreams:
     for split, each in given.items():
         if isinstance(each, Iterator) or not isinstance(each, Iterable):
             raise UsageError(
-                f"The {split} tasks are a {type(each).__name__}; each split takes an iterable that can be gone through as "
-                "often as needed, as a list or a DataLoader."
+                f"The {split} tasks are a {type(each).__name__}; each split takes an iterable that can be iterated "
+                "repeatedly, such as a list or a DataLoader."
             )
 
     def get(split: str, seed: int) -> Iterable[Any]:  # noqa: ARG001
@@ -150,7 +150,7 @@ class _Stream:
             if task is None:
                 count = self._first + len(self._tasks)
                 raise UsageError(
-                    f"'{self._name}' has {count} {self._split} tasks, and more are asked for, at least {high + 1}; lower "
+                    f"'{self._name}' has {count} {self._split} tasks, but at least {high + 1} are needed; lower "
                     f"{'eval_tasks' if self._split == VALIDATION else 'test_tasks'}, or add tasks."
                 )
             self._check_start(task)
@@ -168,9 +168,9 @@ class _Stream:
             self._start = [leaf.clone() for leaf in leaves]
         elif len(leaves) != len(self._start) or not all(map(is_same, leaves, self._start)):
             raise UsageError(
-                f"'{self._name}' yields other {self._split} tasks each time that it is gone through, so that nothing can "
-                "be repeated: let it draw from torch's, NumPy's or Python's global generators, which metareg seeds, or from "
-                "one that it makes anew each time."
+                f"'{self._name}' yields different {self._split} tasks on each pass, which makes runs irreproducible: "
+                "draw from torch's, NumPy's or Python's global generators, which metareg seeds, or create a seeded "
+                "generator on each pass."
             )
 
     def _draw(self) -> Iterator[tuple[Any, ...]]:

@@ -86,7 +86,7 @@ class Entry:
         except BaseException as error:
             raise PluginError(f"The {self.label} cannot be imported: {describe_error(error)}") from error
         if not isinstance(loaded, type):
-            raise PluginError(f"The {self.label} is a {type(loaded).__name__}; an entry point must name a class.")
+            raise PluginError(f"The {self.label} is a {type(loaded).__name__}; the entry point must name a class.")
         check_contract(loaded, self.label)
         return loaded
 
@@ -132,11 +132,11 @@ def find_entry(kind: str, name: str) -> Entry:
         raise UsageError(f"The {singular} '{name}' is installed but disabled by --no-plugin or {DISABLE_VARIABLE}.")
     if not found:
         known = {entry.name for entry in list_entries(kind)}
-        raise UnknownNameError(singular, name, known, "`metareg plugins` lists what is installed.")
+        raise UnknownNameError(singular, name, known, "`metareg plugins` lists the installed plugins.")
     if len(found) > 1:
         owners = " and ".join(entry.distribution for entry in found)
         choices = " or ".join(f"'{entry.qualified}'" for entry in found)
-        raise PluginError(f"The {singular} name '{name}' is claimed by {owners}; write {choices} to choose one.")
+        raise PluginError(f"The {singular} name '{name}' is used by {owners}; write {choices} to choose one.")
     return found[0]
 
 
@@ -163,8 +163,8 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
     if not isinstance(plugin, str | type):
         if config:
             raise UsageError(
-                f"The {_SINGULAR[kind]} {plugin!r} is an object already; pass its class to configure it "
-                f"with {', '.join(config)}."
+                f"The {_SINGULAR[kind]} {plugin!r} is already an object; pass its class to configure it with "
+                f"{', '.join(config)}."
             )
         check_contract(plugin, label)
         return Plugin(kind, name, plugin, getattr(plugin, "config", None), None, None)
@@ -203,7 +203,7 @@ def get_config_class(plugin: type | object) -> type[PluginConfig]:
     config = getattr(plugin, "Config", PluginConfig)
     if not (isinstance(config, type) and issubclass(config, PluginConfig)):
         name = (plugin if isinstance(plugin, type) else type(plugin)).__name__
-        raise PluginError(f"The plugin class '{name}' has a Config that is no metareg.PluginConfig.")
+        raise PluginError(f"The plugin class '{name}' has a Config that is not a metareg.PluginConfig.")
     return config
 
 
@@ -216,16 +216,18 @@ def check_contract(plugin: Any, label: str) -> None:
     if stated is None:
         return
     if not isinstance(stated, int) or isinstance(stated, bool):
-        raise PluginError(f"The {label} states contract = {stated!r}; a number is expected, now {CONTRACT_VERSION}.")
+        raise PluginError(
+            f"The {label} states contract = {stated!r}; it must be a number, currently {CONTRACT_VERSION}."
+        )
     if stated > CONTRACT_VERSION:
         raise PluginError(
-            f"The {label} was written for contract {stated}; metareg {__version__} keeps contract {CONTRACT_VERSION}. "
-            "Upgrade metareg, or install an older version of the plugin."
+            f"The {label} was written for contract {stated}; metareg {__version__} supports contract "
+            f"{CONTRACT_VERSION}. Upgrade metareg, or install an older version of the plugin."
         )
     if stated < OLDEST_CONTRACT:
         raise PluginError(
-            f"The {label} was written for contract {stated}, which metareg {__version__} no longer keeps (it keeps "
-            f"{OLDEST_CONTRACT} to {CONTRACT_VERSION}). Upgrade the plugin, or install an older metareg."
+            f"The {label} was written for contract {stated}, which metareg {__version__} no longer supports (it "
+            f"supports {OLDEST_CONTRACT} to {CONTRACT_VERSION}). Upgrade the plugin, or install an older metareg."
         )
 
 
@@ -287,7 +289,7 @@ def _holds_this_package(distribution: importlib.metadata.Distribution) -> bool:
 
 @cache
 def _report_namesake(folder: str) -> None:
-    log.warning("A second distribution that calls itself metareg, in %s: its plugins are left out.", folder)
+    log.warning("Ignoring the plugins of a second distribution named metareg, in %s.", folder)
 
 
 def _normalize(distribution: str) -> str:

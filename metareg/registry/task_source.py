@@ -47,8 +47,9 @@ class TaskSource:
         again = tree_leaves(self.episodes(split, [0], seed)[0].parts)
         if len(first) != len(again) or not all(map(is_same, first, again)):
             raise UsageError(
-                f"'{self.plugin.name}' returns another task each time that it is asked for the same one, so that nothing "
-                "can be repeated: make a task a function of (seed, split, index), as with metareg.derive_seed."
+                f"'{self.plugin.name}' returns a different task each time for the same index, which makes runs "
+                "irreproducible: make each task a function of (seed, split, index), for example with "
+                "metareg.derive_seed."
             )
 
     def check_splits(self) -> None:
@@ -59,8 +60,8 @@ class TaskSource:
         """
         if not self._knows_splits:
             raise UsageError(
-                f"The tasks of '{self.plugin.name}' are the same for training, validation and test, so that a test on them "
-                'would say nothing: take an argument `split`, or give {"train": …, "validation": …, "test": …}.'
+                f"The tasks of '{self.plugin.name}' are the same for training, validation and test, so a test on them "
+                'would be meaningless: use the argument `split`, or pass {"train": …, "validation": …, "test": …}.'
             )
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
@@ -74,7 +75,7 @@ class TaskSource:
             )
         count = sum(len(batch) for batch in batches)
         if count != len(indices):
-            raise PluginError(f"The {self.plugin.label} returned {count} tasks where {len(indices)} were asked for.")
+            raise PluginError(f"The {self.plugin.label} returned {count} tasks instead of {len(indices)}.")
         return [batch for batch in batches if len(batch)]
 
     def placed_episodes(self, split: str, indices: Sequence[int], seed: int) -> tuple[list[Episodes], list[int]]:

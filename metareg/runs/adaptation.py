@@ -95,7 +95,7 @@ def measure_adaptation(run: Run, tasks: int, inner_steps: int) -> Analysis:
     """Measure where a finished run's learner adapts; arguments as in `metareg.runs.analysis.analyse`."""
     learner, steps = run.learner, inner_steps
     if tasks < 2 or steps < 1:
-        raise UsageError(f"An analysis takes 2 tasks or more and 1 inner step or more; got {tasks} and {steps}.")
+        raise UsageError(f"An analysis needs at least 2 tasks and 1 inner step; got {tasks} and {steps}.")
     adapted = set(learner.engine.plain.adapted_names)
     if not adapted:
         raise UsageError(f"{run.config.algo.name} adapts no parameters in an inner loop: there is nothing to analyse.")
@@ -206,7 +206,10 @@ def _measure_angles(run: Run) -> list[Angle]:
     """The angle between the algorithm's outer gradient and what the augmenters add, at the end of training."""
     state = Checkpoints(run.path / CHECKPOINTS, run.config.keep_checkpoints).load_newest()
     if state is None:
-        log.warning("The run at %s has no checkpoint with its augmenters: no angles of their gradients.", run.path)
+        log.warning(
+            "The run at %s has no checkpoint with its augmenters, so the angles of their gradients cannot be computed.",
+            run.path,
+        )
         return []
     augmented = _restore(run, state["learner"], augment=True)
     plain = _restore(run, state["learner"], augment=False)

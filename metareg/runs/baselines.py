@@ -138,7 +138,7 @@ def measure_baselines(config: RunConfig, model: Plugin, source: TaskSource, devi
 
     log.info("Baselines: training the model on each support set from scratch.")
     scratch = _choose(FROM_SCRATCH, config, source, create, _STEPS)
-    log.info("Baselines: training one model on the examples of all training tasks, %d steps.", config.steps)
+    log.info("Baselines: training one model on the pooled examples of all training tasks, %d steps.", config.steps)
     pooled = create(_RATES[0])
     pooled.fit(source, config.steps, meta_batch=config.meta_batch)
     return [scratch, _choose(FINE_TUNED, config, source, lambda rate: create(rate, pooled), (0, *_STEPS))]

@@ -72,12 +72,12 @@ class Checkpoints:
         file = TensorFile(self.path(step), "checkpoint")
         tensors = file.read()
         if file.header.get("format") != FILE_FORMAT or file.header.get("step") != step:
-            problem = f"is no checkpoint of format {FILE_FORMAT} after step {step}"
+            problem = f"is not a checkpoint of format {FILE_FORMAT} after step {step}"
             raise DamagedFileError(f"{file.path} {problem}; it was renamed, or written by another version of metareg.")
         try:
             state: dict[str, Any] = _unpack(file.header["content"], tensors)
         except MALFORMED as error:
-            raise DamagedFileError(f"{file.path} is no checkpoint of metareg: it has no {error}.") from error
+            raise DamagedFileError(f"{file.path} is not a metareg checkpoint: it has no {error}.") from error
         return state
 
     def load_newest(self) -> dict[str, Any] | None:
@@ -87,7 +87,7 @@ class Checkpoints:
                 return self.load(step)
             except DamagedFileError as error:
                 aside = self.path(step).with_suffix(".damaged")
-                log.warning("%s It is skipped and kept as %s.", error, aside.name)
+                log.warning("%s It is ignored and kept as %s.", error, aside.name)
                 with suppress(OSError):
                     self.path(step).replace(aside)
         return None
@@ -162,7 +162,7 @@ class CheckpointManager:
         except MetaregError as error:
             if self.last_saved is None:
                 raise
-            raise type(error)(f"{error} The checkpoint after step {self.last_saved} is still good.") from error
+            raise type(error)(f"{error} The checkpoint after step {self.last_saved} is still valid.") from error
         self.last_saved = step
         self._saved_at = time.monotonic()
         self._seconds_to_next = max(self._every_seconds, LEAST_RATIO * (self._saved_at - began))
@@ -197,7 +197,8 @@ class CheckpointManager:
         # Its checksum is right, so it is as it was written: by somebody else.
         except MALFORMED as error:
             raise UsageError(
-                f"The newest checkpoint in {self.store.folder} holds no state of this run ({type(error).__name__}: {error})."
+                f"The newest checkpoint in {self.store.folder} contains no state of this run ({type(error).__name__}: "
+                f"{error})."
             ) from error
         self._forget_lost_best(step)
         self.last_saved = step
@@ -211,7 +212,12 @@ class CheckpointManager:
         try:
             self._processes.first(lambda: bool(self.store.load(best)))
         except UsageError as error:
-            log.warning("The best checkpoint so far, after step %d, is lost: %s A new best is looked for.", best, error)
+            log.warning(
+                "The best checkpoint so far, after step %d, is lost: %s The search for the best checkpoint starts "
+                "again.",
+                best,
+                error,
+            )
             self._progress.best_step = self._progress.best_score = None
 
 
@@ -228,8 +234,8 @@ def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
     if value is None or type(value) in (bool, int, float, str):
         return value
     raise MetaregError(
-        f"A checkpoint cannot hold the {type(value).__name__} at '{'.'.join(path)}': it takes tensors, numbers, texts, "
-        "None, and lists, tuples and dicts (with texts as keys) of these."
+        f"A checkpoint cannot contain the {type(value).__name__} at '{'.'.join(path)}', only tensors, numbers, "
+        "strings, None, and lists, tuples and dicts (with strings as keys) of these."
     )
 
 

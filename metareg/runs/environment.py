@@ -84,9 +84,9 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
     changed = {key: value for key, value in now.items() if last.get(key) != value and key not in no_change}
     if changed:
         log.warning(
-            "The run goes on in another environment (%s): its result can differ in rounding from that of a run that never "
-            "stopped.",
-            "; ".join(f"{key} was {last.get(key)}, is {value}" for key, value in changed.items()),
+            "The run continues in a different environment (%s); rounding can make its result differ from that of an "
+            "uninterrupted run.",
+            "; ".join(f"{key} was {last.get(key)}, now {value}" for key, value in changed.items()),
         )
         write_json(path, before | {"resumed": [*before["resumed"], {"step": step, "changed": changed}]})
 
@@ -114,14 +114,14 @@ def refuse_other_data(run: Run) -> None:
     own = run.config.task.program
     if other:
         raise UsageError(
-            f"The data of the {run.source.plugin.label} is not what the run at {run.path} began with: its first {other[0]} "
-            f"task is another one. {'Pass the tasks' if own else 'Name the data'} that the run had with "
-            f"{'task=…' if own else '--data'}."
+            f"The data of the {run.source.plugin.label} differs from the data that the run at {run.path} started with: "
+            f"its first {other[0]} task is different. {'Pass the tasks' if own else 'Name the data'} that the run used "
+            f"with {'task=…' if own else '--data'}."
         )
     if not same_model:
         raise UsageError(
-            f"The module of class {_describe_model(run)['class']} is not what the run at {run.path} began with: its class, "
-            "its shapes or what it computes are others. Pass the one that the run had with model=…"
+            f"The module of class {_describe_model(run)['class']} differs from the one that the run at {run.path} "
+            "started with, in its class, its shapes or its outputs. Pass the original one as model=…"
         )
 
 

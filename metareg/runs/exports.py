@@ -61,7 +61,7 @@ def load_learner(path: Path, device: str | None, data: str | None = None) -> tup
     """
     learner = MetaLearner.load(path, device=find_device(device or "auto"))
     if learner.task is None:
-        raise UsageError(f"{path} does not say what its inputs mean: no run with an installed task trained it.")
+        raise UsageError(f"{path} does not describe its inputs: it was not trained by a run with an installed task.")
     return learner, resolve("tasks", learner.task.name, {**learner.task.config, **({"data": data} if data else {})})
 
 
@@ -77,18 +77,17 @@ def export(
 ) -> None:
     """Write a learner that was trained on a task's tasks, as `metareg.Run.export` says."""
     if adaptive and support is not None:
-        raise UsageError("A program that adapts takes the support set where it runs; leave --support out.")
+        raise UsageError("A program that adapts takes the support set as an input; remove --support.")
     if to.suffix == ".safetensors":
         if adaptive or support is not None:
             raise UsageError(
-                f"{to} would hold the learner, which adapts wherever it is loaded; --support and --adaptive are for "
-                "FILE.pt2."
+                f"{to} would contain the learner itself, which can adapt; --support and --adaptive are for FILE.pt2."
             )
         learner.save(to)
         return
     if to.suffix not in ENDINGS:
         raise UsageError(
-            f"A run is exported to FILE.safetensors (the learner), FILE.pt2 or FILE.onnx (a program), not to '{to}'."
+            f"Export a run to FILE.safetensors (the learner), FILE.pt2 or FILE.onnx (a program), not to '{to}'."
         )
     steps = learner.config.inner_steps if inner_steps is None else inner_steps
     if adaptive:
@@ -107,15 +106,17 @@ def _export_initialisation(
     """The module with the learned initial parameters."""
     if getattr(task.instance, "known_columns", ()):
         raise UsageError(
-            f"A program for tables is adapted to one of them; name its labelled rows with --support to write {to}."
+            f"A program for tables must be adapted to one of them; give its labelled rows with --support to write {to}."
         )
     if (named := getattr(task.instance, "named_examples", None)) is not None:
         raise UsageError(
-            f"A program that takes {named.column}s by their numbers is adapted to some; name them with --support to write "
-            f"{to}: a table with the columns {named.column} and {_LABEL}."
+            f"A program that takes {named.column}s by number must be adapted to some of them; give them with --support "
+            f"to write {to}: a table with the columns {named.column} and {_LABEL}."
         )
     if learner.model.batch_norms:
-        log.warning("Without --support the BatchNorm layers use the statistics of each batch that the program gets.")
+        log.warning(
+            "Without --support, the BatchNorm layers use the statistics of each batch that the program receives."
+        )
     module = learner.engine.plain.create_module(learner.plain_meta_parameters)
     facts = describe_program(learner, task, 0, "transductive", None)
     return export_module(module, get_input_shape(task)), facts
@@ -164,7 +165,8 @@ def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: 
         if answer[0][1:] != header:
             names, others = (", ".join(each) for each in (answer[0][1:], header))
             raise UsageError(
-                f"{site} has the columns {others}, and the sites before it {names}; one table takes sites of one form."
+                f"{site} has the columns {others}, but earlier sites have {names}; all sites must have the same "
+                "columns."
             )
         answer += [[_to_text(site.name), *row] for row in rows]
     return format_csv(answer)
@@ -182,7 +184,7 @@ def _list_sites(folder: Path) -> list[Path]:
         raise UsageError(f"The folder {folder} cannot be read: {error.strerror}.") from error
     if not found:
         raise UsageError(
-            f"{folder} holds no sites: a folder for each, with the files or folders support and query in it."
+            f"{folder} contains no sites: it needs one folder per site, each with support and query (files or folders)."
         )
     return found
 
@@ -196,7 +198,7 @@ def _find_set(site: Path, name: str) -> Path:
     found = sorted(path for path in site.iterdir() if path.stem == name)
     if len(found) != 1:
         has = " and ".join(path.name for path in found) if found else f"no {name}"
-        raise UsageError(f"The site {site} has {has}; it takes one table or folder of images of the name '{name}'.")
+        raise UsageError(f"The site {site} has {has}; it needs one table or folder of images named '{name}'.")
     return found[0]
 
 
@@ -266,7 +268,7 @@ class _Examples:
         labels = [_to_text(name) for name, paths in files.classes.items() for _ in paths]
         self.x = self._read_images([path for paths in files.classes.values() for path in paths], support)
         if not self._classifies:
-            raise UsageError(f"{support} is a folder of classes; this learner predicts numbers and takes a CSV file.")
+            raise UsageError(f"{support} is a folder of classes; this learner predicts numbers and needs a CSV file.")
         self.targets = ("class",)
         self._number_labels(labels, sorted(set(labels)), support)
 
@@ -291,7 +293,7 @@ class _Examples:
             self._query = self._read_names(query, (named.column,))
         labels = table.get_texts(_LABEL)
         if "" in labels:
-            raise UsageError(f"{table.locate(labels.index(''), _LABEL)} is empty where a class belongs.")
+            raise UsageError(f"{table.locate(labels.index(''), _LABEL)} is empty; it must name a class.")
         self.numbers = self._number_names(named, table)
         self.x = named.read(self.numbers)
         self.targets = (_LABEL,)
@@ -301,7 +303,7 @@ class _Examples:
     def _read_names(self, given: Given, columns: Sequence[str]) -> Table:
         """A table that names examples, with these columns alone."""
         if _is_folder(given):
-            raise UsageError(f"{given} is a folder; this learner takes a table with {' and '.join(columns)}.")
+            raise UsageError(f"{given} is a folder; this learner needs a table with {' and '.join(columns)}.")
         table = _read(given, (*columns, _LABEL))
         table.check_columns(columns)
         return _refuse_empty(table)
@@ -312,21 +314,21 @@ class _Examples:
         names = table.get_texts(named.column)
         for row, name in enumerate(names):
             if name in names[:row]:
-                raise UsageError(f"{table.locate(row, named.column)} holds '{name}' a second time.")
+                raise UsageError(f"{table.locate(row, named.column)} contains '{name}' a second time.")
         try:
             return named.number(names)
         except KeyError as error:
             row = names.index(error.args[0])
             known = named.names or ()
             close = nearest(names[row], known[:_LARGEST_LIST])
-            advice = f"; did you mean '{close[0]}'?" if close else f", for there is no such {named.column}."
+            advice = f"; did you mean '{close[0]}'?" if close else f": there is no such {named.column}."
             raise UsageError(
-                f"{table.locate(row, named.column)} holds '{names[row]}', which the data does not hold{advice}"
+                f"{table.locate(row, named.column)} contains '{names[row]}', which is not in the data{advice}"
             ) from error
 
     def _number_labels(self, labels: Sequence[str], classes: Sequence[str], where: Path) -> None:
         if len(classes) > self._output_shape[0]:
-            raise UsageError(f"{where} has {len(classes)} classes; this learner tells {self._output_shape[0]} apart.")
+            raise UsageError(f"{where} has {len(classes)} classes; this learner distinguishes {self._output_shape[0]}.")
         self.classes = classes
         self.y = torch.tensor([classes.index(label) for label in labels])
 
@@ -350,7 +352,7 @@ class _Examples:
             names = [[_to_text(image.relative_to(path).as_posix())] for image in images]
             return ["image"], names, [self._read_images(images, path)]
         if self.columns is None or self._query is None:
-            raise UsageError(f"{given} is a file; this learner takes a folder of images.")
+            raise UsageError(f"{given} is a file; this learner needs a folder of images.")
         inputs, query = self.columns.inputs, _refuse_empty(self._query)
         return inputs, query.get_rows(inputs), [self.columns.scale_inputs(self.columns.read_inputs(query))]
 
@@ -360,9 +362,9 @@ class _Examples:
 
     def _read_images(self, paths: Sequence[Path], where: Path) -> Tensor:
         if len(self._shape) != 3:
-            raise UsageError(f"{where} is a folder; this learner takes no images but a CSV file.")
+            raise UsageError(f"{where} is a folder; this learner needs a CSV file, not images.")
         if not paths:
-            raise UsageError(f"{where} holds no images, or not in a folder for each class.")
+            raise UsageError(f"{where} contains no images in one folder per class.")
         read = getattr(self._task, "read_image", None) or partial(Task.read_image, self._task)
         return torch.stack([read(path) for path in paths])
 
@@ -377,7 +379,7 @@ def _read(given: Given, known: Collection[str]) -> Table:
 
 def _refuse_empty(table: Table) -> Table:
     if not len(table):
-        raise UsageError(f"{table.path} holds no rows.")
+        raise UsageError(f"{table.path} contains no rows.")
     return table
 
 

@@ -49,13 +49,13 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
         try:
             value = parse_yaml(text)
         except ValueError as error:
-            raise UsageError(f"--set {assignment}: the value is no valid YAML{error}.") from error
+            raise UsageError(f"--set {assignment}: the value is not valid YAML{error}.") from error
         if isinstance(value, str):  # YAML 1.1 reads ``1e-3`` as a text; a user means the number
             with suppress(ValueError):
                 value = float(value)
         key = key.strip()
         if key in values:
-            raise UsageError(f"--set gives '{key}' twice; once is enough to say which value is meant.")
+            raise UsageError(f"--set sets '{key}' twice; set it once.")
         values[key] = value
     return values
 
@@ -114,7 +114,7 @@ def _choose_model(draft: _Draft, user: Mapping[str, Any]) -> None:
     # An algorithm that needs models of its own kind names one, and that stands before the task's.
     default = getattr(algorithm.loaded, "default_model", None) or getattr(task.instance, "default_model", None)
     if default is None:
-        raise UsageError(f"The {task.label} names no model of its own; choose one with --model.")
+        raise UsageError(f"The {task.label} has no default model; choose one with --model.")
     draft.chosen["model"] = [_Selected("model", default)]
 
 
@@ -166,8 +166,8 @@ class _Selected:
         if isinstance(value, PluginSpec):
             if value.program:
                 raise UsageError(
-                    f"The {PLUGIN_FIELDS[field].removesuffix('s')} '{value.name}' is no plugin but an object of a program: "
-                    f"in Python, metareg.train takes it as {field}=…"
+                    f"The {PLUGIN_FIELDS[field].removesuffix('s')} '{value.name}' is not a plugin but an object from a "
+                    f"program: in Python, pass it to metareg.train as {field}=…"
                 )
             return cls(field, value.name, value.config)
         if value is None or isinstance(value, bool | int | float):
@@ -350,7 +350,7 @@ def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping
         except UsageError as error:
             raise _create_error(source, error) from error
         if key in PLUGIN_FIELDS:
-            problem = f"'{key}' is no option but a choice of the user; an option of it is '{key}.OPTION'."
+            problem = f"'{key}' is chosen by the user and is not an option; its own options are '{key}.OPTION'."
             raise _create_error(source, UsageError(problem))
         if owner is None or isinstance(owner.plugin, str | type):  # an object has its options already
             layer[owner, key.rpartition(".")[2]] = value
@@ -375,4 +375,4 @@ def _is_misspelt(name: str, known: Collection[str]) -> bool:
 
 def _create_error(source: _Selected, error: UsageError) -> PluginError:
     sentence = str(error)
-    return PluginError(f"What the {source.label} recommends cannot be used: {sentence[0].lower()}{sentence[1:]}")
+    return PluginError(f"The recommendation of the {source.label} cannot be used: {sentence[0].lower()}{sentence[1:]}")

@@ -143,11 +143,11 @@ def adopt_objects(
     if isinstance(model, nn.Module):
         model = plugins["model"] = OwnModel(model, facts.head or stored["model"].get("head"))
     elif facts.head is not None:
-        raise UsageError("head=… names the head of a module that is given as model=…; a model plugin knows its own.")
+        raise UsageError("head=… is only for a module passed as model=…; a model plugin knows its own head.")
     told = {"loss": facts.loss, "metric": facts.metric}
     if task is None or _names_plugin(task):
         if facts.spec is not None:
-            raise UsageError("spec=… is for tasks of one's own, given as task=…; a task plugin knows its shapes.")
+            raise UsageError("spec=… is only for your own tasks, passed as task=…; a task plugin knows its shapes.")
         return plugins, {name: value for name, value in told.items() if value is not None}
     source = wrap_tasks(task)
     if not (hasattr(source, "spec") and hasattr(source, "loss")) or any((*told.values(), facts.spec)):
@@ -213,7 +213,7 @@ def _create_task(
     if spec is None:
         spec = _infer_spec(stacks, module)
         log.info(
-            "The first %d tasks of '%s' say: inputs of the shape %s, %s of the shape %s, loss %s.",
+            "Inferred from the first %d tasks of '%s': inputs of shape %s, %s of shape %s, loss %s.",
             _TASKS_LOOKED_AT, get_name(source), spec.input_shape,
             "numbers" if stacks[0].support_y.is_floating_point() else "scores of classes", spec.output_shape,
             _name_loss(loss),

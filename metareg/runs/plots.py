@@ -63,7 +63,7 @@ def _warn(pictures: str) -> Iterator[None]:
         yield
     # Whatever a task, its data or a font makes of it: the results stand already.
     except Exception as error:
-        log.warning("Pictures could not be drawn (%s): %s", pictures, describe_error(error))
+        log.warning("Could not draw plots (%s): %s", pictures, describe_error(error))
 
 
 @rc_context(STYLE)

@@ -76,8 +76,8 @@ def export_named(module: nn.Module, named: NamedExamples, numbers: Tensor) -> to
         outputs, expected = program.module()(numbers), module(move_tensors(named.read(numbers), "cpu", dtype))
     if not torch.allclose(outputs, expected, rtol=0, atol=_TOLERANCE * float(expected.abs().max())):
         raise UsageError(
-            f"The {type(module).__name__} computes something else on all {named.column}s at once than on some of them, and "
-            "no program can hold it; `metareg predict` answers for it."
+            f"The {type(module).__name__} computes different outputs for all {named.column}s at once than for some of "
+            "them, so it cannot be exported as a program; use `metareg predict`."
         )
     return program
 
@@ -88,7 +88,7 @@ def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
     except Exception as error:
         problem = str(error).strip().splitlines()[0]
-        raise UsageError(f"torch.export cannot take the {type(module).__name__}: {problem}") from error
+        raise UsageError(f"torch.export cannot export the {type(module).__name__}: {problem}") from error
 
 
 def export_adaptation(
@@ -127,9 +127,7 @@ def export_adaptation(
     made = create_adaptive_program(predict, draw, partial(_find_sizes, learner, task))
     for name, count in (("support", made.support), ("query", made.query)):
         if count is not None:
-            log.warning(
-                "The program takes %d %s examples, as many as a test task has, no more and no fewer.", count, name
-            )
+            log.warning("The program takes exactly %d %s examples, as many as a test task has.", count, name)
     facts = {"support_examples": made.support or "any", "query_examples": made.query or "any"}
     columns = measure(*draw(2, 1)[:2])
     return made.program, facts | ({} if columns is None else describe_columns(columns))
@@ -143,9 +141,9 @@ def _get_table(named: NamedExamples, like: Tensor) -> Tensor:
     """
     if named.table is None:
         raise UsageError(
-            f"An input of this model is the neighbourhood of a {named.column}, which no program can look up by itself; a "
-            f"program that adapts takes models of which it is one row of numbers, as sgc's. With --support in the place of "
-            "--adaptive the program holds the whole graph."
+            f"An input of this model is the neighbourhood of a {named.column}, which a program that adapts cannot look "
+            "up; it supports models whose input is one row of numbers, such as sgc. With --support instead of "
+            "--adaptive, the program contains the whole graph."
         )
     return named.table.to(like)
 
@@ -228,7 +226,7 @@ def get_input_shape(task: Plugin) -> tuple[int, ...]:
     """
     shape = task.instance.spec.input_shape
     if not all(isinstance(size, int) for size in shape):
-        raise UsageError(f"The {task.label} has inputs that are neither vectors nor images.")
+        raise UsageError(f"The inputs of the {task.label} are neither vectors nor images.")
     return tuple(shape)
 
 
@@ -259,7 +257,7 @@ def _convert_to_onnx(program: torch.export.ExportedProgram, facts: str) -> bytes
     except Exception as error:
         cause = error.__cause__ or error
         problem = str(cause).strip().splitlines()[0]
-        raise UsageError(f"torch.onnx cannot convert this program: {problem} FILE.pt2 holds it as it is.") from error
+        raise UsageError(f"torch.onnx cannot convert this program: {problem} Export it to FILE.pt2 instead.") from error
     assert converted is not None
     converted.model.metadata_props[FACTS] = facts
     content: bytes = converted.model_proto.SerializeToString()

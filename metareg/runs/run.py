@@ -122,13 +122,13 @@ class Run:
         path = Path(path)
         config = read_config(path)
         if not (path / FINAL).is_file():
-            raise UsageError(f"The run at {path} has not ended; {format_resume_command(path)} goes on with it.")
+            raise UsageError(f"The run at {path} has not finished; {format_resume_command(path)} continues it.")
         run = cls._restore(path, config, find_device(device or config.device), OwnFacts(loss, metric), objects)
         if (path / RESULTS).is_file():
             run.evaluation, run.evaluation_one_by_one = read_evaluations(path)
             if (done := read_planned_steps(path, config)) != config.steps:
                 log.warning(
-                    "The training at %s goes on to %d steps; its learner and results are those after %s.",
+                    "The training at %s is to continue to %d steps; its learner and results are from step %s.",
                     path, config.steps, done,
                 )  # fmt: skip
         run.plots = sorted((path / PLOTS).glob("*.png"))
@@ -252,7 +252,7 @@ class Run:
         if self._model is None:
             chosen = self.config.model
             if chosen is None:
-                raise UsageError(f"The configuration of the run at {self.path} names no model.")
+                raise UsageError(f"The configuration of the run at {self.path} does not name a model.")
             refuse_missing(self.path, self.config, {}, "metareg.Run.load", only=("model",))
             self._model = resolve("models", chosen.name, chosen.config)
         return self._model
@@ -383,7 +383,7 @@ def refuse_missing(
     objects = " and ".join(f"{field} {names}" for field, names in listed.items())
     arguments = "".join(f", {field}=…" for field in own)
     raise UsageError(
-        f"The run at {path} was given {objects} by a program, and no command can make them: go on in Python with "
+        f"The run at {path} uses {objects} from a program, which commands cannot create: continue in Python with "
         f"{function}({str(path)!r}{arguments})."
     )
 

@@ -125,7 +125,7 @@ def train(
     def select_plugins() -> Selection:
         selection = select(_read_base(config), given, facts, options)
         if resume and out is None:
-            raise UsageError("To resume a run, name its folder with --out.")
+            raise UsageError("To resume a run, give its folder with --out.")
         if isinstance(config, str | Path):
             _refuse_outer_places(selection, options.keys() | named.keys(), out or Path("runs", "new"), str(config))
         return selection
@@ -233,8 +233,9 @@ def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Pa
             if option in anew or value == default or not _leads_out(value, folder):
                 continue
             raise UsageError(
-                f"{where} has the {observer.label} write to {value}, outside of the run's folder. Where that is meant, name "
-                f"the observer anew: --observe {observer.name} --set {observer.name}.{option}={shlex.quote(str(value))}."
+                f"In {where}, the {observer.label} writes to {value}, outside the run's folder. If you want this, name "
+                f"the observer again: --observe {observer.name} --set "
+                f"{observer.name}.{option}={shlex.quote(str(value))}."
             )
 
 
@@ -251,8 +252,8 @@ def _should_resume(out: Path, resume: bool) -> bool:
     """Whether there is a run in a folder to go on with; anything else that is there is refused."""
     has_run = (out / CONFIG).is_file()
     if not (resume and has_run) and _is_taken(out):
-        hint = f"; {format_resume_command(out)} goes on with the run in it" if has_run else ""
-        raise UsageError(f"{out} exists already and is not an empty folder; name another one for the run{hint}.")
+        hint = f"; {format_resume_command(out)} continues the run in it" if has_run else ""
+        raise UsageError(f"{out} already exists and is not empty; choose another folder for the run{hint}.")
     return resume and has_run
 
 
@@ -272,7 +273,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
     with catch_stop_signals(is_launched() or processes.size > 1) as stop, _lock(path, processes):
         wanted, ended = processes.first(reopen)
         if ended:
-            log.info("The run at %s has ended already.", path)
+            log.info("The run at %s has already finished.", path)
             return Run.load(path, device=wanted.device)
         selection = dataclasses.replace(selection, config=wanted)
         learner, source = processes.each(lambda: prepare_run(selection, processes))
@@ -291,7 +292,7 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
         def take() -> None:
             stack.enter_context(lock_folder(path))
             if new and _is_taken(path):
-                raise UsageError(f"{path} was taken by another run just now; name another folder.")
+                raise UsageError(f"{path} was just taken by another run; choose another folder.")
 
         processes.first(take)
         yield
@@ -304,11 +305,11 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
     if changes:
         raise UsageError(
-            f"The run at {path} cannot be resumed as another one: its {'; its '.join(changes)}. "
-            f"{format_resume_command(path)} goes on with it as it is."
+            f"The run at {path} cannot be resumed with other options: its {'; its '.join(changes)}. "
+            f"{format_resume_command(path)} continues it unchanged."
         )
     if wanted.steps < stored.steps:
-        raise UsageError(f"The run at {path} is one of {stored.steps} steps, which can be raised, not lowered.")
+        raise UsageError(f"The run at {path} has {stored.steps} steps; you can raise this number, but not lower it.")
 
 
 def _is_taken(out: Path) -> bool:
@@ -368,7 +369,7 @@ def _create_folder(out: Path | None, config: RunConfig) -> Path:
                 path.mkdir(parents=True)
                 return path
     except OSError as error:
-        raise MetaregError(f"The run's folder cannot be made: {error.strerror}: {error.filename}.") from error
+        raise MetaregError(f"The run's folder cannot be created: {error.strerror}: {error.filename}.") from error
     raise AssertionError("unreachable")
 
 
@@ -401,7 +402,7 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
             hooks.on_run_end(run=run)
         except (Interrupted, KeyboardInterrupt, LostProcessError) as error:
             where = "its beginning" if manager.last_saved is None else f"step {manager.last_saved}"
-            advice = f"{format_resume_command(path)} goes on from {where}."
+            advice = f"{format_resume_command(path)} continues from {where}."
             if isinstance(error, LostProcessError):
                 raise LostProcessError(f"{error} {advice}") from error
             raise Interrupted(f"Stopped. {advice}") from error
@@ -414,7 +415,7 @@ def _open_folder(run: Run, store: Checkpoints) -> None:
     try:
         store.folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise MetaregError(f"{store.folder} cannot be made: {error.strerror}.") from error
+        raise MetaregError(f"{store.folder} cannot be created: {error.strerror}.") from error
     remove_leftovers(run.path, store.folder, run.path / PLOTS)
 
 
@@ -435,7 +436,7 @@ def _start(run: Run, manager: CheckpointManager) -> None:
     config, learner = run.config, run.learner
     strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
     if manager.restore():
-        log.info("Going on from step %d.", learner.steps_done)
+        log.info("Resuming from step %d.", learner.steps_done)
         if learner.strategy != strategy:
             strategy, reason = learner.strategy or strategy, "as before the run was resumed"
     log.info("Strategy %s: %s.", strategy, reason)
@@ -457,11 +458,11 @@ def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: 
             manager.save()
         assert manager.last_saved is not None
         if run.config.on_nonfinite == "stop":
-            advice = f"{format_resume_command(run.path)} with --on-nonfinite skip or rollback goes on from it."
+            advice = f"{format_resume_command(run.path)} with --on-nonfinite skip or rollback continues from it."
         else:
-            advice = f"It happened more often than max_nonfinite = {run.config.max_nonfinite} times."
+            advice = f"This happened more than max_nonfinite = {run.config.max_nonfinite} times."
         where = manager.store.path(manager.last_saved)
-        raise DivergenceError(f"{error} The last good checkpoint is {where}. {advice}") from error
+        raise DivergenceError(f"{error} The last valid checkpoint is {where}. {advice}") from error
     finally:
         if run.learner.processes.leads:
             environment.settle_strategy(run)
@@ -478,7 +479,7 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     trained, best = learner.steps_done, progress.best_step
     if config.select == "best" and best is not None:
         learner.load_state(processes.first(lambda: store.load(best)["learner"]))
-        log.info("Testing the weights after step %d, the best in validation.", learner.steps_done)
+        log.info("Testing the weights from step %d, the best in validation.", learner.steps_done)
     evaluation, one_by_one = run.evaluate_one_by_one(
         config.test_tasks, config.test_inner_steps, split=config.test_split
     )

@@ -36,7 +36,7 @@ class CheckFailed(AssertionError):
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
-        super().__init__(f"{problem} To mend it: {remedy}")
+        super().__init__(f"{problem} To fix it: {remedy}")
         self.problem = problem
         self.remedy = remedy
 
@@ -156,4 +156,4 @@ def refuse_global_randomness(subject: Subject, remedy: str, where: str = "") -> 
         restore_global_generators(before)
     moved = [name for name in ("torch", "numpy", "python") if not are_equal(before[name], after[name])]
     if moved:
-        fail(f"The {subject.label} moves the global random state of {' and '.join(moved)}{where}.", remedy)
+        fail(f"The {subject.label} changes the global random state of {' and '.join(moved)}{where}.", remedy)

@@ -62,7 +62,7 @@ def parse_in_child(
             )  # fmt: skip
             how = _explain(ended.returncode)
         except subprocess.TimeoutExpired:
-            how = "did not come to an end"
+            how = "did not finish"
         return [_take(Path(folder, str(number)), path, what, how) for number, path in enumerate(paths)]
 
 
@@ -71,7 +71,7 @@ def _take(result: Path, path: Path, what: str, how: str) -> dict[str, np.ndarray
     if refused.is_file():
         raise UsageError(refused.read_text(encoding="utf-8"))
     if not result.with_suffix(".npz").is_file():
-        raise UsageError(f"{path} cannot be read as {what}: its reader {how}; the file is damaged, or no such file.")
+        raise UsageError(f"{path} cannot be read as {what}: its reader {how}; the file is damaged or of another type.")
     with open_arrays(result.with_suffix(".npz"), what) as arrays:
         return {name: arrays[name] for name in arrays}
 

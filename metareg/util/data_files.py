@@ -61,25 +61,25 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        problem = f"The folder {path.parent} cannot be made: {error.strerror}"
-        raise MetaregError(f"{problem}; METAREG_DATA and METAREG_CACHE name other places.") from error
+        problem = f"The folder {path.parent} cannot be created: {error.strerror}"
+        raise MetaregError(f"{problem}; choose other folders with METAREG_DATA and METAREG_CACHE.") from error
     pooch.get_logger().setLevel("WARNING")
     # A bar draws by control characters, past what shows those of texts.
     screen = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
     # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
     with tqdm(desc=show_controls(path.name), total=1, unit="B", unit_scale=True, disable=None, file=screen) as bar:
         if bar.disable:  # no terminal: a line in place of a bar
-            print(f"Fetching {path.name} from {url}", file=sys.stderr)
+            print(f"Downloading {path.name} from {url}", file=sys.stderr)
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
         try:
             pooch.retrieve(url, checksum, path.name, path.parent, downloader=fetch)
         except OSError as error:
             raise MetaregError(
-                f"{url} cannot be fetched: {_explain(error, url)}; put the file at {path} by hand, or try again."
+                f"{url} cannot be downloaded: {_explain(error, url)}; try again, or put the file at {path} yourself."
             ) from error
         except ValueError as error:
             raise MetaregError(
-                f"{url} gave another file than expected, whose checksum is not {checksum}; nothing was kept."
+                f"{url} returned an unexpected file, whose checksum is not {checksum}; nothing was kept."
             ) from error
 
 
@@ -88,9 +88,9 @@ def _explain(error: OSError, url: str) -> str:
 
     if isinstance(error, requests.HTTPError) and error.response is not None:
         error.response.close()  # pooch leaves the connection open
-        return f"the server answers {error.response.status_code} {error.response.reason}"
+        return f"the server answered {error.response.status_code} {error.response.reason}"
     if isinstance(error, requests.Timeout):
-        return f"there was no answer within {_SECONDS} seconds"
+        return f"there was no response within {_SECONDS} seconds"
     if isinstance(error, requests.ConnectionError):
         return f"there is no connection to {urlsplit(url).hostname}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):

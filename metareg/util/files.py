@@ -94,7 +94,7 @@ def refuse_special_file(path: Path) -> None:
     """Raise an OSError for a pipe or a device, which may never come to an end, or not even to a beginning."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise OSError(errno.EINVAL, "it is a pipe or a device, and no file")
+        raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
@@ -136,7 +136,7 @@ def refuse_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"the key '{key}' stands there twice")
+            raise ValueError(f"the key '{key}' occurs twice")
         found[key] = value
     return found
 
@@ -158,7 +158,7 @@ def refuse_malformed(path: Path, what: str) -> Iterator[None]:
         yield
     except MALFORMED as error:
         problem = f"{type(error).__name__}: {_shorten(error)}"
-        raise UsageError(f"{path} does not hold {what} as metareg writes it ({problem}).") from error
+        raise UsageError(f"{path} does not contain {what} as metareg writes it ({problem}).") from error
 
 
 def _shorten(error: Exception) -> str:
@@ -189,7 +189,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         with suppress(UsageError, KeyError, TypeError):
             known = read_json(folder / _OWNER)
             owner = f" (process {known['process']} on {known['host']})"
-        raise UsageError(f"Another process{owner} works on {folder}; wait for its end, or stop it first.") from None
+        raise UsageError(
+            f"Another process{owner} is working on {folder}; wait until it has finished, or stop it first."
+        ) from None
     except (OSError, NotImplementedError) as error:
         raise MetaregError(f"{folder} cannot be locked: {getattr(error, 'strerror', None) or error}.") from error
     try:
@@ -215,11 +217,11 @@ def _refuse_links_out(folder: Path) -> None:
                     waiting.append(Path(entry.path))
                 elif entry.is_symlink() and not Path(os.path.realpath(entry.path)).is_relative_to(inside):
                     raise UsageError(
-                        f"{entry.path} is a link that leads out of {folder}, where nothing is to be written: put what it "
-                        "leads to in its place, or remove it."
+                        f"{entry.path} is a link out of {folder}, and nothing may be written outside: replace it by "
+                        "its target, or remove it."
                     )
                 elif not entry.is_symlink() and not entry.is_file(follow_symlinks=False):
-                    raise UsageError(f"{entry.path} is a pipe or a device, and no file; remove it.")
+                    raise UsageError(f"{entry.path} is a pipe or a device, not a file; remove it.")
 
 
 def is_leftover(path: Path) -> bool:
@@ -280,7 +282,9 @@ class LinesFile:
             expected = 0 if mark is None else int(mark["bytes"])
             kept = content[:expected]
             if mark is not None and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
-                log.warning("%s is not what this run wrote; its legible lines up to step %d are kept.", self.path, step)
+                log.warning(
+                    "%s is not what this run wrote; its readable lines up to step %d are kept.", self.path, step
+                )
                 kept = _legible(content, step)
                 self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
                 write_bytes(self.path, kept)

@@ -75,12 +75,12 @@ class ImageFiles:
             "files that are not read as images": [f"{count} {ending}" for ending, count in self.other.most_common()],
             "hidden": self.hidden,
             "images outside a class's folder": loose,
-            "links to folders that are there already": self.repeated,
+            "links to folders that are already included": self.repeated,
             "folders without images": self.empty,
         }
         said = [f"{reason}: {_list(names)}" for reason, names in reasons.items() if names]
         if said:
-            log.warning("Left out of %s: %s.", self.root, "; ".join(said))
+            log.warning("Ignored in %s: %s.", self.root, "; ".join(said))
 
 
 def find_images(root: Path) -> ImageFiles:
@@ -126,9 +126,7 @@ class _Walk:
             self._visited.add(identity)
             waiting += reversed(self._visit(folder))
         if self._dangling:
-            raise UsageError(
-                f"{self._root} holds links that lead nowhere: {_list(self._dangling)}. Mend or remove them."
-            )
+            raise UsageError(f"{self._root} contains broken links: {_list(self._dangling)}. Fix or remove them.")
 
     def list_empty(self) -> list[str]:
         """The folders without images in them or inside them, without those inside another of these."""
@@ -210,7 +208,7 @@ def load_image(source: Path | Image, channels: int) -> Image:
             _refuse_bombs(image, source.stat().st_size)
             return _convert(image, channels)
     except UnidentifiedImageError as error:
-        raise UnreadableImageError(source, "it is no image") from error
+        raise UnreadableImageError(source, "it is not an image") from error
     # Pillow's readers raise errors of many kinds for a damaged file.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -221,7 +219,7 @@ def _refuse_bombs(image: Image, size: int) -> None:
     """Refuse an image that has far more pixels than its file can tell apart; decoding takes some bytes for each."""
     width, height = image.size
     if width * height > max(_LEAST_PIXELS, _MOST_PIXELS * size):
-        raise ValueError(f"it has {width}×{height} pixels in a file of {size} bytes; save it with fewer")
+        raise ValueError(f"it has {width}×{height} pixels in a file of {size} bytes; save it with fewer pixels")
 
 
 @cache
@@ -254,12 +252,12 @@ def _scale_to_bytes(image: Image) -> Image:
     if not wide and image.mode not in ("I", "F"):
         return image
     if image.mode == "I" and not wide:
-        raise ValueError("it holds integers of 32 bits, whose range is not known; save it with 8 or 16 bits")
+        raise ValueError("it contains 32-bit integers, whose range is unknown; save it with 8 or 16 bits")
     values, most = np.asarray(image), 65535 if wide else 1
     if not (values >= 0).all() or not (values <= most).all():
         raise ValueError(
-            f"it holds floating-point numbers from {values.min():.4g} to {values.max():.4g}, where they must lie between "
-            "0 and 1; scale it, or save it with 8 or 16 bits"
+            f"it contains floating-point numbers from {values.min():.4g} to {values.max():.4g}, but they must be "
+            "between 0 and 1; scale it, or save it with 8 or 16 bits"
         )
     grey = Image.fromarray(np.rint(values * (255 / most)).astype(np.uint8))
     transparent = image.info.get("transparency")

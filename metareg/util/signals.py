@@ -43,7 +43,7 @@ class StopRequest:
         if self.asked or self.at_once:
             raise KeyboardInterrupt
         self.asked = True
-        log.warning("%s: stopping after this step; once more stops now.", signal.Signals(number).name)
+        log.warning("%s: stopping after this step; repeat to stop immediately.", signal.Signals(number).name)
 
 
 @contextmanager

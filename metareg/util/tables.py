@@ -87,7 +87,7 @@ class Table:
             wrong = ~np.isfinite(cells) & ~(np.isnan(cells) & missing)
             if wrong.any():
                 row = int(wrong.argmax())
-                raise UsageError(f"{self.locate(row, name)} holds {cells[row]} where a finite number belongs.")
+                raise UsageError(f"{self.locate(row, name)} contains {cells[row]} instead of a finite number.")
             return cells
         numbers = np.full(len(cells), math.nan)
         for row, cell in enumerate(cells):
@@ -95,7 +95,7 @@ class Table:
                 continue
             value = self._parse(cell)
             if value is None:
-                raise UsageError(f"{self.locate(row, name)} holds {self._explain(cell)}.")
+                raise UsageError(f"{self.locate(row, name)} contains {self._explain(cell)}.")
             numbers[row] = value
         return numbers
 
@@ -140,7 +140,7 @@ class Table:
                 close = nearest(name, allowed - set(self.columns))
                 advice = f"is '{close[0]}' meant?" if close else "take it out."
                 raise UsageError(
-                    f"{self.path} has the column '{name}', for which there is no use: the columns are "
+                    f"{self.path} has the column '{name}', which is not used: the columns are "
                     f"{_list_names(sorted(allowed, key=_order_of([*required, *optional])))}; {advice}"
                 )
 
@@ -167,11 +167,11 @@ class Table:
 
     def _explain(self, cell: str) -> str:
         if not cell:
-            return "nothing where a number belongs"
+            return "nothing instead of a number"
         hint = ""
         if "," in cell:
-            hint = "; thousands take no sign between them, and a file has either decimal points or decimal commas"
-        return f"{cell!r} where a finite number belongs{hint}"
+            hint = "; thousands separators are not allowed, and a file uses either decimal points or decimal commas"
+        return f"{cell!r} instead of a finite number{hint}"
 
 
 def read_table(path: Path, known: Collection[str] = (), *, is_data: Callable[[list[str]], bool] | None = None) -> Table:
@@ -210,7 +210,7 @@ def _read_text(path: Path, known: Collection[str], is_data: Callable[[list[str]]
     while numbered and not any(numbered[-1][1]):  # as spreadsheets write rows that were emptied
         numbered.pop()
     if not numbered:
-        raise UsageError(f"{path} holds no rows.")
+        raise UsageError(f"{path} contains no rows.")
     first = numbered[0][1]
     data = not set(first) & set(known) and (is_data or _create_rule(path))(first)
     names = [f"x{number}" for number in range(1, len(first) + 1)] if data else first
@@ -236,7 +236,8 @@ def _decode(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise UsageError(
-            f"{path} cannot be read as a table: line {line} is no {encoding.removesuffix('-sig').upper()}; save it as UTF-8."
+            f"{path} cannot be read as a table: line {line} is not {encoding.removesuffix('-sig').upper()}; save it as "
+            "UTF-8."
         ) from error
 
 
@@ -246,7 +247,7 @@ def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]
     candidates = [separator for separator in _SEPARATORS if separator in first] or _SEPARATORS
     tried = {separator: lines for separator in candidates if (lines := _parse_lines(text, separator)) is not None}
     if not tried:
-        raise UsageError(f"{path} cannot be read as a table: a quotation mark is without its fellow.")
+        raise UsageError(f"{path} cannot be read as a table: a quotation mark is not closed.")
     widths = {separator: [len(cells) for _, cells in lines] for separator, lines in tried.items()}
     for separator, found in widths.items():
         if len(set(found)) == 1 and found[0] > 1:
@@ -292,8 +293,8 @@ def _create_rule(path: Path) -> Callable[[list[str]], bool]:
             return False
         if all(_WHOLE.fullmatch(cell) for cell in cells):
             raise UsageError(
-                f"The first line of {path}, '{', '.join(cells[:_SHOWN])}', could be names of columns or a row: put a "
-                "line of names that are no numbers in its place or before it."
+                f"The first line of {path}, '{', '.join(cells[:_SHOWN])}', could be column names or a row: replace it "
+                "by names that are not numbers, or add such a line before it."
             )
         return True
 
@@ -309,7 +310,7 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
     for place, name in enumerate(names):
         if not name:
             raise UsageError(
-                f"Column {place + 1} of {path} has no name; name it in the first line, or take it out (in pandas, "
+                f"Column {place + 1} of {path} has no name; name it in the first line, or remove it (in pandas, "
                 "to_csv(…, index=False))."
             )
         if name in names[:place]:
@@ -385,12 +386,12 @@ def _read_parquet(path: Path) -> Table:
     try:
         from pyarrow import ArrowException, parquet, types
     except ImportError as error:
-        raise UsageError(f"{path} is Parquet, which pyarrow reads: pip install 'metareg[parquet]'.") from error
+        raise UsageError(f"Reading Parquet ({path}) needs pyarrow: pip install 'metareg[parquet]'.") from error
     try:
         with parquet.ParquetFile(path) as file:
             cells = file.metadata.num_rows * file.metadata.num_columns
             if cells > max(_LEAST_CELLS, _MOST_CELLS * path.stat().st_size):
-                raise UsageError(f"{path} says that it has {cells} cells, which no file of its size has.")
+                raise UsageError(f"{path} claims to have {cells} cells, which is impossible for its size.")
             content = file.read()
     except ArrowException as error:
         raise UsageError(f"{path} cannot be read as Parquet: {error}.") from error

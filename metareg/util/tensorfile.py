@@ -115,7 +115,7 @@ class TensorFile:
         # A damaged header can be any JSON, or none.
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise DamagedFileError(
-                f"{self.path} is no {self._what} that metareg saved, or it is damaged: {error}."
+                f"{self.path} is not a {self._what} that metareg saved, or it is damaged: {error}."
             ) from error
 
 
@@ -170,8 +170,8 @@ class _CostBound(OperationMode):  # type: ignore[misc]
 
     def _refuse(self, what: str) -> None:
         raise UsageError(
-            f"{self._where} names a model with {what}, which takes many times as much as the whole file holds; it is "
-            "damaged or made up."
+            f"{self._where} describes a model with {what}, many times the size of the whole file; it is damaged or "
+            "forged."
         )
 
 

@@ -44,8 +44,8 @@ def read_rank() -> RankInfo:
     if not 0 <= rank < size or local_rank < 0:
         given = ", ".join(f"{name}={os.environ.get(name)!r}" for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
         raise UsageError(
-            f"The environment says {given}, which is no place among several processes; torchrun sets them, and without "
-            "them there is one process."
+            f"The environment variables {given} do not describe one of several processes; torchrun sets them, and "
+            "without them there is one process."
         )
     return RankInfo(rank, size, local_rank)
 

@@ -86,7 +86,7 @@ class _Composer:
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
-                problem = f"the key '{key.value}' stands there twice"
+                problem = f"the key '{key.value}' occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)  # type: ignore[misc]

@@ -39,7 +39,7 @@ class ALFA:
             json_schema_extra={"search": {"factor": 10}},
         )
         weight_decay: float = Field(
-            0.0005, ge=0, description="Initial weight decay of every tensor and inner step, in units of the step size."
+            0.0005, ge=0, description="Initial weight decay of every tensor and inner step, relative to the step size."
         )
 
     def __init__(self, config: Config) -> None:

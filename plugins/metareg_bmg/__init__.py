@@ -35,12 +35,12 @@ class BMG(MAML):
 
     class Config(MAML.Config):
         target_steps: int = Field(
-            5, ge=1, description="How far ahead the target is: L − 1 more inner steps and one on the query loss."
+            5, ge=1, description="Distance L of the target: L − 1 more inner steps and one on the query loss."
         )
         target_lr: float | None = Field(
             None,
             gt=0,
-            description="Step size β on the query loss; unset, inner_lr.",
+            description="Step size β on the query loss; by default, inner_lr.",
             json_schema_extra={"search": {"low": 1e-3, "high": 1.0, "log": True}},
         )
         matching: Literal["outputs", "parameters"] = Field("outputs", description="What is compared with the target.")

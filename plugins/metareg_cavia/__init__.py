@@ -46,8 +46,8 @@ class CAVIA:
         context = [name for name in names if name.rpartition(".")[2] == "context"]
         if not context:
             raise UsageError(
-                "CAVIA adapts parameters named 'context', and this model has none; take the model 'context-mlp' or "
-                "'context-conv4', or add self.context = nn.Parameter(torch.zeros(n)) to a module of yours."
+                "CAVIA adapts parameters named 'context', but this model has none; use the model 'context-mlp' or "
+                "'context-conv4', or add self.context = nn.Parameter(torch.zeros(n)) to your module."
             )
         return context
 
@@ -104,8 +104,8 @@ class ContextConv4:
     def build(self, spec: TaskSpec) -> nn.Module:
         if len(spec.input_shape) != 3 or min(spec.input_shape[1:]) < 16:
             raise UsageError(
-                "The model 'context-conv4' takes images [channels, height, width] of 16×16 pixels at least; this task's "
-                f"inputs are {spec.input_shape}."
+                "The model 'context-conv4' needs images [channels, height, width] of at least 16×16 pixels; this "
+                f"task's inputs are {spec.input_shape}."
             )
         channels, height, breadth = spec.input_shape
         width = self.config.width

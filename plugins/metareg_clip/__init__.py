@@ -30,7 +30,7 @@ class Clip:
         max_norm: float = Field(
             10.0, gt=0, description="The largest norm c.", json_schema_extra={"search": {"factor": 10}}
         )
-        where: Literal["inner", "outer"] = Field("outer", description="Which gradient is clipped.")
+        where: Literal["inner", "outer"] = Field("outer", description="The gradient to clip.")
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -48,8 +48,8 @@ class CML:
         gamma: float | None = Field(
             None,
             ge=0,
-            description="Weight γ of the co-learner's loss; unset, 1 on feature maps, as in the authors' code, and 0.2 on "
-            "vectors, as in the paper.",
+            description="Weight γ of the co-learner's loss; by default, 1 on feature maps, as in the authors' code, and 0.2 "
+            "on vectors, as in the paper.",
             # From well below the default for vectors, where 0.013 did best on sinusoids, to ten times that for maps.
             json_schema_extra={"search": {"low": 0.005, "high": 10.0, "log": True}},
         )
@@ -58,13 +58,13 @@ class CML:
             None,
             ge=0,
             le=4,
-            description="Hidden layers of the co-learner; unset, 2 convolutions on feature maps and 1 linear layer on "
+            description="Hidden layers of the co-learner; by default, 2 convolutions on feature maps and 1 linear layer on "
             "vectors.",
         )
         width: int | None = Field(
             None,
             ge=1,
-            description="Hidden width of the co-learner; unset, that of the features (128 at most for vectors).",
+            description="Hidden width of the co-learner; by default, that of the features (at most 128 for vectors).",
         )
         # Not searched: two answers to compare, not one to choose.
         predictor: Literal["head", "colearner"] = Field(
@@ -72,7 +72,7 @@ class CML:
             description="What predicts in evaluation: the adapted head, or the co-learner on the adapted body (CML†).",
         )
         # Not searched: a control is no setting to choose.
-        frozen: bool = Field(False, description="Keep the co-learner at its initial values: a control.")
+        frozen: bool = Field(False, description="Keep the co-learner at its initial values, as a control.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -93,8 +93,8 @@ class CML:
             )
         if not set(adapted) & set(body):
             log.warning(
-                "The co-learner of CML can learn nothing of a task here: it sees the body's features alone, and this "
-                "algorithm leaves the body as it is."
+                "The co-learner of CML cannot learn anything about a task here: it sees only the body's features, and "
+                "this algorithm does not change the body."
             )
         build = _build_for_maps if features.dim() == 4 else _build_for_vectors
         colearner = build(features.shape[1:], self._get_depth(features), self.config.width, outputs.shape[-1])

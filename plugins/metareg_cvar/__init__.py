@@ -30,7 +30,7 @@ class CVaR:
             0.5,
             ge=0,
             lt=1,
-            description="Level α: the share of the tasks that is left out, those with the smallest objectives.",
+            description="Level α: the share of tasks to leave out, those with the smallest objectives.",
             json_schema_extra={"search": {"low": 0.0, "high": 0.9}},
         )
 

@@ -30,10 +30,12 @@ class GradientNoise:
             0.1, ge=0, description="Standard deviation σ of the noise.", json_schema_extra={"search": {"factor": 10}}
         )
         where: Literal["inner", "outer"] = Field(
-            "inner", description="Which gradient gets the noise.", json_schema_extra={"search": ["inner", "outer"]}
+            "inner",
+            description="The gradient that the noise is added to.",
+            json_schema_extra={"search": ["inner", "outer"]},
         )
         # Not searched: what a good σ is depends on it.
-        relative: bool = Field(True, description="Measure σ in units of the gradient's norm.")
+        relative: bool = Field(True, description="Measure σ relative to the gradient's norm.")
 
     def __init__(self, config: Config) -> None:
         self.config = config

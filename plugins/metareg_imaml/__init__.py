@@ -45,7 +45,7 @@ class IMAML:
         strength: float = Field(
             2.0,
             gt=0,
-            description="Strength λ of the proximal term; above the largest negative curvature of the support loss.",
+            description="Strength λ of the proximal term; must exceed the largest negative curvature of the support loss.",
             json_schema_extra={"search": {"factor": 10}},
         )
         cg_steps: int = Field(5, ge=1, description="Iterations of conjugate gradients.")

@@ -30,7 +30,7 @@ class InnerMomentum:
     step_examples = MAML.step_examples
 
     class Config(MAML.Config):
-        momentum: float = Field(0.9, ge=0, lt=1, description="Share μ of the velocity that is kept.")
+        momentum: float = Field(0.9, ge=0, lt=1, description="Share μ of the velocity to keep.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -64,7 +64,7 @@ class InnerAdam:
     class Config(MAML.Config):
         beta1: float = Field(0.9, ge=0, lt=1, description="Decay β₁ of the mean of the gradient.")
         beta2: float = Field(0.999, ge=0, lt=1, description="Decay β₂ of the mean of its square.")
-        epsilon: float = Field(1e-8, gt=0, description="ε, the gradient below which steps become shorter.")
+        epsilon: float = Field(1e-8, gt=0, description="ε: steps become shorter for gradients below it.")
 
     def __init__(self, config: Config) -> None:
         self.config = config

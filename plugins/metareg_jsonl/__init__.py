@@ -22,7 +22,8 @@ class JSONLines:
 
     class Config(PluginConfig):
         file: PathText | None = Field(
-            None, description="The file to append to; unset, events.jsonl in the run's folder. A named pipe will do."
+            None,
+            description="The file to append to; by default, events.jsonl in the run's folder. Can be a named pipe.",
         )
 
     def __init__(self, config: Config) -> None:

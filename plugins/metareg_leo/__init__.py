@@ -54,16 +54,14 @@ class LEO:
     class Config(PluginConfig):
         latents: int = Field(64, ge=1, description="Dimensions of a class's code.")
         code_steps: int = Field(
-            5, ge=0, description="The first so many inner steps adapt the code, the others the weights."
+            5, ge=0, description="Number of first inner steps that adapt the code; the others adapt the weights."
         )
         code_lr: float = Field(
             0.1, gt=0, description="Initial step size in the code.", json_schema_extra={"search": {"factor": 10}}
         )
         weight_lr: float = Field(0.005, gt=0, description="Initial step size in the weights.")
         kl_weight: float = Field(0.001, ge=0, description="Weight β of the divergence of the codes from N(0, 1).")
-        encoder_penalty: float = Field(
-            1e-9, ge=0, description="Weight γ of the distance of the code that is adapted to."
-        )
+        encoder_penalty: float = Field(1e-9, ge=0, description="Weight γ of the distance to the adapted code.")
         l2_penalty: float = Field(1e-8, ge=0, description="Weight λ₁ of the squared weights.")
         orthogonality: float = Field(0.001, ge=0, description="Weight λ₂ of the decoder's correlations.")
 

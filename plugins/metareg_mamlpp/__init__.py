@@ -47,11 +47,11 @@ class MAMLPlusPlus:
             json_schema_extra={"search": {"factor": 10}},
         )
         multi_step: int = Field(
-            5000, ge=0, description="Training steps over which the loss moves to the last inner step; 0 for at once."
+            5000,
+            ge=0,
+            description="Training steps over which the loss shifts to the last inner step; 0 for immediately.",
         )
-        first_order_steps: int = Field(
-            0, ge=0, description="Training steps in which inner gradients are constants, before the exact derivative."
-        )
+        first_order_steps: int = Field(0, ge=0, description="First-order training steps before the exact derivative.")
 
     def __init__(self, config: Config) -> None:
         self.config = config

@@ -82,9 +82,11 @@ class MeTAL(MAML):
 
     def _describe_query(self, params: Tensors, means: Tensor, task: TaskView) -> Tensor:
         if task.query_x is None:
-            raise UsageError("MeTAL was trained with transductive: it needs the query inputs to adapt to a task.")
+            raise UsageError(
+                "MeTAL was trained with transductive = true: it needs the query inputs to adapt to a task."
+            )
         if task.support_y.is_floating_point():
-            raise UsageError("MeTAL with transductive needs targets that are classes; leave transductive out.")
+            raise UsageError("MeTAL with transductive = true supports only classes; unset transductive.")
         outputs = task.outputs(params, task.query_x)
         log_p = outputs.log_softmax(-1)
         return torch.cat([means.expand(len(outputs), -1), outputs, (log_p.exp() * log_p).sum(-1, keepdim=True)], 1)

@@ -42,7 +42,7 @@ class MetaMix:
     def augment_episodes(self, episodes: Episodes, generator: torch.Generator) -> Episodes:
         support_x, support_y, query_x, query_y = episodes.parts
         if not isinstance(query_x, Tensor) or not query_x.is_floating_point():
-            raise UsageError("The augmenter 'mixup' needs inputs that it can mix: one tensor of real numbers.")
+            raise UsageError("The augmenter 'mixup' can mix only inputs that are one tensor of real numbers.")
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         shares = torch.from_numpy(random.beta(self.config.beta, self.config.beta, len(episodes))).to(query_x)
         sizes = support_y.shape[1], query_y.shape[1]

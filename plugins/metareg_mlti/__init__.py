@@ -41,7 +41,7 @@ class MLTI:
     @hookimpl
     def augment_episodes(self, episodes: Episodes, generator: torch.Generator) -> Episodes:
         if not isinstance(episodes.support_x, Tensor) or not episodes.support_x.is_floating_point():
-            raise UsageError("The augmenter 'mlti' needs inputs that it can mix: one tensor of real numbers.")
+            raise UsageError("The augmenter 'mlti' can mix only inputs that are one tensor of real numbers.")
         random = np.random.default_rng(int(torch.randint(2**62, (), generator=generator)))
         count = len(episodes)
         shares = random.beta(self.config.beta, self.config.beta, count)

@@ -61,7 +61,7 @@ def start_at_prototypes(params: dict[str, Tensor], task: TaskView) -> dict[str, 
     """The parameters with the task's prototypes in the head's last layer."""
     weight, bias = task.output_layer
     if bias is None:
-        raise UsageError(f"Prototypes need a bias beside '{weight}', which has none.")
+        raise UsageError(f"Prototypes need a bias, but the layer of '{weight}' has none.")
     embeddings = task.embed(params, task.support_features(params)).to(params[weight])
     prototypes = average_by_class(embeddings, task.support_y, params[weight].shape[0])
     return {**params, weight: 2 * prototypes, bias: -prototypes.square().sum(1)}
@@ -74,7 +74,7 @@ def average_by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
         UsageError: the targets are numbers.
     """
     if labels.is_floating_point():
-        raise UsageError(f"Prototypes are those of classes; the targets of this task are numbers ({labels.dtype}).")
+        raise UsageError(f"Prototypes need classes; the targets of this task are numbers ({labels.dtype}).")
     belongs = (labels == torch.arange(classes, device=labels.device)[:, None]).to(values)
     counts = belongs.sum(1, keepdim=True)
     shares = torch.where(counts > 0, belongs / counts.clamp(min=1), 1 / labels.shape[0])

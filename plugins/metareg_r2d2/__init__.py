@@ -44,8 +44,8 @@ class R2D2:
         scale: float | None = Field(
             None,
             gt=0,
-            description="Initial factor α of the outputs; unset, 1 for numbers and 10 for classes, whose regression gives 0 "
-            "to 1.",
+            description="Initial factor α of the outputs; by default, 1 for numbers and 10 for classes, whose regression "
+            "outputs are 0 to 1.",
         )
 
     def __init__(self, config: Config) -> None:
@@ -64,7 +64,7 @@ class R2D2:
     def start_task(self, params: dict[str, Tensor], meta: dict[str, Tensor], task: TaskView) -> dict[str, Tensor]:
         weight, bias = task.output_layer
         if bias is None:
-            raise UsageError(f"R2-D2 needs a bias beside '{weight}', which has none.")
+            raise UsageError(f"R2-D2 needs a bias, but the layer of '{weight}' has none.")
         embeddings = task.embed(params, task.support_features(params)).to(params[weight])
         targets, offset, scale = task.support_y, meta["offset"], self.config.scale or 1.0
         if not targets.is_floating_point():

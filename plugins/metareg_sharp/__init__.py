@@ -43,7 +43,7 @@ class Sharp:
         )
         where: Literal["lower", "upper", "both"] = Field(
             "both",
-            description="Which gradient is taken elsewhere: that of the inner step, the meta-gradient, or both.",
+            description="The gradient to perturb: that of the inner step, the meta-gradient, or both.",
             json_schema_extra={"search": ["lower", "upper", "both"]},
         )
 

@@ -22,13 +22,13 @@ class TensorBoard:
     contract = 1
 
     class Config(PluginConfig):
-        folder: str = Field("tensorboard", description="Where in the run's folder the event files go.")
+        folder: str = Field("tensorboard", description="Folder of the event files, in the run's folder.")
 
         @field_validator("folder")
         @classmethod
         def _stay_inside(cls, folder: str) -> str:
             if Path(folder).is_absolute() or ".." in Path(folder).parts:
-                raise ValueError("it should be a folder inside the run's")
+                raise ValueError("it should be a folder inside the run's folder")
             return folder
 
     def __init__(self, config: Config) -> None:

@@ -33,7 +33,7 @@ def import_dgl() -> ModuleType:
 
 
 def _advise(error: Exception) -> str:
-    install = "`pip install 'metareg[graph]'` brings dgl 1.1.3"
+    install = "`pip install 'metareg[graph]'` installs dgl 1.1.3"
     if sys.version_info >= (3, 12):
         python = ".".join(map(str, sys.version_info[:2]))
         install = f"it has no wheels for Python {python}: use Python 3.11, where {install}"
@@ -93,7 +93,7 @@ class _Opaque(torch.autograd.Function):
 
     @staticmethod
     def vmap(*_: Any) -> NoReturn:
-        raise UsageError("A module on the DGL graph itself runs task after task; take strategy='serial'.")
+        raise UsageError("A module on the DGL graph itself runs task by task; use strategy='serial'.")
 
 
 @contextmanager

@@ -117,14 +117,15 @@ class GraphData:
             )
         if labels.shape != (nodes,) or labels.is_floating_point():
             raise UsageError(
-                f"The labels of {name} must be {nodes} whole numbers, one a node; they have the shape "
-                f"{tuple(labels.shape)} and the type {str(labels.dtype).removeprefix('torch.')}."
+                f"The labels of {name} must be {nodes} whole numbers, one per node; they have shape "
+                f"{tuple(labels.shape)} and type {str(labels.dtype).removeprefix('torch.')}."
             )
         labels = labels.long()
         if int(labels.min()) < -1 or int(labels.max()) >= nodes:
             wrong = labels[(labels < -1) | (labels >= nodes)][0]
             raise UsageError(
-                f"The labels of {name} are out of range: {int(wrong)} is no class number (0, 1, … or −1 for no label)."
+                f"The labels of {name} are out of range: {int(wrong)} is not a class number (0, 1, …, or −1 for no "
+                "label)."
             )
         source, destination = source.long(), destination.long()
         for end in (source, destination):
@@ -180,8 +181,8 @@ def _renumber_labels(data: GraphData, classes: tuple[str, ...]) -> GraphData:
     """A graph whose labels are numbers in a longer list of classes."""
     if not data.classes:
         raise UsageError(
-            f"The labels of {data.names[0]} are numbers, and those of other graphs in its folder names ({classes[0]}, …); "
-            "graphs of one folder share their labels."
+            f"The labels of {data.names[0]} are numbers, but those of other graphs in its folder are names "
+            f"({classes[0]}, …); the graphs of one folder must share their labels."
         )
     numbers = torch.tensor([classes.index(name) for name in data.classes] + [-1])
     return replace(data, labels=numbers[data.labels], classes=classes)
@@ -248,13 +249,13 @@ def locate(name: str, source: Source, data: str | None) -> Path:
         return found
     if data is not None:
         if not Path(data).exists():
-            raise UsageError(f"There is no {data}, where --data says that the data of '{name}' is.")
-        raise UsageError(f"{data} does not hold '{name}': none of {', '.join(source.names)} is there.")
+            raise UsageError(f"There is no {data}, the location given by --data for the data of '{name}'.")
+        raise UsageError(f"{data} does not contain '{name}': none of {', '.join(source.names)} is there.")
     if source.url is None:
         raise UsageError(f"'{name}' is not here: {source.advice} and name its folder with --data or METAREG_DATA.")
     raise UsageError(
-        f"The data of the task '{name}' is not in {data_folder()}: `metareg data {name} --download` fetches it. --data DIR "
-        "or METAREG_DATA names another folder."
+        f"The data of the task '{name}' is not in {data_folder()}: `metareg data {name} --download` downloads it. To "
+        "use another folder, set --data DIR or METAREG_DATA."
     )
 
 
@@ -307,7 +308,7 @@ def _read(path: Path, directed: bool) -> GraphData:
         return _read_dgl(path, directed, {})
     if path.is_dir():
         return _read_folder(path, directed)
-    raise UsageError(f"{path} is no graph that can be read: it must be .npz, .bin (DGL) or a folder.")
+    raise UsageError(f"{path} cannot be read as a graph: it must be .npz, .bin (DGL) or a folder.")
 
 
 def _read_folder(folder: Path, directed: bool) -> GraphData:
@@ -323,8 +324,8 @@ def _read_folder(folder: Path, directed: bool) -> GraphData:
     )
     if not parts:
         raise UsageError(
-            f"{folder} holds no graph: there must be an .npz, a .bin of DGL, or nodes.csv and edges.csv in it or in "
-            "folders inside it."
+            f"{folder} contains no graph: it, or a folder in it, must contain an .npz, a .bin of DGL, or nodes.csv and "
+            "edges.csv."
         )
     graphs = [_read(part, directed) for part in parts]
     if len(graphs) == 1:
@@ -374,7 +375,7 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
         pointers, columns = array("adj_indptr", "indptr"), array("adj_indices", "indices")
         for indices in (pointers, columns):
             if indices.dtype.kind not in "iu" and not (indices == np.round(indices)).all():
-                raise ValueError("its adjacency holds numbers that are not whole")
+                raise ValueError("its adjacency contains numbers that are not whole")
         labels, classes = _number_labels(array("labels"))
         nodes = len(pointers) - 1
         if "attr_indptr" in file:
@@ -420,7 +421,7 @@ def _repeat_rows(pointers: np.ndarray, count: int) -> np.ndarray:
 def _refuse_bombs(numbers: int, entries: int) -> None:
     """Refuse a sparse matrix whose dense form takes far more than what it holds."""
     if numbers > max(_LEAST_NUMBERS, _MOST_NUMBERS * entries):
-        raise ValueError(f"its features are {numbers} numbers, of which it holds {entries}")
+        raise ValueError(f"its features are {numbers} numbers, but it contains {entries}")
 
 
 def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
@@ -431,7 +432,7 @@ def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
         raise UsageError(f"There is no {path}, or it is no file.")
     with path.open("rb") as file:
         if file.read(1) == b"\x80":
-            raise UsageError(f"{path} is a pickle, which could run code and is not read.")
+            raise UsageError(f"{path} is a pickle, which could run code; metareg does not read it.")
     (arrays,) = parse_in_child(read_graphs, [path], "a graph of DGL")
     count = len(arrays) // 4
     found = [
@@ -442,7 +443,7 @@ def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
         for number in range(count)
     ]  # fmt: skip
     if not found:
-        raise UsageError(f"{path} holds no graph.")
+        raise UsageError(f"{path} contains no graph.")
     return found[0] if len(found) == 1 else join_graphs(found, splits)
 
 
@@ -454,7 +455,7 @@ def _read_ogb(folder: Path, directed: bool) -> GraphData:
         for name, kind in (("edge", np.int64), ("node-feat", np.float32), ("node-label", np.float64))
     )
     if edges.shape[1:] != (2,) or labels.shape[1:] != (1,):
-        raise UsageError(f"{raw} must hold two columns of edges and one of labels.")
+        raise UsageError(f"{raw} must contain two columns of edges and one of labels.")
     ends = torch.from_numpy(edges)
     classes = torch.from_numpy(np.nan_to_num(labels[:, 0], nan=-1).astype(np.int64))
     return GraphData.from_edges(
@@ -470,7 +471,7 @@ def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, An
     numbers = {name: number for number, name in enumerate(ids)}
     if len(numbers) != len(ids):
         twice = next(name for number, name in enumerate(ids) if numbers[name] != number)
-        raise UsageError(f"The id '{twice}' stands twice in {nodes.path}.")
+        raise UsageError(f"The id '{twice}' occurs twice in {nodes.path}.")
     labels, classes = _number_labels(np.array(nodes.get_texts(label_column), dtype=np.str_))
     features = [nodes.get_numbers(name) for name in nodes.names if name not in (id_column, label_column)]
     ends = _read_edges(folder / "edges.csv", numbers)
@@ -495,8 +496,8 @@ def _read_edges(path: Path, numbers: Mapping[str, int]) -> tuple[Tensor, Tensor]
             return False
         if all(cell.casefold() in (*_SOURCE, *_DESTINATION) for cell in cells):
             raise UsageError(
-                f"The first line of {path}, '{', '.join(cells)}', could be an edge or names of columns: put the line "
-                "'source,target' before it, or in its place."
+                f"The first line of {path}, '{', '.join(cells)}', could be an edge or column names: put the line "
+                "'source,target' before it, or replace it."
             )
         return True
 
@@ -506,7 +507,7 @@ def _read_edges(path: Path, numbers: Mapping[str, int]) -> tuple[Tensor, Tensor]
         columns = [_find_column(edges, names) for names in (_SOURCE, _DESTINATION)]
     unused = [name for name in edges.names if name not in columns]
     if unused:
-        log.info("%s: the columns %s are not used; edges have no weights and kinds here.", path, ", ".join(unused))
+        log.info("%s: ignoring the columns %s; edge weights and types are not supported.", path, ", ".join(unused))
     source, destination = (_number_ends(edges, name, numbers) for name in columns)
     return source, destination
 

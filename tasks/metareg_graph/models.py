@@ -22,9 +22,7 @@ class GraphModelConfig(PluginConfig):
 
     hidden: int = Field(32, ge=1, description="Width of every layer, and number of features.")
     layers: int = Field(2, ge=1, le=4, description="Layers of propagation.")
-    skip: bool = Field(
-        True, description="The head sees, beside the last layer, what the layers propagate without their weights."
-    )
+    skip: bool = Field(True, description="The head also sees what the layers propagate without their weights.")
 
 
 class _GraphModel:
@@ -140,8 +138,8 @@ class _Blocks(nn.Module):
         width = self.layers[0].in_features
         if rows.shape[-1] != width or len(blocks) != len(self.layers) - 1:
             raise UsageError(
-                f"This model needs tasks with inputs='{self.inputs}' and hops={self.depth}, whose rows have {width} "
-                f"numbers; these have {rows.shape[-1]} and {len(blocks)} blocks."
+                f"This model needs tasks with inputs='{self.inputs}' and hops={self.depth}, with {width} numbers per "
+                f"row; these have {rows.shape[-1]} and {len(blocks)} blocks."
             )
         return rows, blocks
 

@@ -45,8 +45,8 @@ class Nodes(NamedExamples):
     def bind(self, module: nn.Module) -> nn.Module:
         if self._inputs.kind == "nodes":
             raise UsageError(
-                "A module that runs on the DGL graph itself needs DGL wherever it runs, and no program can hold it; "
-                "`metareg predict` answers for it, and --to FILE.safetensors writes the learner."
+                "A module that runs on the DGL graph itself always needs DGL and cannot be exported as a program; use "
+                "`metareg predict`, or export the learner with --to FILE.safetensors."
             )
         return _OnWholeGraph(module, self._inputs)
 

@@ -100,7 +100,7 @@ def _choose_counts(classes: int, ways: int) -> tuple[int, int, int]:
     held = max(ways, classes // 4)
     if classes < 2 * held + ways:
         raise UsageError(
-            f"The graph has {classes} classes; keeping classes apart takes {3 * ways} for {ways}-way tasks. Set split=nodes "
+            f"The graph has {classes} classes; a split by class needs {3 * ways} for {ways}-way tasks. Set split=nodes "
             "to share them, or lower --ways."
         )
     return classes - 2 * held, held, held
@@ -109,8 +109,8 @@ def _choose_counts(classes: int, ways: int) -> tuple[int, int, int]:
 def _draw_classes(counts: tuple[int, int, int], present: Sequence[int], seed: int) -> dict[str, list[int]]:
     if sum(counts) != len(present):
         raise UsageError(
-            f"The split {' / '.join(map(str, counts))} needs {sum(counts)} classes; the graph has {len(present)}. Say which "
-            "classes are for what with classes={train: […], validation: […], test: […]}."
+            f"The split {' / '.join(map(str, counts))} needs {sum(counts)} classes; the graph has {len(present)}. "
+            "Assign classes with classes={train: […], validation: […], test: […]}."
         )
     order = [present[position] for position in _permute(len(present), seed, "classes")]
     first, second = counts[0], counts[0] + counts[1]
@@ -133,7 +133,9 @@ def _select_graphs(
     if given is None:
         held = max(1, len(names) // 5)
         if len(names) < 3:
-            raise UsageError(f"Keeping graphs apart takes three or more; there are {len(names)}: {', '.join(names)}.")
+            raise UsageError(
+                f"A split by graph needs at least three graphs; there are {len(names)}: {', '.join(names)}."
+            )
         order = [names[position] for position in _permute(len(names), seed, "graphs")]
         given = {"train": order[2 * held :], "validation": order[:held], "test": order[held : 2 * held]}
     _check_splits(given, "graphs")
@@ -141,15 +143,15 @@ def _select_graphs(
     for name in given[split]:
         if name not in names:
             there = ", ".join(names)
-            raise UsageError(f"The {split} split names the graph '{name}', which is not there; there are {there}.")
+            raise UsageError(f"The {split} split names the graph '{name}', which does not exist; there are {there}.")
         inside = data.members.numpy() == names.index(name)
         labels = np.where(inside, data.labels.numpy(), -1)
         found = {label: np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]).tolist()}
         enough = {label: nodes for label, nodes in found.items() if len(nodes) >= each}
         if len(enough) < ways:
             raise UsageError(
-                f"The graph '{name}' has {len(enough)} classes of {each} nodes or more, which a task needs of each of its "
-                f"{ways} classes."
+                f"The graph '{name}' has {len(enough)} classes of at least {each} nodes; a task needs {ways} such "
+                "classes."
             )
         groups.append(enough)
     return groups
@@ -194,8 +196,8 @@ def _check_splits(given: Mapping[str, Any], kind: str) -> None:
     for each, splits in repeated.items():
         more = f", and {len(repeated) - 1} more do" if len(repeated) > 1 else ""
         raise UsageError(
-            f"{_SINGULAR[kind]} {each!r} stands in {' and in '.join(splits)}{more}; splits must be disjoint, for what is "
-            "tested must not be trained on."
+            f"{_SINGULAR[kind]} {each!r} is in {' and in '.join(splits)}{more}; splits must be disjoint, because test "
+            "examples must not be used in training."
         )
 
 

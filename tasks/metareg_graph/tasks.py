@@ -42,7 +42,7 @@ _MODELS = {"gcn": "gcn", "sgc": "sgc", "mean": "graphsage", "nodes": None}
 
 
 GraphInputs = Literal["gcn", "sgc", "mean", "nodes"]
-_INPUTS = "What the model gets of the graph; the shipped models set it. 'nodes' is the whole DGL graph."
+_INPUTS = "The model's view of the graph; the shipped models set it. 'nodes' is the whole DGL graph."
 
 
 class GraphTaskConfig(PluginConfig):
@@ -55,11 +55,13 @@ class GraphTaskConfig(PluginConfig):
     hops: int = Field(2, ge=1, description="Layers of propagation; the shipped models set it.")
     standardised: bool = Field(
         True,
-        description="Centre the propagated features of a graph's nodes and give each node's the same length, whatever its "
-        "number of neighbours.",
+        description="Centre the propagated features of a graph's nodes and scale each node's to the same length, whatever "
+        "its number of neighbours.",
     )
     fanout: int | None = Field(
-        None, ge=1, description="At most so many neighbours of a node in a layer, drawn for each task; unset, all."
+        None,
+        ge=1,
+        description="Maximum number of neighbours of a node per layer, drawn for each task; by default, all.",
     )
 
 
@@ -70,7 +72,7 @@ class FileConfig(GraphTaskConfig):
     inputs: GraphInputs = Field("sgc", description=_INPUTS)
     data: PathText | None = Field(
         None,
-        description="The graph's file, or the folder that it is in; unset, in METAREG_DATA or the cache.",
+        description="The graph's file or its folder; by default, in METAREG_DATA or the cache.",
     )
     classes: dict[Literal["train", "validation", "test"], list[int]] | None = Field(
         None, description="The classes of each split, instead of the dataset's own rule."
@@ -125,7 +127,7 @@ class _GraphTask(Task):
     def named_examples(self) -> NamedExamples:
         """The nodes of the graph, as a user's tables name them."""
         raise UsageError(
-            f"Every task of '{self.name}' is a graph of its own, whose nodes no table can name; a graph of your own is for "
+            f"Every task of '{self.name}' is a new graph, whose nodes a table cannot name; for your own graph, use "
             "`metareg train --task graph-folder`."
         )
 
@@ -351,7 +353,7 @@ class OgbnArxiv(_FileTask):
 
     class Config(FileConfig):
         fanout: int | None = Field(
-            16, ge=1, description="At most so many neighbours of a node in a layer, drawn for each task; null, all."
+            16, ge=1, description="Maximum number of neighbours of a node per layer, drawn for each task; null for all."
         )
 
     name = "ogbn-arxiv"
@@ -373,8 +375,8 @@ class GraphFolder(_FileTask):
     class Config(FileConfig):
         split: Literal["auto", "classes", "nodes", "graphs"] = Field(
             "auto",
-            description="What is kept apart between training and test. auto: what splits.json says; without one, graphs "
-            "where there are several, classes where there are enough, nodes otherwise; drawn for each seed.",
+            description="What differs between training and test. auto: as in splits.json; without one, graphs if there are "
+            "several, otherwise classes if there are enough, otherwise nodes, drawn for each seed.",
         )
         directed: bool = Field(False, description="Keep the direction of edges.")
         row_normalised: bool = Field(False, description="Divide each node's features by their sum.")
@@ -393,7 +395,7 @@ class GraphFolder(_FileTask):
             return None
         path = self._path()
         return Dataset(
-            path, path.exists(), "It is your own: name its file or folder with --data.", None, self._describe
+            path, path.exists(), "It is your own: give its file or folder with --data.", None, self._describe
         )
 
     def _path(self) -> Path:

@@ -49,15 +49,19 @@ class ImageConfig(PluginConfig):
     shots: int = Field(1, ge=1, description="Support images of each class.")
     query: int = Field(15, ge=1, description="Query images of each class in training.")
     eval_query: int = Field(15, ge=1, description="Query images of each class in validation and test.")
-    data: PathText | None = Field(None, description="Folder of the data set, or one that holds it under its name.")
+    data: PathText | None = Field(
+        None, description="Folder of the data set, or a folder that contains it under its name."
+    )
     size: int = Field(84, ge=8, description="Height and width of the images, in pixels.")
     channels: Channels = Field(3, description="1 for grey images, 3 for colour.")
-    rotations: bool = Field(False, description="Every class turned by 90°, 180° and 270° is a further class.")
+    rotations: bool = Field(False, description="Add every class rotated by 90°, 180° and 270° as further classes.")
     train_classes: int | None = Field(
-        None, ge=2, description="Train on so many of the training classes, drawn anew for each seed; unset, on all."
+        None,
+        ge=2,
+        description="Train on this many of the training classes, drawn anew for each seed; by default, on all.",
     )
     flips: bool = Field(False, description="Mirror training images left to right at random.")
-    crops: int = Field(0, ge=0, description="Pad training images by so many pixels, and crop at random.")
+    crops: int = Field(0, ge=0, description="Pad training images by this many pixels, and crop at random.")
     resize: Literal["stretch", "crop"] = Field(
         "stretch",
         description="Stretch an image to the size, or scale its shorter side to the size and crop the middle.",
@@ -315,7 +319,7 @@ class ImageTask(Task):
         available = len(index.names) * (4 if self.config.rotations else 1)
         if not available:
             raise UsageError(
-                f"The task '{self.name}' has no {split} classes: it is for testing what was trained on another task, "
+                f"The task '{self.name}' has no {split} classes: it is only for testing runs trained on another task, "
                 f"with metareg eval RUN --task {self.name}."
                 if split == "train" and len(self.store.splits["test"].names)
                 else f"The task '{self.name}' has no {split} classes: {self.too_few_classes}."
@@ -395,10 +399,10 @@ class ImageTask(Task):
 
     def _present_classes(self) -> Iterable[ClassImages]:
         if not self.is_complete():
-            fetch = f"`metareg data {self.name} --download` fetches it." if self.downloadable else self.obtain
+            fetch = f"`metareg data {self.name} --download` downloads it." if self.downloadable else self.obtain
             raise UsageError(
-                f"The data of the task '{self.name}' is not in {self.location}. {fetch} --data DIR or METAREG_DATA names "
-                "another folder."
+                f"The data of the task '{self.name}' is not in {self.location}. {fetch} To use another folder, set "
+                "--data DIR or METAREG_DATA."
             )
         return self.classes()
 
@@ -411,9 +415,9 @@ class ImageTask(Task):
             empty = [name for name, count in counts.items() if not count]
             missing = f" Without images: {', '.join(empty[:3])}{' …' if len(empty) > 3 else ''}." if empty else ""
             raise UsageError(
-                f"The data of the task '{self.name}' in {self.location} is not complete: {found[0] - len(empty):,} classes "
-                f"and {found[1]:,} images, where {self.contents[0]:,} and {self.contents[1]:,} belong."
-                f"{missing} {self.obtain}"
+                f"The data of the task '{self.name}' in {self.location} is not complete: it has "
+                f"{found[0] - len(empty):,} classes and {found[1]:,} images instead of {self.contents[0]:,} and "
+                f"{self.contents[1]:,}.{missing} {self.obtain}"
             )
 
 

@@ -54,7 +54,7 @@ def parse_characters(text: str | None) -> Callable[[str], bool]:
         else:
             named.add(_find_name(part))
     if not named and not ranges:
-        raise UsageError("'characters' names no script and no range; write, for instance, HIRAGANA or U+4E00-9FFF.")
+        raise UsageError("'characters' is empty; write, for example, HIRAGANA or U+4E00-9FFF.")
 
     def is_meant(character: str) -> bool:
         in_range = any(ord(character) in each for each in ranges) and unicodedata.category(character)[0] in "LNPS"
@@ -94,7 +94,7 @@ def read_groups(path: Path) -> dict[str, str]:
         character = _parse_character(cell)
         if character is None:
             raise UsageError(
-                f"{table.locate(row, first)} holds '{cell}' where one character, or U+ and its code, belongs."
+                f"{table.locate(row, first)} contains '{cell}' instead of one character, or U+ and its code."
             )
         if groups.setdefault(character, group) != group:
             raise UsageError(f"{path} puts the character '{character}' into '{groups[character]}' and into '{group}'.")
@@ -109,7 +109,7 @@ def _parse_range(part: str) -> range:
     matched = _CODES.fullmatch(part)
     first, last = (int(code, 16) for code in (matched[1], matched[2] or matched[1])) if matched else (1, 0)
     if first > last:
-        raise UsageError(f"'{part}' in 'characters' is no range of codes; write, for instance, U+4E00-9FFF.")
+        raise UsageError(f"'{part}' in 'characters' is not a range of codes; write, for example, U+4E00-9FFF.")
     return range(first, last + 1)
 
 

@@ -37,7 +37,7 @@ log = logging.getLogger("metareg")
 
 _NAMED = 5
 """So many names a sentence lists before it counts the rest."""
-_CHOICES = "say which class is for what with --set split_file=FILE"
+_CHOICES = "assign classes with --set split_file=FILE"
 
 
 class ImageFolderConfig(ImageConfig):
@@ -45,8 +45,8 @@ class ImageFolderConfig(ImageConfig):
 
     split_file: PathText | None = Field(
         None,
-        description="JSON or YAML {train: [class, …], validation: […], test: […]}, or CSV with lines class,split; without "
-        "it the classes are split at random by the ratios.",
+        description="JSON or YAML {train: [class, …], validation: […], test: […]}, or CSV with lines class,split; by "
+        "default, the classes are split at random by the ratios.",
     )
     ratios: list[float] = Field(
         [0.6, 0.2, 0.2], min_length=3, max_length=3, description="Parts of the classes for train, validation, test."
@@ -118,7 +118,7 @@ class ImageFolder(ImageTask):
             )
         inner = [name for name in files.classes if any(str(outer) in files.classes for outer in Path(name).parents)]
         if inner:
-            log.warning("%s of %s lie in a class, and are classes of their own.", _join(inner), self.location)
+            log.warning("%s of %s lie inside a class, and are separate classes.", _join(inner), self.location)
         return files
 
     def _split_at_random(self, names: Iterable[str]) -> dict[str, str]:
@@ -272,19 +272,18 @@ def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None
     others = [folder for folder in outer if folder not in part_of]
     if others:
         raise UsageError(
-            f"{root} has {_join(part_of)}, which look like a split, beside {_join(others)}: put all classes into the "
+            f"{root} has {_join(part_of)}, which look like a split, and also {_join(others)}: put all classes into the "
             f"folders of the split, or {_CHOICES}."
         )
     for folder in part_of:
         if folder not in wrap_classes:
             raise UsageError(
-                f"{root / folder} looks like part of a split, which holds a folder for each class; it holds images itself."
+                f"{root / folder} looks like part of a split, which must contain one folder per class, but it contains "
+                "images itself."
             )
         twins = [other for other in part_of if part_of[other] == part_of[folder]]
         if len(twins) > 1:
-            raise UsageError(
-                f"{root} has {_join(twins)}, which mean the same part of a split; there can be one of them."
-            )
+            raise UsageError(f"{root} has {_join(twins)}, which mean the same part of a split; keep one of them.")
     _refuse_shared_classes(root, outer, sorted(part_of, key=lambda folder: SPLITS.index(part_of[folder])))
     return {name: part for folder, part in part_of.items() for name in outer[folder]}
 
@@ -295,7 +294,7 @@ def _refuse_other_names(root: Path, outer: Iterable[str], part_of: Mapping[str, 
     alike = [folder for folder in meant if folder not in part_of and meant[folder] != {None}]
     if alike and len(set().union(*meant.values()) - {None}) > 1:
         raise UsageError(
-            f"{root} has {_join([*part_of, *alike])}, which look like a split: call the folders train, validation and "
+            f"{root} has {_join([*part_of, *alike])}, which look like a split: name the folders train, validation and "
             f"test, or {_CHOICES}."
         )
 
@@ -308,8 +307,8 @@ def _refuse_shared_classes(root: Path, outer: Mapping[str, Sequence[str]], folde
         if shared:
             names = [inside[first][name].partition("/")[2] for name in shared]
             raise UsageError(
-                f"{root} has {_join(names)} in {first} and in {second}; classes that are tested must not be trained on. "
-                f"To have the classes of one folder split, name it: --data {shlex.quote(str(root / first))}; or {_CHOICES}."
+                f"{root} has {_join(names)} in {first} and in {second}; test classes must not be used in training. To "
+                f"split the classes of one folder, use --data {shlex.quote(str(root / first))}; or {_CHOICES}."
             )
 
 

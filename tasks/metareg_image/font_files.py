@@ -43,7 +43,7 @@ def find_fonts(root: Path) -> tuple[list[Path], dict[str, list[str]]]:
             known.add((state.st_dev, state.st_ino))
             files.append(path)
     if endings:
-        left_out["files that are no fonts"] = [f"{count} {ending}" for ending, count in endings.most_common()]
+        left_out["files that are not fonts"] = [f"{count} {ending}" for ending, count in endings.most_common()]
     return sorted(files), left_out
 
 
@@ -92,7 +92,7 @@ def _find_reason(path: Path, known: set[tuple[int, int]]) -> str | None:
     state = path.stat()
     if state.st_size > _LARGEST_FILE:
         return f"larger than {_LARGEST_FILE >> 20} MiB"
-    return "links to fonts that are there already" if (state.st_dev, state.st_ino) in known else None
+    return "links to fonts that are already included" if (state.st_dev, state.st_ino) in known else None
 
 
 def _read_collection(path: Path) -> dict[Face, frozenset[int]]:

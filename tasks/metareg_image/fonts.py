@@ -48,10 +48,10 @@ class FontFolderConfig(ImageConfig):
     query: int = Field(5, ge=1, description="Query images of each class in training.")
     characters: str | None = Field(
         None,
-        description="Scripts and ranges of codes, as 'HIRAGANA, U+4E00-9FFF'; without it all letters of the fonts.",
+        description="Scripts and ranges of codes, such as 'HIRAGANA, U+4E00-9FFF'; by default, all letters of the fonts.",
     )
-    faces: int = Field(4, ge=1, description="Faces in which a character must be drawn at least, to be a class.")
-    examples: int = Field(20, ge=2, description="Images of each class, in its faces one after the other.")
+    faces: int = Field(4, ge=1, description="The least number of faces that must contain a character.")
+    examples: int = Field(20, ge=2, description="Images of each class, from its faces in turn.")
     split_by: Literal["character", "script", "group"] = Field(
         "character", description="What is split: single characters, whole scripts, or the groups of the file `groups`."
     )
@@ -62,7 +62,7 @@ class FontFolderConfig(ImageConfig):
     split_file: PathText | None = Field(
         None,
         description="JSON or YAML {train: [name, …], validation: […], test: […]}, or CSV with lines name,split, of "
-        "characters, scripts or groups, as split_by says; without it they are split at random by the ratios.",
+        "characters, scripts or groups, as split_by says; by default, at random by the ratios.",
     )
     ratios: list[float] = Field(
         [0.6, 0.2, 0.2], min_length=3, max_length=3, description="Parts of the classes for train, validation, test."
@@ -74,7 +74,7 @@ class FontFolderConfig(ImageConfig):
         if min(self.ratios) < 0 or sum(self.ratios) <= 0:
             raise ValueError(f"ratios must not be negative, and not all zero, got {self.ratios}")
         if (self.split_by == "group") != (self.groups is not None):
-            raise ValueError("split_by = 'group' and the file 'groups' belong together")
+            raise ValueError("split_by = 'group' and the file 'groups' require each other")
         return self
 
 
@@ -134,7 +134,7 @@ class FontFolder(ImageTask):
         files, left_out = find_fonts(self.location)
         said = [f"{reason}: {list_some(names)}" for reason, names in left_out.items()]
         if said:
-            log.warning("Left out of %s: %s.", self.location, "; ".join(said))
+            log.warning("Ignored in %s: %s.", self.location, "; ".join(said))
         if not files:
             raise UsageError(f"There are no fonts in {self.location}; put .ttf, .otf, .ttc or .woff files there.")
         return files
@@ -144,11 +144,11 @@ class FontFolder(ImageTask):
         is_meant = parse_characters(self.config.characters)
         known, damaged = read_faces(self._files)
         if damaged:
-            log.warning("Left out of %s, as they cannot be read: %s.", self.location, list_some(damaged))
+            log.warning("Ignored in %s because they cannot be read: %s.", self.location, list_some(damaged))
         if not known:
             raise UsageError(f"None of the fonts in {self.location} can be read.")
         if len(known) > _MOST_FACES:
-            raise UsageError(f"{self.location} holds {len(known)} faces; at most {_MOST_FACES} are drawn from.")
+            raise UsageError(f"{self.location} contains {len(known)} faces; the maximum is {_MOST_FACES}.")
         meant = {letter for letter in map(chr, frozenset().union(*known.values())) if is_meant(letter)}
         drawn: dict[str, list[Face]] = {letter: [] for letter in sorted(meant)}
         for face, codes in known.items():
@@ -158,13 +158,13 @@ class FontFolder(ImageTask):
         enough = {letter: faces for letter, faces in drawn.items() if len(faces) >= self.config.faces}
         if len(enough) < len(drawn):
             log.warning(
-                "Left out: %s characters that fewer than %s of the %s faces draw; %s remain.",
+                "Left out: %s characters that are in fewer than %s of the %s faces; %s remain.",
                 f"{len(drawn) - len(enough):,}", self.config.faces, len(known), f"{len(enough):,}",
             )  # fmt: skip
         if not enough:
             raise UsageError(
-                f"No character that is meant is drawn by {self.config.faces} of the {len(known)} faces in {self.location}: "
-                "choose other characters, or lower 'faces'."
+                f"None of the chosen characters is in {self.config.faces} of the {len(known)} faces in "
+                f"{self.location}: choose other characters, or lower 'faces'."
             )
         return enough
 
@@ -219,7 +219,8 @@ class FontFolder(ImageTask):
         distinct = select_distinct(len(letters), inside)
         kept = select_distinct(len(letters), [*inside, *across])
         log.info(
-            "%s is split: %s characters. Left out as they look like another: %s of the same split, %s of another.",
+            "%s is split: %s characters. Left out because they look like another character: %s of the same split, %s "
+            "of another.",
             self.location,
             "/".join(f"{sum(split_of[letters[n]] == split for n in kept):,}" for split in SPLITS),
             f"{len(letters) - len(distinct):,}",

@@ -63,7 +63,7 @@ class Glyphs(ImageTask):
     name = "glyphs"
     folder = "glyphs"
     version = 2
-    obtain = "It is drawn from matplotlib's fonts at the first use."
+    obtain = "It is drawn from matplotlib's fonts at first use."
     recommended: ClassVar[Mapping[str, Any]] = {
         **ImageTask.recommended,
         "steps": 4000,
@@ -125,7 +125,5 @@ def _is_letter_of(letter: str, script: str) -> bool:
 def _find_font(face: str) -> Path:
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():
-        raise UsageError(
-            f"matplotlib's font {path} is missing, from which the task 'glyphs' is drawn; reinstall matplotlib."
-        )
+        raise UsageError(f"matplotlib's font {path}, which the task 'glyphs' needs, is missing; reinstall matplotlib.")
     return path

@@ -151,7 +151,7 @@ def check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, i
     """
     if len(spec.input_shape) != 3 or len(spec.output_shape) != 1:
         raise UsageError(
-            f"The model '{model}' takes images [channels, height, width] and gives one score a class; this task's "
+            f"The model '{model}' takes images [channels, height, width] and returns one score per class; this task's "
             f"inputs are {spec.input_shape} and its outputs {spec.output_shape}."
         )
     channels, height, breadth = spec.input_shape

@@ -31,7 +31,7 @@ class OmniglotConfig(ImageConfig):
 
     size: int = Field(28, ge=8, description="Height and width of the images, in pixels.")
     channels: Channels = Field(1, description="1 for grey images, 3 for colour.")
-    rotations: bool = Field(True, description="Every class turned by 90°, 180° and 270° is a further class.")
+    rotations: bool = Field(True, description="Add every class rotated by 90°, 180° and 270° as further classes.")
 
 
 class _Characters(ImageTask):
@@ -78,7 +78,7 @@ class Omniglot(_Characters, TorchvisionTask):
 class OmniglotSmallConfig(OmniglotConfig):
     """Options of the omniglot-small task: small images and few query images make training steps short."""
 
-    size: int = Field(20, ge=8, description="Height and width of the images, in pixels; published results are on 28.")
+    size: int = Field(20, ge=8, description="Height and width of the images, in pixels; published results use 28.")
     query: int = Field(5, ge=1, description="Query images of each class in training.")
 
 
@@ -141,5 +141,5 @@ def _read_characters(path: Path) -> dict[str, list[Image.Image]]:
                         image.load()
                     characters.setdefault(f"{alphabet}/{character}", []).append(image)
     except (zipfile.BadZipFile, OSError, ValueError) as error:
-        raise UsageError(f"{path} is damaged: {error}. Delete it, and fetch it again.") from error
+        raise UsageError(f"{path} is damaged: {error}. Delete it and download it again.") from error
     return characters

@@ -60,7 +60,7 @@ class TorchvisionTask(ImageTask):
                     if not (location / entry.name).exists():
                         shutil.move(entry, location / entry.name)
         except (OSError, RuntimeError) as error:  # what torchvision raises for a wrong checksum too
-            raise MetaregError(f"The data of the task '{self.name}' cannot be fetched: {error}.") from error
+            raise MetaregError(f"The data of the task '{self.name}' cannot be downloaded: {error}.") from error
 
     def classes(self) -> Iterable[ClassImages]:
         datasets = import_torchvision(self.name).datasets

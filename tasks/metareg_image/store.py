@@ -149,12 +149,12 @@ class ImageStore:
     def _rebuild(self) -> None:
         """Build the store anew in the place of a damaged one."""
         for _ in range(_TRIES):
-            log.warning("The image cache %s is damaged; it is built anew.", self.folder)
+            log.warning("The image cache %s is damaged; rebuilding it.", self.folder)
             _remove(self.folder)
             self._build()
             with suppress(DamagedStoreError):  # another process may just now do the same
                 return self._open()
-        raise MetaregError(f"The image cache {self.folder} stays damaged; METAREG_CACHE names another place.")
+        raise MetaregError(f"The image cache {self.folder} is still damaged; choose another folder with METAREG_CACHE.")
 
     @classmethod
     def load_or_build(
@@ -246,7 +246,8 @@ def _build(
         sync_folder(folder.parent)
     except OSError as error:
         raise MetaregError(
-            f"The image cache {folder} cannot be written: {error.strerror or error}; METAREG_CACHE names another place."
+            f"The image cache {folder} cannot be written: {error.strerror or error}; choose another folder with "
+            "METAREG_CACHE."
         ) from error
     finally:
         _remove(aside)

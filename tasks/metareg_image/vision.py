@@ -34,8 +34,8 @@ def import_torchvision(what: str) -> ModuleType:
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise MetaregError(
-            f"'{what}' needs torchvision, whose import fails beside torch {torch.__version__} ({type(error).__name__}: "
-            f"{reason}); install the torchvision that belongs to this torch: {_INSTALL}."
+            f"'{what}' needs torchvision, whose import fails with torch {torch.__version__} ({type(error).__name__}: "
+            f"{reason}); install the torchvision version for this torch: {_INSTALL}."
         ) from error
 
 

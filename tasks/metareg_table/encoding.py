@@ -33,10 +33,10 @@ class Encoding(PluginConfig):
     target: str
     numbers: dict[str, tuple[float, float]] = Field(description="Mean and standard deviation of each numeric column.")
     categories: dict[str, list[str]] = Field(description="The categories of each other column.")
-    classes: list[str] | None = Field(description="The classes of the target; none where it is a number.")
+    classes: list[str] | None = Field(description="The classes of the target; none if it is a number.")
     target_scale: tuple[float, float] = Field((0.0, 1.0), description="Mean and standard deviation of the target.")
-    unused: list[str] = Field([], description="Columns of the training tables that are no inputs.")
-    digest: str = Field("", description="Of the training tasks, so that other ones are noticed.")
+    unused: list[str] = Field([], description="Columns of the training tables that are not inputs.")
+    digest: str = Field("", description="Identifies the training tasks, so that other ones are noticed.")
 
     @property
     def inputs(self) -> list[str]:
@@ -71,8 +71,8 @@ class Encoding(PluginConfig):
         for row, text in enumerate(texts):
             if text not in numbers:
                 raise UsageError(
-                    f"{table.locate(row, self.target)} holds '{text}', which is none of the classes of the training tasks: "
-                    f"{', '.join(self.classes)}."
+                    f"{table.locate(row, self.target)} contains '{text}', which is not one of the classes of the "
+                    f"training tasks: {', '.join(self.classes)}."
                 )
         return np.array([numbers[text] for text in texts], dtype=np.int64)
 
@@ -88,7 +88,7 @@ class Encoding(PluginConfig):
         left_out = absent.any(1) if missing == "drop" else absent[:, -1]
         if left_out.any():
             what = "missing values" if missing == "drop" else "no target"
-            log.info("%s: %d of %d rows have %s and are left out.", table.path, left_out.sum(), len(table), what)
+            log.info("%s: dropping %d of %d rows, which have %s.", table.path, left_out.sum(), len(table), what)
             return table.select(np.flatnonzero(~left_out))
         return table
 
@@ -104,9 +104,8 @@ class Encoding(PluginConfig):
         if absent.any():
             row, column = (int(each[0]) for each in absent.nonzero())
             raise UsageError(
-                f"{table.locate(row, [*self.inputs, self.target][column])} holds nothing. A run that is trained with "
-                "--set missing=mean takes the column's mean there (and leaves a category open); one with --set missing=drop "
-                "leaves such rows out."
+                f"{table.locate(row, [*self.inputs, self.target][column])} is empty. Train with --set missing=mean to "
+                "insert the column's mean (and leave categories unknown), or with --set missing=drop to drop such rows."
             )
 
     def _find_missing_targets(self, table: Table) -> np.ndarray:
@@ -198,8 +197,8 @@ def _is_numeric(tables: Sequence[Table], name: str, categorical: Sequence[str], 
         place, (row, *_) = next(iter(texts.items()))
         cell = tables[place].get_texts(name)[row]
         raise UsageError(
-            f"{tables[place].locate(row, name)} holds '{cell}', and most of the column's cells are numbers: correct it, or "
-            f"say that all are categories with --set 'categorical=[{name}]'."
+            f"{tables[place].locate(row, name)} contains '{cell}', but most of the column's cells are numbers: correct "
+            f"it, or declare the column categorical with --set 'categorical=[{name}]'."
         )
     return False
 
@@ -208,8 +207,8 @@ def _list_categories(tables: Sequence[Table], name: str, declared: bool) -> list
     found = sorted({text for table in tables for text in table.get_texts(name)} - {""})
     if len(found) > _MOST_CATEGORIES and not declared:
         raise UsageError(
-            f"The column '{name}' holds {len(found)} different texts, as '{found[0]}': leave it out, with "
-            f"--set 'columns=[…]', or say that they are categories, with --set 'categorical=[{name}]'."
+            f"The column '{name}' contains {len(found)} different texts, such as '{found[0]}': leave it out with --set "
+            f"'columns=[…]', or declare it categorical with --set 'categorical=[{name}]'."
         )
     return found
 
@@ -223,9 +222,9 @@ def _list_classes(tables: Sequence[Table], target: str, classes: bool | None) ->
     if not classes:
         return None
     if len(found) < 2:
-        raise UsageError(f"The target '{target}' holds one class, '{''.join(found)}', in all training tasks.")
+        raise UsageError(f"The target '{target}' has only one class, '{''.join(found)}', in all training tasks.")
     if len(found) > _MOST_CATEGORIES:
-        raise UsageError(f"The target '{target}' holds {len(found)} different texts; these are too many for classes.")
+        raise UsageError(f"The target '{target}' contains {len(found)} different texts, too many for classes.")
     return sorted(found, key=float) if numeric else found
 
 
@@ -296,7 +295,12 @@ class StandardisedColumns(Columns):
             new = sorted(set(table.get_texts(name)) - {*values, ""})
             if new:
                 listed = ", ".join(new)
-                log.info("%s: no training task had the categories %s of '%s': open there.", table.path, listed, name)
+                log.info(
+                    "%s: no training task had the categories %s of '%s'; they are treated as unknown.",
+                    table.path,
+                    listed,
+                    name,
+                )
         return torch.from_numpy(self.encoding.read_inputs(table))
 
     def read_targets(self, table: Table) -> Tensor:

@@ -37,7 +37,7 @@ def write_example(folder: Path) -> str:
     tables, support, query = folder / "sensors", folder / "new-support.csv", folder / "new-query.csv"
     try:
         if folder.exists() and any(folder.iterdir()):
-            raise UsageError(f"{folder} is not empty; name a new folder for the example.")
+            raise UsageError(f"{folder} is not empty; choose a new folder for the example.")
         tables.mkdir(parents=True, exist_ok=True)
         generator = np.random.default_rng(0)
         for number in range(_SENSORS):
@@ -48,9 +48,9 @@ def write_example(folder: Path) -> str:
     except OSError as error:
         raise MetaregError(f"{folder} cannot be written: {error.strerror}.") from error
     return (
-        f"{tables} holds {_SENSORS} tables of {_ROWS} rows; {support.name} and {query.name} are of a sensor that is not "
-        f"among them.\n  metareg train --task table-folder --data {quote(str(tables))} --target y --shots 10\n"
-        f"  metareg predict RUN --support {quote(str(support))} --query {quote(str(query))}"
+        f"{tables} contains {_SENSORS} tables of {_ROWS} rows; {support.name} and {query.name} are from another "
+        f"sensor.\n  metareg train --task table-folder --data {quote(str(tables))} --target y --shots 10\n  metareg "
+        f"predict RUN --support {quote(str(support))} --query {quote(str(query))}"
     )
 
 

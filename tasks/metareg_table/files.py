@@ -60,8 +60,8 @@ def find_tables(location: Path, layout: Layout) -> TaskTables:
     root, paths, others = _list_files(location)
     if not paths:
         raise UsageError(
-            f"There are no tables in {location} ({', '.join(sorted(_TABLES))}). `metareg data table-folder --example DIR` "
-            "writes some to begin with."
+            f"There are no tables in {location} ({', '.join(sorted(_TABLES))}). `metareg data table-folder --example "
+            "DIR` writes example tables."
         )
     stamps = tuple((path, path.stat().st_mtime_ns) for path in paths)
     names = {path: path.relative_to(root).with_suffix("").as_posix() for path in paths}
@@ -75,8 +75,8 @@ def find_tables(location: Path, layout: Layout) -> TaskTables:
             by_folders = _split_groups(files, by_folders, layout.task_column)
     elif len(files) == 1:
         raise UsageError(
-            f"{paths[0]} is one table: name the column that says of each row which task it is of, with --set "
-            "task_column=NAME, or put a file for each task into a folder."
+            f"{paths[0]} is one table: name the column with the task of each row, with --set task_column=NAME, or use "
+            "a folder with one file per task."
         )
     split_of, origin = _choose_split(location, tables, by_folders, layout)
     return TaskTables(tables, split_of, origin, tuple(others))
@@ -108,9 +108,7 @@ def _read_all(stamps: tuple[tuple[Path, int], ...], known: tuple[str, ...]) -> t
 
 def _refuse_unnamed(table: Table) -> Table:
     if not table.named:
-        raise UsageError(
-            f"The first line of {table.path} does not name its columns; put a line with their names there."
-        )
+        raise UsageError(f"The first line of {table.path} does not name its columns; add a line with their names.")
     return table
 
 
@@ -118,7 +116,7 @@ def _refuse_same_names(names: Mapping[Path, str]) -> None:
     seen: dict[str, Path] = {}
     for path, name in names.items():
         if name in seen:
-            raise UsageError(f"{seen[name]} and {path} would be tasks of the same name; keep one of them.")
+            raise UsageError(f"{seen[name]} and {path} would be tasks with the same name; keep one of them.")
         seen[name] = path
 
 
@@ -134,8 +132,8 @@ def _split_by_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
     stray = [name for name, split in found.items() if split is None]
     if stray:
         raise UsageError(
-            f"{root} has folders that look like a split, and {_join(stray)} outside of them; put all tables into the "
-            "folders train, validation and test, or say what is for what with --set split_file=FILE."
+            f"{root} has folders that look like a split, and {_join(stray)} outside them; put all tables into the "
+            "folders train, validation and test, or assign them with --set split_file=FILE."
         )
     return {name: split for name, split in found.items() if split is not None}
 
@@ -149,11 +147,9 @@ def _group_rows(files: Mapping[str, Table], column: str) -> dict[str, Table]:
         for name in sorted(set(texts.tolist())):
             if not name:
                 where = table.locate(int((texts == "").argmax()), column)
-                raise UsageError(f"{where} holds nothing, where the name of the row's task belongs.")
+                raise UsageError(f"{where} is empty; it must name the row's task.")
             if name in grouped:
-                raise UsageError(
-                    f"The task '{name}' has rows in {grouped[name].path} and in {table.path}; put them together."
-                )
+                raise UsageError(f"The task '{name}' has rows in {grouped[name].path} and in {table.path}; merge them.")
             grouped[name] = table.select(np.flatnonzero(texts == name))
     return grouped
 
@@ -189,8 +185,8 @@ def _read_split_column(table: Table, column: str, name: str) -> str:
     splits = {find_split(each) for each in given}
     if len(splits) != 1 or None in splits:
         raise UsageError(
-            f"The column '{column}' must say train, validation or test, and the same for all rows of a task; of the task "
-            f"'{name}' it says {_join(given)}."
+            f"The column '{column}' must contain train, validation or test, the same in all rows of a task; for the "
+            f"task '{name}', it contains {_join(given)}."
         )
     return str(splits.pop())
 
@@ -201,7 +197,7 @@ def _refuse_shared_names(names: Sequence[str], split_of: Mapping[str, str]) -> N
         own = name.partition("/")[2] or name
         if seen.setdefault(own, split_of[name]) != split_of[name]:
             raise UsageError(
-                f"The task '{own}' is in {seen[own]} and in {split_of[name]}; what is tested must not have been trained on."
+                f"The task '{own}' is in {seen[own]} and in {split_of[name]}; test tasks must not be used in training."
             )
 
 
@@ -215,7 +211,7 @@ def _hold_out_validation(split_of: dict[str, str], layout: Layout, origin: str) 
     train = sorted(name for name, split in split_of.items() if split == "train")
     held = max(1, len(train) // 5)
     if len(train) < 2:
-        raise UsageError(f"The split {origin} has one training task, and none for validation.")
+        raise UsageError(f"The split {origin} has one training task and no validation task.")
     chosen = _permute(train, layout.split_seed)[:held]
     return {**split_of, **dict.fromkeys(chosen, "validation")}, f"{origin}, validation from train"
 
@@ -223,7 +219,7 @@ def _hold_out_validation(split_of: dict[str, str], layout: Layout, origin: str) 
 def _split_at_random(names: Sequence[str], layout: Layout) -> dict[str, str]:
     if len(names) < 3:
         raise UsageError(
-            f"Training, validation and test take three tasks or more; there are {len(names)}: {_join(names)}."
+            f"Training, validation and test need at least three tasks; there are {len(names)}: {_join(names)}."
         )
     order, shares = _permute(names, layout.split_seed), np.array(layout.ratios)
     ends = np.round(shares.cumsum() / shares.sum() * len(names)).astype(int)

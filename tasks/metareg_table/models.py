@@ -26,7 +26,7 @@ class TableMLP:
         hidden: list[int] = Field([64, 64], min_length=1, description="Widths of the hidden layers.")
         embedding: int = Field(4, ge=1, description="Size of a category's embedding, at most the number of categories.")
         categories: list[int] = Field(
-            [], description="How many categories each column of categories has; the task says it."
+            [], description="Number of categories of each categorical column; set by the task."
         )
 
     def __init__(self, config: Config) -> None:

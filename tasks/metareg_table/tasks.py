@@ -80,48 +80,52 @@ class TableFolder(Task):
     class Config(PluginConfig):
         """Options of the table-folder task."""
 
-        data: PathText | None = Field(None, description="The folder of tables, or one table; unset, in METAREG_DATA.")
+        data: PathText | None = Field(
+            None, description="The folder of tables, or one table; by default, in METAREG_DATA."
+        )
         target: ColumnName | None = Field(None, description="The column to predict.")
-        shots: int = Field(10, ge=1, description="Support rows of a task; where it has classes, of each class.")
+        shots: int = Field(10, ge=1, description="Support rows of a task; for classification, of each class.")
         query: int = Field(
-            10, ge=1, description="Query rows of a task; where it has classes, so many times the classes."
+            10, ge=1, description="Query rows of a task; for classification, this many times the number of classes."
         )
         kind: Literal["auto", "regression", "classification"] = Field(
             "auto",
-            description="auto: classification where the target holds texts or only 0 and 1, regression otherwise.",
+            description="auto: classification if the target contains texts or only 0 and 1, otherwise regression.",
         )
         columns: ColumnNames | None = Field(
-            None, description="The input columns; unset, all but target, task and split."
+            None, description="The input columns; by default, all but target, task and split."
         )
-        numeric: ColumnNames = Field([], description="Columns that hold numbers, whatever their cells look like.")
-        categorical: ColumnNames = Field([], description="Columns that hold categories, though they look like numbers.")
+        numeric: ColumnNames = Field([], description="Columns to treat as numeric, whatever their cells look like.")
+        categorical: ColumnNames = Field(
+            [], description="Columns to treat as categorical, even if they look like numbers."
+        )
         missing: Missing = Field(
             "refuse",
-            description="What to do where a value is missing: refuse the table; take the column's mean (and leave a "
-            "category open); or drop the row.",
+            description="What to do if a value is missing: refuse the table; insert the column's mean (and leave categories "
+            "unknown); or drop the row.",
         )
         standardise: Statistics = Field(
             "training",
             description="Give numeric inputs mean 0 and deviation 1 over the rows of all training tasks, or over each "
-            "task's support rows; or leave them.",
+            "task's support rows; or leave them unchanged.",
         )
         standardise_target: Statistics = Field("training", description="The same for a numeric target.")
         loss: Literal["mse", "mae", "huber", "cross_entropy"] | None = Field(
-            None, description="What is minimised, on the standardised target; unset, mse or cross_entropy."
+            None, description="What is minimised, on the standardised target; by default, mse or cross_entropy."
         )
         metric: (
             Literal["mse", "mae", "huber", "r2", "accuracy", "balanced_accuracy", "auroc", "cross_entropy"] | None
         ) = Field(
             None,
-            description="What is reported; unset, the loss, or accuracy. mse and mae are in the target's units, unless that "
-            "is standardised by support rows.",
+            description="What is reported; by default, the loss, or accuracy. mse and mae are in the target's units, unless "
+            "the target is standardised by support rows.",
         )
         task_column: ColumnName | None = Field(None, description="The column that names each row's task, in one table.")
         split_column: ColumnName | None = Field(None, description="A column that says train, validation or test.")
         split_file: PathText | None = Field(
             None,
             description="JSON or YAML {train: [task, …], validation: […], test: […]}, or CSV with the columns task and "
-            "split; unset, splits.json in the folder, where there is one.",
+            "split; by default, splits.json in the folder if there is one.",
         )
         ratios: list[float] = Field(
             [0.6, 0.2, 0.2], min_length=3, max_length=3, description="Parts of the tasks for train, validation, test."
@@ -291,12 +295,14 @@ class TableFolder(Task):
         optional = [*encoding.unused, *aside]
         for table in (support, query):
             if table is not None and not table.named:
-                raise UsageError(f"{table.path} does not name its columns; they are {', '.join(self.known_columns)}.")
+                raise UsageError(
+                    f"{table.path} does not name its columns; they must be {', '.join(self.known_columns)}."
+                )
         support.check_columns(self.known_columns, optional)
         if query is not None:
             query.check_columns(encoding.inputs, [*optional, encoding.target])
             if encoding.target in query.columns:
-                log.info("%s: the column '%s' is what is predicted, and not used.", query.path, encoding.target)
+                log.info("%s: ignoring the column '%s', which is the target.", query.path, encoding.target)
         rows = encoding.choose_rows(support, self.config.missing)
         inputs = torch.from_numpy(encoding.read_inputs(rows))
         targets = torch.from_numpy(encoding.read_targets(rows))
@@ -314,7 +320,7 @@ class TableFolder(Task):
         return Dataset(
             self.location,
             self.location.exists(),
-            "It is your own: a CSV, Parquet or npz file for each task; --example DIR writes some to begin with.",
+            "It is your own: one CSV, Parquet or npz file per task; --example DIR writes examples.",
             None,
             self._describe,
             write_example,
@@ -331,8 +337,8 @@ class TableFolder(Task):
         config = self.config
         if config.data is None and not self.location.exists():
             raise UsageError(
-                "The task 'table-folder' needs the folder of your tables: --data DIR. `metareg data table-folder --example "
-                "DIR` writes some to begin with."
+                "The task 'table-folder' needs the folder of your tables: --data DIR. `metareg data table-folder "
+                "--example DIR` writes example tables."
             )
         known = [config.target, config.task_column, config.split_column, *(config.columns or ())]
         layout = Layout(
@@ -359,8 +365,8 @@ class TableFolder(Task):
                 tables[name] = encoding.choose_rows(table, self.config.missing)
             if split == "train" and hash_tables(encoding, tables) != encoding.digest:
                 raise UsageError(
-                    f"The training tasks in {self.location} are others than those that the configuration's 'encoding' was "
-                    "found in; take it out of the configuration, and it will be found anew."
+                    f"The training tasks in {self.location} differ from those of the configuration's 'encoding'; "
+                    "remove 'encoding' from the configuration, and it will be computed again."
                 )
             pools[split] = self._create_pool(tables)
         counts = "/".join(str(len(pool.names)) for pool in pools.values())
@@ -370,10 +376,10 @@ class TableFolder(Task):
             self.location, counts, found.origin, encoding.target, target, _describe_inputs(encoding),
         )  # fmt: skip
         if found.left_out:
-            log.info("%s: left out what is no table: %s.", self.location, _shorten(found.left_out))
+            log.info("%s: ignoring files that are not tables: %s.", self.location, _shorten(found.left_out))
         small = [name for pool in pools.values() for name in pool.small]
         if small:
-            log.info("Left out tasks that have too few rows for %s: %s.", self._describe_needs(), _shorten(small))
+            log.info("Leaving out tasks with too few rows for %s: %s.", self._describe_needs(), _shorten(small))
         return pools
 
     def _find_pool(self, split: str) -> _Pool:
@@ -381,7 +387,7 @@ class TableFolder(Task):
             raise UsageError(f"There is no split '{split}'; there are {', '.join(self._pools)}.")
         pool = self._pools[split]
         if not pool.names:
-            why = f"none of its {len(pool.small)} tasks has" if pool.small else "it has no tasks, which need"
+            why = f"none of its {len(pool.small)} tasks has" if pool.small else "it has no tasks; a task needs"
             raise UsageError(f"The {split} split of {self.location} cannot be used: {why} {self._describe_needs()}.")
         return pool
 
@@ -390,7 +396,7 @@ class TableFolder(Task):
         if self.encoding.classes is None:
             return f"{shots} support and {query} query rows"
         classes = len(self.encoding.classes)
-        return f"{shots} support rows of each class, one more of it, and {classes * (shots + query)} rows in all"
+        return f"{shots} support rows of each class, one more of it, and {classes * (shots + query)} rows in total"
 
     def _create_pool(self, tables: Mapping[str, Table]) -> _Pool:
         encoding, config = self.encoding, self.config
@@ -477,7 +483,8 @@ def _refuse_other_options(config: TableFolder.Config, encoding: Encoding) -> Non
     for name, (wanted, found) in pairs.items():
         if wanted is not None and wanted != found:
             raise UsageError(
-                f"The configuration's 'encoding' was found for another '{name}'; take it out, and it will be found anew."
+                f"The configuration's 'encoding' was computed for another '{name}'; remove it, and it will be computed "
+                "again."
             )
 
 

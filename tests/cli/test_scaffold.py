@@ -134,7 +134,7 @@ def test_check_plugin_fails_with_what_is_wrong_and_how_to_mend_it(
     assert run(["check-plugin", "algorithms", "halved", "--no-compile"]) == 1
     printed = capsys.readouterr().out
     assert "failed  step-examples" in printed
-    assert "To mend it: compare inner_update with the formula" in printed
+    assert "To fix it: compare inner_update with the formula" in printed
     sys.modules.pop("metareg_halved", None)
 
 

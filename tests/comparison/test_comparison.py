@@ -163,19 +163,19 @@ def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"algo": ["maml", "maml"]}, "the algorithm 'maml' stands twice"),
-        ({"seeds": [1, 1]}, "the seed '1' stands twice"),
-        ({"tasks": ["sinusoid", "sinusoid"]}, "give each of its tasks a label of its own"),
+        ({"algo": ["maml", "maml"]}, "the algorithm 'maml' is listed twice"),
+        ({"seeds": [1, 1]}, "the seed '1' is listed twice"),
+        ({"tasks": ["sinusoid", "sinusoid"]}, "give each of its tasks its own label"),
         ({"arms": [{"algo": "mml", "options": {}}]}, "did you mean 'maml'"),
         ({"arms": [{"task": "sinusoids", "options": {}}]}, "did you mean 'sinusoid'"),
-        ({"options": {"seed": 3}}, "it is what 'seeds' is for"),
-        ({"seeds": 0}, "a number of seeds is one from 1 to 1000, not 0"),
+        ({"options": {"seed": 3}}, "use 'seeds'"),
+        ({"seeds": 0}, "the number of seeds must be from 1 to 1000, not 0"),
         ({"seeds": [-1]}, "seeds"),
         ({"seeds": [2**63]}, "seeds"),
-        ({"seeds": "many"}, "a number of seeds, as 5, seeds with commas"),
+        ({"seeds": "many"}, "a number of seeds (5), seeds separated by commas"),
         ({"augment": "none,"}, "a name is missing"),
         ({"augment": ["cml+"]}, "a name is missing"),
-        ({"augment": ["none+cml"]}, "'none' is no part of a chain"),
+        ({"augment": ["none+cml"]}, "'none' cannot be part of a chain"),
         ({"tasks": "sinusoid,"}, "a name is missing"),
         (
             {"tasks": [{"task": "sinusoid", "label": label} for label in ("5-shot", "5 shot")]},
@@ -198,8 +198,8 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(values: dict[str, Any]
         (["--set", "inner_ls=1"], "inner_lr"),
         (["--set", "cml.gamma=1"], "cml"),
         (["--set", "inner_lr=-1"], "greater than 0"),
-        (["--seeds", "many"], "a number of seeds, as 5"),
-        (["--jobs", "0"], "--jobs takes a number of 1 or more"),
+        (["--seeds", "many"], "a number of seeds (5)"),
+        (["--jobs", "0"], "--jobs must be 1 or more"),
         (["--launcher", "slurm"], "There is no launcher named 'slurm'"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
@@ -287,7 +287,7 @@ def test_flags_alone_change_what_a_folder_holds(
     config = Plan.read(folder).config
     assert (config.augment, config.seeds, config.options["steps"]) == (["none", "cml", "dropgrad"], [0, 1], 30)
     assert carried_out("--augment=none,dropgrad") == 2
-    assert "it has begun maml+cml on sinusoid, seed 0, which this one leaves out" in " ".join(
+    assert "it has begun maml+cml on sinusoid, seed 0, which the new configuration omits" in " ".join(
         capsys.readouterr().err.split()
     )
     assert Plan.read(folder).config == config
@@ -404,7 +404,7 @@ def test_a_stop_reaches_the_runs(tmp_path: Path) -> None:
         stop.asked = run.seed == 1
 
     launcher = Fake(ends)
-    with pytest.raises(Interrupted, match=r"metareg compare --out .* goes on"):
+    with pytest.raises(Interrupted, match=r"metareg compare --out .* continues"):
         Comparison(plan_of(tmp_path, seeds=5), launcher).carry_out(stop)
     assert launcher.stopped
     assert len(launcher.submitted) <= 3
@@ -447,7 +447,7 @@ def test_another_comparison_does_not_take_over_what_was_run(tmp_path: Path) -> N
     assert Plan.read(tmp_path / "c").config == plan.config
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.tex").write_text("")
-    with pytest.raises(UsageError, match="holds no comparison"):
+    with pytest.raises(UsageError, match="contains no comparison"):
         compare("maml", out=tmp_path / "other")
     with pytest.raises(UsageError, match="say what to compare"):
         compare(out=tmp_path / "nothing")
@@ -527,7 +527,7 @@ def test_values_are_those_that_a_file_can_hold(tmp_path: Path, monkeypatch: pyte
     compare(out=tmp_path / "c", **TINY, device=Path("cpu"))
 
     assert launcher.submitted[0].options["device"] == "cpu"
-    with pytest.raises(UsageError, match="values that a file can hold"):
+    with pytest.raises(UsageError, match="values must be writable to a file"):
         compare(out=tmp_path / "d", device=object())
     assert not (tmp_path / "d").exists()
 
@@ -541,7 +541,7 @@ def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any
     (gap,) = read_results(tmp_path).gaps
 
     assert (gap.what, gap.seed, gap.state) == (str(run.arm), str(run.seed), "broken")
-    assert gap.reason == "it was trained for 9000 steps, not for the 5000 of the comparison"
+    assert gap.reason == "it was trained for 9000 steps instead of the comparison's 5000"
 
 
 @pytest.mark.parametrize(
@@ -666,7 +666,7 @@ def test_a_process_that_dies_is_reported_and_replaced(
         pool.submit(long)
         (worker,) = pool._workers
         worker.process.kill()
-        sentence = f"The process of the run was ended by SIGKILL; {tmp_path / 'workers.log'} holds what it printed."
+        sentence = f"The process of the run was ended by SIGKILL; its output is in {tmp_path / 'workers.log'}."
         assert outcomes(pool, 1) == [Outcome(long, sentence, again=True)]
         short = plan_of(tmp_path, tasks=["harmonic"], options={**TINY, "steps": 2}).list_runs()[0]
         pool.submit(short)
@@ -750,7 +750,7 @@ def test_few_runs_leave_the_cores_to_their_threads(
 def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="A comparison takes one process"):
+    with pytest.raises(UsageError, match="A comparison must be started as one process"):
         compare("maml", out=tmp_path / "new")
     assert not (tmp_path / "new").exists()
 

@@ -76,9 +76,9 @@ def test_own_objects_are_compared_and_gone_on_with(tmp_path: Path, monkeypatch: 
     assert "metareg.train(sign, ['cml'], lines, " in text
     assert "model=sequential" in text
     assert "metareg train" not in text
-    with pytest.raises(UsageError, match=r"algo 'sign', task 'lines', model 'sequential'\): go on in Python"):
+    with pytest.raises(UsageError, match=r"algo 'sign', task 'lines', model 'sequential'\): continue in Python"):
         metareg.compare(out=out)
-    with pytest.raises(UsageError, match="leave launcher and jobs out"):
+    with pytest.raises(UsageError, match="do not set launcher or jobs"):
         metareg.compare("maml", task=task, model=model, jobs=2, out=tmp_path / "two")
-    with pytest.raises(UsageError, match="Two objects given as task go by the name 'lines'"):
+    with pytest.raises(UsageError, match="Two objects passed as task have the name 'lines'"):
         metareg.compare("maml", task=[task, Lines()], model=model, out=tmp_path / "two")

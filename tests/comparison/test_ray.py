@@ -132,7 +132,7 @@ def test_a_dead_node_is_a_reason_to_try_again(ray: StandIn) -> None:
     assert ray.asked[0]["max_retries"] > 0
     ray.failure = ray.exceptions.RayError("Traceback\n  of many lines\nThe node died.")
     (outcome,) = launcher.wait(1)
-    assert outcome.error == "The cluster could not carry the run out: The node died."
+    assert outcome.error == "The cluster could not execute the run: The node died."
     assert outcome.again
 
 

@@ -93,12 +93,12 @@ def test_missing_data_is_one_sentence_and_nothing_is_written(
 
 def test_where_no_figure_is_known_the_recipe_says_why() -> None:
     for changes in ({"expected": None}, {"unknown": "nobody measured it"}):
-        with pytest.raises(UsageError, match="'unknown' says why there is no figure"):
+        with pytest.raises(UsageError, match="'unknown' must say why there is no value"):
             recipe(**changes)
 
 
 def test_an_interval_holds_its_mean() -> None:
-    with pytest.raises(UsageError, match=r"\[1.0, 2.0\] does not hold the mean 3.0"):
+    with pytest.raises(UsageError, match=r"\[1.0, 2.0\] does not contain the mean 3.0"):
         recipe(expected={**TINY["expected"], "mean": 3.0, "interval": [1.0, 2.0]})
 
 
@@ -204,13 +204,13 @@ def test_what_could_not_be_judged_is_not_run(changes: dict[str, Any], sentence: 
 
 def test_a_folder_is_of_one_recipe(tmp_path: Path) -> None:
     write_json(tmp_path / "reproduction.json", {"recipe": "another"})
-    with pytest.raises(UsageError, match="holds what came out of the recipe 'another'"):
+    with pytest.raises(UsageError, match="contains results of the recipe 'another'"):
         reproduce(recipe(), tmp_path)
 
 
 def test_accuracies_are_no_percentages() -> None:
     expected = {"mean": 48.7, "interval": [46.8, 50.5], "over": None, "source": "Somebody, 2020."}
-    with pytest.raises(UsageError, match=r"from 0 to 1; 50.5 is above it"):
+    with pytest.raises(UsageError, match=r"from 0 to 1; 50.5 is above 1"):
         recipe(metric="accuracy", expected=expected)
 
 
@@ -274,10 +274,10 @@ def test_a_recipe_from_beginning_to_end(
     ("arguments", "sentence"),
     [
         (["sinusoid-5-shots"], "There is no recipe named 'sinusoid-5-shots'; did you mean 'sinusoid-5-shot'"),
-        (["./tiny"], "one of your own is a file NAME.yaml"),
+        (["./tiny"], "your own recipe is a file NAME.yaml"),
         (["nosuch.yaml"], "There is no configuration file nosuch.yaml"),
         (["bad.yaml"], "did you mean 'summary'"),
-        (["sinusoid-5-shot", "--seeds", "x"], "a number of seeds, as 5"),
+        (["sinusoid-5-shot", "--seeds", "x"], "a number of seeds (5)"),
         (["sinusoid-5-shot", "--device", "toaster"], "no device 'toaster'"),
         (["--out", "out"], "Name a recipe"),
     ],
@@ -311,10 +311,10 @@ def test_a_run_that_cannot_be_finished(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_stopped_recipe_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stopped(*_: Any, **__: Any) -> None:
-        raise Interrupted("Stopped. `metareg compare --out …` goes on with the comparison.")
+        raise Interrupted("Stopped. `metareg compare --out …` continues the comparison.")
 
     monkeypatch.setattr("metareg.comparison.runner.compare", stopped)
-    with pytest.raises(Interrupted, match="The same command goes on with the recipe in"):
+    with pytest.raises(Interrupted, match="Repeat the command to continue the recipe in"):
         reproduce(recipe(), tmp_path)
 
 

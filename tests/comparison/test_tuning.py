@@ -61,7 +61,7 @@ def test_what_is_one_value(text: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[1,2", "no valid YAML"), ("'a,b", "no valid YAML"), ("1,2,1", "1 stands twice"),
+        ("[1,2", "not valid YAML"), ("'a,b", "not valid YAML"), ("1,2,1", "contain 1 twice"),
     ],
 )  # fmt: skip
 def test_malformed_sweeps(text: str, sentence: str) -> None:
@@ -91,11 +91,11 @@ def test_tuning_survives_being_written() -> None:
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({}, "a grid needs values in 'space'"), ({"trials": 1}, "a number from 2 on"), ({"trials": "all"}, "or grid"),
-        ({"space": {"a": "geomspace(1,4,3)"}}, r"'geomspace\(1,4,3\)' is none of these"), ({"space": [1]}, "dictionary"),
-        ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "seeds": [0, 0]}, "the seed '0' stands twice"),
+        ({}, "a grid needs values in 'space'"), ({"trials": 1}, "a number of 2 or more"), ({"trials": "all"}, "or grid"),
+        ({"space": {"a": "geomspace(1,4,3)"}}, r"not 'geomspace\(1,4,3\)'"), ({"space": [1]}, "dictionary"),
+        ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "seeds": [0, 0]}, "the seed '0' is listed twice"),
         ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
-        ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be chosen and has one value"),
+        ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be tuned but has a fixed value"),
     ],
 )  # fmt: skip
 def test_bad_tuning(values: dict[str, Any], sentence: str) -> None:
@@ -224,15 +224,15 @@ def two_arms() -> dict[str, Selection]:
         ({"trials": 4, "space": {"cml.gamma": {"low": -1, "high": 2}}}, r"maml\+cml: cml.gamma = -1.0 cannot be used"),
         ({"trials": 4, "space": {"inner_steps": {"low": 1.5, "high": 3}}}, "inner_steps = 1.5 cannot be used"),
         ({"trials": 4, "space": {"mlp.hidden": {"low": 1, "high": 3}}}, "mlp.hidden = 1.0 cannot be used"),
-        ({"trials": 4, "space": {"first_order": {"low": 0, "high": 1}}}, "'first_order' is no number"),
-        ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' declares nothing to search.*json_schema_extra"),
-        ({"trials": 4, "space": {"reset_optimizer_every": None}}, "declares nothing to search; give values"),
+        ({"trials": 4, "space": {"first_order": {"low": 0, "high": 1}}}, "'first_order' is not a number"),
+        ({"trials": 4, "space": {"mlp.hidden": None}}, "'mlp.hidden' declares no search range.*json_schema_extra"),
+        ({"trials": 4, "space": {"reset_optimizer_every": None}}, "declares no search range; give values"),
         ({"space": {"cml.gamma": None}}, "A grid needs values of 'cml.gamma', not the range 0.005 to 10, log"),
-        ({"space": {"shots": [1, 5]}}, "'shots' cannot be chosen by validation"),
-        ({"space": {"task.shots": [1, 5]}}, "'task.shots' cannot be chosen by validation"),
-        ({"space": {"seed": [1, 5]}}, "'seed' cannot be chosen by validation"),
-        ({"space": {"test_inner_steps": [[1], [5]]}}, "cannot be chosen by validation"),
-        ({"space": {"algo.inner_lr": [1, 2], "maml.inner_lr": [1, 2]}}, "are one option"),
+        ({"space": {"shots": [1, 5]}}, "'shots' cannot be tuned"),
+        ({"space": {"task.shots": [1, 5]}}, "'task.shots' cannot be tuned"),
+        ({"space": {"seed": [1, 5]}}, "'seed' cannot be tuned"),
+        ({"space": {"test_inner_steps": [[1], [5]]}}, "cannot be tuned"),
+        ({"space": {"algo.inner_lr": [1, 2], "maml.inner_lr": [1, 2]}}, "are the same option"),
         (
             {"space": {key: [k / 40 for k in range(1, 41)] for key in ("inner_lr", "outer_lr")}},
             "A grid of 1600 settings is larger than 1000",
@@ -499,7 +499,7 @@ def test_a_grid_gives_every_arm_as_many_trials(tmp_path: Path) -> None:
     write_json(file, content | {"trials": content["trials"][:2]})
     assert create_tuners(plan)[plan.arms[0]].chosen == none.chosen
     write_json(file, content | {"trials": content["trials"][:3]})
-    with pytest.raises(UsageError, match="chosen in another way"):
+    with pytest.raises(UsageError, match="chosen differently"):
         create_tuners(plan)
     alone = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [0.1, 1.0]}}}
     without, _ = create_tuners(Plan(tmp_path / "b", validate(ComparisonConfig, alone, "the comparison"))).values()
@@ -542,7 +542,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
         "maml on few, trial-0, seed 0", "maml on few, trial-1, seed 0", "maml on sinusoid, seed 0", "maml on few, seed 0",
     ]  # fmt: skip
     assert [arm.chosen is not None for task in read_results(tmp_path).tasks for arm in task.arms] == [False, True]
-    # Neither is chosen in another way once it has begun: its runs would not be what the table says.
+    # Neither is chosen differently once it has begun: its runs would not be what the table says.
     other = {"space": {"inner_lr": [0.5, 0.6]}}
     for number, label in enumerate(("sinusoid", "few")):
         changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
@@ -554,17 +554,17 @@ def test_a_result_on_test_tasks_is_no_ground_for_a_choice(tmp_path: Path) -> Non
     grid = tuner(tmp_path, space={"cml.gamma": [1, 2]})
     for job in grid.next_runs():
         finish(job, 1.0, split="test")
-    with pytest.raises(UsageError, match="no result on validation tasks"):
+    with pytest.raises(UsageError, match="not a result on validation tasks"):
         grid.next_runs()
 
 
 def test_what_was_chosen_in_another_way_is_not_taken(tmp_path: Path) -> None:
     carried_out(tuner(tmp_path, space={"cml.gamma": [1, 2]}))
     assert tuner(tmp_path, space={"cml.gamma": [1, 2]}).chosen is not None
-    with pytest.raises(UsageError, match="were chosen in another way"):
+    with pytest.raises(UsageError, match="were chosen with another 'tune'"):
         tuner(tmp_path, space={"cml.gamma": [1, 2, 3]})
     for other in ({"trials": 2}, {"space": {"cml.gamma": [1, 2]}, "seeds": [1]}):
-        with pytest.raises(UsageError, match="were chosen in another way"):
+        with pytest.raises(UsageError, match="were chosen with another 'tune'"):
             tuner(tmp_path, **other)
 
 
@@ -710,7 +710,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
     comparison.carry_out(StopRequest())
     assert (comparison.finished, comparison.left, again.submitted) == (4, 0, [])
     for change in ({"tune": {**config["tune"], "trials": 4}}, {"options": {**config["options"], "steps": 6}}):
-        with pytest.raises(UsageError, match="cannot go on as another one"):
+        with pytest.raises(UsageError, match="cannot be continued with these changes"):
             compare(config={**config, **change}, out=tmp_path)
     assert Plan.read(tmp_path).config == plan.config
 

@@ -71,8 +71,8 @@ def test_what_is_given_is_not_shared() -> None:
         (np.array([["a"]]), "type <U1"),
         (np.array([[1j]]), "type complex128"),
         (np.array([[None]]), "type object"),
-        ([[1.0]], "must hold tensors or arrays, not float"),
-        (None, "must hold tensors or arrays, not NoneType|holds no tensor"),
+        ([[1.0]], "must contain tensors or arrays, not float"),
+        (None, "must contain tensors or arrays, not NoneType|contains no tensor"),
     ],
 )
 def test_what_is_no_number_is_refused(x: Any, says: str) -> None:

@@ -24,7 +24,7 @@ class Steps:
 
 @pytest.mark.parametrize(
     ("stated", "advice"),
-    [(CONTRACT_VERSION + 1, "Upgrade metareg"), (0, "Upgrade the plugin"), ("one", "a number is expected")],
+    [(CONTRACT_VERSION + 1, "Upgrade metareg"), (0, "Upgrade the plugin"), ("one", "it must be a number")],
 )
 def test_other_contract_is_refused(stated: Any, advice: str) -> None:
     plugin = type("Other", (Steps,), {"contract": stated})

@@ -76,7 +76,7 @@ def test_metrics_of_numbers() -> None:
         if name in LOSSES:
             assert LOSSES[name](outputs[0], targets[0]).item() == pytest.approx(values[0])
             assert find_metric(None, name).name == name
-        with pytest.raises(UsageError, match="one shape"):
+        with pytest.raises(UsageError, match="of the same shape"):
             METRICS[name](outputs[0], targets[0, :, 0])
     level = torch.ones(4, 1)
     assert METRICS["r2"](level, level).item() == 1

@@ -39,10 +39,10 @@ def test_what_may_be_written(value: Any, domain: Any) -> None:
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        (0.1, "0.1 is none of these"), ("geomspace(1,4,3)", r"'geomspace\(1,4,3\)' is none of these"),
-        ([], "'a' has no values"), ([1, 1], "1 stands twice"), ({"low": 1}, "'high' is required"),
+        (0.1, "not 0.1"), ("geomspace(1,4,3)", r"not 'geomspace\(1,4,3\)'"),
+        ([], "'a' has no values"), ([1, 1], "contain 1 twice"), ({"low": 1}, "'high' is required"),
         ({"low": 2, "high": 1}, "low = 2 must be below high = 1"), ({"factor": 1}, "greater than 1"),
-        ({"low": 0, "high": 1, "log": True}, "begins above 0"), ({"low": 0, "hihg": 1}, "did you mean 'high'"),
+        ({"low": 0, "high": 1, "log": True}, "must start above 0"), ({"low": 0, "hihg": 1}, "did you mean 'high'"),
     ],
 )  # fmt: skip
 def test_what_may_not_be_written(value: Any, sentence: str) -> None:
@@ -71,7 +71,7 @@ def test_the_values_are_of_the_option_s_type() -> None:
     for name, domain in (("count", Range(low=0, high=8)), ("count", Range(low=1.5, high=8)), ("kind", ["a", "c"])):
         with pytest.raises(UsageError, match=f"{name} = .* cannot be used"):
             check_domain(name, fields[name], domain)
-    with pytest.raises(UsageError, match="'flag' is no number"):
+    with pytest.raises(UsageError, match="'flag' is not a number"):
         check_domain("flag", fields["flag"], Range(low=0, high=1))
 
 

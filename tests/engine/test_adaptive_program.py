@@ -85,6 +85,6 @@ def test_sizes_on_which_the_operations_depend_are_fixed(look: Any) -> None:
 
 
 def test_course_that_depends_on_values_is_refused() -> None:
-    with pytest.raises(UsageError, match="cannot be written as one program") as refused:
+    with pytest.raises(UsageError, match="cannot be exported as one program") as refused:
         _export(_learner(Descent(lambda y: 1.0 if y.sum().item() > 0 else 2.0)))
     assert "\n" not in str(refused.value)

@@ -142,11 +142,11 @@ def test_auto_trains_whatever_a_plain_loop_trains(name: str, caplog: pytest.LogC
     outputs = functional_call(copy.deepcopy(model), dict(adapted.named_parameters()), (X[0],))
     for _ in range(2):
         torch.testing.assert_close(copy.deepcopy(adapted)(X[0]), outputs)
-    said = [line for line in caplog.messages if line.startswith("Strategy traced instead of vectorized for training")]
+    said = [line for line in caplog.messages if line.startswith("strategy traced instead of vectorized for training")]
     assert (
         len(said) == (name in ("gru", "rnn", "lstm", "spectral norm", "statistics")) == (learner.strategy == "traced")
     )
-    writes = [line for line in caplog.messages if "is dropped after each call" in line]
+    writes = [line for line in caplog.messages if "are discarded after each call" in line]
     assert len(writes) == (name in ("spectral norm", "statistics"))
     if name == "statistics":
         assert all(word in writes[0] for word in ("mean", "calls", "history", "mask"))

@@ -114,4 +114,4 @@ def test_anomaly_mode(caplog: pytest.LogCaptureFixture) -> None:
         found = [learner.step(episodes("mlp")).item() for _ in range(3)]
     assert found[0] == pytest.approx(expected[0])
     assert learner.strategy == "vectorized"
-    assert "Untraced, which is slower: tracing failed" in caplog.text
+    assert "untraced, which is slower: tracing failed" in caplog.text

@@ -211,7 +211,7 @@ def test_all_skip_and_roll_back_where_one_diverges(together: SimpleNamespace, tm
 
 
 def test_a_signal_to_one_stops_all_after_the_same_step(together: SimpleNamespace) -> None:
-    advice = f"`metareg resume '?{re.escape(str(together.folder / 'stopped'))}'?` goes on from step 7."
+    advice = f"`metareg resume '?{re.escape(str(together.folder / 'stopped'))}'?` continues from step 7."
     for found in together.ranks:
         kind, text = found["stopped"]
         assert kind == "Interrupted"
@@ -247,8 +247,8 @@ def test_an_error_of_an_observer_is_raised_in_all(together: SimpleNamespace) -> 
 def test_a_process_that_ends_does_not_leave_the_others_waiting(together: SimpleNamespace) -> None:
     kind, text = together.ranks[0]["lost"]
     assert kind == "LostProcessError"
-    assert text.startswith("Another process of this training has ended before its time. `metareg resume ")
-    assert text.endswith("goes on from step 8.")
+    assert text.startswith("Another process of this training ended early. `metareg resume ")
+    assert text.endswith("continues from step 8.")
 
 
 # -------------------------------------------------------------------------------------------------------------- command
@@ -260,11 +260,11 @@ def test_a_process_that_ends_does_not_leave_the_others_waiting(together: SimpleN
         ("name", 2, "There is no algorithm named 'mamal'; did you mean 'maml'"),
         ("option", 2, "Invalid value for '--steps'"),
         ("batch", 2, "2 processes cannot share a batch of 1"),
-        ("taken", 2, "exists already and is not an empty folder"),
+        ("taken", 2, "already exists and is not empty"),
         ("missing", 2, "There is no run at"),
-        ("command", 2, "`metareg eval` takes one process"),
+        ("command", 2, "run `metareg eval` in one process"),
         ("trained", 0, "Test over 2 tasks"),
-        ("ended", 0, "has ended already"),
+        ("ended", 0, "has already finished"),
     ],
 )
 def test_what_the_command_says(together: SimpleNamespace, case: str, code: int, words: str) -> None:
@@ -298,7 +298,7 @@ def test_torchrun_passes_a_signal_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         text = process.stderr.read()
     assert sorted((file.name, file.read_text()) for file in codes.iterdir()) == [("0", "130"), ("1", "130")]
-    (step,) = re.findall(r"Stopped. `metareg resume .*` goes on from step (\d+)\.", text)
+    (step,) = re.findall(r"Stopped. `metareg resume .*` continues from step (\d+)\.", text)
     assert int(step) > 0
     assert (path / "checkpoints" / f"step-{int(step):09d}.safetensors").is_file()
     assert text.count("stopping after this step") == 1

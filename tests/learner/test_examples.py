@@ -104,7 +104,7 @@ IMPOSSIBLE: dict[str, tuple[Any, Any, Tensor, Tensor, str]] = {
     "NaN": (build, "cross_entropy", changed(X, math.nan), Y, "NaN or infinite"),
     "infinite": (build, "cross_entropy", changed(X, math.inf), Y, "NaN or infinite"),
     "NaN targets": (lambda: build(1), "mse", X, changed(NUMBERS, math.nan), "support_y of task .* NaN or infinite"),
-    "no example": (build, "cross_entropy", X[:, :0], Y[:, :0], "at least one example a task"),
+    "no example": (build, "cross_entropy", X[:, :0], Y[:, :0], "at least one example per task"),
 }
 
 
@@ -143,7 +143,7 @@ def test_a_training_leaves_out_a_batch_with_nan_where_it_may(policy: str) -> Non
         fit(learner, TaskSource.of(source), schedule)
         assert learner.steps_done == 4
         return
-    with pytest.raises(DivergenceError, match="Step 3 is not taken") as error:
+    with pytest.raises(DivergenceError, match="Step 3 was not taken") as error:
         fit(learner, TaskSource.of(source), schedule)
     assert isinstance(error.value, UsageError)
     assert learner.steps_done == 2
@@ -168,7 +168,7 @@ def test_a_metric_that_is_a_function_says_which_values_are_better(caplog: pytest
 
     learner = MetaLearner(build(), metric=share)
     assert (learner.metric.name, learner.metric.higher_is_better) == ("share", True)
-    assert "Of the metric 'share' higher values count as better" in caplog.text
+    assert "Higher values of the metric 'share' count as better" in caplog.text
     caplog.clear()
     assert not MetaLearner(build(), metric=F.cross_entropy).metric.higher_is_better
     assert not caplog.messages

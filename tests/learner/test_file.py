@@ -51,7 +51,7 @@ def test_algorithm_and_loss_that_are_not_installed(tmp_path: Path) -> None:
     learner.save(tmp_path / "x")
     with pytest.raises(UsageError, match=r"'signmaml'.*algo="):
         MetaLearner.load(tmp_path / "x", MLP(), loss=loss)
-    with pytest.raises(UsageError, match="loss of its own; pass it as loss="):
+    with pytest.raises(UsageError, match="custom loss; pass it as loss="):
         MetaLearner.load(tmp_path / "x", MLP(), algo=SignMAML)
     loaded = MetaLearner.load(tmp_path / "x", MLP(), algo=SignMAML, loss=loss, metric="mse")
     assert loaded.algorithm.config.inner_lr == 0.05

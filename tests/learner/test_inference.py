@@ -107,7 +107,7 @@ def test_a_batch_norm_in_several_places_keeps_the_statistics_of_none() -> None:
     norm = nn.BatchNorm1d(3)
     model = nn.Sequential(nn.Linear(2, 3), norm, nn.Linear(3, 3), norm, nn.Linear(3, 1)).double()
     learner, (x, y, *_) = MetaLearner(model, loss="mse"), tasks_of(episodes("mlp"))[0]
-    with pytest.raises(UsageError, match="'1' normalises in several places"):
+    with pytest.raises(UsageError, match="'1' is applied several times"):
         learner.adapt(x, y)
     assert learner.adapt(x, y, bn_statistics="transductive")(x).isfinite().all()
 
@@ -247,7 +247,7 @@ def test_stacks_keep_the_positions_of_their_tasks() -> None:
     assert stack.to("cpu").contiguous()[1:4].positions == (2, 0, 1)
     assert [part.positions for part in stack.chunks(2)] == [(4, 2), (0, 1), (3,)]
     assert episodes("mlp", 2)[:1].positions is None
-    with pytest.raises(UsageError, match="2 positions are given for 5 tasks"):
+    with pytest.raises(UsageError, match="2 positions for 5 tasks"):
         stack.placed([0, 1])
 
 

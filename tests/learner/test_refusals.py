@@ -83,7 +83,7 @@ def test_dropout_of_zero_drops_nothing() -> None:
         ({"outer_lr": math.inf}, "outer_lr = inf cannot be used"),
         ({"strategy": "parallel"}, "strategy = 'parallel' cannot be used"),
         ({"memory": "none"}, "memory = 'none' cannot be used"),
-        ({"norm": "support"}, "named 'norm' any more: it is 'bn_statistics' now"),
+        ({"norm": "support"}, "'norm' has been renamed: it is 'bn_statistics' now"),
         ({"bn_statistics": "batch"}, "bn_statistics = 'batch' cannot be used"),
         ({"chunk": 0}, "chunk = 0 cannot be used"),
         ({"seed": -1}, "seed = -1 cannot be used"),
@@ -92,7 +92,7 @@ def test_dropout_of_zero_drops_nothing() -> None:
         ({"device": "gpu"}, "no device 'gpu' here; there is cpu"),
         ({"device": "cuda:77"}, "no device 'cuda:77' here"),
         ({"algo": "metasgd", "inner_lr": 1, "inner_lr_max": 0.5}, "inner_lr_max = 0.5 must not be below inner_lr = 1"),
-        ({"algo": SignMAML(SignMAML.Config()), "inner_lr": 1}, "is an object already; pass its class to configure it"),
+        ({"algo": SignMAML(SignMAML.Config()), "inner_lr": 1}, "is already an object; pass its class to configure it"),
     ],
 )  # fmt: skip
 def test_bad_options_in_one_sentence(options: dict[str, Any], sentence: str) -> None:
@@ -131,13 +131,13 @@ def test_loss_that_is_no_scalar() -> None:
 
 
 def test_no_task_at_all() -> None:
-    with pytest.raises(UsageError, match="no task in the batch"):
+    with pytest.raises(UsageError, match="contains no task"):
         MetaLearner(MLP()).step([])
 
 
 def test_negative_steps() -> None:
     x, y = tasks_of(episodes("mlp"))[0][:2]
-    with pytest.raises(UsageError, match="cannot be negative; got -1"):
+    with pytest.raises(UsageError, match="must not be negative; got -1"):
         MetaLearner(MLP(), loss="mse").adapt(x, y, steps=-1)
 
 
@@ -145,5 +145,5 @@ def test_negative_steps() -> None:
     "options", [{"tasks": 1}, {"tasks": 5, "inner_steps": []}, {"tasks": 5, "inner_steps": [-1, 2]}]
 )
 def test_bad_evaluations(options: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="at least 2 tasks and numbers of inner steps of 0 or more"):
+    with pytest.raises(UsageError, match="at least 2 tasks and non-negative numbers of inner steps"):
         MetaLearner(MLP(), loss="mse").evaluate(Source(), **options)

@@ -33,7 +33,7 @@ def test_a_head_that_is_not_the_last_is_found(model: nn.Module, head: str, algo:
     learner = MetaLearner(model.double(), algo, head=head, loss="mse")
     batch = episodes("mlp")
     assert learner.meta_parameters
-    with pytest.raises(UsageError, match="computes something else than head"):
+    with pytest.raises(UsageError, match="does not compute head"):
         learner.step(Episodes(batch.support_x, batch.support_x, batch.query_x, batch.query_x))
 
 
@@ -51,7 +51,7 @@ class LastOfRecurrent(nn.Module):
 def test_a_head_that_takes_another_thing_than_the_body_returns_is_refused() -> None:
     learner = MetaLearner(LastOfRecurrent(), loss="mse")
     x, y = torch.randn(2, 3, 7, 2), torch.randn(2, 3, 1)
-    with pytest.raises(UsageError, match="LastOfRecurrent computes something else than head"):
+    with pytest.raises(UsageError, match="LastOfRecurrent does not compute head"):
         learner.step(Episodes(x, y, x, y))
 
 

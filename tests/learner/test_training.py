@@ -54,7 +54,7 @@ def test_an_observer_whose_decorator_is_forgotten_is_refused() -> None:
         def on_step(self, step: int) -> None:
             raise AssertionError(step)
 
-    with pytest.raises(PluginError, match=r"observer 'deaf' has a method on_step that lacks @metareg\.hookimpl"):
+    with pytest.raises(PluginError, match=r"observer 'deaf' has a method on_step without @metareg\.hookimpl"):
         MetaLearner(MLP(), loss="mse").fit(Source(), 1, observers=[Deaf()])
 
 

@@ -153,7 +153,7 @@ def test_disabled_plugins(disabled: str, monkeypatch: pytest.MonkeyPatch) -> Non
         ("class BaseOnly(BaseException): pass\nraise BaseOnly", "BaseOnly"),
         ("x = (", "SyntaxError"),
         ("pass", "has no attribute 'Plugin'"),
-        ("Plugin = 3", "is a int; an entry point must name a class"),
+        ("Plugin = 3", "is a int; the entry point must name a class"),
     ],
 )
 def test_broken_plugins_cost_only_who_selects_them(source: str, cause: str, install: Install) -> None:

@@ -165,7 +165,7 @@ def test_arms_can_be_left_out(tmp_path: Path) -> None:
     table = build_paper_table(found, "seeds")
     assert table.cells[table.methods.index("ANIL")][0].mean == "–"
     Page(report(tmp_path, "html"))
-    with pytest.raises(UsageError, match="leaves out every arm"):
+    with pytest.raises(UsageError, match="excludes every arm"):
         Plan(tmp_path, ComparisonConfig.model_validate({"algo": ["maml"], "leave_out": [{}]}))
 
 
@@ -231,13 +231,13 @@ def test_variants_are_paired_by_seed(tmp_path: Path) -> None:
     [
         (
             {"variants": {"a": {"inner_lr": 1}}, "tune": {"space": {"inner_lr": [1, 2]}}},
-            "'inner_lr' is what variants differ in",
+            "'inner_lr' is set by variants",
         ),
         ({"variants": {"γ 1": {}, "1": {}}}, "'γ 1' and '1' share the folder '1'"),
         ({"variants": {"a": {"seed": 1}}}, "'seed' is no option here"),
         ({"arms": [{"variant": "bf16", "options": {}}]}, "variant of this comparison named 'bf16'"),
         ({"baseline": "anil"}, "baseline named 'anil'"),
-        ({"variants": {"maml": {}}, "baseline": "maml"}, "name of an algorithm and of an variant"),
+        ({"variants": {"maml": {}}, "baseline": "maml"}, r"ambiguous \(algorithm, variant\)"),
     ],
 )
 def test_bad_axes_are_refused(values: dict[str, Any], sentence: str) -> None:

@@ -149,5 +149,5 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (list(found["adapting"]), found["angles"], found["inner_steps"]) == (["all"], [], 1)
     assert [layer["layer"] for layer in found["layers"]] == ["head"]
     assert run_command(["analyse", str(tmp_path / "nothing")]) == 2
-    with pytest.raises(UsageError, match="2 tasks or more"):
+    with pytest.raises(UsageError, match="at least 2 tasks"):
         analyse(Run.load(run.path), tasks=1)

@@ -146,7 +146,7 @@ def test_data_that_moved_can_be_named(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "photos").rename(tmp_path / "moved")
     for path in (tmp_path / "others").rglob("*.png"):
         Image.new("L", (8, 8), 255).save(path)
-    for data, problem in (("photos", "There is no folder"), ("others", "is not what the run at")):
+    for data, problem in (("photos", "There is no folder"), ("others", "differs from the data that the run at")):
         with pytest.raises(UsageError, match=problem):
             metareg.resume(tmp_path / "run", steps=6, data=str(tmp_path / data))
     (tmp_path / "moved").rename(tmp_path / "photos")
@@ -189,7 +189,7 @@ def test_a_finished_run_is_kept_until_its_successor_is_written(
         assert {name: (path / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
         stopped = Run.load(path)
         assert stopped.evaluation is not None
-        assert "goes on to 20 steps; its learner and results are those after 10" in caplog.text
+        assert "is to continue to 20 steps; its learner and results are from step 10" in caplog.text
         assert metareg.resume(path).config.steps == 20
     metareg.resume(path, steps=20)
     assert _results(path) == _results(finished)
@@ -217,7 +217,7 @@ def test_train_resume_begins_and_goes_on(finished: Path, stopped: Path, tmp_path
         ({"algo": "anil"}, "its algo is {'name': 'maml'"),
         ({"augment": ["cml", "dropgrad"]}, "its augment is"),
         ({"eval_every": 3}, "its eval_every is 7, not 3"),
-        ({"steps": 19}, "20 steps, which can be raised, not lowered"),
+        ({"steps": 19}, "20 steps; you can raise this number"),
         ({"shots": 5}, "its task is"),
     ],
 )
@@ -500,7 +500,7 @@ def test_a_checkpoint_that_fails_at_any_step_harms_nothing(
         message = _failure(training.run)
         saved = training.manager.last_saved
         if message and saved is not None:
-            assert f"The checkpoint after step {saved} is still good." in message
+            assert f"The checkpoint after step {saved} is still valid." in message
             training.store.load(saved)
         failed += "cannot be written" in message
         assert not list(folder.glob(".*")), "an unfinished file was left"
@@ -548,7 +548,7 @@ def test_a_folder_that_vanishes_is_one_sentence_and_stays_away(tmp_path: Path, t
 
 def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(MetaregError, match="cannot be made"):
+    with pytest.raises(MetaregError, match="cannot be created"):
         metareg.train(out=tmp_path / "file" / "run", **SMALL)
 
 
@@ -612,7 +612,7 @@ def test_signals_stop_cleanly(
 ) -> None:
     path = tmp_path / "run"
     handler = signal.getsignal(number)
-    with pytest.raises(Interrupted, match=rf"`metareg resume {path}` goes on from step {goes_on_from}") as caught:
+    with pytest.raises(Interrupted, match=rf"`metareg resume {path}` continues from step {goes_on_from}") as caught:
         metareg.train("maml", "cml", "sinusoid", out=path, observers=[Signalling(number, when, times)], **SMALL)
     assert caught.value.exit_code == 130
     assert signal.getsignal(number) is handler
@@ -623,7 +623,7 @@ def test_signals_stop_cleanly(
 def test_a_signal_in_the_last_validation_stops_before_the_test(tmp_path: Path) -> None:
     path = tmp_path / "run"
     settings = SMALL | {"steps": 5, "eval_every": 10}
-    with pytest.raises(Interrupted, match="goes on from step 5"):
+    with pytest.raises(Interrupted, match="continues from step 5"):
         metareg.train(out=path, observers=[Signalling(signal.SIGTERM, "validation")], **settings)
     assert not (path / "results.json").exists()
     assert metareg.resume(path).evaluation is not None
@@ -632,7 +632,7 @@ def test_a_signal_in_the_last_validation_stops_before_the_test(tmp_path: Path) -
 def test_a_launcher_repeats_the_signal_to_a_single_process_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "0", "WORLD_SIZE": "1"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Interrupted, match="goes on from step 6"):
+    with pytest.raises(Interrupted, match="continues from step 6"):
         metareg.train(
             "maml", "cml", "sinusoid", out=tmp_path / "run", observers=[Signalling(signal.SIGTERM, "step", 2)], **SMALL
         )
@@ -659,7 +659,7 @@ def test_the_command_says_how_to_go_on(tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         message = process.stderr.read()
     assert process.returncode == 130
-    assert f"`metareg resume '{path}'` goes on from step" in message
+    assert f"`metareg resume '{path}'` continues from step" in message
     assert "Traceback" not in message
 
 
@@ -750,10 +750,10 @@ def test_going_on_after_divergence_is_repeatable(tmp_path: Path, policy: str, ca
 
 
 def test_going_on_after_divergence_has_a_bound(tmp_path: Path) -> None:
-    with pytest.raises(DivergenceError, match=r"(?i)step 6.* more often than max_nonfinite = 2 times"):
+    with pytest.raises(DivergenceError, match=r"(?i)step 6.* more than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "skip", list(range(6, 40)), on_nonfinite="skip", max_nonfinite=2)
     # Step 4 fails, then step 1 twice: it takes the tasks that come after those of the step that failed last.
-    with pytest.raises(DivergenceError, match=r"(?i)step 1 .* more often than max_nonfinite = 2 times"):
+    with pytest.raises(DivergenceError, match=r"(?i)step 1 .* more than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "rollback", list(range(6, 400)), on_nonfinite="rollback", max_nonfinite=2)
 
 

@@ -258,8 +258,8 @@ def test_recommendations_for_a_plugin_that_is_disabled(monkeypatch: pytest.Monke
         ({"size": 3}, r"'size' is an option of several plugins of this run; write 'careful\.size' or 'sized\.size'"),
         ({"anill": {"steps": 3}}, "no algorithm named 'anill'; did you mean 'anil'"),
         ({"careful": {"stepz": 3}}, "no option of this run named 'stepz'; did you mean 'steps'"),
-        ({"model": "mlp"}, r"'model' is no option but a choice of the user; an option of it is 'model\.OPTION'"),
-        ({"model": {"hidden": [3]}}, "'model' is no option but a choice of the user"),
+        ({"model": "mlp"}, r"'model' is chosen by the user and is not an option; its own options are 'model\.OPTION'"),
+        ({"model": {"hidden": [3]}}, "'model' is chosen by the user and is not an option"),
     ],
 )  # fmt: skip
 def test_faults_of_a_recommendation(recommended: dict[str, Any], sentence: str) -> None:
@@ -275,7 +275,7 @@ def test_faults_of_a_recommendation(recommended: dict[str, Any], sentence: str) 
             continue
         with pytest.raises(PluginError, match=sentence) as error:
             assemble({**base, "augment": [Sized]}, {})
-        assert str(error.value).startswith(f"What the {source} recommends cannot be used: ")
+        assert str(error.value).startswith(f"The recommendation of the {source} cannot be used: ")
 
 
 def test_what_is_recommended_is_a_mapping() -> None:
@@ -336,7 +336,7 @@ def test_mistakes_in_one_sentence(base: dict[str, Any], options: dict[str, Any],
     ],
 )
 def test_a_former_name_is_told_its_successors(base: dict[str, Any], options: dict[str, Any], names: str) -> None:
-    with pytest.raises(UsageError, match=f"norm' any more: it is {names}"):
+    with pytest.raises(UsageError, match=f"norm' has been renamed: it is {names}"):
         assemble(base, options)
 
 

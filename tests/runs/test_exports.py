@@ -200,13 +200,13 @@ def test_predictions_take_the_images_that_training_takes(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no rows"),
-        ("x,y\n", "holds no rows"),
+        ("", "contains no rows"),
+        ("x,y\n", "contains no rows"),
         ("1.5\n2\n", r"has 1 column \(x1\); this learner takes 1 input and 1 target"),
-        ("1,2\n3,4\n", "could be names of columns or a row"),
+        ("1,2\n3,4\n", "could be column names or a row"),
         ("1.5,2\n3\n", "1 cell in line 2, where its first line has 2"),
-        ("1.5,2\n3,four\n", "line 2, column 'y', holds 'four' where a finite number belongs"),
-        ("x,y\n3,nan\n", "line 2, column 'y', holds 'nan' where a finite number belongs"),
+        ("1.5,2\n3,four\n", "line 2, column 'y', contains 'four' instead of a finite number"),
+        ("x,y\n3,nan\n", "line 2, column 'y', contains 'nan' instead of a finite number"),
         ("\udcff", "line 1 is no UTF-8"),
         ("y,z\n1,2\n", "has the column 'x', which is not in"),
         ("x,y,comment\n1,2,hello\n", r"has 3 columns \(x, y, comment\); this learner takes 1 input and 1 target"),
@@ -236,17 +236,17 @@ def test_columns_go_by_their_names(curves: Run, tmp_path: Path) -> None:
     assert set(answers) == {answers[0]}
     assert answers[0].startswith("x,y\n0.25,")
     (tmp_path / "q.csv").write_text("y,x\n9,0.25\n")
-    with pytest.raises(UsageError, match="leave the target out"):
+    with pytest.raises(UsageError, match="remove the target column"):
         curves.predict(tmp_path / "s0.csv", tmp_path / "q.csv")
 
 
 def test_folders_that_will_not_do(shades: Run, curves: Run, tmp_path: Path, support: Path) -> None:
-    with pytest.raises(UsageError, match="takes no images but a CSV file"):
+    with pytest.raises(UsageError, match="needs a CSV file, not images"):
         curves.predict(_images(tmp_path / "one", {"a": [1]}), support)
-    with pytest.raises(UsageError, match="has 4 classes; this learner tells 3 apart"):
+    with pytest.raises(UsageError, match="has 4 classes; this learner distinguishes 3"):
         shades.predict(_images(tmp_path / "four", {name: [1] for name in "abcd"}), support)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no images"):
+    with pytest.raises(UsageError, match="contains no images"):
         shades.predict(tmp_path / "empty", support)
     (tmp_path / "broken" / "a").mkdir(parents=True)
     (tmp_path / "broken" / "a" / "0.png").write_bytes(b"no picture")
@@ -258,7 +258,7 @@ def test_folders_that_will_not_do(shades: Run, curves: Run, tmp_path: Path, supp
 def test_what_cannot_be_exported(curves: Run, tmp_path: Path, support: Path, name: str) -> None:
     with pytest.raises(UsageError, match=r"FILE\.pt2"):
         curves.export(tmp_path / name, support=support)
-    with pytest.raises(UsageError, match="leave --support out"):
+    with pytest.raises(UsageError, match="remove --support"):
         curves.export(tmp_path / "run.pt2", support=support, adaptive=True)
     assert not list(tmp_path.glob("run*"))
 

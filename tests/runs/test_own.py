@@ -251,7 +251,7 @@ def test_classes_of_a_program_resume_with_the_options_that_they_had(tmp_path: Pa
     run = metareg.train(Sign, task="sinusoid", out=tmp_path / "run", **SMALL)
     assert run.config.algo.program
     assert not run.config.task.program
-    with pytest.raises(UsageError, match=r"algo 'sign' by a program.*metareg.resume\(.*algo=…\)"):
+    with pytest.raises(UsageError, match=r"algo 'sign' from a program.*metareg.resume\(.*algo=…\)"):
         metareg.resume(tmp_path / "run", steps=13)
     assert metareg.resume(tmp_path / "run", algo=Sign, steps=13).config.algo.config == {"inner_lr": 0.1}
     assert Run.load(tmp_path / "run", algo=Sign).learner.algorithm.config.inner_lr == 0.1
@@ -328,11 +328,11 @@ def test_other_objects_are_refused_and_new_weights_of_the_same_are_not(finished:
         nn.Sequential(nn.Linear(2, 6), nn.ReLU(), nn.Linear(6, 1)).double(),
         nn.Sequential(nn.Linear(2, 7), nn.Tanh(), nn.Linear(7, 1)).double(),
     ):
-        with pytest.raises(UsageError, match="module of class Sequential is not what the run"):
+        with pytest.raises(UsageError, match="module of class Sequential differs from the one that the run"):
             metareg.resume(run, steps=13, task=Lines(), model=model)
-    with pytest.raises(UsageError, match=r"first test task is another one. Pass the tasks .* with task=…"):
+    with pytest.raises(UsageError, match=r"first test task is different. Pass the tasks .* with task=…"):
         metareg.resume(run, steps=13, task=_rename(other_lines, "lines"), model=create_net())
-    with pytest.raises(UsageError, match="go on in Python"):
+    with pytest.raises(UsageError, match="continue in Python"):
         metareg.resume(run, steps=13, task=Lines())
     assert (run / "results.json").read_bytes() == before
     fresh = create_net()
@@ -351,7 +351,7 @@ def _rename(function: Callable[..., Any], name: str) -> Callable[..., Any]:
 def test_a_module_is_known_by_what_training_leaves_as_it_is(tmp_path: Path) -> None:
     metareg.train(task=Lines(), model=Frozen(2.0), out=tmp_path / "run", **SMALL)
     for other in (Frozen(3.0), Frozen(2.0, power=2)):
-        with pytest.raises(UsageError, match="module of class Frozen is not what the run"):
+        with pytest.raises(UsageError, match="module of class Frozen differs from the one that the run"):
             metareg.resume(tmp_path / "run", steps=13, task=Lines(), model=other)
 
 
@@ -391,7 +391,7 @@ def test_predict_takes_arrays_and_frames(finished: Path) -> None:
         (lambda: LineSet("train", 4), "'lineset' is none of these"),
         (lambda: lambda indices: Lines().episodes("train", indices, 0), "same for training, validation and test"),
         (lambda: DataLoader(LineSet("train", 4), batch_size=2), "same for training, validation and test"),
-        (lambda: yield_lines("train"), "can be gone through only once"),
+        (lambda: yield_lines("train"), "can be iterated only once"),
         (lambda: {"train": [], "validation": [], "test": []}, "yields no train tasks"),
         (lambda: {"train": create_loaders()["Train"], "test": create_loaders()["test"]}, "has no 'validation'"),
         (lambda: {"trian": []}, "keys train, validation and test, once each; this one has trian"),
@@ -401,7 +401,7 @@ def test_predict_takes_arrays_and_frames(finished: Path) -> None:
         (lambda: {**create_loaders(), "Train": DataLoader(TensorDataset(torch.zeros(4, 2)), 2)}, "got a list of 1"),
         (lambda: lambda split, index: None, "takes 'index'"),
         (lambda: 5, "'int' is none of these"),
-        (lambda: draw_anew, "another task each time"),
+        (lambda: draw_anew, "a different task each time"),
     ],
 )
 def test_tasks_that_cannot_be_used_get_one_sentence(task: Callable[[], Any], says: str | None, tmp_path: Path) -> None:
@@ -422,7 +422,7 @@ def test_tasks_that_differ_each_time_are_refused(tmp_path: Path) -> None:
             x = generator.normal(size=(2, 8, 2))
             yield x[:, :4], x[:, :4, :1], x[:, 4:], x[:, 4:, :1]
 
-    with pytest.raises(UsageError, match="yields other train tasks each time"):
+    with pytest.raises(UsageError, match="yields different train tasks on each pass"):
         metareg.train(task=lines, model=create_net(), out=tmp_path / "run", **SMALL)
 
 
@@ -431,7 +431,7 @@ def test_facts_of_objects_are_refused_beside_plugins(tmp_path: Path) -> None:
     for facts, says in (({"spec": spec}, "spec=…"), ({"head": "last"}, "head=…"), ({"loss": "mae"}, "'loss'")):
         with pytest.raises(UsageError, match=says):
             metareg.train(task="sinusoid", out=tmp_path / "run", **facts, **SMALL)
-    with pytest.raises(UsageError, match="an object of a program"):
+    with pytest.raises(UsageError, match="an object from a program"):
         metareg.train(config={"task": {"name": "lines", "program": True}}, out=tmp_path / "run")
 
 
@@ -448,7 +448,7 @@ def test_loaders_are_taken_where_tasks_are() -> None:
     expected = [nn.functional.mse_loss(learner.adapt(*task[:2])(task[2]), task[3]).item() for task in tasks.tasks]
     test = create_loaders()["test"]
     assert learner.evaluate(test, 6, inner_steps=[1]).scores[:, 0].tolist() == pytest.approx(expected)
-    with pytest.raises(UsageError, match="has 6 test tasks, and more are asked for"):
+    with pytest.raises(UsageError, match="has 6 test tasks, but at least"):
         learner.evaluate(test, 7)
     with pytest.raises(UsageError, match="same for training, validation and test"):
         learner.fit(loader, 2, eval_every=1)

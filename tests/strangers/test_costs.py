@@ -121,7 +121,7 @@ def test_a_learner_costs_what_its_file_holds(made_up: list[Path], tried: Tried) 
 
 
 def test_a_stored_architecture_names_no_device() -> None:
-    with pytest.raises(Exception, match="'device' is not for a file to say"):
+    with pytest.raises(Exception, match="a file must not set 'device'"):
         build_module(_layer("Linear", in_features=2, out_features=2, device="cpu"), {})
 
 

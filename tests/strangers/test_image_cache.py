@@ -87,7 +87,7 @@ def test_a_damaged_store_is_built_anew(
         content[len(content) // 2] ^= 1
         path.write_bytes({"flipped": content, "cut": content[:-9], "long": content + b"\0"}[how])
     assert read_all(load()) == whole
-    assert "is damaged; it is built anew" in caplog.text
+    assert "is damaged; rebuilding it" in caplog.text
     caplog.clear()
     assert read_all(load()) == whole
     assert not caplog.text
@@ -117,7 +117,7 @@ def test_a_damaged_store_that_cannot_be_replaced_is_one_sentence(
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(Path, "rename", fail)
-    with pytest.raises(MetaregError, match="METAREG_CACHE names another place"):
+    with pytest.raises(MetaregError, match="choose another folder with METAREG_CACHE"):
         load()
     tried("disks")
 

@@ -30,7 +30,7 @@ DEADLY = {
     "succeeds": ("import os; os._exit(0)", "ends Python with exit code 0"),
     "crashes": ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ends Python by SIGSEGV"),
     "closes": ("import os; os.closerange(0, 64)", "ends Python"),
-    "hangs": ("import time\nwhile True: time.sleep(1)", "gives no sign of life within 10 seconds"),
+    "hangs": ("import time\nwhile True: time.sleep(1)", "does not respond within 10 seconds"),
 }
 RAISING = {
     "leaves": ("raise SystemExit(0)", "cannot be imported: SystemExit: 0"),
@@ -40,7 +40,7 @@ RAISING = {
         "class E(Exception):\n    def __str__(self): raise ValueError\nraise E",
         "cannot be imported: E: its message cannot be shown",
     ),
-    "unlike": ("class Plugin:\n    Config = int", "has a Config that is no metareg.PluginConfig"),
+    "unlike": ("class Plugin:\n    Config = int", "has a Config that is not a metareg.PluginConfig"),
     "unprintable": (
         "from typing import Any\nfrom metareg import PluginConfig\n"
         "class Value:\n    def __repr__(self): raise ValueError('no')\n"
@@ -185,7 +185,7 @@ def test_another_distribution_that_calls_itself_metareg(
     assert find_entry("algorithms", "maml").target == "metareg_maml:MAML"
     assert len(list_entries("algorithms")) > 20
     assert "mine" not in {entry.name for entry in list_entries()}
-    assert f"calls itself metareg, in {folder}: its plugins are left out" in caplog.text
+    assert f"distribution named metareg, in {folder}" in caplog.text
     tried("plugins")
 
 
@@ -200,5 +200,5 @@ def test_listing_says_so_once(folder: Path, tried: Tried) -> None:
         env=environment,
     )
     assert {row["version"] for row in json.loads(listed.stdout) if row["name"] == "maml"} == {metareg.__version__}
-    assert listed.stderr.count("calls itself metareg") == 1
+    assert listed.stderr.count("distribution named metareg") == 1
     tried("plugins")

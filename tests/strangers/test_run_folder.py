@@ -90,7 +90,7 @@ def test_links_out_of_a_run_are_refused(name: str, run: Path, tmp_path: Path, tr
         own = own / "file"
     place.symlink_to(own)
     before = _snapshot(tmp_path / "own")
-    with pytest.raises(UsageError, match=f"{Path(name).name} is a link that leads out"):
+    with pytest.raises(UsageError, match=f"{Path(name).name} is a link out"):
         metareg.resume(run, steps=6)
     assert _snapshot(tmp_path / "own") == before
     tried("containers")
@@ -245,7 +245,7 @@ def test_a_line_without_a_key_costs_a_picture(
     (run / "metrics.jsonl").write_text("\n".join([json.dumps({"step": 2}), *lines]) + "\n")
     done = metareg.resume(run)
     assert (run / "results.json").is_file()
-    assert "Pictures could not be drawn (learning-curve): KeyError: 'split'" in caplog.text
+    assert "Could not draw plots (learning-curve): KeyError: 'split'" in caplog.text
     assert "inner-steps" in [path.stem for path in done.plots]
     tried("reports")
 

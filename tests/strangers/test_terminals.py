@@ -170,7 +170,7 @@ def test_cells_that_begin_like_a_formula(tried: Tried) -> None:
 
 @pytest.mark.parametrize("text", ["a: 1\nb: 2\na: 3", "a: {b: 1, b: 2}", "- {x: 1, 'x': 1}", "{1: a, '1': b}"])
 def test_a_key_that_stands_twice_is_refused(text: str, tried: Tried) -> None:
-    with pytest.raises(ValueError, match=r"line \d, column \d+: the key '\w' stands there twice"):
+    with pytest.raises(ValueError, match=r"line \d, column \d+: the key '\w' occurs twice"):
         parse_yaml(text)
     tried("configurations")
 
@@ -178,14 +178,14 @@ def test_a_key_that_stands_twice_is_refused(text: str, tried: Tried) -> None:
 @pytest.mark.parametrize("name", ["split.yaml", "split.json"])
 def test_a_split_file_that_says_something_twice_is_refused(name: str, tmp_path: Path, tried: Tried) -> None:
     (tmp_path / name).write_text('{"train": ["a"], "test": ["b"], "train": ["c"]}')
-    with pytest.raises(UsageError, match="'train' stands there twice"):
+    with pytest.raises(UsageError, match="'train' occurs twice"):
         read_name_lists(tmp_path / name)
     tried("configurations")
 
 
 def test_an_assignment_that_is_made_twice_is_refused() -> None:
     assert parse_assignments(["a=1", "b.a=2"]) == {"a": 1, "b.a": 2}
-    with pytest.raises(UsageError, match="--set gives 'steps' twice"):
+    with pytest.raises(UsageError, match="--set sets 'steps' twice"):
         parse_assignments(["steps=1", "steps =2"])
 
 

@@ -125,14 +125,14 @@ def test_files_of_other_kinds_are_refused(tried: Tried, tmp_path: Path, content:
     tried("containers")
     path = tmp_path / "file"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match="is no learner that metareg saved"):
+    with pytest.raises(UsageError, match="is not a learner that metareg saved"):
         MetaLearner.load(path)
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="There is no learner at"):
+    with pytest.raises(UsageError, match="There is not a learner at"):
         MetaLearner.load(tmp_path / "none")
-    with pytest.raises(UsageError, match="is no learner"):
+    with pytest.raises(UsageError, match="is not a learner"):
         MetaLearner.load(tmp_path)
 
 

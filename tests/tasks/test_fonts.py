@@ -112,7 +112,7 @@ def test_a_letter_needs_faces_that_draw_it(tmp_path: Path, caplog: pytest.LogCap
     make_font(folder / "More.ttf", "ABCDIJKL", 130, B=0)
     make_font(folder / "Face100.ttf", "ABCDEFGH", 100, A=0, B=0)
     assert set.union(*names_of(task_of(folder, faces=4)).values()) == latin("ACDEFGH")
-    assert "5 characters that fewer than 4 of the 5 faces draw" in caplog.text
+    assert "5 characters that are in fewer than 4 of the 5 faces" in caplog.text
     with pytest.raises(UsageError, match="drawn by 6 of the 5 faces"):
         _ = task_of(folder, faces=6).store
 
@@ -146,8 +146,8 @@ def test_characters(text: str | None, inside: str, outside: str) -> None:
     ("text", "words"),
     [
         ("HIRAGNA", "did you mean 'HIRAGANA'"),
-        ("U+9FFF-4E00", "no range of codes"),
-        ("U+XY", "no range of codes"),
+        ("U+9FFF-4E00", "not a range of codes"),
+        ("U+XY", "not a range of codes"),
         (" ,", "no script"),
     ],
 )
@@ -267,7 +267,7 @@ def test_scripts_are_those_of_unicode() -> None:
         (
             {"split_by": "group", "groups": "groups.csv"},
             {"groups.csv": "character,group\nAB,1"},
-            "holds 'AB' where one",
+            "contains 'AB' instead of one",
         ),
         (
             {"split_by": "group", "groups": "groups.csv"},
@@ -276,7 +276,7 @@ def test_scripts_are_those_of_unicode() -> None:
         ),
         ({"split_file": "split.csv"}, {"split.csv": "Å,train"}, "no character .* named 'Å'"),
         ({"ratios": [0, 0, 0]}, {}, "not all zero"),
-        ({"characters": "HEBREW"}, {}, "No character that is meant"),
+        ({"characters": "HEBREW"}, {}, "None of the chosen characters"),
     ],
 )
 def test_wrong_options_are_one_sentence(
@@ -316,7 +316,7 @@ def test_what_is_no_font_is_left_out_and_said(tmp_path: Path, caplog: pytest.Log
     first, second = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     for words in (
         "no regular files: pipe.ttf, gone.ttf",
-        "links to fonts that are there already: same.ttf",
+        "links to fonts that are already included: same.ttf",
         "links to folders: around",
         "larger than 256 MiB: huge.ttf",
         "no fonts: 1 .txt",

@@ -161,7 +161,7 @@ def bad(mask: str) -> Any:
     ("what", "message"),
     [
         ("nan", "not all finite numbers; the first bad row is node 11"),
-        ("range", "out of range: -3 is no class number"),
+        ("range", "out of range: -3 is not a class number"),
         ("float labels", "must be 60 whole numbers"),
         ("too few labels", "must be 60 whole numbers"),
         ("edge", "names node 4711, which does not exist: its 60 nodes have the numbers 0 to 59"),
@@ -185,7 +185,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"must be \.npz, \.bin \(DGL\) or a folder"):
         load(tmp_path / "graph.txt")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UsageError, match="holds no graph"):
+    with pytest.raises(UsageError, match="contains no graph"):
         load(tmp_path / "empty")
     (tmp_path / "pickle.bin").write_bytes(pickle.dumps({}))
     with pytest.raises(UsageError, match="is a pickle, which could run code"):
@@ -230,7 +230,7 @@ def test_tables_by_the_names_of_their_columns(tmp_path: Path, nodes: str, edges:
 
 
 def test_a_first_line_that_could_be_an_edge_or_names(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="could be an edge or names of columns"):
+    with pytest.raises(UsageError, match="could be an edge or column names"):
         load(tables(tmp_path / "g", "u,v\nv,u\n", "id,label,a\nu,0,1\nv,1,2\n"))
 
 
@@ -270,11 +270,13 @@ def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     local = npz(tmp_path / "upstream.npz")
     with serve(tmp_path) as address:
         source = Source(("mine.npz",), url=f"{address}/upstream.npz")
-        with pytest.raises(UsageError, match="where --data says"):
+        with pytest.raises(UsageError, match="the location given by --data"):
             locate("mine", source, str(tmp_path / "nowhere"))
-        with pytest.raises(UsageError, match=r"does not hold 'mine': none of mine\.npz"):
+        with pytest.raises(UsageError, match=r"does not contain 'mine': none of mine\.npz"):
             locate("mine", source, str(tmp_path))
-        with pytest.raises(UsageError, match="`metareg data mine --download` fetches it"):  # not unless it is asked to
+        with pytest.raises(
+            UsageError, match="`metareg data mine --download` downloads it"
+        ):  # not unless it is asked to
             locate("mine", source, None)
         assert not (tmp_path / "cache").exists()
         downloaded = fetch(source, data_folder())
@@ -282,7 +284,7 @@ def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert downloaded.read_bytes() == local.read_bytes()
         assert locate("mine", replace(source, names=("upstream.npz",)), None) == downloaded
     cut_off(monkeypatch)
-    with pytest.raises(MetaregError, match="cannot be fetched: there is no connection"):
+    with pytest.raises(MetaregError, match="cannot be downloaded: there is no connection"):
         fetch(Source(("other.npz",), url="https://host.invalid/gone.npz"), data_folder())
     # Where earlier versions put downloads.
     (tmp_path / "cache" / "graphs").mkdir(parents=True)
@@ -352,7 +354,7 @@ def test_own_classes(tmp_path: Path) -> None:
     assert split_labels(task, "validation") == {2, 5}
     for wrong, message in (
         ({**given, "test": [3, 9]}, "names class 9, which no node has"),
-        ({**given, "test": [3, 0]}, "Class 0 stands in train and in test"),
+        ({**given, "test": [3, 0]}, "Class 0 is in train and in test"),
         ({"train": [0, 1]}, "needs the lists train, validation, test"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -378,14 +380,14 @@ def test_splits_file_of_a_folder(tmp_path: Path) -> None:
     [
         (
             {"nodes": {"train": [0, 1, 2], "validation": [3], "test": [4, 2, 1]}},
-            "Node 1 stands in train and in test, and 1 more",
+            "Node 1 is in train and in test, and 1 more",
         ),
-        ({"nodes": {"train": [0, 0], "validation": [3], "test": [4]}}, "Node 0 stands in train and in train"),
+        ({"nodes": {"train": [0, 0], "validation": [3], "test": [4]}}, "Node 0 is in train and in train"),
         (
             {"nodes": {"train": ["n1"], "validation": [3], "test": [4]}},
             "names 'n1'; it must name nodes by their numbers",
         ),
-        ({"graphs": {"train": ["g0"], "validation": ["g1"], "test": ["g0"]}}, "Graph 'g0' stands in train and in test"),
+        ({"graphs": {"train": ["g0"], "validation": ["g1"], "test": ["g0"]}}, "Graph 'g0' is in train and in test"),
         ({"graphs": {"train": ["g0"], "validation": ["g1"], "test": [["g2"]]}}, "must name graphs by their names"),
     ],
 )
@@ -423,8 +425,8 @@ def test_several_graphs_share_labels_and_are_kept_apart(tmp_path: Path) -> None:
             {"shots": 8},
             r"Class \d has 10 nodes in the train split of 'graph-folder'; 8 support and 3 query nodes need 11",
         ),
-        ({"ways": 5}, "keeping classes apart takes 15 for 5-way tasks"),
-        ({"split": "graphs"}, "Keeping graphs apart takes three or more; there are 1"),
+        ({"ways": 5}, "a split by class needs 15 for 5-way tasks"),
+        ({"split": "graphs"}, "A split by graph needs at least three graphs; there are 1"),
         ({"ways": 7, "split": "nodes"}, "A task of 7 classes needs as many in the train split"),
     ],
 )

@@ -155,12 +155,12 @@ def run_without_metareg(program: Path, *inputs: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("support", "query", "says"),
     [
-        ("node,label\np3,a\npp4,b", "node\np5", r"line 3, column 'node', holds 'pp4', which .* did you mean 'p4'"),
-        ("node,label\np3,a\np3,b", "node\np5", r"line 3, column 'node', holds 'p3' a second time"),
+        ("node,label\np3,a\npp4,b", "node\np5", r"line 3, column 'node', contains 'pp4', which .* did you mean 'p4'"),
+        ("node,label\np3,a\np3,b", "node\np5", r"line 3, column 'node', contains 'p3' a second time"),
         ("node,lable\np3,a", "node\np5", "label"),
         ("node,label\np3,a\np4,", "node\np5", r"line 3, column 'label', is empty"),
-        ("node,label\np3,a\np4,b\np5,c", "node\np5", r"3 classes; this learner tells 2 apart"),
-        ("node,label\np3,a", "node,label\np5,a", "column 'label', for which there is no use"),
+        ("node,label\np3,a\np4,b\np5,c", "node\np5", r"3 classes; this learner distinguishes 2"),
+        ("node,label\np3,a", "node,label\np5,a", "column 'label', which is not used"),
         ("node,label\np3,a", "u,v,w,x,y\n1,2,3,4,5", "node"),
         ("node,label\np3,a", "node\nq5", "'q5'"),
     ],
@@ -200,5 +200,5 @@ def test_tasks_that_draw_their_graphs_have_no_nodes_to_name(tmp_path: Path, monk
     run = metareg.train(task="csbm", out=tmp_path / "run", **SMALL)
     support, query = write_tables(tmp_path)
     for use in (lambda: run.predict(support, query), lambda: run.export(tmp_path / "a.pt2", adaptive=True)):
-        with pytest.raises(UsageError, match="is a graph of its own"):
+        with pytest.raises(UsageError, match="is a new graph"):
             use()

@@ -124,8 +124,8 @@ def test_folders_that_are_a_split(
     [
         (["train/cat", "val/dog", "test/emu", "misc"], "beside misc"),
         (["train/cat", "val/dog", "valid/fox", "test/emu"], "val and valid, which mean the same"),
-        (["train/cat", "val/dog", "test"], "holds images itself"),
-        (["train", "test"], "holds images itself"),
+        (["train/cat", "val/dog", "test"], "contains images itself"),
+        (["train", "test"], "contains images itself"),
         (["train_set/cat", "test_set/dog"], "test_set and train_set, which look like a split"),
         (["train/cat", "train/dog", "val/emu", "test/Dog", "test/cat"], "has cat and dog in train and in test"),
         (["all/train/cat", "all/val/cat"], "--data .*/set/all/train;"),
@@ -181,9 +181,9 @@ def test_split_files(animals: Path, tmp_path: Path, name: str, text: str) -> Non
         ("s.json", '{"train": ["wild/kind99"]}', "no class .* named 'wild/kind99'; did you mean"),
         ("s.json", '{"trian": ["wild/kind1"]}', "no split .* named 'trian'; did you mean 'train'"),
         ("s.json", '{"train": ["wild/kind1"], "test": ["wild/kind1"]}', "into train and into test"),
-        ("s.json", "{", "is no valid JSON"),
+        ("s.json", "{", "is not valid JSON"),
         ("s.yaml", "[train]", "must map train, validation and test"),
-        ("s.yaml", "a: [", "is no valid YAML"),
+        ("s.yaml", "a: [", "is not valid YAML"),
         ("s.csv", "wild/kind1\n", "must have the columns 'class' and 'split'"),
     ],
 )
@@ -203,7 +203,7 @@ def test_unreadable_images_are_named_and_nothing_is_kept(animals: Path, cache: P
         folder_task(animals).episodes("train", [0], 0)
     assert str(caught.value).startswith("2 images cannot be read: ")
     assert "wild/kind1/1.png (" in str(caught.value)
-    assert "wild/kind3/2.png (it is no image)" in str(caught.value)
+    assert "wild/kind3/2.png (it is not an image)" in str(caught.value)
     assert not list((cache / "images").iterdir())
 
 
@@ -389,7 +389,7 @@ def test_a_torchvision_that_cannot_be_import_repaired_costs_only_what_needs_it(m
     vision._import_repaired.cache_clear()
     for importer, sentence in (
         (missing, r"needs torchvision, which is not installed: pip install 'metareg\[images\]'"),
-        (broken, "import fails beside torch .* undefined symbol"),
+        (broken, "import fails with torch .* undefined symbol"),
     ):
         monkeypatch.setattr(vision.importlib, "import_module", importer)
         with pytest.raises(MetaregError, match=sentence):

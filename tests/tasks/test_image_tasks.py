@@ -264,5 +264,5 @@ def test_long_names_of_classes_are_shortened_legibly(name: str, label: str) -> N
 def test_an_unwritable_cache_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("METAREG_CACHE", str(tmp_path / "file"))
-    with pytest.raises(MetaregError, match=r"cannot be written.*METAREG_CACHE names another place"):
+    with pytest.raises(MetaregError, match=r"cannot be written.*choose another folder with METAREG_CACHE"):
         glyphs(size=8).episodes("train", [0], 0)

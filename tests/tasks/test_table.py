@@ -200,7 +200,7 @@ def test_missing_values(tmp_path: Path) -> None:
         rows = without(draw(number), "label")
         rows[2]["u"], rows[5]["kind"], rows[7]["y"] = "NA", "", ""
         write(tmp_path / f"t{number}.csv", rows)
-    with pytest.raises(UsageError, match=r"line 4, column 'u', holds nothing.*missing=mean.*missing=drop"):
+    with pytest.raises(UsageError, match=r"line 4, column 'u', is empty.*missing=mean.*missing=drop"):
         make(tmp_path)
     assert set(make(tmp_path, missing="drop")._pools["train"].counts) == {13}
     task = make(tmp_path, missing="mean", shots=10, query=5)
@@ -224,15 +224,15 @@ def test_missing_values(tmp_path: Path) -> None:
         ({"target": None}, "Name the column to predict with --target; the tables have u, kind, v, y"),
         ({"columns": ["u", "w"]}, "no column 'w'"),
         ({"categorical": "kinds"}, "no column 'kinds'; did you mean 'kind'"),
-        ({"numeric": ["kind"]}, "column 'kind', holds 'a' where a finite number belongs"),
+        ({"numeric": ["kind"]}, "column 'kind', contains 'a' instead of a finite number"),
         ({"loss": "cross_entropy"}, "loss 'cross_entropy' does not suit .* numbers: mse, mae, huber"),
         ({"metric": "auroc"}, "metric 'auroc' does not suit"),
         ({"shots": 14}, "none of its 4 tasks has 14 support and 3 query rows"),
         ({"task_column": "of"}, "no column 'of'"),
-        ({"split_column": "kind"}, "must say train, validation or test"),
+        ({"split_column": "kind"}, "must contain train, validation or test"),
         ({"data": "/nowhere"}, "There is no file or folder /nowhere"),
         ({"ratios": [1, 0, 0]}, "The test split of .* cannot be used"),
-        ({"kind": "classification"}, "different texts; these are too many|none of the classes of the training tasks"),
+        ({"kind": "classification"}, "different texts, too many|not one of the classes of the training tasks"),
     ],
 )
 def test_refused_options(folder: Path, options: dict[str, Any], says: str) -> None:
@@ -247,10 +247,10 @@ def test_refused_options(folder: Path, options: dict[str, Any], says: str) -> No
         (lambda folder: write(folder / "t1.csv", draw(1)), "column 'label'"),
         (lambda folder: (folder / "t1.csv").write_text("1.5,2\n3,4\n"), "does not name its columns"),
         (lambda folder: write(folder / "sub" / "test" / "x.csv", draw(1)), "column 'label'"),
-        (lambda folder: write(folder / "test" / "x.csv", draw(1)), "look like a split, and 't0'.* outside of them"),
-        (lambda folder: shutil.copy(folder / "t1.csv", folder / "t1.tsv"), "would be tasks of the same name"),
-        (lambda folder: (folder / "t1.csv").write_text("u,kind,v,y\n1,a,2,3\nx,b,3,4\n"), "line 3, column 'u', holds 'x'"),
-        (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[2:]], "take three tasks or more; there are 2"),
+        (lambda folder: write(folder / "test" / "x.csv", draw(1)), "look like a split, and 't0'.* outside them"),
+        (lambda folder: shutil.copy(folder / "t1.csv", folder / "t1.tsv"), "would be tasks with the same name"),
+        (lambda folder: (folder / "t1.csv").write_text("u,kind,v,y\n1,a,2,3\nx,b,3,4\n"), "column 'u', contains 'x'"),
+        (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[2:]], "need at least three tasks; there are 2"),
         (lambda folder: [path.unlink() for path in folder.iterdir()], "There are no tables in"),
         (lambda folder: [path.unlink() for path in sorted(folder.iterdir())[1:]], "is one table: name the column"),
     ],
@@ -349,7 +349,7 @@ def test_the_learners_file_is_enough(run: Run, tmp_path: Path, capsys: pytest.Ca
     inputs = torch.from_numpy(read_plain([7])[0][5:]).float()
     expected = [float(row["y"]) for row in csv.DictReader(io.StringIO(answer))]
     assert program(inputs).flatten().tolist() == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(UsageError, match="name its labelled rows with --support"):
+    with pytest.raises(UsageError, match="give its labelled rows with --support"):
         run.export(tmp_path / "plain.pt2")
 
 
@@ -389,7 +389,7 @@ def test_other_training_tables_are_refused_where_a_run_goes_on(folder: Path, tmp
     run = train_small(folder, tmp_path / "run")
     (run.path / "results.json").unlink()
     write(folder / "t0.csv", without(draw(8), "label"))
-    with pytest.raises(UsageError, match="are others than those that the configuration's 'encoding' was found in"):
+    with pytest.raises(UsageError, match="differ from those of the configuration's 'encoding'"):
         metareg.resume(run.path)
 
 
@@ -397,11 +397,11 @@ def test_other_training_tables_are_refused_where_a_run_goes_on(folder: Path, tmp
     ("support", "query", "says"),
     [
         ("u,kind,v\n1,a,2\n", "u,kind,v\n1,a,2\n", "s.csv has no column 'y'"),
-        ("u,kind,v,y,w\n1,a,2,3,4\n", "u,kind,v\n1,a,2\n", "the column 'w', for which there is no use"),
+        ("u,kind,v,y,w\n1,a,2,3,4\n", "u,kind,v\n1,a,2\n", "the column 'w', which is not used"),
         ("u,kind,v,y\n1,a,2,3\n", "u,kimd,v\n1,a,2\n", "no column 'kind'; did you mean 'kimd'"),
-        ("u,kind,v,y\n1,a,2,\n", "u,kind,v\n1,a,2\n", "line 2, column 'y', holds nothing"),
-        ("u,kind,v,y\n1,a,2,3\n", "u,kind,v\n1,a,\n", "q.csv, line 2, column 'v', holds nothing"),
-        ("1.5,2,3,4\n", "u,kind,v\n1,a,2\n", "s.csv does not name its columns; they are u, v, kind, y"),
+        ("u,kind,v,y\n1,a,2,\n", "u,kind,v\n1,a,2\n", "line 2, column 'y', contains nothing"),
+        ("u,kind,v,y\n1,a,2,3\n", "u,kind,v\n1,a,\n", "q.csv, line 2, column 'v', contains nothing"),
+        ("1.5,2,3,4\n", "u,kind,v\n1,a,2\n", "s.csv does not name its columns; they must be u, v, kind, y"),
     ],
 )
 def test_refused_tables_for_predictions(run: Run, tmp_path: Path, support: str, query: str, says: str) -> None:
@@ -425,7 +425,7 @@ def test_predicted_classes(tmp_path: Path) -> None:
     assert {row["label"] for row in found} <= {"high", "low"}
     assert all(0.5 <= float(row["probability"]) <= 1 for row in found)
     rows[0]["label"] = "hihg"
-    with pytest.raises(UsageError, match="holds 'hihg', which is none of the classes"):
+    with pytest.raises(UsageError, match="contains 'hihg', which is not one of the classes"):
         run.predict(write(support, rows[:6]), query)
 
 

@@ -408,7 +408,7 @@ def test_message_says_what_where_and_how_to_mend() -> None:
     assert "'halved'" in message
     assert "1.85" in message
     assert "1.7" in message
-    assert "To mend it: " in message
+    assert "To fix it: " in message
 
 
 # ----------------------------------------------------------------------------------------------------------- augmenters

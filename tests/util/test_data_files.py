@@ -58,10 +58,10 @@ def test_what_is_there_is_not_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("name", "checksum", "problem"),
     [
-        ("file.bin", f"sha256:{'0' * 64}", "another file than expected.*sha256:000"),
-        ("file.bin", f"md5:{'0' * 32}", "another file than expected.*md5:000"),
-        ("broken.bin", None, "cannot be fetched: the connection broke off"),
-        ("nothing.bin", None, "cannot be fetched: the server answers 404"),
+        ("file.bin", f"sha256:{'0' * 64}", "unexpected file.*sha256:000"),
+        ("file.bin", f"md5:{'0' * 32}", "unexpected file.*md5:000"),
+        ("broken.bin", None, "cannot be downloaded: the connection broke off"),
+        ("nothing.bin", None, "cannot be downloaded: the server answered 404"),
     ],
 )
 def test_a_damaged_download_leaves_nothing(
@@ -83,7 +83,7 @@ def test_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_where_nothing_can_be_written(tmp_path: Path, upstream: Path) -> None:
     (tmp_path / "file").touch()
-    with serve(upstream) as address, pytest.raises(MetaregError, match=r"cannot be made: .*METAREG_DATA"):
+    with serve(upstream) as address, pytest.raises(MetaregError, match=r"cannot be created: .*METAREG_DATA"):
         download(f"{address}/file.bin", tmp_path / "file" / "target.bin")
 
 

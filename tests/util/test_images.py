@@ -84,10 +84,10 @@ def test_pixels_of_every_mode(name: str, tmp_path: Path) -> None:
     [
         ("far.tif", Image.fromarray(RAMP.astype(np.float32)), "floating-point numbers from 0 to 255"),
         ("nan.tif", Image.fromarray(np.full((4, 4), np.nan, np.float32)), "between 0 and 1"),
-        ("wide.tif", Image.fromarray(RAMP.astype(np.int32)), "integers of 32 bits"),
-        ("page.jpg", b"<html>404</html>", "it is no image"),
-        ("drawing.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is no image"),
-        ("none.png", b"", "it is no image"),
+        ("wide.tif", Image.fromarray(RAMP.astype(np.int32)), "32-bit integers"),
+        ("page.jpg", b"<html>404</html>", "it is not an image"),
+        ("drawing.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "it is not an image"),
+        ("none.png", b"", "it is not an image"),
         ("half.png", "half", "truncated"),
     ],
 )

@@ -44,7 +44,7 @@ def test_a_first_line_of_numbers(tmp_path: Path) -> None:
     table = read_table(write(tmp_path, text(head="")))
     assert (table.names, table.named, len(table)) == (["x1", "x2"], False, 5)
     years = write(tmp_path, text(head="2020,2021"))
-    with pytest.raises(UsageError, match=r"2020, 2021.*could be names of columns or a row"):
+    with pytest.raises(UsageError, match=r"2020, 2021.*could be column names or a row"):
         read_table(years)
     assert read_table(years, ["2021"]).get_numbers("2020").tolist() == [row[0] for row in ROWS]
     table = read_table(write(tmp_path, "a,b\nb,c\n"), is_data=lambda cells: set(cells) <= {"a", "b", "c"})
@@ -58,7 +58,7 @@ def test_a_column_of_decimal_commas_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        ("", "holds no rows"),
+        ("", "contains no rows"),
         ("x,y\n1,2\n3\n", "1 cell in line 3, where its first line has 2"),
         ("x,y\n1,2,3\n", "3 cells in line 2, where its first line has 2"),
         ("x;y\n1;2\n1;2;3\n", "3 cells in line 3.*semicolons"),
@@ -104,7 +104,7 @@ def test_columns_are_checked_by_name(tmp_path: Path) -> None:
     table.check_columns(["load"], ["Temp", "more"])
     with pytest.raises(UsageError, match="no column 'temp'; did you mean 'Temp'"):
         table.check_columns(["temp", "load"])
-    with pytest.raises(UsageError, match="the column 'load', for which there is no use"):
+    with pytest.raises(UsageError, match="the column 'load', which is not used"):
         table.check_columns(["Temp"])
 
 
@@ -117,7 +117,7 @@ def test_npz(tmp_path: Path) -> None:
         ["2", "3", "b", ""],
         ["4", "5", "", "2"],
     ]
-    with pytest.raises(UsageError, match="row 2, column 'y', holds nan"):
+    with pytest.raises(UsageError, match="row 2, column 'y', contains nan"):
         table.get_numbers("y")
     for arrays, says in (
         ({"x": np.zeros(3), "y": np.zeros(2)}, "differ in length: x 3, y 2"),
