@@ -87,7 +87,7 @@ def test_a_run_stops_when_its_patience_is_exhausted(
     metareg.Run.load(run.path)
     metareg.resume(run.path)
     assert [record.levelname for record in caplog.records if record.levelname != "INFO"] == []
-    assert "has ended already" in caplog.text
+    assert "has already finished" in caplog.text
 
     longer = metareg.resume(run.path, patience=1000)
     assert longer.metrics() == whole.metrics()
