@@ -53,7 +53,7 @@ def _find_idle(stages: Stages, config: LearnerConfig) -> Iterator[str]:
             if is_outer_option(option) and (value := getattr(config, option)) != field.default:
                 yield f"{option} = {value} has no effect: the {owner['outer_update']} has its own outer update."
     if "inner_loss" in owner and config.first_order:
-        yield f"With first_order, what the {owner['inner_loss']} learns for its inner_loss gets no gradient through it."
+        yield f"With first_order, what the {owner['inner_loss']} learns for its inner_loss gets no gradient."
     if "outer_gradient" in owner and "outer_objective" in owner:
         yield (
             f"The outer_objective of the {owner['outer_objective']} has no effect: the outer_gradient of the "

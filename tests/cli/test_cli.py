@@ -375,7 +375,7 @@ def test_show(kind: str, name: str, metareg: Command) -> None:
     assert outcome.code == 0
     expected = {"metasgd": "inner_lr_max", "cml": "gamma", "sinusoid": "shots", "mlp": "hidden"}[name]
     assert expected in outcome.output
-    assert ("beside MAML's" in outcome.output) == (kind == "algorithms")
+    assert ("relative to MAML" in outcome.output) == (kind == "algorithms")
     assert metareg("show", name).output == outcome.output
 
 

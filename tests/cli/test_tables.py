@@ -39,7 +39,7 @@ def test_a_checked_plugin_takes_one_line_and_a_broken_one_says_why_in_full() -> 
 
 def test_the_closing_table_of_a_comparison_cuts_no_number() -> None:
     interval = "+0.60 (+0.20 to +1.00)"
-    columns = ["algorithm", "augmenter", "accuracy in % (10 steps)", "minus none", "p (Holm)", "in words"]
+    columns = ["algorithm", "augmenter", "accuracy in % (10 steps)", "minus none", "p (Holm)", "verdict"]
     rows = [
         ["unicorn-maml", "none", "95.32 ± 0.45", "", "", ""],
         ["unicorn-maml", "dropgrad+cml", "95.92 ± 0.45", interval, "0.0123", "not tested (one pair of seeds)"],

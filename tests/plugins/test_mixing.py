@@ -135,7 +135,7 @@ def test_mlti_mixes_numbers_as_it_mixes_inputs() -> None:
 def test_inputs_that_cannot_be_mixed_are_refused(plugin: Any, name: str) -> None:
     y = torch.zeros(2, 3, dtype=torch.long)
     for x in (torch.zeros(2, 3, dtype=torch.long), {"nodes": torch.zeros(2, 3)}):
-        with pytest.raises(UsageError, match=f"'{name}' needs inputs"):
+        with pytest.raises(UsageError, match=f"'{name}' can mix only inputs"):
             mixed_by(plugin, Episodes(x, y, x, y))
 
 

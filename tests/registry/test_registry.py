@@ -81,7 +81,7 @@ def test_name_clash_names_both_and_how_to_choose(install: Install) -> None:
     with pytest.raises(PluginError) as error:
         find_entry("algorithms", "maml")
     text = str(error.value)
-    assert "claimed by metareg and zeta" in text
+    assert "used by metareg and zeta" in text
     assert "'metareg:maml' or 'zeta:maml'" in text
     assert find_entry("algorithms", "zeta:maml").distribution == "zeta"
     assert find_entry("algorithms", "metareg:maml").distribution == "metareg"

@@ -466,4 +466,4 @@ def test_the_environment_names_the_strategy_that_the_first_steps_have_led_to(
     caplog.clear()
     metareg.resume(path, steps=15, task=Lines(), model=model)
     assert json.loads((path / "environment.json").read_text()) == described
-    assert "another environment" not in caplog.text
+    assert "different environment" not in caplog.text

@@ -113,7 +113,7 @@ def test_a_letter_needs_faces_that_draw_it(tmp_path: Path, caplog: pytest.LogCap
     make_font(folder / "Face100.ttf", "ABCDEFGH", 100, A=0, B=0)
     assert set.union(*names_of(task_of(folder, faces=4)).values()) == latin("ACDEFGH")
     assert "5 characters that are in fewer than 4 of the 5 faces" in caplog.text
-    with pytest.raises(UsageError, match="drawn by 6 of the 5 faces"):
+    with pytest.raises(UsageError, match="is in 6 of the 5 faces"):
         _ = task_of(folder, faces=6).store
 
 
@@ -148,7 +148,7 @@ def test_characters(text: str | None, inside: str, outside: str) -> None:
         ("HIRAGNA", "did you mean 'HIRAGANA'"),
         ("U+9FFF-4E00", "not a range of codes"),
         ("U+XY", "not a range of codes"),
-        (" ,", "no script"),
+        (" ,", "'characters' is empty"),
     ],
 )
 def test_characters_that_are_none(text: str, words: str) -> None:
@@ -256,8 +256,8 @@ def test_scripts_are_those_of_unicode() -> None:
 @pytest.mark.parametrize(
     ("options", "files", "words"),
     [
-        ({"split_by": "group"}, {}, "belong together"),
-        ({"groups": "groups.csv"}, {"groups.csv": "A,1"}, "belong together"),
+        ({"split_by": "group"}, {}, "require each other"),
+        ({"groups": "groups.csv"}, {"groups.csv": "A,1"}, "require each other"),
         ({"split_by": "group", "groups": "none.csv"}, {}, "There is no file"),
         (
             {"split_by": "group", "groups": "groups.csv"},
@@ -319,7 +319,7 @@ def test_what_is_no_font_is_left_out_and_said(tmp_path: Path, caplog: pytest.Log
         "links to fonts that are already included: same.ttf",
         "links to folders: around",
         "larger than 256 MiB: huge.ttf",
-        "no fonts: 1 .txt",
+        "not fonts: 1 .txt",
         "hidden: deep/.hidden.ttf",
     ):
         assert words in first

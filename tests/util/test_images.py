@@ -156,7 +156,7 @@ def test_folders_that_cannot_be_read_in_full(tmp_path: Path, monkeypatch: pytest
     _draw(tmp_path / "cat/1.png")
     (tmp_path / "cat/2.png").symlink_to("nowhere.png")
     (tmp_path / "dog").symlink_to("no folder")
-    with pytest.raises(UsageError, match=r"lead nowhere: .*cat/2\.png"):
+    with pytest.raises(UsageError, match=r"broken links: .*cat/2\.png"):
         find_images(tmp_path)
 
     def refuse(_: object) -> None:

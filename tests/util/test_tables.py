@@ -65,7 +65,7 @@ def test_a_column_of_decimal_commas_alone(tmp_path: Path) -> None:
         ("# made by me\nx,y\n1,2\n", "2 cells in line 2, where its first line has 1"),
         (",x,y\n0,1,2\n", "Column 1 of .* has no name"),
         ("x,x\n1,2\n", "two columns named 'x'"),
-        ("größe,y\n1,2\n".encode("latin-1"), "line 1 is no UTF-8; save it as UTF-8"),
+        ("größe,y\n1,2\n".encode("latin-1"), "line 1 is not UTF-8; save it as UTF-8"),
         ('x,y\n"1,2\n', "cannot be read"),
     ],
 )
@@ -79,7 +79,7 @@ def test_refused_tables(tmp_path: Path, content: str | bytes, says: str) -> None
 )
 def test_cells_that_are_no_numbers(tmp_path: Path, cell: str) -> None:
     table = read_table(write(tmp_path, f"x,y\n1.5,2\n\n{cell},1\n"))
-    with pytest.raises(UsageError, match=r"line 4, column 'x', holds"):
+    with pytest.raises(UsageError, match=r"line 4, column 'x', contains"):
         table.get_numbers("x")
 
 
