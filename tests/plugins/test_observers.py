@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,6 @@ def test_tensorboard_holds_training_and_evaluation(tmp_path: Path) -> None:
 
 
 def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
     real = builtins.__import__
 
     def without(name: str, *rest: Any) -> Any:
@@ -75,9 +74,58 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
         trained(tmp_path / "run", "tensorboard")
 
 
+def read_history(run: metareg.Run, name: str) -> dict[int, float]:
+    """A metric by step, as MLflow kept it in the run's folder."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{run.path / 'mlflow.db'}")
+    (tracked,) = client.search_runs([client.get_experiment_by_name("metareg").experiment_id])
+    assert tracked.info.status == "FINISHED"
+    assert tracked.data.params["algo.name"] == "maml"
+    assert [each.path for each in client.list_artifacts(tracked.info.run_id)] == ["results.json"]
+    return {each.step: each.value for each in client.get_metric_history(tracked.info.run_id, name)}
+
+
+@pytest.mark.filterwarnings("ignore")  # those of mlflow's own dependencies
+def test_mlflow_holds_one_run_that_goes_on_when_resumed(tmp_path: Path) -> None:
+    pytest.importorskip("mlflow")
+    pytest.importorskip("sqlalchemy")
+    run = trained(tmp_path / "run", "mlflow")
+    assert run.evaluation is not None
+    losses = {line["step"]: line["loss"] for line in run.metrics() if line["split"] == "train"}
+    assert read_history(run, "train/loss") == losses
+    assert read_history(run, "test/mse/inner_steps_1") == {4: run.evaluation.mean(1)}
+    longer = metareg.resume(run.path, steps=6)
+    losses = {line["step"]: line["loss"] for line in longer.metrics() if line["split"] == "train"}
+    assert sorted(losses) == [2, 4, 6]
+    assert read_history(longer, "train/loss") == losses
+
+
+def test_wandb_keeps_a_run_offline_and_goes_on_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_ERROR_REPORTING", "false")
+    run = trained(tmp_path / "run", "wandb")
+    assert not any(path.is_symlink() for path in run.path.rglob("*"))
+    metareg.resume(run.path, steps=6)
+    assert run.evaluation is not None
+    identity = (run.path / "wandb-run-id.txt").read_text()
+    files = sorted(run.path.glob(f"wandb/offline-run-*-{identity}/run-{identity}.wandb"))
+    assert len(files) == 2
+    for name, value in (("train/loss", run.metrics()[0]["loss"]), ("test/mse/inner_steps_1", run.evaluation.mean(1))):
+        assert name.encode() in files[0].read_bytes()
+        assert repr(value).encode() in files[0].read_bytes()
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_missing_trackers_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(MetaregError, match=rf"pip install 'metareg\[{name}\]'"):
+        trained(tmp_path / "run", name)
+
+
 def test_observers_take_no_part_where_there_is_no_run() -> None:
     learner = metareg.MetaLearner("mlp", spec=metareg.TaskSpec((1,), (1,)), loss="mse", strategy="vectorized")
-    learner.fit("sinusoid", steps=2, log_every=1, observers=["jsonl", "tensorboard"])
+    learner.fit("sinusoid", steps=2, log_every=1, observers=["jsonl", "tensorboard", "mlflow", "wandb"])
     assert learner.steps_done == 2
 
 
