@@ -237,6 +237,7 @@ class MetaLearner:
         log_every: int = 100,
         eval_every: int | None = None,
         eval_tasks: int = 100,
+        patience: int | None = None,
         observers: Sequence[Observer | object] = (),
         progress: bool = False,
     ) -> MetaLearner:
@@ -252,11 +253,12 @@ class MetaLearner:
             log_every: steps between two calls of the observers' `on_step`.
             eval_every: steps between evaluations on the split ``"validation"``; None for none.
             eval_tasks: tasks of each.
+            patience: stop after so many evaluations in a row that are not better than the best before; None for never.
             observers: objects with the hooks `on_step` and `on_evaluation`.
             progress: whether to show a bar and the losses, in a terminal or a notebook.
         """
         values = {"steps": self.steps_done + steps, "meta_batch": meta_batch, "log_every": log_every,
-                  "eval_every": eval_every, "eval_tasks": eval_tasks}  # fmt: skip
+                  "eval_every": eval_every, "eval_tasks": eval_tasks, "patience": patience}  # fmt: skip
         schedule, source = validate(Schedule, values, "fit"), TaskSource.of(task_source)
         self.choose_strategy(meta_batch, steps, source.stackable)
         with display_training(self, source, schedule, progress) as displays:

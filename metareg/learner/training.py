@@ -18,7 +18,7 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.engine.engine import Engine, Gradient
-from metareg.errors import DivergenceError
+from metareg.errors import DivergenceError, UsageError
 from metareg.learner.batch_split import Share
 from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.learning_rate import check_schedule, compute_learning_rate, is_constant
@@ -100,6 +100,8 @@ class Progress:
         self.best_step: int | None = None
         """The step with the best validation score so far."""
         self.best_score: float | None = None
+        self.waited = 0
+        """Validations since then."""
         self.averager = MetricAverager()
 
     def state(self) -> dict[str, Any]:
@@ -109,6 +111,7 @@ class Progress:
             "nonfinite": self.nonfinite,
             "best_step": self.best_step,
             "best_score": self.best_score,
+            "waited": self.waited,
             "window": self.averager.state(),
         }
 
@@ -116,16 +119,10 @@ class Progress:
         """Go back to what `state` returned, with sums on a device."""
         self.left_out, self.nonfinite = state["left_out"], state["nonfinite"]
         self.best_step, self.best_score = state["best_step"], state["best_score"]
+        self.waited = state.get("waited", 0)
         if self.best_step is not None and type(self.best_step) is not int:
             raise TypeError(f"best_step is a {type(self.best_step).__name__}")
         self.averager.load_state(state["window"], device)
-
-    def is_exhausted(self, step: int, schedule: Schedule) -> bool:
-        """Whether the last `schedule.patience` validations up to a step were no better than the best before them."""
-        if schedule.patience is None or schedule.eval_every is None:
-            return False
-        validations = step // schedule.eval_every - (self.best_step or 0) // schedule.eval_every
-        return validations >= schedule.patience
 
     def describe_wait(self, schedule: Schedule) -> str:
         """Why a training whose patience is exhausted stops."""
@@ -139,8 +136,9 @@ class Progress:
         score = evaluation.mean(evaluation.inner_steps[-1])
         sign = 1 if evaluation.higher_is_better else -1
         if not math.isfinite(score) or (self.best_score is not None and sign * score <= sign * self.best_score):
+            self.waited += 1
             return False
-        self.best_step, self.best_score = step, score
+        self.best_step, self.best_score, self.waited = step, score, 0
         return True
 
 
@@ -164,11 +162,13 @@ def fit(
         manager: is called after every step, and can put the training back to an earlier one.
 
     Raises:
-        UsageError: the learning rate is 0 before the last step.
+        UsageError: the learning rate is 0 before the last step, or there is patience without validations.
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
             learner is as it was before that step.
     """
     check_schedule(learner.config, schedule.steps)
+    if schedule.patience is not None and schedule.eval_every is None:
+        raise UsageError("patience counts validations, and there are none: give eval_every too.")
     if schedule.eval_every:
         source.check_splits()
     _Loop(learner, source, schedule, connect_observers(observers, learner), progress or Progress(), manager).run()
@@ -210,8 +210,9 @@ class _Loop:
     @property
     def has_ended(self) -> bool:
         """Whether the last step is done, or the validations have not got better for long enough."""
-        step, schedule = self.learner.steps_done, self.schedule
-        return step >= schedule.steps or self.progress.is_exhausted(step, schedule)
+        schedule = self.schedule
+        exhausted = schedule.patience is not None and self.progress.waited >= schedule.patience
+        return exhausted or self.learner.steps_done >= schedule.steps
 
     def take_step(self, episodes: list[Episodes] | Share) -> None:
         """One training step and what is due after it."""

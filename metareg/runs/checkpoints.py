@@ -219,6 +219,7 @@ class CheckpointManager:
                 error,
             )
             self._progress.best_step = self._progress.best_score = None
+            self._progress.waited = 0
 
 
 def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:

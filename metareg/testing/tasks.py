@@ -10,7 +10,7 @@ from torch import Tensor
 from metareg.contract.episodes import Episodes
 from metareg.contract.splits import SPLITS
 from metareg.contract.tasks import TaskSpec
-from metareg.learner.config import LearnerConfig, is_outer_option
+from metareg.learner.config import LearnerConfig
 from metareg.learner.learner import MetaLearner
 from metareg.registry.task_source import TaskSource
 from metareg.runs.options import assemble
@@ -134,7 +134,7 @@ def check_task_steps(subject: Subject) -> None:
     """A few steps of fit on its episodes, with its model and recommended options, agree in every strategy."""
     selection = assemble({"algo": Descent, "task": (subject.plugin, subject.config)}, {})
     task, source = selection.task.instance, TaskSource(selection.task)
-    of_outer_step = {name for name in LearnerConfig.model_fields if is_outer_option(name)}
+    of_outer_step = {name for name in LearnerConfig.model_fields if name.startswith("outer_")}
     of_step = selection.config.model_dump(
         include={"inner_steps", "first_order", "reset_optimizer_every", *of_outer_step}
     )

@@ -7,12 +7,14 @@ import logging
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 import metareg
 from metareg import UsageError
+from metareg.comparison.results import _read_steps
 
 SMALL: dict[str, Any] = {
     "steps": 40, "meta_batch": 2, "log_every": 3, "eval_every": 2, "eval_tasks": 2, "test_tasks": 2,
@@ -84,10 +86,11 @@ def test_a_run_stops_when_its_patience_is_exhausted(
         metareg.resume(again)
         assert read(again) == before
     caplog.clear()
+    written = (run.path / "results.json").stat().st_mtime_ns
     metareg.Run.load(run.path)
     metareg.resume(run.path)
+    assert (run.path / "results.json").stat().st_mtime_ns == written
     assert [record.levelname for record in caplog.records if record.levelname != "INFO"] == []
-    assert "has already finished" in caplog.text
 
     longer = metareg.resume(run.path, patience=1000)
     assert longer.metrics() == whole.metrics()
@@ -111,3 +114,37 @@ def test_a_run_with_a_schedule_goes_on_with_the_same_bits(tmp_path: Path) -> Non
     with pytest.raises(UsageError, match="cosine schedule ends at step 12"):
         metareg.resume(run.path, steps=20)
     assert read(run.path) == before
+
+
+def test_a_lost_best_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:
+    run = metareg.train(out=tmp_path / "run", patience=3, outer_lr=0.5, **SMALL)
+    results = json.loads((run.path / "results.json").read_text())
+    stop, best = results["trained_steps"], results["stopped_early"]["best_step"]
+    again = cut(run.path, tmp_path / "again", stop - 2)
+    (again / "checkpoints" / f"step-{best:09d}.safetensors").unlink()
+    metareg.resume(again)
+    results = json.loads((again / "results.json").read_text())
+    assert results["trained_steps"] > stop
+    assert results["stopped_early"]["best_step"] > best
+
+
+def test_fit_stops_by_its_own_validations_alone() -> None:
+    learner = metareg.MetaLearner("mlp", spec=metareg.TaskSpec((1,), (1,)), loss="mse", outer_lr=0.5, strategy="serial")
+    options: dict[str, Any] = {"meta_batch": 2, "eval_every": 1, "eval_tasks": 2, "patience": 2}
+    for _ in range(2):
+        before = learner.steps_done
+        learner.fit("sinusoid", steps=40, **options)
+        assert before + 3 <= learner.steps_done < before + 40
+    with pytest.raises(UsageError, match="eval_every"):
+        learner.fit("sinusoid", steps=40, patience=2)
+
+
+def test_a_comparison_takes_a_run_that_stopped_early_for_complete(tmp_path: Path) -> None:
+    for name, content in (
+        ("stopped", {"trained_steps": 8, "stopped_early": {"of_steps": 40}}),
+        ("whole", {"trained_steps": 8}),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "results.json").write_text(json.dumps({"metric": "mse", **content}, indent=2))
+    steps = [_read_steps(SimpleNamespace(path=tmp_path / name)) for name in ("stopped", "whole")]
+    assert steps == [40, 8]
