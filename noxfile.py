@@ -49,8 +49,10 @@ def environment(session: nox.Session) -> str:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """The test suite; what follows -- goes to pytest: nox -s tests -- -m slow."""
-    session.run(environment(session), "-m", "pytest", *session.posargs, external=True)
+    """The test suite in two processes; what follows -- goes to pytest: nox -s tests -- -m slow."""
+    # A process takes a half, so that what the tests of a module share is made once; who is done first helps the other.
+    processes = ("-n", "2", "--dist", "worksteal")
+    session.run(environment(session), "-m", "pytest", *processes, *session.posargs, external=True)
 
 
 def lower_bounds() -> list[str]:
