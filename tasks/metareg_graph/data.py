@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import io
 import logging
@@ -64,6 +65,7 @@ class GraphData:
         splits: what the files say of splits: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
         classes: the names of the classes, where labels were no class numbers; empty where they were.
         ids: the nodes' names in their files, those of several graphs as ``GRAPH/ID``; empty where numbers from 0 on are.
+        captions: what a file whose labels are class numbers calls the classes, for pictures; empty where it does not say it.
     """
 
     graph: Any
@@ -74,6 +76,7 @@ class GraphData:
     splits: Mapping[str, Mapping[str, Any]]
     classes: tuple[str, ...] = ()
     ids: tuple[str, ...] = ()
+    captions: tuple[str, ...] = ()
 
     @classmethod
     def from_edges(
@@ -399,7 +402,8 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
                 if mask in file
             }
         }
-    return GraphData.from_edges(
+        captions = file["class_names"] if "class_names" in file else np.array([])
+    data = GraphData.from_edges(
         torch.from_numpy(sources.astype(np.int64)),
         torch.from_numpy(columns.astype(np.int64)),
         torch.from_numpy(features),
@@ -409,6 +413,8 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
         splits=splits if splits["nodes"] else {},
         classes=classes,
     )
+    fits = captions.dtype.kind == "U" and captions.ndim == 1 and len(captions) > int(data.labels.max())
+    return dataclasses.replace(data, captions=tuple(captions.tolist())) if fits else data
 
 
 def _repeat_rows(pointers: np.ndarray, count: int) -> np.ndarray:

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from metareg import Episodes, MetaLearner
+from metareg import Episodes, MetaLearner, format_count
 
 __all__ = ["draw_confusion", "draw_features"]
 
 Named = tuple[Episodes, list[str]]
 """One task, and the names of its classes in their order."""
+_UPRIGHT = 6
+"""Letters that a class's name has at most where it is written upright below a confusion matrix."""
 
 
 def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
@@ -24,7 +27,7 @@ def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     counts = np.zeros((len(names), len(names)))
     for episode, labels in tasks:
         where = np.array([names.index(label) for label in labels])
-        _, outputs = _adapt(learner, episode)
+        *_, outputs = _adapt(learner, episode)
         np.add.at(counts, (where[episode.query_y[0].numpy()], where[outputs.argmax(-1).numpy()]), 1)
     shares = counts / counts.sum(1, keepdims=True)
     side = 2.6 + 0.55 * len(names)
@@ -36,45 +39,66 @@ def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
             dark = shares[row, column] > 0.5
             text = f"{shares[row, column]:.2f}"
             axes.text(column, row, text, ha="center", va="center", fontsize=9, color="white" if dark else "black")
-    axes.set_xticks(range(len(names)), names)
+    slanted = max(map(len, names)) > _UPRIGHT
+    axes.set_xticks(range(len(names)), names, rotation=30 if slanted else 0, ha="right" if slanted else "center")
     axes.set_yticks(range(len(names)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title(f"{len(tasks)} test tasks, share of each class's query nodes", fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8)
+    axes.set_title(format_count(len(tasks), "test task"), fontsize=10)
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
     return figure
 
 
 def draw_features(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
-    """The adapted body's features of each task's query nodes on their first two principal components."""
+    """The adapted body's features of each task's nodes on their first two principal components."""
     names = sorted({name for _, labels in tasks for name in labels})
-    figure = Figure(figsize=(9, 2.2 + 3 * ((len(tasks) + 1) // 2)), layout="constrained")
-    grid = figure.subplots((len(tasks) + 1) // 2, 2, squeeze=False)
+    rows = (len(tasks) + 1) // 2
+    figure = Figure(figsize=(9, 1 + 3.4 * rows), layout="constrained")
+    grid = figure.subplots(rows, 2, squeeze=False)
     for axes in list(grid.flat)[len(tasks) :]:
         axes.set_axis_off()
+    handles: dict[str, Any] = {}
     for number, ((episode, labels), axes) in enumerate(zip(tasks, grid.flat, strict=False)):
-        features, outputs = _adapt(learner, episode)
-        truth = episode.query_y[0]
-        centred = (features.flatten(1) - features.flatten(1).mean(0)).double()
-        _, _, components = torch.linalg.svd(centred, full_matrices=False)
-        points = (centred @ components[:2].T).numpy()
-        wrong = (outputs.argmax(-1) != truth).numpy()
-        for label, name in enumerate(labels):
-            here = truth.numpy() == label
-            axes.scatter(*points[here].T, s=28, color=f"C{names.index(name)}", label=f"class {name}")
-        axes.scatter(*points[wrong].T, s=90, facecolors="none", edgecolors="black", label="wrong")
-        accuracy = 1 - wrong.mean()
-        axes.set_title(f"test task {number}, accuracy {accuracy:.2f}", fontsize=10)
-        axes.set_xticks([])
-        axes.set_yticks([])
-        axes.legend(frameon=False, fontsize=8)
+        _draw_projection(axes, learner, episode, [names.index(label) for label in labels], names)
+        axes.set_title(f"test task {number}, {axes.get_title()}", fontsize=10)
+        handles |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle("features of the adapted body", fontsize=11)
     return figure
 
 
-def _adapt(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor]:
-    """Features and outputs of the query nodes of a single task after adaptation."""
+def _draw_projection(
+    axes: Axes, learner: MetaLearner, episode: Episodes, classes: Sequence[int], names: Sequence[str]
+) -> None:
+    """The nodes of one task; `classes` are the places of its classes in `names`."""
+    support, query, outputs = _adapt(learner, episode)
+    features = torch.cat([support, query]).flatten(1).double()
+    centred = features - features.mean(0)
+    _, singular, components = torch.linalg.svd(centred, full_matrices=False)
+    points = centred @ components[:2].T
+    shares = singular.square() / singular.square().sum().clamp(min=1e-30)
+    wrong = outputs.argmax(-1) != episode.query_y[0]
+    known, asked = points[: len(support)].numpy(), points[len(support) :].numpy()
+
+    def scatter(some: np.ndarray, **look: Any) -> None:
+        axes.scatter(some[:, 0], some[:, 1], **look)
+
+    for label, place in enumerate(classes):
+        colour = f"C{place}"
+        scatter(known[episode.support_y[0] == label], s=60, marker="^", color=colour, edgecolors="black")
+        scatter(asked[episode.query_y[0] == label], s=28, color=colour, label=names[place])
+    scatter(np.empty((0, 2)), s=60, marker="^", color="white", edgecolors="black", label="support nodes")
+    scatter(asked[wrong], s=90, facecolors="none", edgecolors="black", label="predicted wrongly")
+    axes.set_title(f"accuracy {1 - wrong.double().mean():.2f}")
+    axes.set(xticks=[], yticks=[])
+    axes.set_xlabel(f"1st principal component ({shares[0]:.0%} of the variance)", fontsize=9)
+    axes.set_ylabel(f"2nd principal component ({shares[1]:.0%})", fontsize=9)
+
+
+def _adapt(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor, Tensor]:
+    """Features of the support and of the query nodes of a single task after adaptation, and the query nodes' outputs."""
     support_x, support_y, query_x, _ = episode.to(learner.device).unstack(0)
     module: Any = learner.adapt(support_x, support_y)
     with torch.no_grad():
         features = module.body(query_x)
-        return features.cpu(), module.head(features).cpu()
+        return module.body(support_x).cpu(), features.cpu(), module.head(features).cpu()

@@ -244,7 +244,8 @@ class _FileTask(_GraphTask):
         ]
 
     def _name_class(self, label: int) -> str:
-        return self.data.classes[label] if self.data.classes else str(label)
+        names = self.data.classes or self.data.captions
+        return names[label] if names else f"class {label}"
 
 
 @lru_cache(maxsize=2)
@@ -514,7 +515,7 @@ class CSBM(_GraphTask):
         return GraphData(data.graph, data.features, data.labels, members, data.names, data.splits)
 
     def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
-        names = [str(label) for label in range(self.config.ways)]
+        names = [f"class {label}" for label in range(self.config.ways)]
         return [(self.episodes("test", [number], seed)[0], names) for number in range(40)]
 
 

@@ -16,6 +16,7 @@ __all__ = ["draw_episodes"]
 
 _CLASSES, _SUPPORT, _QUERY = 5, 3, 5
 _LETTERS = 20
+_TAG_LETTERS = 6
 _GAP = 0.25
 """Between support and query images, in widths of an image."""
 
@@ -51,10 +52,12 @@ def draw_episodes(
         accuracy = (confidence.argmax(-1) == query_y).float().mean().item()
         right = f"{accuracy:.0%} of {len(query_y)} queries right"
         part.suptitle(f"test task {number}: {right} (over each: predicted class · confidence)", fontsize=9)
+        tags = _tag(names[number])
         grid = part.subplots(rows, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
         for row, axes in enumerate(grid):
             axes[shots].axis("off")
-            for axis, image in zip(axes, support_x[support_y == row], strict=False):
+            # The columns after the support images are the gap and the query images.
+            for axis, image in zip(axes[:shots], support_x[support_y == row], strict=False):
                 _show(axis, to_pixels(image), "0.35")
             axes[0].set_ylabel(_label(row, names[number][row]), fontsize=6)
             mine = query_y == row
@@ -62,9 +65,10 @@ def draw_episodes(
                 guess = int(scores.argmax())
                 colour = "tab:green" if guess == row else "tab:red"
                 _show(axis, to_pixels(image), colour)
-                truth = "" if guess == row else f" (is {row})"
-                axis.set_title(f"{guess} · {scores[guess]:.0%}{truth}", fontsize=7, pad=2, color=colour)
-        grid[0][0].set_title("support", fontsize=7, pad=2)
+                truth = "" if guess == row else f" (is {tags[row]})"
+                axis.set_title(f"{tags[guess]} · {scores[guess]:.0%}{truth}", fontsize=7, pad=2, color=colour)
+        given = int((support_y == 0).sum())
+        grid[0][0].set_title("support" if given == shots else f"support: {shots} of {given}", fontsize=7, pad=2)
     return figure
 
 
@@ -74,6 +78,13 @@ def _show(axis: Axes, image: Tensor, colour: str) -> None:
     axis.set(xticks=[], yticks=[])
     for spine in axis.spines.values():
         spine.set(color=colour, linewidth=1.5)
+
+
+def _tag(names: Sequence[str]) -> list[str]:
+    """What stands for the classes over an image: their names where these are short, else the numbers beside them."""
+    last = [name.rpartition("/")[2] for name in names]
+    short = all(len(name) <= _TAG_LETTERS for name in last) and len(set(last)) == len(last)
+    return last if short else [str(number) for number in range(len(names))]
 
 
 def _label(number: int, name: str) -> str:

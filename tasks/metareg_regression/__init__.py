@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import nn
 
-from metareg import Episodes, Field, MetaLearner, PluginConfig, Task, TaskSpec, hookimpl, task_uniform
+from metareg import Episodes, Field, MetaLearner, PluginConfig, Task, TaskSpec, format_count, hookimpl, task_uniform
 
 _LOW, _HIGH = -5.0, 5.0
 
@@ -174,7 +174,8 @@ def _draw_fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
     curves = task_uniform(seed, "test", range(4), task.numbers, "curve")
     episodes = task.episodes("test", range(4), seed)
     steps = max(1, learner.config.inner_steps)
-    for number, axes in enumerate(figure.subplots(2, 2, sharex=True).flat):
+    grid = figure.subplots(2, 2, sharex=True)
+    for number, axes in enumerate(grid.flat):
         support_x, support_y = episodes.support_x[number], episodes.support_y[number]
         truth = task.curve(curves[number : number + 1], x.squeeze(-1).numpy()[None])[0]
         axes.plot(x, truth, color="0.35", lw=1.5, label="truth")
@@ -184,11 +185,15 @@ def _draw_fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
             adapted = learner.adapt(support_x, support_y, steps=after)
             with torch.no_grad():
                 fitted = adapted(x.to(learner.device)).cpu()
-            label = "before" if after == 0 else f"after {after} step{'s' * (after > 1)}"
+            label = "before" if after == 0 else f"after {format_count(after, 'step')}"
             axes.plot(x, fitted, style, lw=1.8, label=label)
         axes.plot(support_x.squeeze(-1), support_y.squeeze(-1), "k^", ms=6, label="support")
         axes.set_title(f"test task {number}", fontsize=10)
         axes.grid(alpha=0.25)
+    for axes in grid[-1]:
+        axes.set_xlabel("x")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("y")
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
     return figure

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from matplotlib.figure import Figure
 
-from metareg import Episodes, MetaLearner
+from metareg import Episodes, MetaLearner, format_count
 
 __all__ = ["draw_predictions"]
 
@@ -30,7 +30,7 @@ def draw_predictions(
     for number, axes in enumerate(figure.subplots(1, len(names), squeeze=False).flat):
         support_x, support_y, query_x, query_y = episodes.unstack(number)
         truth = query_y.flatten() * scale + offset
-        for after, marker, label in ((0, "x", "before"), (steps, "o", f"after {steps} step{'s' * (steps > 1)}")):
+        for after, marker, label in ((0, "x", "before"), (steps, "o", f"after {format_count(steps, 'step')}")):
             adapted = learner.adapt(support_x, support_y, steps=after)
             with torch.no_grad():
                 outputs = adapted(query_x.to(learner.device)).cpu().flatten() * scale + offset

@@ -24,6 +24,7 @@ if sys.version_info >= (3, 12):
 
 from metareg_graph import CSBM, BlockNetwork, CiteSeer, Cora, GraphData, GraphFolder, Inputs, OnGraph, Pools, Seeds
 from metareg_graph._dgl import call_opaque, import_dgl, make_softmax_twice_differentiable
+from metareg_graph.figures import draw_features
 
 conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
 WAYS, SHOTS, QUERY, HIDDEN = 2, 2, 3, 5
@@ -451,6 +452,12 @@ def test_csbm_is_learned_and_drawn(tmp_path: Path) -> None:
     assert run.evaluation is not None
     assert run.evaluation.mean(5) > 0.75
     assert {"confusion.png", "features.png", "learning-curve.png"} <= {path.name for path in run.plots}
+    figure = draw_features(run.learner, run.source.plugin.instance._select_pictured(0)[:2])
+    assert all("principal component (" in axes.get_xlabel() for axes in figure.axes)
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "class 0", "class 1", "support nodes", "predicted wrongly",
+    ]  # fmt: skip
     again = metareg.Run.load(run.path).evaluate(20, (5,))
     assert again.mean(5) == pytest.approx(run.evaluation.mean(5))
 

@@ -101,6 +101,15 @@ def test_directions_are_kept_where_asked_for(tmp_path: Path) -> None:
     assert set(zip(source.tolist(), destination.tolist(), strict=True)) == {(a, b) for a, b in EDGES.tolist() if a != b}
 
 
+def test_what_a_file_calls_its_classes_is_for_pictures_alone(tmp_path: Path) -> None:
+    names = [f"kind {label}" for label in range(int(LABELS.max()) + 1)]
+    named = load(npz(tmp_path / "named.npz", class_names=np.array(names)))
+    assert named.captions == tuple(names)
+    assert named.classes == ()
+    for bad in (np.array(names[:-1]), np.arange(len(names))):
+        assert load(npz(tmp_path / "other.npz", class_names=bad)).captions == ()
+
+
 def test_gnn_benchmark_files_are_read(data_folder: Path) -> None:
     for name, nodes, classes, words in (("cora", 2708, 7, 1433), ("citeseer", 3312, 6, 3703)):
         data = load(data_folder / "graphs" / f"{name}.npz")

@@ -14,7 +14,7 @@ from PIL import Image
 from metareg import MetaLearner, MetaregError, UsageError, draw_distinct
 from metareg.registry.plugins import resolve
 from metareg_image import Glyphs, OmniglotSmall
-from metareg_image.figures import _label
+from metareg_image.figures import _label, _tag
 
 
 def glyphs(**options: object) -> Glyphs:
@@ -229,15 +229,17 @@ def test_a_users_image_is_read_as_the_task_reads_its_own(tmp_path: Path) -> None
 # -------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_show_support_queries_labels_and_confidence() -> None:
-    task = glyphs(ways=3, shots=2, query=4, eval_query=4)
+@pytest.mark.parametrize("shots", [2, 5])
+def test_figures_show_support_queries_labels_and_confidence(shots: int) -> None:
+    task = glyphs(ways=3, shots=shots, query=4, eval_query=4)
     learner = MetaLearner("conv4", "maml", spec=task.spec, model_options={"width": 4}, inner_lr=0.4)
     figure = task.figures(learner, 0)["episodes"]
     titles = [part.get_suptitle() for part in figure.subfigs]
     assert [title.split(":")[0] for title in titles] == ["test task 0", "test task 1", "test task 2"]
     for number, part in enumerate(figure.subfigs):
         shown = [axes for axes in part.axes if axes.images]
-        assert len(shown) == 3 * (2 + 4)
+        assert len(shown) == 3 * (min(shots, 3) + 4)
+        assert part.axes[0].get_title() == ("support" if shots == 2 else "support: 3 of 5")
         labels = [axes.get_title() for axes in shown if "%" in axes.get_title()]
         assert len(labels) == 12
         wrong = sum("(is " in label for label in labels)
@@ -246,6 +248,12 @@ def test_figures_show_support_queries_labels_and_confidence() -> None:
         with torch.no_grad():
             guesses = adapted(batch.query_x[number]).argmax(-1)
         assert wrong == int((guesses != batch.query_y[number]).sum())
+
+
+def test_short_names_of_classes_stand_over_the_images() -> None:
+    assert _tag(["pets/cat", "pets/dog"]) == ["cat", "dog"]
+    assert _tag(["a/cat", "b/cat"]) == ["0", "1"]
+    assert _tag(["cat", "hippopotamus"]) == ["0", "1"]
 
 
 @pytest.mark.parametrize(
