@@ -225,6 +225,8 @@ class Finding:
     sentence: str
     lines: Sequence[str]
     """More of it: for each task, with what it is better or worse."""
+    comparisons: int = 0
+    """How many pairs it sums up; 0 where it is no sum."""
 
 
 @dataclass(frozen=True)
@@ -267,7 +269,7 @@ def list_findings(report: Report) -> list[Finding]:
             _describe_task(report, task, [pair for pair in pairs if pair.arm.task == task])
             for task in dict.fromkeys(pair.arm.task for pair in pairs)
         ]
-        found.append(Finding(name, sentence, lines))
+        found.append(Finding(name, sentence, lines, len(pairs)))
     return found
 
 

@@ -153,11 +153,24 @@ def test_notes_are_little_markdown(tmp_path: Path, notes: str, expected: str) ->
     assert "<img" not in page
 
 
-def test_the_plan_is_shown_before_what_came_out(tmp_path: Path) -> None:
+def test_the_page_leads_with_the_answer_and_says_each_verdict_once(small: Plan) -> None:
+    page = report(small.folder, "html")
+    sections = re.findall(r'<section id="([a-z-]+)"', page)
+    assert sections[0] == "summary"
+    summary = page.partition('<section id="summary"')[2].partition("</section>")[0]
+    shown = len(re.findall(r'class="chip', summary))
+    assert shown > 1
+    words = re.sub(r"<table.*?</table>", "", summary, flags=re.DOTALL)
+    assert "chip" not in words
+    assert not re.search(r"<li>", words)
+    assert summary.index("<table") < summary.index("have finished")
+
+
+def test_the_plan_is_shown_below_the_summary_and_before_the_results(tmp_path: Path) -> None:
     write_comparison(tmp_path, SMALL | {"plan": "If *better*: `it helps`. <b>"}, tasks=7)
     page, text = report(tmp_path, "html"), report(tmp_path)
     assert "If <em>better</em>: <code>it helps</code>. &lt;b&gt;" in page
-    assert page.index('id="plan"') < page.index('id="summary"')
+    assert page.index('id="summary"') < page.index('id="plan"') < page.index('id="results"')
     assert 0 < text.index("## Plan\n\nIf *better*") < text.index("## Summary")
 
 
