@@ -126,6 +126,7 @@ def docs(session: nox.Session) -> None:
     python = environment(session)
     for script in ("docs/hook_reference.py", "docs/options_reference.py"):
         session.run(python, script, "--check", external=True)
+    session.run(python, "docs/notebooks.py", "--check", external=True)
     session.run(python, "-m", "mkdocs", "build", "-q", env={"NO_MKDOCS_2_WARNING": "1"}, external=True)
     session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/docs", external=True)
 

@@ -1,22 +1,25 @@
-"""What the site adds to MkDocs: pages from the top of the repository, links that hold on both, and formulas as MathML."""
+"""What the site adds to MkDocs: pages from elsewhere in the repository, notebooks, links that hold on both, MathML."""
 
 from __future__ import annotations
 
 import html
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 
 import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 TOP_PAGES = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
+    "CODE_OF_CONDUCT.md": "code-of-conduct.md",
     "SECURITY.md": "security.md",
 }
 """Pages that lie above docs/, and what they are called on the site."""
@@ -25,10 +28,25 @@ _LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Take the project's addresses from pyproject.toml."""
+    urls = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"].get("urls", {})
+    config.site_url = urls.get("Documentation", "")
+    if "Repository" in urls:
+        config.repo_url, config.repo_name = urls["Repository"], "metareg"
+    return config
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that lie above docs/."""
+    """Add the pages that lie above docs/, and a page for each notebook with the outputs that it was committed with."""
     for source, target in TOP_PAGES.items():
         files.append(File.generated(config, target, content=(ROOT / source).read_text(encoding="utf-8")))
+    for path in sorted((ROOT / "docs" / "notebooks").glob("*.ipynb")):
+        places = {"unique_key": path.stem, "output_files_dir": f"{path.stem}-files"}
+        text, resources = MarkdownExporter().from_filename(str(path), resources=places)
+        files.append(File.generated(config, f"notebooks/{path.stem}.md", content=text))
+        for name, content in resources["outputs"].items():
+            files.append(File.generated(config, f"notebooks/{name}", content=content))
     return files
 
 
@@ -42,7 +60,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     def move(match: re.Match[str]) -> str:
         file = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[2]))
-        target = TOP_PAGES.get(file) or file.removeprefix("docs/")
+        target = TOP_PAGES.get(file) or file.removeprefix("docs/").replace(".ipynb", ".md")
         relative = posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".")
         return f"{match[1]}{relative}{match[3] or ''}{match[4]}"
 
