@@ -1,4 +1,4 @@
-"""Runs the notebooks and keeps what they show: ``python docs/notebooks.py``; ``--check`` runs them and keeps nothing."""
+"""Runs the notebooks, or those that are named, and keeps what they show; ``--check`` keeps nothing."""
 
 from __future__ import annotations
 
@@ -26,13 +26,15 @@ def execute(path: Path) -> nbformat.NotebookNode:
             notebook, timeout=600, record_timing=False, resources={"metadata": {"path": folder}}, kernel_name="python3"
         )
         client.execute()
-    notebook.metadata = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     return notebook
 
 
 def main(arguments: list[str]) -> int:
-    """Run all notebooks; without ``--check`` write them with their outputs."""
-    for path in sorted(FOLDER.glob("*.ipynb")):
+    """Run the notebooks; without ``--check`` write them with their outputs."""
+    named = [FOLDER / f"{name}.ipynb" for name in arguments if name != "--check"]
+    for path in named or sorted(FOLDER.glob("*.ipynb")):
         text = nbformat.writes(execute(path)) + "\n"
         if len(text) > LARGEST:
             print(f"{path.name} has {len(text):,} bytes, of which {LARGEST:,} are allowed; show less", file=sys.stderr)
