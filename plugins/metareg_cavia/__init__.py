@@ -17,8 +17,8 @@ class CAVIA:
     """Only context parameters φ adapt to a task, from zero; everything else is shared and learns in the outer loop.
 
     φ₀ = 0, φₖ₊₁ = φₖ − α ∇_φ ℓ(θ, φₖ; S), and the outer loop differentiates the query loss at (θ, φ_K) by θ. A context
-    parameter is any parameter of the model whose own name is `context`: take the model `context-mlp` for vectors,
-    `context-conv4` for images, or one of your own.
+    parameter is any parameter of the model whose own name is `context`. The model is `context`, which is `context-conv4` for
+    images and `context-mlp` for vectors; or take one of your own.
 
     Reference:
         Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, Fast Context Adaptation via Meta-Learning, ICML 2019,
@@ -28,7 +28,7 @@ class CAVIA:
 
     contract = 1
     adapts = "*context"
-    default_model = "context-mlp"
+    default_model = "context"
     # What tasks recommend is meant for weights, not for context.
     recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 1.0}
     step_examples = (StepExample(param=2.0, grad=3.0, after=-1.0, config={"inner_lr": 1.0}),)
@@ -116,6 +116,18 @@ class ContextConv4:
             if isinstance(layer, nn.Conv2d | nn.Linear):
                 nn.init.kaiming_uniform_(layer.weight, nonlinearity="relu" if layer.weight.dim() > 2 else "linear")
         return model
+
+
+class ContextModel:
+    """The model with context parameters that fits the task: `context-conv4` for images, else `context-mlp`, with their defaults."""
+
+    contract = 1
+
+    @hookimpl
+    def build(self, spec: TaskSpec) -> nn.Module:
+        if len(spec.input_shape) == 3:
+            return ContextConv4(ContextConv4.Config()).build(spec)
+        return ContextMLP(ContextMLP.Config()).build(spec)
 
 
 class _ContextPerceptron(nn.Module):

@@ -109,3 +109,11 @@ def test_a_model_without_context_is_refused() -> None:
 def test_context_conv4_takes_images(shape: tuple[int, ...]) -> None:
     with pytest.raises(UsageError, match="16×16"):
         build("context-conv4", TaskSpec(shape, (5,)))()
+
+
+@pytest.mark.parametrize(("shape", "layer"), [((3,), nn.Linear), ((1, 16, 16), nn.Conv2d)])
+def test_the_default_model_fits_the_task(shape: tuple[int, ...], layer: type[nn.Module]) -> None:
+    """A perceptron on the pixels of images ends at chance: a context of five numbers tells no classes apart."""
+    model = build("context", TaskSpec(shape, (5,)))()
+    assert any(isinstance(each, layer) for each in model.modules())
+    assert [name for name, _ in model.named_parameters() if name.endswith("context")]

@@ -13,8 +13,8 @@ from metareg import MetaLearner
 from reference import NETS, Net, Task, Tensors, difference
 from samples import LOSSES, MODELS, episodes, tasks_of
 
-LR, STRENGTH = 0.02, 3.0
-CONFIG = {"inner_lr": LR, "strength": STRENGTH}
+LR, STRENGTH, DAMPING = 0.02, 3.0, 0.5
+CONFIG = {"inner_lr": LR, "strength": STRENGTH, "damping": DAMPING}
 
 
 def _adapt(net: Net, meta: Tensors, task: Task, steps: int, strength: float = STRENGTH) -> Tensors:
@@ -36,7 +36,7 @@ def _solve(iterations: int | None) -> WrittenOut:
             _flatten(torch.autograd.grad(entry, list(params.values()), retain_graph=True))
             for entry in _flatten(list(grads.values()))
         ]
-        matrix = torch.eye(len(rows), dtype=torch.float64) + torch.stack(rows) / STRENGTH
+        matrix = torch.eye(len(rows), dtype=torch.float64) + torch.stack(rows) / (STRENGTH + DAMPING)
         right = _flatten(
             torch.autograd.grad(net.loss(net.head(params, net.body(params, task[2])), task[3]), list(params.values()))
         )
@@ -83,7 +83,7 @@ def test_many_iterations_solve_the_system() -> None:
 def test_gradient_is_the_derivative_of_the_solution() -> None:
     """At the solution of the inner problem, after many steps, the unrolled loop has the same meta-gradient."""
     net, batch, strength, steps = NETS["mlp"], episodes("mlp", 1, seed=2), 10.0, 200
-    config = {"inner_lr": LR, "strength": strength, "cg_steps": 60}
+    config = {"inner_lr": LR, "strength": strength, "damping": 0.0, "cg_steps": 60}
     learner = MetaLearner(
         MODELS["mlp"](), "imaml", loss=LOSSES["mlp"], algo_config=config, inner_steps=steps, strategy="serial"
     )
