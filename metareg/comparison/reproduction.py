@@ -181,25 +181,25 @@ def reproduce(
     device: str | None = None,
     observer: ComparisonObserver | None = None,
 ) -> Verdict:
-    """Carry out a recipe, or continue it, and judge it, as ``metareg reproduce`` does.
+    """Run a recipe, or continue it, and judge its result, like ``metareg reproduce``.
 
-    What came out is written into its folder, as reproduction.json.
+    The result is written into its folder, as reproduction.json.
 
     Args:
         recipe: the recipe: its name, the path of a YAML file, or the recipe itself.
-        out: its folder, that of a comparison; one under ``reproductions/`` by default.
+        out: its folder, which is a comparison's; by default, one under ``reproductions/``.
         seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
-        jobs: runs at a time; by default as `metareg.compare`.
-        device: where to compute; a GPU where there is one by default.
-        observer: is told how the runs get on.
+        jobs: runs at a time; by default, as in `metareg.compare`.
+        device: where to compute; by default, a GPU if there is one.
+        observer: receives the progress of the runs.
 
     Returns:
-        What came out beside what was expected; as a text, a sentence.
+        The verdict: the result and the expected value; as a string, a sentence.
 
     Raises:
-        UsageError: something was asked for that cannot be, or data is missing; nothing was written.
+        UsageError: an argument is invalid, or data is missing; nothing was written.
         MetaregError: a run could not be finished.
-        Interrupted: it was stopped; calling it again goes on.
+        Interrupted: it was stopped; call it again to continue.
     """
     from metareg.comparison.runner import compare
 

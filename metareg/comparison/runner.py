@@ -200,42 +200,43 @@ def compare(
     observer: ComparisonObserver | None = None,
     **options: Any,
 ) -> Comparison:
-    """Carry out a comparison, or continue it, as ``metareg compare`` does.
+    """Run a comparison, or continue it, like ``metareg compare``.
 
-    What is said beside `config` takes precedence over it; without a `config`, over what `out` holds. Runs that were begun
-    in `out` are continued; a comparison that would change them or leave them out is refused, and so is one that would
-    change or leave out those of an `archive`.
+    The other arguments override `config` or, without one, the configuration in `out`. Runs that have begun in `out` are
+    continued. A comparison that would change or omit them, or those of an `archive`, is refused.
 
     Args:
-        algo: the algorithms' names, as a list or a text with commas; ``"maml"`` by default.
-        augment: augmenters or chains of them (``"dropgrad+cml"``), ``"none"`` for none, given in the same way.
-        task: the task plugins, given in the same way; ``"sinusoid"`` by default. An item may be a mapping with ``task``,
+        algo: the names of the algorithms, as a list or a comma-separated string; by default, ``"maml"``.
+        augment: augmenters or chains of them (``"dropgrad+cml"``), ``"none"`` for none, in the same form.
+        task: the task plugins, in the same form; by default, ``"sinusoid"``. An item can be a mapping with ``task``,
             ``label`` and ``options``.
-        model: the model plugin of every run, or an `nn.Module`, which begins with the same weights for every seed.
-        seeds: the seeds, as a list or a text (``"1000-1004"``), or a number n for 0 to n − 1; 0 alone by default.
-        out: the comparison's folder; one under ``comparisons/`` by default.
+        model: the model plugin of every run, or an `nn.Module`, which starts with the same weights for every seed.
+        seeds: the seeds, as a list or a string (``"1000-1004"``), or a number n for 0 to n − 1; by default, only 0.
+        out: the comparison's folder; by default, one under ``comparisons/``.
         config: a configuration, its values, or the path of a YAML file with them.
-        archive: raw results of a comparison (``metareg report DIR --archive FILE``): its finished runs are taken as done,
-            with the settings that were chosen. Without a `config`, and where `out` holds none, it says what is compared.
-        space: options to choose for each arm on validation tasks, and from what: a list of values, or a range
-            (``{"low": 0.001, "high": 1, "log": True}``); None stands for what the option's plugin declares.
-        search: how many trials that takes for each arm; without it, every combination of the values is tried.
-        jobs: how many runs at a time; by default one for every GPU that they take, or as many as leave each run its threads.
+        archive: raw results of a comparison (``metareg report DIR --archive FILE``): its finished runs and chosen
+            settings are kept. Without a `config`, and if `out` contains no comparison, it also provides the
+            configuration.
+        space: options to choose for each arm on validation tasks, with their values: a list, or a range (``{"low":
+            0.001, "high": 1, "log": True}``); None means the range that the option's plugin declares.
+        search: the number of trials for each arm; without it, every combination of the values is tried.
+        jobs: the number of runs at a time; by default, one for every GPU that they use, or as many as the CPU cores
+            allow.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
-        observer: is told how the comparison gets on.
-        options: fields of `RunConfig` and options of the plugins, by name, for every run; for tasks and modules of one's own
-            also ``loss``, ``metric`` and ``head``, as in `metareg.train`.
+        observer: receives the progress of the comparison.
+        options: fields of `RunConfig` and options of the plugins, by name, for every run; for your own tasks and
+            modules also ``loss``, ``metric`` and ``head``, as in `metareg.train`.
 
-    Algorithms, augmenters, tasks and the model may be objects and classes of one's own, as in `metareg.train`. The runs are
-    then carried out in this process, one after the other, and going on takes the same objects.
+    Algorithms, augmenters, tasks and the model can be your own objects and classes, as in `metareg.train`. The runs
+    then execute in this process, one after the other; pass the same objects to continue.
 
     Returns:
-        The comparison, all of its runs finished but those in `broken`.
+        The comparison, with all its runs finished except those in `broken`.
 
     Raises:
-        UsageError: something was asked for that cannot be; nothing was written or run.
-        Interrupted: Ctrl-C or SIGTERM ended it; calling it again goes on.
+        UsageError: an argument is invalid; nothing was written or run.
+        Interrupted: Ctrl-C or SIGTERM stopped it; call it again to continue.
     """
     if read_rank().size > 1:
         raise UsageError(

@@ -25,15 +25,16 @@ log = logging.getLogger("metareg")
 
 @dataclass(frozen=True)
 class Columns:
-    """How the tables of one task become tensors, and a model's outputs what they stand for.
+    """Converts the tables of one task to tensors, and a model's outputs to their meaning.
 
-    Here cells are taken as they are; a task that standardises its numbers, or has columns of texts, overrides that. What
-    `scale_inputs`, `scale_targets` and `restore_outputs` do is a function of tensors alone, so that a program can hold it.
+    This class leaves cells unchanged; a task that standardises its numbers, or has text columns, overrides it.
+    `scale_inputs`, `scale_targets` and `restore_outputs` must be functions of tensors only, so that they can be
+    exported.
 
     Args:
         inputs: the names of the input columns, in the model's order.
-        targets: those of the target columns; one where targets are classes.
-        classes: the names of the classes in the order of the model's outputs; None where targets are numbers.
+        targets: the names of the target columns; one if targets are classes.
+        classes: the names of the classes in the order of the model's outputs; None if targets are numbers.
         input_shape: the shape of one input.
     """
 
@@ -44,11 +45,11 @@ class Columns:
 
     @property
     def features(self) -> list[str]:
-        """What each number of an input is."""
+        """The meaning of each number of an input."""
         return list(self.inputs)
 
     def select_rows(self, support: Table) -> Table:
-        """The rows of a support table that are taken; here all."""
+        """The rows of a support table to use; here, all of them."""
         return support
 
     def read_inputs(self, table: Table) -> Tensor:
@@ -83,15 +84,15 @@ class Columns:
         return torch.tensor([self.classes.index(text) for text in texts])
 
     def scale_inputs(self, inputs: Tensor) -> Tensor:
-        """Inputs as the model takes them."""
+        """Scale inputs for the model."""
         return inputs
 
     def scale_targets(self, targets: Tensor) -> Tensor:
-        """Targets as the model is to put them out."""
+        """Scale targets to the model's outputs."""
         return targets
 
     def restore_outputs(self, outputs: Tensor) -> Tensor:
-        """The model's outputs in the units of the targets; those of classes as they are."""
+        """Convert the model's outputs to the units of the targets; class scores are unchanged."""
         return outputs
 
 

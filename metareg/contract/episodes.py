@@ -22,11 +22,11 @@ _PARTS = ("support_x", "support_y", "query_x", "query_y")
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Episodes:
-    """Some tasks of equal sizes, each with its support and query set.
+    """A stack of tasks of equal sizes, each with its support and query set.
 
     Args:
         support_x: inputs ``[tasks, support, …]``; a tensor, or a pytree of tensors with these leading dimensions (a
-            graph task's may be ``[tasks, …]``). Arrays of NumPy and frames of pandas are taken as tensors, here and below.
+            graph task's may be ``[tasks, …]``). NumPy arrays and pandas frames are accepted as tensors, here and below.
         support_y: targets ``[tasks, support]`` (class numbers, which become int64) or ``[tasks, support, outputs]``
             (numbers, or probabilities of the classes).
         query_x: inputs ``[tasks, query, …]``.
@@ -122,19 +122,19 @@ class Episodes:
         return some if self.positions is None else some.placed(self.positions[which])
 
     def unstack(self, number: int) -> tuple[Any, Tensor, Any, Tensor]:
-        """One task, numbered from 0 on, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
+        """One task, counted from 0, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
         return tree_map(lambda leaf: leaf[number], self.parts)
 
     def placed(self, positions: Sequence[int]) -> Episodes:
-        """The same tasks as those at some positions of what a source was asked for.
+        """Mark the tasks as those at certain positions of a request to a source.
 
-        A source that returns several stacks says with it which tasks they hold; `group` does so.
+        A source that returns several stacks uses this to say which tasks they hold; `group` does so.
 
         Args:
-            positions: one number from 0 on for each task.
+            positions: one number for each task, counted from 0.
 
         Raises:
-            UsageError: there are more or fewer of them than tasks.
+            UsageError: the number of positions differs from the number of tasks.
         """
         if len(positions) != len(self):
             raise UsageError(f"Episodes: got {len(positions)} positions for {len(self)} tasks.")
@@ -151,7 +151,7 @@ class Episodes:
             yield _create_unchecked(tree_unflatten(parts, structure), positions)
 
     def to(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Episodes:
-        """The same tasks on a device, floating-point tensors as `dtype` where one is given."""
+        """Move the tasks to a device, with floating-point tensors as `dtype` if it is given."""
 
         def move(leaf: Tensor) -> Tensor:
             return leaf.to(device, dtype if dtype is not None and leaf.is_floating_point() else None)
@@ -159,7 +159,7 @@ class Episodes:
         return self._map(move)
 
     def contiguous(self) -> Episodes:
-        """The same tasks in contiguous memory; what comes channels last stays so, as convolutions and pooling like it."""
+        """The tasks in contiguous memory; channels-last tensors stay so, which suits convolutions and pooling."""
         return self._map(settle_layout)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Episodes:

@@ -28,7 +28,8 @@ class Evaluation:
         higher_is_better: whether larger is better.
         inner_steps: the numbers of inner steps, ascending.
         scores: ``[tasks, len(inner_steps)]``, in the order of the tasks' numbers.
-        bn_statistics: whose statistics BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such layers.
+        bn_statistics: the statistics that BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such
+            layers.
         predictor: what made the predictions: ``"head"``, or the name of the plugin that did (its hook `predict`).
     """
 
@@ -47,11 +48,11 @@ class Evaluation:
         return self.scores.shape[0]
 
     def mean(self, inner_steps: int) -> float:
-        """The mean over tasks after so many inner steps."""
+        """The mean over tasks after a number of inner steps."""
         return self.get_scores(inner_steps).mean().item()
 
     def ci95(self, inner_steps: int) -> float:
-        """Half the width of the 95 % interval of the mean over tasks, by Student's t; NaN where a score is not finite."""
+        """Half the width of the 95 % interval of the mean over tasks (Student's t); NaN if a score is not finite."""
         return compute_half_width(self.get_scores(inner_steps).numpy())
 
     def count_diverged(self, inner_steps: int) -> int:
@@ -59,7 +60,7 @@ class Evaluation:
         return int((~self.get_scores(inner_steps).isfinite()).sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """What results.json holds."""
+        """The content of results.json."""
         steps = [
             {
                 "inner_steps": k, "mean": self.mean(k), "ci95": self.ci95(k), "tasks": self.tasks,

@@ -45,25 +45,25 @@ class MetaLearner:
     """Gradient-based meta-learning of one model.
 
     Args:
-        model: any `nn.Module`; it is copied, never changed. One with the submodules `body` and `head` is split there, an
-            `nn.Sequential` before its last layer. Or the name or class of a model plugin, built for `spec`.
-        algo: an algorithm: a plugin's name, a plugin class or object.
-        augment: gradient augmenters in the order in which they are chained: names, classes, objects, or pairs
-            ``(name or class, config)``.
+        model: any `nn.Module`; it is copied, never changed. A module with the submodules `body` and `head` is split
+            there, an `nn.Sequential` before its last layer. Or the name or class of a model plugin, built for `spec`.
+        algo: the algorithm: a plugin's name, a plugin class or object.
+        augment: gradient augmenters, chained in this order: names, classes, objects, or pairs ``(name or class,
+            config)``.
         loss: ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``, a callable ``loss(outputs, targets) -> scalar``, or a
             class of torch's losses.
         metric: ``"accuracy"``, ``"balanced_accuracy"``, ``"auroc"``, ``"cross_entropy"``, ``"mse"``, ``"mae"``, ``"huber"``,
-            ``"r2"``, a `metareg.Metric` or a function ``metric(outputs, targets) -> scalar``, of which more is better; by
-            default the one that goes with the loss.
-        device: where to run; by default where the model is.
+            ``"r2"``, a `metareg.Metric` or a function ``metric(outputs, targets) -> scalar``, of which higher values
+            are better; by default, the metric for the loss.
+        device: where to run; by default, the model's device.
         head: the dotted name of the model's head, for a model without `body` and `head`.
         spec: the shapes for a model named by its plugin.
         model_options: options of a model named by its plugin.
-        algo_config: the algorithm's options; they may also be given by name (``inner_lr=0.4``).
+        algo_config: the algorithm's options; you can also pass them by name (``inner_lr=0.4``).
         inner_steps … seed: the options of `LearnerConfig`, which `help(MetaLearner)` lists.
 
     Raises:
-        UsageError: an unknown name, an impossible value, or a model that does not fit.
+        UsageError: an unknown name, an invalid value, or a model that does not fit.
 
     Example:
         >>> learner = MetaLearner(model, algo="maml", augment=["cml"], loss="mse", inner_lr=0.01)
@@ -141,7 +141,7 @@ class MetaLearner:
 
     @property
     def bn_statistics(self) -> str:
-        """Whose statistics BatchNorm layers use for query predictions; ``"none"`` where the model has no such layer."""
+        """The statistics that BatchNorm layers use for query predictions; ``"none"`` if the model has no such layer."""
         return _check_statistics(self.config.bn_statistics, self.model)
 
     @property
@@ -151,7 +151,7 @@ class MetaLearner:
 
     @property
     def strategy(self) -> Strategy | None:
-        """The strategy in use; None while ``"auto"`` has not chosen."""
+        """The strategy in use; None until ``"auto"`` has chosen."""
         return self._runner.strategy
 
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
@@ -163,37 +163,37 @@ class MetaLearner:
         """Every meta-parameter by name: the model's own, and the plugins' with their name as prefix.
 
         Raises:
-            UsageError: a plugin needs an example to build its own and has seen none; `initialize` gives it one.
+            UsageError: a plugin needs an example to create its own, but has not seen one; call `initialize`.
         """
         self.initialize(None)
         return dict(self._meta.tensors)
 
     @property
     def plain_meta_parameters(self) -> dict[str, Tensor]:
-        """Those of evaluation, adaptation and the learner's file: without what is there in training alone."""
+        """The meta-parameters of evaluation, adaptation and the learner's file: without those of training only."""
         return self._meta.select_plain()
 
     def initialize(self, example: Any) -> None:
-        """Create the plugins' meta-parameters, which the first batch of tasks would do otherwise.
+        """Create the plugins' meta-parameters; otherwise, the first batch of tasks does so.
 
         Args:
-            example: one support set's inputs ``[examples, …]``. None will do where no plugin needs one, or where the
-                head is an `nn.Linear`, whose input tells the shape of the features.
+            example: one support set's inputs ``[examples, …]``. Can be None if no plugin needs an example, or if the
+                head is an `nn.Linear`, whose input gives the shape of the features.
         """
         self._meta.initialize(example)
 
     def meta_gradient(self, episodes: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The meta-gradient of a batch of tasks; nothing of the learner changes.
+        """Compute the meta-gradient of a batch of tasks; the learner does not change.
 
         Args:
-            episodes: the tasks, or a list of stacks where they are of unequal sizes (`Episodes.group`); or the four parts of
+            episodes: the tasks, or a list of stacks if their sizes differ (`Episodes.group`); or the four parts of
                 Episodes, as a DataLoader returns them.
 
         Returns:
             The objective (mean query loss and the augmenters' terms) and its gradient by name.
 
         Raises:
-            UsageError: the tasks do not fit the learner, or hold NaN or infinite values.
+            UsageError: the tasks do not fit the learner, or contain NaN or infinite values.
         """
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
@@ -202,21 +202,21 @@ class MetaLearner:
         return gradient.loss, gradient.grads
 
     def step(self, episodes: Batch) -> Tensor:
-        """One training step, the meta-gradient and the outer update; returns the objective before it, a scalar.
+        """Take one training step, meta-gradient and outer update; returns the objective before the step, a scalar.
 
         Args:
             episodes: as in `meta_gradient`.
 
         Raises:
             UsageError: as `meta_gradient`.
-            DivergenceError: the objective or its gradient is not finite; the learner is as it was before.
+            DivergenceError: the objective or its gradient is not finite; the learner is unchanged.
         """
         gradient = self.take_step(episodes)
         self.logs = {name: value.item() for name, value in gradient.logs.items()}
         return gradient.loss
 
     def take_step(self, episodes: Batch | Share) -> Gradient:
-        """`step`, returning all that was computed as tensors; what a training loop calls."""
+        """Like `step`, but returns everything computed, as tensors; for training loops."""
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
         try:
             check_finite(gradient, self.steps_done)
@@ -241,18 +241,18 @@ class MetaLearner:
         observers: Sequence[Observer | object] = (),
         progress: bool = False,
     ) -> MetaLearner:
-        """Train on tasks of one's own, or of a task plugin; returns the learner.
+        """Train on your own tasks or on those of a task plugin; returns the learner.
 
         Args:
-            task_source: an object with a method ``episodes(split, indices, seed)`` that returns Episodes, or a function with
-                these arguments, of which it may leave out some; an iterable of batches, as a DataLoader, or a mapping from
-                ``"train"``, ``"validation"`` and ``"test"`` to such iterables; a function ``f(split, seed)`` that returns
-                one; or a plugin's name or class. Training takes the split ``"train"`` in order.
+            task_source: an object with a method ``episodes(split, indices, seed)`` that returns Episodes, or a function
+                with some or all of these arguments; an iterable of batches, such as a DataLoader, or a mapping from
+                ``"train"``, ``"validation"`` and ``"test"`` to such iterables; a function ``f(split, seed)`` that
+                returns one; or a plugin's name or class. Training takes the split ``"train"`` in order.
             steps: training steps.
             meta_batch: tasks per step.
-            log_every: steps between two calls of the observers' `on_step`.
+            log_every: steps between calls of the observers' `on_step`.
             eval_every: steps between evaluations on the split ``"validation"``; None for none.
-            eval_tasks: tasks of each.
+            eval_tasks: tasks per evaluation.
             patience: stop after so many evaluations in a row that are not better than the best before; None for never.
             observers: objects with the hooks `on_step` and `on_evaluation`.
             progress: whether to show a bar and the losses, in a terminal or a notebook.
@@ -275,15 +275,15 @@ class MetaLearner:
         seed: int | None = None,
         bn_statistics: str | None = None,
     ) -> Evaluation:
-        """The metric over tasks, after each number of inner steps, without augmenters of training and without graphs.
+        """Evaluate the metric over tasks after each number of inner steps, without training-only augmenters and graphs.
 
         Args:
             task_source: as in `fit`.
-            tasks: how many tasks of the split, from its first on.
+            tasks: the number of tasks, from the first one of the split.
             split: ``"test"``, ``"validation"`` or ``"train"``.
-            inner_steps: numbers of adaptation steps.
-            seed: fixes the tasks; the learner's own by default.
-            bn_statistics: as that of the learner, which is the default.
+            inner_steps: numbers of inner steps.
+            seed: fixes the tasks; by default, the learner's own.
+            bn_statistics: as for the learner; by default, the learner's own.
         """
         (evaluation,) = self.evaluate_policies(
             [bn_statistics or self.config.bn_statistics], task_source, tasks, split, inner_steps, seed
@@ -323,23 +323,23 @@ class MetaLearner:
         Args:
             x: support inputs ``[examples, …]``, without a task dimension.
             y: support targets ``[examples]`` or ``[examples, outputs]``.
-            steps: adaptation steps; as many as in training by default.
+            steps: inner steps; by default, as many as in training.
             query_x: query inputs ``[query, …]``, for algorithms that read them (`metareg.TaskView.query_x`).
-            bn_statistics: ``"support"``, with which a prediction does not depend on the others of its batch; or
-                ``"transductive"``, the statistics of each batch, as in results that say so.
+            bn_statistics: ``"support"``, with which predictions are independent of each other; or ``"transductive"``,
+                the statistics of each batch, as in results that say so.
 
         Returns:
-            An ordinary module of the user's class, in evaluation mode, on the learner's device.
+            An ordinary module of your model's class, in evaluation mode, on the learner's device.
         """
         steps = self.config.inner_steps if steps is None else steps
         statistics = _check_statistics(bn_statistics, self.model)
         return self._runner.adapt(self._meta, x, y, steps, statistics, query_x)
 
     def save(self, path: str | Path) -> None:
-        """Write the learner, without what is there in training alone, as one safetensors file.
+        """Save the learner, without anything that only training needs, as one safetensors file.
 
-        The file holds the parameters of the model, the algorithm and the augmenters that stay, and as metadata the
-        configuration.
+        The file contains the parameters of the model, the algorithm and the augmenters that stay; its metadata contains
+        the configuration.
         """
         write_learner(
             Path(path), self.config, self.engine.plain.stages, self.model, self._recipe, self.plain_meta_parameters,
@@ -359,18 +359,18 @@ class MetaLearner:
         metric: Metric | None = None,
         device: str | torch.device | None = None,
     ) -> MetaLearner:
-        """The learner that `save` wrote; nothing in the file can execute code.
+        """Load a learner that `save` wrote; nothing in the file can execute code.
 
         Args:
             path: the file.
-            model: a module of the saved one's shapes. It may be left out where the model came from a model plugin or is
-                made of `torch.nn` layers alone (a body and a head of such layers come back as a `BodyHead`); for
-                others it is needed, for a file that anybody may have written must not build classes of its choice.
-            algo: the algorithm's class or object, where it is not installed.
-            augment: those of the augmenters that stay, where they are not installed.
-            loss: the callable, where the loss was one.
-            metric: the metric, where it was no named one.
-            device: where to put it.
+            model: a module with the saved one's shapes. You can omit it if the model came from a model plugin or
+                consists only of `torch.nn` layers (a body and a head of such layers are returned as a `BodyHead`).
+                Otherwise it is needed, because an untrusted file must not instantiate arbitrary classes.
+            algo: the algorithm's class or object, if it is not installed.
+            augment: those of the augmenters that stay, if they are not installed.
+            loss: the callable, if the loss was one.
+            metric: the metric, if it was not given by name.
+            device: where to load it.
 
         Raises:
             UsageError: the file is missing, damaged, or does not fit the model.
@@ -387,7 +387,7 @@ class MetaLearner:
         return learner
 
     def state(self) -> dict[str, Any]:
-        """All that training changes, augmenters and outer optimiser included: tensors, and what JSON can hold.
+        """Everything that training changes, including augmenters and outer optimiser: tensors and JSON values.
 
         The tensors are the learner's own and change with its next step.
         """
@@ -396,10 +396,10 @@ class MetaLearner:
         return parts | self._optimizer.state()
 
     def load_state(self, state: Mapping[str, Any], where: str = "The state") -> None:
-        """Become the learner that `state` described: the next step is bit for bit the one that it would have taken.
+        """Restore the learner that `state` described: its next step is the same, bit for bit.
 
         Raises:
-            UsageError: it is the state of another learner; what does not fit is named.
+            UsageError: it is the state of another learner; the message names what does not fit.
         """
         self._meta.load(state["meta"], state.get("example"), where)
         self._optimizer.load_state(state, self._meta.tensors)
@@ -408,15 +408,15 @@ class MetaLearner:
 
     @property
     def processes(self) -> Processes:
-        """The processes that its batches and evaluations are split over."""
+        """The processes that batches and evaluations are split over."""
         return self._runner.split.processes
 
     @contextmanager
     def split_over(self, processes: Processes) -> Iterator[None]:
-        """Split batches and evaluations over processes for a block, in which all of them make the same calls.
+        """Split batches and evaluations over processes in a block, in which all of them must make the same calls.
 
-        Each is given all tasks and computes its share. All begin with the first one's parameters, and end with the same bits
-        in every process.
+        Each process receives all tasks and computes its share. All start from the first one's parameters, and end with
+        the same bits.
 
         Args:
             processes: those of `metareg.join_processes`.
@@ -431,7 +431,7 @@ class MetaLearner:
             self._runner.split = before
 
     def abandon_step(self, error: Exception) -> NoReturn:
-        """Raise an error that left this process without tasks; the processes that wait for its share hear of it."""
+        """Raise an error that left this process without tasks, and notify the processes that wait for its share."""
         self._runner.split.fail(error)
 
 

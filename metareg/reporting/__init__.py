@@ -33,18 +33,18 @@ def report(
     """Render the report of a comparison, finished or not.
 
     Args:
-        folder: the comparison's, or the file of its raw results (``metareg report DIR --archive FILE``).
+        folder: the comparison's folder, or the file with its raw results (``metareg report DIR --archive FILE``).
         format: one of `FORMATS`, or the suffix of its files (``"md"``).
-        inner_steps: compare after so many inner steps; by default, and for a task that was not tested after so many,
-            after the last number that all its arms were tested after.
-        baseline: an augmenter, algorithm or variant that the others are compared with, or ``"all"`` for all pairs; by
-            default what the comparison says.
+        inner_steps: compare after this number of inner steps; by default, and for tasks not tested after it, after the
+            largest number at which all arms were tested.
+        baseline: an augmenter, algorithm or variant to compare the others with, or ``"all"`` for all pairs; by default,
+            as configured in the comparison.
         layout: ``"page"``, or ``"paper"`` for one table of methods and tasks with the best in bold, in LaTeX or Markdown.
-        over: what the intervals of a paper's table are over, ``"seeds"`` or ``"tasks"``.
+        over: for paper tables, intervals over ``"seeds"`` or ``"tasks"``.
 
     Raises:
-        UsageError: there is no comparison or no finished run in it, an unknown format or baseline, or no run was tested
-            after `inner_steps`.
+        UsageError: there is no comparison or no finished run in it, the format or baseline is unknown, or no run was
+            tested after `inner_steps`.
     """
     format = find_format(format)
     if layout not in LAYOUTS:

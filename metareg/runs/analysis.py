@@ -19,8 +19,8 @@ def analyse(run: Run | str | Path, tasks: int = 100, inner_steps: int | None = N
 
     Args:
         run: the run, or its folder.
-        tasks: how many tasks of each split.
-        inner_steps: of the analysis; as many as in training by default.
+        tasks: the number of tasks per split.
+        inner_steps: inner steps of the analysis; by default, as many as in training.
 
     Raises:
         UsageError: the run is not finished, or its algorithm adapts nothing.

@@ -18,7 +18,7 @@ PLUGIN_FIELDS = {
 
 
 class RunConfig(LearnerConfig, Schedule):
-    """All that determines a run. What its plugins recommend stands before these defaults, what the user says before both."""
+    """Everything that determines a run. Recommendations of plugins override these defaults; the user overrides both."""
 
     algo: Annotated[PluginSpec, Flag()] = Field(PluginSpec(name="maml"), description="The algorithm.")
     augment: Annotated[list[PluginSpec], Flag()] = Field(
@@ -57,7 +57,7 @@ class RunConfig(LearnerConfig, Schedule):
 
     @property
     def title(self) -> str:
-        """Such as ``maml + cml on sinusoid, seed 3``."""
+        """A title such as ``maml + cml on sinusoid, seed 3``."""
         names = [self.algo.name, *(choice.name for choice in self.augment)]
         return f"{' + '.join(names)} on {self.task.name}, seed {self.seed}"
 
@@ -69,7 +69,7 @@ class RunConfig(LearnerConfig, Schedule):
 
     @classmethod
     def list_flags(cls) -> dict[str, str]:
-        """The options that have a flag of their own, and these."""
+        """The options that have their own flag, and these flags."""
         return {
             name: mark.name or f"--{name.replace('_', '-')}"
             for name, field in cls.model_fields.items()
@@ -79,5 +79,5 @@ class RunConfig(LearnerConfig, Schedule):
 
     @classmethod
     def list_resumable(cls) -> set[str]:
-        """The options that a resumed run may be given anew."""
+        """The options that may change when a run is resumed."""
         return {name for name, field in cls.model_fields.items() if Resumable() in field.metadata}

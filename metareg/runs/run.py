@@ -48,23 +48,22 @@ class Run:
     """A run and its folder.
 
     ======================  ================================================================================
-    config.yaml             the complete configuration; ``metareg train --config`` takes it
-    environment.json        versions, device, strategy, plugins and their distributions
-    metrics.jsonl           a line per report of the training and per validation; bit for bit the same for a resumed run
-    timing.jsonl            a line per report with the speed, the peak memory so far and the time of day
-    checkpoints/            ``step-….safetensors``, from which `resume` goes on, and the learner as ``final.safetensors``
-    plots/                  pictures (PNG)
-    results.json            the test: mean, interval and every task's score after each number of inner steps
-    analysis.json           where the learner adapts, where that was asked for (``metareg analyse``)
-    baselines.json          what simpler ways reach on the test tasks, where that was asked for (`evaluate_baselines`)
+    config.yaml             the complete configuration; ``metareg train --config`` accepts it environment.json
+    versions, device, strategy, plugins and their distributions metrics.jsonl           a line per training report and
+    per validation; a resumed run has the same bits timing.jsonl            a line per report with the speed, the peak
+    memory so far and the time checkpoints/            ``step-….safetensors``, from which `resume` continues, and the
+    learner as ``final.safetensors`` plots/                  pictures (PNG) results.json the test: mean, interval and
+    every task's score after each number of inner steps analysis.json           where the learner adapts, if requested
+    (``metareg analyse``) baselines.json          simpler baselines on the test tasks, if requested
+    (`evaluate_baselines`)
     ======================  ================================================================================
 
     Args:
         path: the folder.
         config: the complete configuration.
-        learner: what is trained.
-        source: where its tasks come from.
-        model: the model plugin; None where it is not known.
+        learner: the learner being trained.
+        source: the source of its tasks.
+        model: the model plugin; None if it is not known.
     """
 
     def __init__(
@@ -106,18 +105,18 @@ class Run:
         metric: Metric | None = None,
         **objects: Any,
     ) -> Run:
-        """A finished run from its folder, its learner included.
+        """Load a finished run from its folder, including its learner.
 
         Args:
             path: the folder.
-            device: where to put the learner; where the run was by default.
-            loss: the callable that `metareg.train` was given as the loss of one's own tasks.
+            device: where to load the learner; by default, the run's device.
+            loss: the callable that you passed to `metareg.train` as the loss of your own tasks.
             metric: the metric, in the same way.
-            objects: those of one's own that `metareg.train` was given: ``algo``, ``augment``, ``task`` and ``model`` (a
-                module of `torch.nn` layers alone can be left out).
+            objects: your own objects that you passed to `metareg.train`: ``algo``, ``augment``, ``task`` and ``model``
+                (you can omit a module that consists only of `torch.nn` layers).
 
         Raises:
-            UsageError: the folder holds no run, the run is not finished or damaged, or an object is missing.
+            UsageError: the folder contains no run, the run is unfinished or damaged, or an object is missing.
         """
         path = Path(path)
         config = read_config(path)
@@ -169,16 +168,16 @@ class Run:
         split: str = TEST,
         bn_statistics: str | None = None,
     ) -> Evaluation:
-        """Test the run's learner anew.
+        """Test the run's learner again.
 
         Args:
-            tasks: how many tasks.
+            tasks: the number of tasks.
             inner_steps: numbers of inner steps.
-            task: another task plugin to test on; the run's own where it is None. It takes the options that it declares as
+            task: another task plugin to test on; the run's own if None. It inherits the options in its
                 `Task.inherited_options` from the run's task.
             task_options: further options of the task.
             split: the tasks' split.
-            bn_statistics: as that of the run, which is the default.
+            bn_statistics: as for the run; by default, the run's own.
         """
         policies = [bn_statistics or self.learner.config.bn_statistics]
         return self._evaluate(policies, tasks, inner_steps, task, task_options, split)[0]
@@ -225,14 +224,14 @@ class Run:
             return self.learner.evaluate_policies(bn_statistics, source, tasks, split, inner_steps, self.config.seed)
 
     def evaluate_baselines(self) -> list[Baseline]:
-        """What simpler ways reach on the run's test tasks; computed once, which may take longer than training.
+        """Evaluate simpler baselines on the run's test tasks; computed once, which may take longer than training.
 
         Returns:
-            A model that is trained from scratch on each support set; and one that is trained on all training tasks and
-            fine-tuned on each support set.
+            A model trained from scratch on each support set, and one trained on all training tasks and fine-tuned on
+            each support set.
 
         Raises:
-            UsageError: the run's model is no installed plugin, or a baseline has no finite scores.
+            UsageError: the run's model is not an installed plugin, or a baseline has no finite scores.
         """
         path = self.path / BASELINES
         if path.is_file():
@@ -265,22 +264,23 @@ class Run:
         inner_steps: int | None = None,
         bn_statistics: str = "support",
     ) -> str | Tensor:
-        """Adapt the run's learner to a user's examples and predict others.
+        """Adapt the run's learner to your examples and predict others.
 
         Args:
-            support: labelled examples: a table (`metareg.read_table`) with the input and target columns (for class targets
-                one column with the classes' names), or a folder with a folder of images for each class; a frame of pandas in
-                the place of a table. Or a pair ``(x, y)`` of tensors or arrays, as `MetaLearner.adapt` takes them.
-            query: what to predict: a table with the input columns, or a folder of images; or inputs as tensors or arrays.
+            support: labelled examples: a table (`metareg.read_table`) with the input and target columns (for classes,
+                one column with their names), or a folder with one folder of images per class; or a pandas frame in
+                place of a table. Or a pair ``(x, y)`` of tensors or arrays, as for `MetaLearner.adapt`.
+            query: the examples to predict: a table with the input columns, or a folder of images; or inputs as tensors
+                or arrays.
             inner_steps: how many steps to adapt; as many as in training by default.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Returns:
-            CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability. For tensors,
-            what the adapted module puts out: scores of classes, or numbers ``[query, outputs]``.
+            CSV: the inputs, or the image's name; then the predicted targets, or the class and its probability. For
+            tensors, the outputs of the adapted module: class scores, or numbers ``[query, outputs]``.
 
         Raises:
-            UsageError: the examples cannot be read, or do not suit the model.
+            UsageError: the examples cannot be read, or do not fit the model.
         """
         if isinstance(support, tuple):
             return exports.predict_tensors(self.learner, support, query, inner_steps, bn_statistics)
@@ -290,19 +290,19 @@ class Run:
     def predict_sites(
         self, sites: str | Path, *, inner_steps: int | None = None, bn_statistics: str = "support"
     ) -> str:
-        """Adapt the run's learner to each of many sites, and predict there.
+        """Adapt the run's learner to each of many sites, and predict their queries.
 
         Args:
-            sites: a folder with a folder for each site, in which `support` and `query` are tables (``support.csv``) or
-                folders of images, as `predict` takes them.
+            sites: a folder with one folder per site, each with `support` and `query` as tables (``support.csv``) or
+                folders of images, as for `predict`.
             inner_steps: as in `predict`.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Returns:
-            CSV: the site, then what `predict` returns.
+            CSV: the site, then the columns that `predict` returns.
 
         Raises:
-            UsageError: as `predict`; or the sites' tables have other columns.
+            UsageError: as for `predict`; or the sites' tables have different columns.
         """
         return exports.predict_sites(self.learner, self.source.plugin, Path(sites), inner_steps, bn_statistics)
 
@@ -315,16 +315,17 @@ class Run:
         inner_steps: int | None = None,
         bn_statistics: str = "support",
     ) -> None:
-        """Write the run's learner without what is there in training alone.
+        """Export the run's learner, without anything that only training needs.
 
-        ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a program of `torch.export`,
-        and ``FILE.onnx`` as one of ONNX, with any number of examples: at the learned initialisation, or adapted to
-        `support`. With `adaptive` the program adapts by itself: it takes ``support_x, support_y, query_x`` and returns
+        ``FILE.safetensors`` is for `MetaLearner.load`. ``FILE.pt2`` is the plain module as a `torch.export` program,
+        ``FILE.onnx`` as an ONNX program, for any number of examples: at the learned initialisation, or adapted to
+        `support`. With `adaptive`, the program adapts itself: it takes ``support_x, support_y, query_x`` and returns
         predictions.
 
-        The file ``metareg.json`` in a program (`extra_files` of `torch.export.load`; in ONNX an entry of the metadata) says
-        what its numbers mean: classes, columns, the size of images and the values of black and white, and whose statistics
-        BatchNorm layers use (``bn_statistics``: at the initialisation those of each batch, ``"transductive"``).
+        The file ``metareg.json`` in a program (`extra_files` of `torch.export.load`; in ONNX an entry of the metadata)
+        describes its inputs and outputs: classes, columns, the size of images and the values of black and white, and
+        the statistics that BatchNorm layers use (``bn_statistics``; at the initialisation, those of each batch,
+        ``"transductive"``).
 
         Args:
             to: the file.

@@ -81,40 +81,40 @@ def train(
     head: str | None = None,
     **options: Any,
 ) -> Run:
-    """Train, test and draw, as ``metareg train`` does.
+    """Train and test a learner and plot results, like ``metareg train``.
 
-    The global generators of Python, NumPy and torch are seeded while it runs, so that a plugin that draws from them is a
-    function of the run's seed; afterwards they are as they were before.
+    The global generators of Python, NumPy and torch are seeded while it runs, so that plugins that draw from them
+    depend only on the run's seed; afterwards, their previous states are restored.
 
-    In a program that torchrun started in several processes, all of which make this call, they share the work; process 0
-    alone writes and tells observers, and each gets the run.
+    If torchrun started the program in several processes, all of them must make this call. They share the work; only
+    process 0 writes files and calls observers, and each process gets the run.
 
     Args:
-        algo: the algorithm: a name, a class, an object, or a pair ``(name or class, config)``; ``"maml"`` by default.
-        augment: the augmenters, each given in the same way.
-        task: the task plugin, given in the same way; ``"sinusoid"`` by default. Or tasks of one's own: an object with a
-            method ``episodes(split, indices, seed)``, a function with these arguments, or a mapping from ``"train"``,
-            ``"validation"`` and ``"test"`` to iterables of batches, as a DataLoader (`MetaLearner.fit` describes them).
-        model: the model plugin; the task's own by default. Or an `nn.Module`, which begins with the weights that it has.
-        out: the run's folder, which must not exist or be empty; a new one under ``runs/`` by default.
-        config: a configuration, or the path of a YAML file with one; what is said beside it stands before it.
-        observers: objects with observer hooks, beside those that the configuration names; names of observer plugins
-            stand before the configuration's.
-        resume: go on with the run at `out` where there is one, which must be the same in all that gives it its meaning.
-        loss: of tasks of one's own, as `MetaLearner` takes it; by default the mean squared error where targets are numbers,
-            the cross-entropy where they are classes.
-        metric: of tasks of one's own; the one that goes with the loss by default.
-        spec: of tasks of one's own; by default as their first tasks and the model's outputs say.
-        head: the dotted name of the head of a module.
+        algo: the algorithm: a name, a class, an object, or a pair ``(name or class, config)``; by default, ``"maml"``.
+        augment: the augmenters, each in the same form.
+        task: the task plugin, in the same form; by default, ``"sinusoid"``. Or your own tasks: an object with a method
+            ``episodes(split, indices, seed)``, a function with these arguments, or a mapping from ``"train"``,
+            ``"validation"`` and ``"test"`` to iterables of batches, such as a DataLoader (see `MetaLearner.fit`).
+        model: the model plugin; by default, the task's own. Or an `nn.Module`, which starts with its current weights.
+        out: the run's folder, which must not exist or must be empty; by default, a new one under ``runs/``.
+        config: a configuration, or the path of a YAML file with one; the other arguments override it.
+        observers: objects with observer hooks, in addition to those in the configuration; names of observer plugins
+            override the configuration's.
+        resume: resume the run at `out` if there is one; all options that define the run must be the same.
+        loss: for your own tasks, as for `MetaLearner`; by default, the mean squared error for numbers and the
+            cross-entropy for classes.
+        metric: for your own tasks; by default, the metric for the loss.
+        spec: for your own tasks; by default, inferred from the first tasks and the model's outputs.
+        head: for your own module, the dotted name of its head.
         options: fields of `RunConfig` and options of the plugins, by name.
 
     Returns:
         The finished run.
 
     Raises:
-        UsageError: something was asked for that cannot be; nothing was written.
-        DivergenceError: training produced a number that is not finite; the last good checkpoint is in the folder.
-        Interrupted: Ctrl-C or SIGTERM ended it; `resume` goes on.
+        UsageError: an argument is invalid; nothing was written.
+        DivergenceError: training produced a number that is not finite; the last valid checkpoint is in the folder.
+        Interrupted: Ctrl-C or SIGTERM stopped it; continue with `resume`.
     """
     named, observers = _split_observers(observers)
     plugins = {"algo": algo, "augment": augment, "task": task, "model": model, **named}
@@ -166,25 +166,26 @@ def resume(
     metric: Metric | None = None,
     **options: Any,
 ) -> Run:
-    """Go on with a run from its newest good checkpoint, as ``metareg resume`` does.
+    """Resume a run from its newest valid checkpoint, like ``metareg resume``.
 
-    On the same machine it ends with the weights, metrics and results, bit for bit, of a run that never stopped.
+    On the same machine, its weights, metrics and results equal those of an uninterrupted run, bit for bit.
 
     Args:
         path: the run's folder.
         observers: as in `train`.
-        loss: the callable that `train` was given as the loss of one's own tasks.
+        loss: the callable that you passed to `train` as the loss of your own tasks.
         metric: the metric, in the same way.
-        options: the objects of one's own that `train` was given (``algo``, ``augment``, ``task``, ``model``), which must be
-            the same; and what may change: ``steps``, which can be raised, ``data``, where the same data is now, and what
-            leaves the run's meaning as it was (device, strategy, chunk, checkpoints, ``on_nonfinite``).
+        options: your own objects that you passed to `train` (``algo``, ``augment``, ``task``, ``model``), which must be
+            the same; and options that may change: ``steps``, which you can raise, ``data``, the new location of the
+            same data, and options that do not change the run's meaning (device, strategy, chunk, checkpoints,
+            ``on_nonfinite``).
 
     Returns:
-        The finished run; at once where it had ended already.
+        The finished run; at once if it had already finished.
 
     Raises:
-        UsageError: there is no run, another process works on it, an option would change its meaning, or an object that it
-            was given is missing or is another one.
+        UsageError: there is no run, another process is working on it, an option would change its meaning, or one of its
+            objects is missing or different.
     """
     path = Path(path)
     named, observers = _split_observers(observers)

@@ -42,16 +42,16 @@ class UnreadableImageError(UsageError):
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """The image files of a folder and of the folders inside it, and what was passed over.
+    """The image files of a folder and its subfolders, and what was ignored.
 
     Args:
         root: the folder.
-        base: where the names of the classes begin: `root`, or the one folder in it that wraps all others.
-        by_folder: the image files of each folder that has some, sorted, by the folder's path inside `base`; ``""`` is
-            `base` itself.
-        other: how many files there are with an ending that no image has, by the ending.
-        hidden: hidden files and folders, the notes of a system about its own.
-        repeated: links to folders that are there already, or that `root` lies in.
+        base: the folder that class names are relative to: `root`, or the only folder in it if that contains all others.
+        by_folder: the sorted image files of each folder that has any, by the folder's path in `base`; ``""`` is `base`
+            itself.
+        other: the number of files with an extension that is not an image's, by extension.
+        hidden: hidden files and folders, and metadata files of operating systems.
+        repeated: links to folders that are already included, or that contain `root`.
         empty: folders without images.
     """
 
@@ -69,7 +69,7 @@ class ImageFiles:
         return {name: paths for name, paths in sorted(self.by_folder.items()) if name}
 
     def warn_of_left_out(self, *, of_classes: bool = True) -> None:
-        """Say in a line what was left out and why; the images in `base` itself too, where only those of classes count."""
+        """Log in one line what was ignored and why; including images in `base` itself if only class folders count."""
         loose = [path.name for path in self.by_folder.get("", ())] if of_classes else []
         reasons = {
             "files that are not read as images": [f"{count} {ending}" for ending, count in self.other.most_common()],
@@ -84,10 +84,10 @@ class ImageFiles:
 
 
 def find_images(root: Path) -> ImageFiles:
-    """The image files in a folder and in those inside it; each real folder is visited once, wherever links lead.
+    """Find the image files in a folder and its subfolders; each physical folder is visited once, wherever links lead.
 
     Raises:
-        UsageError: a folder cannot be read, or a link leads nowhere.
+        UsageError: a folder cannot be read, or a link is broken.
     """
     walk = _Walk(root)
     walk.visit_all()
@@ -186,17 +186,17 @@ def _list(names: Iterable[str]) -> str:
 
 
 def load_image(source: Path | Image, channels: int) -> Image:
-    """An image with 8 bits a channel: upright as its EXIF data say, and on white where it is transparent.
+    """Load an image with 8 bits per channel, rotated by its EXIF data, with white for transparent pixels.
 
-    Numbers of 16 bits are scaled by their range, 0 to 65535, floating-point numbers by theirs, 0 to 1. Of an animation it
-    is the first picture.
+    16-bit values are scaled from their range, 0 to 65535, floating-point values from 0 to 1. Animations give their
+    first frame.
 
     Args:
-        source: its file, or the image as Pillow opened it.
+        source: the file, or an image opened by Pillow.
         channels: 1 for grey, 3 for red, green and blue.
 
     Raises:
-        UnreadableImageError: the file is no image, damaged, or of numbers whose range nobody knows.
+        UnreadableImageError: the file is not an image, is damaged, or has values of unknown range.
     """
     from PIL import Image, UnidentifiedImageError
 

@@ -13,16 +13,16 @@ class ALFA:
     """Adaptive learning of hyperparameters for fast adaptation: θₖ₊₁ = (1 − bₖ) θₖ − aₖ ∇ℓ(θₖ; S) for each parameter tensor.
 
     (a, b)ₖ = (α, β)ₖ ⊙ g_φ(τₖ). τₖ holds the means of θₖ and of ∇ℓ(θₖ; S) over each tensor; the generator g_φ is a
-    perceptron with one hidden layer of as many units as it has inputs, two for each tensor; α and β are learned for each
+    perceptron with one hidden layer that has as many units as inputs, two for each tensor; α and β are learned for each
     inner step and tensor, and start at `inner_lr` and `inner_lr` · `weight_decay`. The outer loop learns θ, φ, α and β.
-    g_φ is 1 at first, at which this is MAML with weight decay. A task that takes more inner steps than training did goes on
-    with the α and β of the last step.
+    g_φ starts at 1, where ALFA equals MAML with weight decay. Inner steps beyond those of training use the α and β of
+    the last step.
 
     Reference:
         Baik, Choi, Choi, Kim and Lee, Meta-Learning with Adaptive Hyperparameters, NeurIPS 2020, arXiv 2011.00209, §3.2.
-        Settings: α = 0.01, weight decay 0.0005, 5 inner steps, 2 tasks a step, Adam 1e-3. The authors' code starts g_φ
-        as torch.nn.Linear starts, takes the gradient in τ for a constant, and leaves BatchNorm's parameters alone, which
-        here are adapted like the others.
+        Settings: α = 0.01, weight decay 0.0005, 5 inner steps, 2 tasks a step, Adam 1e-3. The authors' code initialises
+        g_φ like torch.nn.Linear, treats the gradient in τ as a constant, and does not adapt BatchNorm's parameters,
+        which are adapted here like the others.
     """
 
     contract = 1

@@ -1,4 +1,4 @@
-"""ANIL: adapt the head alone."""
+"""ANIL: adapt only the head."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from metareg_maml import MAML
 
 
 class ANIL(MAML):
-    """Almost no inner loop: MAML whose inner loop adapts the head only; body and head both learn in the outer loop.
+    """Almost no inner loop: MAML whose inner loop adapts only the head; body and head both learn in the outer loop.
 
-    As the body stays as it is within a task, its features are computed once per support set.
+    The body does not change within a task, so its features are computed once per support set.
 
     Reference:
         Raghu, Raghu, Bengio and Vinyals, Rapid Learning or Feature Reuse? Towards Understanding the Effectiveness of

@@ -1,4 +1,4 @@
-"""BMG: learn to be where the inner loop would be some steps later."""
+"""BMG: learn towards where the inner loop would be some steps later."""
 
 from __future__ import annotations
 

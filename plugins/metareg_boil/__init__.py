@@ -1,4 +1,4 @@
-"""BOIL: adapt the body alone."""
+"""BOIL: adapt only the body."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from metareg_maml import MAML
 
 
 class BOIL(MAML):
-    """Body only update in the inner loop: MAML whose head has the step size 0; both learn in the outer loop.
+    """Body only update in the inner loop: MAML whose head has step size 0; both learn in the outer loop.
 
     Reference:
         Oh, Yoo, Kim and Yun, BOIL: Towards Representation Change for Few-shot Learning, ICLR 2021, arXiv 2008.08882.

@@ -61,7 +61,7 @@ class CAVIA:
 
 
 class ContextMLP:
-    """A multilayer perceptron that sees context parameters beside its input; (1 + 5)-40-40-1 on curves, as in the paper."""
+    """A multilayer perceptron with context inputs; (1 + 5)-40-40-1 on curves, as in the paper."""
 
     contract = 1
 
@@ -82,8 +82,8 @@ class ContextMLP:
 class ContextConv4:
     """Conv4 whose third block is scaled and shifted channel by channel, by a linear function of the context (FiLM).
 
-    Four blocks of 3×3 convolution, BatchNorm, 2×2 max-pooling and ReLU, then a linear layer. The features are the map of the
-    fourth block before its pooling, as those of `conv4`.
+    Four blocks of 3×3 convolution, BatchNorm, 2×2 max-pooling and ReLU, then a linear layer. The features are the
+    output of the fourth block before pooling, as for `conv4`.
 
     Reference:
         Zintgraf et al., ICML 2019, arXiv 1810.03642, §5.2; 100 context parameters and 32 channels are the defaults of the
@@ -119,7 +119,7 @@ class ContextConv4:
 
 
 class ContextModel:
-    """The model with context parameters that fits the task: `context-conv4` for images, else `context-mlp`, with their defaults."""
+    """The model with context parameters that fits the task: `context-conv4` for images, `context-mlp` for everything else."""
 
     contract = 1
 

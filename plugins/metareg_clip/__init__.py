@@ -13,10 +13,10 @@ Tensors = dict[str, Tensor]
 
 
 class Clip:
-    """Scales the inner gradient or the meta-gradient down where its Euclidean norm is above c.
+    """Scales the inner gradient or the meta-gradient down if its Euclidean norm exceeds c.
 
-    g ← g · min(1, c / ‖g‖), over all parameters together. Inner gradients are clipped in evaluation and adaptation too,
-    and the outer loop differentiates through the scale.
+    g ← g · min(1, c / ‖g‖), over all parameters together. Inner gradients are also clipped in evaluation and
+    adaptation, and the outer loop differentiates through the scale.
 
     Reference:
         Pascanu, Mikolov and Bengio, On the difficulty of training recurrent neural networks, ICML 2013, arXiv 1211.5063,

@@ -20,22 +20,22 @@ _WIDEST = 128
 class CML:
     """A co-learner: a second head ψ on the adapted body's features, which learns in the outer loop only.
 
-    total = ℓ(head(θ_S; f), y_Q) + γ · ℓ(ψ(f), y_Q) with f = body(θ_S; x_Q). For the body the second term is a gradient
-    augmentation that is learned rather than drawn at random; it flows through the inner loop as well, for f depends on
+    total = ℓ(head(θ_S; f), y_Q) + γ · ℓ(ψ(f), y_Q) with f = body(θ_S; x_Q). For the body, the second term is a gradient
+    augmentation that is learned instead of drawn at random. It also flows through the inner loop, because f depends on
     θ_S. The co-learner is neither adapted nor used in the inner loop, and is dropped after training.
 
     On feature maps the co-learner is that of the authors' code: a block of 3×3 convolution, BatchNorm and ReLU, a second
     one with 2×2 max-pooling, and a linear layer, all with the channels of the map; the paper's Table 8 has 0 to 4 blocks.
     On feature vectors it is that of the paper's regression and graphs: a linear layer with ReLU and a linear layer.
 
-    Where the inner loop leaves the body as it is (ANIL), f says nothing of the task: labels that are permuted from task to
-    task do not reach ψ, which stays at chance.
+    If the inner loop does not change the body (ANIL), f does not depend on the task: labels that are permuted from task
+    to task do not reach ψ, which stays at chance.
 
-    With ``predictor="colearner"`` it stays instead, and predicts in evaluation and in adapted modules: the paper's CML†. The
-    inner loop of evaluation then adapts the body alone, by the head's support loss, as in the authors' code (Eq. 9 of the
-    paper has the co-learner's). Training is the same.
+    With ``predictor="colearner"``, it stays and predicts in evaluation and in adapted modules: the paper's CML†. In
+    evaluation, the inner loop then adapts only the body, with the head's support loss, as in the authors' code (Eq. 9
+    of the paper uses the co-learner's). Training is the same.
 
-    With ``frozen=True`` ψ keeps its initial values, the paper's control of random noise (Fig. 3a).
+    With ``frozen=True``, ψ keeps its initial values, the paper's control for random noise (Fig. 3a).
 
     Reference:
         Shin, Han and Kim, Cooperative Meta-Learning with Gradient Augmentation, UAI 2024, PMLR 244:3198–3210,

@@ -13,9 +13,9 @@ class CVaR:
     """Averages the meta-gradients of the tasks with the largest objectives, and leaves the others out.
 
     The conditional value at risk at the level α is the mean of the worst share 1 − α of the losses; of a batch of T tasks
-    these are the ⌈(1 − α) T⌉ worst. With a level near 1 the worst task alone counts, which is what task-robust MAML
-    descends (Collins, Mokhtari and Shakkottai, NeurIPS 2020, arXiv 2002.04766); its weights, learned for each of finitely
-    many tasks, have no place where tasks are drawn anew.
+    these are the ⌈(1 − α) T⌉ worst. With a level near 1, only the worst task counts, which is what task-robust MAML
+    descends (Collins, Mokhtari and Shakkottai, NeurIPS 2020, arXiv 2002.04766); its weights, learned for each of
+    finitely many tasks, do not apply if tasks are drawn anew.
 
     Reference:
         Wang, Lv, Feng, Xie and Huang, A Simple Yet Effective Strategy to Robustify the Meta Learning Paradigm, NeurIPS

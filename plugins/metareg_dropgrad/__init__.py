@@ -13,7 +13,7 @@ from metareg import Field, PluginConfig, hookimpl
 class DropGrad:
     """Multiplies every entry of the inner gradient by noise of mean 1, drawn anew for every task and inner step.
 
-    With `kind="bernoulli"` an entry is dropped with probability `rate` and divided by 1 − rate otherwise; with
+    With `kind="bernoulli"`, an entry is dropped with probability `rate` and divided by 1 − rate otherwise; with
     `kind="gaussian"` the noise is N(1, rate / (1 − rate)), which has the same variance.
 
     Reference:

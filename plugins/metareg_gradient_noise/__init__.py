@@ -1,4 +1,4 @@
-"""Gaussian noise on gradients: the random baseline beside CML."""
+"""Gaussian noise on gradients: a random baseline for CML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class GradientNoise:
     """Adds Gaussian noise to the inner gradient (`where="inner"`) or to the meta-gradient (`where="outer"`).
 
     g ← g + σ ε with ε ~ N(0, 1), drawn anew for every task and inner step, or for every outer step. With
-    `relative=True` the expected norm of the noise is σ times the gradient's own norm: g ← g + σ ‖g‖ ε / √n, where n counts
+    `relative=True`, the expected norm of the noise is σ times the gradient's norm: g ← g + σ ‖g‖ ε / √n, where n counts
     all the numbers of the gradient.
 
     Reference:

@@ -1,4 +1,4 @@
-"""iMAML: the meta-gradient from where the inner loop ends, not from how it got there."""
+"""iMAML: a meta-gradient that depends on the end of the inner loop, not on its path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class IMAML:
     """MAML with implicit gradients: the inner loop solves a problem that stays close to the meta-parameters θ.
 
     φ* = argmin over φ of ℓ(φ; S) + λ/2 ‖φ − θ‖², approached by gradient descent from θ:
-    φₖ₊₁ = φₖ − α (∇ℓ(φₖ; S) + λ (φₖ − θ)). The meta-gradient of a task depends on φ_K alone,
+    φₖ₊₁ = φₖ − α (∇ℓ(φₖ; S) + λ (φₖ − θ)). The meta-gradient of a task depends only on φ_K,
 
         g = (I + ∇²ℓ(φ_K; S) / (λ + δ))⁻¹ ∇ℓ(φ_K; Q),
 

@@ -48,8 +48,8 @@ class InnerMomentum:
 class InnerAdam:
     """MAML whose inner loop is Adam: θₖ₊₁ = θₖ − α m̂ / √(v̂ + ε²), with m̂ and v̂ the bias-corrected moments of the gradient.
 
-    The moments begin at zero with every task; the outer loop differentiates through them. ε stands inside the root, for the
-    derivative of √v̂ is infinite where a gradient is zero, as that of a unit which no example switches on.
+    The moments start at zero for every task; the outer loop differentiates through them. ε is inside the root, because
+    the derivative of √v̂ is infinite for a zero gradient, for example of a unit that no example activates.
 
     Reference:
         Kingma and Ba, Adam: A Method for Stochastic Optimization, ICLR 2015, arXiv 1412.6980, Algorithm 1; the outer loop

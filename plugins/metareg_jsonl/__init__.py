@@ -11,11 +11,11 @@ from metareg import Evaluation, Field, MetaregError, PathText, PluginConfig, Run
 
 
 class JSONLines:
-    """Writes an object per line for the start of a run, every report of the training, every evaluation, and the end.
+    """Writes one object per line for the start of a run, every training report, every evaluation, and the end.
 
-    Each has an ``event`` (``"start"``, ``"step"``, ``"evaluation"`` or ``"end"``) and what belongs to it; the start holds
-    the run's whole configuration. Unlike the run's own metrics.jsonl, which serves to draw its pictures, the stream can go
-    anywhere: one file for many runs, or a pipe.
+    Each object has an ``event`` (``"start"``, ``"step"``, ``"evaluation"`` or ``"end"``) and its data; the start
+    contains the run's complete configuration. Unlike the run's own metrics.jsonl, the source of its plots, the stream
+    can go anywhere: to one file for many runs, or to a pipe.
     """
 
     contract = 1

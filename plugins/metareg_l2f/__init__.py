@@ -14,14 +14,14 @@ class L2F(MAML):
     """MAML whose start is attenuated task by task: θ₀ = γ ⊙ θ, one γ in (0, 1) for each parameter tensor.
 
     γ = g_φ(τ), where τ holds the mean of ∇ℓ(θ; S) over each tensor and g_φ is a perceptron of as many units as there are
-    tensors, with ReLU and a sigmoid at the end; the outer loop learns θ and φ. Then θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S). What of a
-    shared initialisation harms a task can so be forgotten before adaptation.
+    tensors, with ReLU and a sigmoid at the end; the outer loop learns θ and φ. Then θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S). Parts of a
+    shared initialisation that harm a task can thus be forgotten before adaptation.
 
     Reference:
         Baik, Hong and Lee, Learning to Forget for Meta-Learning, CVPR 2020, arXiv 1906.05097, Algorithm 1. Settings:
         α = 0.01, 5 inner steps, 2 tasks a step, Adam 1e-3. The derivative goes through τ; in the authors' code τ is a
-        constant, as here with ``first_order``. They leave BatchNorm's parameters alone, which here are adapted and
-        attenuated like the others.
+        constant, as here with ``first_order``. They do not change BatchNorm's parameters, which are adapted and
+        attenuated here like the others.
     """
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""LEO: the inner loop adapts a latent code, from which the head's weights are decoded."""
+"""LEO: the inner loop adapts a latent code that is decoded into the head's weights."""
 
 from __future__ import annotations
 
@@ -23,22 +23,23 @@ class LEO:
 
         z_c ~ N(μ_c, σ_c²),    w_c ~ N(μ(z_c), σ(z_c)²),    outputs for an embedding x: w_c · x + b_c.
 
-    The first `code_steps` inner steps descend the support loss in z and decode w anew; the others go on with w itself. Both
-    have learned step sizes, one for each dimension of the code and of the embedding. The outer loop minimises
+    The first `code_steps` inner steps descend the support loss in z and decode w again; the others continue with w
+    itself. Both have learned step sizes, one for each dimension of the code and of the embedding. The outer loop
+    minimises
 
         ℓ(w; Q) + β KL(N(μ, σ²) ‖ N(0, 1)) + γ ‖stop_gradient(z') − z‖² + λ₁/2 ‖φ‖² + λ₂ ‖C − I‖²,
 
     z' being the adapted code, φ encoder, relation network and decoder, and C the correlations of the decoder's dimensions;
-    as in the authors' code all but λ₁'s are means over their entries, and a network's output s stands for the standard
-    deviation exp(s) − 1 + σ₀. Draws are for training; evaluation takes the means. A class without support examples gets the
-    code of all examples.
+    as in the authors' code, all terms except λ₁'s are means over their entries, and a network's output s stands for the
+    standard deviation exp(s) − 1 + σ₀. Only training draws; evaluation uses the means. A class without support examples
+    gets the code of all examples.
 
-    The paper works on fixed embeddings of a pretrained network, and its head has no b; here the body and b learn in the
-    outer loop. Its dropout on embeddings is left out, and w has one draw for a task, not one for every decoding.
+    The paper uses fixed embeddings of a pretrained network, and its head has no b; here, the body and b learn in the
+    outer loop. There is no dropout on embeddings, and w is drawn once per task instead of at every decoding.
 
-    Settings of the authors' code, for tasks of 5 classes of miniImageNet: the defaults but for the step sizes, 1 and 0.001
-    for losses summed over the examples; 12 tasks a step, Adam at 1e-4, gradients clipped to 0.1. On a body that learns from
-    the start, a step size of 1 in the code diverged.
+    Settings of the authors' code, for tasks of 5 classes of miniImageNet: the defaults except the step sizes, 1 and
+    0.001 for losses summed over the examples; 12 tasks a step, Adam at 1e-4, gradients clipped to 0.1. On a body that
+    learns from the start, a step size of 1 in the code diverged.
 
     Reference:
         Rusu et al., Meta-Learning with Latent Embedding Optimization, ICLR 2019, arXiv 1807.05960, Algorithm 1.

@@ -11,26 +11,26 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 
 
 class MAMLPlusPlus:
-    """How to train your MAML: what makes MAML with several inner steps stable.
+    """How to train your MAML: techniques that stabilise MAML with several inner steps.
 
     - Multi-step loss: the outer objective is Σₖ wₖ ℓ(θₖ; Q) over the inner steps k = 1 … K. The weights start equal; those
       of the earlier steps fall linearly to zero over the first `multi_step` training steps, and that of the last one
       grows by as much.
-    - Learned step sizes: θₖ₊₁ = θₖ − αₖ ∇ℓ(θₖ; S) with an αₖ of its own for each parameter tensor and inner step, started
-      at `inner_lr`.
-    - Per-step BatchNorm: scale and shift of BatchNorm layers are not adapted. Each inner step has its own, which serve for
-      its gradient and for the query set after it, and learn in the outer loop.
-    - Derivative-order annealing: in the first `first_order_steps` training steps the inner gradients are constants of the
-      outer loop.
+    - Learned step sizes: θₖ₊₁ = θₖ − αₖ ∇ℓ(θₖ; S) with a separate αₖ for each parameter tensor and inner step, which
+      starts at `inner_lr`.
+    - Per-step BatchNorm: scale and shift of BatchNorm layers are not adapted. Each inner step has its own, used for its
+      gradient and for the query set after it; they learn in the outer loop.
+    - Derivative-order annealing: in the first `first_order_steps` training steps, the inner gradients are constants for
+      the outer loop.
 
-    A task that takes more inner steps than training did goes on with the values of the last step.
+    Inner steps beyond those of training use the values of the last step.
 
     Reference:
         Antoniou, Edwards and Storkey, How to train your MAML, ICLR 2019, arXiv 1810.09502, §4. Settings: 5 inner steps;
         `inner_lr` 0.1 on Omniglot and 0.01 on miniImageNet; multi-step loss for 10 and 15 epochs of 500 steps; first
         order for 50 epochs in the paper, for none in the authors' settings files. Their weights change from epoch to
         epoch, ours from step to step. Statistics are those of the batch, here and in their code, whose running ones are
-        never read. The cosine schedule of the outer step size is no part of this plugin.
+        never read. For the cosine schedule of the outer learning rate, use the run's `lr_schedule`.
     """
 
     contract = 1

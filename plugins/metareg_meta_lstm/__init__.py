@@ -29,15 +29,16 @@ class MetaLSTM:
     pre(x) is (log|x| / p, sgn x) where |x| ≥ e⁻ᵖ and (−1, eᵖ x) elsewhere, p = 10. Weights start within ±0.01, b_F within
     [4, 5] and b_I within [−5, −4], so that the first steps are nearly gradient descent with a step size of 0.01.
 
-    What the networks see of loss and gradient is a constant of the outer loop. With `first_order`, which is recommended,
-    so is g_t in the last line; together they are the paper's assumption, under which the networks still learn.
+    The networks' inputs, loss and gradient, are constants for the outer loop. With `first_order`, which is recommended,
+    so is g_t in the last line. This is the paper's assumption; the networks still learn.
 
     The paper trains with Adam at 0.001 and clips the meta-gradient at a norm of 0.25; 12 inner steps for 1 shot, 5 for 5.
 
     Reference:
         Ravi and Larochelle, Optimization as a Model for Few-Shot Learning, ICLR 2017, §3, Equations 2 to 4, Algorithm 1;
-        pre is from Andrychowicz et al., NeurIPS 2016, arXiv 1606.04474, Appendix A. The authors' code hands f and i on
-        before the sigmoid, and takes the 5-shot steps on mini-batches of the support set; here each is on all of it.
+        pre is from Andrychowicz et al., NeurIPS 2016, arXiv 1606.04474, Appendix A. The authors' code passes f and i on
+        before the sigmoid, and takes the 5-shot steps on mini-batches of the support set; here, each step uses the
+        whole set.
     """
 
     contract = 1

@@ -12,9 +12,10 @@ from metareg_maml import MAML
 class MetaCurvature:
     """MAML with a learned curvature: θₖ₊₁ = θₖ − α M(∇ℓ(θₖ; S)), where the outer loop learns θ and M.
 
-    For a weight G ∈ ℝ^{out × in × d}, where d counts the places of a filter, M(G) = G ×₁ M_out ×₂ M_in ×₃ M_filter: one
-    matrix for each mode, hence the Kronecker product of three small matrices for a large one. A linear layer has no
-    filter; vectors (biases, normalisation) are scaled entry by entry. All start as identities, at which this is MAML.
+    For a weight G ∈ ℝ^{out × in × d}, where d is the number of positions of a filter, M(G) = G ×₁ M_out ×₂ M_in ×₃
+    M_filter: one matrix for each mode, hence the Kronecker product of three small matrices for a large one. A linear
+    layer has no filter; vectors (biases, normalisation) are scaled entry by entry. All start as identities, where the
+    method equals MAML.
 
     Reference:
         Park and Oliva, Meta-Curvature, NeurIPS 2019, arXiv 1902.03356, §3. Settings of the authors' code: those of MAML
@@ -41,9 +42,9 @@ class MetaCurvature:
 
 
 class Curvature:
-    """The transformation M of Meta-Curvature beside any algorithm: g ← M(g) in every inner step, in evaluation as well.
+    """The transformation M of Meta-Curvature for any algorithm: g ← M(g) in every inner step, also in evaluation.
 
-    The algorithm decides what is adapted and how the transformed gradient is used; beside MAML this is the algorithm
+    The algorithm decides what is adapted and how the transformed gradient is used; with MAML, this equals the algorithm
     `metacurvature`.
 
     Reference:

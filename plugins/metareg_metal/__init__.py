@@ -17,22 +17,22 @@ _LOSS_TENSORS = ("loss.0.weight", "loss.0.bias", "loss.2.weight")
 
 
 class MeTAL(MAML):
-    """A task-adaptive loss: the inner loop descends the task's loss ℓ and what a network makes of the same examples.
+    """A task-adaptive loss: the inner loop descends the task's loss ℓ plus a network's output for the same examples.
 
-    In step k the state of the task is τ = (ℓ(θₖ; S), the mean of each tensor of θₖ). The inner loop descends
+    In step k, the state of the task is τ = (ℓ(θₖ; S), the mean of each tensor of θₖ). The inner loop descends
 
         L = ℓ(θₖ; S) + mean over (x, y) in S of l_φ'(τ, f(x; θₖ), y),
         φ' = (1 + c ⊙ γ) ⊙ φ + d ⊙ β with (γ, β) = g_ψ(τ).
 
-    l and g are perceptrons with one hidden layer, as wide as their inputs, which are brought to mean 0 and deviation 1; l
-    ends without a bias, which no gradient would see. γ and β are one number for each tensor of l, and c and d start at 0.
-    Every inner step has networks of its own; tasks that take more steps than training go on with those of the last. All of
-    them learn through the inner gradient alone: with `first_order` they would learn nothing.
+    l and g are perceptrons with one hidden layer, as wide as their inputs, which are normalised to mean 0 and deviation
+    1; l has no final bias, because its gradient would be zero. γ and β are one number for each tensor of l, and c and d
+    start at 0. Every inner step has its own networks; steps beyond those of training use those of the last one. All
+    networks learn only through the inner gradient: with `first_order`, they learn nothing.
 
-    With `transductive` a second loss of this kind is added. It sees the means of θₖ's tensors and, of each query example,
-    the outputs and their negative entropy.
+    With `transductive`, a second loss of this kind is added. Its inputs are the means of θₖ's tensors and, for each
+    query example, the outputs and their negative entropy.
 
-    The paper takes 5 inner steps with α = 0.01.
+    The paper uses 5 inner steps with α = 0.01.
 
     Reference:
         Baik, Choi, Kim, Cho, Min and Lee, Meta-Learning with Task-Adaptive Loss Function for Few-Shot Learning, ICCV 2021,

@@ -12,7 +12,7 @@ from metareg import Field, PluginConfig, StepExample, hookimpl
 class MetaSGD:
     """MAML with learned step sizes: θₖ₊₁ = θₖ − a ⊙ ∇ℓ(θₖ; S), where the outer loop learns θ and a.
 
-    Each weight has a step size of its own, in sign and magnitude, which starts at `inner_lr` or is drawn uniformly from
+    Each weight has its own step size, with sign and magnitude, which starts at `inner_lr` or is drawn uniformly from
     [`inner_lr`, `inner_lr_max`].
 
     Reference:

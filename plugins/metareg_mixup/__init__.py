@@ -14,11 +14,11 @@ class MetaMix:
 
     x = λ x_Q + (1 − λ) x_S and y = λ y_Q + (1 − λ) y_S with λ ~ Beta(a, a), one for each task. For class targets y are
     the probabilities of the classes: their cross-entropy is λ ℓ(·, y_Q) + (1 − λ) ℓ(·, y_S), and the accuracy that is
-    logged counts the more probable class. Each support example is taken once before one is taken again. The support set
-    stays as it is.
+    logged counts the more probable class. Each support example is used once before any is used again. The support set
+    does not change.
 
-    The paper and its code mix at the input or behind one of the network's blocks, drawn for each task; here it is the
-    input. Settings: a = 2.
+    The paper and its code mix inputs or hidden features, drawn for each task; this plugin mixes inputs. Settings: a =
+    2.
 
     Reference:
         Yao, Huang, Zhang, Wei, Tian, Zou, Huang and Li, Improving Generalization in Meta-learning via Task Augmentation,

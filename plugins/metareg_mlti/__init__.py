@@ -13,12 +13,12 @@ class MLTI:
     """Mixes each training task with another one, support set with support set and query set with query set.
 
     The other task is, with probability 1/2 each, the next one of the batch or the task itself. With λ ~ Beta(a, a), one
-    for each task, x = λ x₁ + (1 − λ) x₂. Class numbers mean nothing from one task to the next: a random class of the
-    other task goes with each class, the pair is a class of the new task, and its number stays. Numbers are mixed as
-    the inputs are, y = λ y₁ + (1 − λ) y₂, of examples that are paired at random.
+    for each task, x = λ x₁ + (1 − λ) x₂. Class numbers have no meaning across tasks: each class is paired with a random
+    class of the other task, and the pair is a class of the new task with the same number. Regression targets are mixed
+    like inputs, y = λ y₁ + (1 − λ) y₂, for examples that are paired at random.
 
-    The paper mixes at the input or behind one of the network's layers, and pastes pieces of images (CutMix) with
-    ProtoNet; here the whole inputs are mixed. Settings: a = 2 (miniImageNet, ISIC, DermNet; 25 tasks a step).
+    The paper mixes inputs or hidden features, and uses CutMix on images with ProtoNet; this plugin mixes whole inputs.
+    Settings: a = 2 (miniImageNet, ISIC, DermNet; 25 tasks a step).
 
     Reference:
         Yao, Zhang and Finn, Meta-Learning with Fewer Tasks through Task Interpolation, ICLR 2022, arXiv 2106.02695; the

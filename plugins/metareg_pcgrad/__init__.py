@@ -9,12 +9,12 @@ from metareg import PluginConfig, hookimpl
 
 
 class PCGrad:
-    """Takes from each task's meta-gradient what conflicts with those of the others, before their mean.
+    """Removes from each task's meta-gradient the parts that conflict with those of the others, before their mean.
 
     gᵢ ← gᵢ − min(0, gᵢ · gⱼ) / ‖gⱼ‖² gⱼ for every other task j, where gᵢ changes from one j to the next and gⱼ is the
-    task's own gradient. The paper goes through the others in random order; here they come in turn, beginning with
-    the next one of the batch, which is as random since tasks are drawn independently. The paper adds the results up.
-    The gradients of all tasks are kept at once.
+    task's own gradient. The paper visits the others in random order; here, they follow in order from the next one of
+    the batch, which is equally random because tasks are drawn independently. The paper sums the results. The gradients
+    of all tasks are in memory at once.
 
     Reference:
         Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, NeurIPS 2020,

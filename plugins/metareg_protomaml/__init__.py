@@ -16,9 +16,9 @@ class ProtoMAML(MAML):
     """MAML that starts where a prototypical network ends.
 
     The head's last `nn.Linear` starts at w_c = 2c and b_c = −‖c‖², where c is the mean embedding of the class's support
-    examples. From there the inner loop is MAML's, on all parameters; the outer loop differentiates through the prototypes
-    too. What the outer loop learns is the body: the head's own values are never used. A class without support examples
-    starts at the mean of the whole support set.
+    examples. From there, the inner loop is MAML's, on all parameters. The outer loop also differentiates through the
+    prototypes, and learns the body: the head's own values are never used. A class without support examples starts at
+    the mean of the whole support set.
 
     The paper's best settings, found by search: on ImageNet alone 6 first-order steps of 0.0054 from a pretrained ResNet,
     with Adam at 3.6e-4.

@@ -13,16 +13,16 @@ __all__ = ["ProtoNet", "average_by_class", "start_at_prototypes"]
 class ProtoNet:
     """Prototypical networks: an example belongs to the class whose prototype, the mean of its support set, is nearest.
 
-    The logits −‖z − c‖² of an example with the embedding z are, but for the number −‖z‖² that all classes share, those of
-    a linear layer with the weights w_c = 2c and the biases b_c = −‖c‖². So the task's prototypes are the values of the
-    head's last `nn.Linear`, whose inputs are the embeddings. There are no inner steps: whatever their number, nothing
-    changes after the start, and the outer loop learns the embedding alone.
+    The logits −‖z − c‖² of an example with embedding z equal those of a linear layer with weights w_c = 2c and biases
+    b_c = −‖c‖², up to the number −‖z‖², which all classes share. The prototypes are therefore the values of the head's
+    last `nn.Linear`, whose inputs are the embeddings. Inner steps change nothing, whatever their number, and the outer
+    loop learns only the embedding.
 
-    A class without support examples has for its prototype the mean of the whole support set.
+    The prototype of a class without support examples is the mean of the whole support set.
 
     The paper trains on more classes than it tests on (Omniglot: 60 classes, 5 query examples each; miniImageNet: 20 or 30
-    classes, 15 query examples), one task a step, with Adam at 1e-3, halved every 2,000 tasks. Here the model's head has
-    one number of classes for both, and `outer_lr` stays as it is.
+    classes, 15 query examples), one task a step, with Adam at 1e-3, halved every 2,000 tasks. Here, the head has the
+    same number of classes for both, and `outer_lr` is constant unless `lr_schedule` is set.
 
     Reference:
         Snell, Swersky and Zemel, Prototypical Networks for Few-shot Learning, NeurIPS 2017, arXiv 1703.05175,

@@ -20,10 +20,10 @@ class R2D2:
 
         W = argmin ‖X W − Y‖² / n + λ ‖W‖² = (Xᵀ X + λ n I)⁻¹ Xᵀ Y = Xᵀ (X Xᵀ + λ n I)⁻¹ Y.
 
-    The smaller of the two systems is solved: by Woodbury's identity, with few examples, that of their number. α W and β are
-    the values of the head's last `nn.Linear`. There are no inner steps: whatever their number, nothing changes after the
-    start. The outer loop learns the body, log λ, log α and, for numbers, β; cross-entropy does not see it. A class without
-    support examples has the output 0 everywhere.
+    The smaller of the two systems is solved: with few examples, by Woodbury's identity, the one of their number. α W
+    and β are the values of the head's last `nn.Linear`. Inner steps change nothing, whatever their number. The outer
+    loop learns the body, log λ, log α and, for regression, β, which does not affect cross-entropy. For a class without
+    support examples, the output is 0 everywhere.
 
     The authors' code starts at λ = 50, and at α = 1e-4 on miniImageNet and 10 on Omniglot. It trains on tasks of 16 classes
     (Omniglot: 60), one task a step, with Adam at 5e-3, halved every 2,000 tasks.

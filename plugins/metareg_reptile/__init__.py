@@ -12,19 +12,19 @@ from metareg_inner_optimizers import Moments, start_at_zero, step_adam
 
 
 class Reptile:
-    """Meta-learning without a query loss: the meta-gradient of a task is (θ − θ_K) / α, and no derivative is taken twice.
+    """Meta-learning without a query loss: the meta-gradient of a task is (θ − θ_K) / α, without second derivatives.
 
     The inner loop is gradient descent on all parameters, θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S), so that the meta-gradient is the sum of
-    the inner gradients; or Adam with β₁ = 0. The query set serves for reporting only. Take several inner steps: with one,
-    Reptile is joint training on all tasks.
+    the inner gradients; or Adam with β₁ = 0. The query set is used only for reporting. Take several inner steps: with
+    one, Reptile is joint training on all tasks.
 
     Reference:
         Nichol, Achiam and Schulman, On First-Order Meta-Learning Algorithms, 2018, arXiv 1803.02999, Algorithm 2 (the
         batched form), with the difference divided by α as its §2 suggests for adaptive outer optimisers. The authors'
         runs on Omniglot and miniImageNet take Adam with β₁ = 0 and α from 0.00022 to 0.0015, 3 to 19 inner steps in
         training and 5 to 100 in evaluation, a new mini-batch of 9 to 15 training shots in each, and in the outer loop
-        θ ← θ − ε (θ − θ_K) with ε falling to 0. Here every inner step takes the whole support set, and the outer loop is
-        Adam.
+        θ ← θ − ε (θ − θ_K) with ε falling to 0. Here, every inner step uses the whole support set, and the outer loop
+        is Adam.
     """
 
     contract = 1

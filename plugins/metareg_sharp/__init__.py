@@ -17,11 +17,12 @@ class Sharp:
     """Takes gradients at the worst point of a small ball around the parameters, of the inner problem or of the outer one.
 
     ε(g) = ρ g / ‖g‖, over all parameters together. Lower: θₖ₊₁ = θₖ − α ∇ℓ(θₖ + ε(∇ℓ(θₖ; S)); S), and the outer
-    loop differentiates through ε as well. Upper: with g the meta-gradient at M, the outer optimiser gets that of the same
-    batch at M + ε(g). A step costs twice the gradients for either, four times for both.
+    loop differentiates through ε as well. Upper: with g the meta-gradient at M, the outer optimiser receives the
+    meta-gradient of the same batch at M + ε(g). Each doubles the number of gradients per step; both together take four
+    times as many.
 
-    The lower step is part of adaptation and stays in evaluation, as in the authors' code. The gradient that it is given
-    decides ε alone: name it before augmenters that change gradients.
+    The lower step is part of adaptation and stays in evaluation, as in the authors' code. The gradient passed to it
+    only determines ε: list it before augmenters that change gradients.
 
     Settings: one ρ for both, 0.0005 in the authors' last scripts (Omniglot 20-way, inner step 0.1, 16 tasks) and 0.05 in
     their earlier ones (miniImageNet).

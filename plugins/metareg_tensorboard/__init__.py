@@ -1,4 +1,4 @@
-"""TensorBoard: training curves beside those of other runs."""
+"""TensorBoard: compare training curves with those of other runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 class TensorBoard:
     """Writes event files to the run's folder: ``tensorboard --logdir runs`` shows all runs together.
 
-    Scalars are ``train/KEY`` for what is logged in training, and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
+    Scalars are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
     """
 
     contract = 1

@@ -9,14 +9,14 @@ from metareg_maml import MAML
 
 
 class UnicornMAML(MAML):
-    """MAML that does not see which class got which number.
+    """MAML that does not depend on how classes are numbered.
 
-    One learned vector w, with one number b, starts every class's row of the head's last `nn.Linear`: w_c = w, b_c = b. From
-    there the inner loop is MAML's, on all parameters, and a permutation of a task's classes permutes the outputs and nothing
-    else. At the start all classes are equally likely, so that it is the first step that tells them apart.
+    One learned vector w, with one number b, starts every class's row of the head's last `nn.Linear`: w_c = w, b_c = b.
+    From there, the inner loop is MAML's, on all parameters. Permuting a task's classes only permutes the outputs. At
+    the start, all classes are equally likely; the first step separates them.
 
-    The paper takes many steps: with a pretrained ResNet-12 on miniImageNet, first-order, 5 of 0.1 for 1-shot and 20 of 0.1
-    for 5-shot tasks of 5 classes. Its temperature of the query's outputs (0.5) is not here.
+    The paper uses many steps: with a pretrained ResNet-12 on miniImageNet, first-order, 5 of 0.1 for 1-shot and 20 of
+    0.1 for 5-shot tasks of 5 classes. Its temperature for the query outputs (0.5) is not implemented.
 
     Reference:
         Ye and Chao, How to Train Your MAML to Excel in Few-Shot Classification, ICLR 2022, arXiv 2106.16245.

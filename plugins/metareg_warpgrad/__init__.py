@@ -12,7 +12,7 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class WarpGrad:
-    """MAML with warp layers ω, which the inner loop passes through and does not adapt; the outer loop learns θ and ω.
+    """MAML with warp layers ω that the inner loop uses but does not adapt; the outer loop learns θ and ω.
 
     Linear warps (T-Nets): every adapted linear or convolutional layer becomes y = T(Wx + b), where T mixes the outputs of
     the layer (for a convolution its channels, as a 1×1 convolution) and starts as the identity. T is constant within a
@@ -22,8 +22,8 @@ class WarpGrad:
 
     a learned metric, for any model and at the cost of MAML.
 
-    Warps of the model's own: where a model has submodules whose names begin with "warp", these are ω, of whatever form, and
-    no T is added.
+    Your own warps: if a model has submodules whose names begin with "warp", these are ω, of any form, and no T is
+    added.
 
     Reference:
         Lee and Choi, Gradient-Based Meta-Learning with Learned Layerwise Metric and Subspace, ICML 2018, arXiv 1801.05558,

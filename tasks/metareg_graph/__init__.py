@@ -1,6 +1,7 @@
 """Few-shot node classification on graphs, through DGL.
 
-DGL is imported when a graph is first used; without it this module imports, and the tasks say what to install.
+DGL is imported when a graph is first used. Without it, this module can still be imported, and the tasks say what to
+install.
 """
 
 from metareg_graph.data import GraphData

@@ -50,7 +50,7 @@ class GCN(_GraphModel):
 
     Reference:
         Kipf and Welling, Semi-Supervised Classification with Graph Convolutional Networks, ICLR 2017, arXiv 1609.02907
-        (there the last convolution gives the classes; here a head does, on its features).
+        (there, the last convolution gives the classes; here, a head on its features does).
     """
 
     inputs = "gcn"

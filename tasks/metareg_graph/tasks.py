@@ -277,7 +277,7 @@ def _gnn_benchmark(
 
 
 class Cora(_FileTask):
-    """2,708 papers on machine learning in 7 classes, with their citations; 1,433 words as features, which it has or has not.
+    """2,708 papers on machine learning in 7 classes, with their citations; features: which of 1,433 words occur.
 
     Classes are split 3 / 2 / 2, drawn anew for each seed.
     """
@@ -292,7 +292,7 @@ class Cora(_FileTask):
 
 
 class CiteSeer(_FileTask):
-    """3,312 papers on computer science in 6 classes, with their citations; 3,703 words as features, which it has or has not.
+    """3,312 papers on computer science in 6 classes, with their citations; features: which of 3,703 words occur.
 
     Classes are split 2 / 2 / 2, drawn anew for each seed.
     """
@@ -309,7 +309,7 @@ class CiteSeer(_FileTask):
 class PubMed(_FileTask):
     """19,717 papers on diabetes in 3 classes, with their citations; the shares of 500 words as features.
 
-    Three classes are too few to keep classes apart: the nodes are split 60 / 20 / 20 % instead, drawn for each seed, and
+    Three classes are too few to split by class: the nodes are split 60 / 20 / 20 % instead, drawn for each seed, and
     the splits share the labels.
     """
 
@@ -348,8 +348,8 @@ class AmazonComputer(_FileTask):
 class OgbnArxiv(_FileTask):
     """169,343 papers in 40 subjects, with their citations taken both ways; 128 numbers as features.
 
-    Classes are split 20 / 10 / 10, drawn anew for each seed. A hub has thousands of neighbours: at most 16 are drawn for a
-    task, unless `fanout` says otherwise.
+    Classes are split 20 / 10 / 10, drawn anew for each seed. A hub has thousands of neighbours: at most 16 are drawn
+    per task, unless you set `fanout`.
     """
 
     class Config(FileConfig):
@@ -365,12 +365,12 @@ class OgbnArxiv(_FileTask):
 
 
 class GraphFolder(_FileTask):
-    """Your own graph or graphs, from the file or folder that `data` names.
+    """Your own graph or graphs, from the file or folder `data`.
 
     A graph is an npz with CSR arrays (``adj_indptr``, ``adj_indices``, ``features`` or CSR ``attr_*``, ``labels``), a file
     of `dgl.save_graphs` with the node data ``feat`` and ``label``, or a folder with ``nodes.csv`` (id, label, features) and
-    ``edges.csv`` (source, destination). Several in one folder share their labels. ``splits.json`` tells which classes,
-    graphs or nodes are for training, validation and test.
+    ``edges.csv`` (source, destination). Several graphs in one folder share their labels. ``splits.json`` assigns
+    classes, graphs or nodes to training, validation and test.
     """
 
     class Config(FileConfig):
@@ -418,8 +418,8 @@ class CSBM(_GraphTask):
     """Every task is a new graph: a contextual stochastic block model.
 
     A node's features are its class's mean plus normal noise. The means of a task are drawn, with the length `signal`, in a
-    subspace of `rank` dimensions that all tasks of a seed share and that meta-learning can find. Edges are drawn within a
-    class with the share `homophily`. Test graphs are unseen in training.
+    subspace of `rank` dimensions that all tasks of a seed share and that meta-learning can find. A share `homophily` of
+    the edges is drawn within a class. Test graphs are not used in training.
 
     Reference:
         Deshpande, Montanari, Mossel and Sen, Contextual Stochastic Block Models, NeurIPS 2018, arXiv 1807.09596.

@@ -1,4 +1,4 @@
-"""Few-shot image classification: drawn letters, Omniglot, the benchmarks of the literature, and one's own folders."""
+"""Few-shot image classification: drawn letters, Omniglot, the benchmarks of the literature, and your own folders."""
 
 from metareg_image.folders import CUB, Cars, ImageFolder, MiniImageNet, TieredImageNet
 from metareg_image.fonts import FontFolder

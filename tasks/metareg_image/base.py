@@ -106,7 +106,7 @@ class Normalisation(NamedTuple):
 
 
 class ImageTask(Task):
-    """Classification of images of classes that were not trained on; a subclass says where the images are.
+    """Classification of images of new classes; a subclass provides the images.
 
     Pixels are in [0, 1]; unless `normalisation` says so they are not standardised, as in the code of MAML's, BOIL's and
     CML's authors.

@@ -1,4 +1,4 @@
-"""Images in the user's folders: any of one's own, and the benchmarks that cannot be downloaded freely."""
+"""Images in the user's folders: their own, and benchmarks that cannot be downloaded freely."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ class ImageFolderConfig(ImageConfig):
 
 
 class ImageFolder(ImageTask):
-    """Your own images: a folder for each class, inside one another as you like (``DIR/animals/cat/1.png``).
+    """Your own images: one folder per class, at any depth (``DIR/animals/cat/1.png``).
 
-    A folder that holds images is a class; its path inside DIR is the class's name. The classes are split into train,
-    validation and test by a file, by the folders train, validation (valid, val, dev) and test that DIR consists of, or at
-    random by ratios. One folder that wraps all others does not count. A folder that links lead to again is visited once.
+    A folder that contains images is a class; its path in DIR is the class's name. The classes are split into train,
+    validation and test by a file, by folders train, validation (valid, val, dev) and test in DIR, or at random by
+    ratios. A single folder around all others is ignored. A folder reached again through links is visited once.
     """
 
     Config = ImageFolderConfig
@@ -185,7 +185,8 @@ class TieredImageNet(_Benchmark):
 class CUB(_Benchmark):
     """Caltech-UCSD Birds-200-2011: 100, 50 and 50 kinds of bird, 11,788 images.
 
-    The shorter side is resized to 1.5 times the size, and the middle is cut out, as in the code of BOIL's and CML's authors.
+    The shorter side is resized to 1.5 times the size, and the centre is cropped, as in the code of BOIL's and CML's
+    authors.
 
     Reference:
         Wah et al., Caltech CNS-TR-2011-001; the split of Chen et al., A Closer Look at Few-shot Classification, ICLR 2019,
@@ -211,7 +212,7 @@ class CUB(_Benchmark):
 
 
 class Cars(_Benchmark):
-    """Stanford Cars: 98, 49 and 49 models of car; the 8,144 images of the training part, cut at their boxes, 84×84.
+    """Stanford Cars: 98, 49 and 49 models of car; the 8,144 images of the training part, cropped to their boxes, 84×84.
 
     Reference:
         Krause et al., 3D Object Representations for Fine-Grained Categorization, 3dRR 2013; split, part and boxes as in the

@@ -1,4 +1,4 @@
-"""Letters of the fonts that a user has: any script, thousands of classes, no images to fetch."""
+"""Letters from the user's fonts: any script, thousands of classes, no images to download."""
 
 from __future__ import annotations
 
@@ -79,12 +79,13 @@ class FontFolderConfig(ImageConfig):
 
 
 class FontFolder(ImageTask):
-    """Characters drawn from the fonts in a folder of yours: a class is a character, an example one of its faces.
+    """Characters drawn from the fonts in your folder: a class is a character, an example one of its faces.
 
-    Read are .ttf, .otf, .ttc, .otc and .woff files, and .woff2 where Pillow can, in the folder and those inside it. Each
-    image has a small random affine change, always the same. Characters, or whole scripts or groups such as radicals,
-    are split into train, validation and test by a file or at random by ratios. Of characters that look alike one is
-    kept: training gives way to validation, and both to the test. Drawn at the first use, then kept.
+    It reads .ttf, .otf, .ttc, .otc and .woff files, and .woff2 if Pillow supports it, in the folder and its subfolders.
+    Each image has a small random affine transformation that is always the same. Characters, whole scripts, or groups
+    such as radicals are split into train, validation and test by a file or at random by ratios. Of characters that look
+    alike, only one is kept: the test's before the validation's before the training's. Images are drawn at first use and
+    cached.
     """
 
     Config = FontFolderConfig

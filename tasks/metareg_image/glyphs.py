@@ -1,4 +1,4 @@
-"""Letters of many scripts, rendered from fonts that every installation has: few-shot images without a download."""
+"""Letters of many scripts, drawn from fonts in every installation: few-shot images without a download."""
 
 from __future__ import annotations
 
@@ -51,12 +51,13 @@ class GlyphsConfig(ImageConfig):
 class Glyphs(ImageTask):
     """Letters of twelve scripts, drawn from the twelve DejaVu faces that come with matplotlib; nothing to download.
 
-    A class is a letter, an example one of its faces with a small random affine change. Training takes Latin, Cyrillic,
-    Canadian syllabics, Arabic, Lisu, Old Italic and Coptic, validation Armenian and Lao, the test Greek, Georgian and
-    Hebrew: all test classes are of scripts that were not trained on. Left out are letters with marks that Unicode writes
-    as a letter and the mark, those that fewer than four faces have, and those that look like another: of a split the
-    first is kept, of several splits the test's before the validation's before the training's (A in Greek, not in Latin;
-    τ and not T). 20×20 grey images, ink bright, 20 examples a class. Drawn at the first use, then kept.
+    A class is a letter, an example one of its faces with a small random affine transformation. Training uses Latin,
+    Cyrillic, Canadian syllabics, Arabic, Lisu, Old Italic and Coptic, validation Armenian and Lao, the test Greek,
+    Georgian and
+    Hebrew: all test classes are from scripts not used in training. Excluded are letters with marks that Unicode
+    decomposes into a letter and the mark, letters in fewer than four faces, and letters that look like another: within
+    a split, the first is kept; between splits, the test's before the validation's before the training's (A in Greek,
+    not in Latin; τ, not T). 20×20 grey images, ink bright, 20 examples per class. Drawn at first use and cached.
     """
 
     Config = GlyphsConfig

@@ -20,9 +20,9 @@ Pool = Literal["max", "average"]
 class Conv4:
     """Four blocks of 3×3 convolution, normalisation and ReLU, each followed by 2×2 pooling; then a linear layer.
 
-    The features are the map of the fourth block before its pooling, ``[examples, width, height / 8, breadth / 8]``,
-    which CML's co-learner takes; the head pools, flattens and is linear. 64 channels on 84×84 give the linear layer 1,600
-    inputs.
+    The features are the output of the fourth block before pooling, ``[examples, width, height / 8, breadth / 8]``,
+    the input of CML's co-learner; the head pools, flattens and applies a linear layer. 64 channels on 84×84 give the
+    linear layer 1,600 inputs.
 
     Reference:
         Vinyals et al., Matching Networks for One Shot Learning, NeurIPS 2016, arXiv 1606.04080, §4.1; the split into
@@ -62,7 +62,8 @@ class ResNet12:
 
     Reference:
         Oreshkin, Rodriguez and Lacoste, TADAM, NeurIPS 2018, arXiv 1805.10123, with the widths 64, 128, 256, 512;
-        Lee et al., CVPR 2019, arXiv 1904.03758, takes 64, 160, 320, 640, and dropout, which the inner loop cannot have.
+        Lee et al., CVPR 2019, arXiv 1904.03758, uses 64, 160, 320, 640, and dropout, which the inner loop does not
+        support.
     """
 
     contract = 1

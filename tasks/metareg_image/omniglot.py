@@ -51,7 +51,7 @@ class _Characters(ImageTask):
 class Omniglot(_Characters, TorchvisionTask):
     """Omniglot with the split of Vinyals et al.: 1,028 characters for training, 172 for validation, 423 for test.
 
-    28×28 grey images, ink bright; a character turned by 90°, 180° and 270° is a further class, on every split.
+    28×28 grey images, ink bright; rotations by 90°, 180° and 270° are further classes, in every split.
 
     Reference:
         Lake, Salakhutdinov and Tenenbaum, Science 350, 2015; Vinyals et al., NeurIPS 2016, arXiv 1606.04080; the split as
@@ -85,9 +85,9 @@ class OmniglotSmallConfig(OmniglotConfig):
 class OmniglotSmall(_Characters):
     """The two 'small' background sets of Omniglot: 3 MB, for runs of minutes.
 
-    Training takes 114 characters of the first set (Balinese, Greek, Korean, Latin), validation its 22 of Early Aramaic, the
-    test the 106 of the alphabets that only the second set has (Katakana, Sanskrit, Tagalog). 20×20 grey images, ink bright;
-    a character turned by 90°, 180° and 270° is a further class, on every split.
+    Training uses 114 characters of the first set (Balinese, Greek, Korean, Latin), validation its 22 of Early Aramaic,
+    the test the 106 of the alphabets that only the second set has (Katakana, Sanskrit, Tagalog). 20×20 grey images, ink
+    bright; rotations by 90°, 180° and 270° are further classes, in every split.
 
     Reference:
         Lake, Salakhutdinov and Tenenbaum, Science 350, 2015.

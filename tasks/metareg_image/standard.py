@@ -114,7 +114,7 @@ class FC100(_OfCIFAR100):
 
 
 class Aircraft(TorchvisionTask):
-    """FGVC-Aircraft: 70, 15 and 15 variants of aircraft, 100 images each, cut at their boxes and resized to 32×32.
+    """FGVC-Aircraft: 70, 15 and 15 variants of aircraft, 100 images each, cropped to their boxes and resized to 32×32.
 
     Reference:
         Maji et al., 2013, arXiv 1306.5151; the split of Triantafillou et al., Meta-Dataset, ICLR 2020, arXiv 1903.03096;
@@ -179,7 +179,7 @@ class VGGFlower(TorchvisionTask):
 
 
 class TrafficSign(TorchvisionTask):
-    """German traffic signs (GTSRB): 43 classes, for the test of runs that were trained on another task; 32×32.
+    """German traffic signs (GTSRB): 43 classes, only for testing runs trained on another task; 32×32.
 
     The images are torchvision's training part (26,640); the whole image is resized, without its region of interest.
 
@@ -206,7 +206,7 @@ class TrafficSign(TorchvisionTask):
 
 
 class SVHN(TorchvisionTask):
-    """Street View House Numbers: 10 digits, for the test of runs that were trained on another task; 32×32.
+    """Street View House Numbers: 10 digits, only for testing runs trained on another task; 32×32.
 
     The images are those of the test part (26,032), as in the code of BOIL's and CML's authors.
 

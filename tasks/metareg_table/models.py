@@ -16,7 +16,7 @@ __all__ = ["TableMLP", "TableNetwork"]
 class TableMLP:
     """A multilayer perceptron for the columns of a table, with an embedding for each category; the last layer is the head.
 
-    Numbers stand first in an input, then a group of zeros and ones for each column of categories. A group that is zero (a
+    An input starts with the numbers, followed by a one-hot group for each categorical column. A group of zeros (a
     missing or unknown category) has the embedding zero.
     """
 

@@ -67,12 +67,12 @@ ColumnNames = Annotated[list[ColumnName], BeforeValidator(_to_list)]
 
 
 class TableFolder(Task):
-    """Your own tables: a CSV, Parquet or npz file for each task, or one table with a column that names the task.
+    """Your own tables: one CSV, Parquet or npz file per task, or one table with a column that names the task.
 
-    `data` is the folder (or the file) and `target` the column to predict. All others are inputs, by their names: numbers, or
-    texts as categories. The tasks are split into train, validation and test by the folders of these names, by a file, by a
-    column, or at random by ratios. A task of training is a table and some of its rows, drawn; table number i follows table
-    number i − 1 in an order that is drawn anew for each round.
+    `data` is the folder (or the file) and `target` the column to predict. All other columns are inputs, matched by
+    name: numbers, or texts as categories. The tasks are split into train, validation and test by folders with these
+    names, by a file, by a column, or at random by ratios. A training task is a table with randomly drawn rows; the
+    order of the tables is drawn anew for each round.
     """
 
     contract = 1
