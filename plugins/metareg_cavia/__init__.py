@@ -119,7 +119,7 @@ class ContextConv4:
 
 
 class ContextModel:
-    """The model with context parameters that fits the task: `context-conv4` for images, `context-mlp` for everything else."""
+    """The model with context parameters that fits the task: `context-conv4` for images, `context-mlp` for the rest."""
 
     contract = 1
 
