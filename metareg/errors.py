@@ -27,7 +27,7 @@ __all__ = [
 
 
 class MetaregError(Exception):
-    """Base of every error that metareg raises on purpose; the control characters of its message are shown."""
+    """Base of all errors that metareg raises; control characters in its message are made visible."""
 
     exit_code = 1
 
@@ -36,7 +36,7 @@ class MetaregError(Exception):
 
 
 class UsageError(MetaregError):
-    """Something that the user wrote is wrong: a name, a number, a file, a combination. Nothing was changed."""
+    """The user's input is wrong: a name, a number, a file, a combination. Nothing was changed."""
 
     exit_code = 2
 
@@ -46,7 +46,7 @@ _MOST_LISTED = 40
 
 
 class UnknownNameError(UsageError):
-    """A name that nothing answers to."""
+    """There is nothing with this name."""
 
     def __init__(self, what: str, name: str, known: Iterable[str], hint: str = "") -> None:
         self.name = name
@@ -63,7 +63,7 @@ class UnknownNameError(UsageError):
 
 
 class PluginError(UsageError):
-    """A plugin cannot be used: it does not import, does not keep the contract, or clashes with another."""
+    """A plugin cannot be used: it cannot be imported, breaks the contract, or clashes with another."""
 
 
 class DivergenceError(MetaregError):

@@ -37,9 +37,9 @@ def format_count(number: int, noun: str, plural: str | None = None) -> str:
     """A number with its noun: ``1 image``, ``12,000 images``.
 
     Args:
-        number: how many.
-        noun: what is counted, in the singular.
-        plural: its plural; the noun with an s by default.
+        number: the number.
+        noun: the counted noun, in the singular.
+        plural: its plural; by default, the noun with an s.
     """
     return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
 

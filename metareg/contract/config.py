@@ -58,7 +58,7 @@ PathText = Annotated[str, AfterValidator(_absolute)]
 
 
 class PluginConfig(BaseModel):
-    """Base of a plugin's `Config`: unknown keys, infinities and NaN are refused; instances do not change."""
+    """Base of a plugin's `Config`: unknown keys, infinities and NaN are refused; instances are immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 

@@ -193,8 +193,9 @@ def find_loss_name(loss: str | type | Loss) -> str | None:
 
 
 def find_metric(metric: str | Metric | Loss | None, loss: str | type | Loss) -> Metric:
-    """A metric by name, or a function; by default the one that goes with the loss: accuracy, the loss itself where it is an
-    error.
+    """Find a metric by name, or wrap a function; by default, the metric for the loss.
+
+    That is the accuracy for classes, and the loss itself for numbers.
 
     Raises:
         UsageError: it is none.

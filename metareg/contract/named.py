@@ -12,10 +12,10 @@ __all__ = ["NamedExamples"]
 
 
 class NamedExamples:
-    """Examples that a task holds, as the nodes of its graph: a user's tables name them, and hold no inputs.
+    """Examples that a task holds, such as the nodes of its graph: users' tables name them and contain no inputs.
 
     ``metareg predict`` and ``metareg export`` then take a support table with the columns `column` and ``label``, and a
-    query table with `column`. A subclass implements all of the methods.
+    query table with `column`. A subclass implements all methods.
     """
 
     column: ClassVar[str]
@@ -29,7 +29,7 @@ class NamedExamples:
         """The numbers of some examples, int64 ``[examples]``.
 
         Raises:
-            KeyError: there is none of a name, which is the error's argument.
+            KeyError: there is no example of a name, which is the error's argument.
         """
         raise NotImplementedError
 
@@ -38,9 +38,9 @@ class NamedExamples:
         raise NotImplementedError
 
     def bind(self, module: nn.Module) -> nn.Module:
-        """A module that takes numbers of examples where the given one takes their inputs, for a program that stands alone.
+        """Wrap a module so that it takes numbers of examples instead of their inputs, for a self-contained program.
 
         Raises:
-            UsageError: there can be none.
+            UsageError: this is impossible.
         """
         raise NotImplementedError

@@ -17,13 +17,13 @@ __all__ = ["read_name_lists", "read_split_file"]
 
 
 def read_split_file(path: Path, known: Collection[str], what: str) -> dict[str, str]:
-    """The split of each name of a file.
+    """Read the split of each name from a file.
 
     Args:
-        path: JSON or YAML, ``{train: [name, …], validation: […], test: […]}``; or a table whose columns are the names and,
-            called ``split``, their splits. Every name is a text, though it looks like a number.
-        known: the names that there are.
-        what: what is named, for messages, as ``"class"``.
+        path: JSON or YAML, ``{train: [name, …], validation: […], test: […]}``; or a table with a column of names and a
+            column ``split``. Every name is a string, even if it looks like a number.
+        known: the existing names.
+        what: what the names are, for messages, such as ``"class"``.
 
     Raises:
         UsageError: the file cannot be read, or has an unknown name or split, or a name in two splits.
@@ -45,10 +45,10 @@ def read_split_file(path: Path, known: Collection[str], what: str) -> dict[str, 
 
 
 def read_name_lists(path: Path) -> dict[str, list[str]]:
-    """The lists of a JSON or YAML file ``{key: [name, …], …}``; names are texts, though they look like numbers.
+    """Read the lists of a JSON or YAML file ``{key: [name, …], …}``; names are strings, even if they look like numbers.
 
     Raises:
-        UsageError: it cannot be read, or holds something else.
+        UsageError: it cannot be read, or contains something else.
     """
     is_json = path.suffix.lower() == ".json"
     try:

@@ -13,5 +13,5 @@ _USUAL_NAMES = {
 
 
 def find_split(name: str) -> str | None:
-    """The split that a usual name means in any case, as ``Val`` and ``dev``; None for another name."""
+    """The split with a common name such as ``Val`` or ``dev``, in upper or lower case; None for other names."""
     return _USUAL_NAMES.get(name.casefold())

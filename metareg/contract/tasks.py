@@ -25,7 +25,7 @@ class TaskSpec:
     """Shapes of one example, without task and example dimensions.
 
     Args:
-        input_shape: of one input, as ``(1,)`` or ``(3, 84, 84)``.
+        input_shape: of one input, such as ``(1,)`` or ``(3, 84, 84)``.
         output_shape: of one output; for classification ``(ways,)``.
     """
 
@@ -35,7 +35,7 @@ class TaskSpec:
 
 @dataclass(frozen=True)
 class Dataset:
-    """The data that a task reads: what ``metareg data`` shows and does."""
+    """The data that a task reads, for ``metareg data``."""
 
     location: Path | None
     """The folder where it is, or where `download` puts it; None where nothing is read."""
@@ -52,9 +52,9 @@ class Dataset:
 
 
 class Task:
-    """Base of task plugins; a subclass implements the hook `episodes` and overrides what differs.
+    """Base of task plugins; a subclass implements the hook `episodes` and overrides defaults.
 
-    Any object with these attributes and that hook will do.
+    Any object with these attributes and that hook works.
     """
 
     loss: str = "mse"
@@ -92,19 +92,19 @@ class Task:
 
     @property
     def dataset(self) -> Dataset | None:
-        """The data that the task reads; None where it needs none."""
+        """The data that the task reads; None if it needs none."""
         return None
 
     @property
     def named_examples(self) -> NamedExamples | None:
-        """The examples that the task holds itself, as the nodes of a graph; None where a user's tables hold the inputs."""
+        """The examples that the task holds, such as the nodes of a graph; None if users' tables hold the inputs."""
         return None
 
     def read_image(self, path: Path) -> Tensor:
-        """One of a user's images as an input of this task ``[channels, height, width]``, for ``metareg predict``.
+        """Load a user's image as an input of this task ``[channels, height, width]``, for ``metareg predict``.
 
-        Here it is scaled to the size of the task's images, with values from 0 (black) to 1; a task that prepares its images
-        in another way overrides this.
+        By default, it is resized to the task's images, with values from 0 (black) to 1; a task that prepares images
+        differently overrides this.
 
         Raises:
             UsageError: it cannot be read.
@@ -119,9 +119,10 @@ class Task:
         return values[None] if channels == 1 else values.permute(2, 0, 1)
 
     def measure_columns(self, support_x: Tensor, support_y: Tensor) -> Columns | None:  # noqa: ARG002
-        """How the numbers of a support set's table are scaled, for a program that adapts (``metareg export --adaptive``).
+        """Return the scaling of a support table's numbers, for a program that adapts (``metareg export --adaptive``).
 
-        Here they are not. A task that scales them by a support set overrides this with a function of tensors alone.
+        By default, they are not scaled. A task that scales them by the support set overrides this with a function of
+        tensors only.
 
         Args:
             support_x: inputs as `Columns.read_inputs` reads them ``[support, *input_shape]``.
@@ -130,18 +131,18 @@ class Task:
         return None
 
     def choose_columns(self, support: Table, query: Table | None, classifies: bool) -> Columns:
-        """Which columns of a user's tables are inputs and targets, for ``metareg predict``.
+        """Choose the input and target columns of a user's tables, for ``metareg predict``.
 
-        Here the columns of the query table are the inputs and the other one or ones of the support table the targets. A
-        task that knows its columns by name overrides this.
+        By default, the columns of the query table are the inputs, and the other columns of the support table are the
+        targets. A task that knows its columns by name overrides this.
 
         Args:
             support: labelled examples.
-            query: what is to be predicted; None where nothing is yet.
+            query: the examples to predict; None if there are none yet.
             classifies: whether targets are classes.
 
         Raises:
-            UsageError: the columns do not suit the task.
+            UsageError: the columns do not fit the task.
         """
         from metareg.contract.columns import match_columns
 

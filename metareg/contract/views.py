@@ -19,10 +19,10 @@ Tensors = dict[str, Tensor]
 
 
 class TaskView(Protocol):
-    """One task as pure functions, without a task dimension; what the stages of a task get as `task`.
+    """One task as pure functions, without a task dimension; the argument `task` of the stages.
 
-    Where a method takes `params`, it takes values of any model parameters by name; the meta-parameters stand for those that
-    are left out.
+    `params` are values of any model parameters by name; parameters that are left out have the values of the
+    meta-parameters.
     """
 
     @property
@@ -35,10 +35,10 @@ class TaskView(Protocol):
 
     @property
     def query_x(self) -> Any:
-        """Query inputs ``[query, …]``; None where there are none (`MetaLearner.adapt`).
+        """Query inputs ``[query, …]``; None if there are none (`MetaLearner.adapt`).
 
         Raises:
-            PluginError: asked for in an inner stage, and no plugin of the run declares ``transductive = True``.
+            PluginError: used in an inner stage, but no plugin of the run declares ``transductive = True``.
         """
 
     @property
@@ -46,7 +46,7 @@ class TaskView(Protocol):
         """Query targets, in the outer stages.
 
         Raises:
-            PluginError: asked for in an inner stage.
+            PluginError: used in an inner stage.
         """
 
     @property
@@ -72,13 +72,13 @@ class TaskView(Protocol):
         """The outputs for features."""
 
     def embed(self, params: Tensors, features: Tensor) -> Tensor:
-        """What the head's last layer takes ``[examples, inputs]``, of the body's features."""
+        """The inputs of the head's last layer ``[examples, inputs]``, for the body's features."""
 
     def outputs(self, params: Tensors, x: Any) -> Tensor:
         """The model's outputs for inputs."""
 
     def support_features(self, params: Tensors) -> Tensor:
-        """Features of the support inputs; computed once where only the head adapts."""
+        """Features of the support inputs; computed once if only the head adapts."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """The task's loss, a scalar."""
@@ -87,16 +87,16 @@ class TaskView(Protocol):
         """The task's loss on the support set, a scalar."""
 
     def gradient(self, params: Tensors) -> Tensors:
-        """The gradient for each of `params` of the loss that the inner step descends, learned parts and terms included.
+        """The gradient of the inner loss, including learned parts and terms, for each of `params`.
 
-        A constant of the outer loop where ``first_order`` is set.
+        A constant for the outer loop if ``first_order`` is set.
         """
 
     def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
         """The Hessian of the inner loss at `params` times a vector."""
 
     def query_outputs(self, params: Tensors) -> Tensor:
-        """The outputs for the query set that `query_loss` and the test take, in the outer stages."""
+        """The outputs for the query set, as in `query_loss` and the test; in the outer stages."""
 
     def query_loss(self, params: Tensors) -> Tensor:
         """The task's loss on the query set, in the outer stages."""
@@ -105,7 +105,7 @@ class TaskView(Protocol):
         """The gradient of `query_loss` for each of `params`, in the outer stages."""
 
     def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
-        """Parameters and state after more inner steps, without augmenters of training; in the outer stages.
+        """Take more inner steps without training-only augmenters; returns parameters and state. In the outer stages.
 
         Args:
             params: the adapted parameters before them.

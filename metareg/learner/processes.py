@@ -188,12 +188,12 @@ class Processes:
 
 @contextmanager
 def join_processes() -> Iterator[Processes]:
-    """The processes that torchrun started together, in touch for a block; one where it started none.
+    """Join the processes that torchrun started, for a block; a single process if it started none.
 
-    Where the program has a process group of its own already, that is used. Only process 0 logs.
+    If the program already has a process group, it is used. Only process 0 logs.
 
     Raises:
-        MetaregError: they do not find each other.
+        MetaregError: they cannot find each other.
 
     Example:
         >>> with join_processes() as processes, learner.split_over(processes):  # in a script that torchrun starts

@@ -20,16 +20,15 @@ _LEAST_BYTES, _MOST_TIMES = 1 << 28, 100
 
 @contextmanager
 def open_arrays(path: Path, what: str) -> Iterator[Mapping[str, np.ndarray]]:
-    """The arrays of an npz file by name, each read when it is asked for; nothing is unpickled.
+    """Open the arrays of an npz file by name, each read on access; nothing is unpickled.
 
     Args:
         path: the file.
-        what: what it is to be read as, for messages, as in ``"a graph"``. The block takes the arrays for that: what goes
-            wrong in it is the file's fault.
+        what: what to read it as, for messages, such as ``"a graph"``. Errors in the block are attributed to the file.
 
     Raises:
-        UsageError: the file is missing, damaged, holds pickled objects, or would take many times its size; or the block
-            raises what Python raises for wrong content.
+        UsageError: the file is missing or damaged, contains pickled objects, or would take many times its size; or the
+            block raises an error that Python raises for wrong content.
     """
     try:
         refuse_special_file(path)

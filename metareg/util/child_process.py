@@ -28,13 +28,13 @@ _SECONDS_TO_START = 300
 def parse_in_child(
     parser: Callable[[Path], Mapping[str, np.ndarray]], paths: Sequence[Path], what: str
 ) -> list[dict[str, np.ndarray]]:
-    """What a parser makes of files, each of which may crash, fill the memory or never end it.
+    """Parse files in a child process, because each may crash the parser, fill the memory or never finish.
 
     Args:
-        parser: a function of a module that can be imported; it returns arrays by name. The module imports what is large, so
-            that it does not count as the file's memory.
+        parser: a function of an importable module that returns arrays by name. The module imports large packages
+            itself, so that they do not count as the file's memory.
         paths: the files; one process reads all of them.
-        what: what they are to be read as, for messages, as in ``"a graph"``.
+        what: what to read them as, for messages, such as ``"a graph"``.
 
     Returns:
         The arrays of each file.

@@ -29,7 +29,7 @@ def absolute_path(path: str | Path) -> Path:
 
 
 def cache_folder() -> Path:
-    """Where what is made of data is kept: METAREG_CACHE, or the user's cache folder of the system."""
+    """The folder for derived data: METAREG_CACHE, or the user's cache folder of the system."""
     import platformdirs
 
     given = os.environ.get("METAREG_CACHE")
@@ -37,21 +37,21 @@ def cache_folder() -> Path:
 
 
 def data_folder() -> Path:
-    """Where data is looked for and downloads go, each data set in a folder of its own: METAREG_DATA, or the cache."""
+    """The folder for data and downloads, with one folder per data set: METAREG_DATA, or a folder in the cache."""
     given = os.environ.get("METAREG_DATA")
     return absolute_path(given) if given else cache_folder() / "data"
 
 
 def download(url: str, path: Path, checksum: str | None = None) -> None:
-    """Fetch a file, unless it is there; standard error shows the progress.
+    """Download a file unless it exists; standard error shows the progress.
 
     Args:
-        url: where it is, by http or https.
-        path: where it is to be; folders are made.
-        checksum: ``"sha256:"`` or ``"md5:"`` and the digits; None where none is known.
+        url: its address, http or https.
+        path: the target; folders are created.
+        checksum: ``"sha256:"`` or ``"md5:"`` and the digits; None if none is known.
 
     Raises:
-        MetaregError: it cannot be fetched, or is another file than the checksum says. Nothing of it is kept.
+        MetaregError: it cannot be downloaded, or does not match the checksum. Nothing is kept.
     """
     if path.is_file():
         return

@@ -104,10 +104,10 @@ def read_text(path: Path, errors: str = "strict") -> str:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        UsageError: it cannot be read, or is no JSON.
+        UsageError: it cannot be read, or is not JSON.
     """
     try:
         return parse_json(read_text(path).removeprefix("\ufeff"))
@@ -340,7 +340,7 @@ def _json(value: Any, indent: str) -> str:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename durable; not every system can open a folder."""
+    """Make a rename durable, on systems that can open a folder."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

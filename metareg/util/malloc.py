@@ -12,14 +12,14 @@ _LARGEST = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what tensors free for the next ones, instead of giving it back to the system each time.
+    """Let the C library keep freed memory for later tensors instead of returning it to the system each time.
 
-    A convolutional training step on a CPU frees and takes the same megabytes over and over; otherwise the system maps and
-    clears their pages anew, 5 to 12 % of the step's time. The command does it; a program of one's own calls it once, at its
-    start, for it holds for everything in the process.
+    A convolutional training step on a CPU repeatedly frees and allocates the same megabytes; otherwise, the system maps
+    and clears their pages each time, which takes 5 to 12 % of the step. The command does this. Call it once at the
+    start of your own program: it affects the whole process.
 
     Returns:
-        Whether the C library can be told so; that of Linux (glibc) can.
+        Whether the C library supports it; Linux's glibc does.
     """
     if sys.platform != "linux":
         return False

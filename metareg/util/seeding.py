@@ -25,7 +25,7 @@ _TORCH_GENERATOR = RLock()  # torch has one global generator for all threads of 
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
-    """A seed in [0, 2**63) for the purpose that `labels` name; equal on every machine."""
+    """Derive a seed in [0, 2**63) for the purpose named by `labels`; the same on every machine."""
     text = "\x1f".join(str(part) for part in (seed, *labels))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
@@ -141,17 +141,17 @@ def restore_global_generators(state: Mapping[str, Any]) -> None:
 
 
 def task_uniform(seed: int, split: str, indices: Sequence[int], count: int, label: str = "") -> np.ndarray:
-    """Uniform numbers in [0, 1) for tasks, each a function of (seed, split, task number, position, label) alone.
+    """Draw uniform numbers in [0, 1) for tasks, each a function of only (seed, split, task number, position, label).
 
-    Counter-based (the SplitMix64 finaliser over a Weyl sequence: Steele, Lea and Flood, OOPSLA 2014), so that the
-    numbers of many tasks are drawn at once and any task can be drawn without the ones before it.
+    Counter-based (the SplitMix64 finaliser over a Weyl sequence: Steele, Lea and Flood, OOPSLA 2014), so the numbers of
+    many tasks are drawn at once, and any task can be drawn without the previous ones.
 
     Args:
         seed: the run's seed.
         split: the split's name.
         indices: task numbers, non-negative.
-        count: how many numbers a task needs.
-        label: tells streams of one task apart.
+        count: the number of numbers per task.
+        label: distinguishes streams of one task.
 
     Returns:
         float64 array ``[len(indices), count]``.
@@ -166,13 +166,13 @@ def task_uniform(seed: int, split: str, indices: Sequence[int], count: int, labe
 
 
 def draw_distinct(uniform: np.ndarray, population: np.ndarray | int) -> np.ndarray:
-    """Ordered draws without replacement: the first steps of Fisher and Yates' shuffle of 0 … population − 1.
+    """Draw without replacement, in order: the first steps of the Fisher–Yates shuffle of 0 … population − 1.
 
-    Only the positions that the shuffle has touched are kept, so that the cost does not depend on the population.
+    Only positions touched by the shuffle are stored, so the cost does not depend on the population.
 
     Args:
-        uniform: numbers in [0, 1) ``[…, draws]``, one a draw.
-        population: how many there are to draw from ``[…]``, at least `draws`.
+        uniform: numbers in [0, 1) ``[…, draws]``, one per draw.
+        population: the sizes of the populations ``[…]``, at least `draws`.
 
     Returns:
         int64 ``[…, draws]``, distinct along the last dimension.

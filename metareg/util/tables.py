@@ -39,9 +39,9 @@ class Table:
     """Rows and named columns.
 
     Args:
-        path: where it comes from, for messages.
+        path: its origin, for messages.
         columns: each column by its name: cells of text, or numbers (float64, NaN where one is missing).
-        named: whether the file named its columns; where it did not, they are ``x1, x2, …``.
+        named: whether the file names its columns; if not, they are ``x1, x2, …``.
         lines: the line of each row in a text file; empty for other files.
         decimal_comma: whether numbers are written as ``0,5``.
     """
@@ -61,7 +61,7 @@ class Table:
         return len(next(iter(self.columns.values()), ()))
 
     def is_numeric(self, name: str) -> bool:
-        """Whether every cell of a column that is not missing is a number, and one is there."""
+        """Whether all cells of a column that are not missing are numbers, and there is at least one."""
         cells = self.columns[name]
         return isinstance(cells, np.ndarray) or (any(cells) and not self.find_texts(name))
 
@@ -77,10 +77,11 @@ class Table:
 
         Args:
             name: the column.
-            missing: take empty cells, NA, N/A, NaN and null for missing numbers, which become NaN, and not for errors.
+            missing: treat empty cells, NA, N/A, NaN and null as missing numbers, which become NaN, instead of as
+                errors.
 
         Raises:
-            UsageError: a cell holds no finite number.
+            UsageError: a cell is not a finite number.
         """
         cells = self.columns[name]
         if isinstance(cells, np.ndarray):
@@ -100,14 +101,14 @@ class Table:
         return numbers
 
     def get_texts(self, name: str) -> list[str]:
-        """A column as texts: numbers with decimal points, whole ones without, and nothing where one is missing."""
+        """A column as strings: numbers with decimal points, whole numbers without, and "" for missing ones."""
         cells = self.columns[name]
         if isinstance(cells, np.ndarray):
             return ["" if math.isnan(value) else _format_number(value) for value in cells.tolist()]
         return [cell.replace(",", ".") if self.decimal_comma and _COMMA.fullmatch(cell) else cell for cell in cells]
 
     def get_rows(self, names: Sequence[str]) -> list[list[str]]:
-        """The texts of some columns, row by row."""
+        """The strings of some columns, row by row."""
         return [list(row) for row in zip(*(self.get_texts(name) for name in names), strict=True)]
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Table:
@@ -123,14 +124,14 @@ class Table:
         return replace(self, columns=dict(zip(names, self.columns.values(), strict=True)))
 
     def locate(self, row: int, name: str) -> str:
-        """How messages call a cell: the file, its line and its column."""
+        """Describe a cell for messages: the file, its line and its column."""
         return f"{self.path}, {f'line {self.lines[row]}' if self.lines else f'row {row + 1}'}, column '{name}',"
 
     def check_columns(self, required: Collection[str], optional: Collection[str] = ()) -> None:
-        """Refuse the table unless it has the required columns and no others than these and the optional ones.
+        """Refuse the table unless it has the required columns, and no others except the optional ones.
 
         Raises:
-            UsageError: a column is missing, or one too many; the nearest names are told.
+            UsageError: a column is missing or unknown; the message gives the nearest names.
         """
         for name in required:
             self.require(name)
@@ -145,10 +146,10 @@ class Table:
                 )
 
     def require(self, name: str) -> None:
-        """Refuse the table where it has no column of a name.
+        """Refuse the table if it has no column of a name.
 
         Raises:
-            UsageError: it has none; the nearest names are told.
+            UsageError: it has none; the message gives the nearest names.
         """
         if name in self.columns:
             return
@@ -175,20 +176,20 @@ class Table:
 
 
 def read_table(path: Path, known: Collection[str] = (), *, is_data: Callable[[list[str]], bool] | None = None) -> Table:
-    """Read a table of a user.
+    """Read a user's table.
 
-    Text is UTF-8 or UTF-16, with or without a byte order mark. Tabs, semicolons or commas separate the cells; numbers have
-    decimal points or, in all of the file, decimal commas. Blank lines count for nothing. The first line names the columns.
-    Where it is made of numbers alone it is a first row, except that whole numbers could be either and are refused.
+    Text is UTF-8 or UTF-16, with or without a byte order mark. Cells are separated by tabs, semicolons or commas.
+    Numbers have decimal points or, throughout the file, decimal commas. Blank lines are ignored. The first line names
+    the columns. If it consists only of numbers, it is a row; whole numbers could be either and are refused.
 
     Args:
-        path: text, ``.parquet`` (by pyarrow) or ``.npz``, in which each array is a column, and one ``[rows, columns]``
-            several.
-        known: names of columns; a first line that has one of them names the columns, though they be numbers.
-        is_data: says of the cells of a first line whether they are a first row; what is told above holds without it.
+        path: text, ``.parquet`` (with pyarrow) or ``.npz``, in which each array is a column, or several columns if it
+            is ``[rows, columns]``.
+        known: names of columns; a first line that contains one of them names the columns, even if they are numbers.
+        is_data: decides whether the cells of the first line are a row; by default, as described above.
 
     Raises:
-        UsageError: the file cannot be read, lines differ in length, or columns have no name or the same one.
+        UsageError: the file cannot be read, lines differ in length, or column names are missing or duplicated.
     """
     try:
         refuse_special_file(path)
