@@ -168,7 +168,8 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
 
 def _cut_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """`train`, `resume` or `compare` with few steps and tests, whatever a listing says."""
-    small = {"steps": 6} if function.__name__ == "resume" else {"steps": 4, "test_tasks": 2, "eval_tasks": 2}
+    small = {"steps": 6} if function.__name__ == "resume" else {"steps": 4, "test_tasks": 4, "eval_tasks": 4}
+    small |= {"seeds": 1} if function.__name__ == "compare" else {}
     return lambda *arguments, **options: function(*arguments, **options | small)
 
 
