@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.losses import Loss, Metric
@@ -323,7 +324,9 @@ def _write_out_lengths(selection: Selection) -> Selection:
     lengths = {"eval_every": config.eval_every or max(1, config.steps // 10)}
     if config.lr_schedule == "cosine":
         lengths["lr_schedule_steps"] = config.lr_schedule_steps or config.steps
-    return dataclasses.replace(selection, config=config.model_copy(update=lengths))
+    return dataclasses.replace(
+        selection, config=validate(RunConfig, config.model_dump() | lengths, "the run's options")
+    )
 
 
 def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:

@@ -49,6 +49,8 @@ NOT_RUN = {
     r"^metareg reproduce \S": "takes minutes to days; tests/comparison/test_reproduce.py runs recipes",
     r"--launcher ray": "needs a cluster; tests/comparison/test_ray.py starts one",
     r"--task (cub|font-folder)\b": "needs data that cannot be fetched here",
+    r"--model torchvision": "needs pretrained weights; tests/tasks/test_pretrained.py trains with some",
+    r"--observe (mlflow|wandb)": "needs a package of its own; tests/plugins/test_observers.py runs it",
     r"--support photos/": "needs a run on images; how-to/images.md has one",
 }
 """Commands that are only compared with these patterns, and why."""
@@ -56,7 +58,7 @@ NOT_RUN = {
 DATA = {"omniglot-small": "omniglot", "cora": "graphs", "citeseer": "graphs"}
 """Tasks that read data from METAREG_DATA, and the folder there; without it their commands are left out."""
 
-TRAINING = ("steps", "test_tasks", "eval_tasks", "eval_every", "meta_batch", "strategy", "threads")
+TRAINING = ("steps", "test_tasks", "eval_tasks", "eval_every", "meta_batch", "strategy", "threads", "lr_warmup_steps")
 CUT = ["--steps", "4", "--set", "test_tasks=4", "--set", "eval_tasks=4", "--set", "meta_batch=2"]
 
 

@@ -116,6 +116,12 @@ def test_a_run_with_a_schedule_goes_on_with_the_same_bits(tmp_path: Path) -> Non
     assert read(run.path) == before
 
 
+def test_a_warm_up_longer_than_the_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="lr_warmup_steps = 40 must be less than lr_schedule_steps, 40"):
+        metareg.train(out=tmp_path / "run", lr_schedule="cosine", lr_warmup_steps=40, **SMALL)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_lost_best_checkpoint_begins_the_count_anew(tmp_path: Path) -> None:
     run = metareg.train(out=tmp_path / "run", patience=3, outer_lr=0.5, **SMALL)
     results = json.loads((run.path / "results.json").read_text())
