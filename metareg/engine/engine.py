@@ -34,6 +34,9 @@ from metareg.util.torch_internals import tree_map
 
 __all__ = ["Engine", "Gradient"]
 
+_STACKS_BEFORE_TRACING = 32
+"""Stacks of tasks that an evaluation maps untraced: a test has six, and a graph saves some milliseconds of each."""
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -153,9 +156,10 @@ class Engine:
                     score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
                 ]
         else:
-            # Compiling pays for many equal steps; an evaluation has few, each as long as many.
+            # Compiling pays for many equal steps; an evaluation has few, each as long as many, and tracing costs it seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
-            program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy)
+            calls = 1 if one_by_one else _STACKS_BEFORE_TRACING
+            program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy, calls)
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
@@ -273,11 +277,16 @@ class Engine:
         grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), (grads, losses, logs))
         return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
 
-    def _find_program(self, key: Any, function: Function, strategy: Strategy) -> Program:
+    def _find_program(self, key: Any, function: Function, strategy: Strategy, calls_before_tracing: int = 1) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
             reads = (self.training.loss, self.training.metric.function, *self.training.model.forwards)
-            program = Program(function, compiled=strategy == "compiled", reads=reads)
+            program = Program(
+                function,
+                compiled=strategy == "compiled",
+                reads=reads,
+                calls_before_tracing=calls_before_tracing,
+            )
             self._programs[key, strategy] = program
         return program
 

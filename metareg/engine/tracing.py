@@ -62,11 +62,15 @@ class Program:
         function: its control flow depends on nothing but shapes.
         compiled: hand the graph to `torch.compile`.
         reads: functions, objects and modules of the user, whose variables it reads.
+        calls_before_tracing: with inputs of the same shapes.
     """
 
-    def __init__(self, function: Function, *, compiled: bool, reads: Sequence[Any] = ()) -> None:
+    def __init__(
+        self, function: Function, *, compiled: bool, reads: Sequence[Any] = (), calls_before_tracing: int = 1
+    ) -> None:
         self._function = function
         self._compiled = compiled
+        self._calls_before_tracing = calls_before_tracing
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._calls: Counter[Any] = Counter()
         self._reads = reads
@@ -101,7 +105,7 @@ class Program:
             return 2 ** min(self._changes, 30)
         if self._compiled:
             return 0
-        return _CALLS_OF_ANOTHER_SHAPE if self._graphs else 1
+        return _CALLS_OF_ANOTHER_SHAPE if self._graphs else self._calls_before_tracing
 
     def _drop_outdated(self) -> None:
         """Drop the graphs where a variable has another value than when they were traced."""

@@ -70,6 +70,16 @@ def test_policies_are_scored_together_as_alone(algo: str, strategy: str) -> None
     assert [each.to_dict() for each in together] == [each.to_dict() for each in alone]
 
 
+def test_a_test_of_tasks_at_once_is_not_traced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def trace(*_: object) -> None:
+        raise AssertionError("tracing costs more than the test")
+
+    monkeypatch.setattr("metareg.engine.tracing._create_graph", trace)
+    learner = MetaLearner(MLP(), loss="mse", inner_lr=0.1, strategy="vectorized")
+    for _ in range(3):
+        learner.evaluate(Source("mlp"), 4, inner_steps=[0, 1])
+
+
 def test_a_task_is_adapted_to_once_for_all_policies() -> None:
     steps: list[int] = []
 
