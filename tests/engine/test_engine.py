@@ -171,13 +171,15 @@ def test_strides_do_not_matter() -> None:
     assert difference(learner.meta_gradient(strided)[1], grads) < 1e-12
 
 
-def test_a_traced_graph_gives_the_bits_of_the_function() -> None:
-    # A resumed run does not trace at the same calls: the first call of a shape runs the function itself.
+def test_a_traced_graph_gives_the_bits_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A resumed run does not trace at the same calls: the first calls of a shape run the function itself.
+    monkeypatch.setattr("metareg.engine.engine._STACKS_BEFORE_TRACING", 1)
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 1))
     learner = MetaLearner(model, algo="maml", loss="mse", inner_lr=0.01, strategy="vectorized")
     x = torch.rand(64, 20, 1, generator=torch.Generator().manual_seed(1))
     source = Given(Episodes(x[:, :10], x[:, :10].sin(), x[:, 10:], x[:, 10:].sin()))
     first, second = (learner.evaluate(source, 64, inner_steps=(1,)) for _ in range(2))
+    assert [bool(program._graphs) for program in learner.engine._programs.values()] == [True]
     assert torch.equal(first.scores, second.scores)
 
 
