@@ -18,6 +18,7 @@ from rich.text import Text
 
 from metareg.cli.terminal import LogHandler
 from metareg.learner.display import TerminalDisplay, format_speed
+from metareg.printable import format_count
 
 if TYPE_CHECKING:
     from metareg.comparison.pool import Outcome
@@ -93,7 +94,7 @@ class ComparisonProgress:
             )  # fmt: skip
         done, left, broken = comparison.finished, comparison.left, len(comparison.broken)
         words = Text.assemble(
-            (f"{done} of {done + left + broken} runs", "bold"),
+            (f"{done} of {format_count(done + left + broken, 'run')}", "bold"),
             (f", {broken} broken" if broken else "", "red"),
             _format_time_left(comparison),
         )

@@ -114,14 +114,18 @@ def create_analysis_tables(found: Analysis) -> Iterator[Table]:
 
     last = found.inner_steps
     updates = _create_table(
-        "layer", "part", "‖change‖ / ‖start‖", title=f"What {last} inner steps change", title_justify="left"
+        "layer",
+        "part",
+        "‖change‖ / ‖start‖",
+        title=f"What {format_count(last, 'inner step')} change",
+        title_justify="left",
     )
     for layer in found.layers:
         updates.add_row(escape(layer.layer), layer.part, write(layer.relative[-1]))
     yield updates
     better = "higher" if found.higher_is_better else "lower"
     title = f"{found.metric} over {found.tasks} tasks ({better} is better)"
-    scores = _create_table("tasks", "adapted", "0 steps", f"{last} steps", title=title, title_justify="left")
+    scores = _create_table("tasks", "adapted", "0 steps", format_count(last, "step"), title=title, title_justify="left")
     for name, means in found.adapting.items():
         scores.add_row("test", name, write(means[0]), write(means[-1]))
     scores.add_row("training", "all", write(found.train[0]), write(found.train[-1]))
@@ -382,6 +386,10 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
     for name, value in facts.items():
         table.add_row(name, escape(str(value)))
     broken = sum(bool(row["broken"]) for row in rows)
-    verdict = f"{broken} of {len(rows)} plugins do not work." if broken else f"All {len(rows)} plugins work."
+    verdict = (
+        f"{broken} of {format_count(len(rows), 'plugin')} cannot be used."
+        if broken
+        else f"All {len(rows)} plugins work."
+    )
     style = "bold red" if broken else "green"
     return Group(table, Text(), create_plugin_table(rows, checked=True), Text(), Text(verdict, style))

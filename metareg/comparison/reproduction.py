@@ -11,6 +11,7 @@ from pydantic import NonNegativeInt, model_validator
 
 from metareg.contract.config import Field, PluginConfig, validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.printable import format_count
 from metareg.util.files import read_json, write_json
 from metareg.util.yaml_files import read_yaml
 
@@ -143,7 +144,7 @@ class Verdict:
     def __str__(self) -> str:
         recipe, expected = self.recipe, self.recipe.expected
         value, interval = recipe.format_value, recipe.format_interval
-        after = f"after {recipe.inner_steps} inner step{'' if recipe.inner_steps == 1 else 's'}"
+        after = f"after {format_count(recipe.inner_steps, 'inner step')}"
         found = f"{recipe.metric} {after} is {value(self.mean)} ({interval(self.interval)} over {self.over})"
         if expected is None:
             return f"Nothing to compare with: {found}. {recipe.unknown}"
@@ -256,10 +257,10 @@ def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     found = {run.seed: read_evaluations(run.path)[0] for run in runs}
     one = next(iter(found.values()))
     by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
-    estimate, over = over_seeds(list(by_seed.values())), f"{len(by_seed)} seeds"
+    estimate, over = over_seeds(list(by_seed.values())), format_count(len(by_seed), "seed")
     if len(by_seed) == 1:
         column = one.inner_steps.index(recipe.inner_steps)
-        estimate, over = over_tasks([one.scores[:, column].numpy()]), f"{one.tasks} test tasks"
+        estimate, over = over_tasks([one.scores[:, column].numpy()]), format_count(one.tasks, "test task")
     # A score that is not finite is one of the mean, as it is none of the interval, and reaches nothing.
     mean = sum(by_seed.values()) / len(by_seed)
     reached = None

@@ -24,6 +24,7 @@ from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_core
 from metareg.comparison.tuning import create_tuners
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
+from metareg.printable import format_count
 from metareg.runs.folder import CONFIG, TIMING
 from metareg.util.files import MALFORMED, is_leftover, lock_folder, parse_json, read_text
 from metareg.util.signals import StopRequest, catch_stop_signals
@@ -71,8 +72,8 @@ class Comparison:
     def __repr__(self) -> str:
         arms, seeds = len(self.plan.arms), len(self.plan.config.seeds)
         return (
-            f"<Comparison at {self.path}: {arms} arms × {seeds} seeds; runs: {self.finished} finished, {self.left} left, "
-            f"{len(self.broken)} broken>"
+            f"<Comparison at {self.path}: {format_count(arms, 'arm')} × {format_count(seeds, 'seed')}; runs: "
+            f"{self.finished} finished, {self.left} left, {len(self.broken)} broken>"
         )
 
     @property
@@ -275,7 +276,7 @@ def compare(
             if archived is not None:
                 added, kept = add_archived_runs(archived.folder, folder)
                 stay = f"; {kept} that {folder} has begun are kept" if kept else ""
-                log.info("%d finished runs of %s count as done%s.", added, archive, stay)
+                log.info("%s: %s taken as done%s.", archive, format_count(added, "finished run"), stay)
             plan.write()
             comparison = Comparison(plan, workers)
             try:

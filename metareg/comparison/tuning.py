@@ -25,6 +25,7 @@ from metareg.comparison.space import Dimension, list_dimensions
 from metareg.contract.search import Range, format_domain
 from metareg.contract.splits import VALIDATION
 from metareg.errors import UsageError
+from metareg.printable import format_count
 from metareg.runs.folder import RESULTS
 from metareg.util.files import read_json, refuse_malformed, write_json
 from metareg.util.seeding import derive_seed
@@ -125,7 +126,9 @@ class Tuner:
         if self.chosen is not None:
             return []
         if not self._trials and self.trials:
-            log.info("%s: %d trials of %s.", self._arm, self.trials, "; ".join(map(str, self._dimensions)))
+            log.info(
+                "%s: %s of %s.", self._arm, format_count(self.trials, "trial"), "; ".join(map(str, self._dimensions))
+            )
         while True:
             for trial in self._trials:
                 self._update(trial)

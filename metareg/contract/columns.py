@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from metareg.errors import UsageError, nearest
+from metareg.printable import format_count
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,14 +152,16 @@ def match_columns(
     _check_count(support, names, inputs, targets)
     classes = tuple(sorted(set(support.get_texts(names[inputs])))) if classifies else None
     if classes is not None and len(classes) > outputs:
-        raise UsageError(f"{support.path} has {len(classes)} classes; this learner distinguishes {outputs}.")
+        raise UsageError(
+            f"{support.path} has {format_count(len(classes), 'class', 'classes')}; this learner distinguishes {outputs}."
+        )
     return Columns(tuple(names[:inputs]), tuple(names[inputs:]), classes, input_shape)
 
 
 def _check_count(table: Table, names: Sequence[str], inputs: int, targets: int) -> None:
     if len(names) == inputs + targets:
         return
-    wanted = f"{inputs} input{'s' * (inputs > 1)}"
-    wanted += f" and {targets} target{'s' * (targets > 1)}" if targets else ""
-    has = f"{len(names)} column{'s' * (len(names) > 1)} ({', '.join(names[:12])}{', …' * (len(names) > 12)})"
+    wanted = format_count(inputs, "input")
+    wanted += f" and {format_count(targets, 'target')}" if targets else ""
+    has = f"{format_count(len(names), 'column')} ({', '.join(names[:12])}{', …' * (len(names) > 12)})"
     raise UsageError(f"{table.path} has {has}; this learner takes {wanted}.")

@@ -57,8 +57,8 @@ class Episodes:
                 tasks = leaf.shape[0] if tasks is None else tasks
                 if leaf.shape[0] != tasks:
                     raise UsageError(
-                        f"Episodes: {name} holds {leaf.shape[0]} tasks where support_x holds {tasks}; every part "
-                        "has the shape [tasks, examples, …]."
+                        f"Episodes: {name} holds {format_count(leaf.shape[0], 'task')} where support_x holds {tasks}; "
+                        "every part has the shape [tasks, examples, …]."
                     )
         if not tasks:
             raise UsageError("Episodes: there must be at least one task.")
@@ -137,7 +137,9 @@ class Episodes:
             UsageError: the number of positions differs from the number of tasks.
         """
         if len(positions) != len(self):
-            raise UsageError(f"Episodes: got {len(positions)} positions for {len(self)} tasks.")
+            raise UsageError(
+                f"Episodes: got {format_count(len(positions), 'position')} for {format_count(len(self), 'task')}."
+            )
         return _create_unchecked(self.parts, tuple(positions))
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:

@@ -106,7 +106,7 @@ class Evaluation:
 
     def _format_score(self, inner_steps: int) -> str:
         if diverged := self.count_diverged(inner_steps):
-            return f"diverged on {diverged} of {self.tasks} tasks"
+            return f"diverged on {diverged} of {format_count(self.tasks, 'task')}"
         return f"{self.mean(inner_steps):.4g} ± {self.ci95(inner_steps):.2g}"
 
     def get_scores(self, inner_steps: int) -> Tensor:

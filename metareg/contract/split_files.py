@@ -9,6 +9,7 @@ from typing import Any
 
 from metareg.contract.splits import SPLITS, find_split
 from metareg.errors import UnknownNameError, UsageError
+from metareg.printable import format_count
 from metareg.util.files import MALFORMED, read_text, refuse_twice
 from metareg.util.tables import read_table
 from metareg.util.yaml_files import parse_yaml
@@ -77,7 +78,7 @@ def _read_pairs(path: Path, what: str) -> list[tuple[str, str]]:
         raise UsageError(
             f"The split file {path} must have the columns '{what}' and 'split'; it has {', '.join(names)}."
             if table.named
-            else f"The split file {path} must have lines '{what},split'; its first has {len(names)} cells."
+            else f"The split file {path} must have lines '{what},split'; its first has {format_count(len(names), 'cell')}."
         )
     split = "split" if table.named else names[1]
     (name,) = (each for each in names if each != split)

@@ -15,6 +15,7 @@ from metareg.contract.losses import Loss
 from metareg.contract.views import TaskView
 from metareg.engine.split_model import SplitModel
 from metareg.errors import ExamplesError, PluginError
+from metareg.printable import format_count
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
 from metareg.util.devices import move_tensors
@@ -456,7 +457,7 @@ def _match_count(count: int, given: Any, by: Implementation) -> list[float]:
     """The weights, one for each inner step."""
     weights = [float(weight) for weight in given]
     if len(weights) != count:
-        by.reject(f"it returned {len(weights)} weights for {count} inner steps")
+        by.reject(f"it returned {format_count(len(weights), 'weight')} for {format_count(count, 'inner step')}")
     return weights
 
 
@@ -473,7 +474,7 @@ def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str
 def _take_outputs(features: Tensor, given: Any, by: Implementation) -> Tensor:
     """The outputs for as many examples as there are features."""
     if not isinstance(given, Tensor) or given.shape[:1] != features.shape[:1]:
-        by.reject(f"it must return outputs for {features.shape[0]} examples, not {_describe(given)}")
+        by.reject(f"it must return outputs for {format_count(features.shape[0], 'example')}, not {_describe(given)}")
     return given
 
 

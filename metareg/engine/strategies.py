@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 
 from metareg.engine.objective import TaskFunctions
+from metareg.printable import format_count
 
 __all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "find_compiler"]
 
@@ -45,10 +46,10 @@ def choose_strategy(
     gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.options.inner_steps)
     cost = _COMPILE_SECONDS * (1 + functions.options.inner_steps) / 2
     if gain <= cost:
-        return "vectorized", f"{steps} steps are too few to pay for about {cost:.0f} s of compiling"
+        return "vectorized", f"too few steps ({steps:,}) to pay for about {cost:.0f} s of compiling"
     if device.type == "cpu" and find_compiler() is None:
         return "vectorized", "compiling would pay off, but there is no C++ compiler (g++ or clang++)"
-    return "compiled", f"{steps} steps pay off about {cost:.0f} s of compiling"
+    return "compiled", f"{format_count(steps, 'step')} pay off about {cost:.0f} s of compiling"
 
 
 def find_compiler() -> str | None:

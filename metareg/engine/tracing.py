@@ -19,6 +19,7 @@ from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.python_state import PythonState
 from metareg.errors import MetaregError, describe_error
+from metareg.printable import format_count
 from metareg.util.layout import make_contiguous, settle_layout
 from metareg.util.torch_internals import (
     UNSAFE_VIEW,
@@ -199,7 +200,7 @@ def advise_on_memory(tasks: int) -> Iterator[None]:
             raise
         smaller = f"chunk={max(1, tasks // 2)} runs fewer tasks at once" if tasks > 1 else "use a smaller batch"
         raise MetaregError(
-            f"Out of memory with {tasks} task{'s' * (tasks > 1)} at once; {smaller}, and memory='recompute' keeps "
+            f"Out of memory with {format_count(tasks, 'task')} at once; {smaller}, and memory='recompute' keeps "
             "only the parameters of each inner step."
         ) from error
 

@@ -22,6 +22,7 @@ from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
 from metareg.learner.meta_parameters import MetaParameters
 from metareg.learner.processes import Processes
+from metareg.printable import format_count
 from metareg.registry.task_source import TaskSource
 from metareg.util.devices import move_tensors
 from metareg.util.layout import copy_contiguous, match_strides
@@ -339,8 +340,8 @@ def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:
     wanted = tuple(sorted(set(inner_steps)))
     if tasks < 2 or not wanted or wanted[0] < 0:
         raise UsageError(
-            f"An evaluation needs at least 2 tasks and non-negative numbers of inner steps; got {tasks} tasks and "
-            f"inner steps {list(inner_steps)}."
+            f"An evaluation needs at least 2 tasks and non-negative numbers of inner steps; got "
+            f"{format_count(tasks, 'task')} and inner steps {list(inner_steps)}."
         )
     return wanted
 

@@ -6,6 +6,7 @@ import math
 
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.printable import format_count
 
 __all__ = ["check_schedule", "compute_learning_rate", "is_constant"]
 
@@ -53,5 +54,5 @@ def check_schedule(config: LearnerConfig, steps: int) -> None:
     if config.lr_schedule == "cosine" and config.lr_schedule_steps is not None and steps > config.lr_schedule_steps:
         raise UsageError(
             f"The cosine schedule ends at step {config.lr_schedule_steps} (lr_schedule_steps) with a learning rate of 0; it "
-            f"cannot train for {steps} steps."
+            f"cannot train for {format_count(steps, 'step')}."
         )

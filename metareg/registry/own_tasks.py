@@ -11,6 +11,7 @@ import torch
 from metareg.contract.episodes import Episodes, read_episodes
 from metareg.contract.splits import TRAIN, VALIDATION, find_split
 from metareg.errors import UsageError
+from metareg.printable import format_count
 from metareg.registry.plugins import Plugin
 from metareg.util.seeding import SeparateGenerators, derive_seed
 from metareg.util.torch_internals import tree_leaves
@@ -150,8 +151,8 @@ class _Stream:
             if task is None:
                 count = self._first + len(self._tasks)
                 raise UsageError(
-                    f"'{self._name}' has {count} {self._split} tasks, but at least {high + 1} are needed; lower "
-                    f"{'eval_tasks' if self._split == VALIDATION else 'test_tasks'}, or add tasks."
+                    f"'{self._name}' has {format_count(count, f'{self._split} task')}, but at least {high + 1} are needed; "
+                    f"lower {'eval_tasks' if self._split == VALIDATION else 'test_tasks'}, or add tasks."
                 )
             self._check_start(task)
             self._tasks.append(task)

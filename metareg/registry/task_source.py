@@ -8,6 +8,7 @@ from typing import Any
 
 from metareg.contract.episodes import Episodes
 from metareg.errors import PluginError, UsageError
+from metareg.printable import format_count
 from metareg.registry.dispatch import find_hook
 from metareg.registry.own_tasks import EpisodeStreams, is_same, wrap_tasks
 from metareg.registry.plugins import Plugin, resolve
@@ -75,7 +76,9 @@ class TaskSource:
             )
         count = sum(len(batch) for batch in batches)
         if count != len(indices):
-            raise PluginError(f"The {self.plugin.label} returned {count} tasks instead of {len(indices)}.")
+            raise PluginError(
+                f"The {self.plugin.label} returned {format_count(count, 'task')} instead of {len(indices)}."
+            )
         return [batch for batch in batches if len(batch)]
 
     def placed_episodes(self, split: str, indices: Sequence[int], seed: int) -> tuple[list[Episodes], list[int]]:

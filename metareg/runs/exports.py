@@ -19,7 +19,7 @@ from metareg.contract.named import NamedExamples
 from metareg.contract.tasks import Task
 from metareg.errors import UsageError, nearest
 from metareg.learner.learner import MetaLearner
-from metareg.printable import format_csv
+from metareg.printable import format_count, format_csv
 from metareg.registry.plugins import Plugin, resolve
 from metareg.runs.programs import (
     ENDINGS,
@@ -328,7 +328,8 @@ class _Examples:
 
     def _number_labels(self, labels: Sequence[str], classes: Sequence[str], where: Path) -> None:
         if len(classes) > self._output_shape[0]:
-            raise UsageError(f"{where} has {len(classes)} classes; this learner distinguishes {self._output_shape[0]}.")
+            count = format_count(len(classes), "class", "classes")
+            raise UsageError(f"{where} has {count}; this learner distinguishes {self._output_shape[0]}.")
         self.classes = classes
         self.y = torch.tensor([classes.index(label) for label in labels])
 

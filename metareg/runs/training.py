@@ -27,6 +27,7 @@ from metareg.learner.learner import MetaLearner
 from metareg.learner.learning_rate import check_schedule
 from metareg.learner.processes import Processes, join_processes
 from metareg.learner.training import Progress, connect_observers, fit
+from metareg.printable import format_count
 from metareg.registry.task_source import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
@@ -311,7 +312,9 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
             f"{format_resume_command(path)} continues it unchanged."
         )
     if wanted.steps < stored.steps:
-        raise UsageError(f"The run at {path} has {stored.steps} steps; you can raise this number, but not lower it.")
+        raise UsageError(
+            f"The run at {path} has {format_count(stored.steps, 'step')}; you can raise this number, but not lower it."
+        )
 
 
 def _is_taken(out: Path) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from metareg.errors import UsageError, nearest
+from metareg.printable import format_count
 from metareg.util.arrays import open_arrays
 from metareg.util.files import MALFORMED, refuse_special_file
 
@@ -260,7 +261,7 @@ def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]
     for (line, _), width in zip(tried[likely], widths[likely], strict=True):
         if width != widths[likely][0]:
             raise UsageError(
-                f"{path} has {width} cell{'s' * (width != 1)} in line {line}, where its first line has "
+                f"{path} has {format_count(width, 'cell')} in line {line}, where its first line has "
                 f"{widths[likely][0]} (separated by {_SEPARATORS[likely]})."
             )
     return likely, tried[likely]

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metareg import Episodes, UsageError, task_uniform
+from metareg import Episodes, UsageError, format_count, task_uniform
 from metareg_graph._dgl import import_dgl
 from metareg_graph.data import GraphData
 
@@ -58,8 +58,8 @@ class Pools:
             for label, nodes in group.items():
                 if len(nodes) < shots + query:
                     raise UsageError(
-                        f"Class {label} has {len(nodes)} nodes in {where}; {shots} support and {query} query nodes need "
-                        f"{shots + query}. Lower --shots or --query."
+                        f"Class {label} has {format_count(len(nodes), 'node')} in {where}; {shots} support and "
+                        f"{query} query nodes need {shots + query}. Lower --shots or --query."
                     )
             if len(group) < ways:
                 listed = ", ".join(str(label) for label in group) or "none"

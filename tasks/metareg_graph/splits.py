@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from metareg import UsageError, derive_seed
+from metareg import UsageError, derive_seed, format_count
 from metareg_graph.data import GraphData
 
 __all__ = ["SPLITS", "ClassSplit", "split_nodes"]
@@ -100,8 +100,8 @@ def _choose_counts(classes: int, ways: int) -> tuple[int, int, int]:
     held = max(ways, classes // 4)
     if classes < 2 * held + ways:
         raise UsageError(
-            f"The graph has {classes} classes; a split by class needs {3 * ways} for {ways}-way tasks. Set split=nodes "
-            "to share them, or lower --ways."
+            f"The graph has {format_count(classes, 'class', 'classes')}; a split by class needs {3 * ways} "
+            f"for {ways}-way tasks. Set split=nodes to share them, or lower --ways."
         )
     return classes - 2 * held, held, held
 
@@ -149,9 +149,9 @@ def _select_graphs(
         found = {label: np.flatnonzero(labels == label) for label in np.unique(labels[labels >= 0]).tolist()}
         enough = {label: nodes for label, nodes in found.items() if len(nodes) >= each}
         if len(enough) < ways:
+            count = format_count(len(enough), "class", "classes")
             raise UsageError(
-                f"The graph '{name}' has {len(enough)} classes of at least {each} nodes; a task needs {ways} such "
-                "classes."
+                f"The graph '{name}' has {count} of at least {format_count(each, 'node')}; a task needs {ways} such classes."
             )
         groups.append(enough)
     return groups

@@ -25,6 +25,7 @@ from metareg import (
     UsageError,
     data_folder,
     derive_seed,
+    format_count,
     hookimpl,
     task_uniform,
 )
@@ -183,10 +184,13 @@ class _FileTask(_GraphTask):
     def _describe(self) -> str:
         data = self.data
         classes = len(data.labels[data.labels >= 0].unique())
-        return (
-            f"{data.graph.num_nodes():,} nodes, {data.graph.num_edges():,} directed edges, {data.features.shape[1]:,} "
-            f"features, {classes} classes"
+        counts = (
+            format_count(data.graph.num_nodes(), "node"),
+            format_count(data.graph.num_edges(), "directed edge"),
+            format_count(data.features.shape[1], "feature"),
+            format_count(classes, "class", "classes"),
         )
+        return ", ".join(counts)
 
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:

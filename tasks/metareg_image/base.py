@@ -25,6 +25,7 @@ from metareg import (
     UsageError,
     data_folder,
     draw_distinct,
+    format_count,
     hookimpl,
     task_uniform,
 )
@@ -325,14 +326,16 @@ class ImageTask(Task):
                 else f"The task '{self.name}' has no {split} classes: {self.too_few_classes}."
             )
         if available < ways:
+            count = format_count(available, f"{split} class", f"{split} classes")
             raise UsageError(
-                f"The task '{self.name}' has {available} {split} class{'es' * (available > 1)}; {ways}-way tasks need "
-                f"{ways}: {self.too_few_classes}{self._suggest_options()}."
+                f"The task '{self.name}' has {count}; {ways}-way tasks need {ways}: "
+                f"{self.too_few_classes}{self._suggest_options()}."
             )
         least = int(index.counts.argmin())
         if index.counts[least] < self.config.shots + queries:
+            count = format_count(int(index.counts[least]), "image")
             raise UsageError(
-                f"The class '{index.names[least]}' of the task '{self.name}' ({split}) has {index.counts[least]} images; "
+                f"The class '{index.names[least]}' of the task '{self.name}' ({split}) has {count}; "
                 f"{self.config.shots} support and {queries} query images need {self.config.shots + queries}: lower shots or "
                 f"{'query' if split == 'train' else 'eval_query'}{self._suggest_options()}."
             )
@@ -357,9 +360,8 @@ class ImageTask(Task):
     def _draw_classes(self, index: SplitIndex, number: int, seed: int) -> SplitIndex:
         """Some of the classes of a split."""
         if number > len(index.names):
-            raise UsageError(
-                f"The task '{self.name}' has {len(index.names)} training classes; train_classes = {number} asks for more."
-            )
+            count = format_count(len(index.names), "training class", "training classes")
+            raise UsageError(f"The task '{self.name}' has {count}; train_classes = {number} asks for more.")
         uniform = task_uniform(seed, "train", [0], number, "train_classes")
         chosen = np.sort(draw_distinct(uniform, len(index.names))[0])
         return SplitIndex(tuple(index.names[each] for each in chosen), index.starts[chosen], index.counts[chosen])
@@ -392,7 +394,7 @@ class ImageTask(Task):
         splits = decode_all(self._present_classes(), self._read_pixels, self._check_contents)
         classes = "/".join(str(len(listed)) for listed in splits.values())
         images = sum(count for listed in splits.values() for _, count in listed)
-        return f"{classes} classes ({'/'.join(splits)}), {images:,} images"
+        return f"{classes} classes ({'/'.join(splits)}), {format_count(images, 'image')}"
 
     def _read_pixels(self, image: Source) -> np.ndarray:
         return read_pixels(image, self.config.channels, self.resize)

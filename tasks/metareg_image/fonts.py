@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image, features
 from pydantic import Field, model_validator
 
-from metareg import PathText, UsageError, draw_distinct, read_split_file, task_uniform
+from metareg import PathText, UsageError, draw_distinct, format_count, read_split_file, task_uniform
 from metareg_image.base import Channels, ImageConfig, ImageTask
 from metareg_image.characters import find_script, name_character, parse_characters, read_groups
 from metareg_image.font_files import find_fonts, list_some, read_faces
@@ -149,7 +149,9 @@ class FontFolder(ImageTask):
         if not known:
             raise UsageError(f"None of the fonts in {self.location} can be read.")
         if len(known) > _MOST_FACES:
-            raise UsageError(f"{self.location} contains {len(known)} faces; the maximum is {_MOST_FACES}.")
+            raise UsageError(
+                f"{self.location} contains {format_count(len(known), 'face')}; the maximum is {_MOST_FACES}."
+            )
         meant = {letter for letter in map(chr, frozenset().union(*known.values())) if is_meant(letter)}
         drawn: dict[str, list[Face]] = {letter: [] for letter in sorted(meant)}
         for face, codes in known.items():

@@ -31,6 +31,7 @@ from metareg import (
     derive_seed,
     draw_distinct,
     find_metric,
+    format_count,
     hookimpl,
     task_uniform,
 )
@@ -330,7 +331,7 @@ class TableFolder(Task):
         found = self._tables
         rows = sum(map(len, found.tables.values()))
         counts = "/".join(str(len(found.select(split))) for split in ("train", "validation", "test"))
-        return f"{counts} tasks (train/validation/test, {found.origin}), {rows:,} rows"
+        return f"{counts} tasks (train/validation/test, {found.origin}), {format_count(rows, 'row')}"
 
     @functools.cached_property
     def _tables(self) -> TaskTables:
@@ -490,8 +491,8 @@ def _refuse_other_options(config: TableFolder.Config, encoding: Encoding) -> Non
 
 def _describe_inputs(encoding: Encoding) -> str:
     numbers, categories = len(encoding.numbers), encoding.categories
-    parts = [f"{numbers} number{'s' * (numbers != 1)}"] if numbers or not categories else []
-    parts += [f"{name} ({len(values)} categories)" for name, values in categories.items()]
+    parts = [format_count(numbers, "number")] if numbers or not categories else []
+    parts += [f"{name} ({format_count(len(values), 'category', 'categories')})" for name, values in categories.items()]
     return ", ".join(parts)
 
 

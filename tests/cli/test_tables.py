@@ -9,7 +9,7 @@ import pytest
 from pydantic import Field
 from rich.console import Console, RenderableType
 
-from metareg import PathText, PluginConfig
+from metareg import PathText, PluginConfig, format_count
 from metareg.cli.option_types import describe_type
 from metareg.cli.tables import _create_short_table, _reflow, create_plugin_table
 from metareg.reporting.tables import Table
@@ -49,6 +49,12 @@ def test_the_closing_table_of_a_comparison_cuts_no_number() -> None:
     for whole in ("unicorn-maml", "dropgrad+cml", "95.92 ± 0.45", "+0.60", "(+0.20 to +1.00)", "0.0123", "(10 steps)"):
         assert whole in text
     assert interval in "\n".join(show(_create_short_table(Table("a", columns[-3:], [["x", interval, "b"]], ""), 80)))
+
+
+def test_a_number_stands_before_its_noun_in_order() -> None:
+    assert [format_count(number, "image") for number in (0, 1, 12_000)] == ["0 images", "1 image", "12,000 images"]
+    assert format_count(1, "class", "classes") == "1 class"
+    assert format_count(2, "class", "classes") == "2 classes"
 
 
 def test_docstrings_fill_the_width_and_keep_their_lists() -> None:

@@ -95,7 +95,7 @@ def test_wrong_number_of_weights_is_refused() -> None:
             return [1.0]
 
     learner, episodes = small(algo=One, strategy="serial")
-    with pytest.raises(PluginError, match="1 weights for 3 inner steps"):
+    with pytest.raises(PluginError, match="1 weight for 3 inner steps"):
         learner.step(episodes)
 
 

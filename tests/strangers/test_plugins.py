@@ -131,7 +131,7 @@ def test_tables_of_plugins_and_data_go_on(
     assert cli.run(["data"]) == 0
     assert "ends Python with exit code 0" in capsys.readouterr().out
     assert cli.run(["doctor"]) == 1
-    assert "1 of 3 plugins do not work." in capsys.readouterr().out
+    assert "1 of 3 plugins cannot be used." in capsys.readouterr().out
     tried("plugins", 3)
 
 
