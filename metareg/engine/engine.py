@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -26,6 +26,7 @@ from metareg.engine.derivative import compute_meta_gradient
 from metareg.engine.objective import TaskFunctions
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
+from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
 from metareg.engine.tracing import Function, Program, advise_on_memory, summarise_error
 from metareg.errors import MetaregError
@@ -67,11 +68,12 @@ class Engine:
         """With every stage."""
         self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
+        self._loop: StepLoop | None = None
         self._log_names: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy and a pickle trace anew: what a program replays is bound to the model that it was traced from."""
-        return {**self.__dict__, "_programs": {}}
+        return {**self.__dict__, "_programs": {}, "_loop": None}
 
     def gradient(
         self,
@@ -122,6 +124,41 @@ class Engine:
                 part_noise = noise[done : done + len(part)]
                 done += len(part)
                 yield self._run_stack(meta, part, part_noise, strategy, weights), len(part) / total
+
+    def take_steps(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> tuple[Steps, list[Gradient]] | None:
+        """Take training steps in one compiled program, on a CPU; None where they cannot be taken so.
+
+        Args:
+            meta: every meta-parameter by name.
+            batches: contiguous; vectorized as one stack each, without noise and weights.
+            update: the outer update.
+
+        Returns:
+            Where they led; and what was computed in each, the gradients of the last alone. The last of them is not finite
+            where the loop ended before it.
+        """
+        if self._loop is None:
+            self._loop = StepLoop(
+                lambda meta, tasks: self._map_gradient(meta, tasks, {}), self._find_checked, self._reads
+            )
+        if not self._loop.fits(batches):
+            return None
+        with advise_on_memory(batches.tasks):
+            steps = self._loop(meta, batches, update)
+        taken = []
+        for loss, *logs in steps.rows:
+            taken.append(Gradient({}, loss, dict(zip(self._log_names, logs, strict=True))))
+        taken[-1] = replace(taken[-1], grads=steps.grads)
+        return steps, taken
+
+    def _find_checked(self) -> list[int]:
+        """Where the objective and the gradient's norm are in what `_map_gradient` returns after the gradients."""
+        return [0, 1 + self._log_names.index("grad_norm")]
+
+    @property
+    def _reads(self) -> tuple[Any, ...]:
+        """What of the user's the functions of a task read."""
+        return self.training.loss, self.training.metric.function, *self.training.model.forwards
 
     def scores(
         self,
@@ -280,11 +317,10 @@ class Engine:
     def _find_program(self, key: Any, function: Function, strategy: Strategy, calls_before_tracing: int = 1) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
-            reads = (self.training.loss, self.training.metric.function, *self.training.model.forwards)
             program = Program(
                 function,
                 compiled=strategy == "compiled",
-                reads=reads,
+                reads=self._reads,
                 calls_before_tracing=calls_before_tracing,
             )
             self._programs[key, strategy] = program

@@ -93,6 +93,10 @@ class Stages:
         """Whether some plugin has an implementation of a hook."""
         return bool(self._implementations[hook])
 
+    def draws_noise(self, stage: str) -> bool:
+        """Whether some plugin draws noise in a stage, named as in `draw_noise`."""
+        return bool(self._drawing[stage])
+
     def list_owners(self, hook: str) -> list[str]:
         """The labels of the plugins that implement a hook, in the order in which they are asked."""
         return [each.plugin.label for each in self._implementations[hook]]

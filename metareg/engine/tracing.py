@@ -30,7 +30,9 @@ from metareg.util.torch_internals import (
     writes_in_place,
 )
 
-__all__ = ["CompileError", "Program", "advise_on_memory", "remove_idle_operations", "summarise_error"]
+__all__ = [
+    "TRACING", "CompileError", "Program", "advise_on_memory", "create_graph", "remove_idle_operations", "summarise_error",
+]  # fmt: skip
 
 log = logging.getLogger("metareg")
 
@@ -40,7 +42,7 @@ _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
-_TRACING = RLock()
+TRACING = RLock()
 """Held where something is traced or compiled: torch does that in one thread at a time."""
 
 
@@ -134,8 +136,8 @@ class Program:
 
         self._state = self._state or PythonState(*self._reads)
         try:
-            with _TRACING:
-                graph = _create_graph(flat, leaves)
+            with TRACING:
+                graph = create_graph(flat, leaves)
                 run = compile_graph(graph, leaves) if self._compiled else graph.forward
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
@@ -161,7 +163,7 @@ class Program:
         return expected
 
 
-def _create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
+def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
     """The graph of a function, less the idle operations."""
     graph = trace(function, inputs)
     if _mutates(graph):

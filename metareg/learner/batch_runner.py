@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -13,14 +14,16 @@ from torch import Tensor, nn
 from metareg.contract.episodes import Batch, Episodes, convert_arrays, read_episodes
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
+from metareg.engine.step_loop import Batches
 from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
-from metareg.engine.tracing import CompileError
-from metareg.errors import DivergenceError, UsageError
+from metareg.engine.tracing import CompileError, summarise_error
+from metareg.errors import DivergenceError, ExamplesError, UsageError
 from metareg.learner.batch_split import BatchSplit, Share
 from metareg.learner.config import LearnerConfig
 from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
 from metareg.learner.meta_parameters import MetaParameters
+from metareg.learner.optimizer import OuterOptimizer
 from metareg.learner.processes import Processes
 from metareg.printable import format_count
 from metareg.registry.task_source import TaskSource
@@ -33,6 +36,8 @@ __all__ = ["BatchRunner", "check_finite", "compute_outer_loss_weights", "sort_in
 log = logging.getLogger("metareg")
 
 Tensors = dict[str, Tensor]
+_BETWEEN_STEPS = ("augment_episodes", "augment_outer_gradient", "combine_tasks", "outer_loss_weights", "outer_update")
+"""The hooks that run Python for every training step."""
 _BLOCK = 100
 """Tasks that are drawn at once, and vectorized at once unless `chunk` says fewer."""
 
@@ -51,6 +56,8 @@ class BatchRunner:
         self._one_by_one: set[str] = set()
         """Those of them where it found another result, or an error."""
         self._targets = TargetCheck(engine.training.loss)
+        self._loops = True
+        """Whether several training steps are tried in one program."""
         self.split = BatchSplit(Processes())
         """The processes over which batches are split."""
 
@@ -131,6 +138,71 @@ class BatchRunner:
             gradient.grads, meta, noise, lambda every: compute_at(copy_contiguous(every)).grads
         )
         return gradient.with_grads(augmented)
+
+    def take_steps(
+        self, parameters: MetaParameters, optimizer: OuterOptimizer, batches: Batches, training_step: int
+    ) -> list[Gradient] | None:
+        """Take training steps in one program, and give parameters and optimiser what they led to.
+
+        Args:
+            parameters: the meta-parameters, changed.
+            optimizer: theirs, changed.
+            batches: of the steps.
+            training_step: training steps before the first of them.
+
+        Returns:
+            What was computed in each step, as `Engine.take_steps` returns it, for some of the batches at least. None where
+            the first has to be taken by itself.
+        """
+        if not self._can_loop(batches):
+            return None
+        if training_step == 0:
+            batches = batches[:1]
+        first = batches.first()
+        parameters.prepare(first)
+        meta = parameters.tensors
+        if self._prove_strategy(meta, parameters, [first], training_step) != "compiled":
+            return None
+        update = optimizer.describe_update(meta, batches, training_step)
+        matched = None if update is None else self._match_batches(parameters, batches)
+        if update is None or matched is None:
+            return None
+        try:
+            found = self._engine.take_steps(meta, matched, update)
+        except Exception as error:  # code of users is compiled, and torch has errors of many kinds for it
+            log.warning("One step at a time, which is slower: a loop of them failed (%s).", summarise_error(error))
+            self._loops = False
+            return None
+        if found is None:
+            return None
+        steps, gradients = found
+        if training_step == 0:
+            report_unlearned(self._engine.training.stages, steps.grads)
+        parameters.tensors = steps.meta
+        optimizer.adopt(steps.meta, steps.state)
+        return gradients
+
+    def _can_loop(self, batches: Batches) -> bool:
+        """Whether training steps can be taken in one program: no plugin has Python to run between two of them."""
+        stages, chunk = self._engine.training.stages, self._config.chunk
+        return (
+            self._loops
+            and self.strategy == "compiled"
+            and self._device.type == "cpu"
+            and self.split.processes.size == 1
+            and batches.tasks < len(batches.stack)
+            and (chunk is None or batches.tasks <= chunk)
+            and not any(map(stages.implements, _BETWEEN_STEPS))
+            and not any(map(stages.draws_noise, ("task", "batch")))
+        )
+
+    def _match_batches(self, parameters: MetaParameters, batches: Batches) -> Batches | None:
+        """The batches with targets that fit the model, as the parameters' type; None where some target does not fit."""
+        try:
+            stack = self._check_targets(parameters, batches.stack)
+        except ExamplesError:  # of a step to come, perhaps
+            return None
+        return replace(batches, stack=parameters.match(stack).contiguous())
 
     def _compute_gradient(
         self,

@@ -20,8 +20,9 @@ from metareg.contract.tasks import TaskSpec
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
+from metareg.engine.step_loop import Batches
 from metareg.engine.strategies import Strategy
-from metareg.errors import DivergenceError, UnknownNameError, UsageError
+from metareg.errors import DivergenceError, MetaregError, UnknownNameError, UsageError
 from metareg.learner.batch_runner import BatchRunner, check_finite, sort_inner_steps
 from metareg.learner.batch_split import BatchSplit, Share, check_same_bits
 from metareg.learner.config import BatchNormStatistics, Schedule, create_config, describe_options
@@ -218,15 +219,37 @@ class MetaLearner:
     def take_step(self, episodes: Batch | Share) -> Gradient:
         """Like `step`, but returns everything computed, as tensors; for training loops."""
         gradient = self._runner.compute_gradient(self._meta, episodes, self.steps_done)
+        self._check_finite(gradient, episodes)
+        self._meta.tensors = self._optimizer.update(self._meta.tensors, gradient.grads, self.steps_done)
+        self.steps_done += 1
+        return gradient
+
+    def take_steps(self, batches: Batches) -> tuple[list[Gradient], MetaregError | None] | None:
+        """`take_step` with the first of some batches, as many as one program takes; None where it takes none.
+
+        Returns:
+            What was computed in the steps taken, with the gradient in the last of them alone; and the error for which the
+            next one was not taken.
+        """
+        taken = self._runner.take_steps(self._meta, self._optimizer, batches, self.steps_done)
+        if taken is None:
+            return None
+        self.steps_done += len(taken) - 1
+        try:
+            self._check_finite(taken[-1], batches[len(taken) - 1 :].first())
+        except MetaregError as error:
+            return taken[:-1], error
+        self.steps_done += 1
+        return taken, None
+
+    def _check_finite(self, gradient: Gradient, episodes: Batch | Share) -> None:
+        """Refuse the next step where its gradient is not finite; as `step` says."""
         try:
             check_finite(gradient, self.steps_done)
         except DivergenceError:
             where = f"Step {self.steps_done + 1} was not taken because its objective is not finite: "
             self.processes.each(lambda: self._runner.refuse_nonfinite(self._meta, episodes, where))
             raise
-        self._meta.tensors = self._optimizer.update(self._meta.tensors, gradient.grads, self.steps_done)
-        self.steps_done += 1
-        return gradient
 
     def fit(
         self,

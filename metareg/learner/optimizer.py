@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from metareg.engine.stages import Stages
+from metareg.engine.step_loop import Batches, OuterUpdate
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learning_rate import compute_learning_rate
@@ -27,6 +29,9 @@ _CLASSES: Mapping[str, type[torch.optim.Optimizer]] = {
     "rmsprop": torch.optim.RMSprop,
     "sgd": torch.optim.SGD,
 }
+
+_EPS = 1e-8
+"""Adam's ε."""
 
 
 class OuterOptimizer:
@@ -52,8 +57,7 @@ class OuterOptimizer:
             grads: the meta-gradient by name.
             training_step: training steps before this one.
         """
-        reset_every = self._config.reset_optimizer_every
-        if reset_every is not None and training_step % reset_every == 0:
+        if self._starts_anew(training_step):
             self._optimizer, self._plugin_state = None, {}
         with torch.no_grad():
             if self._stages.implements("outer_update"):
@@ -63,6 +67,40 @@ class OuterOptimizer:
                 self._optimizer = create_optimizer(meta, self._stages, self._config)
             self._optimizer.step(grads, compute_learning_rate(self._config, training_step))
             return meta
+
+    def describe_update(self, meta: Tensors, batches: Batches, training_step: int) -> OuterUpdate | None:
+        """What `update` would do, for a program to do it; None where only `update` can, or would start anew on the way.
+
+        Args:
+            meta: as in `update`.
+            batches: of the steps.
+            training_step: training steps before the first of them.
+        """
+        if self._stages.implements("outer_update") or any(
+            self._starts_anew(training_step + number) for number in range(1, len(batches))
+        ):
+            return None
+        optimizer = None if self._starts_anew(training_step) else self._optimizer
+        optimizer = optimizer or create_optimizer(meta, self._stages, self._config)
+        if not isinstance(optimizer, Adam):
+            return None
+        rates = torch.zeros(len(batches.stack) // batches.tasks, dtype=torch.float64)
+        first = batches.which[0]
+        for number in batches.which:
+            rates[number] = compute_learning_rate(self._config, training_step + number - first)
+        return OuterUpdate(optimizer.function, optimizer.flat_state(), rates)
+
+    def adopt(self, meta: Tensors, state: Sequence[Tensor]) -> None:
+        """Go on from where the function of `describe_update` led."""
+        optimizer = create_optimizer(meta, self._stages, self._config)
+        assert isinstance(optimizer, Adam)
+        optimizer.adopt(state)
+        self._optimizer = optimizer
+
+    def _starts_anew(self, training_step: int) -> bool:
+        """Whether the optimiser's state is forgotten before a step."""
+        every = self._config.reset_optimizer_every
+        return every is not None and training_step % every == 0
 
     def state(self) -> dict[str, Any]:
         """The optimiser's state and the plugin's, whichever there is."""
@@ -159,9 +197,24 @@ class Adam:
         adam(
             list(self._params.values()), list(match_strides(grads, self._params).values()),
             self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
-            fused=self._fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=1e-8,
+            fused=self._fused, amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=0.0, eps=_EPS,
             maximize=False,
         )  # fmt: skip
+
+    @property
+    def function(self) -> Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], list[Tensor]]:
+        """`step` as a function of tensors, to rounding; see `OuterUpdate`."""
+        return partial(_compute_adam, betas=self._betas)
+
+    def flat_state(self) -> list[Tensor]:
+        """The first moments, the second moments and the numbers of steps, of every parameter each."""
+        return [value for column in self._moments.values() for value in column]
+
+    def adopt(self, state: Sequence[Tensor]) -> None:
+        """Take over, without a copy, a state in the order of `flat_state`."""
+        count = len(self._params)
+        for number, key in enumerate(self._moments):
+            self._moments[key] = list(state[number * count : (number + 1) * count])
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """The moments and the number of steps of each parameter, by its name."""
@@ -176,3 +229,37 @@ class Adam:
         for number, name in enumerate(self._params):
             for key, column in self._moments.items():
                 column[number].copy_(state[name][key])
+
+
+def _compute_adam(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    state: Sequence[Tensor],
+    rate: Tensor,
+    betas: tuple[float, float],
+) -> list[Tensor]:
+    """One step of Adam as a pure function (Kingma and Ba, ICLR 2015, Algorithm 1; ε is added as torch adds it).
+
+    Args:
+        params: the parameters.
+        grads: their gradients.
+        state: as `Adam.flat_state`.
+        rate: the learning rate, in double precision.
+
+    Returns:
+        The parameters and the state after the step.
+    """
+    count, (beta1, beta2) = len(params), betas
+    averages, squares, steps = (state[first : first + count] for first in (0, count, 2 * count))
+    averages = [average.lerp(grad, 1 - beta1) for average, grad in zip(averages, grads, strict=True)]
+    squares = [beta2 * square + (1 - beta2) * grad * grad for square, grad in zip(squares, grads, strict=True)]
+    steps = [step + 1 for step in steps]
+    # In single precision 1 - 0.999 has three digits less than 0.999.
+    done = steps[0].double()
+    size = (rate / (1 - beta1**done)).to(params[0].dtype)
+    root = (1 - beta2**done).sqrt().to(params[0].dtype)
+    params = [
+        param - size * average / (square.sqrt() / root + _EPS)
+        for param, average, square in zip(params, averages, squares, strict=True)
+    ]
+    return [*params, *averages, *squares, *steps]

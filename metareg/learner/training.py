@@ -18,7 +18,8 @@ from metareg.contract.episodes import Episodes
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.splits import TRAIN, VALIDATION
 from metareg.engine.engine import Engine, Gradient
-from metareg.errors import DivergenceError, UsageError
+from metareg.engine.step_loop import Batches
+from metareg.errors import DivergenceError, MetaregError, UsageError
 from metareg.learner.batch_split import Share
 from metareg.learner.config import LearnerConfig, Schedule
 from metareg.learner.learning_rate import check_schedule, compute_learning_rate, is_constant
@@ -26,7 +27,7 @@ from metareg.learner.processes import Processes
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations
 from metareg.registry.plugins import resolve
 from metareg.registry.task_source import TaskSource
-from metareg.util.torch_internals import tree_leaves
+from metareg.util.torch_internals import tree_leaves, tree_map
 
 __all__ = ["Progress", "connect_observers", "fit"]
 
@@ -54,6 +55,8 @@ class Trainee(Protocol):
 
     def take_step(self, episodes: Sequence[Episodes] | Share) -> Gradient: ...
 
+    def take_steps(self, batches: Batches) -> tuple[list[Gradient], MetaregError | None] | None: ...
+
     def abandon_step(self, error: Exception) -> NoReturn: ...
 
     def evaluate(
@@ -63,6 +66,9 @@ class Trainee(Protocol):
 
 class Checkpointer(Protocol):
     """What keeps the state of a training: a `metareg.runs.checkpoints.CheckpointManager`."""
+
+    every_steps: int | None
+    """Training steps between two calls of `after_step` that have to be made, beside those that must save."""
 
     def after_step(self, *, must: bool) -> None: ...
 
@@ -191,8 +197,11 @@ class _Loop:
         while not self.has_ended:
             batches = _draw_batches(learner, self.source, schedule, self.progress.left_out)
             try:
-                for episodes in batches:
-                    self.take_step(episodes)
+                for drawn in batches:
+                    if isinstance(drawn, Batches):
+                        self.take_steps(drawn)
+                    else:
+                        self.take_step(drawn)
                     if self.has_ended:
                         break
             except DivergenceError as error:
@@ -214,15 +223,41 @@ class _Loop:
         exhausted = schedule.patience is not None and self.progress.waited >= schedule.patience
         return exhausted or self.learner.steps_done >= schedule.steps
 
+    def take_steps(self, batches: Batches) -> None:
+        """A training step with each of some batches, as many at once as can be, and what is due after them."""
+        while batches and not self.has_ended:
+            taken = self.learner.take_steps(batches[: self.count_steps_to_news()])
+            if taken is None:
+                self.take_step([batches.first()])
+                batches = batches[1:]
+                continue
+            gradients, error = taken
+            for gradient in gradients:
+                self.progress.averager.add(gradient.loss, gradient.logs)
+            if error is not None:
+                self.refuse_step(error)
+            batches = batches[len(gradients) + (error is not None) :]
+            self.conclude_step()
+
+    def count_steps_to_news(self) -> int:
+        """How many training steps there are until something is due, at least one."""
+        schedule, saved = self.schedule, None if self.manager is None else self.manager.every_steps
+        every = (schedule.log_every, schedule.eval_every, saved, self.learner.config.reset_optimizer_every)
+        return min(each - self.learner.steps_done % each for each in every if each is not None)
+
     def take_step(self, episodes: list[Episodes] | Share) -> None:
         """One training step and what is due after it."""
-        learner, schedule = self.learner, self.schedule
         try:
-            gradient = learner.take_step(episodes)
+            gradient = self.learner.take_step(episodes)
         except DivergenceError as error:
             self.skip_step(error)
         else:
             self.progress.averager.add(gradient.loss, gradient.logs)
+        self.conclude_step()
+
+    def conclude_step(self) -> None:
+        """Do what is due after a training step."""
+        learner, schedule = self.learner, self.schedule
         step = learner.steps_done
         if step % schedule.log_every == 0:
             self.report()
@@ -247,6 +282,12 @@ class _Loop:
         )
         self.hooks.on_evaluation(step=learner.steps_done, split=VALIDATION, evaluation=evaluation)
         return self.progress.record(evaluation, learner.steps_done)
+
+    def refuse_step(self, error: MetaregError) -> None:
+        """`skip_step` for an error of any kind."""
+        if not isinstance(error, DivergenceError):
+            raise error
+        self.skip_step(error)
 
     def skip_step(self, error: DivergenceError) -> None:
         """Count a step that diverged as done, or raise its error where the schedule does not allow for that."""
@@ -273,8 +314,8 @@ class _Loop:
 
 def _draw_batches(
     learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int
-) -> Iterator[list[Episodes] | Share]:
-    """The batches of the steps to come, drawn in blocks: many small tasks cost little more at once than one.
+) -> Iterator[Batches | list[Episodes] | Share]:
+    """The batches of the steps to come, one or several, drawn in blocks: many small tasks cost little more at once than one.
 
     Blocks begin at multiples of their size wherever the training begins: the last bit of a result can depend on where in
     memory a batch lies, which is so always the same. Of several processes each draws its share of a batch alone where a task
@@ -301,12 +342,24 @@ def _draw_batches(
         tasks = mine if start and is_stack else whole
         # Contiguous once for many steps, and each step's slice of it is.
         stacks = [stack.contiguous() for stack in draw(batches, tasks)] if block > 1 or tasks != whole else []
-        for batch in range(max(start, first), batches.stop):
+        rest = range(max(start, first), batches.stop)
+        if len(stacks) == 1 and tasks == whole:
+            yield Batches(_pad(stacks[0], block * size), size, range(rest.start - start, rest.stop - start))
+            continue
+        for batch in rest:
             if len(stacks) == 1:
-                own = stacks[0][(batch - start) * len(tasks) : (batch - start + 1) * len(tasks)]
-                yield [own] if tasks == whole else Share(own, size)
+                yield Share(stacks[0][(batch - start) * len(tasks) : (batch - start + 1) * len(tasks)], size)
             else:  # tasks of unequal sizes come in groups, where a batch's own tasks stand only if it is drawn alone
                 yield one if batch == first else draw(range(batch, batch + 1), whole)
+
+
+def _pad(stack: Episodes, tasks: int) -> Episodes:
+    """A stack with as many tasks of zeros after its own as there have to be: a program is for one number of them."""
+    missing = tasks - len(stack)
+    if not missing:
+        return stack
+    parts = tree_map(lambda leaf: torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])]), stack.parts)
+    return Episodes(*parts)
 
 
 def _can_share(learner: Trainee, tasks: int) -> bool:

@@ -125,7 +125,7 @@ class CheckpointManager:
         self._learner = learner
         self._progress = progress
         self._lines = lines
-        self._every_steps = every_steps
+        self.every_steps = every_steps
         self._every_seconds = self._seconds_to_next = 60 * every_minutes
         self._saved_at = time.monotonic()
         self._processes = learner.processes
@@ -135,7 +135,7 @@ class CheckpointManager:
     def after_step(self, *, must: bool) -> None:
         """Write a checkpoint where one is due, or must be; then raise Interrupted where a signal asked for the end."""
         step = self._learner.steps_done
-        due = self._every_steps is not None and step % self._every_steps == 0
+        due = self.every_steps is not None and step % self.every_steps == 0
         stop = self._processes.answer("stop")
         if must or due or stop or self._processes.answer("save"):
             self.save()

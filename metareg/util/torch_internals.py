@@ -26,8 +26,8 @@ from metareg.errors import MetaregError
 
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph",
-    "copy_shell", "count_writes", "list_attributes", "list_places", "open_store", "trace", "trace_sizes", "tree_flatten",
-    "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
+    "copy_shell", "count_writes", "list_attributes", "list_places", "open_store", "trace", "trace_loop", "trace_sizes",
+    "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -98,6 +98,22 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.Gr
     return graph
 
 
+def trace_loop(
+    goes_on: Callable[..., Tensor],
+    body: Callable[..., Sequence[Tensor]],
+    carried: Sequence[Tensor],
+    constants: Sequence[Tensor],
+) -> torch.fx.GraphModule:
+    """The graph of ``while goes_on(*carried, *constants): carried = body(*carried, *constants)``; it returns `carried`.
+
+    The loop is run where torch cannot tell the shapes of its results without.
+    """
+    loop = _find("torch._higher_order_ops.while_loop.while_loop_op")
+    graphs = [trace(function, (*carried, *constants)) for function in (goes_on, body)]
+    count = len(carried)
+    return trace(lambda *leaves: loop(*graphs, leaves[:count], leaves[count:]), (*carried, *constants))
+
+
 def trace_sizes(
     function: Callable[..., Any], inputs: Sequence[Tensor], free: Sequence[bool]
 ) -> tuple[torch.fx.GraphModule, Sequence[int | None], Callable[[Sequence[int]], tuple[bool, ...]]]:
@@ -147,10 +163,11 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
     )
     # The compiler finds again what it compiled in another process, unless values recorded in the graph have a mode of
     # their own, in which sizes have no environment.
-    for node in graph.graph.nodes:
-        node.meta.clear()
+    for module in graph.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.clear()
     try:
-        with _use_size_environment(), _trust_instruction_set():
+        with _use_size_environment(), _configure_compiler(inputs):
             return compiler(graph, list(inputs))
     except Exception:  # the caches may be damaged, and the compiler too old for the processor
         return compiler(graph, list(inputs))
@@ -189,16 +206,21 @@ def _use_size_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _trust_instruction_set() -> Iterator[None]:
-    """Believe within a block what the processor says of its vector instructions.
+def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
+    """Set what makes programs of small tensors fast, and fast to compile, within a block.
 
-    The compiler would try each of them by programs of its own, which takes longer than to compile a small graph.
+    On a CPU one C++ function calls all kernels: Python between them takes a third of a small step, and compiling it together
+    with the kernels half of what each kernel by itself takes. What the processor says of its vector instructions is
+    believed: the compiler would try each of them by programs of its own.
     """
     config = _find("torch._inductor.config")
-    if not hasattr(config.cpp, "vec_isa_ok"):
-        yield
-        return
-    with config.patch({"cpp.vec_isa_ok": True}):
+    options = {
+        "cpp.vec_isa_ok": True,
+        "cpp_wrapper": all(value.device.type == "cpu" for value in inputs),
+        # A loop is part of its graph, body and condition included, by which programs are found in the cache.
+        "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "its graphs"},
+    }
+    with config.patch({name: value for name, value in options.items() if name in config.get_config_copy()}):
         yield
 
 
