@@ -165,28 +165,28 @@ def fill(store: dict[str, Any], arguments: argparse.Namespace) -> None:
 INTRODUCTION = """\
 # What training adds
 
-`python benchmarks/baselines.py` trains every algorithm on each task with the defaults, that is
-`metareg train --algo NAME --task TASK`, and tests it on tasks that no choice was made with. On the same test tasks it
+`python benchmarks/baselines.py` trains every algorithm on each task with the defaults
+(`metareg train --algo NAME --task TASK`), and tests it on tasks that no choice was based on. On the same test tasks, it
 computes
 
 - a *constant*: chance, or the error of predicting zero;
-- a *rule*: the class whose support examples have the nearest mean (of pixels; on graphs of the features after two
-  propagations, as they are or standardised as the task does it for the model), or the mean of the support targets; of unit
-  length means that each example is scaled to length 1 first;
+- a *rule*: the class with the nearest mean of its support examples (of pixels; on graphs, of the features after two
+  propagations, raw or standardised as for the model), or the mean of the support targets. "Of unit length" means that
+  each example is first scaled to length 1;
 - the same learner *untrained*: the initial weights of the seed, adapted by the algorithm's own inner loop.
 
-Training adds what the trained learner is better by than the untrained one, paired by seed. ± is half the 95 % interval of
-the mean over seeds (Student's t). A seed fixes initial weights, training tasks and test tasks; on cora and citeseer also
-which classes are for training and which for the test. *Diverges*: in so many seeds a test task ended in no finite number,
-after more inner steps than the learner was trained for.
+"Training adds" is the improvement of the trained learner over the untrained one, paired by seed. ± is half the 95 %
+interval of the mean over seeds (Student's t). A seed fixes initial weights, training tasks and test tasks; on cora and
+citeseer, it also fixes the split of the classes. *Diverges*: in this many seeds, the score of a test task was not finite
+after more inner steps than in training.
 """
 NOTES: Mapping[str, str] = {
-    "cora": "Three classes to learn from add nothing to an untrained learner on standardised features. On validation tasks "
-    "larger outer steps, more of them, larger batches, and training tasks with words masked or with random signs lowered "
-    "the accuracy or left it as it was: the features become those of the training classes. The defaults are the longest "
-    "training of those tried that did no harm there.",
-    "sinusoid-line": "Untrained learners of different seeds differ much on lines, which is why the intervals are wide.",
-    "citeseer": "The settings are those that were chosen on cora.",
+    "cora": "Three training classes add nothing to an untrained learner on standardised features. On validation tasks, "
+    "larger outer steps, more steps, larger batches, and training tasks with masked words or random signs lowered the "
+    "accuracy or did not change it: the features specialise on the training classes. The defaults are the longest tested "
+    "training that did no harm.",
+    "sinusoid-line": "On lines, untrained learners differ greatly between seeds, so the intervals are wide.",
+    "citeseer": "The settings were chosen on cora.",
 }
 """What the figures of a task do not say themselves."""
 

@@ -19,10 +19,10 @@ INTRODUCTION = """# Options
 
 <!-- Written by docs/options_reference.py from the options' own descriptions. -->
 
-Every option can be set by `--set OPTION=VALUE`, in a file for `--config`, and as an argument of `metareg.train`; some have a
-flag as well. `OWNER.OPTION` says whose option is meant, as `cml.gamma` or `algo.inner_lr`.
-[Which value counts](getting-started.md#which-value-counts) has the order of precedence. A flag's list of choices is in
-`metareg train --help`, and `metareg show NAME` prints the tables below for any plugin, other people's too.
+You can set every option with `--set OPTION=VALUE`, in a file for `--config`, or as an argument of `metareg.train`; some also have
+a flag. `OWNER.OPTION` says which plugin an option belongs to, such as `cml.gamma` or `algo.inner_lr`. For the order of precedence,
+see [Which value counts](getting-started.md#which-value-counts). `metareg train --help` lists the choices of a flag, and
+`metareg show NAME` prints the tables below for any plugin, including those that you installed yourself.
 """
 
 
@@ -39,8 +39,8 @@ def options_page() -> str:
 def _describe_run() -> Iterator[str]:
     flags, resumable = RunConfig.list_flags(), RunConfig.list_resumable()
     yield "## The run"
-    yield "Those with a ✓ can be given anew to `metareg resume`."
-    rows = [["option", "flag", "default", "allowed", "resume", "what it is"]]
+    yield "Options with a ✓ can be changed by `metareg resume`."
+    rows = [["option", "flag", "default", "allowed", "resume", "description"]]
     for name, field in RunConfig.model_fields.items():
         flag = f"`{flags[name]}`" if name in flags else ""
         *others, description = _describe_option(name, field)
@@ -69,7 +69,7 @@ def _describe_kind(entries: list[Entry]) -> Iterator[str]:
 def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> str:
     """The table of a plugin's options; empty where it has none."""
     searched = entry.kind in ("algorithms", "augmenters")
-    rows = [["option", "default", "allowed", *(["a search tries"] if searched else []), "what it is"]]
+    rows = [["option", "default", "allowed", *(["a search tries"] if searched else []), "description"]]
     for name, field in fields.items():
         *others, description = _describe_option(name, field)
         space = [describe_search_space(entry.label, name, field) or ""] if searched else []
