@@ -19,10 +19,11 @@ INTRODUCTION = """# Options
 
 <!-- Written by docs/options_reference.py from the options' own descriptions. -->
 
-You can set every option with `--set OPTION=VALUE`, in a file for `--config`, or as an argument of `metareg.train`; some also have
-a flag. `OWNER.OPTION` says which plugin an option belongs to, such as `cml.gamma` or `algo.inner_lr`. For the order of precedence,
-see [Which value counts](getting-started.md#which-value-counts). `metareg train --help` lists the choices of a flag, and
-`metareg show NAME` prints the tables below for any plugin, including those that you installed yourself.
+You can set every option with `--set OPTION=VALUE`, in a file for `--config`, or as an argument of `metareg.train`; some
+also have a flag. `OWNER.OPTION` says which plugin an option belongs to, such as `cml.gamma` or `algo.inner_lr`. For the
+order of precedence, see [Which value counts](getting-started.md#which-value-counts). `metareg train --help` lists the
+choices of a flag, and `metareg show NAME` prints the tables below for any plugin, including those that you installed
+yourself.
 """
 
 
