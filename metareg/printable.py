@@ -25,7 +25,7 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?\s*|\s*[+-]
 
 
 def show_controls(text: str) -> str:
-    """The text with a sign in the place of every character that a terminal would obey rather than show.
+    """Replace every character that a terminal would obey instead of showing.
 
     These are the control characters C0 (but tabs and line feeds), DEL and C1, those that turn the direction of writing, and
     halves of surrogate pairs. C0 and DEL become the pictures that Unicode has of them, the others U+FFFD.

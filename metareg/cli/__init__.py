@@ -1,1 +1,1 @@
-"""The command line: its commands, what a person sees of them, and new plugin packages."""
+"""The command line: its commands, their output, and the scaffolding of plugin packages."""

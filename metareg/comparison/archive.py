@@ -1,4 +1,4 @@
-"""The raw results of a comparison in one compressed file, from which it is reported, and goes on on another machine.
+"""The raw results of a comparison in one compressed file, for reports and for continuing on another machine.
 
 The file is a tar archive, compressed by xz, of what reports read of the comparison's folder: its configuration, every
 run's scores, curves, times, versions and options, and every trial's. Weights, checkpoints and plots are left out.
@@ -166,7 +166,7 @@ def _restore(path: Path, content: bytes) -> None:
 
 
 def _list_unfinished(folder: str, names: list[str]) -> list[str]:
-    """The runs of a trial that are to be begun anew where their checkpoints are not."""
+    """The runs of a trial that must restart because their checkpoints are elsewhere."""
     files = RESULTS, ERROR_FILE
     return [
         each

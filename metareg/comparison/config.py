@@ -1,4 +1,4 @@
-"""What a comparison is told: its configuration, as in a YAML file."""
+"""The configuration of a comparison, as in a YAML file."""
 
 from __future__ import annotations
 
@@ -177,7 +177,7 @@ class ArmSelector(PluginConfig):
 
 
 class ArmRule(ArmSelector):
-    """Options for the arms that it fits; a later rule stands before an earlier one."""
+    """Options for the arms that match; a later rule overrides an earlier one."""
 
     options: Options = Field(description="Options of the run and its plugins.")
 

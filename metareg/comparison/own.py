@@ -57,7 +57,7 @@ def name_objects(fields: Mapping[str, Any], model: Any) -> tuple[dict[str, Any],
 
 
 def refuse_missing_objects(config: ComparisonConfig, objects: Objects) -> None:
-    """Refuse to go on with a comparison without the objects that a program gave it.
+    """Refuse to continue a comparison without the objects that a program passed to it.
 
     Raises:
         UsageError: one is missing.

@@ -150,7 +150,7 @@ class Plan:
         return [self.make_run(arm, seed, folder / f"seed-{seed}", chosen) for seed in self.config.seeds]
 
     def make_run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
-        """A run of an arm, in a folder relative to the comparison's; `options` stand before the configuration's."""
+        """A run of an arm, in a folder relative to the comparison's; `options` override the configuration's."""
         find = self._find_object
         config = {
             "algo": find("algo", arm.algorithm),

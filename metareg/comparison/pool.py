@@ -62,7 +62,7 @@ class Launcher(Protocol):
         """Start a run, or continue it where its folder holds a part of it."""
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """The runs that ended since the last call; returns as soon as there is one, or after so many seconds."""
+        """The runs that ended since the last call; returns as soon as there is one, or after a number of seconds."""
 
     def stop(self) -> None:
         """Ask every run under way to stop with a checkpoint, and wait for that."""

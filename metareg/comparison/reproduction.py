@@ -100,7 +100,7 @@ class Recipe(PluginConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What came out of a recipe, beside what was expected.
+    """The result of a recipe, compared with the expected value.
 
     Args:
         by_seed: the mean over test tasks for each seed.

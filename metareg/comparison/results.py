@@ -88,7 +88,7 @@ class ArmResults:
     """Trains one run of the arm; SEED stands for the seed."""
 
     def by_seed(self, inner_steps: int) -> dict[int, Array]:
-        """The scores ``[tasks]`` of each seed after so many inner steps; empty where there was no such test."""
+        """The scores ``[tasks]`` of each seed after a number of inner steps; empty if there was no such test."""
         if inner_steps not in self.inner_steps:
             return {}
         column = self.inner_steps.index(inner_steps)

@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NO_PLUGIN = "none"
-"""What a user writes in the place of a plugin's name for none, as in ``--augment none,cml``."""
+"""What a user writes instead of a plugin's name for none, as in ``--augment none,cml``."""
 
 
 def _absolute(path: str) -> str:
@@ -82,7 +82,7 @@ def validate(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Conf
 
 
 def update_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration of a class with today's names of its options in the place of former ones."""
+    """Replace former names of options in a stored configuration of a class by the current ones."""
     former: Mapping[str, str] = getattr(cls, "former_names", {})
     return {key if former.get(key, key) in stored else former[key]: value for key, value in stored.items()}
 

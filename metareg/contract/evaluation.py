@@ -56,7 +56,7 @@ class Evaluation:
         return compute_half_width(self.get_scores(inner_steps).numpy())
 
     def count_diverged(self, inner_steps: int) -> int:
-        """Tasks whose score after so many inner steps is not finite; with one of them the mean is no number either."""
+        """The number of tasks whose score after `inner_steps` is not finite; with one of them, neither is the mean."""
         return int((~self.get_scores(inner_steps).isfinite()).sum())
 
     def to_dict(self) -> dict[str, Any]:

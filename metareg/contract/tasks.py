@@ -60,30 +60,30 @@ class Task:
     loss: str = "mse"
     """A name in `metareg.contract.losses.LOSSES`, or a callable ``loss(outputs, targets) -> scalar``."""
     metric: str | None = None
-    """A name in `metareg.contract.losses.METRICS`; the one that goes with the loss where it is None."""
+    """A name in `metareg.contract.losses.METRICS`; by default, the metric for the loss."""
     default_model: str | None = None
-    """The model plugin that a run takes where the user names none."""
+    """The model plugin that a run uses by default."""
     stackable: bool = True
     """Whether `episodes` returns tasks of one size, which can be run together."""
     recommended: ClassVar[Mapping[str, Any]] = {}
-    """Options that suit the task, where neither the user nor a file says anything.
+    """Options for this task that apply unless the user or a file sets them.
 
-    Options of the run (`metareg.RunConfig`) go by their names, ``"steps"``; those of plugins name their owner, by its part
-    in the run (``"algo.inner_lr"``, ``"model.width"``) or by its own name (``"cml.gamma"``). One whose owner is not in the
-    run or has no such option is left out. A mapping of the same form under an algorithm's name is for that algorithm
-    alone: ``{"steps": 2000, "anil": {"algo.inner_lr": 1.0}}``. Algorithms and models can have such a mapping too. What is
-    recommended for an algorithm on this task stands before what the algorithm itself recommends, that before the rest of
-    this mapping, that before what the model recommends.
+    Options of the run (`metareg.RunConfig`) have their own names, ``"steps"``; options of plugins also name their
+    owner, by its part in the run (``"algo.inner_lr"``, ``"model.width"``) or by its name (``"cml.gamma"``). An option
+    is ignored if its owner is not in the run or has no such option. A mapping of the same form under an algorithm's
+    name is only for that algorithm: ``{"steps": 2000, "anil": {"algo.inner_lr": 1.0}}``. Algorithms and models can have
+    such a mapping too. What is recommended for an algorithm on this task overrides what the algorithm itself
+    recommends, which overrides the rest of this mapping, which overrides what the model recommends.
     """
     inherited_options: ClassVar[tuple[str, ...]] = ()
-    """Options that this task takes over from the run's own task where a run is tested on it (``metareg eval --task``)."""
+    """Options that this task inherits from the run's own task if a run is tested on it (``metareg eval --task``)."""
     image_preparation: str = (
         "upright as EXIF says, on white where transparent, grey or RGB; resized to width × height by Pillow's BICUBIC, "
         "whatever the aspect; divided by 255"
     )
-    """How `read_image` makes an input of an image, for who does the same where a program runs without metareg."""
+    """How `read_image` prepares an image, for users of programs that run without metareg."""
     known_columns: Sequence[str] = ()
-    """Names of columns that a user's tables have, of which the task knows; they may be numbers."""
+    """Column names of users' tables that the task knows; they can be numbers."""
 
     @property
     def spec(self) -> TaskSpec:

@@ -93,7 +93,7 @@ class Engine:
             batches: stacks of tasks; tasks of different sizes are in different stacks.
             noise: what was drawn for each task, in the order of the tasks.
             strategy: how to run them.
-            chunk: at most so many tasks at once.
+            chunk: the maximum number of tasks at once.
             weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
         """
         parts = self._run_parts(meta, batches, noise, strategy, chunk, weights)

@@ -1,4 +1,4 @@
-"""The head of an adapted module where a plugin predicts in the place of the model's own."""
+"""The head of an adapted module if a plugin predicts instead of the model's own head."""
 
 from __future__ import annotations
 

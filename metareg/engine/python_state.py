@@ -1,4 +1,4 @@
-"""What functions read beside their arguments: variables, attributes and containers, which Python code can change.
+"""Python state that functions read besides their arguments: variables, attributes and containers, which can change.
 
 A traced graph holds the values that they had when it was traced.
 """

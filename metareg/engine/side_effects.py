@@ -1,4 +1,4 @@
-"""What a forward does beside computing outputs: it writes into tensors and attributes, draws, and attends.
+"""Side effects of a forward pass: writes to tensors and attributes, random draws, and attention.
 
 A learner is a function of its meta-parameters. What its model's forward writes, such as running statistics, the power
 iteration of a spectral norm, a counter or a cached mask, is therefore dropped after each call: every call starts from the
@@ -33,7 +33,7 @@ _ATTENTION_LOCK = RLock()
 
 @dataclass(frozen=True)
 class SideEffects:
-    """What the forward of a module does beside computing outputs."""
+    """The side effects of a module's forward pass."""
 
     tensors: tuple[str, ...] = ()
     """The places of the parameters and buffers that it writes in place."""
@@ -55,7 +55,7 @@ def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Te
         x: its inputs ``[examples, …]``.
 
     Returns:
-        Its outputs, and what it did beside computing them.
+        Its outputs and its side effects.
 
     Raises:
         UsageError: it draws random numbers.

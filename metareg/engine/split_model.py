@@ -45,7 +45,7 @@ class SplitModel:
     the submodule that `head` names (which must be the last thing that its forward applies). Where no head is known the
     whole module is the body and the head is the identity.
 
-    What `torch.compile` made of a module is taken as that module: a strategy decides what is compiled.
+    Modules wrapped by `torch.compile` are unwrapped: the strategy decides what is compiled.
 
     BatchNorm layers are converted in the copy to use the statistics of the batch at hand and to keep no running ones:
     running statistics would leak from one task into the next. What other layers write into buffers, attributes or parameters
@@ -108,7 +108,7 @@ class SplitModel:
         }
         """The parameters by their places in a part."""
         self._effects: dict[_Part, SideEffects] = {}
-        """What a part does beside computing outputs, as far as `examine` has seen it."""
+        """The side effects of a part, as far as `examine` has seen them."""
         self._written: list[str] = []
         """The names of what the forward writes, less what layers of torch keep for themselves."""
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
@@ -252,7 +252,7 @@ class SplitModel:
         return module
 
     def examine(self, params: Params, x: Any) -> Tensor:
-        """Run the model on some inputs: note what its forward does beside computing outputs, and check the split.
+        """Run the model on some inputs: record the side effects of its forward pass, and check the split.
 
         Returns:
             The outputs ``[examples, …]``.
@@ -299,7 +299,7 @@ class SplitModel:
         return place.rpartition(".")[0] != self._last_linear
 
     def _observe_parts(self, params: Params, x: Any) -> Tensor:
-        """The outputs of the head on those of the body; what each does beside computing them is kept."""
+        """The outputs of the head on those of the body; the side effects of both are recorded."""
         with self._lock:
             features, of_body = observe(self._modules["body"], self._place("body", params), x)
             outputs, of_head = observe(self._modules["head"], self._place("head", params), features)
@@ -449,7 +449,7 @@ def _find_last_linear(head: nn.Module) -> str | None:
 
 
 def _remove(module: nn.Module, name: str) -> nn.Module:
-    """The module with the identity in the place of one submodule; parameters are shared, nothing is changed."""
+    """The module with the identity instead of one submodule; parameters are shared, nothing is changed."""
     first, _, rest = name.partition(".")
     return copy_shell(module, {first: _remove(module.get_submodule(first), rest) if rest else nn.Identity()})
 

@@ -272,7 +272,7 @@ class Stages:
 
     @property
     def predictor(self) -> str | None:
-        """The name of the plugin that predicts in the place of the head; None where none does."""
+        """The name of the plugin that predicts instead of the head; None if none does."""
         return next((each.name for each in self._implementations["predict"]), None)
 
     def predict(self, features: Tensor, support_features: Tensor | None, meta: Tensors) -> Tensor:

@@ -259,7 +259,7 @@ class BatchRunner:
     ) -> Strategy:
         """The strategy for a batch. Where ``"auto"`` runs tasks at once, two are compared with one after the other, once.
 
-        All processes compare the same two, and so go on in the same way.
+        All processes compare the same two tasks, so they continue in the same way.
         """
         strategy = self.strategy or self.choose_strategy(sum(len(batch) for batch in batches), 1)[0]
         pair = None if self.proven or strategy in ONE_BY_ONE else self._find_pair(batches)

@@ -45,11 +45,11 @@ class Flag:
 
 @dataclass(frozen=True)
 class Resumable:
-    """Marks an option that may be given anew when a run is resumed: it leaves the run's meaning as it was."""
+    """Marks an option that may change when a run is resumed, because it does not change the run's meaning."""
 
 
 class LearnerConfig(PluginConfig):
-    """What a `MetaLearner` is told beside its model, algorithm, augmenters and loss."""
+    """The options of a `MetaLearner` besides its model, algorithm, augmenters and loss."""
 
     former_names: ClassVar[Mapping[str, str]] = {"norm": "bn_statistics"}
 

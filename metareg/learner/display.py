@@ -1,4 +1,4 @@
-"""A training as it goes on, for a person: a bar in a terminal, a bar and a curve in a notebook, plain lines elsewhere."""
+"""The progress of a training: a bar in a terminal, a bar and a curve in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 

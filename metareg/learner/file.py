@@ -42,7 +42,7 @@ class AugmenterSpec(PluginSpec):
 
 
 class Header(LearnerConfig):
-    """What a learner's file says of it, beside its tensors: its options, and what they do not hold."""
+    """The metadata of a learner's file: its options, and what they do not contain."""
 
     format: int
     metareg: str

@@ -1,4 +1,4 @@
-"""What a learner is given that has no effect beside the rest: each is said in one line."""
+"""Options and hooks of a learner that have no effect: each is reported in one line."""
 
 from __future__ import annotations
 

@@ -276,7 +276,7 @@ class MetaLearner:
             log_every: steps between calls of the observers' `on_step`.
             eval_every: steps between evaluations on the split ``"validation"``; None for none.
             eval_tasks: tasks per evaluation.
-            patience: stop after so many evaluations in a row that are not better than the best before; None for never.
+            patience: stop after this many evaluations in a row without a new best; None for never.
             observers: objects with the hooks `on_step` and `on_evaluation`.
             progress: whether to show a bar and the losses, in a terminal or a notebook.
         """

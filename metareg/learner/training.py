@@ -96,7 +96,7 @@ def connect_observers(observers: Sequence[Any], learner: Trainee) -> Any:
 
 
 class Progress:
-    """Where a training stands, beside its learner: with both it goes on as if it had never stopped."""
+    """The state of a training besides its learner; with both, it continues as if it had never stopped."""
 
     def __init__(self) -> None:
         self.left_out = 0
@@ -163,7 +163,7 @@ def fit(
     uninterrupted one sees.
 
     Args:
-        learner: goes on from the steps that it has done.
+        learner: continues from the steps that it has done.
         progress: where an earlier training stood; from the beginning by default.
         manager: is called after every step, and can put the training back to an earlier one.
 

@@ -1,4 +1,4 @@
-"""The order of an algorithm's outer derivative, and what a step costs beside one of MAML (benchmarks/family.py)."""
+"""The order of an algorithm's outer derivative, and the cost of a step relative to MAML (benchmarks/family.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SETTING = "5-way 1-shot images, 4 tasks, 5 inner steps, vectorized"
 
 @dataclass(frozen=True)
 class Cost:
-    """A training step beside one of MAML with the same model; all are ratios."""
+    """A training step relative to one of MAML with the same model; all values are ratios."""
 
     time: float
     """Its CPU time."""
@@ -29,7 +29,7 @@ class Cost:
     state: float
     """Numbers that are kept from one inner step to the next, for each number that is adapted."""
     learned: float
-    """Numbers that the outer loop learns beside the model's, for each of the model's."""
+    """Additional numbers that the outer loop learns, for each of the model's."""
 
     def __str__(self) -> str:
         return f"{self.time:.2f} × the time, {self.memory:.2f} × the memory"

@@ -124,7 +124,7 @@ class EpisodeStreams:
         return self._streams[key].read(indices)
 
     def begin_anew(self) -> None:
-        """Go through every iterable anew, from its beginning."""
+        """Restart every iterable from its beginning."""
         for stream in self._streams.values():
             stream.begin()
 

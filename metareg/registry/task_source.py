@@ -84,7 +84,7 @@ class TaskSource:
     def placed_episodes(self, split: str, indices: Sequence[int], seed: int) -> tuple[list[Episodes], list[int]]:
         """`episodes`, and where in `indices` each task stands, counted through the stacks.
 
-        Where several stacks do not say it, their tasks are drawn once more, one by one.
+        If several stacks do not say so, their tasks are drawn again, one by one.
         """
         self.evaluated_split, self.scored = split, indices[0]
         batches = self.episodes(split, indices, seed)
@@ -99,7 +99,7 @@ class TaskSource:
 
 
 def _find_episodes(plugin: Plugin) -> tuple[Callable[..., Any], bool]:
-    """What draws a plugin's tasks, and whether it is told their split."""
+    """The function that draws a plugin's tasks, and whether it receives their split."""
     implementation = find_hook(plugin, "episodes")
     if implementation is not None:
         return implementation, True

@@ -100,7 +100,7 @@ def write_report(
 ) -> Path:
     """Write a report into a file and return its path.
 
-    By default it is ``report.md`` and its like in the comparison's folder, or beside the file of raw results.
+    By default, ``report.md`` or the like in the comparison's folder, or next to the file with raw results.
     """
     format = find_format(format)
     text = report(folder, format, inner_steps=inner_steps, baseline=baseline, layout=layout, over=over)

@@ -149,7 +149,7 @@ _NOTES = MarkdownIt("zero", {"html": False}).enable(
 
 
 def render_html(report: Report) -> str:
-    """Render one page that needs nothing beside itself: no script, no font, no picture from elsewhere."""
+    """Render one self-contained page: no script, no font, no image from elsewhere."""
     from metareg.reporting import figures  # it imports matplotlib, which the other formats do without
 
     def draw(name: str) -> list[tuple[str, Any]]:
@@ -219,7 +219,7 @@ _LATEX_SIGNS = {
 }  # fmt: skip
 
 _LATEX_KNOWN = frozenset("¡¿£¥€§¶©®°·²³µ†‡•‘’“”—ßÆæØøŒœŁłı")
-"""Signs that LaTeX sets as they are in any of its fonts, beside accented letters."""
+"""Characters that LaTeX sets unchanged in all its fonts, in addition to accented letters."""
 
 _OMITTED_COLUMNS = {"95 % over tasks", "p"}
 _SHORT_HEADINGS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}

@@ -102,7 +102,7 @@ class Scale:
 
 
 def format_significant(number: float, digits: int = 3) -> str:
-    """Format a number with so many significant digits."""
+    """Format a number with a given number of significant digits."""
     return _format_number(number, _count_decimals(number, digits))
 
 
@@ -115,7 +115,7 @@ def format_p_value(p: float) -> str:
 
 
 def _count_decimals(number: float, digits: int) -> int | None:
-    """The decimals that show so many significant digits; None for a number that is written with an exponent."""
+    """The decimals that show a number of significant digits; None for a number written with an exponent."""
     if number == 0 or not math.isfinite(number):
         return digits - 1
     exponent = math.floor(math.log10(abs(float(f"{number:.{digits - 1}e}"))))

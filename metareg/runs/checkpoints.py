@@ -28,7 +28,7 @@ log = logging.getLogger("metareg")
 
 FILE_FORMAT = 1
 LEAST_RATIO = 200
-"""Checkpoints that fall due by the clock are at least so many times as far apart as the last one took to write."""
+"""Timed checkpoints are at least this many times as far apart as the last one took to write."""
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
@@ -45,7 +45,7 @@ class Checkpoints:
         self._keep = keep
 
     def path(self, step: int) -> Path:
-        """The file of the checkpoint after so many steps."""
+        """The file of the checkpoint after a number of steps."""
         return self.folder / f"step-{step:09d}.safetensors"
 
     def list_steps(self) -> list[int]:

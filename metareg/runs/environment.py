@@ -73,7 +73,7 @@ def _describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
 
 
 def write(run: Run, strategy: str, reason: str, step: int) -> None:
-    """Write environment.json; where a run that goes on from a step finds another environment than before, add that to it."""
+    """Write environment.json; if a resumed run finds a different environment, add that to it."""
     path = run.path / ENVIRONMENT
     now = _describe_run(run, strategy, reason)
     if not path.is_file():
@@ -105,7 +105,7 @@ def refuse_other_data(run: Run) -> None:
     """Compare the run's first tasks, and a module that a program gave, with what environment.json describes.
 
     Raises:
-        UsageError: they differ, and the run would go on with other data or another model than it began with.
+        UsageError: they differ, so the run would continue with other data or another model.
     """
     path = run.path / ENVIRONMENT
     tasks, model = _read_described(path) if path.is_file() else ({}, None)

@@ -161,7 +161,7 @@ def select(base: Mapping[str, Any], given: Mapping[str, Any], facts: OwnFacts, o
 
     Args:
         base: values by the field names of `RunConfig`; a program's objects may be among them.
-        given: the plugins that stand before them.
+        given: the plugins that override them.
         facts: what is said of a program's own objects.
         options: further options by name.
     """

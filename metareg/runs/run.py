@@ -137,7 +137,7 @@ class Run:
     def _restore(
         cls, path: Path, config: RunConfig, device: torch.device, facts: OwnFacts, objects: Mapping[str, Any]
     ) -> Run:
-        """The run with the learner of its file, and the objects of one's own that it was given."""
+        """The run with the learner of its file, and the user's own objects."""
         unknown = [name for name in objects if name not in PLUGIN_FIELDS]
         if unknown:
             raise UnknownNameError("argument of Run.load", unknown[0], PLUGIN_FIELDS)
@@ -365,7 +365,7 @@ def read_config(path: Path) -> RunConfig:
 def refuse_missing(
     path: Path, config: RunConfig, given: Collection[str], function: str, *, only: Collection[str] = PLUGIN_FIELDS
 ) -> None:
-    """Refuse to go on with a run without the objects that a program gave it.
+    """Refuse to continue a run without the objects that a program passed to it.
 
     Args:
         path: the run's folder.
@@ -404,7 +404,7 @@ def read_evaluations(path: Path) -> tuple[Evaluation, Evaluation | None]:
 def read_planned_steps(path: Path, config: RunConfig) -> int | None:
     """The steps that the training of a run's results was to have; None where there are none.
 
-    They are fewer than the configuration's once these were raised, until the run has ended anew.
+    They are fewer than the configuration's if these were raised, until the run has finished again.
     """
     if not (path / RESULTS).is_file():
         return None

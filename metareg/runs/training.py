@@ -220,7 +220,7 @@ def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Pa
 
     Args:
         selection: the run.
-        said: the names of the options that the user gave beside the file.
+        said: the names of the options that the user gave in addition to the file.
         folder: the run's.
         where: the file.
 
@@ -252,7 +252,7 @@ def _leads_out(value: Any, folder: Path) -> bool:
 
 
 def _should_resume(out: Path, resume: bool) -> bool:
-    """Whether there is a run in a folder to go on with; anything else that is there is refused."""
+    """Whether a folder contains a run to continue; anything else in it is refused."""
     has_run = (out / CONFIG).is_file()
     if not (resume and has_run) and _is_taken(out):
         hint = f"; {format_resume_command(out)} continues the run in it" if has_run else ""
@@ -262,7 +262,7 @@ def _should_resume(out: Path, resume: bool) -> bool:
 
 def _resume(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
     def reopen() -> tuple[RunConfig, bool]:
-        """The configuration to go on with; and whether the run has ended with it already."""
+        """The configuration to continue with, and whether the run has already finished with it."""
         stored = read_config(path)
         lengths = {
             name: getattr(selection.config, name) or getattr(stored, name)

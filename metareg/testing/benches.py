@@ -38,7 +38,7 @@ TASKS, SUPPORT, QUERY, STEPS = 3, 5, 4, 2
 
 
 class Descent:
-    """The algorithm beside which augmenters, tasks, models and observers are checked: plain gradient steps."""
+    """The algorithm with which augmenters, tasks, models and observers are checked: plain gradient steps."""
 
     name = "descent"
 
@@ -96,7 +96,7 @@ class Pair:
 
     @classmethod
     def of(cls, subject: Subject, **config: Any) -> Pair:
-        """The subject, beside plain gradient steps where it is an augmenter."""
+        """The subject, with plain gradient steps if it is an augmenter."""
         plugin = subject.resolve(**config)
         return cls(plugin) if subject.kind == "algorithms" else cls(Descent, (plugin,))
 

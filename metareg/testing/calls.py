@@ -1,4 +1,4 @@
-"""The calls of hooks as a training makes them, with arguments that are made anew for each."""
+"""Calls of hooks as in training, with new arguments for each call."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def list_stage_calls(subject: Subject, dtype: torch.dtype, device: str = "cpu") 
 def _list_arguments(
     learner: MetaLearner, bench: Bench, name: str, device: str
 ) -> dict[str, list[Callable[[], dict[str, Any]]]]:
-    """For each hook the arguments of some calls, made anew each time that they are asked for."""
+    """The arguments of some calls for each hook, created on each access."""
     model, meta = learner.model, move_tensors(learner.meta_parameters, device)
     task = bench.episodes.to(device, next(iter(meta.values())).dtype).unstack(0)
     adapted = {each: meta[each] for each in learner.engine.training.adapted_names}

@@ -55,7 +55,7 @@ class Subject:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self, **config: Any) -> Plugin:
-        """The plugin built anew, so that no check sees what another left behind."""
+        """Build the plugin again, so that no check sees what another left behind."""
         return resolve(self.kind, self.plugin, {**self.config, **config})
 
     @property

@@ -1,4 +1,4 @@
-"""Whole training steps: where fit ends in every strategy, beside the same steps written out."""
+"""Whole training steps: the result of fit in every strategy, compared with a plain loop."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def check_compiled(subject: Subject) -> None:
 
 
 def compare_pair_steps(new_pair: Callable[[], Pair]) -> None:
-    """Compare trainings of a pair, whose plugins are built anew for each, with the steps written out."""
+    """Compare trainings of a pair, with new plugins for each, with the plain loop."""
     for bench in new_pair().benches:
         if bench.name == "images":
             _compare_pair(new_pair, bench, SINGLE, STRATEGIES)
@@ -104,7 +104,7 @@ def compare_steps(
     remedy: str,
     steps: int = STEPS,
 ) -> None:
-    """Train on the first tasks of a source in each way, beside the same steps written out.
+    """Train on the first tasks of a source in each way, and compare with the plain loop.
 
     Args:
         new_learner: makes a learner, plugins included, from options of `MetaLearner`.

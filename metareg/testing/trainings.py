@@ -384,7 +384,7 @@ class Combination:
         return f"{self.algorithm}, {self.augmenter}"
 
     def pair(self) -> Pair:
-        """Both, built anew."""
+        """Both, built again."""
         augmenters = () if self.augmenter == NO_PLUGIN else (resolve("augmenters", self.augmenter),)
         return Pair(resolve("algorithms", self.algorithm), augmenters)
 

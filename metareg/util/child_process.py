@@ -83,7 +83,7 @@ def _explain(code: int) -> str:
 
 
 def _limit(memory: int, seconds: int) -> None:
-    """Let this process take so many bytes more than it has, and so many seconds of the processor."""
+    """Limit this process to a number of additional bytes and of CPU seconds."""
     try:
         import resource
     except ImportError:  # Windows has no such limits; those of the parent's clock stay

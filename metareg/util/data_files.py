@@ -17,7 +17,7 @@ _SECONDS = 60
 
 
 def absolute_path(path: str | Path) -> Path:
-    """A path from the root on, with a home folder in the place of ``~`` or ``~NAME``.
+    """Make a path absolute, with ``~`` or ``~NAME`` replaced by a home folder.
 
     Raises:
         UsageError: there is no user NAME.

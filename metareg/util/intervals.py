@@ -36,7 +36,7 @@ def compute_spread(values: NDArray[Any]) -> float:
 
 
 def compute_quantile(degrees: float) -> float:
-    """How many standard errors half an interval is, by Student's t with so many degrees of freedom."""
+    """Half an interval in standard errors, by Student's t with the given degrees of freedom."""
     from scipy.special import stdtrit  # its import takes 0.2 s, and training needs none
 
     return float(stdtrit(degrees, (1 + LEVEL) / 2))

@@ -10,7 +10,7 @@ from typing import Any
 from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
 
 _RUN_ID = "mlflow-run-id.txt"
-"""The file in the run's folder by which a resumed run goes on in the same run of MLflow."""
+"""The file in the run's folder with which a resumed run continues the same MLflow run."""
 
 
 class MLflow:

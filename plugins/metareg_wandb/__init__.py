@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     import wandb
 
 _RUN_ID = "wandb-run-id.txt"
-"""The file in the run's folder by which a resumed run goes on in the same run of wandb."""
+"""The file in the run's folder with which a resumed run continues the same wandb run."""
 
 
 class WandB:

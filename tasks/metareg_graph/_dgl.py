@@ -46,7 +46,7 @@ def call_opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
     """``function(*inputs)``, which sees plain tensors and ordinary autograd even inside `torch.func.grad` and `vjp`.
 
     DGL hands its tensors to compiled code and has autograd functions of the old kind; `torch.func` refuses both.
-    Derivatives of any order are exact. Each one runs the function anew, so that nothing of it is kept.
+    Derivatives of any order are exact. Each one runs the function again, so nothing is stored.
 
     Args:
         function: differentiable by ordinary autograd; it must take all its tensors as arguments.

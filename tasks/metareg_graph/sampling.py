@@ -137,8 +137,8 @@ class Inputs:
         data: the graph.
         kind: one of the above.
         hops: layers of propagation.
-        fanout: at most so many neighbours of a node in a block, drawn anew for each task; all for None. The weights of
-            those that are drawn make up for the others, so that sums are right on average.
+        fanout: the maximum number of neighbours of a node in a block, drawn anew for each task; None for all. The
+            weights of drawn neighbours are scaled so that sums are right on average.
         degree: the mean number of neighbours, where it is known beforehand.
         standardised: subtract the mean of a graph's rows from each row of `table`, and give it the length `LENGTH`. The
             length of a sum over neighbours says how many there are, and hides the class.

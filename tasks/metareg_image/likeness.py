@@ -46,7 +46,7 @@ def find_alike(first: np.ndarray, second: np.ndarray, most: float, reach: int = 
         first: ``[letters, faces, side, side]``, zero where a letter lacks a face; `side` is a multiple of 4.
         second: the letters that are compared with them, in the same faces.
         most: the bound, not included.
-        reach: letters of `second` are shifted by up to so many pixels to each side.
+        reach: letters of `second` are shifted by up to this many pixels to each side.
     """
     blocks, squares = _average_blocks(first), _square(second)
     for shift in itertools.product(range(-reach, reach + 1), repeat=2):

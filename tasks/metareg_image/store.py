@@ -91,7 +91,7 @@ class ImageStore:
 
     Args:
         folder: what was built.
-        build: builds the folder anew, where it turns out to be damaged.
+        build: rebuilds the folder if it is damaged.
 
     Raises:
         MetaregError: it is damaged, and the cache cannot be written.
@@ -147,7 +147,7 @@ class ImageStore:
         return True
 
     def _rebuild(self) -> None:
-        """Build the store anew in the place of a damaged one."""
+        """Rebuild a damaged store."""
         for _ in range(_TRIES):
             log.warning("The image cache %s is damaged; rebuilding it.", self.folder)
             _remove(self.folder)
