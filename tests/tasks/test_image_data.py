@@ -122,7 +122,7 @@ def test_folders_that_are_a_split(
 @pytest.mark.parametrize(
     ("folders", "words"),
     [
-        (["train/cat", "val/dog", "test/emu", "misc"], "beside misc"),
+        (["train/cat", "val/dog", "test/emu", "misc"], "also misc"),
         (["train/cat", "val/dog", "valid/fox", "test/emu"], "val and valid, which mean the same"),
         (["train/cat", "val/dog", "test"], "contains images itself"),
         (["train", "test"], "contains images itself"),
