@@ -41,11 +41,10 @@ def _describe_run() -> Iterator[str]:
     flags, resumable = RunConfig.list_flags(), RunConfig.list_resumable()
     yield "## The run"
     yield "Options with a ✓ can be changed by `metareg resume`."
-    rows = [["option", "flag", "default", "allowed", "resume", "description"]]
+    rows = [["option", "default", "description", "allowed", "flag", "resume"]]
     for name, field in RunConfig.model_fields.items():
         flag = f"`{flags[name]}`" if name in flags else ""
-        *others, description = _describe_option(name, field)
-        rows.append([others[0], flag, *others[1:], "✓" if name in resumable else "", description])
+        rows.append([*_describe_option(name, field), flag, "✓" if name in resumable else ""])
     yield _table(rows)
 
 
@@ -70,11 +69,10 @@ def _describe_kind(entries: list[Entry]) -> Iterator[str]:
 def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> str:
     """The table of a plugin's options; empty where it has none."""
     searched = entry.kind in ("algorithms", "augmenters")
-    rows = [["option", "default", "allowed", *(["a search tries"] if searched else []), "description"]]
+    rows = [["option", "default", "description", "allowed", *(["a search tries"] if searched else [])]]
     for name, field in fields.items():
-        *others, description = _describe_option(name, field)
         space = [describe_search_space(entry.label, name, field) or ""] if searched else []
-        rows.append([*others, *space, description])
+        rows.append([*_describe_option(name, field), *space])
     return _table(rows) if fields else ""
 
 
@@ -83,7 +81,7 @@ def _describe_option(name: str, field: Any) -> list[str]:
     if isinstance(default, PluginSpec):
         default = default.name
     text = "required" if field.is_required() else "" if default is None else f"`{default}`"
-    return [f"`{name}`", text, describe_type(field), field.description or ""]
+    return [f"`{name}`", text, field.description or "", describe_type(field)]
 
 
 def _describe_recommendations(recommended: Mapping[str, Any]) -> str:
