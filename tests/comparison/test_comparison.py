@@ -172,7 +172,7 @@ def test_a_large_comparison_is_planned_at_once(tmp_path: Path) -> None:
         ({"seeds": 0}, "the number of seeds must be from 1 to 1000, not 0"),
         ({"seeds": [-1]}, "seeds"),
         ({"seeds": [2**63]}, "seeds"),
-        ({"seeds": "many"}, "a number of seeds (5), seeds separated by commas"),
+        ({"seeds": "many"}, "a number of seeds .5., seeds separated by commas"),
         ({"augment": "none,"}, "a name is missing"),
         ({"augment": ["cml+"]}, "a name is missing"),
         ({"augment": ["none+cml"]}, "'none' cannot be part of a chain"),

@@ -499,7 +499,7 @@ def test_a_grid_gives_every_arm_as_many_trials(tmp_path: Path) -> None:
     write_json(file, content | {"trials": content["trials"][:2]})
     assert create_tuners(plan)[plan.arms[0]].chosen == none.chosen
     write_json(file, content | {"trials": content["trials"][:3]})
-    with pytest.raises(UsageError, match="chosen differently"):
+    with pytest.raises(UsageError, match="chosen with another 'tune'"):
         create_tuners(plan)
     alone = {"augment": ["none", "cml"], "tune": {"space": {"cml.gamma": [0.1, 1.0]}}}
     without, _ = create_tuners(Plan(tmp_path / "b", validate(ComparisonConfig, alone, "the comparison"))).values()
@@ -546,7 +546,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
     other = {"space": {"inner_lr": [0.5, 0.6]}}
     for number, label in enumerate(("sinusoid", "few")):
         changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
-        with pytest.raises(UsageError, match=rf"maml on {label}.*another way"):
+        with pytest.raises(UsageError, match=rf"maml on {label}.*chosen differently"):
             compare(config={**values, "tasks": changed}, out=tmp_path)
 
 
