@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic_core import to_jsonable_python
 
-from metareg.contract.config import validate
+from metareg.contract.config import PluginConfig, PluginSpec, validate
 from metareg.contract.evaluation import Evaluation
 from metareg.contract.hookspecs import hookimpl
 from metareg.contract.losses import Loss, Metric
@@ -28,6 +29,7 @@ from metareg.learner.learning_rate import check_schedule
 from metareg.learner.processes import Processes, join_processes
 from metareg.learner.training import Progress, connect_observers, fit
 from metareg.printable import format_count
+from metareg.registry.plugins import find_entry
 from metareg.registry.task_source import TaskSource
 from metareg.runs import environment, plots
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
@@ -304,7 +306,7 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
     """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
     may_change: dict[str, Any] = {**dict.fromkeys(RunConfig.list_resumable(), True), "task": {"config": {"data"}}}
-    old, new = (each.model_dump(mode="json", exclude=may_change) for each in (stored, wanted))
+    old, new = (each.model_dump(mode="json", exclude=may_change) for each in (_add_new_options(stored, wanted), wanted))
     changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
     if changes:
         raise UsageError(
@@ -315,6 +317,33 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
         raise UsageError(
             f"The run at {path} has {format_count(stored.steps, 'step')}; you can raise this number, but not lower it."
         )
+
+
+def _add_new_options(stored: RunConfig, wanted: RunConfig) -> RunConfig:
+    """A stored configuration with the options that its plugins have had only since, if their defaults are wanted."""
+
+    def complete(kind: str, old: PluginSpec, new: PluginSpec) -> PluginSpec:
+        if old.program or old.name != new.name:
+            return old
+        fields = getattr(find_entry(kind, old.name).load(), "Config", PluginConfig).model_fields
+        defaults = {
+            name: to_jsonable_python(each.get_default(call_default_factory=True)) for name, each in fields.items()
+        }
+        added = {
+            name: value
+            for name, value in new.config.items()
+            if name not in old.config and name in defaults and to_jsonable_python(value) == defaults[name]
+        }
+        return old.model_copy(update={"config": {**old.config, **added}})
+
+    changes: dict[str, Any] = {}
+    for option, kind in PLUGIN_FIELDS.items():
+        old, new = getattr(stored, option), getattr(wanted, option)
+        if isinstance(old, PluginSpec) and isinstance(new, PluginSpec):
+            changes[option] = complete(kind, old, new)
+        elif isinstance(old, list) and len(old) == len(new):
+            changes[option] = [complete(kind, *pair) for pair in zip(old, new, strict=True)]
+    return stored.model_copy(update=changes)
 
 
 def _is_taken(out: Path) -> bool:

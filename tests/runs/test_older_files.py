@@ -70,3 +70,16 @@ def test_a_run_goes_on(run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     assert whole.evaluation is not None
     assert longer.evaluation.to_dict() == whole.evaluation.to_dict()
     assert not caplog.records
+
+
+def test_a_run_from_before_an_option_continues_with_its_default(tmp_path: Path) -> None:
+    settings = {"eval_tasks": 2, "test_tasks": 2, "strategy": "serial", "out": tmp_path / "run"}
+    metareg.train("maml", "cml", steps=2, **settings)
+    path = tmp_path / "run" / "config.yaml"
+    content = yaml.safe_load(path.read_text())
+    del content["augment"][0]["config"]["frozen"], content["task"]["config"]["eval_query"]
+    path.write_text(yaml.safe_dump(content))
+    assert metareg.train("maml", "cml", steps=3, resume=True, **settings).learner.steps_done == 3
+    path.write_text(yaml.safe_dump(content))
+    with pytest.raises(metareg.UsageError, match="frozen"):
+        metareg.train("maml", ("cml", {"frozen": True}), steps=4, resume=True, **settings)
