@@ -19,11 +19,15 @@ from metareg.contract.episodes import Episodes, stack_trees
 from metareg.engine.stages import Stages
 from metareg.learner.learner import MetaLearner
 from metareg.learner.learning_rate import compute_learning_rate
-from metareg.learner.optimizer import TorchOptimizer
 from metareg.testing.benches import draw_noise
 from metareg.util.layout import copy_contiguous
 
 __all__ = ["Training", "train_in_a_loop"]
+
+_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam, "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}  # fmt: skip
 
 Tensors = dict[str, Tensor]
 Task = tuple[Any, Tensor, Any, Tensor]
@@ -65,7 +69,11 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
             with torch.no_grad():
                 meta, state = learner.stages.outer_update(meta, grads, state)
         else:
-            optimizer.step(grads, compute_learning_rate(learner.config, step))
+            for group in optimizer.param_groups:
+                group["lr"] = compute_learning_rate(learner.config, step)
+            for name, value in meta.items():
+                value.grad = grads[name]
+            optimizer.step()
     return Training(start, meta, gradients)
 
 
@@ -278,6 +286,18 @@ def _gradient(
     return dict(zip(of, grads, strict=True))
 
 
-def _new_optimizer(learner: MetaLearner, meta: Tensors) -> TorchOptimizer:
-    """The optimiser of torch itself, also where the learner's training calls it as a function."""
-    return TorchOptimizer(meta, learner.config, [name for name in meta if learner.stages.owner(name)])
+def _new_optimizer(learner: MetaLearner, meta: Tensors) -> torch.optim.Optimizer:
+    """torch's own, without the kernels that take many tensors at once, and nothing of the learner's."""
+    config = learner.config
+    options: dict[str, Any] = {
+        "weight_decay": config.outer_weight_decay, "momentum": config.outer_momentum, "betas": config.outer_betas,
+        "nesterov": config.outer_nesterov or None,
+    }  # fmt: skip
+    own = [value for name, value in meta.items() if learner.stages.owner(name) is None]
+    learned = [value for name, value in meta.items() if learner.stages.owner(name) is not None]
+    groups: list[dict[str, Any]] = [{"params": own}, {"params": learned, "weight_decay": 0.0}]
+    create: Callable[..., torch.optim.Optimizer] = _OPTIMIZERS[config.outer_optimizer]
+    return create(
+        [group for group in groups if group["params"]], lr=config.outer_lr, foreach=False,
+        **{name: value for name, value in options.items() if value is not None},
+    )  # fmt: skip

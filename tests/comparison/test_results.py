@@ -83,7 +83,7 @@ def test_the_command_of_an_arm_trains_its_runs(
         ("diverged", "diverged", "Training diverged at step 7."),
         ("error", "broken", "RuntimeError: runs/sinusoid/maml+cml/seed-1/x is full"),
         ("unfinished", "unfinished", "has begun"),
-        ("gone", "not begun", "nothing"),
+        ("gone", "not begun", "not begun"),
         ("split", "broken", "split 'validation'"),
         ("metric", "broken", "its metric is 'accuracy'"),
         ("unequal", "broken", "equal length"),

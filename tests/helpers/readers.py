@@ -18,8 +18,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from metareg import MetaLearner, Run, TaskSpec, load_image, read_name_lists, read_split_file, read_table
 from metareg.comparison import tuning
@@ -32,7 +34,7 @@ from metareg.comparison.runner import read_progress
 from metareg.runs import environment
 from metareg.runs.checkpoints import Checkpoints
 from metareg.runs.options import parse_assignments
-from metareg.runs.run import read_config, read_evaluations, read_planned_steps
+from metareg.runs.run import has_stopped_early, read_config, read_evaluations, read_planned_steps
 from metareg.util.files import LinesFile
 from metareg.util.yaml_files import read_yaml
 from metareg_graph.data import load as load_graph
@@ -41,6 +43,7 @@ from metareg_image.font_files import read_faces
 from metareg_image.letters import has_ink, load_font
 from metareg_image.matlab import read_boxes, read_class_names
 from metareg_image.omniglot import _read_characters
+from metareg_image.pretrained import _read as read_weights
 from metareg_image.store import DamagedStoreError, _read_index
 
 __all__ = ["OWN", "READERS", "Reader", "find_functions"]
@@ -130,6 +133,17 @@ def _packed(name: str, table: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(gzip.compress(table.encode()))
+
+    return write
+
+
+def _weights(ending: str) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        path, weights = folder / f"weights.{ending}", {"layer.weight": torch.ones(2, 3), "layer.bias": torch.zeros(2)}
+        if ending == "pth":
+            torch.save(weights, path)
+        else:
+            save_file(weights, path)
 
     return write
 
@@ -297,8 +311,10 @@ READERS = (
     Reader("reports", "trial.json", _text("trial.json", json.dumps({"options": {"a": 1}, "error": None})),
            tuning._read_trial, ("metareg.comparison.tuning:_read_key",)),
     Reader("reports", "results.json", _text("results.json", json.dumps(_RESULTS)),
-           lambda path: (read_evaluations(path.parent), read_planned_steps(path.parent, SimpleNamespace(steps=4))),
-           ("metareg.runs.run:read_evaluations", "metareg.runs.run:read_planned_steps")),
+           lambda path: (read_evaluations(path.parent), read_planned_steps(path.parent, SimpleNamespace(steps=4)),
+                         has_stopped_early(path.parent)),
+           ("metareg.runs.run:read_evaluations", "metareg.runs.run:read_planned_steps",
+            "metareg.runs.run:has_stopped_early")),
     Reader("reports", "environment.json", _text("environment.json", json.dumps(_ENVIRONMENT)), _read_environment,
            ("metareg.runs.environment:_read_environments", "metareg.runs.environment:_read_described")),
     Reader("reports", "metrics.jsonl", _text("metrics.jsonl", _METRICS),
@@ -313,6 +329,8 @@ READERS = (
     Reader("containers", "learner.safetensors", _learner, MetaLearner.load,
            ("metareg.util.tensorfile:TensorFile.__init__", "metareg.util.tensorfile:TensorFile.read")),
     Reader("containers", "step-000000007.safetensors", _checkpoint, lambda path: Checkpoints(path.parent, 3).load(7), ()),
+    *(Reader("containers", f"weights.{ending}", _weights(ending), read_weights, ("metareg_image.pretrained:_read",))
+      for ending in ("safetensors", "pth")),
     Reader("containers", "index.json", _cached, _read_cached, ("metareg_image.store:_read_index",)),
     Reader("tables", "table.csv", _text("table.csv", _TABLE), read_table, ("metareg.util.tables:_decode",)),
     Reader("tables", "table.parquet", _parquet, read_table, ("metareg.util.tables:_read_parquet",)),
@@ -357,6 +375,10 @@ CHILDREN = (
 """Those that can crash, and are called in processes of their own."""
 
 OWN = {
+    "metareg.runs.environment:settle_strategy": "reads by _read_environments, which is tried",
+    "metareg.runs.run:Run._repr_html_": "the bytes of a picture, which are passed on",
+    "metareg_mlflow:MLflow.on_run_start": "the run's id, which this observer wrote",
+    "metareg_wandb:WandB.on_run_start": "the run's id, which this observer wrote",
     "metareg.cli.scaffold:_render_files": "templates of the package",
     "metareg.registry.costs:find_cost": "a file of the package",
     "metareg_image.splits:read_splits": "files of the package",

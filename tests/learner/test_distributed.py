@@ -159,7 +159,7 @@ def test_processes_hold_the_same_bits(together: SimpleNamespace, case: str) -> N
 
 def test_processes_that_drift_apart_are_noticed(together: SimpleNamespace) -> None:
     for found in together.ranks:
-        assert "After step 1 the processes hold different meta-parameters" in found["drifted"]
+        assert "processes hold different meta-parameters" in found["drifted"]
 
 
 def test_a_group_of_the_program_is_used_and_left(together: SimpleNamespace) -> None:
@@ -229,7 +229,7 @@ def test_one_process_goes_on_with_a_run_of_two(
     path = together.folder / "stopped, for one process"
     assert not (path / "results.json").exists()
     run_of(path, {"signal": 5 * 6 + 1}, resume=True)
-    assert "processes was 2, is 1" in caplog.text
+    assert "processes was 2" in caplog.text
     _same_to_rounding(path, alone)
 
 

@@ -74,7 +74,7 @@ def test_a_test_of_tasks_at_once_is_not_traced(monkeypatch: pytest.MonkeyPatch) 
     def trace(*_: object) -> None:
         raise AssertionError("tracing costs more than the test")
 
-    monkeypatch.setattr("metareg.engine.tracing._create_graph", trace)
+    monkeypatch.setattr("metareg.engine.tracing.create_graph", trace)
     learner = MetaLearner(MLP(), loss="mse", inner_lr=0.1, strategy="vectorized")
     for _ in range(3):
         learner.evaluate(Source("mlp"), 4, inner_steps=[0, 1])

@@ -134,7 +134,7 @@ def test_unknown_head() -> None:
 def test_parameter_outside_body_and_head() -> None:
     model = MLP()
     model.scale = nn.Parameter(torch.ones(1, dtype=torch.float64))
-    with pytest.raises(UsageError, match="parameter 'scale' in neither body nor head"):
+    with pytest.raises(UsageError, match="parameter 'scale' that is in neither body nor head"):
         MetaLearner(model)
 
 

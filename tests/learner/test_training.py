@@ -104,7 +104,7 @@ def test_bad_sources(source: Any, sentence: str) -> None:
     [
         (None, "it returned a NoneType"),
         (tuple(episodes("mlp").parts), "it returned a tuple"),
-        (episodes("mlp", tasks=2), "returned 2 tasks where 4 were asked for"),
+        (episodes("mlp", tasks=2), "returned 2 tasks instead of 4"),
     ],
 )
 def test_sources_that_break_their_contract(returned: Any, sentence: str) -> None:

@@ -192,7 +192,7 @@ def test_predictions_take_the_images_that_training_takes(
     assert {row[0]: row[1] for row in rows[1:]} == {
         "0.png": "light", "1.png": "warm/dark", "x.jfif": "grey", "more/0.png": "grey",
     }  # fmt: skip
-    of_support, of_query = (record.getMessage() for record in caplog.records if "Left out" in record.getMessage())
+    of_support, of_query = (record.getMessage() for record in caplog.records if "Ignored in" in record.getMessage())
     assert "mine/again" in of_support
     assert "1 .md" in of_query
 
@@ -207,7 +207,7 @@ def test_predictions_take_the_images_that_training_takes(
         ("1.5,2\n3\n", "1 cell in line 2, where its first line has 2"),
         ("1.5,2\n3,four\n", "line 2, column 'y', contains 'four' instead of a finite number"),
         ("x,y\n3,nan\n", "line 2, column 'y', contains 'nan' instead of a finite number"),
-        ("\udcff", "line 1 is no UTF-8"),
+        ("\udcff", "line 1 is not UTF-8"),
         ("y,z\n1,2\n", "has the column 'x', which is not in"),
         ("x,y,comment\n1,2,hello\n", r"has 3 columns \(x, y, comment\); this learner takes 1 input and 1 target"),
     ],

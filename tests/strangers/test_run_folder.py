@@ -151,7 +151,7 @@ def test_observers_of_a_file_write_nowhere_else(
         )
 
     if not (inner and through == "resume"):
-        with pytest.raises(UsageError, match=r"outside of the run's folder.*--observe jsonl --set jsonl\.file="):
+        with pytest.raises(UsageError, match=r"outside the run's folder.*--observe jsonl --set jsonl\.file="):
             go_on()
         assert own.read_text() == "mine\n"
         go_on(**{"jsonl.file": str(own)})

@@ -130,7 +130,7 @@ def test_files_of_other_kinds_are_refused(tried: Tried, tmp_path: Path, content:
 
 
 def test_a_missing_file_or_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="There is not a learner at"):
+    with pytest.raises(UsageError, match="There is no learner at"):
         MetaLearner.load(tmp_path / "none")
     with pytest.raises(UsageError, match="is not a learner"):
         MetaLearner.load(tmp_path)

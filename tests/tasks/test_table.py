@@ -399,8 +399,8 @@ def test_other_training_tables_are_refused_where_a_run_goes_on(folder: Path, tmp
         ("u,kind,v\n1,a,2\n", "u,kind,v\n1,a,2\n", "s.csv has no column 'y'"),
         ("u,kind,v,y,w\n1,a,2,3,4\n", "u,kind,v\n1,a,2\n", "the column 'w', which is not used"),
         ("u,kind,v,y\n1,a,2,3\n", "u,kimd,v\n1,a,2\n", "no column 'kind'; did you mean 'kimd'"),
-        ("u,kind,v,y\n1,a,2,\n", "u,kind,v\n1,a,2\n", "line 2, column 'y', contains nothing"),
-        ("u,kind,v,y\n1,a,2,3\n", "u,kind,v\n1,a,\n", "q.csv, line 2, column 'v', contains nothing"),
+        ("u,kind,v,y\n1,a,2,\n", "u,kind,v\n1,a,2\n", "line 2, column 'y', is empty"),
+        ("u,kind,v,y\n1,a,2,3\n", "u,kind,v\n1,a,\n", "q.csv, line 2, column 'v', is empty"),
         ("1.5,2,3,4\n", "u,kind,v\n1,a,2\n", "s.csv does not name its columns; they must be u, v, kind, y"),
     ],
 )
