@@ -354,12 +354,22 @@ def _draw_batches(
 
 
 def _pad(stack: Episodes, tasks: int) -> Episodes:
-    """A stack with as many tasks of zeros after its own as there have to be: a program is for one number of them."""
+    """A stack with as many tasks of zeros after its own as there have to be: a program is for one number of them.
+
+    The memory order of a leaf stays: bits depend on it, and the next training may fill the block.
+    """
     missing = tasks - len(stack)
     if not missing:
         return stack
-    parts = tree_map(lambda leaf: torch.cat([leaf, leaf.new_zeros(missing, *leaf.shape[1:])]), stack.parts)
-    return Episodes(*parts)
+
+    def extend(leaf: torch.Tensor) -> torch.Tensor:
+        order = sorted(range(leaf.dim()), key=lambda dim: (-leaf.stride()[dim], leaf.shape[dim] == 1))
+        ordered = leaf.permute(order)
+        zeros = leaf.new_zeros(missing, *leaf.shape[1:]).permute(order)
+        inverse = sorted(range(leaf.dim()), key=order.__getitem__)
+        return torch.cat([ordered.contiguous(), zeros], order.index(0)).permute(inverse)
+
+    return Episodes(*tree_map(extend, stack.parts))
 
 
 def _can_share(learner: Trainee, tasks: int) -> bool:

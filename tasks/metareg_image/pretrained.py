@@ -154,6 +154,8 @@ def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None
 
 def _read(path: Path) -> Mapping[str, Tensor]:
     """The tensors of a file by name; nothing in it is executed."""
+    if not path.is_file():
+        raise UsageError(f"There is no file of weights at {path}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
