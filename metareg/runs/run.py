@@ -48,14 +48,15 @@ class Run:
     """A run and its folder.
 
     ======================  ================================================================================
-    config.yaml             the complete configuration; ``metareg train --config`` accepts it environment.json
-    versions, device, strategy, plugins and their distributions metrics.jsonl           a line per training report and
-    per validation; a resumed run has the same bits timing.jsonl            a line per report with the speed, the peak
-    memory so far and the time checkpoints/            ``step-….safetensors``, from which `resume` continues, and the
-    learner as ``final.safetensors`` plots/                  pictures (PNG) results.json the test: mean, interval and
-    every task's score after each number of inner steps analysis.json           where the learner adapts, if requested
-    (``metareg analyse``) baselines.json          simpler baselines on the test tasks, if requested
-    (`evaluate_baselines`)
+    config.yaml             the complete configuration; ``metareg train --config`` accepts it
+    environment.json        versions, device, strategy, plugins and their distributions
+    metrics.jsonl           a line per training report and per validation; a resumed run has the same bits
+    timing.jsonl            a line per report with the speed, the peak memory so far and the time
+    checkpoints/            ``step-….safetensors``, from which `resume` continues, and the learner as ``final.safetensors``
+    plots/                  pictures (PNG)
+    results.json            the test: mean, interval and every task's score after each number of inner steps
+    analysis.json           where the learner adapts, if requested (``metareg analyse``)
+    baselines.json          simpler baselines on the test tasks, if requested (`evaluate_baselines`)
     ======================  ================================================================================
 
     Args:
