@@ -11,14 +11,14 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from metareg.contract.episodes import Batch, Episodes, convert_arrays, read_episodes
+from metareg.contract.episodes import Batch, Episodes, convert_arrays
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches
 from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
 from metareg.engine.tracing import CompileError, summarise_error
 from metareg.errors import DivergenceError, ExamplesError, UsageError
-from metareg.learner.batch_split import BatchSplit, Share
+from metareg.learner.batch_split import BatchSplit, Share, read_stacks
 from metareg.learner.config import LearnerConfig
 from metareg.learner.example_checks import TargetCheck, refuse_nonfinite
 from metareg.learner.idle import report_unlearned
@@ -101,9 +101,7 @@ class BatchRunner:
         Raises:
             UsageError: there is no task, or the tasks do not fit the learner.
         """
-        batches, of = (
-            ([episodes.stack], episodes.of) if isinstance(episodes, Share) else (read_episodes(episodes), None)
-        )
+        batches, of = read_stacks(episodes), episodes.of if isinstance(episodes, Share) else None
         if not batches:
             raise UsageError("The batch contains no task.")
         parameters.prepare(batches[0])
@@ -241,7 +239,7 @@ class BatchRunner:
             with torch.no_grad():
                 return self._engine.plain.model.forward(parameters.tensors, x)[1]
 
-        for stack in [episodes.stack] if isinstance(episodes, Share) else read_episodes(episodes):
+        for stack in read_stacks(episodes):
             refuse_nonfinite(stack, predict, where)
 
     def _draw_for_tasks(

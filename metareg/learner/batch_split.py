@@ -16,12 +16,12 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from metareg.contract.episodes import Episodes
+from metareg.contract.episodes import Batch, Episodes, read_episodes
 from metareg.engine.engine import Gradient
 from metareg.errors import MetaregError
 from metareg.learner.processes import Processes
 
-__all__ = ["BatchSplit", "Share", "check_same_bits", "hash_tensors", "select_tasks"]
+__all__ = ["BatchSplit", "Share", "check_same_bits", "hash_tensors", "read_stacks", "select_tasks"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Share:
     stack: Episodes
     of: int
     """How many tasks all processes have together."""
+
+
+def read_stacks(batch: Batch | Share) -> list[Episodes]:
+    """The tasks that this process has of a batch, as `read_episodes` returns them."""
+    return [batch.stack] if isinstance(batch, Share) else read_episodes(batch)
 
 
 class BatchSplit:
