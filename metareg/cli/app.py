@@ -1,6 +1,6 @@
 """The command line: its commands and their exit codes.
 
-Slow imports (torch, pydantic, plugins) are left to the commands that need them.
+Each command imports the slow modules (torch, pydantic, plugins) that it needs.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _check_rank(
         bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
     ] = False,
 ) -> None:
-    """Check what applies to every command."""
+    """Refuse to run under torchrun, except for training."""
     if read_rank().size > 1 and context.invoked_subcommand not in ("train", "resume"):
         raise UsageError(
             f"torchrun can run `metareg train` and `metareg resume`; run `metareg {context.invoked_subcommand}` in one "
@@ -81,7 +81,7 @@ def run(arguments: Sequence[str]) -> int:
     """Run a command line.
 
     Returns:
-        The exit code: 0 done, 2 wrong use, 1 anything else, 130 interrupted.
+        The exit code: 0 for success, 2 for wrong use, 130 for an interruption, 1 for any other failure.
     """
     if not is_follower() or os.environ.get(TRACEBACK_VARIABLE):
         return _run_command(arguments)
@@ -93,13 +93,13 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _explain(error: OSError) -> MetaregError:
-    """Turn an operating system error about a file, which is not a bug, into a sentence."""
+    """Turn an operating system's error about a file into a MetaregError, because it is not a bug."""
     wrong_use = error.errno == errno.ENAMETOOLONG
     return (UsageError if wrong_use else MetaregError)(f"{error.strerror}: {os.fsdecode(error.filename)}.")
 
 
 def _wait_for_leader() -> None:
-    """Wait for a second, or until SIGTERM: when a process fails, torchrun ends them all, even the one with the message."""
+    """Wait a second, or until SIGTERM, so that the leader can print its error before torchrun stops all processes."""
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ended.wait(1)
@@ -110,7 +110,7 @@ def _run_command(arguments: Sequence[str]) -> int:
     try:
         code = app(args=list(arguments), standalone_mode=False)
         sys.stdout.flush()
-    except SystemExit as exit:  # a shell's completion ends so
+    except SystemExit as exit:  # raised by shell completion
         return exit.code if isinstance(exit.code, int) else int(exit.code is not None)
     except Exception as error:
         if os.environ.get(TRACEBACK_VARIABLE):
@@ -126,9 +126,9 @@ def _print_error(error: Exception) -> int:
     sentence, hint = str(error) if isinstance(error, MetaregError) else describe_error(error), ""
     if isinstance(error, MetaregError):
         code = error.exit_code
-    elif hasattr(error, "format_message"):  # typer's, of arguments that make no sense
+    elif hasattr(error, "format_message"):  # typer's error about arguments
         sentence, code = error.format_message(), 2
-        if not sentence:  # a command without arguments, whose help was shown
+        if not sentence:  # no arguments: typer has shown the help
             return code
         if (context := getattr(error, "ctx", None)) is not None:
             stderr.print(escape(context.get_usage()), soft_wrap=True)

@@ -1,4 +1,4 @@
-"""Options that several commands share, and how they are read."""
+"""Options that several commands share."""
 
 from __future__ import annotations
 
@@ -34,20 +34,20 @@ __all__ = [
 
 
 def complete_names(kind: str) -> Callable[[str], list[str]]:
-    """Return a function that completes a plugin's name in a shell."""
+    """Return a shell completion function for names of plugins of a kind."""
     return lambda incomplete: [entry.name for entry in list_entries(kind) if entry.name.startswith(incomplete)]
 
 
 def _disable_plugins(names: list[str] | None) -> list[str] | None:
-    """Disable plugins in this process and those that it starts."""
+    """Disable plugins in this process and its child processes."""
     disabled = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
     os.environ[DISABLE_VARIABLE] = ",".join(filter(None, disabled))
     return names
 
 
 def expand_path(path: Path | None) -> Path | None:
-    """Replace ``~`` by the home folder."""
-    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 (that of pathlib can raise)
+    """Replace ``~`` with the home folder."""
+    return None if path is None else Path(os.path.expanduser(path))  # noqa: PTH111 (pathlib's expanduser can raise)
 
 
 def path_option(*flags: str, metavar: str, help: str) -> Any:
@@ -100,11 +100,11 @@ NoPlugin = Annotated[
 
 
 def collect_given(**options: Any) -> dict[str, Any]:
-    """Those of some options that a user gave."""
+    """Return the options that the user gave."""
     return {name: value for name, value in options.items() if value is not None}
 
 
 def set_data_folder(data: Path | None) -> None:
-    """Set the data folder of this process and of those that it starts."""
+    """Set the data folder of this process and its child processes."""
     if data is not None:
         os.environ["METAREG_DATA"] = str(absolute_path(data))

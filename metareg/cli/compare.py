@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "report", "reproduce"]
 
 _OWN_FIELDS = {"algo", "augment", "task", "seed", "observers"}
-"""The options of a run of which a comparison takes several, or none."""
+"""Options of a run that a comparison takes as a list, or not at all."""
 _Jobs = Annotated[int | None, typer.Option(metavar="N", help="Runs at a time (default: one per GPU or CPU core).")]
 
 

@@ -1,4 +1,4 @@
-"""The flags for options of a run, made from the fields of `RunConfig`."""
+"""Flags for a run's options, created from the fields of `RunConfig`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _Function = TypeVar("_Function", bound=Callable[..., None])
 
 
 def takes_run_options(choose: Callable[[type[RunConfig]], Collection[str]]) -> Callable[[_Function], _Function]:
-    """Give a `RunCommand`'s function as its ``**options`` those of the chosen fields of `RunConfig` that have a flag."""
+    """Replace the ``**options`` of a `RunCommand`'s function with a flag for each chosen field of `RunConfig`."""
 
     def decorate(function: _Function) -> _Function:
         signature = inspect.signature(function, eval_str=True)
@@ -38,18 +38,18 @@ def takes_run_options(choose: Callable[[type[RunConfig]], Collection[str]]) -> C
 
 
 class Command(TyperCommand):
-    """A command whose results alone go to standard output."""
+    """A command that prints only its results to standard output."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Carry it out; what a plugin prints goes to standard error."""
+        """Run the command, and redirect what plugins print to standard error."""
         with redirect_stdout(sys.stderr):
             return super().invoke(ctx)
 
 
 class RunCommand(Command):
-    """A command whose function is one of `takes_run_options`.
+    """A command whose function is decorated with `takes_run_options`.
 
-    Its flags are made when it is used, not whenever metareg starts: importing `RunConfig` takes 0.1 s.
+    Creates its flags when it is used, because importing `RunConfig` takes 0.1 s.
     """
 
     def make_context(self, *arguments: Any, **more: Any) -> Any:
@@ -83,7 +83,7 @@ class RunCommand(Command):
 
 
 def _refuse_wrong_flag(given: str, flags: Collection[str]) -> None:
-    """Raise a UsageError where a run has the option, but under another name or without a flag in this command."""
+    """Raise a UsageError if a run has the option, but this command has no flag for it or another name."""
     from metareg.contract.config import unknown_option_error
     from metareg.runs.config import RunConfig
 
@@ -99,7 +99,7 @@ def _refuse_wrong_flag(given: str, flags: Collection[str]) -> None:
 
 
 def _create_parameter(name: str) -> inspect.Parameter:
-    """An option of typer with the flag, type, choices, description and default of a field of `RunConfig`."""
+    """Create a typer option with the flag, type, choices, description and default of a field of `RunConfig`."""
     from metareg.contract.config import PluginSpec
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 
@@ -110,7 +110,7 @@ def _create_parameter(name: str) -> inspect.Parameter:
         (kind,) = (each for each in get_args(kind) if each is not type(None))
     option = partial(typer.Option, RunConfig.list_flags()[name], show_default=False)
     if get_origin(kind) is Literal:
-        # RunConfig refuses what is no choice, as it does wherever that is written.
+        # RunConfig checks the choices, here as everywhere.
         choices, kind = get_args(kind), str
         option = partial(
             option, metavar="NAME", autocompletion=lambda incomplete: [c for c in choices if c.startswith(incomplete)]

@@ -1,4 +1,4 @@
-"""The types of options, in a reader's words."""
+"""Descriptions of option types."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _NOUNS: dict[Any, tuple[str, str]] = {
 
 
 def describe_type(field: Any) -> str:
-    """The type and bounds of a configuration's field: ``whole number from 0 to 4, or unset``."""
+    """Describe the type and bounds of a configuration's field: ``whole number from 0 to 4, or unset``."""
     bounds = {
         key: value
         for constraint in field.metadata
@@ -33,12 +33,12 @@ def describe_type(field: Any) -> str:
 
 
 def _list_members(annotation: Any) -> tuple[Any, ...]:
-    """The types of a union, or the one type that there is."""
+    """Return the members of a union, or the type itself if it is no union."""
     return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
 
 
 def _describe(annotation: Any, bounds: dict[str, Any]) -> str:
-    """One type, with bounds of its value or of its length."""
+    """Describe one type, with the bounds of its value or length."""
     text = _describe_many(annotation) if get_origin(annotation) is Literal else _find_nouns(annotation)[0]
     low, high = bounds.get("min_length"), bounds.get("max_length")
     if low is not None and low == high:
@@ -54,7 +54,7 @@ def _describe(annotation: Any, bounds: dict[str, Any]) -> str:
 
 
 def _describe_many(annotation: Any) -> str:
-    """Values of a type in the plural; of choices the choices themselves."""
+    """Describe a type in the plural; list the choices if it is a choice."""
     if get_origin(annotation) is Literal:
         *others, last = map(str, get_args(annotation))
         return f"{', '.join(others)} or {last}" if others else last
@@ -62,7 +62,7 @@ def _describe_many(annotation: Any) -> str:
 
 
 def _find_nouns(annotation: Any) -> tuple[str, str]:
-    """What a value of a type is called, and what several are."""
+    """Return the singular and the plural noun for a type."""
     if annotation in _NOUNS:
         return _NOUNS[annotation]
     origin, arguments = get_origin(annotation), get_args(annotation)

@@ -151,7 +151,7 @@ def data(
 
 
 def _list_datasets(where: Path | None) -> list[tuple[str, DatasetFacts | str]]:
-    """List the installed tasks that read data, with what they say about it; an error text if that failed."""
+    """List the installed tasks that read data, with facts about the data, or an error message."""
     entries = list_entries("tasks")
     found = zip(entries, inspect_datasets(entries, where), strict=True)
     return [(entry.name, dataset) for entry, dataset in found if dataset is not None]
@@ -166,10 +166,10 @@ def _parse_kind(given: str) -> str:
 
 
 def _find_kind(name: str) -> str:
-    """The kind of the plugins with a name.
+    """Return the kind of the plugin with this name.
 
     Raises:
-        UsageError: there is none, or plugins of several kinds have it.
+        UsageError: no plugin has the name, or plugins of several kinds have it.
     """
     entries = list_entries()
     kinds = [kind for kind in KINDS if any(e.kind == kind and name in (e.name, e.qualified) for e in entries)]
@@ -183,7 +183,7 @@ def _find_kind(name: str) -> str:
 
 
 def _describe_entries(*, check: bool) -> list[dict[str, Any]]:
-    """Describe the installed plugins; with `check`, import each of them."""
+    """Describe the installed plugins; if `check`, import each one."""
     entries = list_entries()
     facts = inspect_plugins(entries) if check else repeat({})
     names = ("kind", "name", "distribution", "version")

@@ -1,4 +1,4 @@
-"""Trainings and comparisons as they go on: live in a terminal, plain lines elsewhere."""
+"""Progress of trainings and comparisons: a live display in a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["ComparisonProgress", "Progress", "show_messages"]
 
 
 class Progress(TerminalDisplay):
-    """The display of a training, and of what metareg logs meanwhile."""
+    """The display of a training, including what metareg logs."""
 
     def __enter__(self) -> Progress:
         self._handler = _add_handler(self._console)
@@ -42,9 +42,9 @@ class Progress(TerminalDisplay):
 
 
 class ComparisonProgress:
-    """Watches a comparison: a live table of what runs, what is left and when it ends.
+    """Shows a comparison's progress: a live table of running and remaining runs, with an estimated end.
 
-    Where the console is no terminal it prints a line for each run that ends.
+    Prints a line for each finished run if the console is not a terminal.
     """
 
     def __init__(self, console: Console) -> None:
@@ -53,7 +53,7 @@ class ComparisonProgress:
 
     def __enter__(self) -> ComparisonProgress:
         self._handler = _add_handler(self._console)
-        logging.getLogger("metareg.tuning").setLevel(logging.INFO)  # what is searched, and what was chosen
+        logging.getLogger("metareg.tuning").setLevel(logging.INFO)  # shows the search spaces and the chosen settings
         if self._console.is_terminal:
             self._live.start()
         return self
@@ -63,12 +63,12 @@ class ComparisonProgress:
         logging.getLogger("metareg").removeHandler(self._handler)
 
     def on_progress(self, comparison: Comparison) -> None:
-        """Show where the comparison stands."""
+        """Update the live table."""
         if self._console.is_terminal:
             self._live.update(self._create_table(comparison), refresh=True)
 
     def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
-        """Say what a run that ended came to."""
+        """Print how a run ended."""
         done, left = comparison.finished, comparison.left
         if outcome.error is not None:
             how = "[yellow]failed[/]" if outcome.again else "[yellow]diverged[/]"
@@ -105,7 +105,7 @@ class ComparisonProgress:
 
 @contextmanager
 def show_messages(console: Console) -> Iterator[None]:
-    """Show on a console, for a block, what metareg logs."""
+    """Show what metareg logs on a console while the block runs."""
     log = logging.getLogger("metareg")
     handler = _add_handler(console)
     log.setLevel(logging.INFO)
@@ -116,7 +116,7 @@ def show_messages(console: Console) -> Iterator[None]:
 
 
 def _add_handler(console: Console) -> logging.Handler:
-    """Show on a console what metareg logs."""
+    """Add a handler that shows what metareg logs on a console."""
     handler = LogHandler(console)
     logging.getLogger("metareg").addHandler(handler)
     return handler

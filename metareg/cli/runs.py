@@ -1,4 +1,4 @@
-"""``metareg train`` and ``resume``; ``eval``, ``analyse``, ``predict`` and ``export`` for finished runs."""
+"""``metareg train``, ``resume``, and the commands for finished runs: ``eval``, ``analyse``, ``predict``, ``export``."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def resume(
 
 
 def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> Run:
-    """Train with some options, and show the progress and the results."""
+    """Train, and show the progress and the results."""
     from metareg.cli.progress import Progress
     from metareg.cli.tables import print_results
 
@@ -142,7 +142,7 @@ def _show_baselines(run: Run) -> None:
 
 
 def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> dict[str, Any]:
-    """Parse ``--set``, which must not set what only a flag can."""
+    """Parse ``--set``, and refuse options that have a flag of their own."""
     from metareg.runs.options import parse_assignments
 
     given = parse_assignments(assignments or [])
@@ -152,7 +152,7 @@ def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> d
 
 
 def _load_learner(path: Path, device: str | None, data: Path | None) -> tuple[MetaLearner, Plugin]:
-    """Load the learner of a finished run or a file, and the task that reads a user's examples, with data elsewhere."""
+    """Load the learner of a run or file, and the task that reads examples, with its data in `data`."""
     from metareg.registry.plugins import resolve
     from metareg.runs import exports
     from metareg.runs.run import Run
@@ -325,7 +325,7 @@ def evaluate(
 
 
 def _collect_results(evaluation: Evaluation, one_by_one: Evaluation | None, with_scores: bool) -> dict[str, Any]:
-    """A test as results.json holds it, each task's score only where that is asked for."""
+    """Return a test's results in the format of results.json; include every task's score if `with_scores`."""
     content = evaluation.to_dict()
     if not with_scores:
         content["steps"] = [{key: each[key] for key in each if key != "scores"} for each in content["steps"]]

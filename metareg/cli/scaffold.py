@@ -1,4 +1,4 @@
-"""New plugin packages from templates: complete, and passing their own tests as they are written."""
+"""Templates for new plugin packages, which are complete and pass their own tests."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["write_plugin"]
 
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
-# How a plugin of each kind is chosen on the command line and in Python.
+# How users select a plugin of each kind, on the command line and in Python.
 _USES = {
     "algorithms": ("--algo {name} --augment cml", 'algo="{name}"'),
     "augmenters": ("--augment {name}", 'augment=["{name}"]'),
@@ -33,7 +33,7 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
     """Write the package ``metareg-NAME``: a working plugin, its entry point, tests, README, license and a CI workflow.
 
     Returns:
-        The package's folder, in `parent`. Where an error ends it, nothing is left of the folder.
+        The package's folder, in `parent`. If writing fails, the folder is removed.
     """
     if not _NAME.fullmatch(name):
         allowed = "use lower-case letters, digits and hyphens, such as sign-maml"

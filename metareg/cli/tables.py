@@ -1,4 +1,4 @@
-"""What the commands show: results, plugins, data, recipes and the installation."""
+"""Tables that the commands print: results, plugins, data, recipes and the installation."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ __all__ = [
 
 _PADDING = (0, 2, 0, 0)
 _LEAST_VERDICT = 9
-"""Columns that the words at the end of a table take at least."""
+"""Minimum width of a table's last column, in characters."""
 
 
 def print_comparison(comparison: Comparison, console: Console) -> None:
-    """The end of a comparison: its tables, its page, and what is missing."""
+    """Print a comparison's tables, the path of its page, and what is missing."""
     from metareg.reporting import write_report
     from metareg.reporting.analysis import analyze_comparison
     from metareg.reporting.tables import build_overview
@@ -76,10 +76,10 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
 
 
 def _create_short_table(content: ReportTable, width: int) -> Table:
-    """A report's table in so many columns: names and numbers stay whole, the verdict in words, which comes last, folds."""
+    """Fit a report's table into `width` characters: only the last column, the verdict, wraps."""
     *wholes, _ = zip(content.columns, *content.rows, strict=True)
     taken = sum(max(map(len, cells)) + len("  ") for cells in wholes)
-    # Where they are too wide, what stands in brackets gets a line of its own.
+    # If the cells are too wide, put the part in brackets on a second line.
     separator = " (" if taken + _LEAST_VERDICT <= width else "\n("
     table = _create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
     last = len(content.columns) - 1
@@ -92,13 +92,13 @@ def _create_short_table(content: ReportTable, width: int) -> Table:
 
 
 def _create_table(*columns: str, **layout: Any) -> Table:
-    """A table without lines, whose columns fold."""
+    """Create a table without lines, whose columns wrap."""
     folding = (Column(name, overflow="fold") for name in columns)
     return Table(*folding, box=None, header_style="bold", pad_edge=False, **layout)
 
 
 def print_results(run: Run, console: Console) -> None:
-    """The end of a training: the table of the test, and where everything is."""
+    """Print the table of a run's test, and the paths of its files."""
     assert run.evaluation is not None
     console.print(create_evaluation_table(run.evaluation, run.config.test_split, run.evaluation_one_by_one))
     plots = (("plot", path) for path in run.plots)
@@ -107,7 +107,7 @@ def print_results(run: Run, console: Console) -> None:
 
 
 def create_analysis_tables(found: Analysis) -> Iterator[Table]:
-    """The relative update of each layer, the metric with parts of the model adapted, and the augmenters' angles."""
+    """Create the tables of each layer's relative update, the metric with parts adapted, and the augmenters' angles."""
 
     def write(each: Mean) -> str:
         return f"{each.mean:.4g} ± {each.ci95:.2g}"
@@ -139,7 +139,13 @@ def create_analysis_tables(found: Analysis) -> Iterator[Table]:
 
 
 def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_one: Evaluation | None = None) -> Table:
-    """The metric before and after each number of inner steps; by predictions one by one too, where these differ."""
+    """Create the table of the metric before and after each number of inner steps.
+
+    Args:
+        evaluation: the test.
+        split: its tasks' split.
+        one_by_one: the same test with one prediction at a time, if that differs.
+    """
     better = "higher" if evaluation.higher_is_better else "lower"
     statistics = "" if evaluation.bn_statistics == "none" else f", BatchNorm {evaluation.bn_statistics}"
     predictor = "" if evaluation.predictor == "head" else f", predicted by {evaluation.predictor}"
@@ -169,14 +175,14 @@ def create_evaluation_table(evaluation: Evaluation, split: str = TEST, one_by_on
 
 
 def _format_score(evaluation: Evaluation, inner_steps: int) -> tuple[str, str]:
-    """The mean and its interval, where every task has a finite score."""
+    """Format the mean and its interval if every task has a finite score."""
     if evaluation.count_diverged(inner_steps):
         return "[red]diverged[/]", ""
     return f"{evaluation.mean(inner_steps):.4f}", f"± {evaluation.ci95(inner_steps):.4f}"
 
 
 def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:
-    """What simpler ways reach on a run's test tasks, and by how much the run is better, paired by task."""
+    """Create the table of baselines on a run's test tasks, and of the run's advantage, paired by task."""
     from metareg.util.intervals import compute_half_width
 
     assert run.evaluation is not None
@@ -198,10 +204,10 @@ def create_baseline_table(run: Run, baselines: Sequence[Baseline]) -> Table:
 
 
 def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]]) -> Table:
-    """What simpler ways reach on the tasks of a comparison: the mean over seeds.
+    """Create the table of baselines on a comparison's tasks: means over seeds.
 
     Args:
-        measured: the task, and the baselines on it, of each seed.
+        measured: for each seed, the task and its baselines.
     """
     import numpy as np
 
@@ -224,7 +230,7 @@ def create_baseline_overview(measured: Sequence[tuple[str, Sequence[Baseline]]])
 
 
 def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> RenderableType:
-    """The data of some tasks, one a row; a text stands for a task that cannot be asked."""
+    """Create the table of tasks' data, one task per row; a string is the error of a task that does not work."""
     table = _create_table("task", "there", "location, or how to get it")
     for name, dataset in rows:
         if isinstance(dataset, str):
@@ -234,15 +240,15 @@ def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> Rend
         if dataset.present:
             table.add_row(escape(name), "[green]yes[/]", escape(location or dataset.obtain))
         else:
-            fetch = f"metareg data {name} --download downloads it to" if dataset.downloadable else " It belongs into"
+            fetch = f"metareg data {name} --download downloads it to" if dataset.downloadable else " It belongs in"
             table.add_row(escape(name), "no", escape(f"{dataset.obtain}{fetch} {location}."))
     return table
 
 
 def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
-    """Recipes, one a row: what they need, what they are expected to reach, and about how long they take."""
+    """Create the table of recipes, one per row: requirements, expected value and approximate time."""
     table = _create_table("recipe", "needs", "expected (95 %)", "on one CPU core")
-    table.columns[0].no_wrap = True  # a name is to be copied
+    table.columns[0].no_wrap = True  # users copy the name
     for recipe in recipes:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"
@@ -264,13 +270,13 @@ def _format_minutes(minutes: float) -> str:
 
 
 def describe_check(check: Check, problem: str | None) -> Text:
-    """What one check of a plugin found."""
+    """Describe the result of one check of a plugin."""
     result = ("passed  ", "green") if problem is None else ("failed  ", "red")
     return Text.assemble(result, (f"{check.name:<20}", "bold"), problem or check.summary)
 
 
 def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> RenderableType:
-    """The installed plugins, a line each; where they were imported, with what they are, and why others do not work."""
+    """Create the table of plugins, one per row; if `checked`, with summaries, and with errors below the table."""
     if not rows:
         return Text("No plugin is installed or enabled.")
     if not checked:
@@ -288,7 +294,7 @@ def create_plugin_table(rows: list[dict[str, Any]], checked: bool) -> Renderable
 
 
 def describe_plugin(entry: Entry, cls: type) -> RenderableType:
-    """All that there is to know of a plugin."""
+    """Describe a plugin: its docstring, hooks, options and recommendations."""
     parts: list[RenderableType] = [
         Text.assemble((entry.name, "bold"), f"  {entry.distribution} {entry.version}, {entry.target}"),
         Padding(_reflow(inspect.cleandoc(str(cls.__doc__ or "") or "It has no description.")), (1, 0, 1, 2)),
@@ -304,7 +310,7 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
 
 
 def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
-    """Facts in a line each: the hooks, and of an algorithm what it adapts, its order and what a step costs."""
+    """Return the hooks, and for an algorithm also what it adapts, its order and the cost of a step."""
     from metareg.registry.costs import SETTING, describe_order, find_cost
     from metareg.registry.dispatch import list_hooks
 
@@ -322,7 +328,7 @@ def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
 
 
 def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> Iterator[RenderableType]:
-    """Of each option a line with its default and what is allowed, and below it what it is."""
+    """Yield, for each option, a line with its default and allowed values, then its description."""
     from metareg.cli.option_types import describe_type
     from metareg.contract.search import describe_search_space
 
@@ -337,14 +343,14 @@ def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> Iterator[Rende
 
 
 def _format_value(value: Any) -> str:
-    """A value as ``--set`` takes it."""
+    """Format a value in the syntax of ``--set``."""
     if value is None:
         return "unset"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _reflow(text: str) -> RenderableType:
-    """A docstring with lines as long as the console's: paragraphs and items of lists are made one line each."""
+    """Join each paragraph and list item of a docstring into one line, so that the console wraps it."""
     paragraphs: list[tuple[int, str]] = []
     open_to = None
     for line in text.splitlines():
@@ -358,7 +364,7 @@ def _reflow(text: str) -> RenderableType:
 
 
 def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
-    """What a plugin recommends: options of the run, then those of each owner, then what is for one algorithm alone."""
+    """Create the table of a plugin's recommendations: for the run, for its plugins, and for single algorithms."""
     table = _create_table("recommends", "value", "for", padding=_PADDING)
     alone = {name: value for name, value in recommended.items() if isinstance(value, Mapping)}
     general = {key: value for key, value in recommended.items() if key not in alone}
@@ -369,7 +375,7 @@ def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
 
 
 def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
-    """The state of the installation: versions, hardware and plugins."""
+    """Describe the installation: versions, hardware and plugins."""
     from metareg.engine.strategies import find_compiler
     from metareg.runs.environment import describe_machine
 

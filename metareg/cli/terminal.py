@@ -1,4 +1,4 @@
-"""The way out: all that a command prints passes through here, and can do nothing there but be read."""
+"""Consoles and streams that make control characters in all printed text visible and harmless."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["LogHandler", "Terminal", "guard_streams", "stderr", "stdout", "write
 
 
 class Terminal(Console):
-    """A console that shows the control characters of texts; only its own colours and cursor movements are obeyed."""
+    """A console that prints control characters in text visibly; only rich's own control codes reach the terminal."""
 
     @property
     def file(self) -> IO[str]:
-        """Where it draws: not through the guards of the standard streams, nor what a live display puts around them."""
+        """The stream below the guards of `guard_streams` and the proxies of a live display."""
         file = super().file
         while (behind := getattr(file, "rich_proxied_file", None)) is not None:
             file = behind
@@ -36,11 +36,11 @@ class Terminal(Console):
         self._file = new_file
 
     def render_str(self, text: str, **options: Any) -> Text:
-        """A text as rich lays it out: with the signs that are shown, so that columns keep their width."""
+        """Parse markup after replacing control characters, so that rich measures the width that is printed."""
         return super().render_str(show_controls(text), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """All that is printed, in the end."""
+        """Render with control characters replaced; everything printed passes through here."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else segment._replace(text=show_controls(segment.text))
 
@@ -51,14 +51,14 @@ stdout = Terminal(highlight=False)
 
 
 class LogHandler(logging.Handler):
-    """Shows what is logged on a console, a line each."""
+    """Prints each log record on a console, one per line."""
 
     def __init__(self, console: Console) -> None:
         super().__init__()
         self._console = console
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Show a record."""
+        """Print a record."""
         try:
             self._console.print(escape(self.format(record)), soft_wrap=True)
         except Exception:
@@ -66,20 +66,20 @@ class LogHandler(logging.Handler):
 
 
 class _Stream(io.TextIOWrapper):
-    """A standard stream whose end is no reason for a traceback.
+    """A standard stream that survives write errors without a traceback.
 
-    Where standard output cannot be written (its disk is full, its reader has gone), that is a MetaregError; where standard
-    error cannot, there is nobody to tell, and what it is about goes on.
+    If standard output cannot be written (the disk is full, the reader has closed the pipe), a MetaregError is raised.
+    If standard error cannot be written, the error is ignored and the command continues.
     """
 
     def __init__(self, stream: io.TextIOWrapper, *, is_output: bool) -> None:
-        # Text is kept in the bytes' buffer alone, which both streams of a descriptor share: it stays in its order.
+        # Write through to the byte buffer, which both streams of a descriptor share, so that the order is kept.
         super().__init__(
             stream.buffer, stream.encoding, "replace" if is_output else stream.errors, write_through=True,
             line_buffering=stream.line_buffering,
         )  # fmt: skip
         self._is_output = is_output
-        self._origin = stream  # with its end it would close the bytes' buffer
+        self._origin = stream  # if garbage-collected, it would close the byte buffer
 
     def write(self, text: str) -> int:
         try:
@@ -94,7 +94,7 @@ class _Stream(io.TextIOWrapper):
             self._give_up(error, 0)
 
     def _give_up(self, error: OSError, count: int) -> int:
-        # What is left would be tried again at the end of the process, and say more than this sentence.
+        # Python would flush the rest at exit and print a second error.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, self.fileno())
         os.close(nowhere)
@@ -109,14 +109,14 @@ class _GuardedStream(_Stream):
     def __init__(self, stream: io.TextIOWrapper, *, is_output: bool) -> None:
         super().__init__(stream, is_output=is_output)
         self.rich_proxied_file = _Stream(stream, is_output=is_output)
-        """Where the consoles of rich draw, which ask for it by this name."""
+        """The stream that rich's consoles write to; rich looks for this name."""
 
     def write(self, text: str) -> int:
         return super().write(show_controls(text))
 
 
 def guard_streams() -> None:
-    """Let nothing reach the terminal by the standard streams of this process but text, and colours of the consoles."""
+    """Wrap the standard streams so that only text and the consoles' own control codes reach the terminal."""
     for descriptor in range(3):
         _occupy(descriptor)
     sys.stdout = _guard(sys.stdout, 1)
@@ -124,7 +124,7 @@ def guard_streams() -> None:
 
 
 def _occupy(descriptor: int) -> None:
-    """Keep a standard stream that is closed from becoming the first file that is opened, which prints would damage."""
+    """Open the null device if a standard stream is closed; otherwise the next opened file would receive the output."""
     try:
         os.fstat(descriptor)
     except OSError:
@@ -132,25 +132,25 @@ def _occupy(descriptor: int) -> None:
 
 
 def _guard(stream: TextIO | None, descriptor: int) -> TextIO:
-    """A standard stream, which is None where it is closed."""
+    """Wrap a standard stream, which is None if it is closed."""
     if stream is None:
         stream = os.fdopen(descriptor, "w", closefd=False)
     return _GuardedStream(stream, is_output=descriptor == 1) if isinstance(stream, io.TextIOWrapper) else stream
 
 
 def write_output(text: str, flag: str = "--out") -> None:
-    """Write a text to the output, whose encoding may lack one of the signs.
+    """Write a text to standard output exactly, except for control characters.
 
     Args:
-        text: what has to be there sign for sign, but for control characters, which are shown.
-        flag: the option that writes it to a file instead.
+        text: the text; control characters are replaced by visible ones.
+        flag: the option that writes to a file instead, named in the error if the output's encoding lacks a character.
     """
     file, shown = stdout.file, show_controls(text)
     try:
         shown.encode(getattr(file, "encoding", None) or "utf-8")
     except UnicodeEncodeError as error:
         sign = error.object[error.start]
-        problem = f"The output's encoding, {error.encoding}, has no '{sign}'"
-        raise MetaregError(f"{problem}; {flag} FILE writes UTF-8.") from error
+        problem = f"The output's encoding, {error.encoding}, cannot represent '{sign}'"
+        raise MetaregError(f"{problem}; use {flag} FILE, which is written in UTF-8.") from error
     file.write(shown)
     file.flush()

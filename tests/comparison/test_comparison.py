@@ -130,7 +130,8 @@ def test_names_and_seeds_can_be_written_as_texts() -> None:
     [
         (
             {"augment": "none,cml", "arms": [{"augment": "cml", "options": {"shots": 20}}]},
-            r"maml\+cml on sinusoid would not see the tasks of maml on sinusoid: shots is 20, not 10\. .* under 'tasks'",
+            r"maml\+cml on sinusoid would not see the tasks of maml on sinusoid: shots is 20, not 10\. .* under "
+            r"'tasks'",
         ),
         ({"algo": "maml,metareg:maml"}, "maml on sinusoid and metareg:maml on sinusoid are the same"),
     ],
@@ -550,7 +551,8 @@ def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any
         (["--out", "."], "--out takes a file; . is a folder."),
         (
             ["--out", "x.pdf"],
-            "No format's files end in .pdf, but .md, .html, .tex, .csv, .scores.csv, .pairs.csv; --format says which it is.",
+            "No format's files end in .pdf, but .md, .html, .tex, .csv, .scores.csv, .pairs.csv; --format says which "
+            "it is.",
         ),
         (["--format", ""], "There is no format of reports named ''"),
     ],
@@ -573,7 +575,12 @@ def test_a_report_that_cannot_be_is_not_written(
 @pytest.mark.parametrize(
     ("encoding", "output", "sentence"),
     [
-        ("latin-1", os.devnull, "Error: The output's encoding, latin-1, has no '\\u2013'; --out FILE writes UTF-8."),
+        (
+            "latin-1",
+            os.devnull,
+            "Error: The output's encoding, latin-1, cannot represent '\\u2013'; use --out FILE, which is written in "
+            "UTF-8.",
+        ),
         ("utf-8", "/dev/full", "Error: The output cannot be written: No space left on device."),
     ],
 )
