@@ -104,7 +104,7 @@ class _Stream(io.TextIOWrapper):
 
 
 class _GuardedStream(_Stream):
-    """A standard stream for everything but the consoles: warnings, tracebacks, what a plugin or a library prints."""
+    """A standard stream for all output except the consoles': warnings, tracebacks, prints of plugins and libraries."""
 
     def __init__(self, stream: io.TextIOWrapper, *, is_output: bool) -> None:
         super().__init__(stream, is_output=is_output)

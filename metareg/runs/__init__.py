@@ -1,1 +1,1 @@
-"""A run's folder: configuration, training, checkpoints, provenance, pictures, and what is made of a finished run."""
+"""A run and its folder: configuration, training, checkpoints, provenance, plots, and uses of a finished run."""

@@ -1,6 +1,6 @@
-"""Where a learner adapts: what the inner loop changes of each layer, and what it is worth.
+"""Where a learner adapts: how much the inner loop changes each layer, and how much that improves the metric.
 
-The questions are those of Raghu et al., "Rapid Learning or Feature Reuse?" (ICLR 2020), and of §4.4 of Shin, Han and Kim,
+Measures what Raghu et al., "Rapid Learning or Feature Reuse?" (ICLR 2020), measured, and §4.4 of Shin, Han and Kim,
 "Cooperative Meta-Learning with Gradient Augmentation" (UAI 2024).
 """
 
@@ -33,12 +33,12 @@ __all__ = ["Analysis", "Angle", "LayerUpdate", "Mean", "measure_adaptation"]
 log = logging.getLogger("metareg")
 
 _BATCHES = 20
-"""Batches of training tasks that angles are averaged over."""
+"""Number of batches of training tasks over which angles are averaged."""
 
 
 @dataclass(frozen=True)
 class Mean:
-    """A mean, and half its 95 % interval over tasks, or over batches."""
+    """A mean and half its 95 % interval, over tasks or batches."""
 
     mean: float
     ci95: float
@@ -55,25 +55,25 @@ class LayerUpdate:
 
     layer: str
     part: str
-    """``"body"`` or ``"head"``; ``"plugin"`` for what the algorithm adapts of its own."""
+    """``"body"`` or ``"head"``; ``"plugin"`` for the algorithm's own parameters."""
     relative: list[Mean]
-    """‖θₖ − θ₀‖ / ‖θ₀‖ over all of the layer's parameters, after each inner step k from 1 on."""
+    """‖θₖ − θ₀‖ / ‖θ₀‖ over all parameters of the layer, after each inner step k ≥ 1."""
 
 
 @dataclass(frozen=True)
 class Angle:
-    """The algorithm's outer gradient against what the augmenters add to it, on a part of the model."""
+    """The angle between the algorithm's outer gradient and what the augmenters add, for one part of the model."""
 
     part: str
     degrees: Mean
-    """Between 0, the same direction, and 180."""
+    """From 0 (same direction) to 180."""
     ratio: Mean
-    """The length of what is added over that of the algorithm's gradient."""
+    """The norm of the added gradient divided by that of the algorithm's gradient."""
 
 
 @dataclass(frozen=True)
 class Analysis:
-    """What was found of a run."""
+    """The analysis of a run."""
 
     metric: str
     higher_is_better: bool
@@ -81,14 +81,14 @@ class Analysis:
     tasks: int
     layers: list[LayerUpdate]
     adapting: dict[str, list[Mean]]
-    """The test metric after 0, 1, … inner steps where all that the algorithm adapts may change, only the body, or only the
-    head; the latter two where it adapts both."""
+    """The test metric after 0, 1, … inner steps that may change all adapted parameters, only the body, or only the
+    head. The last two are present if the algorithm adapts both."""
     train: list[Mean]
-    """As ``adapting["all"]``, on tasks of the training split, those that training began with."""
+    """The same as ``adapting["all"]``, on the first training tasks."""
     augmenters: str
-    """The augmenters of the run, in a chain; empty where it has none."""
+    """The run's augmenters, joined by ``+``; empty if there are none."""
     angles: list[Angle]
-    """Empty without augmenters, and where the run's checkpoints are not there."""
+    """Empty without augmenters or without checkpoints."""
 
 
 def measure_adaptation(run: Run, tasks: int, inner_steps: int) -> Analysis:
@@ -123,9 +123,9 @@ def measure_adaptation(run: Run, tasks: int, inner_steps: int) -> Analysis:
 def _iterate_adaptations(
     run: Run, split: str, tasks: int, steps: int, frozen: set[str]
 ) -> Iterator[tuple[list[dict[str, Tensor]], list[Tensor]]]:
-    """For each task in order, its adapted parameters and its metric after 0, 1, … inner steps.
+    """Yield each task's adapted parameters and its metric after 0, 1, … inner steps.
 
-    What is `frozen` is put back after each step, so that the next one is taken from there.
+    The `frozen` parameters are reset after each step.
     """
     engine, meta = run.learner.engine, run.learner.plain_meta_parameters
     like = next(iter(meta.values()))
@@ -155,14 +155,14 @@ def _adapt(
 
 
 def _score(run: Run, split: str, tasks: int, steps: int, frozen: set[str]) -> Tensor:
-    """The metric ``[tasks, steps + 1]``."""
+    """Return the metric ``[tasks, steps + 1]``."""
     return torch.stack(
         [torch.stack(scores) for _, scores in _iterate_adaptations(run, split, tasks, steps, frozen)]
     ).cpu()
 
 
 def _measure_updates(run: Run, tasks: int, steps: int) -> tuple[list[LayerUpdate], Tensor]:
-    """What the inner loop changes on the test tasks, and the metric there, as `_score` has it."""
+    """Return the inner loop's updates on the test tasks, and the metric as `_score` does."""
     model, layers = run.learner.model, _group_by_layer(run.learner.engine.plain.adapted_names)
     relative: dict[str, list[list[float]]] = {layer: [] for layer in layers}
     of_tasks = []
@@ -182,7 +182,7 @@ def _measure_updates(run: Run, tasks: int, steps: int) -> tuple[list[LayerUpdate
 
 
 def _group_by_layer(names: Sequence[str]) -> dict[str, list[str]]:
-    """Parameters by the module that they belong to: ``body.0`` for ``body.0.weight`` and ``body.0.bias``."""
+    """Group parameters by module: ``body.0`` for ``body.0.weight`` and ``body.0.bias``."""
     layers: dict[str, list[str]] = {}
     for name in names:
         layers.setdefault(name.rpartition(".")[0] or name, []).append(name)
@@ -194,7 +194,7 @@ def _flatten(tensors: dict[str, Tensor], names: Sequence[str]) -> Tensor:
 
 
 def _divide(one: Tensor, other: Tensor) -> float:
-    """The length of one vector in that of another; infinite, or NaN for two zeros, where the other is zero."""
+    """Return the ratio of two vectors' norms; infinite if only the second is zero, NaN if both are."""
     length = other.norm().item()
     return one.norm().item() / length if length else math.inf if one.any() else math.nan
 
@@ -203,7 +203,7 @@ def _divide(one: Tensor, other: Tensor) -> float:
 
 
 def _measure_angles(run: Run) -> list[Angle]:
-    """The angle between the algorithm's outer gradient and what the augmenters add, at the end of training."""
+    """Measure the angle between the algorithm's outer gradient and what the augmenters add, at the end of training."""
     state = Checkpoints(run.path / CHECKPOINTS, run.config.keep_checkpoints).load_newest()
     if state is None:
         log.warning(
@@ -226,7 +226,7 @@ def _measure_angles(run: Run) -> list[Angle]:
 
 
 def _restore(run: Run, state: dict[str, Any], *, augment: bool) -> MetaLearner:
-    """The learner of a checkpoint, with its augmenters or without."""
+    """Restore a learner from a checkpoint, with or without its augmenters."""
     content = run.config.model_dump(mode="json")
     learner, source = prepare_run(
         assemble({**content, "strategy": "serial"} | ({} if augment else {"augment": []}), {})
@@ -239,7 +239,7 @@ def _restore(run: Run, state: dict[str, Any], *, augment: bool) -> MetaLearner:
 
 
 def _compute_angle(one: Tensor, other: Tensor) -> float:
-    """Between two vectors in degrees; NaN where one is zero."""
+    """Return the angle between two vectors in degrees; NaN if one is zero."""
     lengths = (one.norm() * other.norm()).item()
     if lengths == 0:
         return math.nan

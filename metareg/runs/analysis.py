@@ -1,4 +1,4 @@
-"""``metareg analyse``: where a run's learner adapts, as a file, a picture and numbers."""
+"""``metareg analyse``: where a run's learner adapts, as JSON, a plot and tables."""
 
 from __future__ import annotations
 

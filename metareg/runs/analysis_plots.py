@@ -1,4 +1,4 @@
-"""The picture of an analysis."""
+"""The plot of an analysis."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["plot_analysis"]
 
 @rc_context(STYLE)
 def plot_analysis(found: Analysis, title: str) -> Figure:
-    """The relative update of each layer, the metric with parts of the model adapted, and angles of gradients."""
+    """Plot each layer's relative update, the metric with parts of the model adapted, and the angles of gradients."""
     figure = Figure(figsize=(13 if found.angles else 9.5, 4.4), layout="constrained")
     panels = figure.subplots(1, 3 if found.angles else 2)
     _plot_updates(panels[0], found)
@@ -33,7 +33,7 @@ def plot_analysis(found: Analysis, title: str) -> Figure:
 
 
 def _plot_updates(axes: Axes, found: Analysis) -> None:
-    """A bar for each layer, as far as it is from its start after the last inner step."""
+    """Plot a bar for each layer: its distance from its start after the last inner step."""
     colours = {"body": COLOURS[1], "head": COLOURS[2], "plugin": COLOURS[3]}
     layers = found.layers[::-1]
     means = [layer.relative[-1].mean for layer in layers]
@@ -44,7 +44,7 @@ def _plot_updates(axes: Axes, found: Analysis) -> None:
 
 
 def _plot_parts(axes: Axes, found: Analysis) -> None:
-    """The metric against inner steps, on test tasks by what may adapt, and on training tasks."""
+    """Plot the metric against inner steps, on test tasks for each adapted part, and on training tasks."""
     curves = {f"test, {name} adapted": means for name, means in found.adapting.items()} | {
         "training tasks": found.train
     }

@@ -1,10 +1,10 @@
-"""Does meta-learning pay? Two simpler ways to use the same tasks, measured on a run's own test tasks.
+"""Simpler baselines on a run's test tasks, which show whether meta-learning is worth it.
 
-Both adapt all weights to a support set by Adam; its step size and number of steps are chosen on validation tasks.
+Both adapt all weights to a support set with Adam. Its step size and number of steps are chosen on validation tasks.
 
-- *From scratch*: a model with initial weights is trained on each support set alone.
-- *Fine-tuned*: one model is trained on the examples of all training tasks, whatever task they are of, for as many steps and
-  with as large batches as the run's, and then trained further on each support set.
+- *From scratch*: a model with initial weights is trained on each support set.
+- *Fine-tuned*: one model is trained on the pooled examples of all training tasks, with the run's number of steps and
+  batch size, and then fine-tuned on each support set.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8
 
 @dataclass(frozen=True)
 class Baseline:
-    """A simpler way, and what it reaches."""
+    """A baseline and its test results."""
 
     name: str
     rate: float
-    """The step size of Adam on a support set that was best on validation tasks."""
+    """Adam's step size on a support set, chosen on validation tasks."""
     evaluation: Evaluation
-    """On the run's test tasks, after the number of steps that was best on validation tasks."""
+    """The test on the run's test tasks, after the number of steps chosen on validation tasks."""
 
     @property
     def steps(self) -> int:
@@ -55,18 +55,18 @@ class Baseline:
         return self.evaluation.inner_steps[0]
 
     def to_dict(self) -> dict[str, Any]:
-        """What the run's folder holds."""
+        """Return the entry for baselines.json."""
         return {"name": self.name, "rate": self.rate, **self.evaluation.to_dict()}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Baseline:
-        """The inverse of `to_dict`."""
+        """Return the baseline that `to_dict` described."""
         rest = {key: value for key, value in content.items() if key not in ("name", "rate")}
         return cls(content["name"], content["rate"], Evaluation.from_dict(rest))
 
 
 class Adam:
-    """Algorithm: Adam on all weights from the meta-parameters, which are trained on the examples of all tasks alike.
+    """Algorithm: Adam on all weights, starting from meta-parameters trained on the pooled examples of all tasks.
 
     Reference:
         Kingma and Ba, Adam, ICLR 2015, arXiv 1412.6980, algorithm 1.
@@ -85,7 +85,7 @@ class Adam:
 
     @hookimpl
     def start_task(self, params: dict[str, Tensor]) -> tuple[dict[str, Tensor], Any]:
-        """Moments of zero."""
+        """Start with moments of zero."""
         zeros = {name: torch.zeros_like(value) for name, value in params.items()}
         return params, (zeros, zeros)
 
@@ -93,7 +93,7 @@ class Adam:
     def inner_update(
         self, params: dict[str, Tensor], grads: dict[str, Tensor], state: Any, step: int
     ) -> tuple[dict[str, Tensor], Any]:
-        """One step of Adam."""
+        """Take one step of Adam."""
         (b1, b2), (first, second) = _BETAS, state
         first = {name: b1 * first[name] + (1 - b1) * g for name, g in grads.items()}
         second = {name: b2 * second[name] + (1 - b2) * g.square() for name, g in grads.items()}
@@ -106,17 +106,17 @@ class Adam:
 
     @hookimpl
     def outer_objective(self, start: dict[str, Tensor], task: TaskView) -> Tensor:
-        """The loss on all examples of the task without adaptation."""
+        """Return the loss on all examples of the task without adaptation."""
         support, query = task.support_y.shape[0], task.query_y.shape[0]
         return (support * task.support_loss(start) + query * task.query_loss(start)) / (support + query)
 
 
 def measure_baselines(config: RunConfig, model: Plugin, source: TaskSource, device: torch.device) -> list[Baseline]:
-    """Both baselines of a run on its test tasks.
+    """Measure both baselines on a run's test tasks.
 
     Args:
-        config: of the run.
-        model: the run's.
+        config: the run's configuration.
+        model: the run's model.
         source: the run's tasks.
         device: where to compute.
 
@@ -147,7 +147,7 @@ def measure_baselines(config: RunConfig, model: Plugin, source: TaskSource, devi
 def _choose(
     name: str, config: RunConfig, source: TaskSource, create: Callable[[float], MetaLearner], steps: Sequence[int]
 ) -> Baseline:
-    """The baseline with the step size and number of steps that are best on validation tasks, on the test tasks."""
+    """Choose the step size and number of steps on validation tasks, and test them."""
     best: tuple[float, float, int] | None = None
     for rate in _RATES:
         found = create(rate).evaluate(source, config.eval_tasks, split=VALIDATION, inner_steps=steps, seed=config.seed)

@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on, in one file each, and when they are written."""
+"""Checkpoints: files from which a run can resume, and the rules for writing them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger("metareg")
 
 FILE_FORMAT = 1
 LEAST_RATIO = 200
-"""Timed checkpoints are at least this many times as far apart as the last one took to write."""
+"""The minimum time between timed checkpoints, as a multiple of the time to write one."""
 
 _TENSOR, _TUPLE = "$tensor", "$tuple"
 
@@ -36,8 +36,8 @@ _TENSOR, _TUPLE = "$tensor", "$tuple"
 class Checkpoints:
     """A folder with the checkpoints of a run, ``step-000001000.safetensors`` and so on.
 
-    Each is written aside, flushed and renamed, and holds a checksum: one that is there is whole, or is known not to be.
-    `keep` is how many of the newest to keep.
+    Each file is written under a temporary name, flushed and renamed, and has a checksum, so that damage is detected.
+    `keep` is the number of newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -45,19 +45,19 @@ class Checkpoints:
         self._keep = keep
 
     def path(self, step: int) -> Path:
-        """The file of the checkpoint after a number of steps."""
+        """Return the path of the checkpoint after `step` steps."""
         return self.folder / f"step-{step:09d}.safetensors"
 
     def list_steps(self) -> list[int]:
-        """The steps that there are files of, ascending; nothing is read."""
+        """List the steps with a file, ascending, without reading the files."""
         numbers = (path.name[len("step-") : -len(".safetensors")] for path in self.folder.glob("step-*.safetensors"))
         return sorted(int(number) for number in numbers if number.isdecimal())
 
     def save(self, step: int, state: Mapping[str, Any], best: int | None = None) -> None:
-        """Write the checkpoint after a step; then remove those that are neither among the newest nor the best.
+        """Write the checkpoint after a step, then remove all but the newest ones and the best.
 
-        A state is made of tensors, texts, numbers, None, and dicts, lists and tuples of these. Where it cannot be written,
-        the other checkpoints are as they were.
+        A state consists of tensors, strings, numbers, None, and dicts, lists and tuples of these. If it cannot be
+        written, the other checkpoints are unchanged.
         """
         tensors: dict[str, Tensor] = {}
         content = _pack(state, (), tensors)
@@ -68,7 +68,11 @@ class Checkpoints:
                     self.path(old).unlink()
 
     def load(self, step: int) -> dict[str, Any]:
-        """The state that `save` was given; a DamagedFileError where the file is damaged."""
+        """Return the state that `save` wrote.
+
+        Raises:
+            DamagedFileError: the file is damaged.
+        """
         file = TensorFile(self.path(step), "checkpoint")
         tensors = file.read()
         if file.header.get("format") != FILE_FORMAT or file.header.get("step") != step:
@@ -81,7 +85,7 @@ class Checkpoints:
         return state
 
     def load_newest(self) -> dict[str, Any] | None:
-        """The newest good state; None where there is none. Damaged files are named in the log and renamed."""
+        """Return the newest valid state, or None. Damaged files are logged and renamed."""
         for step in reversed(self.list_steps()):
             try:
                 return self.load(step)
@@ -94,18 +98,18 @@ class Checkpoints:
 
 
 class CheckpointManager:
-    """Writes a run's checkpoints as it trains, and puts it back to one.
+    """Writes a run's checkpoints during training, and restores the run from one.
 
     Args:
-        store: where they go.
-        learner: what is trained.
+        store: the folder of checkpoints.
+        learner: the learner being trained.
         progress: the rest of the state.
-        lines: files that belong to the state, and are cut back with it.
-        every_steps: training steps between two checkpoints; None for no such rule.
-        every_minutes: minutes between two; more where writing one takes longer than half a percent of that.
-        stop: asked for by a signal.
+        lines: files of lines that are truncated when an earlier state is restored.
+        every_steps: training steps between checkpoints; None for no limit.
+        every_minutes: minutes between checkpoints; longer if writing one takes more than 0.5 % of that time.
+        stop: a signal's request to stop.
 
-    Where several processes train the learner together, each has a manager; the first writes and reads for all.
+    If several processes train the learner together, each has a manager. Process 0 reads and writes for all.
     """
 
     def __init__(
@@ -121,7 +125,7 @@ class CheckpointManager:
     ) -> None:
         self.store = store
         self.last_saved: int | None = None
-        """The step of the newest checkpoint that is good."""
+        """The step of the newest valid checkpoint."""
         self._learner = learner
         self._progress = progress
         self._lines = lines
@@ -133,7 +137,7 @@ class CheckpointManager:
         self._processes.ask("save", lambda: time.monotonic() - self._saved_at >= self._seconds_to_next)
 
     def after_step(self, *, must: bool) -> None:
-        """Write a checkpoint where one is due, or must be; then raise Interrupted where a signal asked for the end."""
+        """Write a checkpoint if one is due or `must` is set; then raise Interrupted if a signal asked to stop."""
         step = self._learner.steps_done
         due = self.every_steps is not None and step % self.every_steps == 0
         stop = self._processes.answer("stop")
@@ -143,11 +147,11 @@ class CheckpointManager:
             raise Interrupted(f"Stopped after step {step}.")
 
     def save(self) -> None:
-        """Write a checkpoint of the run as it is now.
+        """Write a checkpoint of the run's current state.
 
         Raises:
             DivergenceError: a meta-parameter is not finite; nothing is written.
-            MetaregError: it cannot be written; the message names the newest good one.
+            MetaregError: it cannot be written; the message names the newest valid one.
         """
         began, step = time.monotonic(), self._learner.steps_done
         for name, value in self._learner.meta_parameters.items():
@@ -177,10 +181,10 @@ class CheckpointManager:
         self.store.save(self._learner.steps_done, state, self._progress.best_step)
 
     def restore(self) -> bool:
-        """Put the run back to its newest good checkpoint; without one, its files to the beginning.
+        """Restore the run from its newest valid checkpoint; without one, truncate its files to the start.
 
         Returns:
-            Whether there was one.
+            Whether there was a checkpoint.
         """
         state = self._processes.first(self.store.load_newest)
         if state is None:
@@ -194,7 +198,7 @@ class CheckpointManager:
             restore_global_generators(state["generators"])
             for file in self._lines:
                 file.cut(state["lines"].get(file.path.name), step)
-        # Its checksum is right, so it is as it was written: by somebody else.
+        # The checksum is right, so the file is undamaged but belongs to another run.
         except MALFORMED as error:
             raise UsageError(
                 f"The newest checkpoint in {self.store.folder} contains no state of this run ({type(error).__name__}: "
@@ -223,7 +227,7 @@ class CheckpointManager:
 
 
 def _pack(value: Any, path: tuple[str, ...], tensors: dict[str, Tensor]) -> Any:
-    """`value` as JSON, its tensors put into `tensors` under the names of their places."""
+    """Return `value` as JSON; move its tensors into `tensors`, named by their paths."""
     if isinstance(value, Tensor):
         tensors[".".join(path)] = value
         return {_TENSOR: ".".join(path)}

@@ -14,7 +14,7 @@ __all__ = ["PLUGIN_FIELDS", "RunConfig"]
 PLUGIN_FIELDS = {
     "algo": "algorithms", "augment": "augmenters", "task": "tasks", "model": "models", "observers": "observers",
 }  # fmt: skip
-"""The options of a run that name plugins, and the plugins' kinds."""
+"""Options of a run that name plugins, with the plugins' kinds."""
 
 
 class RunConfig(LearnerConfig, Schedule):
@@ -57,19 +57,19 @@ class RunConfig(LearnerConfig, Schedule):
 
     @property
     def title(self) -> str:
-        """A title such as ``maml + cml on sinusoid, seed 3``."""
+        """Return a title such as ``maml + cml on sinusoid, seed 3``."""
         names = [self.algo.name, *(choice.name for choice in self.augment)]
         return f"{' + '.join(names)} on {self.task.name}, seed {self.seed}"
 
     def to_yaml(self) -> str:
-        """The complete configuration, the plugins first."""
+        """Return the complete configuration as YAML, plugins first."""
         values = self.model_dump(mode="json")
         plugins = {name: values.pop(name) for name in PLUGIN_FIELDS}
         return yaml.safe_dump(plugins | values, sort_keys=False, allow_unicode=True)
 
     @classmethod
     def list_flags(cls) -> dict[str, str]:
-        """The options that have their own flag, and these flags."""
+        """Map options that have their own flag to that flag."""
         return {
             name: mark.name or f"--{name.replace('_', '-')}"
             for name, field in cls.model_fields.items()
@@ -79,5 +79,5 @@ class RunConfig(LearnerConfig, Schedule):
 
     @classmethod
     def list_resumable(cls) -> set[str]:
-        """The options that may change when a run is resumed."""
+        """List the options that may change when a run is resumed."""
         return {name for name, field in cls.model_fields.items() if Resumable() in field.metadata}

@@ -1,4 +1,4 @@
-"""What a run was made with: versions, machine, plugins."""
+"""The environment of a run: versions, machine, plugins."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl"
 
 
 def describe_machine() -> dict[str, Any]:
-    """Versions and hardware."""
+    """Return versions and hardware."""
     return {
         "metareg": __version__,
         "contract": CONTRACT_VERSION,
@@ -92,7 +92,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
 
 
 def settle_strategy(run: Run) -> None:
-    """Correct the strategy in environment.json, where the first steps have shown that ``auto`` must choose another one."""
+    """Correct the strategy in environment.json if the first steps made ``auto`` choose another one."""
     path = run.path / ENVIRONMENT
     if run.config.strategy != "auto" or not path.is_file():
         return
@@ -102,7 +102,7 @@ def settle_strategy(run: Run) -> None:
 
 
 def refuse_other_data(run: Run) -> None:
-    """Compare the run's first tasks, and a module that a program gave, with what environment.json describes.
+    """Compare the run's first tasks, and the user's own module, with what environment.json describes.
 
     Raises:
         UsageError: they differ, so the run would continue with other data or another model.
@@ -126,7 +126,7 @@ def refuse_other_data(run: Run) -> None:
 
 
 def _read_environments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The environment that a run began in, with a list of changes, and the one that it was in last."""
+    """Read a run's first environment, with its list of changes, and its last one."""
     content = read_json(path)
     with refuse_malformed(path, "a run's environment"):
         began = {"resumed": [], **update_names(LearnerConfig, content)}
@@ -135,11 +135,11 @@ def _read_environments(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _read_described(path: Path) -> tuple[dict[str, list[float | None]], dict[str, Any] | None]:
-    """What environment.json says of the first task of each split, and of a module that a program gave."""
+    """Read the facts in environment.json about each split's first task and about the user's own module."""
     content = read_json(path)
     with refuse_malformed(path, "a run's environment"):
         own = content.get(_OBJECTS, {})
-        first = content.get(_FIRST_TASK)  # an earlier version has none
+        first = content.get(_FIRST_TASK)  # missing in files of earlier versions
         tasks = ({} if first is None else {TRAIN: first}) | dict(own.get("tasks", {}))
         model = own.get("model")
         if not tasks.keys() <= set(SPLITS):
@@ -154,7 +154,7 @@ def _convert_means(stored: Any) -> list[float | None]:
 
 
 def _describe_objects(run: Run) -> dict[str, Any]:
-    """By what the objects that a program gave are known again."""
+    """Return facts that identify the user's own objects when the run is resumed."""
     own: dict[str, Any] = {}
     if run.config.task.program:
         own["tasks"] = {split: _describe_first_task(run, split) for split in (VALIDATION, run.config.test_split)}
@@ -164,15 +164,15 @@ def _describe_objects(run: Run) -> dict[str, Any]:
 
 
 def _describe_first_task(run: Run, split: str) -> list[float | None]:
-    """The means of what the first task of a split consists of; None where one is not finite."""
+    """Return the mean of each tensor of a split's first task; None if it is not finite."""
     batch = run.source.episodes(split, [0], run.config.seed)[0]
     return _measure_means(tree_leaves(batch.parts))
 
 
 def _describe_model(run: Run) -> dict[str, Any]:
-    """A module's class, its shapes, and what it puts out for the first training task with weights that are always the same.
+    """Return a module's class, its shapes, and its outputs for the first training task with fixed weights.
 
-    Training sets its weights; what it keeps of its own (frozen parameters, buffers, its code) shows in the outputs.
+    Training sets its weights. Its other parts (frozen parameters, buffers, code) show in the outputs.
     """
     learner = run.learner
     module = copy.deepcopy(learner.model.module).eval()
@@ -208,7 +208,7 @@ def _are_close(a: Sequence[float | None], b: Sequence[float | None]) -> bool:
 
 
 def _is_close(a: float | None, b: float | None) -> bool:
-    """Whether two means are the same but for rounding, which differs from machine to machine."""
+    """Return whether two means are equal up to rounding, which differs between machines."""
     return a is b if a is None or b is None else math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
 
 

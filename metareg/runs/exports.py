@@ -1,4 +1,4 @@
-"""A finished run's learner put to use elsewhere: as a file, as a program, on a user's own examples."""
+"""Uses of a finished run's learner: as a file, as a program, and on a user's own examples."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ log = logging.getLogger("metareg")
 
 _LABEL = "label"
 _AT_ONCE = 512
-"""Named examples whose inputs are read at once: each can have a neighbourhood of its own."""
+"""Number of named examples whose inputs are read together; each input can be a whole neighbourhood."""
 _LARGEST_LIST = 20_000
-"""Names among which the nearest to a wrong one is looked for."""
+"""Maximum number of names to search for one similar to a wrong name."""
 
 Given = Path | Table
 """A user's examples: a file, a folder, or a table."""
 
 
 def load_learner(path: Path, device: str | None, data: str | None = None) -> tuple[MetaLearner, Plugin]:
-    """A learner from its file alone, and the task by which it reads a user's examples.
+    """Load a learner from its file alone, and the task that reads a user's examples.
 
     Args:
         path: the file.
-        device: where to put it.
-        data: where the data of a task is that holds examples itself, as a graph.
+        device: the device to load it on.
+        data: the data folder of a task that holds the examples itself, such as a graph.
 
     Raises:
-        UsageError: the file is no learner's, or a run did not train it.
+        UsageError: the file contains no learner, or it was not trained by a run.
     """
     learner = MetaLearner.load(path, device=find_device(device or "auto"))
     if learner.task is None:
@@ -75,7 +75,7 @@ def export(
     inner_steps: int | None,
     bn_statistics: str,
 ) -> None:
-    """Write a learner that was trained on a task's tasks, as `metareg.Run.export` says."""
+    """Implement `metareg.Run.export` for a learner and its task."""
     if adaptive and support is not None:
         raise UsageError("A program that adapts takes the support set as an input; remove --support.")
     if to.suffix == ".safetensors":
@@ -103,7 +103,7 @@ def export(
 def _export_initialisation(
     learner: MetaLearner, task: Plugin, to: Path
 ) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """The module with the learned initial parameters."""
+    """Export the module with the learned initial parameters."""
     if getattr(task.instance, "known_columns", ()):
         raise UsageError(
             f"A program for tables must be adapted to one of them; give its labelled rows with --support to write {to}."
@@ -125,7 +125,7 @@ def _export_initialisation(
 def _export_adapted(
     learner: MetaLearner, task: Plugin, support: Path, inner_steps: int, bn_statistics: str
 ) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """The module that is adapted to a user's examples, and takes and returns numbers in their units."""
+    """Export the module adapted to a user's examples, with inputs and outputs in their units."""
     examples = _Examples(learner, task, support)
     module = learner.adapt(examples.x, examples.y, inner_steps, bn_statistics=bn_statistics)
     facts = describe_program(learner, task, inner_steps, bn_statistics, examples.columns)
@@ -140,14 +140,14 @@ def _export_adapted(
 def predict(
     learner: MetaLearner, task: Plugin, support: Given, query: Given, inner_steps: int | None, bn_statistics: str
 ) -> str:
-    """Predict with a learner that was trained on a task's tasks, as `metareg.Run.predict` says."""
+    """Implement `metareg.Run.predict` for a learner and its task."""
     return format_csv(_predict_rows(learner, task, support, query, inner_steps, bn_statistics))
 
 
 def predict_tensors(
     learner: MetaLearner, support: tuple[Any, Any], query: Any, inner_steps: int | None, bn_statistics: str
 ) -> Tensor:
-    """What the module that is adapted to some examples puts out for others, as `metareg.Run.predict` says."""
+    """Implement `metareg.Run.predict` for tensors."""
     query_x = convert_arrays(query, "The query set")
     module = learner.adapt(*support, inner_steps, query_x, bn_statistics=bn_statistics)
     with torch.no_grad():
@@ -156,7 +156,7 @@ def predict_tensors(
 
 
 def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: int | None, bn_statistics: str) -> str:
-    """Adapt to each site of a folder and predict there, as `metareg.Run.predict_sites` says."""
+    """Implement `metareg.Run.predict_sites` for a learner and its task."""
     answer: list[list[str]] = []
     for site in _list_sites(sites):
         support, query = (_find_set(site, name) for name in ("support", "query"))
@@ -173,10 +173,10 @@ def predict_sites(learner: MetaLearner, task: Plugin, sites: Path, inner_steps: 
 
 
 def _list_sites(folder: Path) -> list[Path]:
-    """The folders of sites in their order, hidden ones left out.
+    """List the sites' folders in order, without hidden ones.
 
     Raises:
-        UsageError: there is none.
+        UsageError: there is no site.
     """
     try:
         found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
@@ -190,7 +190,7 @@ def _list_sites(folder: Path) -> list[Path]:
 
 
 def _find_set(site: Path, name: str) -> Path:
-    """The table or folder of a site that goes by a name, whatever its ending.
+    """Find the table or folder of a site with this name, whatever its suffix.
 
     Raises:
         UsageError: there is none, or several.
@@ -205,7 +205,7 @@ def _find_set(site: Path, name: str) -> Path:
 def _predict_rows(
     learner: MetaLearner, task: Plugin, support: Given, query: Given, inner_steps: int | None, bn_statistics: str
 ) -> list[list[str]]:
-    """The header and the rows of the answer."""
+    """Return the header and the rows of the predictions."""
     examples = _Examples(learner, task, support, query)
     apart = bn_statistics == "support" and not learner.engine.plain.stages.transductive
     header, rows, parts = examples.read_queries(query, _AT_ONCE if apart else None)
@@ -229,7 +229,7 @@ def _predict_rows(
 
 
 class _InUnits(nn.Module):
-    """An adapted module that takes inputs as they stand in a table, and returns targets in their units."""
+    """An adapted module that takes inputs in a table's units, and returns targets in theirs."""
 
     def __init__(self, module: nn.Module, columns: Columns) -> None:
         super().__init__()
@@ -241,14 +241,14 @@ class _InUnits(nn.Module):
 
 
 class _Examples:
-    """A user's labelled examples for a learner that was trained on a task's tasks."""
+    """A user's labelled examples, read for a learner and its task."""
 
     def __init__(self, learner: MetaLearner, task: Plugin, support: Given, query: Given | None = None) -> None:
         self._task = task.instance
         self._classifies = learner.loss is nn.functional.cross_entropy
         self._output_shape = task.instance.spec.output_shape
         self.named: NamedExamples | None = getattr(task.instance, "named_examples", None)
-        """Where the examples come from, where tables only name them."""
+        """The task's own examples, if tables only name them."""
         self.columns: Columns | None = None
         self.targets: Sequence[str]
         self.classes: Sequence[str] | None
@@ -301,7 +301,7 @@ class _Examples:
         self._number_labels(labels, sorted(set(labels), key=int if by_size else None), table.path)
 
     def _read_names(self, given: Given, columns: Sequence[str]) -> Table:
-        """A table that names examples, with these columns alone."""
+        """Read a table that names examples and has only these columns."""
         if _is_folder(given):
             raise UsageError(f"{given} is a folder; this learner needs a table with {' and '.join(columns)}.")
         table = _read(given, (*columns, _LABEL))
@@ -310,7 +310,7 @@ class _Examples:
 
     @staticmethod
     def _number_names(named: NamedExamples, table: Table) -> Tensor:
-        """The numbers of the examples in a table, each of which stands there once."""
+        """Return the numbers of the examples in a table, which must not repeat."""
         names = table.get_texts(named.column)
         for row, name in enumerate(names):
             if name in names[:row]:
@@ -334,11 +334,14 @@ class _Examples:
         self.y = torch.tensor([classes.index(label) for label in labels])
 
     def read_queries(self, given: Given, at_once: int | None) -> tuple[Sequence[str], list[list[str]], list[Any]]:
-        """What names the rows of the answer (a header, and a list per row), and the inputs in one part or more.
+        """Read the examples to predict.
 
         Args:
-            given: where they are.
-            at_once: how many inputs to have in a part, where they are read by their names; None for all.
+            given: their file, folder or table.
+            at_once: the number of inputs per part, if they are named examples; None for all.
+
+        Returns:
+            The header of the columns that identify an example, their values for each row, and the inputs in parts.
         """
         if self.named is not None:
             assert self._query is not None
@@ -358,7 +361,7 @@ class _Examples:
         return inputs, query.get_rows(inputs), [self.columns.scale_inputs(self.columns.read_inputs(query))]
 
     def restore_outputs(self, outputs: Tensor) -> Tensor:
-        """Outputs in the units of the targets."""
+        """Convert outputs to the units of the targets."""
         return outputs if self.columns is None else self.columns.restore_outputs(outputs)
 
     def _read_images(self, paths: Sequence[Path], where: Path) -> Tensor:
@@ -385,5 +388,5 @@ def _refuse_empty(table: Table) -> Table:
 
 
 def _to_text(name: str) -> str:
-    """A file's name as text; bytes of it that are no UTF-8 as ``\\xff``."""
+    """Return a file's name as text, with ``\\xff`` for bytes that are not UTF-8."""
     return os.fsencode(name).decode(errors="backslashreplace")

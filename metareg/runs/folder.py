@@ -1,4 +1,4 @@
-"""The names of what is in a run's folder; `metareg.Run` says what each of them holds."""
+"""The names of the files in a run's folder, which `metareg.Run` describes."""
 
 from __future__ import annotations
 

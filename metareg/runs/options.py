@@ -1,4 +1,4 @@
-"""From what a user says (names, flags, ``KEY=VALUE``, a file) to the complete configuration of a run."""
+"""Assembly of a run's complete configuration from names, flags, ``KEY=VALUE`` and files."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["Selection", "assemble", "describe_task", "parse_assignments", "updat
 
 @dataclass(frozen=True)
 class Selection:
-    """A complete configuration and the plugins that it names, loaded."""
+    """A complete configuration with the loaded plugins that it names."""
 
     config: RunConfig
     algorithm: Plugin
@@ -40,7 +40,7 @@ class Selection:
 
 
 def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
-    """``["inner_lr=0.1", "cml.gamma=0.5"]`` as a dict; values are read as YAML."""
+    """Parse ``["inner_lr=0.1", "cml.gamma=0.5"]`` into a dict; values are YAML."""
     values: dict[str, Any] = {}
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -50,7 +50,7 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
             value = parse_yaml(text)
         except ValueError as error:
             raise UsageError(f"--set {assignment}: the value is not valid YAML{error}.") from error
-        if isinstance(value, str):  # YAML 1.1 reads ``1e-3`` as a text; a user means the number
+        if isinstance(value, str):  # YAML 1.1 reads ``1e-3`` as a string
             with suppress(ValueError):
                 value = float(value)
         key = key.strip()
@@ -63,9 +63,8 @@ def parse_assignments(assignments: Sequence[str]) -> dict[str, Any]:
 def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
     """Complete a run's configuration and load its plugins.
 
-    What is said of an option stands in layers, and the first layer that says something counts: the user's `options`;
-    `base`; what the task recommends for this algorithm; what the algorithm recommends; what the task recommends in
-    general; what the model recommends. The defaults come last.
+    An option's value is taken from the first of these layers that sets it: the user's `options`; `base`; the task's
+    recommendation for this algorithm; the algorithm's; the task's general one; the model's; the default.
 
     Args:
         base: values by the field names of `RunConfig`, as in a configuration file; plugins may be given as names,
@@ -75,9 +74,9 @@ def assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
 
     Raises:
         UsageError: an unknown name or option, one that several plugins have, or an impossible value.
-        PluginError: a plugin recommends an option that there is not, or that several plugins have.
+        PluginError: a plugin recommends an option that does not exist, or that several plugins have.
     """
-    from metareg.util.seeding import seed_global_generators  # it imports torch, which reports do without
+    from metareg.util.seeding import seed_global_generators  # imports torch, which reports do not need
 
     with seed_global_generators({**base, **options}.get("seed", RunConfig.model_fields["seed"].default), "plugins"):
         return _assemble(base, options)
@@ -102,16 +101,16 @@ def _assemble(base: Mapping[str, Any], options: Mapping[str, Any]) -> Selection:
 
 
 def _choose_model(draft: _Draft, user: Mapping[str, Any]) -> None:
-    """Add the model that the algorithm or the task names, where nobody chose one."""
+    """Add the default model of the algorithm or the task if the user chose none."""
     if draft.chosen["model"]:
         return
     (algorithm,), (own_task,) = draft.chosen["algo"], draft.chosen["task"]
-    # The task's options can decide which: it gets those of the user that are its own before the model's are known.
+    # The task's options can decide its default model, so the user's options for the task are read first.
     early = {key: value for key, value in user.items() if draft.find_plugins(key) == [own_task]}
     draft.layers.insert(0, draft.read_layer(early))
     task = draft.build(own_task)
     del draft.layers[0]
-    # An algorithm that needs models of its own kind names one, and that stands before the task's.
+    # An algorithm that needs a special kind of model names one, which overrides the task's.
     default = getattr(algorithm.loaded, "default_model", None) or getattr(task.instance, "default_model", None)
     if default is None:
         raise UsageError(f"The {task.label} has no default model; choose one with --model.")
@@ -119,7 +118,7 @@ def _choose_model(draft: _Draft, user: Mapping[str, Any]) -> None:
 
 
 def update_option_names(stored: RunConfig) -> RunConfig:
-    """A stored configuration whose plugins' options have the names of today; that of a plugin that is missing as it is."""
+    """Rename options in a stored configuration to their current names; skip plugins that are not installed."""
 
     def rename(field: str, choice: PluginSpec) -> PluginSpec:
         try:
@@ -137,26 +136,26 @@ def update_option_names(stored: RunConfig) -> RunConfig:
 
 
 def describe_task(task: Plugin) -> PluginSpec | None:
-    """What a learner's file says of its task; None for one that no package installs."""
+    """Describe the task for a learner's file; None if it is not an installed plugin."""
     if task.distribution is None:
         return None
     config = getattr(task.instance, "stored_config", task.config)
     return PluginSpec(name=task.name, config=drop_paths(config) if isinstance(config, PluginConfig) else {})
 
 
-@dataclass(eq=False)  # two that are alike are two
+@dataclass(eq=False)  # equal plugins are still distinct
 class _Selected:
-    """One plugin of the run, before its configuration is complete."""
+    """A plugin of the run whose configuration is not complete yet."""
 
     field: str
     plugin: str | type | object
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """What was given together with the plugin."""
+    """The options given with the plugin itself."""
     _built: tuple[dict[str, Any], Plugin] | None = None
 
     @classmethod
     def of(cls, field: str, value: Any) -> _Selected:
-        """From a name, a class, an object, a pair ``(name or class, config)`` or a mapping with name and config."""
+        """Create it from a name, a class, an object, a pair ``(name or class, config)``, or a mapping with both."""
         if isinstance(value, tuple | list):
             if len(value) != 2 or not isinstance(value[1], Mapping):
                 raise UsageError(f"'{field}' takes a name, a class or a pair (name, config); got {value!r}.")
@@ -180,7 +179,7 @@ class _Selected:
 
     @property
     def label(self) -> str:
-        """How messages name it: ``augmenter 'cml'``."""
+        """The name in messages: ``augmenter 'cml'``."""
         return f"{PLUGIN_FIELDS[self.field].removesuffix('s')} '{self.name}'"
 
     @property
@@ -188,9 +187,9 @@ class _Selected:
         """The fields of its `Config`."""
         return get_config_class(self.loaded).model_fields
 
-    @cached_property  # an installed plugin is looked for in the metadata of every distribution
+    @cached_property  # finding a plugin reads the metadata of all distributions
     def loaded(self) -> type | object:
-        """Its class, or the object that was given."""
+        """The plugin's class, or the given object."""
         if isinstance(self.plugin, str):
             return find_entry(PLUGIN_FIELDS[self.field], self.plugin).load()
         return self.plugin
@@ -201,7 +200,7 @@ class _Selected:
         return self._built[1]
 
     def to_spec(self) -> PluginSpec:
-        """The entry in a run's configuration; for a plugin that is built."""
+        """Return the entry for a run's configuration; the plugin must be built."""
         assert self._built is not None
         plugin = self._built[1]
         name = self.plugin if isinstance(self.plugin, str) else plugin.name
@@ -213,7 +212,7 @@ class _Selected:
         )
 
     def _is_installed(self) -> bool:
-        """Whether a package installs the class that was given, or that of the object, under its name."""
+        """Return whether the given class, or the object's class, is installed under its name."""
         cls = self.plugin if isinstance(self.plugin, type) else type(self.plugin)
         with suppress(MetaregError):
             return find_entry(PLUGIN_FIELDS[self.field], self.name).load() is cls
@@ -221,11 +220,11 @@ class _Selected:
 
 
 _Layer = dict[tuple[_Selected | None, str], Any]
-"""Values by an option's owner and name; the owner None is the run itself."""
+"""Values by owner and option name; None as the owner is the run itself."""
 
 
 class _Draft:
-    """A run whose options are not complete, from values by the field names of `RunConfig`."""
+    """A run whose options are not complete yet, created from values by the field names of `RunConfig`."""
 
     def __init__(self, base: Mapping[str, Any]) -> None:
         given = {name: base.get(name, RunConfig.model_fields[name].default) for name in PLUGIN_FIELDS}
@@ -237,30 +236,30 @@ class _Draft:
             "observers": split_names(given["observers"]),
         }
         self.chosen = {name: [_Selected.of(name, each) for each in values] for name, values in listed.items()}
-        """The plugins by their fields; no model until the task has named one."""
+        """The plugins by field; no model until the task has named one."""
         of_run: _Layer = {(None, key): value for key, value in base.items() if key not in PLUGIN_FIELDS}
         of_plugins = {(each, key): value for each in self.plugins for key, value in each.config.items()}
         self.layers: list[_Layer] = [of_run | of_plugins]
-        """What is said of options; the first layer that says something of one counts."""
+        """Values of options; the first layer that sets an option counts."""
 
     @property
     def plugins(self) -> list[_Selected]:
         return [each for chosen in self.chosen.values() for each in chosen]
 
     def get_config(self, owner: _Selected | None) -> dict[str, Any]:
-        """What the layers say of one owner's options."""
+        """Return one owner's options from all layers."""
         return {option: value for (each, option), value in ChainMap(*self.layers).items() if each is owner}
 
     def build(self, selected: _Selected) -> Plugin:
-        """A plugin with what the layers say of it now."""
+        """Build a plugin with its options from the current layers."""
         return selected.build(self.get_config(selected))
 
     def read_layer(self, values: Mapping[str, Any]) -> _Layer:
-        """Values by option, or ``NAME.OPTION``, as a layer."""
+        """Convert values by option, or by ``NAME.OPTION``, to a layer."""
         return {(self.find_owner(key), key.rpartition(".")[2]): value for key, value in values.items()}
 
     def find_owner(self, key: str) -> _Selected | None:
-        """The one plugin whose option a key is; None where it is one of the run."""
+        """Return the only plugin that has the option `key`; None if it is an option of the run."""
         if key in RunConfig.model_fields:
             return None
         plugins = self.find_plugins(key)
@@ -283,7 +282,7 @@ class _Draft:
         return plugins[0]
 
     def find_plugins(self, key: str) -> list[_Selected]:
-        """All plugins whose option a key can be; where it names plugins that have no such option, these."""
+        """Return all plugins that `key` can refer to, including plugins that it names but that lack the option."""
         if key in RunConfig.model_fields:
             return []
         owner, dot, option = key.rpartition(".")
@@ -292,7 +291,7 @@ class _Draft:
 
 
 def _list_present_names(key: str, plugins: Sequence[_Selected]) -> list[str]:
-    """The names that options of the run and of some plugins have today which once had that of a key."""
+    """List the current names of options of the run and of `plugins` that were once named `key`."""
     option = key.rpartition(".")[2]
     of_run = [RunConfig.former_names[option]] if option in RunConfig.former_names else []
     former = [(each.name, get_config_class(each.loaded).former_names) for each in plugins]
@@ -300,7 +299,7 @@ def _list_present_names(key: str, plugins: Sequence[_Selected]) -> list[str]:
 
 
 def _add_recommendations(draft: _Draft) -> None:
-    """Put what the plugins recommend behind what is said already, in the order that `assemble` describes."""
+    """Append the plugins' recommendations to the layers, in the order that `assemble` describes."""
     (algorithm,), (task,), (model,) = draft.chosen["algo"], draft.chosen["task"], draft.chosen["model"]
     for_algorithm, in_general = _split_by_algorithm(draft)
     draft.layers += [
@@ -308,7 +307,7 @@ def _add_recommendations(draft: _Draft) -> None:
         _read_recommendations(draft, algorithm, _get_recommended(algorithm, algorithm.loaded)),
         _read_recommendations(draft, task, in_general),
     ]
-    # The model is built with all that, and can recommend by it.
+    # The model's recommendations can depend on its options, so it is built with the layers so far.
     recommended = _get_recommended(model, draft.build(model).instance)
     draft.layers.append(_read_recommendations(draft, model, recommended))
 
@@ -323,7 +322,7 @@ def _get_recommended(selected: _Selected, plugin: Any) -> Mapping[str, Any]:
 
 
 def _split_by_algorithm(draft: _Draft) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """What the task recommends for the run's algorithm, and for every one."""
+    """Return the task's recommendations for the run's algorithm, and its general ones."""
     (algorithm,), (task,) = draft.chosen["algo"], draft.chosen["task"]
     recommended = _get_recommended(task, draft.build(task).instance)
     for_algorithms = {
@@ -340,7 +339,7 @@ def _split_by_algorithm(draft: _Draft) -> tuple[Mapping[str, Any], Mapping[str, 
 
 
 def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping[str, Any]) -> _Layer:
-    """The layer of what a plugin recommends for this run."""
+    """Convert a plugin's recommendations for this run to a layer."""
     layer: _Layer = {}
     for key, value in recommended.items():
         if _is_for_others(draft, key):
@@ -352,13 +351,13 @@ def _read_recommendations(draft: _Draft, source: _Selected, recommended: Mapping
         if key in PLUGIN_FIELDS:
             problem = f"'{key}' is chosen by the user and is not an option; its own options are '{key}.OPTION'."
             raise _create_error(source, UsageError(problem))
-        if owner is None or isinstance(owner.plugin, str | type):  # an object has its options already
+        if owner is None or isinstance(owner.plugin, str | type):  # an object's options are fixed
             layer[owner, key.rpartition(".")[2]] = value
     return layer
 
 
 def _is_for_others(draft: _Draft, key: str) -> bool:
-    """Whether a recommendation is for runs with other plugins: its owner is not in this one, or has no such option."""
+    """Return whether a recommendation is for other runs: its owner is not in this run or has no such option."""
     owner, dot, option = key.rpartition(".")
     if not dot:
         return False
@@ -369,7 +368,7 @@ def _is_for_others(draft: _Draft, key: str) -> bool:
 
 
 def _is_misspelt(name: str, known: Collection[str]) -> bool:
-    """Whether a name is close to known ones and none of them; one far from all is that of a plugin not installed here."""
+    """Return whether a name is unknown but similar to known ones; others can belong to plugins not installed here."""
     return name not in known and bool(nearest(name, known))
 
 

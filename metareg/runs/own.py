@@ -1,4 +1,4 @@
-"""Runs on objects that a program gives: its own tasks and modules, which no package installs."""
+"""Runs on a user's own objects: tasks and modules that are not installed plugins."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ __all__ = ["OwnFacts", "OwnModel", "OwnTask", "adopt_objects", "list_own", "sele
 log = logging.getLogger("metareg")
 
 _TASKS_LOOKED_AT = 8
-"""Training tasks by which it is inferred what a source of tasks consists of."""
+"""Number of training tasks from which shapes and loss are inferred."""
 
 
 @dataclass(frozen=True)
 class OwnFacts:
-    """What a program says of its own tasks and module; None where it is to be inferred."""
+    """A user's description of their own tasks and module; None for facts to be inferred."""
 
     loss: str | Loss | None = None
     metric: str | Metric | None = None
@@ -45,15 +45,15 @@ class OwnFacts:
 
 
 class OwnModel:
-    """A module that a program gave, as a model plugin.
+    """A model plugin for the user's own module.
 
     Args:
-        module: it.
-        head: the dotted name of its head; None where it has a body and a head.
+        module: the module.
+        head: the dotted name of its head; None if the module has the attributes `body` and `head`.
     """
 
     class Config(PluginConfig):
-        """What a run's configuration says of it."""
+        """The entry in a run's configuration."""
 
         head: str | None = None
 
@@ -65,22 +65,22 @@ class OwnModel:
 
     @hookimpl
     def build(self) -> nn.Module:
-        """The module itself, with the weights that it has."""
+        """Return the module itself, with its current weights."""
         return self.module
 
 
 class OwnTask(Task):
-    """Tasks that a program gave, as a task plugin.
+    """A task plugin for the user's own tasks.
 
     Args:
-        given: what `metareg.registry.own_tasks.wrap_tasks` returned.
+        given: the result of `metareg.registry.own_tasks.wrap_tasks`.
         spec: the shapes of inputs and outputs.
         loss: a name or a callable.
-        metric: a name or a `metareg.Metric`; None for the one that goes with the loss.
+        metric: a name or a `metareg.Metric`; None for the loss's own metric.
     """
 
     class Config(PluginConfig):
-        """What a run's configuration says of it; a callable goes by its name in brackets."""
+        """The entry in a run's configuration; a callable is represented by its name in brackets."""
 
         loss: str
         metric: str
@@ -111,7 +111,7 @@ class OwnTask(Task):
 
 
 def list_own(config: RunConfig) -> dict[str, list[PluginSpec]]:
-    """What of a run a program gave, by the fields of its configuration."""
+    """List the user's own objects in a run, by the fields of its configuration."""
     own = {}
     for field in PLUGIN_FIELDS:
         chosen = getattr(config, field)
@@ -123,19 +123,19 @@ def list_own(config: RunConfig) -> dict[str, list[PluginSpec]]:
 def adopt_objects(
     base: Mapping[str, Any], given: Mapping[str, Any], facts: OwnFacts, seed: Any
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A program's own objects as plugins.
+    """Wrap a user's own objects as plugins.
 
     Args:
-        base: a configuration by the field names of `RunConfig`, which can be that of a run with the same objects.
-        given: the plugins, by the fields that name them, with the objects among them.
-        facts: what is said of the objects.
+        base: a configuration by the field names of `RunConfig`; may be from an earlier run with the same objects.
+        given: plugins and objects by field.
+        facts: the user's description of the objects.
         seed: the run's seed.
 
     Returns:
-        The plugins; and those of the facts that are options of the plugins, for no object answers to them.
+        The plugins, and the facts that are options of the plugins because they describe no object.
 
     Raises:
-        UsageError: the tasks are none, or the facts have nothing that they could be said of.
+        UsageError: `task` is not a source of tasks, or a fact describes no object.
     """
     plugins = {field: _add_stored_options(value, base.get(field)) for field, value in given.items()}
     stored = {field: _get_stored(base.get(field)) for field in ("task", "model")}
@@ -157,12 +157,12 @@ def adopt_objects(
 
 
 def select(base: Mapping[str, Any], given: Mapping[str, Any], facts: OwnFacts, options: Mapping[str, Any]) -> Selection:
-    """As `metareg.runs.options.assemble`, with a program's own objects among the plugins.
+    """Call `metareg.runs.options.assemble` with plugins that may include a user's own objects.
 
     Args:
-        base: values by the field names of `RunConfig`; a program's objects may be among them.
+        base: values by the field names of `RunConfig`; may include objects.
         given: the plugins that override them.
-        facts: what is said of a program's own objects.
+        facts: the user's description of the objects.
         options: further options by name.
     """
     own = {field: base[field] for field in PLUGIN_FIELDS if base.get(field) is not None}
@@ -171,20 +171,20 @@ def select(base: Mapping[str, Any], given: Mapping[str, Any], facts: OwnFacts, o
 
 
 def _names_plugin(task: Any) -> bool:
-    """Whether something stands for a task plugin by its name or class."""
+    """Return whether `task` refers to a task plugin by its name or class."""
     if isinstance(task, list | tuple):
         return len(task) == 2 and isinstance(task[0], str | type) and isinstance(task[1], Mapping)
     return isinstance(task, str | type | Plugin | PluginSpec) or (isinstance(task, Mapping) and "name" in task)
 
 
 def _get_stored(spec: Any) -> Mapping[str, Any]:
-    """The options in a configuration of an object that a program gave; none of another plugin."""
+    """Return the stored options of a user's own object; empty for a plugin."""
     own = isinstance(spec, Mapping) and spec.get("program")
     return (spec.get("config") or {}) if own else {}
 
 
 def _add_stored_options(given: Any, stored: Any) -> Any:
-    """A class with the options that a stored configuration of it has; what is no class as it is."""
+    """Pair a class with the options of its stored configuration; return other objects unchanged."""
     if isinstance(given, list | tuple) and isinstance(stored, list) and len(given) == len(stored):
         return [_add_stored_options(*each) for each in zip(given, stored, strict=True)]
     options = _get_stored(stored)
@@ -197,7 +197,7 @@ def _create_task(
     source: Any, facts: OwnFacts, stored: Mapping[str, Any], module: nn.Module | None, seed: int
 ) -> OwnTask:
     def choose(name: str) -> Any:
-        """What is said of the tasks, or was said when the run began."""
+        """Return a fact about the tasks, or the one stored when the run began."""
         own = getattr(source, name, None)
         told, before = getattr(facts, name), stored.get(name)
         return told or own or (before if isinstance(before, str) and not before.startswith("(") else None)
@@ -230,7 +230,7 @@ def _name_metric(metric: Metric) -> str:
 
 
 def _infer_spec(stacks: Sequence[Episodes], module: nn.Module | None) -> TaskSpec:
-    """The shapes of some tasks, and of a module's outputs where there is one."""
+    """Infer the shapes from some tasks, and from the outputs of the module if there is one."""
     first = stacks[0]
     x, y = first.support_x, first.support_y
     input_shape: tuple[Any, ...] = tuple(x.shape[2:]) if isinstance(x, Tensor) else ("a tree of tensors",)
@@ -245,7 +245,7 @@ def _infer_spec(stacks: Sequence[Episodes], module: nn.Module | None) -> TaskSpe
 
 
 def _run(module: nn.Module, x: Any) -> Tensor | None:
-    """A module's outputs for the first task of a stack; None where it cannot be run, which is said where it is trained."""
+    """Return a module's outputs for a stack's first task; None if it fails, which training reports later."""
     like = next(module.parameters(), torch.zeros(0))
 
     def take(leaf: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The pictures of a run."""
+"""The plots of a run."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ log = logging.getLogger("metareg")
 
 
 def draw(run: Run) -> list[Path]:
-    """Draw the run's learning curve, the metric against inner steps, and the task's own pictures; the files written.
+    """Draw the learning curve, the metric against inner steps, and the task's own plots; return the files.
 
-    A picture that fails costs a warning.
+    A plot that fails only causes a warning.
     """
     assert run.evaluation is not None
     figures: dict[str, Figure] = {}
@@ -58,17 +58,17 @@ def draw(run: Run) -> list[Path]:
 
 @contextmanager
 def _warn(pictures: str) -> Iterator[None]:
-    """Go on where pictures cannot be drawn, and say why."""
+    """Log why plots cannot be drawn, and continue."""
     try:
         yield
-    # Whatever a task, its data or a font makes of it: the results stand already.
+    # Tasks, data and fonts can fail in any way, and the results are already saved.
     except Exception as error:
         log.warning("Could not draw plots (%s): %s", pictures, describe_error(error))
 
 
 @rc_context(STYLE)
 def plot_learning_curve(run: Run) -> Figure:
-    """The metric in training (query sets, after the inner steps) and in validation, against training steps."""
+    """Plot the metric in training (query sets, after the inner steps) and validation against training steps."""
     lines = run.metrics()
     metric = run.learner.metric
     figure, axes = create_axes(7, 4.4)
@@ -96,7 +96,7 @@ def plot_learning_curve(run: Run) -> Figure:
 
 @rc_context(STYLE)
 def plot_inner_steps(evaluation: Evaluation, title: str) -> Figure:
-    """The test metric with its 95 % interval against the number of inner steps; a cross where it is not finite."""
+    """Plot the test metric with its 95 % interval against the number of inner steps; a cross if it is not finite."""
     figure, axes = create_axes(7, 4.4)
     means = {k: evaluation.mean(k) for k in evaluation.inner_steps}
     finite = {k: mean for k, mean in means.items() if math.isfinite(mean)}

@@ -1,4 +1,4 @@
-"""Programs that run where metareg is not installed: torch.export's format, or ONNX, with a file that says what they take."""
+"""Programs that run without metareg: torch.export's format or ONNX, with a description of inputs and outputs."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ __all__ = [
 log = logging.getLogger("metareg")
 
 FACTS = "metareg.json"
-"""The file in an exported program that says what its numbers mean; in ONNX an entry of the model's metadata."""
+"""The file in an exported program that describes its inputs and outputs; in ONNX, an entry of the metadata."""
 ENDINGS = (".pt2", ".onnx")
 _TOLERANCE = 1e-4
-"""Of a program's outputs, relative to the largest."""
+"""Tolerance of a program's outputs, relative to the largest."""
 
 
 def export_module(module: nn.Module, input_shape: tuple[int, ...]) -> torch.export.ExportedProgram:
-    """A module as a program for any number of inputs.
+    """Export a module as a program for any number of inputs.
 
     Raises:
-        UsageError: torch.export cannot take it.
+        UsageError: torch.export cannot export it.
     """
     example = torch.zeros(2, *input_shape, dtype=next(module.parameters()).dtype)
     return _export(module, example)
 
 
 def export_named(module: nn.Module, named: NamedExamples, numbers: Tensor) -> torch.export.ExportedProgram:
-    """An adapted module as a program that takes numbers of examples that a task holds, which lie in the program.
+    """Export an adapted module as a program that contains a task's examples and takes their numbers.
 
     Args:
         module: takes the examples' inputs.
         named: the examples.
-        numbers: some, for which the program is compared with the module.
+        numbers: numbers of some examples, used to compare the program with the module.
 
     Raises:
-        UsageError: torch.export cannot take it, or the program computes something else.
+        UsageError: torch.export cannot export it, or the program's outputs differ.
     """
     program = _export(named.bind(module), torch.cat([numbers, numbers])[:2])
     dtype = next(module.parameters()).dtype
@@ -85,7 +85,7 @@ def export_named(module: nn.Module, named: NamedExamples, numbers: Tensor) -> to
 def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     try:
         return torch.export.export(module, (example,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-    # Anything can be wrong with a model of somebody's own making, and torch.export has errors of many kinds for it.
+    # A user's model can fail in any way, and torch.export raises many kinds of errors.
     except Exception as error:
         problem = str(error).strip().splitlines()[0]
         raise UsageError(f"torch.export cannot export the {type(module).__name__}: {problem}") from error
@@ -94,15 +94,15 @@ def _export(module: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
 def export_adaptation(
     learner: MetaLearner, task: Plugin, inner_steps: int, bn_statistics: str
 ) -> tuple[torch.export.ExportedProgram, dict[str, Any]]:
-    """A learner's whole adaptation as a program that takes ``support_x, support_y, query_x`` and returns predictions.
+    """Export a learner's adaptation as a program that takes ``support_x, support_y, query_x`` and returns predictions.
 
-    Inputs and targets are those of the model; for a task that measures columns, they stand as in its tables.
+    Inputs and targets are the model's; for a task on tables, they are in the units of the tables.
 
     Returns:
-        The program, and what is to be said of it.
+        The program and its description.
 
     Raises:
-        UsageError: it cannot be traced.
+        UsageError: the adaptation cannot be traced.
     """
     meta, engine = learner.plain_meta_parameters, learner.engine
     noise = next(iter(engine.draw_for_adaptation(meta, inner_steps, learner.config.seed, [()])), {})
@@ -134,10 +134,10 @@ def export_adaptation(
 
 
 def _get_table(named: NamedExamples, like: Tensor) -> Tensor:
-    """The inputs of all examples that a task holds.
+    """Return the inputs of all examples that a task holds.
 
     Raises:
-        UsageError: an input is more than a row of a table.
+        UsageError: an input is not a single row of a table.
     """
     if named.table is None:
         raise UsageError(
@@ -151,7 +151,7 @@ def _get_table(named: NamedExamples, like: Tensor) -> Tensor:
 def describe_program(
     learner: MetaLearner, task: Plugin, inner_steps: int, bn_statistics: str, columns: Columns | None
 ) -> dict[str, Any]:
-    """What the numbers mean that a program takes and returns, as JSON can hold it."""
+    """Describe a program's inputs and outputs, as a dict for JSON."""
     named: NamedExamples | None = getattr(task.instance, "named_examples", None)
     shape = get_input_shape(task) if named is None else ()
     classifies = learner.loss is nn.functional.cross_entropy
@@ -170,12 +170,12 @@ def describe_program(
 
 
 def describe_columns(columns: Columns) -> dict[str, Any]:
-    """What each input, target and class is."""
+    """Describe each input, target and class."""
     return {"inputs": columns.features, "targets": columns.targets, "classes": columns.classes}
 
 
 def _describe_images(task: Plugin, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The size of a task's images and the values that it gives to black and white, from reading two images."""
+    """Return the size of a task's images and its values of black and white, found by reading two images."""
     channels, height, width = shape
     read = getattr(task.instance, "read_image", None) or partial(Task.read_image, task.instance)
     values = {}
@@ -186,13 +186,13 @@ def _describe_images(task: Plugin, shape: tuple[int, ...]) -> dict[str, Any]:
             values[name] = read(path).flatten(1).mean(1).tolist()
     prepared = getattr(task.instance, "image_preparation", Task.image_preparation)
     own_reader = getattr(type(task.instance), "read_image", Task.read_image) is not Task.read_image
-    if own_reader and prepared == Task.image_preparation:  # what the base says of another reader
+    if own_reader and prepared == Task.image_preparation:  # inherited text that describes another reader
         prepared = None
     return {"channels": channels, "height": height, "width": width, **values, "prepared": prepared}
 
 
 def _draw_examples(learner: MetaLearner, task: Plugin, support: int, query: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Some examples of a task's shapes."""
+    """Draw random examples with a task's shapes."""
     like = next(iter(learner.plain_meta_parameters.values()))
     generator = torch.Generator().manual_seed(support * 1000 + query)
     shape, outputs = get_input_shape(task), task.instance.spec.output_shape
@@ -205,7 +205,7 @@ def _draw_examples(learner: MetaLearner, task: Plugin, support: int, query: int)
 def _draw_numbers(
     examples: int, learner: MetaLearner, task: Plugin, support: int, query: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Some examples that a task holds, by their numbers, and their targets."""
+    """Draw the numbers of some examples that a task holds, and their targets."""
     _, support_y, _ = _draw_examples(learner, task, support, query)
     generator = torch.Generator().manual_seed(support * 1000 + query)
     numbers = torch.randint(examples, (support + query,), generator=generator).to(support_y.device)
@@ -213,16 +213,16 @@ def _draw_numbers(
 
 
 def _find_sizes(learner: MetaLearner, task: Plugin) -> tuple[int, int]:
-    """How many support and query examples the first test task has."""
+    """Return the number of support and query examples of the first test task."""
     support_x, _, query_x, _ = TaskSource(task).episodes(TEST, [0], learner.config.seed)[0].parts
     return support_x.shape[1], query_x.shape[1]
 
 
 def get_input_shape(task: Plugin) -> tuple[int, ...]:
-    """The shape of one input.
+    """Return the shape of one input.
 
     Raises:
-        UsageError: an input is no tensor of one shape.
+        UsageError: the inputs are not tensors of one shape.
     """
     shape = task.instance.spec.input_shape
     if not all(isinstance(size, int) for size in shape):
@@ -231,10 +231,10 @@ def get_input_shape(task: Plugin) -> tuple[int, ...]:
 
 
 def write_program(program: torch.export.ExportedProgram, to: Path, facts: Mapping[str, Any]) -> None:
-    """Write a program as torch.export's file, or as ONNX where the path ends so.
+    """Write a program in torch.export's format, or as ONNX if the path ends in ``.onnx``.
 
     Raises:
-        UsageError: a package is missing, or ONNX has no operation for one of the program's.
+        UsageError: a package is missing, or ONNX does not support one of the program's operations.
     """
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     if to.suffix == ".onnx":
@@ -251,9 +251,9 @@ def _convert_to_onnx(program: torch.export.ExportedProgram, facts: str) -> bytes
     except ImportError as error:
         raise UsageError("ONNX files need onnxscript: pip install 'metareg[onnx]'.") from error
     try:
-        with warnings.catch_warnings(action="ignore"):  # torch's own, of what it will change in itself
+        with warnings.catch_warnings(action="ignore"):  # torch's deprecation warnings about itself
             converted = torch.onnx.export(program, dynamo=True, verbose=False)
-    # The converter has errors of many kinds, with reports of many lines.
+    # The converter raises many kinds of errors, with long reports.
     except Exception as error:
         cause = error.__cause__ or error
         problem = str(cause).strip().splitlines()[0]

@@ -1,4 +1,4 @@
-"""A run: a folder that holds all of a training, from its configuration to its results and pictures."""
+"""A run: a folder with everything about a training, from its configuration to its results and plots."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Run:
     metrics.jsonl           a line per training report and per validation; a resumed run has the same bits
     timing.jsonl            a line per report with the speed, the peak memory so far and the time
     checkpoints/            ``step-….safetensors``, from which `resume` continues, and the learner as ``final.safetensors``
-    plots/                  pictures (PNG)
+    plots/                  plots (PNG)
     results.json            the test: mean, interval and every task's score after each number of inner steps
     analysis.json           where the learner adapts, if requested (``metareg analyse``)
     baselines.json          simpler baselines on the test tasks, if requested (`evaluate_baselines`)
@@ -76,18 +76,18 @@ class Run:
         self.source = source
         self._model = model
         self.evaluation: Evaluation | None = None
-        """The test at the end; None until then."""
+        """The final test; None before it."""
         self.evaluation_one_by_one: Evaluation | None = None
-        """The same test by predictions that do not depend on a task's other queries; None where those of the test do not."""
+        """The same test with predictions that do not depend on a task's other queries; None if the test's do not."""
         self.plots: list[Path] = []
-        """The pictures that were drawn."""
+        """The files of the plots."""
 
     def __repr__(self) -> str:
         state = str(self.evaluation or format_count(self.learner.steps_done, "training step") + " done, not tested")
         return f"<Run at {self.path}: {self.config.title}; {state}>"
 
     def _repr_html_(self) -> str:
-        """The test's table and the learning curve."""
+        """Return the test's table and the learning curve."""
         curve = self.path / PLOTS / "learning-curve.png"
         table = "" if self.evaluation is None else self.evaluation._repr_html_()
         image = ""
@@ -128,7 +128,7 @@ class Run:
             run.evaluation, run.evaluation_one_by_one = read_evaluations(path)
             if (done := read_planned_steps(path, config)) != config.steps:
                 log.warning(
-                    "The training at %s is to continue to %d steps; its learner and results are from step %s.",
+                    "The run at %s is configured for %d steps; its learner and results are from step %s.",
                     path, config.steps, done,
                 )  # fmt: skip
         run.plots = sorted((path / PLOTS).glob("*.png"))
@@ -138,7 +138,7 @@ class Run:
     def _restore(
         cls, path: Path, config: RunConfig, device: torch.device, facts: OwnFacts, objects: Mapping[str, Any]
     ) -> Run:
-        """The run with the learner of its file, and the user's own objects."""
+        """Restore the run with its saved learner and the user's own objects."""
         unknown = [name for name in objects if name not in PLUGIN_FIELDS]
         if unknown:
             raise UnknownNameError("argument of Run.load", unknown[0], PLUGIN_FIELDS)
@@ -192,9 +192,10 @@ class Run:
         *,
         split: str = TEST,
     ) -> tuple[Evaluation, Evaluation | None]:
-        """`evaluate`; and the same test by predictions that do not depend on a task's other queries.
+        """Return `evaluate`'s result, and the same test with predictions that do not depend on a task's other queries.
 
-        The second takes little longer, for each task is adapted to once. It is None where the first is such a test.
+        The second adds little time, because each task is adapted to once. It is None if the first is already such a
+        test.
         """
         policies = [self.learner.config.bn_statistics, "support"]
         first, *others = self._evaluate(policies, tasks, inner_steps, task, task_options, split)
@@ -209,7 +210,7 @@ class Run:
         task_options: Mapping[str, Any] | None,
         split: str,
     ) -> list[Evaluation]:
-        """A test by each policy of BatchNorm; arguments as in `evaluate`."""
+        """Test with each choice of BatchNorm statistics; arguments as in `evaluate`."""
         source = self.source
         if task or task_options:
             own = self.config.task.config
@@ -244,7 +245,7 @@ class Run:
         return found
 
     def _get_model(self) -> Plugin:
-        """The model plugin.
+        """Return the model plugin.
 
         Raises:
             UsageError: it is not known.
@@ -273,7 +274,7 @@ class Run:
                 place of a table. Or a pair ``(x, y)`` of tensors or arrays, as for `MetaLearner.adapt`.
             query: the examples to predict: a table with the input columns, or a folder of images; or inputs as tensors
                 or arrays.
-            inner_steps: how many steps to adapt; as many as in training by default.
+            inner_steps: number of inner steps; by default, as in training.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Returns:
@@ -332,11 +333,11 @@ class Run:
             to: the file.
             support: labelled examples, as for `predict`.
             adaptive: whether the program adapts where it runs.
-            inner_steps: how many steps to adapt; as many as in training by default.
+            inner_steps: number of inner steps; by default, as in training.
             bn_statistics: as in `MetaLearner.adapt`.
 
         Raises:
-            UsageError: another ending, or a model or an adaptation that `torch.export` cannot take.
+            UsageError: `to` has another suffix, or `torch.export` cannot export the model or its adaptation.
         """
         exports.export(
             self.learner, self.source.plugin, Path(to), support=None if support is None else Path(support),
@@ -344,7 +345,7 @@ class Run:
         )  # fmt: skip
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl.
+        """Return the lines of metrics.jsonl.
 
         Raises:
             UsageError: they cannot be read.
@@ -371,12 +372,12 @@ def refuse_missing(
     Args:
         path: the run's folder.
         config: its configuration.
-        given: the fields of the configuration for which there are objects now.
-        function: what takes them in Python.
+        given: the fields of the configuration for which the caller passed objects.
+        function: the Python function that takes them.
         only: the fields that are needed.
 
     Raises:
-        UsageError: one is missing.
+        UsageError: an object is missing.
     """
     own = list_own(config)
     if not any(field in only and field not in given for field in own):
@@ -391,10 +392,10 @@ def refuse_missing(
 
 
 def read_evaluations(path: Path) -> tuple[Evaluation, Evaluation | None]:
-    """The test of a run, and that by predictions one by one where there is such.
+    """Read a run's test, and the same test with predictions one by one if there is one.
 
     Raises:
-        UsageError: its results cannot be read.
+        UsageError: the results cannot be read.
     """
     content = read_json(path / RESULTS)
     with refuse_malformed(path / RESULTS, "results"):
@@ -403,15 +404,15 @@ def read_evaluations(path: Path) -> tuple[Evaluation, Evaluation | None]:
 
 
 def read_planned_steps(path: Path, config: RunConfig) -> int | None:
-    """The steps that the training of a run's results was to have; None where there are none.
+    """Read the configured training steps of a run's results; None without results.
 
-    They are fewer than the configuration's if these were raised, until the run has finished again.
+    Fewer than in the current configuration if the user raised `steps` and the run has not finished again.
     """
     if not (path / RESULTS).is_file():
         return None
     content = read_json(path / RESULTS)
     with suppress(*MALFORMED):
-        # Earlier versions wrote the step of the weights alone.
+        # Earlier versions wrote only the step of the weights.
         last = content["weights"]["step"] if content["weights"]["select"] == "last" else config.steps
         stopped = content.get("stopped_early")
         return int(stopped["of_steps"] if stopped else content.get("trained_steps", last))
@@ -419,14 +420,14 @@ def read_planned_steps(path: Path, config: RunConfig) -> int | None:
 
 
 def has_stopped_early(path: Path) -> bool:
-    """Whether the training of a run's results ended because its validations did not get better."""
+    """Return whether early stopping ended the training of a run's results."""
     with suppress(*MALFORMED):
         return (path / RESULTS).is_file() and bool(read_json(path / RESULTS)["stopped_early"])
     return False
 
 
 def _read_given(given: Any, what: str) -> Path | Table:
-    """A path, or the table that a frame is."""
+    """Return a path as it is, and a pandas frame as a table."""
     if isinstance(given, str | Path):
         return Path(given)
     if not hasattr(given, "columns"):
@@ -437,7 +438,7 @@ def _read_given(given: Any, what: str) -> Path | Table:
 
 
 def _resolve(kind: str, given: Any) -> Plugin:
-    """The plugin that a class, an object or a pair with its options stands for."""
+    """Return the plugin for a class, an object or a pair of a class and options."""
     return resolve(kind, *given) if isinstance(given, tuple) else resolve(kind, given)
 
 
@@ -446,7 +447,7 @@ def format_resume_command(path: Path) -> str:
 
 
 def check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
-    """Run the model on the first tasks, so that one that does not fit them is found before anything else."""
+    """Run the model on the first tasks, to find out early if it does not fit them."""
     try:
         learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""Training runs: from a configuration to a folder with results, and on from where a run stopped."""
+"""Start and resume runs: train, test and plot, from a configuration to a folder with results."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ __all__ = ["configure", "prepare_run", "resume", "train"]
 log = logging.getLogger("metareg")
 
 _SMALL = 20_000
-"""Parameters up to which a model's tensor operations are too short to be shared by threads."""
+"""Models with at most this many parameters use one thread, because their operations are too short to share."""
 
 
 def train(
@@ -149,14 +149,14 @@ def train(
 
 
 def configure(config: str | Path | Mapping[str, Any] | None = None, **options: Any) -> RunConfig:
-    """The complete configuration of the run that `train` would carry out; nothing is read of data, and nothing written.
+    """Return the complete configuration of the run that `train` would start, without reading data or writing files.
 
     Args:
-        config: as that of `train`.
+        config: as in `train`.
         options: names of plugins by field, options of the run and of its plugins.
 
     Raises:
-        UsageError: something was asked for that cannot be.
+        UsageError: an option is unknown or its value invalid.
     """
     given = {name: options.pop(name) for name in PLUGIN_FIELDS if name in options}
     return _write_out_lengths(select(_read_base(config), given, OwnFacts(), options)).config
@@ -207,27 +207,27 @@ def resume(
 
 
 def _read_base(config: str | Path | Mapping[str, Any] | None) -> dict[str, Any]:
-    """A configuration that was given as it is or as a file."""
+    """Return a configuration given as a mapping or a file."""
     return dict(config) if isinstance(config, Mapping) else read_yaml(Path(config)) if config else {}
 
 
 def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], list[Any]]:
-    """The names among some observers, as an option where there are any; and the objects."""
+    """Separate names of observers, as an option if there are any, from observer objects."""
     names = [each for each in observers if isinstance(each, str)]
     return {"observers": names} if names else {}, [each for each in observers if not isinstance(each, str)]
 
 
 def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Path, where: str) -> None:
-    """Refuse that observers write where a file says, which may be a stranger's, outside of the run's folder.
+    """Refuse observers that write outside the run's folder because a file, which may be a stranger's, says so.
 
     Args:
         selection: the run.
         said: the names of the options that the user gave in addition to the file.
-        folder: the run's.
+        folder: the run's folder.
         where: the file.
 
     Raises:
-        UsageError: a text among an observer's options leads out of the folder.
+        UsageError: an observer's option is a path outside the folder, or a URL.
     """
     if "observers" in said:
         return
@@ -245,7 +245,7 @@ def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Pa
 
 
 def _leads_out(value: Any, folder: Path) -> bool:
-    """Whether something in an option's value is a path out of a folder, or a URL."""
+    """Return whether an option's value contains a path outside a folder, or a URL."""
     if isinstance(value, Mapping | list | tuple):
         return any(_leads_out(each, folder) for each in (value.values() if isinstance(value, Mapping) else value))
     if not isinstance(value, str):
@@ -254,7 +254,7 @@ def _leads_out(value: Any, folder: Path) -> bool:
 
 
 def _should_resume(out: Path, resume: bool) -> bool:
-    """Whether a folder contains a run to continue; anything else in it is refused."""
+    """Return whether a folder contains a run to continue; refuse a folder with anything else."""
     has_run = (out / CONFIG).is_file()
     if not (resume and has_run) and _is_taken(out):
         hint = f"; {format_resume_command(out)} continues the run in it" if has_run else ""
@@ -264,7 +264,7 @@ def _should_resume(out: Path, resume: bool) -> bool:
 
 def _resume(path: Path, selection: Selection, observers: Sequence[Any], processes: Processes) -> Run:
     def reopen() -> tuple[RunConfig, bool]:
-        """The configuration to continue with, and whether the run has already finished with it."""
+        """Return the configuration to continue with, and whether the run has already finished with it."""
         stored = read_config(path)
         lengths = {
             name: getattr(selection.config, name) or getattr(stored, name)
@@ -291,7 +291,7 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
 
 @contextmanager
 def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[None]:
-    """A run's folder for these processes alone, for a block; a new one has to be empty."""
+    """Lock a run's folder for these processes while the block runs; a new one must be empty."""
     with ExitStack() as stack:
 
         def take() -> None:
@@ -304,7 +304,7 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
 
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
-    """Raise a UsageError that shows the difference where `wanted` would give the run another meaning."""
+    """Raise a UsageError that shows the difference if `wanted` would change the run's meaning."""
     may_change: dict[str, Any] = {**dict.fromkeys(RunConfig.list_resumable(), True), "task": {"config": {"data"}}}
     old, new = (each.model_dump(mode="json", exclude=may_change) for each in (_add_new_options(stored, wanted), wanted))
     changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
@@ -320,7 +320,7 @@ def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
 
 
 def _add_new_options(stored: RunConfig, wanted: RunConfig) -> RunConfig:
-    """A stored configuration with the options that its plugins have had only since, if their defaults are wanted."""
+    """Add to a stored configuration the options that its plugins gained since, if their defaults are wanted."""
 
     def complete(kind: str, old: PluginSpec, new: PluginSpec) -> PluginSpec:
         if old.program or old.name != new.name:
@@ -351,7 +351,7 @@ def _is_taken(out: Path) -> bool:
 
 
 def _write_out_lengths(selection: Selection) -> Selection:
-    """Write out what depends on the number of steps, so that it stays when that number is raised."""
+    """Set lengths that depend on the number of steps explicitly, so that raising `steps` does not change them."""
     config = selection.config
     lengths = {"eval_every": config.eval_every or max(1, config.steps // 10)}
     if config.lr_schedule == "cosine":
@@ -362,7 +362,7 @@ def _write_out_lengths(selection: Selection) -> Selection:
 
 
 def prepare_run(selection: Selection, processes: Processes | None = None) -> tuple[MetaLearner, TaskSource]:
-    """The learner and its tasks; all that can go wrong before training goes wrong here, with nothing written."""
+    """Create the learner and its tasks; errors that can be found before training occur here, with nothing written."""
     with seed_global_generators(selection.config.seed, "learner"):
         return _prepare_run(selection, processes or Processes())
 
@@ -410,7 +410,7 @@ def _create_folder(out: Path | None, config: RunConfig) -> Path:
 
 
 def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: StopRequest) -> None:
-    """All of a run, from its newest checkpoint on; the caller holds the folder's lock."""
+    """Run everything from the newest checkpoint on; the caller holds the folder's lock."""
     config, learner, path = run.config, run.learner, run.path
     processes = learner.processes
     store = Checkpoints(path / CHECKPOINTS, config.keep_checkpoints)
@@ -445,8 +445,8 @@ def _carry_out(run: Run, selection: Selection, observers: Sequence[Any], stop: S
 
 
 def _open_folder(run: Run, store: Checkpoints) -> None:
-    """Make the folder one of this run."""
-    # First of all: with it the folder is a run that can be resumed, without it one that can be begun.
+    """Write the run's configuration and create its folders."""
+    # Written first: a folder with a configuration can be resumed, one without can be started.
     write_text(run.path / CONFIG, run.config.to_yaml())
     try:
         store.folder.mkdir(exist_ok=True)
@@ -457,7 +457,7 @@ def _open_folder(run: Run, store: Checkpoints) -> None:
 
 @contextmanager
 def _set_threads(run: Run) -> Iterator[None]:
-    """The run's CPU threads for a block."""
+    """Set the run's number of CPU threads while the block runs."""
     before = torch.get_num_threads()
     parameters = sum(value.numel() for value in run.learner.meta_parameters.values())
     torch.set_num_threads(run.config.threads or (1 if parameters <= _SMALL else before))
@@ -468,7 +468,7 @@ def _set_threads(run: Run) -> Iterator[None]:
 
 
 def _start(run: Run, manager: CheckpointManager) -> None:
-    """Restore the newest checkpoint, or write the first; then say in the folder what is run."""
+    """Restore the newest checkpoint or write the first one, then write environment.json."""
     config, learner = run.config, run.learner
     strategy, reason = learner.choose_strategy(config.meta_batch, config.steps, run.source.stackable)
     if manager.restore():
@@ -505,11 +505,11 @@ def _train(run: Run, progress: Progress, manager: CheckpointManager, observers: 
 
 
 def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest, hooks: Any) -> None:
-    """The test, its results, and the pictures of them."""
+    """Test, save the results, and draw the plots."""
     config, learner = run.config, run.learner
     processes = learner.processes
     stop.at_once = True
-    # Nobody looked since the last step: a signal may have come in the validation after it.
+    # A signal may have arrived during the validation after the last step.
     if any(processes.gather(lambda: stop.asked)):
         raise Interrupted("Stopped before the test.")
     trained, best = learner.steps_done, progress.best_step
@@ -523,7 +523,7 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
     def conclude() -> list[Path]:
-        # Those of a run whose steps were raised stand until these take their place.
+        # The results of a run whose steps were raised are kept until new ones replace them.
         learner.save(run.path / FINAL)
         weights = {"select": config.select, "step": learner.steps_done}
         others = {} if one_by_one is None else {"one_by_one": one_by_one.to_dict()}
@@ -538,7 +538,7 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
 
 
 class _LinesWriter:
-    """Writes metrics.jsonl, which a resumed run repeats bit for bit, and timing.jsonl, which it cannot."""
+    """Writes metrics.jsonl, which a resumed run reproduces bit for bit, and timing.jsonl, which differs."""
 
     def __init__(self, metrics: LinesFile, timing: LinesFile, device: torch.device) -> None:
         self._metrics, self._timing, self._device = metrics, timing, device

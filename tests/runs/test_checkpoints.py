@@ -189,7 +189,7 @@ def test_a_finished_run_is_kept_until_its_successor_is_written(
         assert {name: (path / name).read_bytes() for name in kept} == {name: before[name] for name in kept}
         stopped = Run.load(path)
         assert stopped.evaluation is not None
-        assert "is to continue to 20 steps; its learner and results are from step 10" in caplog.text
+        assert "is configured for 20 steps; its learner and results are from step 10" in caplog.text
         assert metareg.resume(path).config.steps == 20
     metareg.resume(path, steps=20)
     assert _results(path) == _results(finished)
