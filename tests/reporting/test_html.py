@@ -166,12 +166,14 @@ def test_the_page_leads_with_the_answer_and_says_each_verdict_once(small: Plan) 
     assert summary.index("<table") < summary.index("have finished")
 
 
-def test_the_plan_is_shown_below_the_summary_and_before_the_results(tmp_path: Path) -> None:
-    write_comparison(tmp_path, SMALL | {"plan": "If *better*: `it helps`. <b>"}, tasks=7)
+def test_the_plan_is_shown_below_the_answer(tmp_path: Path) -> None:
+    write_comparison(tmp_path, SMALL | {"plan": "If *better*: `it helps`. <b>", "notes": "It did."}, tasks=7)
     page, text = report(tmp_path, "html"), report(tmp_path)
     assert "If <em>better</em>: <code>it helps</code>. &lt;b&gt;" in page
     assert page.index('id="summary"') < page.index('id="plan"') < page.index('id="results"')
-    assert 0 < text.index("## Plan\n\nIf *better*") < text.index("## Summary")
+    sections = ["## Summary", "## Notes\n\nIt did.", "## Results", "## Paired differences", "## Plan\n\nIf *better*"]
+    assert sections == sorted(sections, key=text.index)
+    assert text.partition("\n\n")[2].startswith("## Summary")
 
 
 def test_large_comparisons_are_read_quickly(tmp_path: Path) -> None:
