@@ -1,4 +1,4 @@
-"""What the site adds to MkDocs: pages from elsewhere in the repository, notebooks, links that hold on both, MathML."""
+"""What the site adds to MkDocs: pages and notebooks from the repository, links that hold on both, MathML, flags."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ TOP_PAGES = {
 """Pages that lie above docs/, and what they are called on the site."""
 
 _LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+_CODE = re.compile(r"<code>[^<]*--[^<]*</code>")
+_FLAG = re.compile(r"--[a-z][a-z-]*")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.S)
 
 
@@ -68,11 +70,12 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Write formulas as MathML, which browsers show without a script."""
+    """Write formulas as MathML, which browsers show without a script, and keep flags on one line."""
     del page, config, files
 
     def convert(match: re.Match[str]) -> str:
         display = "block" if match[1] == "div" else "inline"
         return latex2mathml.converter.convert(html.unescape(match[2]), display=display)
 
+    content = _CODE.sub(lambda code: _FLAG.sub(r'<span class="flag">\g<0></span>', code[0]), content)
     return _FORMULA.sub(convert, content)
