@@ -1,1 +1,1 @@
-"""Comparisons: algorithms × augmenters × tasks × seeds, carried out by several processes, and what they show."""
+"""Comparisons: algorithms × augmenters × tasks × seeds, run by several processes, and their results."""

@@ -1,7 +1,7 @@
 """The raw results of a comparison in one compressed file, for reports and for continuing on another machine.
 
-The file is a tar archive, compressed by xz, of what reports read of the comparison's folder: its configuration, every
-run's scores, curves, times, versions and options, and every trial's. Weights, checkpoints and plots are left out.
+The file is a tar archive compressed with xz. It contains what reports read: the comparison's configuration, and the
+scores, curves, times, versions and options of every run and trial. It omits weights, checkpoints and plots.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _NARROW = "scores_are_float32"
 
 
 def write_archive(folder: str | Path, file: Path) -> None:
-    """Write the raw results of a comparison, finished or not; equal results give equal bytes.
+    """Write the raw results of a comparison, which need not be finished; equal results give equal bytes.
 
     Raises:
         UsageError: there is no comparison in the folder.
@@ -70,10 +70,10 @@ def write_archive(folder: str | Path, file: Path) -> None:
 
 @contextmanager
 def unpack_archive(file: Path) -> Iterator[Path]:
-    """A temporary folder with the comparison that `write_archive` wrote.
+    """Unpack an archive of `write_archive` into a temporary folder.
 
     Raises:
-        UsageError: the file cannot be read, is damaged, or is none of metareg's.
+        UsageError: the file cannot be read, is damaged, or was not written by metareg.
     """
     with TemporaryDirectory(prefix="metareg-") as name:
         folder = Path(name, file.name.removesuffix(ARCHIVE_SUFFIX))
@@ -95,7 +95,7 @@ def unpack_archive(file: Path) -> Iterator[Path]:
 
 @contextmanager
 def _decompress(file: Path) -> Iterator[IO[bytes]]:
-    """What is compressed in a file, in a temporary one; a ValueError where that is far more than results are."""
+    """Decompress a file into a temporary one; raise a ValueError if it is far larger than results can be."""
     refuse_special_file(file)
     left = max(_LEAST_BYTES, _MOST_TIMES * file.stat().st_size)
     with TemporaryFile() as plain, lzma.open(file) as packed:
@@ -109,15 +109,15 @@ def _decompress(file: Path) -> Iterator[IO[bytes]]:
 
 
 def add_archived_runs(source: Path, target: Path) -> tuple[int, int]:
-    """Add to a comparison's folder the finished runs of another, and what its tuning chose.
+    """Add the finished runs and chosen settings of one comparison's folder to another's.
 
-    What `target` holds stays as it is: a run that was begun there, and an arm's trials where it has some.
+    Does not change what `target` contains: runs that have begun, and trials of arms that have some.
 
     Returns:
-        How many runs that count were added, and how many stay as they are in `target`.
+        The number of final runs added, and the number of final runs kept in `target`.
 
     Raises:
-        UsageError: the settings of an arm were chosen to be others; nothing is written.
+        UsageError: `target` chose other settings for an arm; nothing is written.
     """
     for file in source.glob(f"tuning/*/*/{CHOSEN_FILE}"):
         own = target / file.relative_to(source)
@@ -150,12 +150,12 @@ def _read_options(file: Path) -> Any:
 
 
 def _prepare(path: Path, folder: Path) -> bytes:
-    """What the archive holds of a file."""
+    """Return a file's content for the archive."""
     if path.name == RESULTS:
         return _narrow_scores(path.read_bytes())
     if path.name == ERROR_FILE:
         text = cut_traceback(path.read_text("utf-8", errors="replace"))
-        # Published results need not say where on whose machine they were made.
+        # Published results should not contain paths of the machine.
         return text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "").encode()
     return path.read_bytes()
 
@@ -166,7 +166,7 @@ def _restore(path: Path, content: bytes) -> None:
 
 
 def _list_unfinished(folder: str, names: list[str]) -> list[str]:
-    """The runs of a trial that must restart because their checkpoints are elsewhere."""
+    """List a trial's runs that must restart because the archive has no checkpoints."""
     files = RESULTS, ERROR_FILE
     return [
         each
@@ -176,7 +176,7 @@ def _list_unfinished(folder: str, names: list[str]) -> list[str]:
 
 
 def _narrow_scores(content: bytes) -> bytes:
-    """A results.json with as few digits as its scores need: nearly all are float32, which take 9 instead of 17."""
+    """Shorten the scores in a results.json: nearly all are float32, which need 9 digits instead of 17."""
     try:
         results = parse_json(content.decode())
         for step in results["steps"]:
@@ -185,12 +185,12 @@ def _narrow_scores(content: bytes) -> bytes:
             if np.array_equal(scores, narrow, equal_nan=True):
                 step |= {"scores": [float(str(score)) for score in narrow], _NARROW: True}
     except MALFORMED:
-        return content  # a damaged one is reported as such
+        return content  # reports name damaged files
     return format_json(results).encode()
 
 
 def _widen_scores(content: bytes) -> bytes:
-    """The results.json that `_narrow_scores` was given."""
+    """Restore the results.json that `_narrow_scores` shortened."""
     try:
         results: dict[str, Any] = parse_json(content.decode())
         for step in results["steps"]:

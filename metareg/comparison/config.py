@@ -23,7 +23,7 @@ __all__ = [
 GRID: Final = "grid"
 ALL_PAIRS: Final = "all"
 Axis = Literal["augmenter", "algorithm", "variant", "all"]
-"""What a baseline is one of; arms that are otherwise the same are compared with it."""
+"""What a baseline replaces: arms are compared with the arm that differs only in this."""
 
 _MOST_SEEDS, _MOST_NAMES, _MOST_RUNS = 1000, 1000, 100_000
 
@@ -36,7 +36,7 @@ _NOT_OPTIONS = {
 
 
 def _split_names(value: Any) -> Any:
-    """A list from a list, or from a text with commas."""
+    """Split a comma-separated string; return a list as it is."""
     return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
 
@@ -47,7 +47,7 @@ def _check_name(text: str) -> str:
 
 
 def _check_chain(text: str) -> str:
-    """An augmenter or several in a chain, without blanks."""
+    """Check an augmenter or chain of augmenters, and remove blanks."""
     parts = [_check_name(part) for part in text.split("+")]
     if NO_PLUGIN in parts and len(parts) > 1:
         raise ValueError(f"'{NO_PLUGIN}' cannot be part of a chain")
@@ -79,7 +79,7 @@ def _check_trials(given: Any) -> Any:
 
 
 def parse_seeds(given: Any) -> Any:
-    """The seeds 0 to n − 1 for a number n, and those of a text (``"0,3,7"``, ``"1000-1004"``); anything else as it is."""
+    """Convert a number n to the seeds 0 to n − 1, and parse strings (``"0,3,7"``, ``"1000-1004"``)."""
     if isinstance(given, str):
         try:
             numbers = [number for part in given.split(",") for number in _parse_seed_range(part)]
@@ -95,7 +95,7 @@ def parse_seeds(given: Any) -> Any:
 
 
 def _parse_seed_range(text: str) -> Iterable[int]:
-    """``"3"`` or ``"1000-1004"``; a ValueError for anything else, also where there are too many."""
+    """Parse ``"3"`` or ``"1000-1004"``; raise a ValueError for anything else, and for too many seeds."""
     first, dash, last = text.partition("-")
     ends = int(first), int(last if dash else first)
     if not 0 <= ends[1] - ends[0] < _MOST_SEEDS:
@@ -103,7 +103,7 @@ def _parse_seed_range(text: str) -> Iterable[int]:
     return range(ends[0], ends[1] + 1)
 
 
-_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # what a run takes
+_Seed = Annotated[int, Field(ge=0, lt=2**63)]  # the range of a run's seed
 _DISTINCT_SEEDS = AfterValidator(partial(_check_distinct, "seed"))
 Seeds = Annotated[
     list[_Seed], BeforeValidator(parse_seeds), Field(min_length=1, max_length=_MOST_SEEDS), _DISTINCT_SEEDS
@@ -171,7 +171,7 @@ class ArmSelector(PluginConfig):
     task: str | None = Field(None, description="Only arms on the task with this label.")
 
     def fits(self, *, algorithm: str, augmenter: str, task: str, variant: str) -> bool:
-        """Whether an arm is one of them."""
+        """Return whether the selector matches an arm."""
         wanted = (self.algo, algorithm), (self.augment, augmenter), (self.task, task), (self.variant, variant)
         return all(name in (None, own) for name, own in wanted)
 
@@ -185,8 +185,8 @@ class ArmRule(ArmSelector):
 class ComparisonConfig(PluginConfig):
     """A comparison: every algorithm with every augmenter on every task, for every seed.
 
-    Options are given by the names that ``metareg train --set`` takes. One that names its plugin, as ``cml.gamma``, is for
-    the arms that have that plugin.
+    Options have the same names as in ``metareg train --set``. An option that names its plugin, such as ``cml.gamma``,
+    applies to the arms with that plugin.
     """
 
     title: str = Field("", description="The heading of its reports.")
@@ -266,15 +266,15 @@ class ComparisonConfig(PluginConfig):
 
     @property
     def _varied(self) -> set[str]:
-        """The options that variants say."""
+        """The options that variants set."""
         return {key for options in self.variants.values() for key in options}
 
     def find_axis(self, name: str) -> Axis:
-        """What a baseline of this name is: one of the augmenters, algorithms or variants, or ``"all"``.
+        """Return what this baseline is: an augmenter, an algorithm, a variant, or ``"all"``.
 
         Raises:
-            UnknownNameError: it is none of them.
-            UsageError: it is several.
+            UnknownNameError: nothing has this name.
+            UsageError: several things have this name.
         """
         names: dict[Axis, list[str]] = {
             "augmenter": self.augment, "algorithm": self.algo, "variant": list(self.variants), "all": [ALL_PAIRS],
@@ -289,12 +289,12 @@ class ComparisonConfig(PluginConfig):
     def override(
         self, *, options: Options | None = None, space: Mapping[str, Any] | None = None, search: int | None = None
     ) -> ComparisonConfig:
-        """The comparison with values that take precedence over all that it says.
+        """Return the comparison with values that override everything in it.
 
         Args:
-            options: for every run, whatever tasks, rules and tunings say of them.
-            space: what every arm is tuned over, as in `Tuning`.
-            search: a number of trials for each arm; without it, those of a grid over `space`.
+            options: for every run; they override those of tasks, rules and tunings.
+            space: the search space of every arm, as in `Tuning`.
+            search: the number of trials for each arm; without it, a grid over `space`.
         """
         options, space = options or {}, space or {}
         for key in self._varied & {*options, *space}:
@@ -303,7 +303,7 @@ class ComparisonConfig(PluginConfig):
         values["options"] = merge_options(values["options"], options)
         rules = values["arms"]
         if options and any(each["options"] for each in values["tasks"] + rules):
-            # A last rule for all arms stands before tasks and other rules; the same call finds it again and adds no other.
+            # The last rule, if it is for all arms, overrides tasks and other rules; a repeated call reuses it.
             if not rules or any(rules[-1][key] for key in ("algo", "augment", "task")):
                 rules.append({"options": {}})
             rules[-1]["options"] = merge_options(rules[-1]["options"], options)
@@ -318,13 +318,13 @@ class ComparisonConfig(PluginConfig):
 
 
 def slugify(text: str) -> str:
-    """A text as the name of a folder."""
+    """Convert a text to the name of a folder."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "task"
 
 
 def merge_options(options: Mapping[str, Any], later: Mapping[str, Any]) -> Options:
-    """Options with others that stand before them.
+    """Merge options; `later` overrides `options`.
 
-    Of two names of one option, as inner_lr and maml.inner_lr, the last one counts: all of `later` goes to the end.
+    If an option occurs under two names, such as inner_lr and maml.inner_lr, the last one counts, so `later` comes last.
     """
     return {**{key: value for key, value in options.items() if key not in later}, **later}

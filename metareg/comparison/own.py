@@ -1,4 +1,4 @@
-"""Comparisons of a program's own objects, which are carried out in its process."""
+"""Comparisons of a user's own objects, which run in the user's process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ThisProcess", "name_objects", "refuse_missing_objects"]
 
 
 def name_objects(fields: Mapping[str, Any], model: Any) -> tuple[dict[str, Any], Any, dict[tuple[str, str], Any]]:
-    """Names in the places of objects, as a configuration can hold them.
+    """Replace objects by names, which a configuration can contain.
 
     Args:
         fields: ``algo``, ``augment`` and ``tasks`` as `metareg.compare` takes them.
@@ -57,10 +57,10 @@ def name_objects(fields: Mapping[str, Any], model: Any) -> tuple[dict[str, Any],
 
 
 def refuse_missing_objects(config: ComparisonConfig, objects: Objects) -> None:
-    """Refuse to continue a comparison without the objects that a program passed to it.
+    """Refuse to continue a comparison without the user's own objects.
 
     Raises:
-        UsageError: one is missing.
+        UsageError: an object is missing.
     """
     missing = [
         (field, name) for field, names in config.program.items() for name in names if (field, name) not in objects
@@ -74,7 +74,7 @@ def refuse_missing_objects(config: ComparisonConfig, objects: Objects) -> None:
 
 
 class ThisProcess:
-    """Carries out runs in this process, one after the other: its objects are nowhere else."""
+    """Executes runs in this process, one after the other, because other processes lack its objects."""
 
     capacity = 1
 
@@ -82,16 +82,16 @@ class ThisProcess:
         self._waiting: list[PlannedRun] = []
 
     def submit(self, run: PlannedRun) -> None:
-        """Take a run, for `wait` to carry out."""
+        """Queue a run for `wait`."""
         self._waiting.append(run)
 
     def wait(self, seconds: float) -> list[Outcome]:  # noqa: ARG002
-        """Carry out the runs that were taken."""
+        """Execute the queued runs."""
         runs, self._waiting = self._waiting, []
         return [carry_out(run) for run in runs]
 
     def stop(self) -> None:
-        """Nothing is under way between two calls."""
+        """Do nothing: no run is active between calls."""
 
     def close(self) -> None:
-        """Nothing is left of a run."""
+        """Do nothing: there are no processes to end."""

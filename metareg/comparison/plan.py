@@ -1,4 +1,4 @@
-"""What a comparison consists of: its arms, and the runs that they ask for."""
+"""The plan of a comparison: its arms and their runs."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 ]  # fmt: skip
 
 Objects = Mapping[tuple[str, str], Any]
-"""What a program gives to a comparison, by the field that takes it and its name there."""
+"""A user's own objects in a comparison, by ``(field, name)``."""
 
 CONFIG_FILE = "comparison.yaml"
 CHOSEN_FILE = "chosen.json"
-"""What tuning chose for an arm, in the folder of its trials."""
+"""The file with the chosen settings of an arm, in the folder of its trials."""
 TRIAL_FILE = "trial.json"
-"""The settings of a trial, in its folder."""
+"""The file with the settings of a trial, in its folder."""
 
 
 @dataclass(frozen=True)
@@ -42,25 +42,25 @@ class Arm:
 
     algorithm: str
     augmenter: str
-    """``"none"``, a name, or names with plus signs in the order in which they are chained."""
+    """``"none"``, a name, or names joined by ``+`` in the order of the chain."""
     task: str
     """The task's label."""
     variant: str = ""
-    """The name of the variant; empty where no variant changes anything of the arm."""
+    """The name of the variant; empty if no variant changes the arm."""
 
     @property
     def augmenters(self) -> list[str]:
-        """The chain."""
+        """The augmenters' names in order."""
         return [] if self.augmenter == NO_PLUGIN else self.augmenter.split("+")
 
     @property
     def name(self) -> str:
-        """``maml+cml``; without an augmenter, ``maml``; of a variant, ``maml+cml (bf16)``."""
+        """``maml+cml``; without an augmenter, ``maml``; with a variant, ``maml+cml (bf16)``."""
         return f"{self._method} ({self.variant})" if self.variant else self._method
 
     @property
     def setting(self) -> str:
-        """What stands beside its algorithm: ``cml``, or of a variant, ``cml, bf16``."""
+        """The arm without its algorithm: ``cml``, or with a variant, ``cml, bf16``."""
         return f"{self.augmenter}, {self.variant}" if self.variant else self.augmenter
 
     @property
@@ -69,7 +69,7 @@ class Arm:
 
     @property
     def folder(self) -> Path:
-        """Its folder below those of a comparison's runs."""
+        """The arm's folder, relative to the folder of runs."""
         variant = f"@{slugify(self.variant)}" if self.variant else ""
         return Path(slugify(self.task), self._method.replace(":", "-") + variant)
 
@@ -79,7 +79,7 @@ class Arm:
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One run of a comparison, carried out by ``metareg.train(config=config, out=path, resume=True, **options)``."""
+    """One run of a comparison: ``metareg.train(config=config, out=path, resume=True, **options)``."""
 
     arm: Arm
     seed: int
@@ -89,7 +89,7 @@ class PlannedRun:
 
     @property
     def is_final(self) -> bool:
-        """Whether its test counts; a trial's is on validation tasks."""
+        """Whether the run is a result of the comparison; a trial of tuning is not."""
         return self.options.get("test_split", TEST) == TEST
 
     @property
@@ -107,7 +107,7 @@ class Plan:
     Args:
         folder: the folder.
         config: the configuration.
-        objects: what a program gives, by ``(field, name)`` as in `ComparisonConfig.program`.
+        objects: the user's own objects, by ``(field, name)`` as in `ComparisonConfig.program`.
     """
 
     def __init__(self, folder: Path, config: ComparisonConfig, objects: Objects | None = None) -> None:
@@ -123,11 +123,11 @@ class Plan:
         if not self.arms:
             raise UsageError("'leave_out' excludes every arm of the comparison.")
         self.options = {arm: self._collect_options(arm) for arm in self.arms}
-        """The options that the configuration gives each arm, before any are chosen."""
+        """Each arm's options from the configuration, before tuning."""
 
     @classmethod
     def read(cls, folder: str | Path, objects: Objects | None = None) -> Plan:
-        """The plan of a comparison that was begun; a `UsageError` where there is none, or its configuration is damaged."""
+        """Read the plan of an existing comparison; raise a `UsageError` if none exists or it is damaged."""
         folder = Path(folder)
         file = folder / CONFIG_FILE
         if not file.is_file():
@@ -140,17 +140,17 @@ class Plan:
         write_text(self.folder / CONFIG_FILE, text)
 
     def list_runs(self) -> list[PlannedRun]:
-        """The runs, whole tables seed after seed, before options are chosen for an arm."""
+        """List the runs without chosen settings, ordered by seed, then arm."""
         arms = [self.list_arm_runs(arm, {}) for arm in self.arms]
         return [run for of_a_seed in zip(*arms, strict=True) for run in of_a_seed]
 
     def list_arm_runs(self, arm: Arm, chosen: Mapping[str, Any]) -> list[PlannedRun]:
-        """The runs of one arm, seed after seed, with the options that were chosen for it."""
+        """List the runs of one arm with its chosen settings, ordered by seed."""
         folder = Path("runs", arm.folder)
         return [self.make_run(arm, seed, folder / f"seed-{seed}", chosen) for seed in self.config.seeds]
 
     def make_run(self, arm: Arm, seed: int, folder: Path, options: Mapping[str, Any]) -> PlannedRun:
-        """A run of an arm, in a folder relative to the comparison's; `options` override the configuration's."""
+        """Create a run of an arm, in a folder relative to the comparison's; `options` override the configuration's."""
         find = self._find_object
         config = {
             "algo": find("algo", arm.algorithm),
@@ -164,11 +164,11 @@ class Plan:
         return PlannedRun(arm, seed, self.folder / folder, config, merged)
 
     def _find_object(self, field: str, name: str) -> Any:
-        """The object that a name stands for; the name itself where it is a plugin's."""
+        """Return the object with this name, or the name itself if it is a plugin's."""
         return self.objects.get((field, name), name)
 
     def make_trial(self, arm: Arm, number: int, seed: int, options: Mapping[str, Any]) -> PlannedRun:
-        """A run of a trial on validation tasks; `options` are the settings that it tries."""
+        """Create a run of a trial on validation tasks, with the settings `options`."""
         tuning = self.get_tuning(arm)
         assert tuning is not None
         own = {key: value for key, value in tuning.options.items() if self._concerns(arm, key)}
@@ -176,20 +176,20 @@ class Plan:
         return self.make_run(arm, seed, folder, {**own, **options, "test_split": VALIDATION})
 
     def get_tuning_folder(self, arm: Arm) -> Path:
-        """Where an arm's trials are."""
+        """Return the folder of an arm's trials."""
         return self.folder / "tuning" / arm.folder
 
     def get_tuning(self, arm: Arm) -> Tuning | None:
-        """How the settings of an arm are chosen; None where they are not."""
+        """Return how an arm's settings are chosen, or None."""
         return self._tasks[arm.task].tune or self.config.tune
 
     def get_tuning_seeds(self, arm: Arm) -> list[int]:
-        """The seeds of every trial of an arm."""
+        """Return the seeds of every trial of an arm."""
         tuning = self.get_tuning(arm)
         return (tuning and tuning.seeds) or self.config.seeds[:1]
 
     def find_arm(self, arm: Arm) -> Arm | None:
-        """The arm as which one is run: where its variant changes nothing of it, that without it; None where none is."""
+        """Return the arm that is run for `arm`: without a variant that changes nothing; None if it is left out."""
         found = self._run_as.get(arm)
         return None if found is None or self._is_left_out(found) else found
 
@@ -197,7 +197,7 @@ class Plan:
         return any(each.fits(**asdict(arm)) for each in self.config.leave_out)
 
     def _list_variants(self, arm: Arm) -> dict[Arm, Arm]:
-        """For an arm in each variant, as which arm it is run."""
+        """Map an arm in each variant to the arm that is run for it."""
         found: list[tuple[Options, Arm]] = []
         run_as: dict[Arm, Arm] = {}
         for name, options in self.config.variants.items():
@@ -211,7 +211,7 @@ class Plan:
         return {arm: found[0][1]} | run_as
 
     def _concerns(self, arm: Arm, key: str) -> bool:
-        """Whether an option concerns an arm: one that names a plugin of other arms does not."""
+        """Return whether an option applies to an arm: not if it names a plugin of other arms."""
         owner, dot, _ = key.partition(".")
         if owner == "augment" and dot:
             return bool(arm.augmenters)
@@ -232,12 +232,12 @@ class Plan:
 
 
 def check_plan(plan: Plan) -> None:
-    """Put together every arm's run once, and draw tasks of each task, so that what is wrong is found before anything runs.
+    """Assemble a run of every arm and draw tasks from each task, to find errors before anything runs.
 
     Raises:
-        UsageError: what a run would refuse, the same arm twice, or arms of a task that would not see the same tasks.
+        UsageError: a run would be refused, two arms are the same, or arms of a task would not see the same tasks.
     """
-    from metareg.runs.training import prepare_run  # it imports torch, which reports do without
+    from metareg.runs.training import prepare_run  # imports torch, which reports do not need
 
     first: dict[str, tuple[Arm, Selection]] = {}
     known: dict[tuple[Any, ...], Arm] = {}
@@ -251,13 +251,13 @@ def check_plan(plan: Plan) -> None:
             tuning = plan.get_tuning(arm)
             if tuning:
                 trial = plan.make_trial(arm, 0, plan.get_tuning_seeds(arm)[0], {})
-                # An option to choose must be one of some arm there.
+                # An option to tune must exist in one of these arms.
                 alike = "" if tuning is plan.config.tune else arm.task
                 trials = tuned.setdefault(alike, (tuning, {}))[1]
                 trials[str(arm)] = select_plugins(trial)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
-        # A plugin has two names, NAME and DIST:NAME.
+        # NAME and DIST:NAME are the same plugin.
         plugins = (selection.algorithm, *selection.augmenters)
         twin = known.setdefault((arm.task, arm.variant, *((each.distribution, each.name) for each in plugins)), arm)
         if twin != arm:
@@ -272,8 +272,8 @@ def check_plan(plan: Plan) -> None:
 
 
 def select_plugins(run: PlannedRun) -> Selection:
-    """What a run is made of, before it is carried out."""
-    from metareg.runs.own import OwnFacts, select  # it imports torch, which reports do without
+    """Load the plugins and complete the configuration of a run."""
+    from metareg.runs.own import OwnFacts, select  # imports torch, which reports do not need
 
     options = dict(run.options)
     facts = {field.name: options.pop(field.name, None) for field in dataclasses.fields(OwnFacts)}
@@ -282,9 +282,9 @@ def select_plugins(run: PlannedRun) -> Selection:
 
 
 def _describe_task_difference(own: Selection, other: Selection) -> str:
-    """How the options of a task differ between two runs of it, for a reader; empty where they do not."""
+    """Describe how the task's options differ between two runs; empty if they do not."""
     values, others = own.config.task.config, other.config.task.config
-    # What a model has the task prepare, as its layers' hops in a graph, leaves the examples that are drawn as they are.
+    # Options that a model recommends to its task, such as the hops in a graph, do not change which examples are drawn.
     wishes = [key for each in (own, other) for key in getattr(each.model.instance, "recommended", {})]
     prepared = {key.rpartition(".")[2] for key in wishes}
     different = [key for key in values if key not in prepared and values[key] != others[key]]

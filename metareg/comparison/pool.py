@@ -1,4 +1,4 @@
-"""Worker processes on this machine, each of which carries out many runs of a comparison."""
+"""Worker processes on this machine, which execute the runs of a comparison."""
 
 from __future__ import annotations
 
@@ -46,38 +46,38 @@ class Outcome:
 
     run: PlannedRun
     error: str | None = None
-    """What went wrong; None where it finished."""
+    """The error; None if the run finished."""
     again: bool = False
-    """Whether a second try may end better: not after wrong use or a divergence, which repeat themselves."""
+    """Whether to try again: not after wrong use or divergence, which would repeat."""
 
 
 class Launcher(Protocol):
-    """Carries out runs, several at a time."""
+    """Executes runs, several at a time."""
 
     @property
     def capacity(self) -> int:
-        """How many runs it takes at a time."""
+        """The number of runs that it accepts at a time."""
 
     def submit(self, run: PlannedRun) -> None:
-        """Start a run, or continue it where its folder holds a part of it."""
+        """Start a run, or resume it if its folder contains a part of it."""
 
     def wait(self, seconds: float) -> list[Outcome]:
-        """The runs that ended since the last call; returns as soon as there is one, or after a number of seconds."""
+        """Return the runs that ended since the last call, as soon as there is one or after some seconds."""
 
     def stop(self) -> None:
-        """Ask every run under way to stop with a checkpoint, and wait for that."""
+        """Ask every active run to write a checkpoint and stop, and wait until they have."""
 
     def close(self) -> None:
-        """End at once whatever is left; a second call does nothing."""
+        """Kill whatever still runs; a second call does nothing."""
 
 
 def carry_out(run: PlannedRun) -> Outcome:
-    """Carry out a run in this process; what goes wrong is written into its folder as error.txt."""
+    """Execute a run in this process; write an error to error.txt in its folder."""
     from metareg.runs.training import train
 
     report = run.path / ERROR_FILE
     try:
-        # Before all else: a folder with anything but a run in it is not taken for a new one.
+        # Removed first, because a run can only start in an empty folder.
         report.unlink(missing_ok=True)
         train(config=run.config, out=run.path, resume=True, **run.options)
     except Interrupted:
@@ -93,7 +93,7 @@ def carry_out(run: PlannedRun) -> Outcome:
 
 
 def read_failure(path: Path) -> tuple[str, str] | None:
-    """How a run failed by error.txt in its folder: ``"diverged"`` or ``"broken"``, and why; None where it did not."""
+    """Read from error.txt how a run failed, ``"diverged"`` or ``"broken"``, and why; None if it did not fail."""
     try:
         text = read_text(path / ERROR_FILE, errors="replace")
     except OSError:
@@ -105,31 +105,31 @@ def read_failure(path: Path) -> tuple[str, str] | None:
 
 
 def cut_traceback(text: str) -> str:
-    """What error.txt says without the traceback of an unknown error, which names files of the machine it was made on."""
+    """Remove the traceback of an unknown error from error.txt's text, because it contains paths of the machine."""
     return text.partition("\n\nTraceback")[0]
 
 
 def read_divergence(path: Path) -> str | None:
-    """Why the run in a folder diverged; None where it did not."""
+    """Return why the run in a folder diverged; None if it did not."""
     state, problem = read_failure(path) or ("", "")
     return problem if state == "diverged" else None
 
 
 def count_cpu_cores() -> int:
-    """How many CPU cores this process may use: not all of the machine's where it is bound to some."""
+    """Count the CPU cores that this process may use, which can be fewer than the machine has."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class LocalPool:
-    """Processes on this machine. One that dies is replaced, and its run reported as broken.
+    """A pool of processes on this machine. If a process dies, it is replaced and its run reported as broken.
 
     Args:
-        jobs: how many.
+        jobs: number of processes.
         threads: CPU threads of each.
-        log: where their output goes.
-        gpus: GPUs, as CUDA_VISIBLE_DEVICES names them; each process sees one. Without any, all see what is there.
+        log: the file for their output.
+        gpus: GPUs, named as in CUDA_VISIBLE_DEVICES, one for each process; if empty, all processes see all devices.
     """
 
     def __init__(self, jobs: int, threads: int, log: Path, gpus: Sequence[str] = ()) -> None:
@@ -141,7 +141,7 @@ class LocalPool:
         self._outcomes: queue.Queue[Outcome] = queue.Queue()
 
     def submit(self, run: PlannedRun) -> None:
-        """Give a run to an idle process, or to a new one."""
+        """Give a run to an idle or new process."""
         self._remove_dead_workers()
         worker = next((each for each in self._workers if each.run is None), None)
         if worker is None:
@@ -173,22 +173,22 @@ class LocalPool:
         self._workers.clear()
 
     def _remove_dead_workers(self) -> None:
-        """Remove processes that have died, and end all that they started."""
+        """Remove dead processes, and kill their child processes."""
         for worker in [each for each in self._workers if each.process.poll() is not None]:
             worker.kill()
             self._workers.remove(worker)
 
 
 class _Worker:
-    """One process, and the thread that reads its answers."""
+    """A process, and the thread that reads its answers."""
 
     def __init__(self, threads: int, log: Path, outcomes: queue.Queue[Outcome], gpu: str | None) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "MPLBACKEND": "agg"}
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = gpu
         with log.open("ab") as file:
-            # In a session of its own: Ctrl-C in a terminal reaches the comparison alone, which then asks for the stop.
-            # Without the working directory on the path (-P), where a user's queue.py would stand before Python's.
+            # In its own session, so that Ctrl-C reaches only the comparison, which then asks the runs to stop. With -P,
+            # so that a user's queue.py in the working directory does not shadow Python's.
             self.process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "metareg.comparison.pool"],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=file, env=environment, start_new_session=True,
@@ -208,18 +208,18 @@ class _Worker:
         try:
             self.process.stdin.write((json.dumps(content) + "\n").encode())
             self.process.stdin.flush()
-        except (OSError, ValueError):  # it has died: the pipe is broken, or closed
+        except (OSError, ValueError):  # the process has died, so the pipe is broken or closed
             self._report_death()
 
     def kill(self) -> None:
-        """End it at once, and what it started: a process that it leaves behind would keep its output open."""
+        """Kill it and its child processes, which would otherwise keep its output open."""
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+            with suppress(ProcessLookupError, PermissionError):  # already gone
                 os.killpg(self.process.pid, signal.SIGKILL)
-        else:  # Windows has no groups of processes
+        else:  # Windows has no process groups
             self.process.kill()
         self._listener.join(_SECONDS_TO_CLOSE)
-        self._report_death()  # for a process in a session of its own, which keeps it open all the same
+        self._report_death()  # a child in its own session can still keep the output open
 
     def _listen(self) -> None:
         assert self.process.stdout is not None
@@ -244,14 +244,14 @@ class _Worker:
 
 
 def _serve(answers: Any) -> None:
-    """What a worker's process does: a run for every line of its input, and the outcome as a line of its output."""
+    """Execute a run for every input line, and print its outcome as an output line."""
     runs: queue.Queue[PlannedRun] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
             content = json.loads(line)
             runs.put(PlannedRun(**{**content, "arm": Arm(**content["arm"]), "path": Path(content["path"])}))
-        # The comparison has ended, or was killed: what is under way can be resumed.
+        # The comparison has ended or was killed; the active run can be resumed.
         os._exit(0)
 
     threading.Thread(target=read, daemon=True).start()
@@ -263,7 +263,7 @@ def _serve(answers: Any) -> None:
 
 def _main() -> int:
     keep_freed_memory()
-    # What a plugin prints belongs into the log, not between the answers.
+    # Prints of plugins go to the log, so that they do not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     try:

@@ -1,4 +1,4 @@
-"""A comparison's runs as tasks of a Ray cluster. All of its nodes have metareg, and see the comparison's folder."""
+"""A launcher for Ray clusters whose nodes all have metareg and see the comparison's folder."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ __all__ = ["RayLauncher"]
 _FOLDERS = ("METAREG_DATA", "METAREG_CACHE")
 _GRACE_SECONDS = 30.0
 _RESTARTS = 3
-"""How often Ray itself begins a run anew whose process or node died; it goes on from its last checkpoint."""
+"""How often Ray restarts a run whose process or node died; the run resumes from its last checkpoint."""
 _OBJECT_STORE_BYTES = 100 << 20
-"""Of a cluster that is started here: what tasks take and return is a few lines."""
+"""Size of the object store if a cluster is started here; tasks exchange only a few lines."""
 
 
 class RayLauncher:
-    """Runs on a Ray cluster.
+    """Executes runs on a Ray cluster.
 
     Args:
-        jobs: how many runs at a time; as many as the cluster has room for by default.
+        jobs: number of runs at a time; by default, as many as the cluster has room for.
         threads: CPU threads of each.
-        address: of a cluster, or ``"auto"`` for the one that this machine is part of; without it, the one that the variable
-            RAY_ADDRESS names, or else one of this machine alone, started here and ended by `close`.
+        address: the cluster's address, or ``"auto"`` for this machine's cluster. By default, the cluster named by the
+            variable RAY_ADDRESS, or a new one on this machine only, which `close` stops.
 
     Raises:
-        UsageError: Ray is not installed, or no cluster is there.
+        UsageError: Ray is not installed, or there is no cluster at the address.
     """
 
     def __init__(self, jobs: int | None, threads: int, address: str | None = None) -> None:
@@ -50,7 +50,7 @@ class RayLauncher:
         self._jobs = jobs
         self._threads = threads
         self._runs: dict[Any, PlannedRun] = {}
-        # Who called ray.init before keeps that connection.
+        # If the caller has already called ray.init, that connection is used and kept.
         self._connected = not self._ray.is_initialized()
         if self._connected:
             _connect(self._ray, address or os.environ.get("RAY_ADDRESS") or "local", jobs, threads)
@@ -59,11 +59,11 @@ class RayLauncher:
         folders = {name: str(absolute_path(os.environ[name])) for name in _FOLDERS if os.environ.get(name)}
         disabled = os.environ.get(DISABLE_VARIABLE, "")
         self._variables = {**folders, DISABLE_VARIABLE: disabled, "MPLBACKEND": "agg"}
-        """What a run takes from the environment, for the nodes."""
+        """Environment variables of runs, passed to the nodes."""
 
     @property
     def capacity(self) -> int:
-        """How many runs are handed over at a time: it grows with the cluster; where there are GPUs, one for each."""
+        """The number of runs to submit at a time: as the cluster has room, or one for each GPU."""
         if self._jobs is not None:
             return self._jobs
         resources = self._ray.cluster_resources()
@@ -71,9 +71,9 @@ class RayLauncher:
         return max(1, int(room))
 
     def submit(self, run: PlannedRun) -> None:
-        """Hand a run over; the cluster begins it once a node has room."""
+        """Submit a run; the cluster starts it once a node has room."""
         needs_gpu = self._gpus and run.options.get("device", "auto") != "cpu"
-        # A node's working directory is another one.
+        # Nodes have another working directory.
         absolute = dataclasses.replace(run, path=run.path.absolute())
         task = self._task.options(num_gpus=1) if needs_gpu else self._task
         self._runs[task.remote(absolute, self._variables)] = run
@@ -88,14 +88,14 @@ class RayLauncher:
         return [self._fetch_outcome(task) for task in ended]
 
     def stop(self) -> None:
-        """Let every run write a checkpoint and end; those that do not within half a minute are ended as they are."""
+        """Let every run write a checkpoint and stop; after half a minute, kill the rest."""
         for task in self._runs:
             self._ray.cancel(task)
         if self._runs:
             self._ray.wait(list(self._runs), num_returns=len(self._runs), timeout=_GRACE_SECONDS)
 
     def close(self) -> None:
-        """End what is left, and leave the cluster."""
+        """Kill the remaining runs and disconnect from the cluster."""
         for task in self._runs:
             self._ray.cancel(task, force=True)
         self._runs.clear()
@@ -108,13 +108,13 @@ class RayLauncher:
         try:
             return Outcome(run, *self._ray.get(task))
         except self._ray.exceptions.RayError as error:
-            # Of the traceback that Ray makes a message of, the last line says what happened.
+            # Ray's message is a traceback, whose last line is the error.
             lines = str(error).strip().splitlines() or [type(error).__name__]
             return Outcome(run, f"The cluster could not execute the run: {lines[-1]}", again=True)
 
 
 def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | None, bool]:
-    """What a node does: the run. Returns what went wrong and whether to try again."""
+    """Execute a run on a node; return the error, if any, and whether to try again."""
     os.environ.update(variables)
     outcome = carry_out(run)
     return outcome.error, outcome.again
@@ -123,7 +123,7 @@ def _carry_out_with(run: PlannedRun, variables: dict[str, str]) -> tuple[str | N
 def _connect(ray: Any, address: str, jobs: int | None, threads: int) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if address == "local":
-        # Ray reports to its makers how it is used, unless told otherwise; here that is left to who decided on it.
+        # Disable Ray's usage statistics unless the user has configured them.
         if not (Path.home() / ".ray" / "config.json").exists():
             os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         quiet |= {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES}
@@ -137,6 +137,6 @@ def _connect(ray: Any, address: str, jobs: int | None, threads: int) -> None:
     except (OSError, RuntimeError, ValueError) as error:
         raise MetaregError(f"Ray could not be started: {str(error).splitlines()[0]}") from error
     finally:
-        # Ray puts its own in the place of the one that stops a comparison with checkpoints.
+        # Ray replaces the signal handler that stops a comparison with checkpoints, so restore it.
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)

@@ -1,4 +1,4 @@
-"""Recipes: trainings with the value that they are expected to reach, and whether it was reached here."""
+"""Recipes: trainings with an expected value, and the check whether a run reaches it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _FOLDER = Path(__file__).parent / "recipes"
 
 
 class Expected(PluginConfig):
-    """A value that was reached before."""
+    """A value that was measured before."""
 
     mean: float = Field(description="The value, in the metric's own unit: accuracies from 0 to 1.")
     interval: tuple[float, float] = Field(description="Its 95 % interval.")
@@ -44,7 +44,7 @@ class Expected(PluginConfig):
 
 
 class Recipe(PluginConfig):
-    """A training, what it needs, and what it is expected to reach."""
+    """A training with its requirements and expected value."""
 
     name: str = Field("", description="The name of its file.")
     summary: str = Field(description="One line.")
@@ -73,11 +73,11 @@ class Recipe(PluginConfig):
 
     @classmethod
     def read(cls, path: Path) -> Recipe:
-        """A recipe from its YAML file; a `UsageError` where it cannot be read, or something in it is wrong."""
+        """Read a recipe from its YAML file; raise a `UsageError` if it cannot be read or is invalid."""
         return validate(cls, {**read_yaml(path), "name": path.stem}, f"the recipe {path}")
 
     def to_comparison(self) -> dict[str, Any]:
-        """The recipe as the configuration of a comparison of one arm, for `metareg.compare`."""
+        """Return the recipe as a configuration for `metareg.compare`, with one arm."""
         return {
             "title": self.name,
             "notes": "\n\n".join(filter(None, [self.summary, self.notes])),
@@ -89,11 +89,11 @@ class Recipe(PluginConfig):
         }
 
     def format_value(self, value: float) -> str:
-        """A value of the metric for a reader."""
+        """Format a value of the metric."""
         return f"{100 * value:.2f} %" if self.metric == "accuracy" else f"{value:.4g}"
 
     def format_interval(self, interval: tuple[float, float]) -> str:
-        """An interval of the metric for a reader."""
+        """Format an interval of the metric."""
         low, high = map(self.format_value, interval)
         return f"{low.removesuffix(' %')} to {high}"
 
@@ -105,11 +105,11 @@ class Verdict:
     Args:
         by_seed: the mean over test tasks for each seed.
         tasks: the number of test tasks of each seed.
-        mean: over the seeds.
-        interval: of 95 %.
-        over: what that is over: the seeds, or the test tasks where there is one seed.
-        reached: whether the mean is at least as good as the worse end of the expected interval; None where nothing is
-            expected.
+        mean: the mean over seeds.
+        interval: the 95 % interval.
+        over: what the interval covers: seeds, or test tasks if there is only one seed.
+        reached: whether the mean is at least as good as the worse end of the expected interval; None without an
+            expected value.
     """
 
     recipe: Recipe
@@ -122,7 +122,7 @@ class Verdict:
     reached: bool | None
 
     def to_dict(self) -> dict[str, Any]:
-        """What reproduction.json holds."""
+        """Return the content of reproduction.json."""
         recipe = self.recipe
         return {
             "recipe": recipe.name,
@@ -158,12 +158,12 @@ class Verdict:
 
 
 def list_recipes() -> list[Recipe]:
-    """The shipped recipes, by name."""
+    """List the shipped recipes by name."""
     return [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
 
 
 def find_recipe(name: str) -> Recipe:
-    """A shipped recipe by its name, or one of the user's by its file; a `UsageError` where there is none."""
+    """Find a shipped recipe by name, or the user's own by file; raise a `UsageError` if there is none."""
     if name.endswith((".yaml", ".yml")):
         return Recipe.read(Path(name))
     known = [path.stem for path in _FOLDER.glob("*.yaml")]
@@ -224,7 +224,7 @@ def reproduce(
 
 
 def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
-    """Raise a UsageError where the runs could not be judged, or the folder is another recipe's."""
+    """Raise a UsageError if the runs could not be judged, or the folder belongs to another recipe."""
     from metareg.comparison.config import ComparisonConfig
     from metareg.comparison.plan import Plan
     from metareg.contract.losses import find_metric
@@ -250,7 +250,7 @@ def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
 
 
 def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
-    """What finished runs of a recipe say."""
+    """Compute the verdict on finished runs of a recipe."""
     from metareg.comparison.statistics import over_seeds, over_tasks
     from metareg.runs.run import read_evaluations
 
@@ -261,7 +261,7 @@ def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     if len(by_seed) == 1:
         column = one.inner_steps.index(recipe.inner_steps)
         estimate, over = over_tasks([one.scores[:, column].numpy()]), format_count(one.tasks, "test task")
-    # A score that is not finite is one of the mean, as it is none of the interval, and reaches nothing.
+    # A score that is not finite makes the mean not finite, so the expected value is not reached.
     mean = sum(by_seed.values()) / len(by_seed)
     reached = None
     if recipe.expected is not None:

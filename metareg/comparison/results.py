@@ -1,4 +1,4 @@
-"""What a comparison has given so far: its folder as arrays, and what of it is missing."""
+"""The results of a comparison so far: its folder as arrays, and a list of what is missing."""
 
 from __future__ import annotations
 
@@ -36,15 +36,15 @@ _OF_ENVIRONMENT = ("metareg", "python", "platform", "processor", "torch", "torch
 
 @dataclass(frozen=True)
 class Gap:
-    """A run of which something is missing."""
+    """A run that is missing or incomplete."""
 
     what: str
-    """For a reader: arm and task, of a trial its number too."""
+    """A description: arm and task, and for a trial its number."""
     seed: str
-    """Empty where it is about all of them."""
+    """The seed; empty if the gap concerns all seeds."""
     state: str
-    """``"diverged"``, ``"broken"``, ``"unfinished"``, ``"not begun"``, or ``"damaged"``: it counts, without the file that
-    is named."""
+    """``"diverged"``, ``"broken"``, ``"unfinished"``, ``"not begun"``, or ``"damaged"``, which means that the run
+    counts but the named file is ignored."""
     reason: str
     path: Path
     """The run's folder, relative to the comparison's."""
@@ -52,13 +52,13 @@ class Gap:
 
 @dataclass(frozen=True)
 class Chosen:
-    """What tuning chose for an arm."""
+    """The settings that tuning chose for an arm."""
 
     options: Mapping[str, Any]
     trials: int
-    """How many settings were tried."""
+    """The number of settings tried."""
     failed: int
-    """How many of them have no score: training diverged, or the arm cannot have them."""
+    """The number of settings without a score, because training diverged or the arm does not allow them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,64 +68,64 @@ class ArmResults:
     arm: Arm
     seeds: tuple[int, ...]
     diverged: tuple[int, ...]
-    """Seeds whose training diverged, so that there is nothing to score."""
+    """Seeds whose training diverged, so that they have no score."""
     inner_steps: tuple[int, ...]
     scores: Array
     """``[seeds, inner_steps, tasks]``."""
     curves: Mapping[int, Mapping[int, float]]
-    """By seed, the metric in validation by training step; a run that was never validated has none."""
+    """For each seed, the validation metric by training step; seeds without validation are missing."""
     seconds_per_step: Array
-    """``[seeds]``: each run's median over its reports; NaN where it has none."""
+    """``[seeds]``: each run's median over its reports; NaN if it has none."""
     peak_bytes: Array
-    """``[seeds]``: the most memory that each run took; NaN where it is not known."""
+    """``[seeds]``: each run's peak memory in bytes; NaN if unknown."""
     planned: int
-    """How many seeds the comparison asks for."""
+    """The configured number of seeds."""
     chosen: Chosen | None
-    """None without tuning, and before it has ended."""
+    """The chosen settings; None without tuning or before it has ended."""
     analyses: Mapping[int, Mapping[str, Any]]
-    """By seed, what ``metareg analyse`` wrote of the run, as `metareg.runs.adaptation.Analysis`."""
+    """For each seed, the run's analysis from ``metareg analyse``, as in `metareg.runs.adaptation.Analysis`."""
     command: str
-    """Trains one run of the arm; SEED stands for the seed."""
+    """The command that trains one run of the arm, with SEED in place of the seed."""
 
     def by_seed(self, inner_steps: int) -> dict[int, Array]:
-        """The scores ``[tasks]`` of each seed after a number of inner steps; empty if there was no such test."""
+        """Return each seed's scores ``[tasks]`` after a number of inner steps; empty if this number was not tested."""
         if inner_steps not in self.inner_steps:
             return {}
         column = self.inner_steps.index(inner_steps)
         return {seed: self.scores[row, column] for row, seed in enumerate(self.seeds)}
 
     def outcomes(self, inner_steps: int) -> dict[int, Array]:
-        """As `by_seed`, with a single NaN for each seed whose training diverged: a result as well, if not a score."""
+        """Return the same as `by_seed`, with a single NaN for each seed whose training diverged."""
         scores = self.by_seed(inner_steps)
         return {} if self.seeds and not scores else scores | dict.fromkeys(self.diverged, np.array([np.nan]))
 
 
 @dataclass(frozen=True, eq=False)
 class TaskResults:
-    """All arms on a task."""
+    """The results of all arms on a task."""
 
     label: str
     metric: str
-    """Empty before a first run has finished."""
+    """The metric's name; empty before the first run has finished."""
     higher_is_better: bool
     bn_statistics: tuple[str, ...]
-    """What BatchNorm saw, as results.json says it; one value in an ordinary comparison."""
+    """The BatchNorm statistics used in the tests, from results.json; normally one value."""
     arms: tuple[ArmResults, ...]
 
     @property
     def inner_steps(self) -> tuple[int, ...]:
-        """All numbers of inner steps after which an arm was tested, ascending."""
+        """All numbers of inner steps that were tested in any arm, ascending."""
         return tuple(sorted({number for each in self.arms for number in each.inner_steps}))
 
     @property
     def shared_inner_steps(self) -> tuple[int, ...]:
-        """Those after which every arm with a finished run was tested, ascending."""
+        """The numbers of inner steps that were tested in every arm with a finished run, ascending."""
         tested = [set(each.inner_steps) for each in self.arms if each.seeds]
         return tuple(sorted(set.intersection(*tested))) if tested else ()
 
     @property
     def single(self) -> bool:
-        """Whether no arm has more than one seed, so that there are no intervals over seeds."""
+        """Whether no arm has more than one seed, so that intervals over seeds do not exist."""
         return all(len(each.seeds) <= 1 for each in self.arms)
 
 
@@ -137,31 +137,31 @@ class Results:
     tasks: tuple[TaskResults, ...]
     gaps: tuple[Gap, ...]
     environment: Mapping[str, Counter[str]]
-    """For each fact of the environment: in how many finished runs it had which value."""
+    """For each fact of the environment, the number of finished runs by value."""
 
     @property
     def finished(self) -> int:
-        """How many runs count."""
+        """The number of finished runs."""
         return sum(len(each.seeds) for task in self.tasks for each in task.arms)
 
     @property
     def diverged(self) -> int:
-        """How many have nothing to score since their training diverged."""
+        """The number of runs without a score because their training diverged."""
         return sum(len(each.diverged) for task in self.tasks for each in task.arms)
 
     @property
     def missing(self) -> int:
-        """How many have neither finished nor diverged, and may still do."""
+        """The number of runs that have neither finished nor diverged."""
         return self.planned - self.finished - self.diverged
 
     @property
     def planned(self) -> int:
-        """How many the comparison asks for."""
+        """The configured number of runs."""
         return len(self.plan.arms) * len(self.plan.config.seeds)
 
 
 def read_results(path: str | Path) -> Results:
-    """Read a comparison's folder, or the file of `write_archive`; `Results.gaps` names all that is missing or damaged.
+    """Read a comparison's folder or archive; `Results.gaps` lists everything that is missing or damaged.
 
     Raises:
         UsageError: there is no comparison, or its configuration is damaged.
@@ -188,11 +188,11 @@ def _read_folder(folder: Path) -> Results:
 
 
 def format_command(run: PlannedRun, program: Mapping[Any, Sequence[str]] | None = None) -> str:
-    """What trains a run, with SEED for its seed: a command, or a call in Python where a program gives objects.
+    """Return the command that trains a run, with SEED in place of its seed, or a Python call if it has own objects.
 
     Args:
         run: the run.
-        program: the names of these objects, as in `ComparisonConfig.program`.
+        program: the names of the user's own objects, as in `ComparisonConfig.program`.
     """
     if program:
         return _format_call(run, {name for names in program.values() for name in names})
@@ -214,7 +214,7 @@ def format_command(run: PlannedRun, program: Mapping[Any, Sequence[str]] | None 
 
 
 def _format_call(run: PlannedRun, own: Collection[str]) -> str:
-    """The call of metareg.train; objects stand in it by their names."""
+    """Return the call of metareg.train, with objects by name."""
 
     def show(value: Any) -> str:
         return value if isinstance(value, str) and value in own else repr(value)
@@ -232,7 +232,7 @@ def _format_call(run: PlannedRun, own: Collection[str]) -> str:
 
 @dataclass(frozen=True, eq=False)
 class _Test:
-    """What a results.json holds."""
+    """The content of a results.json."""
 
     metric: str
     higher_is_better: bool
@@ -241,7 +241,7 @@ class _Test:
 
     @classmethod
     def parse(cls, content: Any) -> _Test:
-        """From the file's content; a LookupError, TypeError or ValueError where it is not what metareg writes."""
+        """Parse the file's content; raise a LookupError, TypeError or ValueError if metareg did not write it."""
         if content.get("split", TEST) != TEST:
             raise ValueError(f"its tasks are from the split '{content['split']}'")
         scores = [np.array(each["scores"], dtype=np.float64) for each in content["steps"]]
@@ -251,7 +251,7 @@ class _Test:
         return cls(str(content["metric"]), bool(content["higher_is_better"]), inner_steps, scores)
 
     def explain_difference(self, of_task: _Test | None, of_arm: _Test | None) -> str:
-        """How it does not belong beside others of its task and its arm; empty where it does."""
+        """Explain why it cannot be compared with others of its task and arm; empty if it can."""
         if of_task and (self.metric, self.higher_is_better) != (of_task.metric, of_task.higher_is_better):
             return f"its metric is '{self.metric}', but earlier runs have '{of_task.metric}'"
         if of_arm and self.inner_steps != of_arm.inner_steps:
@@ -263,11 +263,11 @@ class _Test:
 
 
 class _TaskReader:
-    """Reads the runs of one task, whose results must be of one metric."""
+    """Reads the runs of one task, whose results must have the same metric."""
 
     def __init__(self, plan: Plan, gaps: list[Gap], environment: dict[str, Counter[str]]) -> None:
         self.test: _Test | None = None
-        """The first that was read."""
+        """The first test that was read."""
         self.bn_statistics: dict[str, None] = {}
         self._plan = plan
         self._gaps = gaps
@@ -315,7 +315,7 @@ class _TaskReader:
         )
 
     def _read_test(self, run: PlannedRun, longer: str, before: _Test | None) -> _Test | None:
-        """The run's test; None where it cannot count, which is then noted, as that it was trained for `longer`."""
+        """Read a run's test; note a gap and return None if it cannot count, for example because it trained `longer`."""
         if not run.finished:
             self._add_gap(run, *self._explain_unfinished(run))
             return None
@@ -351,7 +351,7 @@ class _TaskReader:
         points: dict[int, float] = {}
         with self._note_damage(run, f"{METRICS} cannot be read, so that it has no learning curve"):
             for line in _read_lines(run.path / METRICS):
-                # Training lines are many; only those of a validation need parsing.
+                # Parse only the few validation lines among the many training lines.
                 if f'"{VALIDATION}"' in line:
                     content = parse_json(line)
                     if content["split"] == VALIDATION:
@@ -360,7 +360,7 @@ class _TaskReader:
         return {}
 
     def _read_cost(self, run: PlannedRun) -> tuple[float, float]:
-        """Seconds per training step and peak memory."""
+        """Read seconds per training step and peak memory."""
         with self._note_damage(run, f"{TIMING} cannot be read, so that its time and memory are not known"):
             lines = [parse_json(line) for line in _read_lines(run.path / TIMING)]
             speeds = [float(line["steps_per_second"]) for line in lines]
@@ -386,13 +386,13 @@ class _TaskReader:
 
 
 def _make_gap(plan: Plan, what: str, seed: str, state: str, reason: str, path: Path) -> Gap:
-    # A report that is published need not say where on whose machine it was made.
+    # Published reports should not contain paths of the machine.
     reason = reason.replace(f"{plan.folder.resolve()}/", "").replace(f"{plan.folder}/", "")
     return Gap(what, seed, state, reason, path.relative_to(plan.folder))
 
 
 def _check_analysis(content: Any) -> Mapping[str, Any]:
-    """The content of an analysis.json; a LookupError or TypeError where it is not what metareg writes."""
+    """Check the content of an analysis.json; raise a LookupError or TypeError if metareg did not write it."""
     for layer in content["layers"]:
         float(layer["relative"][-1]["mean"])
     for means in (*content["adapting"].values(), content["train"]):
@@ -403,9 +403,10 @@ def _check_analysis(content: Any) -> Mapping[str, Any]:
 
 
 def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | None]) -> int | None:
-    """For how many steps an arm's runs are to be trained; None before one has begun.
+    """Return the configured steps of an arm's runs; None before the first has begun.
 
-    Where the comparison leaves it to the task, it is what the shortest was: ``metareg resume --steps`` can only raise it.
+    If the comparison does not set it, this is the smallest number among the runs, because ``metareg resume --steps``
+    can only raise it.
     """
     given = runs[0].options.get("steps")
     if isinstance(given, int | float) and math.isfinite(given):
@@ -414,11 +415,11 @@ def _find_planned_steps(runs: Sequence[PlannedRun], trained: Mapping[int, int | 
 
 
 def _read_steps(run: PlannedRun) -> int | None:
-    """The steps that a run was to be trained for, from its results, or its config.yaml where these are older.
+    """Read a run's configured steps from its results, or from its config.yaml if an earlier version wrote the results.
 
-    One line is looked for: to parse the files of all runs takes longer than the report.
+    Searches for one line, because parsing the files of all runs would take longer than the report.
     """
-    planned = (RESULTS, r'^    "of_steps": (\d{1,18})')  # of a training that stopped early
+    planned = (RESULTS, r'^    "of_steps": (\d{1,18})')  # early stopping
     for file, line in (planned, (RESULTS, r'^  "trained_steps": (\d{1,18})'), (CONFIG, r"^steps: (\d{1,18})$")):
         with suppress(OSError):
             text = read_text(run.path / file, errors="replace")
@@ -428,7 +429,7 @@ def _read_steps(run: PlannedRun) -> int | None:
 
 
 def _list_facts(content: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What an environment.json says that readers of a comparison want to know."""
+    """Yield the facts of an environment.json that a report shows."""
     for name in _OF_ENVIRONMENT:
         if content.get(name) is not None:
             yield name.replace("_", " "), str(content[name])
@@ -466,7 +467,7 @@ def _list_broken_trials(plan: Plan) -> Iterator[Gap]:
         for path in sorted(folder.glob("trial-*/seed-*")):
             failure = read_failure(path)
             if failure is None or failure[0] == "diverged":
-                continue  # the choice took note of a divergence
+                continue  # tuning has counted the divergence
             trial, seed = path.parent.name.replace("-", " "), path.name.removeprefix("seed-")
             yield _make_gap(plan, f"{arm}, {trial}", seed, *failure, path)
 
@@ -481,7 +482,7 @@ def _read_lines(path: Path) -> Iterator[str]:
 
 
 def _format_value(value: Any) -> str:
-    """A value as ``--set`` reads it."""
+    """Format a value in the syntax of ``--set``."""
     if isinstance(value, str):
         with suppress(UsageError):
             if parse_assignments([f"x={value}"])["x"] == value:

@@ -1,4 +1,4 @@
-"""Carries out a comparison: what runs next, what is tried again, and what is left at the end."""
+"""Executes a comparison: schedules its runs and retries failed ones."""
 
 from __future__ import annotations
 
@@ -41,24 +41,24 @@ _POLL_SECONDS = 0.5
 
 
 class ComparisonObserver(Protocol):
-    """Is told how a comparison gets on."""
+    """Receives the progress of a comparison."""
 
     def on_progress(self, comparison: Comparison) -> None:
-        """About twice a second, whether anything has changed or not."""
+        """Called about twice a second, even if nothing has changed."""
 
     def on_run_end(self, comparison: Comparison, outcome: Outcome) -> None:
-        """A run has finished, failed or diverged."""
+        """Called when a run has finished, failed or diverged."""
 
 
 class Comparison:
-    """A comparison and how far its runs are."""
+    """A comparison and the state of its runs."""
 
     def __init__(self, plan: Plan, launcher: Launcher) -> None:
         self.plan = plan
         self.broken: dict[Path, Outcome] = {}
-        """Runs that were given up, by their folder."""
+        """Runs that failed for good, by folder."""
         self.running: dict[Path, tuple[PlannedRun, float]] = {}
-        """Runs under way and when they began (`time.monotonic`), by their folder."""
+        """Active runs and their start times (`time.monotonic`), by folder."""
         self._finished: set[Path] = set()
         self._launcher = launcher
         self._tries: Counter[Path] = Counter()
@@ -78,17 +78,17 @@ class Comparison:
 
     @property
     def path(self) -> Path:
-        """Its folder, which `metareg.report` takes."""
+        """The comparison's folder, which `metareg.report` takes."""
         return self.plan.folder
 
     @property
     def finished(self) -> int:
-        """Runs that are finished, trials included."""
+        """The number of finished runs, including trials."""
         return len(self._finished) + sum(tuner.runs - tuner.remaining for tuner in self._tuners.values())
 
     @property
     def left(self) -> int:
-        """Runs that are neither finished nor given up."""
+        """The number of runs that are neither finished nor broken."""
         undecided = [tuner for tuner in self._tuners.values() if tuner.chosen is None]
         to_come = sum(tuner.remaining for tuner in undecided) + len(undecided) * len(self.plan.config.seeds)
         under_way = [run for run, _ in self.running.values()] + self._waiting
@@ -97,7 +97,7 @@ class Comparison:
 
     @property
     def seconds_left(self) -> float | None:
-        """About how long the rest takes; None before a first run has ended."""
+        """The estimated time for the remaining runs in seconds; None before the first run has ended."""
         known = [second for seconds in self._seconds.values() for second in seconds]
         if not known:
             return None
@@ -114,10 +114,10 @@ class Comparison:
         return (under_way + waiting + unknown * mean) / self._launcher.capacity
 
     def carry_out(self, stop: StopRequest, observer: ComparisonObserver | None = None) -> None:
-        """Run until nothing is left; what cannot be finished is in `broken`.
+        """Execute all runs; those that cannot be finished are in `broken`.
 
         Raises:
-            Interrupted: a signal asked for the end; all runs under way have written checkpoints.
+            Interrupted: a signal asked to stop; all active runs have written checkpoints.
         """
         while self._waiting or self.running:
             while self._waiting and len(self.running) < self._launcher.capacity and not stop.asked:
@@ -146,13 +146,13 @@ class Comparison:
             self._seconds.setdefault(_get_duration_group(run), []).append(time.monotonic() - began)
             if run.is_final:
                 self._finished.add(run.path)
-        elif run.is_final or read_divergence(run.path) is None:  # a trial that diverged has told what it is good for
+        elif run.is_final or read_divergence(run.path) is None:  # a diverged trial is a result
             self.broken[run.path] = outcome
         if not run.is_final:
             self._queue_arm(run.arm)
 
     def _queue_arm(self, arm: Arm) -> None:
-        """Queue the arm's trials, or the runs that count once its settings are chosen."""
+        """Queue the arm's trials, or its final runs once its settings are chosen."""
         tuner = self._tuners.get(arm)
         wanted = tuner.next_runs() if tuner else []
         chosen = tuner.chosen if tuner else {}
@@ -161,7 +161,7 @@ class Comparison:
         paths = {run.path for run in wanted}
 
         def is_settled(run: PlannedRun) -> bool:
-            """Whether it is of a trial that ended: of several seeds, one that diverges says all."""
+            """Return whether its trial has ended: if one seed diverges, the others are not needed."""
             return run.arm == arm and not run.is_final and run.path not in paths
 
         self._waiting = [run for run in self._waiting if not is_settled(run)]
@@ -174,7 +174,7 @@ class Comparison:
                 self._queue(run)
 
     def _queue(self, run: PlannedRun) -> None:
-        """Queue a run: trials first, then whole tables seed after seed."""
+        """Queue a run: trials first, then final runs by seed."""
 
         def rank(run: PlannedRun) -> tuple[bool, int, int]:
             seed = self.plan.config.seeds.index(run.seed) if run.is_final else 0
@@ -269,9 +269,9 @@ def compare(
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MetaregError(f"The comparison's folder cannot be created: {error.strerror}: {folder}.") from error
-        # What is left of the runs ends before another process may work on the folder.
+        # Processes end before the lock is released and another process can use the folder.
         with lock_folder(folder), closing(workers):
-            if (folder / CONFIG_FILE).is_file():  # another process may have changed it since
+            if (folder / CONFIG_FILE).is_file():  # another process can have changed it
                 _refuse_changes(Plan.read(folder, objects), plan)
             if archived is not None:
                 added, kept = add_archived_runs(archived.folder, folder)
@@ -294,7 +294,7 @@ def _drop_none(**values: Any) -> dict[str, Any]:
 
 
 def _choose_folder(config: Any, task: str | Sequence[str | Mapping[str, Any]] | None) -> Path:
-    """The folder of a comparison that was given none."""
+    """Choose a folder for a comparison without one."""
     if isinstance(config, str | Path):
         return Path("comparisons", Path(config).stem.removesuffix(".tar"))
     tasks = [task or "sinusoid"] if isinstance(task, str | None) else task
@@ -312,10 +312,10 @@ def _build_plan(
     objects: Objects,
     archived: Plan | None = None,
 ) -> Plan:
-    """The plan, if it agrees with what the folder holds, and an archive.
+    """Build the plan; refuse it if it contradicts the folder or the archive.
 
-    `config` is by default what the folder holds, or else the archive. `fields` take the place of its values, before
-    `ComparisonConfig.override` makes the `changes`.
+    `config` defaults to the folder's configuration, or the archive's. `fields` replace its values, then
+    `ComparisonConfig.override` applies the `changes`.
     """
     begun = Plan.read(folder, objects) if (folder / CONFIG_FILE).is_file() else None
     base = begun or archived
@@ -332,7 +332,7 @@ def _build_plan(
         values = values.model_dump()
     compared = validate(ComparisonConfig, {**values, **fields}, where)
     compared = _make_storable(compared.override(**changes) if changes else compared)
-    # Threads can change the last bit of a result, so that their number is part of what is compared.
+    # The number of threads can change the last bit of a result, so it is part of the configuration.
     threads = _choose_threads(compared, jobs) if base is None else base.config.options.get("threads")
     update = {"options": {"threads": threads, **compared.options}, "program": _list_names(objects) or compared.program}
     refuse_missing_objects(compared, objects)
@@ -352,7 +352,7 @@ def _list_names(objects: Objects) -> dict[str, list[str]]:
 
 
 def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:
-    """How many threads each run gets: all cores are at work, also where there are fewer runs than cores."""
+    """Choose the threads per run so that all cores are used, even with fewer runs than cores."""
     runs = len(Plan(Path(), config).arms) * len(config.seeds)
     tuned = config.tune or any(task.tune for task in config.tasks)
     cores = count_cpu_cores()
@@ -360,7 +360,7 @@ def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:
 
 
 def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
-    """The same in values that a file can hold, as a text for a path."""
+    """Replace values that a file cannot contain, such as a path by a string."""
     try:
         values = config.model_dump(mode="json")
     except PydanticSerializationError as error:
@@ -369,9 +369,9 @@ def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
 
 
 def _refuse_changes(begun: Plan, plan: Plan) -> None:
-    """Raise a UsageError where a run that was begun would become another one, or be left out.
+    """Raise a UsageError if a run that has begun would change or be left out.
 
-    `begun` is of the plan's folder, or of another one whose runs are to be added.
+    `begun` is the plan in the folder, or that of a folder whose runs will be added.
     """
     name = f"at {plan.folder}" if begun.folder == plan.folder else f"of {begun.folder.name}"
     where, other = f"The comparison {name} cannot be continued with these changes", "choose another folder with --out"
@@ -419,7 +419,7 @@ def _create_launcher(name: str, plan: Plan, jobs: int | None, ray_address: str |
 
 
 def _list_gpus(plan: Plan) -> list[str]:
-    """This machine's GPUs, as CUDA_VISIBLE_DEVICES names them; none where a run asks for a device of its own."""
+    """List this machine's GPUs, named as in CUDA_VISIBLE_DEVICES; empty if a run sets its own device."""
     if any(plan.options[arm].get("device", "auto") not in ("auto", "cuda") for arm in plan.arms):
         return []
     import torch
@@ -430,7 +430,7 @@ def _list_gpus(plan: Plan) -> list[str]:
 
 
 def read_progress(run: PlannedRun) -> tuple[int, float | None]:
-    """How far a run under way is: training steps, and steps per second, by the last line of its timing.jsonl."""
+    """Read an active run's training steps and steps per second from the last line of its timing.jsonl."""
     with suppress(OSError, *MALFORMED):
         line = parse_json(read_text(run.path / TIMING).splitlines()[-1])
         return int(line["step"]), float(line["steps_per_second"])
@@ -438,5 +438,5 @@ def read_progress(run: PlannedRun) -> tuple[int, float | None]:
 
 
 def _get_duration_group(run: PlannedRun) -> tuple[str, bool]:
-    """Runs of one sort take about the same time."""
+    """Return a key for runs that take about the same time."""
     return run.arm.task, run.is_final

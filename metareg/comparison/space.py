@@ -1,7 +1,7 @@
-"""What the settings of an arm are chosen from: what a user says, and what its plugins declare.
+"""The search space of an arm's settings, from the user and from its plugins' declarations.
 
-Options are named as ``metareg train --set`` names them. One that the algorithm, an augmenter or the model of an arm does not
-have is none of that arm's.
+Options have the same names as in ``metareg train --set``. An option applies to an arm only if the run, or the arm's
+algorithm, augmenters or model have it.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ _OF_A_RUN = (
     "steps", "meta_batch", "inner_steps", "first_order", "outer_lr", "outer_optimizer",
     "outer_weight_decay", "outer_momentum", "lr_schedule", "lr_warmup_steps", "reset_optimizer_every", "select",
 )  # fmt: skip
-"""Options of the run that say how it learns. The others say what is measured, or how it is carried out."""
+"""Options of the run that can be tuned, because they define how it learns."""
 
 
 def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """``["steps=300", "inner_lr=0.01,0.1"]`` as the options with one value, and those with several.
+    """Split ``["steps=300", "inner_lr=0.01,0.1"]`` into options with one value and options with several.
 
-    Several values are a YAML list without its brackets. What has brackets is one value, as in ``metareg train``:
+    Several values are a YAML list without brackets. A list in brackets is one value, as in ``metareg train``:
     ``hidden=[40,40]`` is a list, and ``hidden=[40,40],[80]`` are two.
 
     Raises:
-        UsageError: one is malformed, or an option is given twice.
+        UsageError: an assignment is malformed, or an option is given twice.
     """
     fixed: dict[str, Any] = {}
     swept: dict[str, list[Any]] = {}
@@ -70,17 +70,17 @@ def split_assignments(assignments: Sequence[str]) -> tuple[dict[str, Any], dict[
 
 @dataclass(frozen=True)
 class Dimension:
-    """One option of an arm, and what it is chosen from."""
+    """One option of an arm and its search space."""
 
     key: str
-    """As in ``--set``."""
+    """The name, as in ``--set``."""
     domain: Range | list[Any]
     default: Any
-    """Its value where none is chosen: the comparison's, the task's or the plugin's."""
+    """The value without tuning: the comparison's, the task's or the plugin's."""
 
     @property
     def whole(self) -> bool:
-        """Whether it is a range of whole numbers."""
+        """Whether the space is a range of whole numbers."""
         return isinstance(self.domain, Range) and isinstance(self.domain.low, int)
 
     def __str__(self) -> str:
@@ -89,7 +89,7 @@ class Dimension:
 
 @dataclass(frozen=True)
 class _Option:
-    """An option where it belongs."""
+    """An option and its owner."""
 
     owner: str
     """The plugin's label; empty for the run itself."""
@@ -98,9 +98,10 @@ class _Option:
     default: Any
 
     def choose_domain(self, key: str, given: Domain | None = None) -> Range | list[Any] | None:
-        """The values to search that a user gives, else those that the plugin declares; None where there are none.
+        """Return the user's search space, or the one that the plugin declares, or None.
 
-        A `UsageError`, which names the option by `key`, where it cannot have one of these.
+        Raises:
+            UsageError: the option named `key` cannot have one of these values.
         """
         domain = given or get_declared_domain(self.owner, self.name, self.field)
         if isinstance(domain, RelativeRange):
@@ -109,7 +110,7 @@ class _Option:
 
 
 def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
-    """Raise a `UsageError` where an option of `tuning.space` is none of these arms, or cannot be chosen."""
+    """Raise a `UsageError` if an option in `tuning.space` belongs to none of these arms, or cannot be tuned."""
     if tuning.trials != GRID and importlib.util.find_spec("optuna") is None:
         raise UsageError("A search needs Optuna, which is not installed: pip install 'metareg[search]'.")
     for key in tuning.space:
@@ -129,10 +130,10 @@ def check_tuning(tuning: Tuning, arms: Mapping[str, Selection]) -> None:
 
 
 def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
-    """What is chosen for an arm, the algorithm's options first.
+    """List the search space of an arm, the algorithm's options first.
 
     Raises:
-        UsageError: an option has no such values, or two keys mean the same one.
+        UsageError: an option cannot have these values, or two keys name the same option.
     """
     if not tuning.space:
         options = _list_options(selection, "algo", "augment")
@@ -144,7 +145,7 @@ def list_dimensions(tuning: Tuning, selection: Selection) -> list[Dimension]:
             other = chosen.get(place, ("", option))[0]
             if other and ("." in key) == ("." in other):
                 raise UsageError(f"'{other}' and '{key}' are the same option; use one of these names.")
-            if not other or "." in key:  # the key that names the plugin stands before the one that does not
+            if not other or "." in key:  # a key that names the plugin takes precedence
                 chosen[place] = key, option
     space = [_make_dimension(key, option, tuning) for key, option in chosen.values()]
     if tuning.trials == GRID:
@@ -175,7 +176,7 @@ def _list_plugins(selection: Selection) -> list[tuple[str, Plugin]]:
 
 
 def _list_options(selection: Selection, *fields: str) -> Iterator[tuple[str, _Option]]:
-    """The options of some plugins of an arm by the names that users give them: the algorithm's without its name."""
+    """Yield the options of some plugins of an arm by the names that users type, the algorithm's without its name."""
     plugins = _list_plugins(selection)
     every = [option.name for _, plugin in plugins for option in _list_plugin_options(plugin)]
     named = [plugin.name for _, plugin in plugins]
@@ -192,7 +193,7 @@ def _list_plugin_options(plugin: Plugin) -> list[_Option]:
 
 
 def _find_options(key: str, selection: Selection) -> list[_Option]:
-    """The options of an arm that a key means; a `UsageError` where it is none of how an arm learns."""
+    """Find the options of an arm that `key` names; raise a `UsageError` if it cannot be tuned."""
     owner, dot, name = key.partition(".")
     option_name = name if dot else key
     if not dot and key in RunConfig.model_fields:

@@ -1,10 +1,10 @@
-"""Statistics of a comparison: intervals over seeds and over tasks, paired differences, and what may be said of them.
+"""Statistics of a comparison: intervals over seeds and over tasks, paired differences, and verdicts.
 
-Two questions have two intervals. *Over seeds*: what would other seeds have given, that is other initial weights,
-training tasks and test tasks? *Over tasks*: what would other test tasks have given, with these very trained models?
-Only the first says something about a method; the second says how well the test measured the models that there are.
+There are two kinds of interval. *Over seeds*: how would the result vary with other seeds, that is, other initial
+weights, training tasks and test tasks? *Over tasks*: how would it vary with other test tasks, for the same trained
+models? Only the first is about a method. The second is about how precisely the test measured these models.
 
-Every function is pure. A number that does not exist (an interval of one value, a test of one pair) is NaN.
+All functions are pure. Undefined numbers (the interval of one value, the test of one pair) are NaN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from metareg.util.intervals import compute_half_width, compute_quantile, compute
 __all__ = ["ALPHA", "Difference", "Estimate", "Verdict", "compare", "holm", "over_seeds", "over_tasks", "verdict"]
 
 ALPHA = 0.05
-"""What a corrected p value must be below."""
+"""The significance level for corrected p values."""
 
 Scores = NDArray[np.float64]
 
@@ -33,9 +33,9 @@ class Estimate:
 
     mean: float
     half: float
-    """Half the width of the interval; NaN where there are fewer than two values."""
+    """Half the width of the interval; NaN for fewer than two values."""
     count: int
-    """How many values."""
+    """The number of values."""
 
     @property
     def low(self) -> float:
@@ -47,7 +47,7 @@ class Estimate:
 
 
 class Verdict(enum.Enum):
-    """What may be said of an augmenter against none."""
+    """The conclusion about an augmenter compared with none."""
 
     BETTER = "better"
     WORSE = "worse"
@@ -57,39 +57,39 @@ class Verdict(enum.Enum):
 
 @dataclass(frozen=True)
 class Difference:
-    """An augmenter's score minus that without it, paired by seed and by test task."""
+    """An augmenter's score minus the score without it, paired by seed and test task."""
 
     over_seeds: Estimate
     over_tasks: Estimate
     p: float
-    """Of the two-sided paired t test over seeds, uncorrected; NaN where `untested` says why there is none."""
+    """The uncorrected p value of the two-sided paired t test over seeds; NaN if `untested` is set."""
     in_favour: int
-    """Pairs in which the augmenter is better; one that diverged is not."""
+    """Number of pairs in which the augmenter is better; diverged pairs do not count."""
     pairs: int
-    """Seeds that both have."""
+    """Number of seeds that both have."""
     diverged: int
-    """Pairs in which a score is not finite; the intervals are those of the others."""
+    """Number of pairs with a score that is not finite; the intervals are over the others."""
     by_seed: tuple[float, ...]
-    """Each pair's difference, those that diverged left out."""
+    """The difference of each pair that did not diverge."""
     untested: str = ""
-    """Why there is no test; empty where there is one."""
+    """Why there is no test; empty if there is one."""
 
 
 def over_seeds(values: Sequence[float] | Scores) -> Estimate:
-    """The mean of the finite values, one per seed, with Student's t interval."""
+    """Return the mean of the finite values, one per seed, with Student's t interval."""
     array = np.asarray(values, dtype=np.float64)
     finite = array[np.isfinite(array)]
     return Estimate(float(np.mean(finite)) if len(finite) else np.nan, compute_half_width(finite), len(finite))
 
 
 def over_tasks(scores: Sequence[Scores]) -> Estimate:
-    """The mean over seeds of each seed's mean over tasks, with the interval that other test tasks would move it in.
+    """Return the mean over seeds of each seed's mean over tasks, with its interval over test tasks.
 
-    The tasks of one seed are a sample of their own, so that the squared standard errors of the seeds' means add up; the
-    degrees of freedom are those of Welch and Satterthwaite. Of one seed it is the ordinary t interval.
+    Each seed's tasks are a separate sample, so the squared standard errors of the seeds' means add up. The degrees of
+    freedom are those of Welch and Satterthwaite. For one seed, it is the ordinary t interval.
 
     Args:
-        scores: for each seed ``[tasks]``; seeds with a score that is not finite do not count.
+        scores: each seed's scores ``[tasks]``; seeds with a score that is not finite do not count.
     """
     samples = [each for each in scores if len(each) and np.isfinite(each).all()]
     if not samples:
@@ -111,15 +111,15 @@ def over_tasks(scores: Sequence[Scores]) -> Estimate:
 
 
 def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, higher_is_better: bool) -> Difference:
-    """The paired difference of an augmenter and none.
+    """Return the paired difference between an augmenter and none.
 
-    Only seeds that both have are paired. The test is not made where it would say more than it can: with fewer than two
-    pairs, where a pair diverged (the others would be a selection), and where every pair has the very same difference.
+    Only seeds that both have are paired. There is no test if it would be invalid: with fewer than two pairs, if a pair
+    diverged (the others would be a biased selection), and if all pairs have exactly the same difference.
 
     Args:
-        augmented: for each seed the scores ``[tasks]`` with the augmenter; a single NaN where its training diverged.
-        baseline: the same without it. A seed's tasks are the same ones in the same order; where one has more of them,
-            the first ones are those that both have.
+        augmented: each seed's scores ``[tasks]`` with the augmenter; a single NaN if its training diverged.
+        baseline: the same without it. A seed's tasks are the same in the same order; if one has more, only the first
+            ones are shared.
         higher_is_better: whether a larger score is better.
     """
     seeds = sorted(augmented.keys() & baseline.keys())
@@ -148,10 +148,10 @@ def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, 
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Holm's correction of the p values of a family: step-down Bonferroni, no smaller than `p` and in the same order.
+    """Return Holm's step-down Bonferroni correction of a family of p values, in the same order.
 
-    The chance to call any difference real that is none is then at most 5 % over the whole family. NaN stays NaN and is
-    no member of the family.
+    With the corrected values, the probability of any false positive in the family is at most 5 %. NaN stays NaN and
+    does not belong to the family.
 
     Reference: S. Holm, "A simple sequentially rejective multiple test procedure", Scandinavian Journal of Statistics 6
     (1979), 65–70.
@@ -165,7 +165,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def verdict(difference: Difference, corrected: float, *, higher_is_better: bool) -> Verdict:
-    """The words for a difference, no more than its interval and its p value after `holm` say."""
+    """Return the verdict that a difference's interval and its p value after `holm` support."""
     if difference.untested:
         return Verdict.NOT_TESTED
     if not corrected < ALPHA or difference.over_seeds.low <= 0 <= difference.over_seeds.high:
@@ -174,11 +174,11 @@ def verdict(difference: Difference, corrected: float, *, higher_is_better: bool)
 
 
 def _paired_t(differences: Scores, scale: float) -> tuple[float, str]:
-    """The p value of a two-sided t test against zero, or why there is none; `scale` is the size of the scores."""
+    """Return the p value of a two-sided t test against zero, or why there is none; `scale` is the scores' magnitude."""
     if not differences.any():
         return 1.0, ""
     deviation = compute_spread(differences)
-    # Equal to rounding is equal: differences that seeds do not move are no sample of a distribution.
+    # Differences that are equal up to rounding do not vary with the seed, so a t test does not apply.
     if deviation <= 1e-12 * scale:
         return np.nan, "every seed gives exactly the same difference"
     statistic = np.mean(differences) / (deviation / np.sqrt(len(differences)))

@@ -1,7 +1,7 @@
-"""Chooses an arm's settings: trials on validation tasks, by a grid or by a search.
+"""Tuning of an arm's settings in trials on validation tasks, by grid or search.
 
-A search proposes the settings of a trial as a function of the arm's trials before it, their scores and the trial's number,
-and of nothing else. It can therefore be killed at any moment: what it goes on with is what it would have tried anyway.
+A search proposes the settings of a trial as a pure function of the trial's number and the arm's earlier trials and
+their scores. If it is killed at any moment and continued, it tries the same settings as without the interruption.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ __all__ = ["Tuner", "create_tuners", "propose"]
 log = logging.getLogger("metareg.tuning")
 
 _RANDOM_TRIALS = 5
-"""So many trials, the defaults among them, are drawn without regard to others, and can run at once."""
+"""Number of first trials, including the defaults, that are drawn independently and can run at the same time."""
 _DRAWS = 20
-"""How often other settings are drawn where those that a search proposes were tried before."""
+"""Maximum number of new proposals if a search proposes settings that were already tried."""
 _DIGITS = 4
 """Significant digits of a proposed number."""
 
@@ -45,7 +45,7 @@ Settings = dict[str, Any]
 
 
 def create_tuners(plan: Plan) -> dict[Arm, Tuner]:
-    """A tuner for every arm whose settings are chosen; on one task, a grid gives each as many trials."""
+    """Create a tuner for every arm that is tuned; on one task, a grid gives every arm the same number of trials."""
     arms = [arm for arm in plan.arms if plan.get_tuning(arm)]
     most: dict[str, int] = {}
     for arm in arms:
@@ -57,12 +57,12 @@ def create_tuners(plan: Plan) -> dict[Arm, Tuner]:
 
 @dataclass
 class _Trial:
-    """One setting, and what is known of it."""
+    """One combination of settings and its result."""
 
     options: Settings
     runs: list[PlannedRun]
     twin: _Trial | None = None
-    """An earlier trial of the same settings, which is not repeated."""
+    """An earlier trial with the same settings, whose result is used."""
     score: float | None = None
     error: str | None = None
 
@@ -74,15 +74,15 @@ class _Trial:
 class Tuner:
     """Chooses the settings of one arm.
 
-    The score of a trial is the mean validation metric after the largest of ``test_inner_steps``, over the seeds of trials.
-    A trial that diverges, or whose settings the arm cannot have, is worse than any other. The chosen settings are written to
-    chosen.json, which is final. The arm must be on a task with a `tune`.
+    A trial's score is the mean validation metric over the trial's seeds, after the largest of ``test_inner_steps``. A
+    trial that diverges, or whose settings the arm does not allow, is worse than any other. The chosen settings are
+    written to chosen.json, which is final. The arm must have a `tune`.
 
     Args:
         plan: the comparison.
-        arm: of it.
-        trials: so many settings are tried where a grid of the arm's own has fewer: what is left is drawn at random between
-            the least and the greatest of each option's numbers.
+        arm: an arm of the comparison.
+        trials: minimum number of trials in a grid. If the arm's own grid is smaller, the rest is drawn at random
+            between the smallest and the largest value of each option.
     """
 
     def __init__(self, plan: Plan, arm: Arm, trials: int = 0) -> None:
@@ -92,7 +92,7 @@ class Tuner:
         self._arm = arm
         self._seeds = plan.get_tuning_seeds(arm)
         self.folder = plan.get_tuning_folder(arm)
-        """Where its trials are."""
+        """The folder of its trials."""
         self._dimensions = _list_dimensions(plan, arm)
         self._space = {each.key: format_domain(each.domain) for each in self._dimensions}
         self._grid = _build_grid(self._dimensions) if tuning.trials == GRID else None
@@ -100,17 +100,17 @@ class Tuner:
         self._own_trials = count if self._dimensions else 0
         fills_up = self._grid is not None and any(_find_span(each) for each in self._dimensions)
         self.trials = max(trials, self._own_trials) if fills_up else self._own_trials
-        """How many settings are tried: none where there is nothing to choose from."""
+        """The number of trials; 0 if the search space is empty."""
         self.runs = self.trials * len(self._seeds)
-        """How many runs that takes."""
+        """The number of the trials' runs."""
         self._trials: list[_Trial] = []
         self._measured: tuple[str, bool, int] | None = None
         self.chosen = self._read_chosen()
-        """The chosen options, empty where the defaults are; None where nothing was chosen as of the last `next_runs`."""
+        """The chosen options, empty for the defaults; None if nothing was chosen at the last `next_runs`."""
 
     @property
     def remaining(self) -> int:
-        """How many of them are to come or under way."""
+        """The number of runs that have not ended."""
         if self.chosen is not None:
             return 0
         settled = sum(
@@ -119,9 +119,9 @@ class Tuner:
         return self.runs - settled
 
     def next_runs(self) -> list[PlannedRun]:
-        """Update the trials by the runs that ended, and choose once all trials have ended.
+        """Update the trials with the runs that ended, and choose the settings once all trials have ended.
 
-        Returns the runs that can be carried out now, those under way among them.
+        Returns the runs that can run now, including active ones.
         """
         if self.chosen is not None:
             return []
@@ -148,7 +148,7 @@ class Tuner:
         return self._grid is not None or number < _RANDOM_TRIALS or all(trial.ended for trial in self._trials)
 
     def _start_trial(self, number: int) -> _Trial:
-        """The trial of this number: as an earlier process started it, or with settings of its own."""
+        """Start the trial with this number, or read it if an earlier process started it."""
         file = self.folder / f"trial-{number}" / TRIAL_FILE
         if not file.is_file():
             options = self._propose(number)
@@ -161,7 +161,7 @@ class Tuner:
         return trial
 
     def _explain_refusal(self, options: Settings) -> str | None:
-        """Why the arm cannot have such settings together."""
+        """Explain why the arm does not allow this combination of settings; None if it does."""
         run = self._plan.make_trial(self._arm, 0, self._seeds[0], options)
         try:
             select_plugins(run)
@@ -170,17 +170,17 @@ class Tuner:
         return None
 
     def _fill_defaults(self, options: Settings) -> Settings:
-        """A value for every dimension: the default of each that a trial leaves alone."""
+        """Complete the settings of a trial with the defaults of the other dimensions."""
         return {each.key: options.get(each.key, each.default) for each in self._dimensions}
 
     def _propose(self, number: int) -> Settings:
         if self._grid is not None:
             return self._grid[number] if number < len(self._grid) else self._draw_between(number)
         if number == 0:
-            return {}  # the defaults, so that a search never ends below them
+            return {}  # the defaults, so that a search is never worse than them
         known = self._trials if number >= _RANDOM_TRIALS else []
         history = [(self._fill_defaults(trial.options), self._compute_cost(trial)) for trial in known]
-        # The seed is the same for every arm: they begin with the same step sizes.
+        # The seed is the same for every arm, so that all begin with the same step sizes.
         options = propose(self._dimensions, history, derive_seed(self._seeds[0], "tuning", number))
         tried = [self._fill_defaults(trial.options) for trial in self._trials]
         for draw in range(_DRAWS):
@@ -190,11 +190,11 @@ class Tuner:
         return options
 
     def _draw_between(self, number: int) -> Settings:
-        """Settings beside a grid, which were not tried before where there are others."""
+        """Draw settings in addition to the grid, if possible ones that were not tried yet."""
         tried = [self._fill_defaults(trial.options) for trial in self._trials]
         options: Settings = {}
         for draw in range(_DRAWS):
-            # As with a search, arms draw the same values of an option that they share.
+            # As in a search, arms draw the same values for options that they share.
             seeds = {each.key: derive_seed(self._seeds[0], "grid", number, draw, each.key) for each in self._dimensions}
             options = {each.key: _draw_value(each, seeds[each.key]) for each in self._dimensions}
             if options not in tried:
@@ -226,7 +226,7 @@ class Tuner:
             return float(last["mean"])
 
     def _compute_cost(self, trial: _Trial) -> float:
-        """What a search minimises."""
+        """Return the value that a search minimises."""
         if trial.score is None:
             return math.inf
         return -trial.score if self._measured and self._measured[1] else trial.score
@@ -262,12 +262,12 @@ class Tuner:
             )  # fmt: skip
 
     def _read_chosen(self) -> Settings | None:
-        """What was chosen before; a `UsageError` where that was in another way."""
+        """Read settings that were chosen before; raise a `UsageError` if the tuning was configured differently."""
         file = self.folder / CHOSEN_FILE
         if not file.is_file():
             return None
         options, space, trials = (_read_key(file, key) for key in ("options", "space", "trials"))
-        # Grids were not filled up before, and what they chose stands.
+        # Earlier versions did not extend small grids; their choices are kept.
         counts = {self.trials, self._own_trials}
         if (
             space != self._space
@@ -284,7 +284,7 @@ class Tuner:
 
 
 def _list_dimensions(plan: Plan, arm: Arm) -> list[Dimension]:
-    """What is chosen for an arm on a task with a `tune`."""
+    """List the search space of an arm with a `tune`."""
     tuning = plan.get_tuning(arm)
     assert tuning is not None
     run = plan.make_trial(arm, 0, plan.get_tuning_seeds(arm)[0], {})
@@ -297,7 +297,7 @@ def _build_grid(space: Sequence[Dimension]) -> list[Settings]:
 
 
 def _find_span(dimension: Dimension) -> tuple[float, float] | None:
-    """The least and the greatest of an option's numbers; None where it has others, or one alone."""
+    """Return the smallest and the largest value of an option; None if it has other values than numbers, or only one."""
     values = dimension.domain
     if not isinstance(values, list) or any(
         isinstance(each, bool) or not isinstance(each, int | float) for each in values
@@ -307,7 +307,7 @@ def _find_span(dimension: Dimension) -> tuple[float, float] | None:
 
 
 def _draw_value(dimension: Dimension, seed: int) -> Any:
-    """A value beside a grid: between an option's numbers, log-uniform where they are positive, or else one of its values."""
+    """Draw a value in addition to the grid: between the option's numbers (log-uniform if positive), or one of its values."""
     generator = np.random.default_rng(seed)
     span = _find_span(dimension)
     if span is None:
@@ -320,14 +320,14 @@ def _draw_value(dimension: Dimension, seed: int) -> Any:
 
 
 def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]], seed: int) -> Settings:
-    """Settings to try next.
+    """Propose the settings of the next trial.
 
-    Without any history they are drawn at random, else by the tree-structured Parzen estimator of Optuna.
+    Draws at random without any history, otherwise with Optuna's tree-structured Parzen estimator.
 
     Args:
-        space: what there is to choose.
-        history: settings that were tried, and what is to be made small; infinite where a trial failed.
-        seed: fixes what is drawn.
+        space: the search space.
+        history: settings that were tried and their costs, which are minimised; infinite for a failed trial.
+        seed: the seed of the draws.
 
     Reference:
         Bergstra, Bardenet, Bengio and Kégl, Algorithms for Hyper-Parameter Optimization, NeurIPS 2011, Section 4.
@@ -335,7 +335,7 @@ def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]
     import optuna
 
     distributions = {each.key: _make_distribution(each) for each in space}
-    seed %= 1 << 32  # NumPy's largest
+    seed %= 1 << 32  # NumPy's largest seed
     sampler: Any = optuna.samplers.RandomSampler(seed)
     if history:
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=0)
@@ -344,7 +344,7 @@ def propose(space: Sequence[Dimension], history: Sequence[tuple[Settings, float]
     try:
         study = optuna.create_study(sampler=sampler)
         for values, cost in history:
-            # A default can lie outside of what is searched, or be None; such a trial tells nothing of that option.
+            # A default can be outside the search space, or None; such a trial has no value for that option.
             known = {each.key: _encode(each, values[each.key]) for each in space}
             params = {key: position for key, position in known.items() if position is not None}
             tried = {key: distributions[key] for key in params}
@@ -366,7 +366,7 @@ def _make_distribution(dimension: Dimension) -> Any:
 
 
 def _encode(dimension: Dimension, value: Any) -> Any:
-    """A value as Optuna knows it; None where it is not among those that are searched."""
+    """Encode a value for Optuna; None if it is outside the search space."""
     domain = dimension.domain
     if isinstance(domain, list):
         return domain.index(value) if value in domain else None
@@ -384,7 +384,7 @@ def _decode(dimension: Dimension, position: Any) -> Any:
 
 
 def _read_trial(file: Path) -> tuple[Settings, str | None]:
-    """The settings that a trial has, and why there can be no such run."""
+    """Read a trial's settings, and why the arm does not allow them, if so."""
     error = _read_key(file, "error")
     with refuse_malformed(file, "a trial"):
         return dict(_read_key(file, "options")), None if error is None else str(error)
