@@ -1,1 +1,1 @@
-"""What a plugin's author reads: the hooks, and the objects that they are given and return."""
+"""The contract for plugin authors: the hooks, and the objects that hooks receive and return."""

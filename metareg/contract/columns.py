@@ -1,4 +1,4 @@
-"""Which columns of a user's table are a task's inputs and targets, and what their cells mean."""
+"""The mapping between columns of a user's table and a task's inputs and targets."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ class Columns:
 
     @property
     def features(self) -> list[str]:
-        """The meaning of each number of an input."""
+        """Describe each number of an input."""
         return list(self.inputs)
 
     def select_rows(self, support: Table) -> Table:
-        """The rows of a support table to use; here, all of them."""
+        """Select the rows of a support table to use; by default, all of them."""
         return support
 
     def read_inputs(self, table: Table) -> Tensor:
-        """The inputs ``[rows, *input_shape]`` of a table.
+        """Read the inputs ``[rows, *input_shape]`` of a table.
 
         Raises:
-            UsageError: a column is missing, or a cell holds no finite number.
+            UsageError: a column is missing, or a cell contains no finite number.
         """
         for name in self.inputs:
             table.require(name)
@@ -65,10 +65,10 @@ class Columns:
         return torch.from_numpy(values).float().reshape(-1, *self.input_shape)
 
     def read_targets(self, table: Table) -> Tensor:
-        """The targets of a table: class numbers ``[rows]``, or numbers ``[rows, targets]``.
+        """Read the targets of a table: class numbers ``[rows]``, or numbers ``[rows, targets]``.
 
         Raises:
-            UsageError: a column is missing, a cell holds no finite number or no class.
+            UsageError: a column is missing, or a cell contains no finite number or no known class.
         """
         for name in self.targets:
             table.require(name)
@@ -100,9 +100,10 @@ class Columns:
 def name_columns(
     inputs: int, targets: int, classifies: bool, support: Table, query: Table | None
 ) -> tuple[Table, Table | None]:
-    """Names for the columns of tables that have none, by place: the inputs first.
+    """Name the columns of tables without names by position, inputs first.
 
-    A table without names takes those of the other one; where none has names they are ``x1, x2, …`` and ``y`` or ``class``.
+    A table without names takes the names of the other one. If neither has names, they are ``x1, x2, …`` and ``y`` or
+    ``class``.
     """
     unnamed = [table for table in (support, query) if table is not None and not table.named]
     for table in unnamed:
@@ -120,19 +121,20 @@ def name_columns(
 def match_columns(
     input_shape: tuple[int, ...], outputs: int, classifies: bool, support: Table, query: Table | None
 ) -> Columns:
-    """The columns of a task that has no names for them: those of the query table are the inputs, the others targets.
+    """Match columns for a task without column names: the query table's are the inputs, the others the targets.
 
-    Without a query table the inputs come first.
+    Without a query table, the first columns are the inputs.
 
     Args:
-        input_shape: of one input.
-        outputs: of the model: targets, or classes at most.
+        input_shape: the shape of one input.
+        outputs: the number of the model's outputs: the number of targets, or the maximum number of classes.
         classifies: whether targets are classes.
         support: labelled examples.
-        query: what is to be predicted.
+        query: the examples to predict.
 
     Raises:
-        UsageError: there are more or fewer than the task has, or a column of the query table is not in the other.
+        UsageError: the number of columns does not fit the task, or a column of the query table is not in the support
+            table.
     """
     inputs, targets = math.prod(input_shape), 1 if classifies else outputs
     names = support.names

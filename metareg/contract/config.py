@@ -1,4 +1,4 @@
-"""What a plugin's options are made of, and how bad values are reported."""
+"""The base class of plugins' options, and the errors for invalid values."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 NO_PLUGIN = "none"
-"""What a user writes instead of a plugin's name for none, as in ``--augment none,cml``."""
+"""The name that stands for no plugin, as in ``--augment none,cml``."""
 
 
 def _absolute(path: str) -> str:
@@ -54,7 +54,7 @@ def _absolute(path: str) -> str:
 
 
 PathText = Annotated[str, AfterValidator(_absolute)]
-"""A path as text, made absolute, so that a run finds its data from wherever it is tested or resumed."""
+"""A path as a string, made absolute so that a run finds its data from any working directory."""
 
 
 class PluginConfig(BaseModel):
@@ -63,14 +63,14 @@ class PluginConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=())
 
     former_names: ClassVar[Mapping[str, str]] = {}
-    """Names that options once had, and those they have today; a stored configuration may have either."""
+    """Former names of options, mapped to their current names; stored configurations can contain either."""
 
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
 
 def validate(cls: type[_Config], values: Mapping[str, Any], where: str) -> _Config:
-    """Build `cls` from `values`, or say of each bad key what it holds, what is allowed and the nearest valid key."""
+    """Build `cls` from `values`; an error names each bad key, its value, what is allowed and the nearest valid key."""
     values = update_names(cls, values)
     unknown = [key for key in values if key not in cls.model_fields]
     if unknown and cls.model_config.get("extra") == "forbid":
@@ -88,13 +88,13 @@ def update_names(cls: type, stored: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def drop_paths(config: PluginConfig) -> dict[str, Any]:
-    """The values of a configuration without its paths, which mean nothing elsewhere."""
+    """Return a configuration's values without paths, which are meaningless on other machines."""
     paths = {name for name, field in type(config).model_fields.items() if PathText in get_args(field.annotation)}
     return config.model_dump(mode="json", exclude=paths)
 
 
 def unknown_option_error(what: str, name: str, known: Iterable[str], present_names: Sequence[str] = ()) -> UsageError:
-    """The error for a `name` that no option has, or no longer: `present_names` are those of options that once had it."""
+    """Create the error for an unknown option; `present_names` are current names of options formerly called `name`."""
     if present_names:
         present = " or ".join(f"'{each}'" for each in present_names)
         return UsageError(f"The {what} '{name}' has been renamed: it is {present} now.")
@@ -102,9 +102,9 @@ def unknown_option_error(what: str, name: str, known: Iterable[str], present_nam
 
 
 def split_names(value: Any) -> list[Any]:
-    """The plugins of a list (names, classes, objects or pairs), or of a text with commas.
+    """Split a comma-separated string into plugin names; a list can also contain classes, objects or pairs.
 
-    `NO_PLUGIN`, empty texts and None stand for no plugin and are left out.
+    `NO_PLUGIN`, empty strings and None mean no plugin and are omitted.
     """
     if value is None:
         return []
@@ -137,7 +137,7 @@ class PluginSpec(PluginConfig):
     name: str = Field(description="The name of an installed plugin, or DIST:NAME.")
     config: dict[str, Any] = Field({}, description="Values for the plugin's own options.")
     program: bool = Field(
-        False, description="Whether it is an object or a class that a program gave, and no installed plugin."
+        False, description="Whether it is an object or class from a program instead of an installed plugin."
     )
 
     @model_validator(mode="before")

@@ -33,7 +33,7 @@ class Episodes:
         query_y: targets ``[tasks, query]`` or ``[tasks, query, outputs]``.
 
     Raises:
-        UsageError: the parts do not fit together.
+        UsageError: the parts' shapes do not match.
     """
 
     support_x: Any
@@ -41,7 +41,7 @@ class Episodes:
     query_x: Any
     query_y: Tensor
     positions: tuple[int, ...] | None = field(default=None, init=False, repr=False)
-    """Which of the tasks that a source was asked for these are, in its order; None where nobody said so."""
+    """The tasks' positions in the request to the source; None if unknown."""
 
     def __post_init__(self) -> None:
         tasks: int | None = None
@@ -117,18 +117,18 @@ class Episodes:
         return f"<Episodes: {format_count(len(self), 'task')}; support {support}, query {query}>"
 
     def __getitem__(self, which: slice) -> Episodes:
-        """Some of the tasks."""
+        """Return a slice of the tasks."""
         some = self._map(lambda leaf: leaf[which])
         return some if self.positions is None else some.placed(self.positions[which])
 
     def unstack(self, number: int) -> tuple[Any, Tensor, Any, Tensor]:
-        """One task, counted from 0, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
+        """Return task `number`, from 0, as ``(support_x, support_y, query_x, query_y)`` without the task dimension."""
         return tree_map(lambda leaf: leaf[number], self.parts)
 
     def placed(self, positions: Sequence[int]) -> Episodes:
-        """Mark the tasks as those at certain positions of a request to a source.
+        """Mark the tasks with their positions in a request to a source.
 
-        A source that returns several stacks uses this to say which tasks they hold; `group` does so.
+        A source that returns several stacks uses this to tell which tasks they contain; `group` does it too.
 
         Args:
             positions: one number for each task, counted from 0.
@@ -143,7 +143,7 @@ class Episodes:
         return _create_unchecked(self.parts, tuple(positions))
 
     def chunks(self, size: int | None) -> Iterator[Episodes]:
-        """The tasks in order, at most `size` at a time; all at once for None."""
+        """Yield the tasks in order, at most `size` at a time, or all at once if it is None."""
         if size is None or size >= len(self):
             yield self
             return
@@ -161,11 +161,11 @@ class Episodes:
         return self._map(move)
 
     def contiguous(self) -> Episodes:
-        """The tasks in contiguous memory; channels-last tensors stay so, which suits convolutions and pooling."""
+        """Return the tasks in contiguous memory; keep channels-last tensors, which suit convolutions and pooling."""
         return self._map(settle_layout)
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Episodes:
-        """The same with a function of every tensor that keeps the parts fitting together."""
+        """Apply a function to every tensor; it must keep the parts' shapes consistent."""
         return _create_unchecked(
             [function(part) if type(part) is Tensor else tree_map(function, part) for part in self.parts],
             self.positions,
@@ -173,7 +173,7 @@ class Episodes:
 
 
 def _create_unchecked(parts: Sequence[Any], positions: tuple[int, ...] | None) -> Episodes:
-    """Episodes of parts that are known to fit together."""
+    """Create Episodes without checks from parts whose shapes are known to match."""
     episodes = object.__new__(Episodes)
     support_x, support_y, query_x, query_y = parts
     episodes.__dict__.update(
@@ -187,23 +187,23 @@ def _describe_inputs(x: Any) -> str:
 
 
 def _describe_tensor(leaf: Tensor) -> str:
-    """The shape of one task's part and its type: ``[10, 1] float32``."""
+    """Describe the shape and type of one task's tensor: ``[10, 1] float32``."""
     return f"{list(leaf.shape[1:])} {str(leaf.dtype).removeprefix('torch.')}"
 
 
 Batch = Episodes | Sequence[Any] | Mapping[str, Any]
-"""What `read_episodes` takes."""
+"""The types that `read_episodes` accepts."""
 
 
 def read_episodes(batch: Batch) -> list[Episodes]:
-    """A batch of tasks as stacks.
+    """Convert a batch of tasks to a list of stacks.
 
     Args:
         batch: Episodes, a sequence of them, the four parts of one (tensors, arrays or frames ``[tasks, examples, …]``, as a
             DataLoader stacks them), or a mapping with these under their names.
 
     Raises:
-        UsageError: it is something else.
+        UsageError: `batch` is something else.
     """
     if isinstance(batch, Episodes):
         return [batch]
@@ -227,10 +227,10 @@ def stack_trees(trees: Sequence[Any]) -> Any:
 
 
 def convert_arrays(tree: Any, what: str) -> Any:
-    """A pytree with tensors in the places of arrays of NumPy and of frames and columns of pandas.
+    """Convert NumPy arrays, and pandas frames and columns, in a pytree to tensors.
 
     Raises:
-        UsageError: it holds something else.
+        UsageError: the tree contains something else.
     """
 
     def convert(leaf: Any) -> Tensor:
@@ -241,8 +241,6 @@ def convert_arrays(tree: Any, what: str) -> Any:
             raise UsageError(f"{what} must contain tensors or arrays, not {type(leaf).__name__}.")
         if array.dtype.kind not in "biuf":
             raise UsageError(f"{what} contains an array of type {array.dtype} instead of numbers.")
-        return torch.from_numpy(
-            array.astype(array.dtype.newbyteorder("="), order="C")
-        )  # a copy, which can be written to
+        return torch.from_numpy(array.astype(array.dtype.newbyteorder("="), order="C"))  # a writable copy
 
     return tree_map(convert, tree)

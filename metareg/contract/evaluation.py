@@ -24,13 +24,13 @@ class Evaluation:
     """The metric on the query sets of some tasks, before and after adaptation.
 
     Args:
-        metric: its name.
+        metric: the metric's name.
         higher_is_better: whether larger is better.
         inner_steps: the numbers of inner steps, ascending.
         scores: ``[tasks, len(inner_steps)]``, in the order of the tasks' numbers.
         bn_statistics: the statistics that BatchNorm used: ``"transductive"``, ``"support"``, or ``"none"`` without such
             layers.
-        predictor: what made the predictions: ``"head"``, or the name of the plugin that did (its hook `predict`).
+        predictor: the source of the predictions: ``"head"``, or the name of the plugin whose hook `predict` made them.
     """
 
     metric: str
@@ -41,26 +41,26 @@ class Evaluation:
     predictor: str = "head"
 
     former_names: ClassVar[Mapping[str, str]] = {"norm": "bn_statistics"}
-    """Names that results once had, as in `PluginConfig`."""
+    """Former names in results, as in `PluginConfig`."""
 
     @property
     def tasks(self) -> int:
         return self.scores.shape[0]
 
     def mean(self, inner_steps: int) -> float:
-        """The mean over tasks after a number of inner steps."""
+        """Return the mean over tasks after a number of inner steps."""
         return self.get_scores(inner_steps).mean().item()
 
     def ci95(self, inner_steps: int) -> float:
-        """Half the width of the 95 % interval of the mean over tasks (Student's t); NaN if a score is not finite."""
+        """Return half the width of the mean's 95 % interval over tasks (Student's t); NaN if a score is not finite."""
         return compute_half_width(self.get_scores(inner_steps).numpy())
 
     def count_diverged(self, inner_steps: int) -> int:
-        """The number of tasks whose score after `inner_steps` is not finite; with one of them, neither is the mean."""
+        """Count the tasks whose score after `inner_steps` is not finite; one is enough to make the mean not finite."""
         return int((~self.get_scores(inner_steps).isfinite()).sum())
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of results.json."""
+        """Return the content of results.json."""
         steps = [
             {
                 "inner_steps": k, "mean": self.mean(k), "ci95": self.ci95(k), "tasks": self.tasks,
@@ -75,7 +75,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> Evaluation:
-        """The inverse of `to_dict`; for other content a LookupError, TypeError, ValueError or the like."""
+        """Read what `to_dict` returned; other content raises a LookupError, TypeError, ValueError or similar."""
         content = update_names(cls, content)
         steps: Sequence[dict[str, Any]] = content["steps"]
         scores = np.array([each["scores"] for each in steps], dtype=np.float64)
@@ -110,7 +110,7 @@ class Evaluation:
         return f"{self.mean(inner_steps):.4g} ± {self.ci95(inner_steps):.2g}"
 
     def get_scores(self, inner_steps: int) -> Tensor:
-        """The score of each task after a number of inner steps ``[tasks]``, in float64."""
+        """Return each task's score after a number of inner steps ``[tasks]``, in float64."""
         if inner_steps not in self.inner_steps:
             known = ", ".join(str(steps) for steps in self.inner_steps)
             raise UsageError(f"There are no scores after {inner_steps} inner steps, only after {known}.")

@@ -19,7 +19,7 @@ Names and shapes:
 - `noise` is what the plugin's own `draw_noise` returned for this task or batch, or None if it drew nothing.
 """
 
-# The signatures below are for pluggy and for readers; their docstrings are the reference.
+# The functions below only declare signatures; their docstrings are the reference.
 # mypy: disable-error-code="empty-body"
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Losses and metrics by name. Each takes ``(outputs, targets)`` of one task and returns a scalar, the mean over examples.
 
-All are made of operations that `torch.func.vmap` and traced graphs know: no branch depends on a value.
+All use only operations that `torch.func.vmap` and tracing support; no branch depends on a value.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Metric:
-    """How well the outputs fit the targets of one task."""
+    """A measure of how well outputs fit the targets of one task."""
 
     name: str
     function: Loss
     higher_is_better: bool
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The metric of one task, computed in float32 or better: a share of 0.2008 is none in bfloat16."""
+        """Return one task's metric in float32 or better, because bfloat16 cannot represent a value such as 0.2008."""
         return self.function(widen(outputs), widen(targets))
 
 
@@ -42,7 +42,7 @@ def _accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _balanced_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean over the classes that have targets of the share of them that is recognised."""
+    """Return the mean recall over the classes that occur in the targets."""
     targets = _find_classes(outputs, targets)
     members = _compare_classes(targets, outputs)
     counts = members.sum(0)
@@ -51,10 +51,10 @@ def _balanced_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _auroc(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The area under the ROC curve of each class against the others, averaged over the classes that have both.
+    """Return the area under the one-vs-rest ROC curve, averaged over classes with members and non-members.
 
-    It is the share of pairs of a member and another example of which the member has the higher odds, ties counting half
-    (Mann and Whitney, 1947). Where no class has both it is ½.
+    For one class, this is the fraction of pairs of a member and a non-member in which the member has the higher odds;
+    ties count half (Mann and Whitney, 1947). It is ½ if no class has both.
     """
     targets = _find_classes(outputs, targets)
     own = torch.eye(outputs.shape[-1], dtype=torch.bool, device=outputs.device)
@@ -70,10 +70,10 @@ def _auroc(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _find_classes(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The class numbers of targets, which may be probabilities ``[examples, classes]``, as mixtures of examples have them.
+    """Return the class numbers of targets, which may be probabilities ``[examples, classes]`` of mixed examples.
 
     Raises:
-        UsageError: they do not fit outputs ``[examples, classes, …]``: comparing them would broadcast.
+        UsageError: the targets do not match outputs ``[examples, classes, …]`` and would broadcast.
     """
     shape = tuple(outputs.shape)
     if targets.is_floating_point() and outputs.dim() > 1 and targets.shape == outputs.shape:
@@ -87,9 +87,9 @@ def _find_classes(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _r2(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The share of the targets' variance that is explained, ``1 − Σ(t − o)² / Σ(t − t̄)²``, averaged over the outputs.
+    """Return the explained fraction of the targets' variance, ``1 − Σ(t − o)² / Σ(t − t̄)²``, averaged over outputs.
 
-    Where the targets do not vary it is 1 for perfect outputs and 0 for others.
+    If the targets do not vary, it is 1 for perfect outputs and 0 for others.
     """
     _check_shapes(outputs, targets, "The R²")
     outputs, targets = outputs.flatten(1), targets.flatten(1)
@@ -100,7 +100,7 @@ def _r2(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def _check_shapes(outputs: Tensor, targets: Tensor, what: str) -> None:
-    if outputs.shape != targets.shape:  # torch's losses would broadcast them and mean something else
+    if outputs.shape != targets.shape:  # torch's losses would broadcast them
         raise UsageError(
             f"{what} needs outputs and targets of the same shape; the model gives {tuple(outputs.shape)} where the "
             f"targets of a task are {tuple(targets.shape)}."
@@ -123,12 +123,12 @@ def _huber(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def widen(values: Tensor) -> Tensor:
-    """Numbers in float32 or better."""
+    """Convert numbers to float32 or better."""
     return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
 
 
 def _compare_classes(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Whether each example ``[examples]`` is of each class ``[examples, classes]``, as 0 and 1 of the outputs' type."""
+    """Return the class membership ``[examples, classes]`` of each example, as 0 and 1 in the outputs' type."""
     classes = torch.arange(outputs.shape[-1], device=targets.device)
     return (targets.unsqueeze(-1) == classes).to(outputs.dtype)
 
@@ -160,10 +160,10 @@ _FUNCTIONS_OF_TORCH: dict[Any, str] = {
 
 
 def find_loss(loss: str | type | Loss) -> Loss:
-    """A loss by name, the callable itself, or one of a class of torch without arguments.
+    """Return a loss given by name, as a callable, or as a torch class that needs no arguments.
 
     Raises:
-        UsageError: it is none.
+        UsageError: there is no such loss.
     """
     if isinstance(loss, type) and issubclass(loss, nn.Module):
         return LOSSES[_CLASSES_OF_TORCH[loss]] if loss in _CLASSES_OF_TORCH else _create(loss)
@@ -184,7 +184,7 @@ def _create(loss: type[nn.Module]) -> Loss:
 
 
 def find_loss_name(loss: str | type | Loss) -> str | None:
-    """The name of the loss that it is, whatever its options; None for one's own."""
+    """Return the name of a known loss, whatever its options; None for a custom loss."""
     if isinstance(loss, str):
         return loss
     known = [*((function, name) for name, function in LOSSES.items()), *_FUNCTIONS_OF_TORCH.items()]
@@ -195,10 +195,10 @@ def find_loss_name(loss: str | type | Loss) -> str | None:
 def find_metric(metric: str | Metric | Loss | None, loss: str | type | Loss) -> Metric:
     """Find a metric by name, or wrap a function; by default, the metric for the loss.
 
-    That is the accuracy for classes, and the loss itself for numbers.
+    The default is the accuracy for classes, and the loss itself for numbers.
 
     Raises:
-        UsageError: it is none.
+        UsageError: there is no such metric.
     """
     if isinstance(metric, Metric):
         return metric

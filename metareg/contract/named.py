@@ -1,4 +1,4 @@
-"""Examples that a task holds itself and that a user's tables name."""
+"""Examples that a task contains and that users' tables refer to by name."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class NamedExamples:
     """
 
     column: ClassVar[str]
-    """What the column of their names is called."""
+    """The column of names in users' tables."""
     names: Sequence[str] | None = None
-    """The names in the order of the examples' numbers; None where the numbers from 0 on are the names."""
+    """The names in the order of the examples' numbers; None if the numbers themselves are the names."""
     table: Tensor | None = None
-    """The inputs of all examples ``[all examples, …]``, where `read` takes rows of it; None where it does more."""
+    """The inputs of all examples ``[all examples, …]`` if `read` only selects rows; otherwise None."""
 
     def number(self, names: Sequence[str]) -> Tensor:
-        """The numbers of some examples, int64 ``[examples]``.
+        """Return the numbers of the named examples, int64 ``[examples]``.
 
         Raises:
-            KeyError: there is no example of a name, which is the error's argument.
+            KeyError: a name, the error's argument, does not exist.
         """
         raise NotImplementedError
 
     def read(self, numbers: Tensor) -> Any:
-        """The model's inputs for some examples ``[examples, …]``."""
+        """Return the model's inputs ``[examples, …]`` for some examples."""
         raise NotImplementedError
 
     def bind(self, module: nn.Module) -> nn.Module:

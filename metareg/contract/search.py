@@ -1,4 +1,4 @@
-"""What a search chooses an option from: the option's plugin declares it, as ``json_schema_extra={"search": …}``."""
+"""Search spaces of options, which plugins declare as ``json_schema_extra={"search": …}``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = [
 
 
 class Range(PluginConfig):
-    """Numbers between two bounds, which are among them."""
+    """Numbers between two bounds, inclusive."""
 
     low: float = Field(description="The least.")
     high: float = Field(description="The greatest.")
@@ -43,7 +43,7 @@ class RelativeRange(PluginConfig):
     factor: float = Field(gt=1, description="How far from the default, up and down.")
 
     def around(self, default: Any) -> Range | None:
-        """The range around a default; None where that is no number above 0."""
+        """Return the range around a default; None if that is not a number above 0."""
         if not isinstance(default, int | float) or default <= 0:
             return None
         return Range(low=default / self.factor, high=default * self.factor, log=True)
@@ -56,7 +56,7 @@ Domain = Range | RelativeRange | list[Any]
 
 
 def parse_domain(key: str, value: Any) -> Domain:
-    """What an option is to be chosen from: ``[VALUE, VALUE]``, ``{"low": …, "high": …, "log": …}`` or ``{"factor": …}``."""
+    """Parse a search space: ``[VALUE, VALUE]``, ``{"low": …, "high": …, "log": …}`` or ``{"factor": …}``."""
     if isinstance(value, Range | RelativeRange):
         return value
     if isinstance(value, Mapping):
@@ -70,7 +70,7 @@ def parse_domain(key: str, value: Any) -> Domain:
 
 
 def check_distinct(key: str, values: Sequence[Any]) -> list[Any]:
-    """The values of an option that a search chooses from, of which there are some and none stands twice."""
+    """Refuse an empty list of values, and duplicates."""
     if not values:
         raise UsageError(f"'{key}' has no values to choose from; write them as {key}: [VALUE, VALUE].")
     texts = [json.dumps(value, default=str) for value in values]
@@ -81,7 +81,7 @@ def check_distinct(key: str, values: Sequence[Any]) -> list[Any]:
 
 
 def check_domain(key: str, field: FieldInfo, domain: Range | list[Any]) -> Range | list[Any]:
-    """The domain in the type of the option's field, which allows it: bounds of a whole number are whole."""
+    """Check a domain against the option's field, and convert it to the field's type, for example to whole numbers."""
     typed: Any = Annotated[field.annotation, field]  # with the field's own bounds
 
     def convert(given: Any) -> Any:
@@ -100,7 +100,7 @@ def check_domain(key: str, field: FieldInfo, domain: Range | list[Any]) -> Range
 
 
 def get_declared_domain(plugin_label: str, option_name: str, field: FieldInfo) -> Domain | None:
-    """What a search chooses an option from by its plugin's declaration, which is checked; None where there is none."""
+    """Return the search space that a plugin declares for an option, after checking it; None if there is none."""
     extra = field.json_schema_extra
     declared = extra.get("search") if isinstance(extra, Mapping) else None
     if declared is None or declared is False:
@@ -119,13 +119,13 @@ def get_declared_domain(plugin_label: str, option_name: str, field: FieldInfo) -
 
 
 def describe_search_space(plugin_label: str, option_name: str, field: FieldInfo) -> str:
-    """What a search chooses an option from, for a reader; empty where it leaves the option alone."""
+    """Describe the declared search space of an option; empty if there is none."""
     domain = get_declared_domain(plugin_label, option_name, field)
     return "" if domain is None else format_domain(domain)
 
 
 def format_domain(domain: Domain) -> str:
-    """Values or a range for a reader: ``0.01, 0.1`` or ``0.005 to 10, log``."""
+    """Format values or a range: ``0.01, 0.1`` or ``0.005 to 10, log``."""
     if isinstance(domain, list):
         return ", ".join(value if isinstance(value, str) else json.dumps(value) for value in domain)
     return str(domain)

@@ -1,4 +1,4 @@
-"""Files in which users say what is for training, validation and test."""
+"""Files in which users assign names to training, validation and test."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def read_name_lists(path: Path) -> dict[str, list[str]]:
     """Read the lists of a JSON or YAML file ``{key: [name, …], …}``; names are strings, even if they look like numbers.
 
     Raises:
-        UsageError: it cannot be read, or contains something else.
+        UsageError: the file cannot be read, or contains something else.
     """
     is_json = path.suffix.lower() == ".json"
     try:
@@ -71,7 +71,7 @@ def _parse_json(text: str) -> Any:
 
 
 def _read_pairs(path: Path, what: str) -> list[tuple[str, str]]:
-    """The lines ``name, split`` of a table, whose columns may have names."""
+    """Read the lines ``name, split`` of a table with or without a header."""
     table = read_table(path, is_data=lambda cells: any(map(find_split, cells)))
     names = table.names
     if len(names) != 2 or (table.named and "split" not in names):

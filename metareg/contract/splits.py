@@ -1,4 +1,4 @@
-"""The splits: what a task source keeps apart, and what users call it."""
+"""The splits of a task source, and the names that users give them."""
 
 from __future__ import annotations
 
@@ -13,5 +13,5 @@ _USUAL_NAMES = {
 
 
 def find_split(name: str) -> str | None:
-    """The split with a common name such as ``Val`` or ``dev``, in upper or lower case; None for other names."""
+    """Find the split with a common name such as ``Val`` or ``dev``, ignoring case; None for other names."""
     return _USUAL_NAMES.get(name.casefold())

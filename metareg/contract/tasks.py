@@ -1,4 +1,4 @@
-"""What a task plugin tells about itself."""
+"""The base class of task plugins, and the facts that they provide."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class TaskSpec:
     """Shapes of one example, without task and example dimensions.
 
     Args:
-        input_shape: of one input, such as ``(1,)`` or ``(3, 84, 84)``.
-        output_shape: of one output; for classification ``(ways,)``.
+        input_shape: the shape of one input, such as ``(1,)`` or ``(3, 84, 84)``.
+        output_shape: the shape of one output; for classification ``(ways,)``.
     """
 
     input_shape: tuple[int, ...]
@@ -38,17 +38,17 @@ class Dataset:
     """The data that a task reads, for ``metareg data``."""
 
     location: Path | None
-    """The folder where it is, or where `download` puts it; None where nothing is read."""
+    """The data's folder, or the folder that `download` writes; None if nothing is read."""
     present: bool
-    """Whether it is there."""
+    """Whether the data is there."""
     obtain: str
-    """A sentence: how to get it."""
+    """A sentence that says how to get the data."""
     download: Callable[[], None] | None
-    """Fetches it; None where that cannot be done."""
+    """Downloads the data; None if that is impossible."""
     verify: Callable[[], str]
-    """Reads all of it and returns what there is; raises `metareg.UsageError` where that is not what it should be."""
+    """Reads all of the data and returns a summary; raises `metareg.UsageError` if it is not as expected."""
     write_example: Callable[[Path], str] | None = None
-    """Writes drawn data to begin with into a folder and returns what to do with it; None where there is none."""
+    """Writes generated example data to a folder and returns how to use it; None if there is none."""
 
 
 class Task:
@@ -64,7 +64,7 @@ class Task:
     default_model: str | None = None
     """The model plugin that a run uses by default."""
     stackable: bool = True
-    """Whether `episodes` returns tasks of one size, which can be run together."""
+    """Whether `episodes` returns tasks of equal size, which can be stacked."""
     recommended: ClassVar[Mapping[str, Any]] = {}
     """Options for this task that apply unless the user or a file sets them.
 
@@ -97,7 +97,7 @@ class Task:
 
     @property
     def named_examples(self) -> NamedExamples | None:
-        """The examples that the task holds, such as the nodes of a graph; None if users' tables hold the inputs."""
+        """The examples that the task contains, such as a graph's nodes; None if users' tables contain the inputs."""
         return None
 
     def read_image(self, path: Path) -> Tensor:
@@ -107,7 +107,7 @@ class Task:
         differently overrides this.
 
         Raises:
-            UsageError: it cannot be read.
+            UsageError: the image cannot be read.
         """
         import numpy as np
         import torch

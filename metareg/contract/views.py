@@ -1,4 +1,4 @@
-"""What hooks see of a task, a learner and a run, whose classes stand on higher floors."""
+"""Protocols of the task, learner and run that hooks receive; the classes are in higher packages."""
 
 from __future__ import annotations
 
@@ -66,83 +66,86 @@ class TaskView(Protocol):
         """
 
     def body(self, params: Tensors, x: Any) -> Tensor:
-        """Features of inputs."""
+        """Return the features of inputs."""
 
     def head(self, params: Tensors, features: Tensor) -> Tensor:
-        """The outputs for features."""
+        """Return the outputs for features."""
 
     def embed(self, params: Tensors, features: Tensor) -> Tensor:
-        """The inputs of the head's last layer ``[examples, inputs]``, for the body's features."""
+        """Return the inputs of the head's last layer ``[examples, inputs]`` for the body's features."""
 
     def outputs(self, params: Tensors, x: Any) -> Tensor:
-        """The model's outputs for inputs."""
+        """Return the model's outputs for inputs."""
 
     def support_features(self, params: Tensors) -> Tensor:
-        """Features of the support inputs; computed once if only the head adapts."""
+        """Return the features of the support inputs, which are computed once if only the head adapts."""
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The task's loss, a scalar."""
+        """Return the task's loss, a scalar."""
 
     def support_loss(self, params: Tensors) -> Tensor:
-        """The task's loss on the support set, a scalar."""
+        """Return the task's loss on the support set, a scalar."""
 
     def gradient(self, params: Tensors) -> Tensors:
-        """The gradient of the inner loss, including learned parts and terms, for each of `params`.
+        """Return the gradient of the inner loss, including learned losses and added terms, for each of `params`.
 
-        A constant for the outer loop if ``first_order`` is set.
+        With ``first_order``, it is a constant for the outer loop.
         """
 
     def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
-        """The Hessian of the inner loss at `params` times a vector."""
+        """Return the product of the inner loss's Hessian at `params` and a vector."""
 
     def query_outputs(self, params: Tensors) -> Tensor:
-        """The outputs for the query set, as in `query_loss` and the test; in the outer stages."""
+        """Return the outputs for the query set, as in `query_loss` and the test; only in the outer stages."""
 
     def query_loss(self, params: Tensors) -> Tensor:
-        """The task's loss on the query set, in the outer stages."""
+        """Return the task's loss on the query set; only in the outer stages."""
 
     def query_gradient(self, params: Tensors) -> Tensors:
-        """The gradient of `query_loss` for each of `params`, in the outer stages."""
+        """Return the gradient of `query_loss` for each of `params`; only in the outer stages."""
 
     def adapt(self, params: Tensors, state: Any, first: int, steps: int) -> tuple[Tensors, Any]:
-        """Take more inner steps without training-only augmenters; returns parameters and state. In the outer stages.
+        """Take more inner steps without training-only augmenters; only in the outer stages.
 
         Args:
-            params: the adapted parameters before them.
-            state: the state before them.
-            first: the number of the first of them.
-            steps: how many.
+            params: the adapted parameters before these steps.
+            state: the state before these steps.
+            first: the number of the first of these steps.
+            steps: the number of steps.
+
+        Returns:
+            The adapted parameters and the state after the steps.
         """
 
 
 class LearnerView(Protocol):
-    """A `metareg.MetaLearner`, as hooks see it."""
+    """The interface of a `metareg.MetaLearner` for hooks."""
 
     config: PluginConfig
     """Its options, as ``learner.config.inner_steps``."""
     device: torch.device
-    """Where its parameters are."""
+    """The device of its parameters."""
     meta_parameters: dict[str, Tensor]
     """Every meta-parameter by name."""
 
     def adapt(self, x: Any, y: Tensor, steps: int | None = None, query_x: Any = None) -> nn.Module:
-        """A module adapted to one task: support inputs ``[examples, …]`` and targets, without a task dimension."""
+        """Return a module adapted to one task, given support inputs ``[examples, …]`` and targets."""
 
     def evaluate(
         self, task_source: Any, tasks: int = 600, *, split: str = TEST, inner_steps: Sequence[int] = (0, 1, 5, 10),
         seed: int | None = None,
     ) -> Evaluation:  # fmt: skip
-        """The metric over tasks, after each number of inner steps."""
+        """Evaluate the metric over tasks after each number of inner steps."""
 
 
 class RunView(Protocol):
-    """A `metareg.Run`, as observers see it."""
+    """The interface of a `metareg.Run` for observers."""
 
     path: Path
-    """Its folder."""
+    """The run's folder."""
     config: PluginConfig
-    """Its complete configuration, a `metareg.RunConfig`."""
+    """The complete configuration, a `metareg.RunConfig`."""
     learner: LearnerView
-    """What is trained."""
+    """The learner being trained."""
     evaluation: Evaluation | None
-    """The test at the end; None until then."""
+    """The final test; None before it."""

@@ -1,1 +1,1 @@
-"""Which plugins are installed, how they are loaded, and how their hooks are called."""
+"""The plugin registry: finds and loads installed plugins, and calls their hooks."""

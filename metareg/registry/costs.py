@@ -12,10 +12,10 @@ from metareg.registry.plugins import Entry
 __all__ = ["PATH", "SETTING", "Cost", "describe_order", "find_cost"]
 
 PATH = Path(__file__).with_name("costs.json")
-"""The figures, by the entry points' targets, and the machine that they are from."""
+"""The measured costs by entry-point target, and the machine that measured them."""
 
 SETTING = "5-way 1-shot images, 4 tasks, 5 inner steps, vectorized"
-"""Where the figures are from."""
+"""The setting of the measurements."""
 
 
 @dataclass(frozen=True)
@@ -27,22 +27,22 @@ class Cost:
     memory: float
     """Its peak memory."""
     state: float
-    """Numbers that are kept from one inner step to the next, for each number that is adapted."""
+    """Numbers carried from one inner step to the next, per adapted parameter."""
     learned: float
-    """Additional numbers that the outer loop learns, for each of the model's."""
+    """Additional numbers learned in the outer loop, per parameter of the model."""
 
     def __str__(self) -> str:
         return f"{self.time:.2f} × the time, {self.memory:.2f} × the memory"
 
 
 def find_cost(entry: Entry) -> Cost | None:
-    """The figures of an algorithm; None where it was not measured."""
+    """Return the measured cost of an algorithm; None if it was not measured."""
     figures = json.loads(PATH.read_text("utf-8"))["figures"]
     return Cost(**figures[entry.target]) if entry.target in figures else None
 
 
 def describe_order(cls: type) -> str:
-    """Which derivatives an algorithm's outer loop takes, by its hooks and what it recommends."""
+    """Describe the order of an algorithm's outer derivative, from its hooks and recommendations."""
     hooks = list_hooks(cls)
     if "outer_gradient" in hooks:
         return "its own meta-gradient, not through the inner loop"

@@ -1,7 +1,7 @@
 """The hooks of a run's plugins, resolved once to plain functions.
 
-pluggy registers and validates the plugins; after that nothing of it stands in the inner loop, and `torch.func` and the
-tracer see ordinary calls.
+pluggy registers and validates the plugins, but the inner loop does not call it, so `torch.func` and the tracer see
+ordinary function calls.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Implementation", "create_plugin_manager", "find_hook", "find_impleme
 
 _STAGES = ("parameters", "inner", "augmentation", "outer")
 _PARTS = {"algorithms": _STAGES, "augmenters": _STAGES, "observers": ("observers",)}
-"""The parts of the hooks that plugins of each kind implement, where a forgotten `hookimpl` would go unnoticed."""
+"""The parts of the hooks that plugins of each kind implement, used to detect a forgotten `hookimpl`."""
 _METHODS = (types.FunctionType, staticmethod, classmethod)
 
 
@@ -53,17 +53,17 @@ class Implementation:
             ) from error
 
     def own(self, meta: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The plugin's own meta-parameters, without its prefix."""
+        """Return the plugin's own meta-parameters, without its prefix."""
         prefix = f"{self.name}."
         return {name[len(prefix) :]: value for name, value in meta.items() if name.startswith(prefix)}
 
     def reject(self, problem: str) -> NoReturn:
-        """Report a result that does not keep the contract."""
+        """Raise a PluginError for a result that violates the contract."""
         raise PluginError(f"The {self.plugin.label} broke the contract of {self.hook}: {problem}.")
 
 
 def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManager, dict[str, Plugin]]:
-    """A manager that holds the plugins of one run, and the plugins by their names in it; each keeps the hooks' contract."""
+    """Create a manager for a run's plugins, and a dict of them by name; refuse plugins that violate the contract."""
     manager = pluggy.PluginManager("metareg")
     manager.add_hookspecs(hookspecs)
     named: dict[str, Plugin] = {}
@@ -94,7 +94,7 @@ def create_plugin_manager(plugins: Sequence[Plugin]) -> tuple[pluggy.PluginManag
 
 
 def find_implementations(manager: pluggy.PluginManager, named: Mapping[str, Plugin], hook: str) -> list[Implementation]:
-    """The implementations of a hook in the order in which its reduction asks for them, `tryfirst` ones before all others."""
+    """Return a hook's implementations in the order of its reduction, those with `tryfirst` first."""
     found = getattr(manager.hook, hook).get_hookimpls()
     if HOOKS[hook].reduction is Reduction.FIRST:
         found = found[::-1]
@@ -108,25 +108,25 @@ def find_implementations(manager: pluggy.PluginManager, named: Mapping[str, Plug
 
 
 def find_hook(plugin: Plugin, hook: str) -> Implementation | None:
-    """A single plugin's implementation of a hook, if it has one."""
+    """Return a single plugin's implementation of a hook, or None."""
     manager, named = create_plugin_manager([plugin])
     found = find_implementations(manager, named, hook)
     return found[0] if found else None
 
 
 def list_hooks(cls: type) -> list[str]:
-    """The hooks that a plugin class implements, in alphabetical order."""
+    """List the hooks that a plugin class implements, in alphabetical order."""
     return [name for name in sorted(dir(cls)) if _is_marked(inspect.getattr_static(cls, name))]
 
 
 def _list_marked(instance: Any) -> list[tuple[str, Callable[..., Any]]]:
-    """The attributes that carry `hookimpl`, looked up on the class so that no property runs."""
+    """List the attributes marked with `hookimpl`, looked up on the class so that no property runs."""
     names = (name for name in dir(type(instance)) if _is_marked(inspect.getattr_static(instance, name)))
     return [(name, getattr(instance, name)) for name in names]
 
 
 def _list_unmarked(plugin: Plugin) -> list[str]:
-    """The methods with the name of a hook of the plugin's kind that do not carry `hookimpl`."""
+    """List the methods that are named like a hook of the plugin's kind but not marked with `hookimpl`."""
     cls = type(plugin.instance)
     found = {
         name: inspect.getattr_static(cls, name, None)
@@ -141,7 +141,7 @@ def _is_marked(attribute: Any) -> bool:
 
 
 def _explain_refusal(plugin: Plugin) -> str:
-    """Why pluggy refused a plugin."""
+    """Explain why pluggy refused a plugin."""
     for name, method in _list_marked(plugin.instance):
         if name not in HOOKS:
             continue

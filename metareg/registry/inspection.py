@@ -1,6 +1,6 @@
-"""What plugins say of themselves, asked in a process of its own.
+"""Inspection of plugins in a separate process.
 
-A stranger's module can end the process that imports it, or never come to an end; here that costs the plugin alone.
+A plugin's module can end the process that imports it, or hang. In a separate process, only that plugin fails.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["DatasetFacts", "inspect_datasets", "inspect_plugins", "read_dataset"]
 
 _SECONDS = 120.0
-"""For what one plugin does when it is imported and asked, torch on a slow disk included."""
+"""Time limit for importing and inspecting one plugin, long enough to import torch from a slow disk."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +41,18 @@ class DatasetFacts:
 
     @classmethod
     def of(cls, dataset: Dataset) -> DatasetFacts:
-        """The facts of a task's own."""
+        """Create the facts from a task's dataset."""
         location = None if dataset.location is None else str(dataset.location)
         return cls(location, bool(dataset.present), str(dataset.obtain), dataset.download is not None)
 
 
 def inspect_plugins(entries: Sequence[Entry]) -> Iterator[dict[str, Any]]:
-    """Import plugins, and say of each in turn ``{"summary": …, "config": [option, …]}`` or ``{"broken": why}``."""
+    """Import plugins, and yield for each ``{"summary": …, "config": [option, …]}`` or ``{"broken": why}``."""
     return _inspect(entries, "class", None)
 
 
 def inspect_datasets(entries: Sequence[Entry], where: Path | None) -> Iterator[DatasetFacts | str | None]:
-    """Build tasks, and tell what each in turn reads: its data, a text where it cannot be asked, None where it reads none.
+    """Build tasks, and yield for each the facts of its data, an error message, or None if it reads no data.
 
     Args:
         entries: tasks.
@@ -64,7 +64,7 @@ def inspect_datasets(entries: Sequence[Entry], where: Path | None) -> Iterator[D
 
 
 def read_dataset(entry: Entry, where: str | Path | None) -> Dataset | None:
-    """What a task says about its data, in this process; arguments as for `inspect_datasets`."""
+    """Return a task's dataset, read in this process; arguments as for `inspect_datasets`."""
     options = getattr(getattr(entry.load(), "Config", None), "model_fields", {})
     given = {"data": str(where)} if where is not None and "data" in options else {}
     dataset: Dataset | None = getattr(resolve("tasks", entry.qualified, given).instance, "dataset", None)
@@ -78,9 +78,7 @@ def _inspect(entries: Sequence[Entry], subject: str, where: str | None) -> Itera
             question = {"entry": asdict(entry), "subject": subject, "where": where}
             fresh, child = child is None, child or _Child()
             answer = child.ask(question)
-            if (
-                answer is None and not fresh and not child.late
-            ):  # it may be that one of those before was the death of it
+            if answer is None and not fresh and not child.late:  # an earlier plugin can have caused the end
                 child.end()
                 child = _Child()
                 answer = child.ask(question)
@@ -98,8 +96,8 @@ class _Child:
     """A process that answers questions about plugins, one after the other."""
 
     def __init__(self) -> None:
-        # It finds what this process finds. What it prints is nobody's; in a session of its own, all that it starts can be
-        # ended with it.
+        # The child has the same import path, and its output is discarded. In its own session, its children can be
+        # killed with it.
         path = [folder or str(Path.cwd()) for folder in sys.path]
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "metareg.registry.inspection"],
@@ -109,10 +107,10 @@ class _Child:
         self._lines: queue.Queue[bytes] = queue.Queue()
         threading.Thread(target=self._listen, daemon=True).start()
         self.late = False
-        """Whether an answer did not come in time."""
+        """Whether an answer timed out."""
 
     def ask(self, question: dict[str, Any]) -> dict[str, Any] | None:
-        """The answer; None where the process ended over the question, or gave none in time."""
+        """Return the answer; None if the process ended or timed out."""
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question).encode() + b"\n")
@@ -122,12 +120,12 @@ class _Child:
         return self._receive(_SECONDS)
 
     def end(self) -> str:
-        """End it, if it has not ended; what became of it."""
+        """End the process if it still runs, and describe how it ended."""
         code = None if self.late else self._wait()
         if hasattr(os, "killpg"):
-            with suppress(ProcessLookupError, PermissionError):  # nothing of it is left
+            with suppress(ProcessLookupError, PermissionError):  # already gone
                 os.killpg(self._process.pid, signal.SIGKILL)
-        else:  # Windows has no groups of processes
+        else:  # Windows has no process groups
             self._process.kill()
         self._process.wait()
         assert self._process.stdin is not None
@@ -148,7 +146,7 @@ class _Child:
         except queue.Empty:
             self.late = True
             return None
-        except ValueError:  # the end of the stream
+        except ValueError:  # end of the stream
             return None
         return answer if isinstance(answer, dict) else None
 
@@ -161,14 +159,14 @@ class _Child:
 
 
 def _answer(entry: dict[str, str], subject: str, where: str | None) -> dict[str, Any]:
-    """What the process says of one plugin."""
+    """Answer a question about one plugin."""
     plugin = Entry(**entry)
     try:
         if subject == "dataset":
             dataset = read_dataset(plugin, where)
             return {"dataset": None if dataset is None else asdict(DatasetFacts.of(dataset))}
         return _describe_class(plugin)
-    # A stranger's module can raise anything, SystemExit and KeyboardInterrupt included.
+    # A plugin's module can raise anything, including SystemExit and KeyboardInterrupt.
     except BaseException as error:
         return {
             "broken": str(error) if isinstance(error, MetaregError) else f"The {plugin.label}: {describe_error(error)}"
@@ -189,7 +187,7 @@ def _describe_class(entry: Entry) -> dict[str, Any]:
 
 
 def _main() -> None:
-    """Answer the questions of the standard input; what a plugin reads or prints touches neither them nor the answers."""
+    """Answer the questions on standard input; plugins' own input and output are kept apart from them."""
     questions, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w")
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, 0)

@@ -1,4 +1,4 @@
-"""Tasks that a program holds itself: iterables of batches, as a DataLoader, and functions that return them."""
+"""A user's own tasks: iterables of batches, such as a DataLoader, and functions that return them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ _END = object()
 
 
 def wrap_tasks(given: Any) -> Any:
-    """A source of tasks as an object with a method `episodes`; what is one, names a plugin or is its class, as it is.
+    """Wrap a source of tasks in an object with a method `episodes`; return such objects, names and classes unchanged.
 
     Args:
-        given: a function ``f(split, indices, seed)`` that returns Episodes; a function ``f(split, seed)`` that returns, or
-            yields, batches; an iterable of batches, as a list or a `torch.utils.data.DataLoader`; or a mapping from splits
-            to such iterables. A batch is what `metareg.contract.episodes.read_episodes` reads. Functions need not take all
-            of these arguments.
+        given: a function ``f(split, indices, seed)`` that returns Episodes; a function ``f(split, seed)`` that returns
+            or yields batches; an iterable of batches, such as a list or a `torch.utils.data.DataLoader`; or a mapping
+            from splits to such iterables. A batch is anything that `metareg.contract.episodes.read_episodes` accepts.
+            Functions can omit some of these arguments.
 
     Raises:
-        UsageError: it is an iterator, which can be gone through only once, or a mapping without splits.
+        UsageError: `given` is an iterator, which can be used only once, or a mapping without splits.
     """
     if isinstance(given, str | type | Plugin) or hasattr(given, "episodes"):
         return given
@@ -90,7 +90,7 @@ def _call(function: Callable[..., Any], **available: Any) -> Any:
 
 
 class EpisodeFunction:
-    """A function of the tasks' numbers as a source of tasks."""
+    """A source of tasks that calls a function of the tasks' numbers."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.name = function.__name__
@@ -98,15 +98,15 @@ class EpisodeFunction:
 
 
 class EpisodeStreams:
-    """Tasks of iterables, one for each split; task n is the n-th that the iterable yields.
+    """A source of tasks from one iterable per split; task n is the n-th that the iterable yields.
 
-    What is drawn from the global generators of Python, NumPy and torch while an iterable runs, as a DataLoader does to
-    shuffle, is a function of the seed, the split and the number of the pass, as are a DataLoader's own generators. The
-    training tasks begin anew where the iterable ends; those of other splits do not.
+    While an iterable runs, the global generators of Python, NumPy and torch, and a DataLoader's own generators, are
+    seeded by the seed, the split and the number of the pass, so that shuffling is reproducible. Training tasks restart
+    when the iterable ends; those of other splits do not.
 
     Args:
-        name: how messages call it.
-        get: the iterable of a split.
+        name: the name in messages.
+        get: returns the iterable of a split.
         has_splits: whether the splits differ.
     """
 
@@ -117,7 +117,7 @@ class EpisodeStreams:
         self._streams: dict[tuple[str, int], _Stream] = {}
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
-        """The tasks with these numbers, as stacks of equal sizes."""
+        """Return the tasks with these numbers, as stacks of equal sizes."""
         key = (split, seed)
         if key not in self._streams:
             self._streams[key] = _Stream(self.name, split, seed, lambda: self._get(split, seed))
@@ -130,7 +130,7 @@ class EpisodeStreams:
 
 
 class _Stream:
-    """The tasks of one split in their order, of which the last that were asked for are kept."""
+    """The tasks of one split in order; keeps the last ones that were requested."""
 
     def __init__(self, name: str, split: str, seed: int, get: Callable[[], Iterable[Any]]) -> None:
         self._name, self._split, self._seed, self._get = name, split, seed, get
@@ -161,7 +161,7 @@ class _Stream:
         return Episodes.group([self._tasks[index - low] for index in indices])
 
     def _check_start(self, task: tuple[Any, ...]) -> None:
-        """Remember the first task of all, and refuse another one where the stream has begun anew."""
+        """Remember the first task, and refuse a different one after a restart."""
         if self._first or self._tasks:
             return
         leaves = tree_leaves(task)
@@ -175,7 +175,7 @@ class _Stream:
             )
 
     def _draw(self) -> Iterator[tuple[Any, ...]]:
-        """The tasks of one pass after the other."""
+        """Yield the tasks of all passes."""
         number, found = 0, True
         while found:
             found = False
@@ -190,7 +190,7 @@ class _Stream:
         raise UsageError(f"'{self._name}' yields no {self._split} tasks.")
 
     def _go_through(self, number: int) -> Iterator[Any]:
-        """The batches of one pass, drawn with generators of its own."""
+        """Yield the batches of one pass, with generators seeded for it."""
         generators = SeparateGenerators(derive_seed(self._seed, "own tasks", self._split, number))
         with generators.use():
             iterable = self._get()
@@ -205,12 +205,12 @@ class _Stream:
 
 
 def _list_generators(iterable: Any) -> list[torch.Generator]:
-    """The generators that a DataLoader and its sampler were given."""
+    """List the generators of a DataLoader and its sampler."""
     parts = iterable, getattr(iterable, "sampler", None), getattr(iterable, "batch_sampler", None)
     found = {id(each): each for each in (getattr(part, "generator", None) for part in parts)}
     return [each for each in found.values() if isinstance(each, torch.Generator)]
 
 
 def is_same(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors hold the same values; NaN is the same as NaN."""
+    """Return whether two tensors have equal values, where NaN equals NaN."""
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a != a)).all())

@@ -1,7 +1,7 @@
-"""Which plugins are installed, and how the selected ones are loaded.
+"""Installed plugins: listing and loading.
 
-Everything that lists plugins reads entry-point metadata alone: no plugin module is imported, nor torch. A run loads just
-what it selects, one by one, so that a plugin which does not import costs only the runs that ask for it.
+Listing plugins reads only entry-point metadata and imports neither plugins nor torch. A run loads only the plugins that
+it selects, so a plugin that cannot be imported affects only the runs that use it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _SINGULAR = {kind: kind.removesuffix("s") for kind in KINDS}
 
 @dataclass(frozen=True)
 class Entry:
-    """One entry point: what is known of a plugin without importing it."""
+    """An entry point: the facts about a plugin that are known without importing it."""
 
     kind: str
     name: str
@@ -61,28 +61,28 @@ class Entry:
 
     @property
     def qualified(self) -> str:
-        """``DIST:NAME``, which names this one also where two distributions claim the name."""
+        """``DIST:NAME``, which is unique even if two distributions use the name."""
         return f"{self.distribution}:{self.name}"
 
     @property
     def label(self) -> str:
-        """How messages name it: ``algorithm 'maml' of metareg 1.0 (metareg_maml:MAML)``."""
+        """The name in messages: ``algorithm 'maml' of metareg 1.0 (metareg_maml:MAML)``."""
         return f"{_SINGULAR[self.kind]} '{self.name}' of {self.distribution} {self.version} ({self.target})"
 
     @property
     def disabled(self) -> bool:
-        """Whether it is named in the variable ``METAREG_DISABLE_PLUGINS``."""
+        """Whether the variable ``METAREG_DISABLE_PLUGINS`` contains it."""
         names = {name.strip() for name in os.environ.get(DISABLE_VARIABLE, "").split(",")}
         return bool({self.name, self.qualified} & names)
 
     def load(self) -> Any:
-        """Import the plugin's class; whatever goes wrong in that is a PluginError."""
+        """Import the plugin's class; any error becomes a PluginError."""
         group = f"metareg.{self.kind}"
         try:
             loaded = importlib.metadata.EntryPoint(self.name, self.target, group).load()
         except KeyboardInterrupt:
             raise
-        # A stranger's module can raise anything while it is imported, SystemExit included.
+        # A plugin's module can raise anything on import, including SystemExit.
         except BaseException as error:
             raise PluginError(f"The {self.label} cannot be imported: {describe_error(error)}") from error
         if not isinstance(loaded, type):
@@ -93,38 +93,38 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plugin in use: the object with the hooks, its configuration and where it came from."""
+    """A plugin in use: the object with the hooks, its configuration and its origin."""
 
     kind: str
     name: str
     instance: Any
     config: Any
-    """The validated `Config` of the class; None for an object that was passed ready-made."""
+    """The validated `Config` of the class; None if the user passed an object."""
     distribution: str | None
     version: str | None
 
     @property
     def label(self) -> str:
-        """How messages name it: ``augmenter 'cml'``."""
+        """The name in messages: ``augmenter 'cml'``."""
         return f"{_SINGULAR[self.kind]} '{self.name}'"
 
 
 def list_entries(kind: str | None = None) -> list[Entry]:
-    """The installed plugins, of one kind or of all, in the order of `KINDS` and of their names.
+    """List the installed plugins of one kind or all, ordered by `KINDS` and name.
 
-    Those named in the variable ``METAREG_DISABLE_PLUGINS`` (``NAME`` or ``DIST:NAME``, with commas) are left out.
+    Omits plugins in the variable ``METAREG_DISABLE_PLUGINS`` (``NAME`` or ``DIST:NAME``, separated by commas).
     """
     return [entry for entry in _read_entries(kind) if not entry.disabled]
 
 
 def list_names(kind: str | None = None) -> set[str]:
-    """The names of the installed plugins, of one kind or of all, those that are disabled among them."""
+    """Return the names of the installed plugins of one kind or all, including disabled ones."""
     kinds = KINDS if kind is None else (kind,)
     return {point.name for each in kinds for point in _list_points(each)}
 
 
 def find_entry(kind: str, name: str) -> Entry:
-    """The one installed plugin that `name` (or ``DIST:NAME``) stands for, where it is not disabled."""
+    """Find the installed plugin named `name` or ``DIST:NAME``; refuse a disabled one."""
     installed = [entry for entry in _read_entries(kind, get_name(name)) if name in (entry.name, entry.qualified)]
     found = [entry for entry in installed if not entry.disabled]
     singular = _SINGULAR[kind]
@@ -141,16 +141,16 @@ def find_entry(kind: str, name: str) -> Entry:
 
 
 def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | None = None) -> Plugin:
-    """Turn what a user named into a plugin ready for use.
+    """Return the plugin for a name, class or object, ready for use.
 
     Args:
         kind: one of `KINDS`.
         plugin: the name of an installed plugin, a plugin class, or a ready-made object with hooks. A `Plugin` is
             returned as it is.
-        config: values for the class's `Config`; None or empty where the defaults are wanted.
+        config: values for the class's `Config`; None or empty for the defaults.
 
     Raises:
-        UsageError: an unknown name, or a configuration that the class refuses.
+        UsageError: the name is unknown, or the class refuses the configuration.
         PluginError: the plugin cannot be imported or built.
     """
     from metareg.contract.config import validate
@@ -189,7 +189,7 @@ def resolve(kind: str, plugin: str | type | object, config: Mapping[str, Any] | 
 
 
 def get_name(plugin: str | type | object) -> str:
-    """The name of a plugin that was given by its name, as a class or as an object."""
+    """Return the name of a plugin given as a name, class or object."""
     if isinstance(plugin, str):
         return plugin.rpartition(":")[2]
     cls = plugin if isinstance(plugin, type) else type(plugin)
@@ -197,7 +197,7 @@ def get_name(plugin: str | type | object) -> str:
 
 
 def get_config_class(plugin: type | object) -> type[PluginConfig]:
-    """The class of a plugin's options, given its class or the object: its `Config`, or one without any."""
+    """Return the `Config` of a plugin class or object, or an empty one."""
     from metareg.contract.config import PluginConfig
 
     config = getattr(plugin, "Config", PluginConfig)
@@ -208,9 +208,9 @@ def get_config_class(plugin: type | object) -> type[PluginConfig]:
 
 
 def check_contract(plugin: Any, label: str) -> None:
-    """Refuse a plugin class or object that was written for a contract which this metareg does not keep.
+    """Refuse a plugin class or object written for a contract that this metareg does not support.
 
-    A class without a statement passes, so that one can be tried before it is a package.
+    A class without a contract version is accepted, so that you can try it before packaging it.
     """
     stated = getattr(plugin, "contract", None)
     if stated is None:
@@ -232,7 +232,7 @@ def check_contract(plugin: Any, label: str) -> None:
 
 
 def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
-    """The entries of a kind, and of a name where one is given: reading their distributions' metadata takes time."""
+    """Read the entries of a kind, or only those with a name, because reading distributions' metadata is slow."""
     found: dict[tuple[str, str, str], Entry] = {}
     identify = cache(_identify)  # a distribution has many entry points
     for each in KINDS if kind is None else (kind,):
@@ -241,19 +241,19 @@ def _read_entries(kind: str | None, name: str | None = None) -> list[Entry]:
                 continue
             distribution, version = identify(point.dist)
             entry = Entry(each, point.name, distribution, version, point.value)
-            # A distribution can stand twice on the path (an old install beside an editable one): the first one counts.
+            # A distribution can be on the path twice (an old install beside an editable one); the first one counts.
             found.setdefault((each, point.name, _normalize(distribution)), entry)
     return sorted(found.values(), key=lambda entry: (KINDS.index(entry.kind), entry.name, entry.distribution))
 
 
 def _identify(distribution: importlib.metadata.Distribution | None) -> tuple[str, str]:
-    """The name and version of a distribution; each access to its metadata parses the whole file."""
+    """Return the name and version of a distribution; each access to its metadata parses the whole file."""
     metadata: Mapping[str, Any] = distribution.metadata.json if distribution else {}
     return str(metadata.get("name") or "unknown"), str(metadata.get("version") or "unknown")
 
 
 def _list_points(kind: str) -> list[importlib.metadata.EntryPoint]:
-    """The entry points of a kind. Of distributions that call themselves metareg only this one's count."""
+    """List the entry points of a kind; ignore other distributions named metareg."""
     group, own = f"metareg.{kind}", _find_own_distribution()
     points = importlib.metadata.entry_points(group=group)
     if own is None:
@@ -263,7 +263,7 @@ def _list_points(kind: str) -> list[importlib.metadata.EntryPoint]:
 
 
 def _find_own_distribution() -> importlib.metadata.Distribution | None:
-    """The distribution that this package is of, where several have its name; None where there is nothing to choose."""
+    """Find this package's own distribution if several have its name; otherwise None."""
     named = list(importlib.metadata.distributions(name=_OWN_NAME))
     own = next(filter(_holds_this_package, named), None) if len(named) > 1 else None
     if own is not None:
@@ -276,12 +276,12 @@ def _find_own_distribution() -> importlib.metadata.Distribution | None:
 
 def _holds_this_package(distribution: importlib.metadata.Distribution) -> bool:
     from urllib.parse import urlsplit
-    from urllib.request import url2pathname  # takes as long to import as all else here
+    from urllib.request import url2pathname  # a slow import
 
     package = Path(__file__).resolve().parents[1]
     if Path(str(distribution.locate_file(package.name))).resolve() == package:
         return True
-    with suppress(ValueError, TypeError, KeyError):  # an editable install says where its source is
+    with suppress(ValueError, TypeError, KeyError):  # an editable install records its source folder
         source = urlsplit(json.loads(distribution.read_text("direct_url.json") or "")["url"]).path
         return Path(url2pathname(source), package.name).resolve() == package
     return False

@@ -1,4 +1,4 @@
-"""Where tasks come from: a task plugin, or any object with an `episodes` method."""
+"""Sources of tasks: task plugins, and objects with an `episodes` method."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ __all__ = ["TaskSource"]
 
 
 class TaskSource:
-    """The tasks of a task plugin, by split and number; its `episodes` may also stand without `metareg.hookimpl`."""
+    """The tasks of a plugin or object by split and number; its `episodes` does not need `metareg.hookimpl`."""
 
     def __init__(self, plugin: Plugin) -> None:
         self.plugin = plugin
         self.stackable: bool = getattr(plugin.instance, "stackable", True)
         self._episodes, self._knows_splits = _find_episodes(plugin)
         self.is_stream = isinstance(plugin.instance, EpisodeStreams)
-        """Whether a task can be had only after the ones before it."""
+        """Whether a task can be read only after the ones before it."""
         self.evaluated_split: str | None = None
-        """The split of the evaluation under way, or of the last one; who shows it sets it to None at its end."""
+        """The split of the current or last evaluation; the display resets it to None at the end."""
         self.scored = 0
-        """Tasks that the evaluation under way has done with."""
+        """Number of tasks that the current evaluation has finished."""
 
     @classmethod
     def of(cls, source: str | type | object) -> TaskSource:
-        """The source that a name, a class or an object stands for, or a program's own tasks as `wrap_tasks` takes them."""
+        """Create the source for a plugin's name, class or object, or for tasks that `wrap_tasks` accepts."""
         return source if isinstance(source, TaskSource) else cls(resolve("tasks", wrap_tasks(source)))
 
     def check_repeatable(self, split: str, seed: int) -> None:
         """Draw the first task of a split twice.
 
         Raises:
-            UsageError: the two differ, so that a training on such tasks could be neither repeated nor resumed.
+            UsageError: they differ, so training could not be repeated or resumed.
         """
         first = tree_leaves(self.episodes(split, [0], seed)[0].parts)
         if self.is_stream:
@@ -57,7 +57,7 @@ class TaskSource:
         """Refuse a source that has the same tasks for training, validation and test.
 
         Raises:
-            UsageError: it does not know of splits.
+            UsageError: the source ignores the split.
         """
         if not self._knows_splits:
             raise UsageError(
@@ -66,7 +66,7 @@ class TaskSource:
             )
 
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
-        """The tasks number `indices` of a split, as stacks of equal sizes; several need not be in the order of `indices`."""
+        """Return tasks `indices` of a split as stacks of equal sizes, which need not keep the order of `indices`."""
         given = self._episodes(split=split, indices=indices, seed=seed)
         batches = [given] if isinstance(given, Episodes) else given
         if not isinstance(batches, list) or not all(isinstance(batch, Episodes) for batch in batches):
@@ -82,9 +82,9 @@ class TaskSource:
         return [batch for batch in batches if len(batch)]
 
     def placed_episodes(self, split: str, indices: Sequence[int], seed: int) -> tuple[list[Episodes], list[int]]:
-        """`episodes`, and where in `indices` each task stands, counted through the stacks.
+        """Return `episodes`, and the position in `indices` of each task, counted through the stacks.
 
-        If several stacks do not say so, their tasks are drawn again, one by one.
+        If there are several stacks without positions, draws their tasks again, one by one.
         """
         self.evaluated_split, self.scored = split, indices[0]
         batches = self.episodes(split, indices, seed)
@@ -99,7 +99,7 @@ class TaskSource:
 
 
 def _find_episodes(plugin: Plugin) -> tuple[Callable[..., Any], bool]:
-    """The function that draws a plugin's tasks, and whether it receives their split."""
+    """Return the function that draws a plugin's tasks, and whether it takes their split."""
     implementation = find_hook(plugin, "episodes")
     if implementation is not None:
         return implementation, True
