@@ -1,1 +1,1 @@
-"""What any part of metareg may use and what knows nothing of metareg: files, seeds, signals, memory layouts."""
+"""Utilities that are independent of the rest of metareg: files, seeds, signals, memory layouts."""

@@ -1,4 +1,4 @@
-"""Archives of arrays (npz) that anybody may have written."""
+"""Archives of arrays (npz) from untrusted sources."""
 
 from __future__ import annotations
 
@@ -47,5 +47,5 @@ def open_arrays(path: Path, what: str) -> Iterator[Mapping[str, np.ndarray]]:
 def _explain(error: Exception) -> str:
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     if "pickle" in text.lower():
-        return "it holds pickled objects, which could run code and are not read"
+        return "it contains pickled objects, which could run code and are not read"
     return text.strip("'\"").rstrip(".") if isinstance(error, KeyError) else text.rstrip(".")

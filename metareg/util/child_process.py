@@ -1,4 +1,4 @@
-"""Parsers that a damaged file can crash, each in a process of its own with limits on time and memory."""
+"""Parsers that a damaged file can crash, run in child processes with limits on time and memory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["parse_in_child"]
 _LEAST_BYTES, _MOST_TIMES = 1 << 30, 20
 _LEAST_SECONDS, _BYTES_A_SECOND = 60, 1 << 20
 _SECONDS_TO_START = 300
-"""Of the wall clock, beside those of the processor: a busy machine takes long to import a library."""
+"""Extra wall-clock time beyond the CPU time limit, because a busy machine imports libraries slowly."""
 
 
 def parse_in_child(
@@ -52,7 +52,7 @@ def parse_in_child(
     with tempfile.TemporaryDirectory(prefix="metareg-") as folder:
         limits = (max(_LEAST_BYTES, _MOST_TIMES * most), seconds)
         arguments = [parser.__module__, parser.__qualname__, what, folder, *map(str, limits), *map(str, paths)]
-        # Without the working directory on the path (-P), where a user's modules would stand before Python's.
+        # With -P, so that modules in the working directory do not shadow Python's.
         command = [sys.executable, "-P", "-m", __name__, *arguments]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         try:
@@ -86,7 +86,7 @@ def _limit(memory: int, seconds: int) -> None:
     """Limit this process to a number of additional bytes and of CPU seconds."""
     try:
         import resource
-    except ImportError:  # Windows has no such limits; those of the parent's clock stay
+    except ImportError:  # Windows has no such limits; the parent's time limit remains
         return
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if Path("/proc/self/statm").is_file() else None
     if pages is not None:
@@ -102,12 +102,12 @@ def _main(module: str, name: str, what: str, folder: str, memory: str, seconds: 
         result = Path(folder, str(number))
         try:
             arrays = parser(Path(path))
-            # Aside first: an archive that the limits cut short is none.
+            # Written under another name first, because a limit can end the process while it writes.
             np.savez(result.with_suffix(".part.npz"), **arrays)
             result.with_suffix(".part.npz").rename(result.with_suffix(".npz"))
         except MetaregError as error:
             result.with_suffix(".txt").write_text(str(error), encoding="utf-8", errors="replace")
-        except Exception as error:  # whatever a library makes of a damaged file
+        except Exception as error:  # libraries raise many kinds of errors for damaged files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200].rstrip(".")
             text = f"{path} cannot be read as {what}: {reason}."
             result.with_suffix(".txt").write_text(text, encoding="utf-8", errors="replace")

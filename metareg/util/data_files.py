@@ -1,4 +1,4 @@
-"""Where data is kept, and how it gets there."""
+"""The folders for data, and downloads into them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def absolute_path(path: str | Path) -> Path:
     try:
         return Path(path).expanduser().absolute()
     except RuntimeError as error:
-        raise UsageError(f"{path} has no home folder to begin with.") from error
+        raise UsageError(f"The home folder at the start of {path} is unknown.") from error
 
 
 def cache_folder() -> Path:
@@ -64,11 +64,11 @@ def download(url: str, path: Path, checksum: str | None = None) -> None:
         problem = f"The folder {path.parent} cannot be created: {error.strerror}"
         raise MetaregError(f"{problem}; choose other folders with METAREG_DATA and METAREG_CACHE.") from error
     pooch.get_logger().setLevel("WARNING")
-    # A bar draws by control characters, past what shows those of texts.
+    # The bar needs control characters, so it bypasses the stream that replaces them.
     screen = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
-    # Any total, until pooch sets it: a bar without one has no truth value, for which pooch asks.
+    # pooch sets the total later but first evaluates bool(bar), which fails without a total.
     with tqdm(desc=show_controls(path.name), total=1, unit="B", unit_scale=True, disable=None, file=screen) as bar:
-        if bar.disable:  # no terminal: a line in place of a bar
+        if bar.disable:  # not a terminal: print a line instead of a bar
             print(f"Downloading {path.name} from {url}", file=sys.stderr)
         fetch = pooch.HTTPDownloader(progressbar=bar, chunk_size=_BLOCK, timeout=_SECONDS)
         try:
@@ -94,5 +94,5 @@ def _explain(error: OSError, url: str) -> str:
     if isinstance(error, requests.ConnectionError):
         return f"there is no connection to {urlsplit(url).hostname}"
     if isinstance(error, requests.exceptions.ChunkedEncodingError):
-        return "the connection broke off"
+        return "the connection was lost"
     return error.strerror or str(error)

@@ -1,4 +1,4 @@
-"""Devices by name, and the memory that was used on them."""
+"""Devices by name, and their peak memory."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["find_device", "move_tensors", "peak_memory", "reset_peak_memory", "u
 
 
 def find_device(name: str) -> torch.device:
-    """The device that a user named; ``auto`` is a CUDA GPU where there is one.
+    """Find a device by name; ``auto`` is a CUDA GPU if there is one, otherwise the CPU.
 
     Raises:
         UsageError: there is no such device.
@@ -38,9 +38,9 @@ def find_device(name: str) -> torch.device:
 
 @contextmanager
 def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
-    """Let a block repeat itself on a GPU to the last bit; where torch has no kernel that does, it warns.
+    """Make a block reproducible bit for bit on a GPU; torch warns if it has no deterministic kernel.
 
-    By default cuDNN's convolutions add their gradients up in any order, so that two runs of one seed differ.
+    By default, cuDNN's convolutions sum gradients in varying order, so two runs with the same seed differ.
     """
     if device.type != "cuda":
         yield
@@ -58,7 +58,7 @@ def use_deterministic_kernels(device: torch.device) -> Iterator[None]:
 
 
 def move_tensors(tree: Any, device: torch.device | str, dtype: torch.dtype | None = None) -> Any:
-    """A pytree with its tensors on a device, floating-point ones as `dtype` where one is given."""
+    """Move a pytree's tensors to a device, and convert floating-point tensors to `dtype` if it is given."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -69,7 +69,7 @@ def move_tensors(tree: Any, device: torch.device | str, dtype: torch.dtype | Non
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Let `peak_memory` measure from now on, where the system can."""
+    """Restart the measurement of `peak_memory` from now on, if the system can."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -78,7 +78,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Bytes: the most that tensors took on a GPU, or that the whole process took; None where the system does not say."""
+    """Return the peak memory of tensors on a GPU, or of the whole process, in bytes; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     with suppress(OSError):

@@ -1,6 +1,7 @@
-"""Files that a reader never sees half-written: written aside, flushed to disk, then renamed.
+"""Files that are written atomically: under a temporary name, flushed to disk, then renamed.
 
-What is read may be a stranger's: it costs a small multiple of its size, and whatever is wrong with it is a `UsageError`.
+Files that are read can be untrusted. Reading one costs a small multiple of its size, and any defect raises a
+`UsageError`.
 """
 
 from __future__ import annotations
@@ -32,27 +33,27 @@ log = logging.getLogger("metareg")
 MALFORMED = (
     LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RuntimeError, EOFError, MemoryError,
 )  # fmt: skip
-"""What Python and torch raise where a file's content is not what it is taken for."""
+"""Exceptions that Python and torch raise for unexpected file content."""
 
 _LOCK, _OWNER = ".lock", ".owner.json"
 _NO_LINKS = getattr(os, "O_NOFOLLOW", 0)
 _MOST_DIGITS = 20
-"""As many as the numbers of 64 bits have."""
+"""The number of digits of 64-bit integers."""
 _LONGEST_REASON = 200
 
 
 @contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder, which takes the place of `path` when the block ends without an error.
+    """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
 
     Raises:
-        MetaregError: it cannot be written; `path` is as it was.
+        MetaregError: it cannot be written; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
-        # A file of its own: not one that a link of that name leads to.
+        # O_EXCL: create a new file, and never follow a link with this name.
         os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666))
         yield temporary
         with temporary.open("rb") as written:
@@ -67,7 +68,7 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 
 def write_bytes(path: Path, content: bytes | bytearray) -> None:
-    """Write a file; its folder must be there."""
+    """Write a file; its folder must exist."""
     if not path.parent.is_dir():
         raise MetaregError(f"{path} cannot be written: there is no folder {path.parent}.")
     with replace_file(path) as temporary:
@@ -81,24 +82,24 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write JSON; lists of numbers stand on one line."""
+    """Write JSON, with lists of numbers on one line."""
     write_text(path, format_json(content))
 
 
 def format_json(content: Any) -> str:
-    """Content as `write_json` writes it."""
+    """Format content as `write_json` does."""
     return _json(content, "") + "\n"
 
 
 def refuse_special_file(path: Path) -> None:
-    """Raise an OSError for a pipe or a device, which may never come to an end, or not even to a beginning."""
+    """Raise an OSError for a pipe or a device, which may block or never end."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
         raise OSError(errno.EINVAL, "it is a pipe or a device, not a file")
 
 
 def read_text(path: Path, errors: str = "strict") -> str:
-    """A text file in UTF-8; an OSError for a pipe or a device."""
+    """Read a UTF-8 text file; raise an OSError for a pipe or a device."""
     refuse_special_file(path)
     return path.read_text(encoding="utf-8", errors=errors)
 
@@ -107,7 +108,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON file.
 
     Raises:
-        UsageError: it cannot be read, or is not JSON.
+        UsageError: the file cannot be read, or is not JSON.
     """
     try:
         return parse_json(read_text(path).removeprefix("\ufeff"))
@@ -116,10 +117,10 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """What a JSON text holds.
+    """Parse a JSON text.
 
     Raises:
-        ValueError: it is none, has a key twice, is nested too deeply, or holds a whole number of more than 64 bits.
+        ValueError: it is not JSON, repeats a key, is nested too deeply, or contains an integer of more than 64 bits.
     """
     try:
         return json.loads(text, parse_int=_parse_int, object_pairs_hook=refuse_twice)
@@ -128,10 +129,10 @@ def parse_json(text: str) -> Any:
 
 
 def refuse_twice(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The dict of some keys and values, none of whose keys stands there twice; the `object_pairs_hook` of `json.loads`.
+    """Build a dict and refuse repeated keys; an `object_pairs_hook` for `json.loads`.
 
     Raises:
-        ValueError: one does.
+        ValueError: a key occurs twice.
     """
     found: dict[str, Any] = {}
     for key, value in pairs:
@@ -149,10 +150,10 @@ def _parse_int(digits: str) -> int:
 
 @contextmanager
 def refuse_malformed(path: Path, what: str) -> Iterator[None]:
-    """Turn what goes wrong in a block, which takes the content of a file for `what`, into one sentence.
+    """Turn errors of a block that reads a file's content as `what` into one sentence.
 
     Raises:
-        UsageError: an error of `MALFORMED` was raised.
+        UsageError: the block raised an error in `MALFORMED`.
     """
     try:
         yield
@@ -162,22 +163,22 @@ def refuse_malformed(path: Path, what: str) -> Iterator[None]:
 
 
 def _shorten(error: Exception) -> str:
-    """What an error says; it may quote the whole file."""
+    """Shorten an error's message, which may quote the whole file."""
     text = str(error)
     return text if len(text) <= _LONGEST_REASON else f"{text[:_LONGEST_REASON]}…"
 
 
 def open_to_append(path: Path) -> BinaryIO:
-    """A file to write at its end; an OSError where a link stands in its place."""
+    """Open a file for appending; raise an OSError if it is a link."""
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _NO_LINKS, 0o666), "ab")
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Be the only process that works on a folder. The system gives a dead process's lock back by itself.
+    """Lock a folder for this process. The system releases the lock of a dead process.
 
     Raises:
-        UsageError: a living process holds it; the message names that process. Or a link in it leads out of it.
+        UsageError: another process holds the lock (the message names it), or a link in the folder leads outside.
         MetaregError: the folder cannot be written.
     """
     _refuse_links_out(folder)
@@ -204,9 +205,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _refuse_links_out(folder: Path) -> None:
-    """Refuse a folder in which, at any depth, a link leads out of it or a pipe or device takes the place of a file.
+    """Refuse a folder that contains, at any depth, a link to the outside, a pipe or a device.
 
-    What is written there would land elsewhere, or never come to an end.
+    Writing there would change files elsewhere, or block.
     """
     inside = folder.resolve()
     waiting = [folder]
@@ -225,12 +226,12 @@ def _refuse_links_out(folder: Path) -> None:
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a file is one that a killed process of metareg left: a lock, or a file that was not finished."""
+    """Return whether a file is left over from a killed process: a lock or an unfinished file."""
     return path.name in (_LOCK, _OWNER) or (path.name.startswith(".") and path.name.endswith(".tmp"))
 
 
 def remove_leftovers(*folders: Path) -> None:
-    """Remove unfinished files; only for who holds the lock."""
+    """Remove unfinished files; call it only while you hold the lock."""
     for folder in folders:
         for path in folder.glob(".*.tmp"):
             with suppress(OSError):
@@ -238,7 +239,7 @@ def remove_leftovers(*folders: Path) -> None:
 
 
 class LinesFile:
-    """A file of JSON lines that only grows, and can be cut back to where it was at a checkpoint."""
+    """A file of JSON lines that can be appended to, and truncated to its state at a checkpoint."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -246,7 +247,7 @@ class LinesFile:
         self._digest = hashlib.sha256()
 
     def append(self, line: dict[str, Any]) -> None:
-        """Add a line.
+        """Append a line.
 
         Raises:
             MetaregError: it cannot be written.
@@ -261,7 +262,7 @@ class LinesFile:
         self._digest.update(content)
 
     def mark(self) -> dict[str, Any]:
-        """Where the file ends now, once that is on the disk."""
+        """Flush the file to disk, and return a mark of its current end."""
         if self._bytes:
             try:
                 with self.path.open("rb") as file:
@@ -271,9 +272,9 @@ class LinesFile:
         return {"bytes": self._bytes, "sha256": self._digest.hexdigest()}
 
     def cut(self, mark: dict[str, Any] | None, step: int = 0) -> None:
-        """Drop what was written after a mark; everything for None.
+        """Remove the lines after a mark, or all lines if it is None.
 
-        Where somebody changed the file since, its whole lines up to `step` are kept and the log says so.
+        If the file was changed since, its readable lines up to `step` are kept, and a warning is logged.
         """
         try:
             if self.path.exists():
@@ -282,14 +283,16 @@ class LinesFile:
             expected = 0 if mark is None else int(mark["bytes"])
             kept = content[:expected]
             if mark is not None and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
+                aside = self.path.with_name(f"{self.path.name}.damaged")
                 log.warning(
-                    "%s is not what this run wrote; its readable lines up to step %d are kept.", self.path, step
-                )
+                    "%s is not what this run wrote; its readable lines up to step %d are kept, and the file itself as %s.",
+                    self.path, step, aside.name,
+                )  # fmt: skip
                 kept = _legible(content, step)
-                self.path.replace(self.path.with_name(f"{self.path.name}.damaged"))
+                self.path.replace(aside)
                 write_bytes(self.path, kept)
             elif self.path.exists() and self.path.stat().st_nlink > 1:
-                write_bytes(self.path, kept)  # its other names keep what they have
+                write_bytes(self.path, kept)  # do not change the file under its other names
             elif self.path.exists():
                 with open_to_append(self.path) as file:
                     file.truncate(expected)
@@ -300,15 +303,15 @@ class LinesFile:
 
 
 class TimedLinesFile(LinesFile):
-    """One whose lines hold times: no two runs write the same, so that a checkpoint says nothing of what is in it."""
+    """A `LinesFile` with times, which differ between runs, so a checkpoint does not contain its checksum."""
 
     def mark(self) -> dict[str, Any]:
-        """Nothing, once the file is on the disk."""
+        """Flush the file to disk; return an empty mark."""
         super().mark()
         return {}
 
     def cut(self, mark: dict[str, Any] | None, step: int = 0) -> None:
-        """Drop the lines of later steps; everything for None."""
+        """Remove the lines of later steps, or all lines if `mark` is None."""
         if mark is None or not self.path.exists():
             super().cut(None)
             return
@@ -320,7 +323,7 @@ class TimedLinesFile(LinesFile):
 
 
 def _legible(content: bytes, step: int) -> bytes:
-    """The lines that are JSON objects of steps up to `step`, none of them twice."""
+    """Return the lines that are JSON objects with steps up to `step`, without duplicates."""
     kept: dict[bytes, None] = {}
     for line in content.splitlines(keepends=True):
         with suppress(*MALFORMED):

@@ -1,4 +1,4 @@
-"""Folders of images as people have them, and the pixels of whatever Pillow reads."""
+"""Users' folders of images, and the pixels of image files that Pillow can read."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ __all__ = ["ImageFiles", "UnreadableImageError", "find_images", "load_image"]
 log = logging.getLogger("metareg")
 
 _NAMED = 3
-"""So many names a sentence lists before it counts the rest."""
+"""Maximum number of names in a message, before it counts the rest."""
 _LEAST_PIXELS, _MOST_PIXELS = 1 << 24, 100
-"""An image may have so many pixels, or so many for each byte of its file."""
+"""Limits for an image: it may have this many pixels, or this many per byte of its file."""
 _NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
-"""Formats that Pillow only recognises, or hands to another program to be drawn."""
+"""Formats that Pillow only recognises, or renders with another program."""
 
 
 class UnreadableImageError(UsageError):
@@ -100,7 +100,7 @@ def find_images(root: Path) -> ImageFiles:
 
 
 class _Walk:
-    """Visits a folder and all inside it: links to folders last, so that a folder goes by its own name where it has one."""
+    """Visits a folder and everything in it, links to folders last, so that each folder is found under its real name."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -129,13 +129,13 @@ class _Walk:
             raise UsageError(f"{self._root} contains broken links: {_list(self._dangling)}. Fix or remove them.")
 
     def list_empty(self) -> list[str]:
-        """The folders without images in them or inside them, without those inside another of these."""
+        """List the topmost folders that contain no images at any depth."""
         full = {""} | {parent for name in self.images for parent in _list_parents(name)}
         empty = [name for name in self._folders if name not in full]
         return [name for name in empty if name.rpartition("/")[0] in full]
 
     def _visit(self, folder: Path) -> list[Path]:
-        """Take note of what is in a folder; the real folders among it."""
+        """Record a folder's content, and return its real subfolders."""
         try:
             with os.scandir(folder) as entries:
                 listed = sorted(entries, key=lambda entry: entry.name)
@@ -155,7 +155,7 @@ class _Walk:
             elif path.suffix.lower() in self._endings:
                 images.append(path)
             else:
-                self.other[path.suffix or "without an ending"] += 1
+                self.other[path.suffix or "without an extension"] += 1
         if images:
             self.images[self._name(folder)] = images
         return inside
@@ -209,14 +209,14 @@ def load_image(source: Path | Image, channels: int) -> Image:
             return _convert(image, channels)
     except UnidentifiedImageError as error:
         raise UnreadableImageError(source, "it is not an image") from error
-    # Pillow's readers raise errors of many kinds for a damaged file.
+    # Pillow's readers raise many kinds of errors for damaged files.
     except Exception as error:
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UnreadableImageError(source, reason) from error
 
 
 def _refuse_bombs(image: Image, size: int) -> None:
-    """Refuse an image that has far more pixels than its file can tell apart; decoding takes some bytes for each."""
+    """Refuse an image that has far more pixels than its file size justifies; decoding needs several bytes per pixel."""
     width, height = image.size
     if width * height > max(_LEAST_PIXELS, _MOST_PIXELS * size):
         raise ValueError(f"it has {width}×{height} pixels in a file of {size} bytes; save it with fewer pixels")
@@ -224,7 +224,7 @@ def _refuse_bombs(image: Image, size: int) -> None:
 
 @cache
 def _list_formats() -> dict[str, str | None]:
-    """The endings that Pillow knows, and the name of the format that it reads; None where that is no picture."""
+    """Map extensions that Pillow knows to the format's name, or to None if it is not an image format."""
     from PIL import Image
 
     known = Image.registered_extensions()
@@ -236,7 +236,7 @@ def _convert(image: Image, channels: int) -> Image:
 
     image = _scale_to_bytes(ImageOps.exif_transpose(image))
     if image.mode == "LAB":
-        image = image.convert("RGB")  # Pillow knows no other way from there
+        image = image.convert("RGB")  # the only conversion that Pillow has from this mode
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -244,7 +244,7 @@ def _convert(image: Image, channels: int) -> Image:
 
 
 def _scale_to_bytes(image: Image) -> Image:
-    """An image of numbers of 16 bits or more with 8 bits, by the range that its numbers can have."""
+    """Scale an image with 16 or more bits per value to 8 bits, from the range of its type."""
     import numpy as np
     from PIL import Image
 

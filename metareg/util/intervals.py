@@ -1,4 +1,4 @@
-"""The 95 % interval of a mean, by Student's t: the one of results, terminal, plots, reports and verdicts."""
+"""The 95 % interval of a mean by Student's t, used in results, terminal output, plots, reports and verdicts."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ LEVEL = 0.95
 
 
 def compute_half_width(values: NDArray[Any]) -> float:
-    """Half the width of the interval of the mean of independent values: t standard errors.
+    """Return half the width of the interval of a mean of independent values: t standard errors.
 
     Args:
         values: ``[count]``.
 
     Returns:
-        NaN where there are fewer than two values, or one is not finite.
+        NaN if there are fewer than two values or one is not finite.
     """
     if len(values) < 2 or not np.isfinite(values).all():
         return float("nan")
@@ -30,13 +30,13 @@ def compute_half_width(values: NDArray[Any]) -> float:
 
 
 def compute_spread(values: NDArray[Any]) -> float:
-    """The estimated standard deviation; exactly zero where all values are the same, and never an overflow."""
+    """Estimate the standard deviation; exactly zero if all values are equal, and without overflow."""
     largest = np.abs(values).max()
     return 0.0 if np.all(values == values[0]) else float(largest * np.std(values / largest, ddof=1))
 
 
 def compute_quantile(degrees: float) -> float:
-    """Half an interval in standard errors, by Student's t with the given degrees of freedom."""
-    from scipy.special import stdtrit  # its import takes 0.2 s, and training needs none
+    """Return half an interval in standard errors, by Student's t with the given degrees of freedom."""
+    from scipy.special import stdtrit  # the import takes 0.2 s, and training does not need it
 
     return float(stdtrit(degrees, (1 + LEVEL) / 2))

@@ -1,4 +1,4 @@
-"""How tensors lie in memory, and that a gradient lies as its parameter does."""
+"""Memory layouts of tensors, and gradients with the layout of their parameters."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["copy_contiguous", "make_contiguous", "match_strides", "settle_layout
 
 
 def make_contiguous(leaf: Tensor) -> Tensor:
-    """A tensor in contiguous memory in its shape's order, dimensions of size 1 included."""
+    """Return a tensor in contiguous memory, with contiguous strides also for dimensions of size 1."""
     strides, _ = _compute_strides(leaf.shape)
     if leaf.stride() == strides:
         return leaf
-    # PyTorch calls a tensor contiguous whatever the strides of its dimensions of size 1, and leaves it as it is. By these
-    # convolutions tell whether grey images lie channels last.
+    # PyTorch ignores the strides of dimensions of size 1 when it checks contiguity, but convolutions use them to decide
+    # whether grey images are channels last.
     return leaf.as_strided(leaf.shape, strides) if leaf.is_contiguous() else leaf.contiguous()
 
 
 def settle_layout(leaf: Tensor) -> Tensor:
-    """A tensor in contiguous memory: ``[…, C, H, W]`` channels last where it is so already, else in its shape's order."""
+    """Return a tensor in contiguous memory; keep ``[…, C, H, W]`` channels last if it already is."""
     strides, channels_last = _compute_strides(leaf.shape)
     if leaf.stride() in (strides, channels_last):
         return leaf
@@ -33,7 +33,7 @@ def settle_layout(leaf: Tensor) -> Tensor:
 
 @lru_cache(maxsize=1024)
 def _compute_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The strides of a contiguous tensor, and of one that lies channels last where it can."""
+    """Return the strides of a contiguous tensor, and of a channels-last one if the shape allows it."""
     strides = torch.empty(shape, device="meta").stride()
     if len(shape) < 4:
         return strides, strides
@@ -42,21 +42,20 @@ def _compute_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...
 
 
 def copy_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies without a graph, each in the order of its own shape, whatever the originals' strides."""
+    """Return detached, contiguous copies, whatever the originals' strides."""
     return {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in tensors.items()}
 
 
 def match_strides(grads: Mapping[str, Tensor], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients with the strides of their parameters, in memory of their own.
+    """Return gradients with the strides of their parameters, in separate memory.
 
-    The gradient of a convolution's weight comes channels last where its images do. Fused kernels walk through parameter,
-    gradient and moments side by side in memory and never look at strides: an entry of one would be moved by another's
-    gradient.
+    If images are channels last, so is the gradient of a convolution's weight. Fused kernels read parameter, gradient
+    and moments in memory order and ignore strides, so they would apply gradients to the wrong entries.
 
     Args:
-        grads: gradients by name; the ones that lie otherwise are copied, and so are parameters themselves, which a plugin
-            may give for gradients: the next step would change what the last one returned.
-        params: contiguous parameters of the same names, shapes, types and devices.
+        grads: gradients by name. Gradients with other strides are copied. Parameters that a plugin returns as gradients
+            are copied too, because the next step would change them.
+        params: contiguous parameters with the same names, shapes, types and devices.
     """
     return {
         name: grad

@@ -1,4 +1,4 @@
-"""How a process of metareg's own gets its memory from the system."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -29,6 +29,6 @@ def keep_freed_memory() -> bool:
         return False
     settings = {_MMAP_THRESHOLD: _LARGEST, _TRIM_THRESHOLD: _LARGEST, _TOP_PAD: 64 << 20}
     taken = {parameter: bool(mallopt(parameter, value)) for parameter, value in settings.items()}
-    if not taken[_MMAP_THRESHOLD]:  # older versions take half of a heap at most
+    if not taken[_MMAP_THRESHOLD]:  # older versions accept at most half a heap
         taken[_MMAP_THRESHOLD] = bool(mallopt(_MMAP_THRESHOLD, 32 << 20))
     return all(taken.values())

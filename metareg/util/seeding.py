@@ -1,7 +1,7 @@
-"""Random numbers that are a function of what they are for, never of what was drawn before.
+"""Random numbers that depend only on their purpose, never on earlier draws.
 
-A run has one seed. Everything random in it (initial weights, an augmenter's noise, the tasks of a split) takes a seed
-derived from the run's seed and a label, so that changing one part of a run leaves the others as they were.
+A run has one seed. Everything random in it (initial weights, an augmenter's noise, the tasks of a split) uses a seed
+derived from the run's seed and a label, so changing one part of a run does not change the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = [
     "save_global_generators", "seed_global_generators", "task_uniform", "use_seed",
 ]  # fmt: skip
 
-_TORCH_GENERATOR = RLock()  # torch has one global generator for all threads of a process
+_TORCH_GENERATOR = RLock()  # all threads of a process share torch's global generator
 
 
 def derive_seed(seed: int, *labels: str | int) -> int:
@@ -31,7 +31,7 @@ def derive_seed(seed: int, *labels: str | int) -> int:
 
 
 def create_generator(seed: int, *labels: str | int) -> torch.Generator:
-    """A CPU generator seeded by `derive_seed`."""
+    """Create a CPU generator seeded by `derive_seed`."""
     return torch.Generator().manual_seed(derive_seed(seed, *labels))
 
 
@@ -39,8 +39,8 @@ def create_generator(seed: int, *labels: str | int) -> torch.Generator:
 def use_seed(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
     """Seed torch's global CPU generator for a block and restore it afterwards.
 
-    The default initialisers of `torch.nn` draw from the global generator; inside the block they are a function of the
-    seed. Yields a generator of its own for code that takes one. Threads take turns.
+    The default initialisers of `torch.nn` draw from the global generator; inside the block, they depend only on the
+    seed. Yields a separate generator for code that takes one. Only one thread at a time can be in the block.
     """
     with _TORCH_GENERATOR, torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, *labels, "global"))
@@ -48,10 +48,10 @@ def use_seed(seed: int, *labels: str | int) -> Iterator[torch.Generator]:
 
 
 class SeparateGenerators:
-    """States of the global CPU generators for code that draws from them, apart from those of all other code.
+    """Separate states of the global CPU generators for code that draws from them.
 
     Args:
-        seed: what they begin with.
+        seed: the initial seed.
     """
 
     def __init__(self, seed: int) -> None:
@@ -62,7 +62,7 @@ class SeparateGenerators:
 
     @contextmanager
     def use(self) -> Iterator[None]:
-        """Have these states for a block, and those of before after it."""
+        """Use these states while the block runs, then restore the previous ones."""
         self._outside = _save_states(self._own)
         if self._states is None:
             random.seed(self._seed)
@@ -77,7 +77,7 @@ class SeparateGenerators:
             _restore_states(self._own, self._outside)
 
     def add(self, generators: Sequence[torch.Generator]) -> None:
-        """Seed further generators and treat them alike, from within the block."""
+        """Seed further generators and save their states too; call it within the block."""
         self._outside[-1].extend(generator.get_state() for generator in generators)
         self._own.extend(generators)
         for generator in generators:
@@ -99,10 +99,10 @@ def _restore_states(own: Sequence[torch.Generator], states: tuple[Any, ...]) -> 
 
 @contextmanager
 def seed_global_generators(seed: int, *labels: str | int) -> Iterator[None]:
-    """Seed the global generators of Python, NumPy and torch for a block, and put them back afterwards.
+    """Seed the global generators of Python, NumPy and torch for a block, and restore them afterwards.
 
-    metareg draws from none of them; a plugin from elsewhere may, and is then a function of the seed too. The program around
-    the block goes on as if nothing had been drawn.
+    metareg does not draw from them, but plugins may, and then depend on the seed too. The code around the block is not
+    affected.
     """
     before, on_gpus, initial = save_global_generators(), torch.cuda.is_initialized(), torch.initial_seed()
     own = derive_seed(seed, *labels, "generators")
@@ -113,12 +113,12 @@ def seed_global_generators(seed: int, *labels: str | int) -> Iterator[None]:
         yield
     finally:
         restore_global_generators(before)
-        if not on_gpus:  # as `torch.manual_seed` leaves them, which seeds those of GPUs that come into use later
+        if not on_gpus:  # like `torch.manual_seed`, which seeds GPUs when they are first used
             torch.cuda.manual_seed_all(initial)
 
 
 def save_global_generators() -> dict[str, Any]:
-    """The states of the global generators of Python, NumPy and torch, as tensors and plain values."""
+    """Return the states of the global generators of Python, NumPy and torch, as tensors and plain values."""
     name, keys, *rest = np.random.get_state(legacy=True)
     version, numbers, gauss_next = random.getstate()
     return {
@@ -130,7 +130,7 @@ def save_global_generators() -> dict[str, Any]:
 
 
 def restore_global_generators(state: Mapping[str, Any]) -> None:
-    """Put the global generators back to what `save_global_generators` returned."""
+    """Restore the global generators from what `save_global_generators` returned."""
     version, numbers, gauss_next = state["python"]
     random.setstate((version, tuple(numbers.tolist()), gauss_next))
     name, keys, *rest = state["numpy"]
@@ -179,7 +179,7 @@ def draw_distinct(uniform: np.ndarray, population: np.ndarray | int) -> np.ndarr
     """
     draws = uniform.shape[-1]
     step = np.arange(draws)
-    # Step j swaps the entries at the positions j and target[j] >= j, and draws what then stands at j.
+    # Step j swaps the entries at positions j and target[j] >= j, and draws the entry that is then at j.
     target = step + (uniform * (np.asarray(population)[..., None] - step)).astype(np.int64)
     drawn, moved = np.empty_like(target), np.empty_like(target)
     for j in range(draws):
@@ -189,7 +189,7 @@ def draw_distinct(uniform: np.ndarray, population: np.ndarray | int) -> np.ndarr
 
 
 def _look_up(position: np.ndarray, target: np.ndarray, moved: np.ndarray) -> np.ndarray:
-    """What stands at a position after some swaps: what the last one with this target put there, else its number."""
+    """Return the entry at a position after some swaps: from the last swap with this target, otherwise its number."""
     if not target.shape[-1]:
         return position
     hit = target == position[..., None]

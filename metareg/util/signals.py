@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first asks for a clean stop, the second stops now."""
+"""Ctrl-C and SIGTERM: the first signal asks for a clean stop, the second stops immediately."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ log = logging.getLogger("metareg")
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _ECHO_SECONDS = 2.0
-"""A launcher passes on a signal that the terminal or the scheduler had sent to its processes already."""
+"""Time in which a repeated signal is ignored: launchers forward signals that processes have already received."""
 
 
 class StopRequest:
-    """Whether somebody asked for an end.
+    """Whether a signal has asked to stop.
 
-    The first signal sets `asked`, for the training to look at after each step; a second one, or any while `at_once` is
-    set, raises KeyboardInterrupt where the program stands.
+    The first signal sets `asked`, which training checks after each step. A second one, or any while `at_once` is set,
+    raises KeyboardInterrupt immediately.
 
     Args:
-        launched: whether a launcher passes on signals, so that one that soon follows another is the same.
+        launched: whether a launcher forwards signals, so that two in quick succession count as one.
     """
 
     def __init__(self, launched: bool = False) -> None:
         self.asked = False
         self.at_once = False
-        """Set where there is no step to wait for."""
+        """Set while there is no step to wait for."""
         self._echo_until = 0.0
         self._echo_seconds = _ECHO_SECONDS if launched else 0.0
 
@@ -48,12 +48,12 @@ class StopRequest:
 
 @contextmanager
 def catch_stop_signals(launched: bool = False) -> Iterator[StopRequest]:
-    """Listen for SIGINT and SIGTERM while the block runs. Outside the main thread, where none arrive, it does nothing."""
+    """Handle SIGINT and SIGTERM while the block runs. Does nothing outside the main thread, which gets all signals."""
     stop = StopRequest(launched)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    # Who ignores a signal (nohup, a shell's background job) has a reason.
+    # Keep signals ignored that already are (nohup, a shell's background job).
     heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
     before = {number: signal.signal(number, stop.handle) for number in heard}
     try:

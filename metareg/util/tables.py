@@ -1,4 +1,4 @@
-"""Tables that users bring: text (CSV as spreadsheets and programs write it), Parquet and npz, read by column names."""
+"""Users' tables: text (CSV from spreadsheets and programs), Parquet and npz, read by column names."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ["Table", "read_frame", "read_table"]
 _LARGEST_TEXT = 1 << 28
 _MOST_COLUMNS = 100_000
 _LEAST_CELLS, _MOST_CELLS = 1 << 22, 20
-"""A Parquet file may have so many cells, or so many for each of its bytes."""
+"""Limits for a Parquet file: it may have this many cells, or this many per byte."""
 _SEPARATORS = {"\t": "tabs", ";": "semicolons", ",": "commas"}
-"""In the order in which they are tried: a line with commas can be one of semicolons and decimal commas."""
+"""Separators in the order in which they are tried; semicolons before commas, which can be decimal commas."""
 _WHOLE = re.compile(r"[+-]?\d+")
 _POINT = re.compile(r"[+-]?(\d+\.\d*|\.\d+)")
 _COMMA = re.compile(r"[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?")
@@ -55,26 +55,26 @@ class Table:
 
     @property
     def names(self) -> list[str]:
-        """The columns' names in their order."""
+        """The columns' names in order."""
         return list(self.columns)
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()), ()))
 
     def is_numeric(self, name: str) -> bool:
-        """Whether all cells of a column that are not missing are numbers, and there is at least one."""
+        """Return whether a column has cells that are not missing, and all of these are numbers."""
         cells = self.columns[name]
         return isinstance(cells, np.ndarray) or (any(cells) and not self.find_texts(name))
 
     def find_texts(self, name: str) -> list[int]:
-        """The rows of a column whose cells are neither numbers nor missing."""
+        """Find the rows whose cells in a column are neither numbers nor missing."""
         cells = self.columns[name]
         if isinstance(cells, np.ndarray):
             return []
         return [row for row, cell in enumerate(cells) if cell.casefold() not in _MISSING and self._parse(cell) is None]
 
     def get_numbers(self, name: str, *, missing: bool = False) -> np.ndarray:
-        """A column as numbers (float64).
+        """Return a column as numbers (float64).
 
         Args:
             name: the column.
@@ -102,18 +102,18 @@ class Table:
         return numbers
 
     def get_texts(self, name: str) -> list[str]:
-        """A column as strings: numbers with decimal points, whole numbers without, and "" for missing ones."""
+        """Return a column as strings: numbers with decimal points, whole numbers without, and "" for missing ones."""
         cells = self.columns[name]
         if isinstance(cells, np.ndarray):
             return ["" if math.isnan(value) else _format_number(value) for value in cells.tolist()]
         return [cell.replace(",", ".") if self.decimal_comma and _COMMA.fullmatch(cell) else cell for cell in cells]
 
     def get_rows(self, names: Sequence[str]) -> list[list[str]]:
-        """The strings of some columns, row by row."""
+        """Return the strings of some columns, row by row."""
         return [list(row) for row in zip(*(self.get_texts(name) for name in names), strict=True)]
 
     def select(self, rows: Sequence[int] | np.ndarray) -> Table:
-        """Some of the rows."""
+        """Return a table with some of the rows."""
         columns = {
             name: cells[rows] if isinstance(cells, np.ndarray) else [cells[row] for row in rows]
             for name, cells in self.columns.items()
@@ -121,7 +121,7 @@ class Table:
         return replace(self, columns=columns, lines=[self.lines[row] for row in rows] if self.lines else ())
 
     def rename(self, names: Sequence[str]) -> Table:
-        """The same columns under other names."""
+        """Return a table with the same columns under other names."""
         return replace(self, columns=dict(zip(names, self.columns.values(), strict=True)))
 
     def locate(self, row: int, name: str) -> str:
@@ -140,17 +140,17 @@ class Table:
         for name in self.columns:
             if name not in allowed:
                 close = nearest(name, allowed - set(self.columns))
-                advice = f"is '{close[0]}' meant?" if close else "take it out."
+                advice = f"did you mean '{close[0]}'?" if close else "remove it."
                 raise UsageError(
                     f"{self.path} has the column '{name}', which is not used: the columns are "
                     f"{_list_names(sorted(allowed, key=_order_of([*required, *optional])))}; {advice}"
                 )
 
     def require(self, name: str) -> None:
-        """Refuse the table if it has no column of a name.
+        """Refuse the table if it has no column with this name.
 
         Raises:
-            UsageError: it has none; the message gives the nearest names.
+            UsageError: there is no such column; the message gives the nearest name.
         """
         if name in self.columns:
             return
@@ -159,7 +159,7 @@ class Table:
         raise UsageError(f"{self.path} has no column '{name}'; {advice}")
 
     def _parse(self, cell: str) -> float | None:
-        """The finite number that a cell holds; None where it holds none."""
+        """Parse a cell as a finite number; None if it is not one."""
         if self.decimal_comma:
             cell = cell.replace(",", ".") if cell.count(",") == 1 and "." not in cell else cell
         if not _NUMBER.fullmatch(cell):
@@ -209,7 +209,7 @@ def read_table(path: Path, known: Collection[str] = (), *, is_data: Callable[[li
 
 def _read_text(path: Path, known: Collection[str], is_data: Callable[[list[str]], bool] | None) -> Table:
     separator, numbered = _split_cells(path, _decode(path))
-    while numbered and not any(numbered[-1][1]):  # as spreadsheets write rows that were emptied
+    while numbered and not any(numbered[-1][1]):  # spreadsheets write emptied rows
         numbered.pop()
     if not numbered:
         raise UsageError(f"{path} contains no rows.")
@@ -244,7 +244,7 @@ def _decode(path: Path) -> str:
 
 
 def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]]]:
-    """What separates the cells, and the cells of each line that is not blank, with its number."""
+    """Find the separator, and split each nonblank line into cells; also return the lines' numbers."""
     first = next((line for line in text.splitlines() if line.strip()), "")
     candidates = [separator for separator in _SEPARATORS if separator in first] or _SEPARATORS
     tried = {separator: lines for separator in candidates if (lines := _parse_lines(text, separator)) is not None}
@@ -255,7 +255,7 @@ def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]
         if len(set(found)) == 1 and found[0] > 1:
             return separator, tried[separator]
     likely = max(widths, key=lambda separator: widths[separator][:1])
-    if widths[likely][:1] <= [1]:  # one column, in which commas are decimal
+    if widths[likely][:1] <= [1]:  # one column with decimal commas
         split = (separator for separator in tried if not _is_one_column(tried[separator], separator))
         likely = next(split, likely)
     for (line, _), width in zip(tried[likely], widths[likely], strict=True):
@@ -268,13 +268,13 @@ def _split_cells(path: Path, text: str) -> tuple[str, list[tuple[int, list[str]]
 
 
 def _is_one_column(lines: list[tuple[int, list[str]]], separator: str) -> bool:
-    """Whether a separator does not occur, or is a comma that is the decimal sign wherever it does."""
+    """Return whether the separator never occurs, or is a comma that is always a decimal comma."""
     split = [separator.join(cells) for _, cells in lines if len(cells) > 1]
     return not split or (separator == "," and all(_COMMA.fullmatch(line) for line in split))
 
 
 def _parse_lines(text: str, separator: str) -> list[tuple[int, list[str]]] | None:
-    """The lines that are not blank, by a separator; None where quotation marks are elsewhere than it would have them."""
+    """Split nonblank lines by a separator; None if quotation marks are not where this separator requires them."""
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, skipinitialspace=True, strict=True)
     lines = []
     try:
@@ -288,7 +288,7 @@ def _parse_lines(text: str, separator: str) -> list[tuple[int, list[str]]] | Non
 
 
 def _create_rule(path: Path) -> Callable[[list[str]], bool]:
-    """Whether a first line is a first row, for tables of numbers."""
+    """Create the rule that decides whether the first line is a row, for tables of numbers."""
 
     def is_data(cells: list[str]) -> bool:
         if not all(_NUMBER.fullmatch(cell) or _COMMA.fullmatch(cell) or _is_marker(cell) for cell in cells):
@@ -296,7 +296,7 @@ def _create_rule(path: Path) -> Callable[[list[str]], bool]:
         if all(_WHOLE.fullmatch(cell) for cell in cells):
             raise UsageError(
                 f"The first line of {path}, '{', '.join(cells[:_SHOWN])}', could be column names or a row: replace it "
-                "by names that are not numbers, or add such a line before it."
+                "with names that are not numbers, or add such a line before it."
             )
         return True
 
@@ -304,7 +304,7 @@ def _create_rule(path: Path) -> Callable[[list[str]], bool]:
 
 
 def _is_marker(cell: str) -> bool:
-    """Whether a cell says in letters that a number is missing."""
+    """Return whether a cell marks a missing number in letters."""
     return cell.casefold() in _MISSING and bool(cell)
 
 
@@ -351,14 +351,14 @@ def _read_npz(path: Path) -> Table:
 
 
 def read_frame(frame: Any, name: str) -> Table:
-    """A frame of pandas, or one like it, as a table.
+    """Convert a pandas frame, or a similar object, to a table.
 
     Args:
-        frame: has `columns`, and for each a column with `to_numpy`.
-        name: how messages call it.
+        frame: an object with `columns`, and for each a column with `to_numpy`.
+        name: the name in messages.
 
     Raises:
-        UsageError: a column holds neither numbers nor texts, or two have one name.
+        UsageError: a column contains neither numbers nor strings, or two columns have the same name.
     """
     path, names = Path(name), [str(each) for each in frame.columns]
     _check_names(path, names)
@@ -367,7 +367,7 @@ def read_frame(frame: Any, name: str) -> Table:
 
 
 def _convert_cells(path: Path, name: str, cells: np.ndarray) -> Sequence[str] | np.ndarray:
-    """A column that may hold Python's objects: numbers where all are, texts otherwise; nothing where one is missing."""
+    """Convert a column of Python objects: to numbers if all are numbers, otherwise to strings, empty if missing."""
     if cells.dtype.kind != "O":
         return _convert_array(path, name, cells)
     values = [None if cell is None or cell != cell else cell for cell in cells.tolist()]
@@ -381,7 +381,7 @@ def _convert_array(path: Path, name: str, array: np.ndarray) -> Sequence[str] | 
         return array.astype(np.float64)
     if array.dtype.kind in "US":
         return [str(cell).strip() for cell in array.astype(np.str_).tolist()]
-    raise UsageError(f"The array '{name}' of {path} has the type {array.dtype}; columns are numbers or texts.")
+    raise UsageError(f"The array '{name}' of {path} has the type {array.dtype}; columns must be numbers or strings.")
 
 
 def _read_parquet(path: Path) -> Table:

@@ -1,7 +1,7 @@
 """Tensors with a JSON header in one safetensors file; loading one executes nothing.
 
-The header stands in the file's metadata under the key ``metareg`` and begins with a SHA-256 over every other byte of the
-file, so that a flipped bit or a missing end is noticed wherever it is.
+The header is in the file's metadata under the key ``metareg``. It begins with a SHA-256 of every other byte of the
+file, which detects any flipped bit or truncation.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ __all__ = ["DamagedFileError", "TensorFile", "limit_cost", "write_tensors"]
 _LONGEST_HEADER = 16 << 20
 _MOST_TENSORS = 10_000
 _NO_DIGEST = "0" * 64
-# Building a learner takes 3 to 6 times its file, and 5 to 7 operations for each of its tensors.
+# Building a learner takes 3 to 6 times its file's size, and 5 to 7 operations per tensor.
 _MOST_COPIES = 16
 _MOST_OPERATIONS = 50
 _LEAST_OPERATIONS = 1000
 
 
 class DamagedFileError(UsageError):
-    """A file is not what was written, or was never one of metareg's."""
+    """A file is damaged, or was not written by metareg."""
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> None:
-    """Write tensors and a header as one file, complete or not at all.
+    """Write tensors and a header to one file atomically.
 
     Args:
-        tensors: by name; on any device, in any layout.
-        header: what JSON can hold.
+        tensors: tensors by name, on any device and in any layout.
+        header: content for JSON.
 
     Raises:
-        MetaregError: the file cannot be written; what stood there before is as it was.
+        MetaregError: the file cannot be written; an existing file is unchanged.
     """
     own = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     blob = bytearray(save(own, {"metareg": json.dumps({"sha256": _NO_DIGEST, **header})}))
@@ -56,7 +56,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 class TensorFile:
-    """What `write_tensors` wrote. Opening it reads the header alone, to be judged before any memory is taken.
+    """A file of `write_tensors`. Opening it reads only the header, so that you can check it before allocating memory.
 
     Args:
         path: the file.
@@ -64,7 +64,7 @@ class TensorFile:
 
     Raises:
         UsageError: there is no such file.
-        DamagedFileError: it is no such file, or its header is damaged.
+        DamagedFileError: it is not a file of `write_tensors`, or its header is damaged.
     """
 
     def __init__(self, path: Path, what: str) -> None:
@@ -90,10 +90,10 @@ class TensorFile:
         """The size of the file."""
 
     def read(self) -> dict[str, Tensor]:
-        """The tensors by name, each in memory of its own.
+        """Read the tensors by name, each in separate memory.
 
         Raises:
-            DamagedFileError: the file is not what was written.
+            DamagedFileError: the file is damaged.
         """
         with self._translate_errors():
             blob = self.path.read_bytes()
@@ -103,7 +103,7 @@ class TensorFile:
             digest.update(memoryview(blob)[end:])
             if digest.hexdigest() != self._digest:
                 raise ValueError("its checksum is wrong")
-            # Copies are aligned as every other tensor is, on which the last bit of a matrix product can depend.
+            # Copies have torch's usual alignment, which can affect the last bit of a matrix product.
             return {name: value.clone() for name, value in load(blob).items()}
 
     @contextmanager
@@ -112,7 +112,7 @@ class TensorFile:
             yield
         except FileNotFoundError:
             raise UsageError(f"There is no {self._what} at {self.path}.") from None
-        # A damaged header can be any JSON, or none.
+        # A damaged header can be any JSON, or not JSON at all.
         except (SafetensorError, OSError, *MALFORMED) as error:
             raise DamagedFileError(
                 f"{self.path} is not a {self._what} that metareg saved, or it is damaged: {error}."
@@ -121,17 +121,17 @@ class TensorFile:
 
 @contextmanager
 def limit_cost(file: TensorFile, *, bytes_at_least: int) -> Iterator[None]:
-    """Refuse, for a block that creates what a file says, to create much more than the file holds.
+    """Limit a block that builds what a file describes to a multiple of the file's size.
 
-    A file from a stranger says how wide and how deep its model is; to build it must cost a small multiple of the file, all
-    tensors taken together. Tensors without memory (on the device ``meta``) count as operations alone.
+    An untrusted file says how wide and deep its model is, so building it must cost at most a small multiple of the
+    file, over all tensors. Tensors on the device ``meta``, which have no memory, count only as operations.
 
     Args:
         file: the file.
-        bytes_at_least: so many bytes are always allowed.
+        bytes_at_least: number of bytes that are always allowed.
 
     Raises:
-        UsageError: the block creates tensors of more bytes, or takes more operations for it.
+        UsageError: the block exceeds the limit of bytes or operations.
     """
     most_bytes = max(bytes_at_least, _MOST_COPIES * file.bytes)
     with _CostBound(most_bytes, _LEAST_OPERATIONS + _MOST_OPERATIONS * len(file.shapes), str(file.path)):
@@ -176,6 +176,6 @@ class _CostBound(OperationMode):  # type: ignore[misc]
 
 
 def _find_storages(tree: Any) -> dict[int, int]:
-    """Where the tensors among some values have their numbers, and the bytes of these."""
+    """Map the address of each tensor's storage in a tree to its size in bytes."""
     real = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.device.type != "meta")
     return {leaf.untyped_storage().data_ptr(): leaf.untyped_storage().nbytes() for leaf in real}

@@ -1,6 +1,6 @@
-"""The names that torch keeps to itself and metareg needs: what each is for, and what takes its place where it is gone.
+"""The private names of torch that metareg needs, what each is for, and a fallback for versions without it.
 
-Any version of torch may rename or remove them. Everything else takes them from here.
+Any version of torch can rename or remove them. All other modules import them from here.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ _TESTED = "2.8 to 2.14"
 
 
 def _find(*names: str, default: Any = None) -> Any:
-    """What the first known one of some dotted names means in this torch.
+    """Return the object for the first dotted name that this torch has.
 
     Raises:
-        MetaregError: it knows none of them, and there is no default.
+        MetaregError: it has none of them, and there is no default.
     """
     for name in names:
         module, _, attribute = name.rpartition(".")
@@ -47,18 +47,17 @@ def _find(*names: str, default: Any = None) -> Any:
     if default is not None:
         return default
     raise MetaregError(
-        f"torch {torch.__version__} has no {' and no '.join(names)}, which metareg needs; torch {_TESTED} has what it needs."
+        f"torch {torch.__version__} has no {' and no '.join(names)}, which metareg needs; use torch {_TESTED}."
     )
 
 
-# Nested dicts, lists and tuples of tensors, for inputs and state of any structure. torch.utils.pytree is the name under
-# which they are to become public.
+# For nested dicts, lists and tuples of tensors. Their future public name is torch.utils.pytree.
 tree_map, tree_leaves, tree_flatten, tree_unflatten = (
     _find(f"torch.utils._pytree.{name}", f"torch.utils.pytree.{name}")
     for name in ("tree_map", "tree_leaves", "tree_flatten", "tree_unflatten")
 )
 
-# The common ancestors of layers, from which other packages derive theirs; without them, torch's own layers.
+# The common base classes of layers, including other packages' layers; otherwise torch's own layers.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
@@ -66,30 +65,30 @@ BATCH_NORM: Any = _find("torch.nn.modules.batchnorm._BatchNorm", default=_BATCH_
 NORM_WITH_STATISTICS: Any = _find("torch.nn.modules.batchnorm._NormBase", default=_BATCH_NORMS + _INSTANCE_NORMS)
 DROPOUT: Any = _find("torch.nn.modules.dropout._DropoutNd", default=_DROPOUTS)
 
-# A view of a tensor that nothing else holds, which traced products leave behind; `view` where there is no such operation.
+# A view of a tensor without other references, which tracing matrix products produces; otherwise `view`.
 UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view).default
 
-# A mode whose `__torch_dispatch__` sees every operation of a block. TorchFunctionMode, whose `__torch_function__` sees the
-# calls of torch's functions, misses the few that are none, such as torch.Tensor(3, 4).
+# A mode that sees every operation of a block. The fallback TorchFunctionMode sees calls of torch's functions, but not
+# the few other operations, such as torch.Tensor(3, 4).
 OperationMode: Any = _find("torch.utils._python_dispatch.TorchDispatchMode", default=TorchFunctionMode)
 
-# What every module keeps in its attributes for itself: its parameters, buffers, submodules and hooks.
+# The attributes in which every module stores its parameters, buffers, submodules and hooks.
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
 
 _OPERATION = type(torch.ops.aten.add.Tensor)
 
 
 def writes_in_place(operation: Any) -> bool:
-    """Whether a function of a traced graph is an operation that changes a tensor; where torch cannot tell, it is."""
-    # A graph that is wrongly taken for one that writes is functionalized in vain: the same result, by more operations.
+    """Return whether an operation of a traced graph changes a tensor; True if torch cannot tell."""
+    # If True is wrong, the graph is functionalized needlessly: the same result with more operations.
     return isinstance(operation, _OPERATION) and getattr(getattr(operation, "_schema", None), "is_mutable", True)
 
 
 def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
-    """The graph of the operations that a function makes of tensors.
+    """Trace the operations of a function of tensors to a graph.
 
-    Fake tensors take neither memory nor arithmetic; the function's constants (frozen parameters, buffers) are real. A torch
-    that does not take both traces with real tensors.
+    Tracing uses fake tensors, which need neither memory nor arithmetic, together with the function's real constants
+    (frozen parameters, buffers). If this torch does not support the mixture, it traces with real tensors.
     """
     make_fx = _find("torch.fx.experimental.proxy_tensor.make_fx", "functorch.make_fx")
     fake = {"tracing_mode": "fake", "_allow_non_fake_inputs": True}
@@ -104,9 +103,9 @@ def trace_loop(
     carried: Sequence[Tensor],
     constants: Sequence[Tensor],
 ) -> torch.fx.GraphModule:
-    """The graph of ``while goes_on(*carried, *constants): carried = body(*carried, *constants)``; it returns `carried`.
+    """Trace ``while goes_on(*carried, *constants): carried = body(*carried, *constants)``; the graph returns `carried`.
 
-    The loop is run where torch cannot tell the shapes of its results without.
+    The loop is executed if torch cannot infer the shapes of its results otherwise.
     """
     loop = _find("torch._higher_order_ops.while_loop.while_loop_op")
     graphs = [trace(function, (*carried, *constants)) for function in (goes_on, body)]
@@ -117,17 +116,17 @@ def trace_loop(
 def trace_sizes(
     function: Callable[..., Any], inputs: Sequence[Tensor], free: Sequence[bool]
 ) -> tuple[torch.fx.GraphModule, Sequence[int | None], Callable[[Sequence[int]], tuple[bool, ...]]]:
-    """The graph of a function's operations for any number of examples.
+    """Trace a function to a graph for any number of examples.
 
     Args:
-        function: its control flow depends on nothing but shapes.
+        function: a function whose control flow depends only on shapes.
         inputs: each ``[examples, …]``.
-        free: whether the number of examples of each input is to be left open.
+        free: for each input, whether its number of examples is left open.
 
     Returns:
-        The graph; the number of examples of each input that it is for, None for any; and what tracing asked of these
-        numbers (is it less than 16?), as a function from other numbers to the answers. The graph is known to be right
-        where the answers are those of `inputs`.
+        The graph; the number of examples of each input that it supports, None for any; and the conditions on these
+        numbers that tracing evaluated (for example, less than 16), as a function from numbers to the results. The graph
+        is valid for numbers with the same results as `inputs`.
     """
     make_fx = _find("torch.fx.experimental.proxy_tensor.make_fx")
     shapes = "torch.fx.experimental.symbolic_shapes"
@@ -152,31 +151,33 @@ def trace_sizes(
 
 
 def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """A traced graph as a compiled function of inputs of these shapes and types; what was recorded in the graph is gone.
+    """Compile a traced graph for inputs of these shapes and types; this removes values recorded in the graph.
 
-    torch.compile would look for a graph in Python code, and at every call for what the code may have changed; here the
-    graph is there already, so its compiler is called directly. Where that cannot be reached, torch.compile is.
+    torch.compile would extract a graph from Python code, and check at every call whether the code's state has changed.
+    The graph already exists here, so this calls the compiler directly, or torch.compile if this torch does not allow
+    it.
     """
     _choose_cache()
     compiler: Callable[..., Callable[..., list[Tensor]]] = _find(
         "torch._inductor.compile", default=lambda graph, _: torch.compile(graph, fullgraph=True, dynamic=False)
     )
-    # The compiler finds again what it compiled in another process, unless values recorded in the graph have a mode of
-    # their own, in which sizes have no environment.
+    # The compiler's cache works across processes only if values recorded in the graph do not have their own fake mode,
+    # in which sizes have no environment.
     for module in graph.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.clear()
     try:
         with _use_size_environment(), _configure_compiler(inputs):
             return compiler(graph, list(inputs))
-    except Exception:  # the caches may be damaged, and the compiler too old for the processor
+    except Exception:  # the caches can be damaged, or the compiler too old for the processor
         return compiler(graph, list(inputs))
 
 
 def _choose_cache() -> None:
-    """Let the compiler keep what it builds in the user's own cache, unless the user named another place.
+    """Put the compiler's cache into the user's own cache folder, unless the user chose another one.
 
-    What lies there is loaded as code. By itself the compiler takes a folder in /tmp, of a name that anyone can take first.
+    Files in the cache are loaded as code. The compiler's default is a folder in /tmp with a predictable name, which
+    anyone can create first.
     """
     if _CACHE_VARIABLE in os.environ:
         return
@@ -185,7 +186,7 @@ def _choose_cache() -> None:
     folder = Path(platformdirs.user_cache_dir("metareg", appauthor=False), "inductor")
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # the home cannot be written: nothing is kept beyond this process
+    except OSError:  # the home folder is read-only, so nothing is cached across processes
         folder = Path(tempfile.mkdtemp(prefix="metareg-inductor-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
     os.environ[_CACHE_VARIABLE] = str(folder)
@@ -193,7 +194,7 @@ def _choose_cache() -> None:
 
 @contextmanager
 def _use_size_environment() -> Iterator[None]:
-    """Compile within a block as torch.compile does: with a mode for fake tensors in which sizes have an environment."""
+    """Provide, for a block, the fake mode with an environment for sizes that torch.compile uses."""
     try:
         context, tracing = _find("torch._guards.TracingContext"), _find("torch._guards.tracing")
         mode = _find("torch._subclasses.fake_tensor.FakeTensorMode")
@@ -207,17 +208,17 @@ def _use_size_environment() -> Iterator[None]:
 
 @contextmanager
 def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
-    """Set what makes programs of small tensors fast, and fast to compile, within a block.
+    """Configure the compiler, for a block, to make programs on small tensors fast, and to compile them quickly.
 
-    On a CPU one C++ function calls all kernels: Python between them takes a third of a small step, and compiling it together
-    with the kernels half of what each kernel by itself takes. What the processor says of its vector instructions is
-    believed: the compiler would try each of them by programs of its own.
+    On a CPU, one C++ function calls all kernels. Python calls between them would take a third of a small step, and
+    compiling all kernels together takes half the time of compiling each by itself. The processor's report of its vector
+    instructions is trusted; otherwise, the compiler would test each of them with a program.
     """
     config = _find("torch._inductor.config")
     options = {
         "cpp.vec_isa_ok": True,
         "cpp_wrapper": all(value.device.type == "cpu" for value in inputs),
-        # A loop is part of its graph, body and condition included, by which programs are found in the cache.
+        # The graph, which is the cache key, contains the loop's body and condition.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "its graphs"},
     }
     with config.patch({name: value for name, value in options.items() if name in config.get_config_copy()}):
@@ -225,12 +226,12 @@ def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
 
 
 def list_attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:
-    """The dicts in which a module keeps its attributes, submodules left out: plain ones, buffers and parameters."""
+    """List the dicts with a module's plain attributes, buffers and parameters, without submodules."""
     return vars(module), module._buffers, module._parameters
 
 
 def unwrap_compiled(module: nn.Module) -> nn.Module:
-    """A module with those in the place of what `torch.compile` made of them, itself included; nothing is copied."""
+    """Replace modules wrapped by `torch.compile`, including the module itself, by the originals, without copying."""
     module = getattr(module, "_orig_mod", module)
     for name, child in module._modules.items():
         if child is not None:
@@ -239,19 +240,19 @@ def unwrap_compiled(module: nn.Module) -> nn.Module:
 
 
 def count_writes(value: Tensor) -> int:
-    """How often a tensor was written in place."""
+    """Count how often a tensor was written in place."""
     return value._version
 
 
 def list_places(module: nn.Module) -> Mapping[str, nn.Module | None]:
-    """The submodules of a module by attribute; a layer that stands twice is there twice, as in no public listing."""
+    """Return a module's submodules by attribute; unlike public listings, it repeats a layer that is used twice."""
     return module._modules
 
 
 def copy_shell(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:
-    """A copy of a module that shares all but the submodules named, which are replaced in the copy alone.
+    """Copy a module; the copy shares everything except the submodules in `replaced`.
 
-    `nn.Module` has no public way to it: a shallow copy shares the dict of submodules, a deep one copies the parameters.
+    `nn.Module` has no public API for this: a shallow copy shares the dict of submodules, a deep copy copies parameters.
     """
     shell = copy.copy(module)
     shell._modules = {**module._modules, **replaced}
@@ -259,9 +260,9 @@ def copy_shell(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Modul
 
 
 def open_store(prefix: str, timeout: timedelta) -> tuple[Any, int, int]:
-    """What the processes that torchrun started together find each other by, with names under a prefix; rank and size.
+    """Open the store by which torchrun's processes find each other, with a prefix for keys; also return rank and size.
 
-    `init_process_group` would open it too, but with the same names each time.
+    `init_process_group` would open it with the same keys each time.
     """
     rendezvous = _find("torch.distributed.rendezvous.rendezvous", "torch.distributed.rendezvous")
     prefixed = _find("torch.distributed.PrefixStore", "torch.distributed.distributed_c10d.PrefixStore")

@@ -1,4 +1,4 @@
-"""This process's place among those that torchrun started together. Reads the environment only, and needs no torch."""
+"""This process's rank among those that torchrun started, read from the environment without importing torch."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ __all__ = ["RankInfo", "is_follower", "is_launched", "read_rank"]
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One of some processes."""
+    """The rank of a process."""
 
     rank: int = 0
-    """Its number."""
+    """The number of the process, from 0."""
     size: int = 1
-    """How many there are."""
+    """The number of processes."""
     local_rank: int = 0
-    """Its number among those of its machine."""
+    """Its number among the processes of its machine."""
 
 
 def is_launched() -> bool:
-    """Whether a launcher started this process, be it as one of several or alone."""
-    # Some schedulers set one of the two for purposes of their own; only both are an order to work together.
+    """Return whether a launcher started this process, alone or with others."""
+    # Some schedulers set only one of the two for their own purposes.
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
 
 
 def read_rank() -> RankInfo:
-    """The place that torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK give; the only one where they are not set.
+    """Read the rank from torchrun's variables RANK, WORLD_SIZE and LOCAL_RANK; without them, there is one process.
 
     Raises:
-        UsageError: they make no sense.
+        UsageError: the variables contradict each other.
     """
     if not is_launched():
         return RankInfo()
@@ -51,7 +51,7 @@ def read_rank() -> RankInfo:
 
 
 def is_follower() -> bool:
-    """Whether another process speaks for this one too."""
+    """Return whether another process writes and prints for this one."""
     try:
         return read_rank().rank > 0
     except UsageError:

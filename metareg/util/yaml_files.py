@@ -1,4 +1,4 @@
-"""Configuration files: YAML in which nothing can execute, nor grow when it is read, nor stand twice."""
+"""Configuration files: YAML without code execution, aliases and repeated keys."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _MOST_VALUES = 200_000
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A configuration file as a dict; nothing in it can execute.
+    """Read a configuration file as a dict, without executing anything.
 
     Raises:
-        UsageError: it is missing, unreadable, no YAML, or no mapping at the top.
+        UsageError: the file is missing, unreadable, not YAML, or not a mapping.
     """
     try:
         if path.stat().st_size > _LONGEST_YAML:
@@ -38,19 +38,19 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"The configuration file {path} is malformed{error}.") from error
     if not isinstance(content, dict):
         found = "empty" if content is None else f"a {type(content).__name__}"
-        raise UsageError(f"The configuration file {path} must hold 'key: value' lines; it is {found}.")
+        raise UsageError(f"The configuration file {path} must contain 'key: value' lines; it is {found}.")
     return {str(key): value for key, value in content.items()}
 
 
 def parse_yaml(text: str, *, texts: bool = False) -> Any:
-    """What a YAML text holds; nothing in it can execute, nor grow when it is read.
+    """Parse a YAML text, without code execution and aliases.
 
     Args:
         text: the YAML.
-        texts: whether numbers, dates and the like are texts too.
+        texts: whether to read numbers, dates and so on as strings.
 
     Raises:
-        ValueError: it is malformed; the message says where and how, and begins with a space or a colon.
+        ValueError: the text is malformed; the message says where and how, and begins with a space or a colon.
     """
     try:
         return yaml.load(text, _TextLoader if texts else _Loader)
@@ -60,14 +60,12 @@ def parse_yaml(text: str, *, texts: bool = False) -> Any:
         raise ValueError(f"{at}: {getattr(error, 'problem', None) or 'it is not valid YAML'}") from error
     except RecursionError as error:
         raise ValueError(": it is nested too deeply") from error
-    except MALFORMED as error:  # a date or a number that cannot be
+    except MALFORMED as error:  # an impossible date or number
         raise ValueError(f": {error}") from error
 
 
 class _Composer:
-    """YAML without aliases, a few of which can stand for gigabytes, without keys that stand twice, and of so many values
-    that it is a configuration.
-    """
+    """Refuses aliases, a few of which can expand to gigabytes, repeated keys, and more values than a configuration has."""
 
     _values = 0
 
@@ -93,8 +91,8 @@ class _Composer:
 
 
 class _Loader(_Composer, yaml.SafeLoader):
-    """Values of the types that YAML gives them."""
+    """Loads values with YAML's types."""
 
 
 class _TextLoader(_Composer, yaml.BaseLoader):
-    """Texts alone."""
+    """Loads all values as strings."""

@@ -217,7 +217,7 @@ BAD = [
     (["--set", "cml.gamma=1"], "no plugin of this run named 'cml'"),
     (["--config", "nosuch.yaml"], "There is no configuration file nosuch.yaml"),
     (["--config", "malformed.yaml"], "malformed at line 1"),
-    (["--config", "list.yaml"], "must hold 'key: value' lines; it is a list"),
+    (["--config", "list.yaml"], "must contain 'key: value' lines; it is a list"),
     (["--config", "."], "cannot be read"),
     (["--out", "full"], "full already exists and is not empty"),
     (["--out", "list.yaml"], "list.yaml already exists"),

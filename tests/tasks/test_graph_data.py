@@ -176,7 +176,7 @@ def bad(mask: str) -> Any:
         ("edge", "names node 4711, which does not exist: its 60 nodes have the numbers 0 to 59"),
         ("missing", "has no array 'labels'; there are adj_indices, adj_indptr, features"),
         ("pointers", "do not fit together"),
-        ("pickle", "holds pickled objects, which could run code"),
+        ("pickle", "contains pickled objects, which could run code"),
     ],
 )
 def test_bad_arrays(what: str, message: str, tmp_path: Path) -> None:

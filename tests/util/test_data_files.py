@@ -60,7 +60,7 @@ def test_what_is_there_is_not_fetched(tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("file.bin", f"sha256:{'0' * 64}", "unexpected file.*sha256:000"),
         ("file.bin", f"md5:{'0' * 32}", "unexpected file.*md5:000"),
-        ("broken.bin", None, "cannot be downloaded: the connection broke off"),
+        ("broken.bin", None, "cannot be downloaded: the connection was lost"),
         ("nothing.bin", None, "cannot be downloaded: the server answered 404"),
     ],
 )
@@ -97,7 +97,7 @@ def test_where_data_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("METAREG_DATA", given)
         assert data_folder() == tmp_path / "data"
     monkeypatch.setenv("METAREG_DATA", "~no-such-user/data")
-    with pytest.raises(UsageError, match="no-such-user/data has no home folder"):
+    with pytest.raises(UsageError, match="home folder at the start of ~no-such-user/data is unknown"):
         data_folder()
 
 
