@@ -253,8 +253,9 @@ def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
         needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
         expected = f"{recipe.metric} unknown"
         if recipe.expected is not None:
-            value = recipe.format_value(recipe.expected.mean)
-            expected = f"{recipe.metric} {value} ({recipe.format_interval(recipe.expected.interval)})"
+            expected = f"{recipe.metric} {recipe.format_value(recipe.expected.mean)}"
+            if recipe.expected.interval is not None:
+                expected += f" ({recipe.format_interval(recipe.expected.interval)})"
         times = f"{len(recipe.seeds)} × " if len(recipe.seeds) > 1 else ""
         cells = (recipe.name, needs or "nothing", expected, times + _format_minutes(recipe.minutes))
         table.add_row(*map(escape, cells))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +31,7 @@ class Expected(PluginConfig):
     """A value that was measured before."""
 
     mean: float = Field(description="The value, in the metric's own unit: accuracies from 0 to 1.")
-    interval: tuple[float, float] = Field(description="Its 95 % interval.")
+    interval: tuple[float, float] | None = Field(description="Its 95 % interval; null if the source gives none.")
     over: str | None = Field(
         description="What the interval covers, such as '3 seeds' or '600 test tasks'; null if unknown."
     )
@@ -38,7 +39,7 @@ class Expected(PluginConfig):
 
     @model_validator(mode="after")
     def _check_interval(self) -> Expected:
-        if not self.interval[0] <= self.mean <= self.interval[1]:
+        if self.interval is not None and not self.interval[0] <= self.mean <= self.interval[1]:
             raise ValueError(f"the interval {list(self.interval)} does not contain the mean {self.mean}")
         return self
 
@@ -67,8 +68,10 @@ class Recipe(PluginConfig):
     def _check_explanation(self) -> Recipe:
         if (self.expected is None) != (self.unknown is not None):
             raise ValueError("'unknown' must say why there is no value if, and only if, 'expected' is null")
-        if self.metric == "accuracy" and self.expected is not None and self.expected.interval[1] > 1:
-            raise ValueError(f"write accuracies from 0 to 1; {self.expected.interval[1]:g} is above 1")
+        if self.metric == "accuracy" and self.expected is not None:
+            largest = max((self.expected.mean, *(self.expected.interval or ())))
+            if largest > 1:
+                raise ValueError(f"write accuracies from 0 to 1; {largest:g} is above 1")
         return self
 
     @classmethod
@@ -108,8 +111,8 @@ class Verdict:
         mean: the mean over seeds.
         interval: the 95 % interval.
         over: what the interval covers: seeds, or test tasks if there is only one seed.
-        reached: whether the mean is at least as good as the worse end of the expected interval; None without an
-            expected value.
+        reached: whether the mean is at least as good as the worse end of the expected interval. Without an expected
+            interval, whether `interval` includes the expected mean or is better. None without an expected value.
     """
 
     recipe: Recipe
@@ -148,12 +151,14 @@ class Verdict:
         found = f"{recipe.metric} {after} is {value(self.mean)} ({interval(self.interval)} over {self.over})"
         if expected is None:
             return f"Nothing to compare with: {found}. {recipe.unknown}"
+        reached, source = "Reached" if self.reached else "Not reached", expected.source.rstrip(".")
+        if expected.interval is None:
+            return f"{reached}: {found}; {value(expected.mean)}, without an interval, was reached before: {source}."
         over = f" over {expected.over}" if expected.over else ""
         bound, least = (expected.interval[0], "least") if self.higher_is_better else (expected.interval[1], "most")
         return (
-            f"{'Reached' if self.reached else 'Not reached'}: {found}; at {least} {value(bound)} was expected, for "
-            f"{value(expected.mean)} ({interval(expected.interval)}{over}) was reached before: "
-            f"{expected.source.rstrip('.')}."
+            f"{reached}: {found}; at {least} {value(bound)} was expected, for {value(expected.mean)} "
+            f"({interval(expected.interval)}{over}) was reached before: {source}."
         )
 
 
@@ -262,9 +267,14 @@ def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
         column = one.inner_steps.index(recipe.inner_steps)
         estimate, over = over_tasks([one.scores[:, column].numpy()]), format_count(one.tasks, "test task")
     # A score that is not finite makes the mean not finite, so the expected value is not reached.
-    mean = sum(by_seed.values()) / len(by_seed)
-    reached = None
-    if recipe.expected is not None:
-        low, high = recipe.expected.interval
-        reached = mean >= low if one.higher_is_better else mean <= high
-    return Verdict(recipe, one.higher_is_better, by_seed, one.tasks, mean, (estimate.low, estimate.high), over, reached)
+    mean, interval = sum(by_seed.values()) / len(by_seed), (estimate.low, estimate.high)
+    better = one.higher_is_better
+    reached = None if recipe.expected is None else _is_reached(recipe.expected, mean, interval, better)
+    return Verdict(recipe, better, by_seed, one.tasks, mean, interval, over, reached)
+
+
+def _is_reached(expected: Expected, mean: float, interval: tuple[float, float], higher_is_better: bool) -> bool:
+    sign = 1 if higher_is_better else -1
+    if expected.interval is not None:
+        return sign * mean >= min(sign * end for end in expected.interval)
+    return math.isfinite(mean) and max(sign * end for end in interval) >= sign * expected.mean

@@ -152,6 +152,22 @@ def test_reached_is_as_good_as_the_worse_end(
     assert verdict.over == "2 seeds"
 
 
+@pytest.mark.parametrize(
+    ("higher", "expected", "reached"),
+    [(True, 0.6, True), (True, 0.9, False), (False, 0.3, True), (False, 0.1, False)],
+)
+def test_a_value_without_an_interval_is_reached_within_that_of_the_runs(
+    higher: bool, expected: float, reached: bool, tmp_path: Path
+) -> None:
+    value = {"mean": expected, "interval": None, "over": None, "source": "Somebody, 2020."}
+    runs = finished(tmp_path, [[0.4, 0.5, 0.6]], higher=higher)  # 0.5 ± 0.2484
+    verdict = judge(recipe(metric="accuracy", expected=value), runs)
+    assert verdict.reached is reached
+    assert f"{100 * expected:.2f} %, without an interval" in str(verdict)
+    diverged = judge(recipe(metric="accuracy", expected=value), finished(tmp_path, [[math.nan, 0.5]], higher=higher))
+    assert diverged.reached is False
+
+
 def test_the_interval_of_one_seed_is_over_its_tasks(tmp_path: Path) -> None:
     verdict = judge(judged(0.5, 0.7), finished(tmp_path, [[0.4, 0.6, 0.8]]))
     half = 4.302653 * 0.2 / math.sqrt(3)
@@ -212,6 +228,8 @@ def test_accuracies_are_no_percentages() -> None:
     expected = {"mean": 48.7, "interval": [46.8, 50.5], "over": None, "source": "Somebody, 2020."}
     with pytest.raises(UsageError, match=r"from 0 to 1; 50.5 is above 1"):
         recipe(metric="accuracy", expected=expected)
+    with pytest.raises(UsageError, match=r"from 0 to 1; 48.7 is above 1"):
+        recipe(metric="accuracy", expected={**expected, "interval": None})
 
 
 def test_what_an_interval_is_over_may_be_unknown(tmp_path: Path) -> None:
