@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 import metareg
 import metareg.testing
@@ -57,3 +58,12 @@ def test_no_generated_page_is_large() -> None:
         name for name in files.stdout.split("\0") if name.endswith(".html") and (ROOT / name).stat().st_size > 100_000
     ]
     assert large == []
+
+
+def test_version_citation_and_changelog_agree() -> None:
+    changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    newest = re.search(r"^## (\d\S*) - (\d{4}-\d\d-\d\d)$", changelog, flags=re.M)
+    assert newest is not None
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert (citation["version"], str(citation["date-released"])) == newest.groups()
+    assert metareg.__version__ == newest[1]
