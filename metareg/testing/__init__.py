@@ -11,7 +11,7 @@ In a plugin's tests, with pytest::
 
 or on the command line, ``metareg check-plugin algorithms sign-maml``. Which checks apply follows from the hooks that a
 plugin implements and from what its class declares (`metareg.contract.attributes`), never from its name. A failing check
-says what is wrong, where, and how to mend it.
+says what is wrong, where, and how to fix it.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _Function = Callable[[Subject], None]
 def checks(
     kind: str, plugin: str | type | object, config: Mapping[str, Any] | None = None, *, compiled: bool = False
 ) -> list[Check]:
-    """The checks that apply to a plugin, ready to be called.
+    """Return the checks that apply to a plugin.
 
     Args:
         kind: ``"algorithms"``, ``"augmenters"``, ``"tasks"``, ``"models"`` or ``"observers"``.
         plugin: the name of an installed plugin, or a plugin class.
-        config: options to check it with; its defaults where there are none.
-        compiled: also compare with `torch.compile`, which takes some 10 to 20 seconds and a C++ compiler.
+        config: options to check it with; by default, its defaults.
+        compiled: also compare with `torch.compile`, which takes 10 to 20 seconds and needs a C++ compiler.
 
     Raises:
         UsageError: there is no such kind or plugin.
@@ -76,7 +76,7 @@ _APPLIES: dict[str, Callable[[Subject], bool]] = {
         "augment_outer_loss" in subject.hooks and bool(subject.attribute("affine_in_loss", True))
     ),
 }
-"""Whether a check applies to a plugin, by what it implements and declares; one that is not here applies to all."""
+"""Whether a check applies to a plugin, given what it implements and declares; checks not listed apply to all."""
 
 _OF_STAGES: dict[str, _Function] = {
     "purity": stages.check_purity,

@@ -10,10 +10,10 @@ from metareg.testing import NOT_APPLICABLE, Combination
 
 
 def main(arguments: list[str]) -> int:
-    """Check one combination; ``none`` stands for no augmenter.
+    """Check one combination; ``none`` means no augmenter.
 
     Returns:
-        0 where it passes, 1 where something was found, 2 for wrong use.
+        0 if it passes, 1 if a check fails, 2 for wrong use.
     """
     if len(arguments) != 2:
         print("usage: python -m metareg.testing ALGORITHM AUGMENTER", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Small models and tasks on which the checks run, and the learners that are trained on them."""
+"""Small models, tasks and learners for the checks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ TASKS, SUPPORT, QUERY, STEPS = 3, 5, 4, 2
 
 
 class Descent:
-    """The algorithm with which augmenters, tasks, models and observers are checked: plain gradient steps."""
+    """Plain gradient steps: the algorithm used to check augmenters, tasks, models and observers."""
 
     name = "descent"
 
@@ -55,7 +55,7 @@ class Descent:
 
 @dataclass(frozen=True)
 class RepeatedTasks:
-    """Tasks in a row as a task source, which begins again after the last."""
+    """A task source that cycles through a list of tasks."""
 
     tasks: Episodes
 
@@ -66,7 +66,7 @@ class RepeatedTasks:
 
 @dataclass(frozen=True)
 class Bench:
-    """A model and the tasks that go with it."""
+    """A model and matching tasks."""
 
     name: str
     model: nn.Module
@@ -80,7 +80,7 @@ class Bench:
         dtype: Any = torch.float64,
         **options: Any,
     ) -> MetaLearner:
-        """A learner on this model, serial and with several inner steps unless `options` say otherwise."""
+        """Create a learner on this model, by default serial and with several inner steps."""
         given: dict[str, Any] = {"strategy": "serial", "inner_steps": STEPS} | options
         learner = MetaLearner(copy.deepcopy(self.model).to(dtype), algorithm, list(augmenters), loss=self.loss, **given)
         learner.initialize(tree_map(lambda leaf: leaf[0].to(dtype), self.episodes.support_x))
@@ -89,23 +89,23 @@ class Bench:
 
 @dataclass(frozen=True)
 class Pair:
-    """An algorithm with some augmenters: what is trained in a check."""
+    """An algorithm with augmenters, to be trained in a check."""
 
     algorithm: Plugin | type
     augmenters: tuple[Plugin, ...] = ()
 
     @classmethod
     def of(cls, subject: Subject, **config: Any) -> Pair:
-        """The subject, with plain gradient steps if it is an augmenter."""
+        """Create the pair for a subject; an augmenter gets plain gradient steps as its algorithm."""
         plugin = subject.resolve(**config)
         return cls(plugin) if subject.kind == "algorithms" else cls(Descent, (plugin,))
 
     @property
     def benches(self) -> list[Bench]:
-        """Those on which it runs: vectors for finite differences, and images with BatchNorm and feature maps.
+        """Return the benches for the pair: vectors for finite differences, and images with BatchNorm and feature maps.
 
-        Where the algorithm needs a model of its own, vectors with that one alone; of classes or numbers alone where a plugin
-        says that it is for these.
+        If the algorithm has a default model, only vectors with that model. If a plugin declares `targets`, only those
+        targets.
         """
         plugins = [each.instance if isinstance(each, Plugin) else each for each in (self.algorithm, *self.augmenters)]
         targets = next((found for each in plugins if (found := getattr(each, "targets", None))), None)
@@ -120,7 +120,7 @@ class Pair:
 
     @property
     def frozen_bench(self) -> Bench:
-        """The first of them, with a layer in front that does not train."""
+        """Return the first bench, with a frozen layer in front."""
         bench = self.benches[0]
         model = copy.deepcopy(bench.model)
         with use_seed(0, "testing", "frozen"):
@@ -142,24 +142,24 @@ def _vectors() -> Bench:
             torch.randn(shape, generator=generator, dtype=torch.float64)
             for shape in ((TASKS, SUPPORT, 3), (TASKS, QUERY, 3), (3, 2), (TASKS, 3, 2))
         )
-    maps = common + 0.3 * own  # related tasks: there is something to learn from one for another
+    maps = common + 0.3 * own  # related tasks, so that tasks help each other
     return Bench("vectors", model, Episodes(support_x, support_x @ maps, query_x, query_x @ maps), "mse")
 
 
 def _classes() -> Bench:
-    """The same vectors, of two classes by the sign of what they map to."""
+    """Return the same vectors in two classes, by the sign of their targets."""
     vectors = _vectors()
     support_x, support_y, query_x, query_y = vectors.episodes.parts
-    # Both classes stand in every support set.
+    # Every support set contains both classes.
     ranks = [y[..., 0].argsort(1).argsort(1) for y in (support_y, query_y)]
     labels = [(rank >= rank.shape[1] // 2).long() for rank in ranks]
     return replace(vectors, episodes=Episodes(support_x, labels[0], query_x, labels[1]), loss="cross_entropy")
 
 
 def _images() -> Bench:
-    """Images as task plugins draw them, channels last, and large enough for the gradients of convolutions to come so too.
+    """Return channels-last images like those of task plugins, large enough for channels-last convolution gradients.
 
-    The model is smooth: a unit that rounding in float32 switches on or off would change gradients by some percent.
+    The model is smooth, because a ReLU that float32 rounding switches on or off would change gradients by some percent.
     """
     with use_seed(0, "testing", "images") as generator:
         model = nn.Sequential()
@@ -178,7 +178,7 @@ def _block(before: int, after: int) -> Sequence[nn.Module]:
 
 
 class _Scaled(nn.Module):
-    """A buffer that a forward reads, as normalisation constants of images are."""
+    """Reads a buffer in forward, like the normalisation constants of images."""
 
     scale: Tensor
 
@@ -191,17 +191,17 @@ class _Scaled(nn.Module):
 
 
 def to_channels_last(images: Tensor) -> Tensor:
-    """Images ``[…, channels, height, width]`` with the memory layout that task plugins give them."""
+    """Convert images ``[…, channels, height, width]`` to the memory layout that task plugins use."""
     return images.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
 
 
 def build_model(model: str | type | Plugin, spec: TaskSpec, seed: int = 0) -> nn.Module:
-    """The model of a plugin, the same each time."""
+    """Build a plugin's model, with the same weights each time."""
     return model_plugin.build_model(resolve("models", model), spec, seed)
 
 
 def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: int) -> dict[str, Any]:
-    """What an initialized learner's plugins draw for some meta-parameters in training; the first label is its step."""
+    """Draw the noise of an initialized learner's plugins for a training step; the first label is the step."""
     meta, config = learner.meta_parameters, learner.config
     params = {name: meta[name] for name in names}
     like = next(iter(meta.values()))
@@ -210,5 +210,5 @@ def draw_noise(learner: MetaLearner, stage: str, names: Iterable[str], *labels: 
 
 
 def new_generator(*labels: str | int) -> torch.Generator:
-    """A generator that is the same in every call."""
+    """Create a generator with a fixed seed for these labels."""
     return create_generator(0, "testing", *labels)

@@ -1,4 +1,4 @@
-"""Calls of hooks as in training, with new arguments for each call."""
+"""Calls of hooks with arguments as in training, created anew for each call."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["StageCall", "list_stage_calls"]
 
 @dataclass(frozen=True)
 class StageCall:
-    """One implementation of a hook and the arguments that a training would give it."""
+    """One implementation of a hook, with arguments as in training."""
 
     implementation: Implementation
     arguments: Callable[[], dict[str, Any]]
@@ -34,16 +34,17 @@ class StageCall:
         return self.implementation.hook
 
     def __call__(self, arguments: dict[str, Any]) -> Any:
-        # torch's default initialisers draw from the global generator: init_meta may use them, and is seeded as in a run.
+        # init_meta can use torch's default initialisers, which draw from the global generator, so it is seeded as in a
+        # run.
         around = use_seed(0, "testing", "call") if self.hook == "init_meta" else nullcontext()
         with torch.no_grad(), around:
             return self.implementation(**arguments)
 
 
 def list_stage_calls(subject: Subject, dtype: torch.dtype, device: str = "cpu") -> Iterator[StageCall]:
-    """Every implementation of the plugin, with arguments as they come in a training on a device.
+    """Yield every implementation of the plugin, with arguments as in training on a device.
 
-    Tensors of the device ``"meta"`` have shapes and no values; calls are made for vectors alone there.
+    On the device ``"meta"``, whose tensors have shapes but no values, only vectors are used.
     """
     for bench in Pair.of(subject).benches[: 1 if device == "meta" else None]:
         pair = Pair.of(subject)
@@ -60,7 +61,7 @@ def list_stage_calls(subject: Subject, dtype: torch.dtype, device: str = "cpu") 
 def _list_arguments(
     learner: MetaLearner, bench: Bench, name: str, device: str
 ) -> dict[str, list[Callable[[], dict[str, Any]]]]:
-    """The arguments of some calls for each hook, created on each access."""
+    """Return the arguments of some calls for each hook, created on each access."""
     model, meta = learner.model, move_tensors(learner.meta_parameters, device)
     task = bench.episodes.to(device, next(iter(meta.values())).dtype).unstack(0)
     adapted = {each: meta[each] for each in learner.engine.training.adapted_names}

@@ -1,4 +1,4 @@
-"""One check of one plugin, the plugin as the checks see it, and how they compare what it computed."""
+"""A check of a plugin, the plugin under check, and comparisons of computed values."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ __all__ = [
 ]  # fmt: skip
 
 ROUNDING = 1e-9
-"""What rounding alone makes of two orders of summation stays below this in float64, for sums of a few hundred numbers."""
+"""An upper bound of rounding differences in float64 between two orders of summing a few hundred numbers."""
 
 
 class CheckFailed(AssertionError):
-    """A plugin does not do what every plugin of its kind must do.
+    """A plugin fails a check.
 
     Args:
         problem: what is wrong, and where.
-        remedy: how to mend it.
+        remedy: how to fix it.
     """
 
     def __init__(self, problem: str, remedy: str) -> None:
@@ -42,7 +42,7 @@ class CheckFailed(AssertionError):
 
 
 def fail(problem: str, remedy: str) -> NoReturn:
-    """End a check that found something."""
+    """Fail a check."""
     raise CheckFailed(problem, remedy)
 
 
@@ -55,7 +55,7 @@ class Subject:
     config: Mapping[str, Any] = field(default_factory=dict)
 
     def resolve(self, **config: Any) -> Plugin:
-        """Build the plugin again, so that no check sees what another left behind."""
+        """Build a new instance of the plugin, so that checks do not affect each other."""
         return resolve(self.kind, self.plugin, {**self.config, **config})
 
     @property
@@ -63,12 +63,12 @@ class Subject:
         return self.resolve().label
 
     def attribute(self, attribute: str, default: Any = None) -> Any:
-        """What the class says about itself."""
+        """Return an attribute of the class, such as ``adapts``."""
         return getattr(self.resolve().instance, attribute, default)
 
     @property
     def hooks(self) -> list[str]:
-        """The hooks that it implements."""
+        """The hooks that the plugin implements."""
         return list_hooks(type(self.resolve().instance))
 
 
@@ -82,11 +82,11 @@ class Check:
     function: Callable[[Subject], None]
 
     def __call__(self) -> None:
-        """Carry it out.
+        """Run the check.
 
         Raises:
-            CheckFailed: the plugin does not pass.
-            MetaregError: the plugin cannot even be used; the message says why.
+            CheckFailed: the plugin fails the check.
+            MetaregError: the plugin cannot be used at all; the message says why.
         """
         try:
             self.function(self.subject)
@@ -97,7 +97,7 @@ class Check:
             raise CheckFailed(problem, "follow the traceback to what the plugin returned or raised.") from error
 
     def problem(self) -> str | None:
-        """What it finds: None where the plugin passes."""
+        """Run the check and return the problem, or None if the plugin passes."""
         try:
             self()
         except (CheckFailed, MetaregError) as error:
@@ -109,7 +109,7 @@ class Check:
 
 
 def snapshot(tree: Any) -> Any:
-    """A copy that later changes in place do not reach; a module stands for its state, episodes for their parts."""
+    """Copy a value, so that later in-place changes do not affect it; copy a module's state and episodes' parts."""
 
     def copy_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
@@ -124,7 +124,7 @@ def snapshot(tree: Any) -> Any:
 
 
 def are_equal(a: Any, b: Any) -> bool:
-    """Whether two pytrees have the same structure and the same bits."""
+    """Return whether two pytrees have the same structure and bits."""
     first, structure = tree_flatten(a)
     second, other = tree_flatten(b)
     return structure == other and all(
@@ -134,20 +134,20 @@ def are_equal(a: Any, b: Any) -> bool:
 
 
 def difference(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> tuple[float, str]:
-    """The largest difference between two dicts of tensors relative to the largest entry, and where it is."""
+    """Return the largest difference between two dicts of tensors, relative to the largest entry, and its name."""
     scale = max(1e-12, *(value.abs().max().item() for value in a.values()))
     return find_worst({name: (a[name] - b[name]).abs().max().item() / scale for name in a})
 
 
 def find_worst(errors: Mapping[str, float]) -> tuple[float, str]:
-    """The largest error, or one that is NaN, and its name."""
+    """Return the largest error, or one that is NaN, and its name."""
     name = max(errors, key=lambda each: math.inf if math.isnan(errors[each]) else errors[each])
     return errors[name], name
 
 
 @contextmanager
 def refuse_global_randomness(subject: Subject, remedy: str, where: str = "") -> Iterator[None]:
-    """Fail where a block moves the global random generators of Python, NumPy or torch; restores them after it."""
+    """Fail if a block uses the global random generators of Python, NumPy or torch; restore them afterwards."""
     before = save_global_generators()
     try:
         yield

@@ -1,4 +1,4 @@
-"""Checks of every kind of plugin: the contract that it states, its hooks, its configuration."""
+"""Checks of plugins of every kind: contract version, hooks and configuration."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _DEFAULT_TASK = RunConfig().task.name
 def check_contract_stated(subject: Subject) -> None:
     """It states its contract version, and all its hooks are hooks of metareg."""
     plugin = subject.resolve()
-    create_plugin_manager([plugin])  # refuses misspelt hooks and arguments
+    create_plugin_manager([plugin])  # raises for misspelt hooks and arguments
     if not subject.hooks:
-        fail(f"The {plugin.label} implements no hook.", "mark the methods that metareg is to call with @hookimpl.")
+        fail(f"The {plugin.label} implements no hook.", "mark the methods that metareg should call with @hookimpl.")
     if subject.attribute("contract") is None:
         fail(
             f"The {plugin.label} does not state the contract that it was written for.",
@@ -40,14 +40,14 @@ def check_configuration(subject: Subject) -> None:
     plugin = subject.resolve()
     cls = getattr(type(plugin.instance), "Config", PluginConfig)
     if not issubclass(cls, PluginConfig):
-        fail(f"The Config of the {plugin.label} is no PluginConfig.", "derive it from metareg.PluginConfig.")
+        fail(f"The Config of the {plugin.label} is not a PluginConfig.", "derive it from metareg.PluginConfig.")
     for name, field in cls.model_fields.items():
         if not (field.description or "").strip():
             fail(
                 f"The option '{name}' of the {plugin.label} has no description.",
                 f"write {name}: … = Field(…, description='what it is, and its unit').",
             )
-        describe_search_space(plugin.label, name, field)  # refuses values to search that the option cannot have
+        describe_search_space(plugin.label, name, field)  # raises for search values that the option cannot have
     try:
         cls.model_validate({**subject.config, "no-such-option": 1})
     except ValidationError:
@@ -55,14 +55,14 @@ def check_configuration(subject: Subject) -> None:
     else:
         fail(
             f"The {plugin.label} accepts options that it does not have, so that a misspelt one would pass unnoticed.",
-            "leave extra='forbid' of PluginConfig as it is.",
+            "do not override extra='forbid' of PluginConfig.",
         )
     written = yaml.safe_dump(plugin.config.model_dump(mode="json"))
     if cls.model_validate(yaml.safe_load(written)) != plugin.config:
         fail(
-            f"The configuration of the {plugin.label} is another one after it was written to YAML and read back: a run's "
+            f"The configuration of the {plugin.label} changes when it is written to YAML and read back, so a run's "
             "config.yaml would not repeat the run.",
-            "use plain field types (numbers, texts, lists) and validators that leave a valid value as it is.",
+            "use plain field types (numbers, strings, lists) and validators that do not change valid values.",
         )
 
 
@@ -80,6 +80,6 @@ def check_recommended(subject: Subject) -> None:
             assemble(run, {})
         except UsageError as error:
             fail(
-                f"A run with the {subject.label} and no other option cannot be put together. {error}",
-                "recommend options of the run by their names (steps), those of plugins with their owner (algo.inner_lr).",
+                f"A run with the {subject.label} and no other options cannot be configured. {error}",
+                "recommend the run's options by name (steps), and plugins' options with their owner (algo.inner_lr).",
             )

@@ -1,8 +1,8 @@
-"""A training step written out: what fit does in every strategy, as a loop over tasks and inner steps.
+"""A training step as a plain loop over tasks and inner steps: what fit computes in every strategy.
 
 It calls the plugins' hooks one after the other, differentiates with `torch.autograd.grad` and updates with
-`torch.optim`. Nothing is vectorized, traced or transformed by `torch.func`, and nothing of the engine is used, so that
-it can be read as the definition of a step and be stepped through with a debugger.
+`torch.optim`. It uses nothing of the engine, and vectorizes, traces or transforms nothing with `torch.func`. You can
+read it as the definition of a step, and step through it with a debugger.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Task = tuple[Any, Tensor, Any, Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """What some steps made of the meta-parameters."""
+    """The result of some training steps."""
 
     start: Tensors
     end: Tensors
@@ -44,12 +44,12 @@ class Training:
 
 
 def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Sequence[Episodes]]) -> Training:
-    """Train on a batch a step.
+    """Train with one batch per step.
 
     Args:
-        new_learner: makes the same learner with new plugins each time. Every step has one of its own: what a plugin keeps
-            on itself does not reach the next.
-        batches: the tasks of each step, as stacks of tasks of one size.
+        new_learner: creates the same learner with new plugins each time. Every step uses a new one, so state on a
+            plugin object does not carry over.
+        batches: the tasks of each step, as stacks of equal size.
     """
     learner = new_learner()
     start, meta = (copy_contiguous(learner.meta_parameters) for _ in range(2))
@@ -78,7 +78,7 @@ def train_in_a_loop(new_learner: Callable[[], MetaLearner], batches: Sequence[Se
 
 
 def _meta_gradient(learner: MetaLearner, meta: Tensors, tasks: Sequence[Task], training_step: int) -> Tensors:
-    """The meta-gradient of a batch, combined of its tasks' and changed by the augmenters."""
+    """Return the meta-gradient of a batch, combined over its tasks and changed by the augmenters."""
     stages, inner_steps = learner.stages, learner.config.inner_steps
     adapted = stages.adapted_parameters(learner.model)
     weights = stages.outer_loss_weights(inner_steps, training_step) or [0.0] * (inner_steps - 1) + [1.0]
@@ -105,9 +105,9 @@ def _task_gradient(
     noise: Mapping[str, Any],
     weights: Sequence[float],
 ) -> tuple[Tensors, Tensor]:
-    """The meta-gradient of one task: of its weighted query losses and the augmenters' terms, or the algorithm's own.
+    """Return one task's objective, and its meta-gradient.
 
-    Beside it, the objective.
+    The gradient is that of the weighted query losses and the augmenters' terms, or the algorithm's own.
     """
     stages = learner.stages
     meta = {name: value.detach().requires_grad_() for name, value in meta.items()}
@@ -115,8 +115,9 @@ def _task_gradient(
     params, state = stages.start_task({name: meta[name] for name in adapted}, meta, noise, view)
     start, objective = params, torch.zeros_like(learner.loss(_run(learner, meta, task[0])[1], task[1]))
     for step, weight in enumerate(weights):
-        # A start that no meta-parameter decides, as a context of zeros, has a gradient too. Where one parameter was
-        # computed from another, as prototypes from the body, a step's partial derivatives do not go through it: by clones.
+        # A start that depends on no meta-parameter, such as a context of zeros, has a gradient too. If one parameter
+        # was computed from another, such as prototypes from the body, clones keep a step's partial derivatives
+        # separate.
         params = {
             name: value.clone() if value.requires_grad else value.requires_grad_() for name, value in params.items()
         }
@@ -147,7 +148,7 @@ class _View:
     task: Task
     step: int = 0
     start: Tensors | None = None
-    """None in the inner stages."""
+    """The parameters before the first step; None in the inner stages."""
 
     @property
     def support_x(self) -> Any:
@@ -181,7 +182,7 @@ class _View:
         return replace(self, step=step)
 
     def take_step(self, params: Tensors, state: Any, start: Tensors, stages: Stages) -> tuple[Tensors, Any]:
-        """One inner step by the hooks."""
+        """Take one inner step with the hooks."""
         grads = stages.inner_gradient(params, self.meta, self.step, state, self.noise, self)
         grads = self.gradient(params) if grads is None else grads
         grads = stages.augment_inner_gradient(grads, params, self.meta, self.noise, self.step, self)
@@ -209,7 +210,7 @@ class _View:
         return self.loss(self.outputs(params, self.support_x), self.support_y)
 
     def inner_loss(self, params: Tensors) -> Tensor:
-        """What the inner step descends, learned parts and terms included."""
+        """Return the loss that the inner step descends, including learned losses and added terms."""
         outputs = self.outputs(params, self.support_x)
         return self.learner.stages.inner_loss(
             outputs, self.support_y, params, self.meta, self.step, self.learner.loss, self.noise, self
@@ -222,7 +223,7 @@ class _View:
     def hessian_product(self, params: Tensors, vector: Tensors) -> Tensors:
         params = _make_differentiable(params)
         grads = _gradient(self.inner_loss(params), params, create_graph=True)
-        # The vector is given, not differentiated, though it may have been computed from the same parameters.
+        # The vector is a constant, even if it was computed from the same parameters.
         return _gradient(grads, params, create_graph=True, along=vector)
 
     def query_outputs(self, params: Tensors) -> Tensor:
@@ -243,12 +244,12 @@ class _View:
 
 
 def _make_differentiable(params: Tensors) -> Tensors:
-    """The same with a graph, where a tensor has none."""
+    """Return the tensors with gradients enabled where they have no graph."""
     return {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in params.items()}
 
 
 def _run(learner: MetaLearner, params: Tensors, x: Any) -> tuple[Tensor, Tensor]:
-    """The model's features, which are what its head is given, and its outputs."""
+    """Return the model's features, which are the head's inputs, and its outputs."""
     module, features = learner.model.module, []
     head = module.get_submodule((learner.model.head_prefix or "").rstrip("."))
     handle = head.register_forward_pre_hook(lambda _, inputs: features.append(inputs[0]))
@@ -262,13 +263,13 @@ def _run(learner: MetaLearner, params: Tensors, x: Any) -> tuple[Tensor, Tensor]
 def _gradient(
     value: Tensor | float | Tensors, of: Tensors, *, create_graph: bool = False, along: Tensors | None = None
 ) -> Tensors:
-    """The derivative by each tensor, zero for one that the value does not depend on.
+    """Return the derivative with respect to each tensor, or zero if the value does not depend on it.
 
     Args:
         value: a scalar, or tensors by name.
-        of: the tensors by which to differentiate.
-        create_graph: whether the derivative can be differentiated in turn.
-        along: for tensors by name, the vector by which their derivatives are multiplied from the left.
+        of: the tensors to differentiate with respect to.
+        create_graph: whether the derivative can be differentiated again.
+        along: for tensors by name, the vector of the vector-Jacobian product.
     """
     values = value if isinstance(value, Mapping) else {"": value}
     values = {name: each for name, each in values.items() if isinstance(each, Tensor) and each.requires_grad}
@@ -287,7 +288,7 @@ def _gradient(
 
 
 def _new_optimizer(learner: MetaLearner, meta: Tensors) -> torch.optim.Optimizer:
-    """torch's own, without the kernels that take many tensors at once, and nothing of the learner's."""
+    """Create torch's own optimiser without fused or foreach kernels."""
     config = learner.config
     options: dict[str, Any] = {
         "weight_decay": config.outer_weight_decay, "momentum": config.outer_momentum, "betas": config.outer_betas,

@@ -25,7 +25,7 @@ __all__ = ["check_model_seed", "check_model_split", "check_model_steps", "check_
 
 @dataclass(frozen=True)
 class Example:
-    """What a model is built for and run on: a task that it declares, or random numbers of shapes that it declares."""
+    """The spec and inputs for a model: from the task that it declares, or random numbers with the declared shapes."""
 
     spec: TaskSpec
     episodes: Episodes
@@ -49,7 +49,7 @@ class Example:
 
     @property
     def inputs(self) -> Any:
-        """One support set's."""
+        """Return the inputs of one support set."""
         return tree_map(lambda leaf: leaf[0], self.episodes.support_x)
 
 
@@ -58,7 +58,7 @@ def _build(subject: Subject, seed: int = 0) -> nn.Module:
 
 
 def _run(subject: Subject, model: nn.Module, x: Any) -> Tensor:
-    """The outputs for the inputs that the kit runs a model on."""
+    """Run a model on the kit's inputs."""
     try:
         outputs: Tensor = model(x)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -67,21 +67,21 @@ def _run(subject: Subject, model: nn.Module, x: Any) -> Tensor:
         )
         fail(
             f"The {subject.label} cannot be run on {what}: {describe_error(error)}",
-            "declare example_spec = TaskSpec(…), the shapes that it is for; or example_task, a task plugin whose inputs it "
-            "takes, where these are no plain tensors.",
+            "declare the shapes that it supports, example_spec = TaskSpec(…); or, if its inputs are not plain tensors, "
+            "a task plugin with such inputs, example_task.",
         )
     return outputs
 
 
 def check_model_seed(subject: Subject) -> None:
     """The initial weights depend only on the seed."""
-    remedy = "draw from the generator that build is given, or through torch's default initialisers."
+    remedy = "draw from the generator that build receives, or use torch's default initialisers."
     with refuse_global_randomness(subject, remedy):
         first = _build(subject)
     if not are_equal(snapshot(first), snapshot(_build(subject))):
-        fail(f"The {subject.label} starts from other weights each time.", remedy)
+        fail(f"The {subject.label} starts with different weights each time.", remedy)
     if are_equal(snapshot(first), snapshot(_build(subject, seed=1))):
-        fail(f"The {subject.label} starts from the same weights for every seed.", remedy)
+        fail(f"The {subject.label} starts with the same weights for every seed.", remedy)
 
 
 def check_model_split(subject: Subject) -> None:
@@ -97,8 +97,8 @@ def check_model_split(subject: Subject) -> None:
     expected = (example.episodes.support_y.shape[1], *example.spec.output_shape)
     if tuple(outputs.shape) != expected:
         fail(
-            f"The {subject.label} gives outputs of the shape {tuple(outputs.shape)} where the spec asks for {expected}.",
-            "size the head by spec.output_shape, and the body by spec.input_shape.",
+            f"The {subject.label} returns outputs of shape {tuple(outputs.shape)}, but the spec requires {expected}.",
+            "derive the size of the head from spec.output_shape, and of the body from spec.input_shape.",
         )
     if not isinstance(x, Tensor):
         return

@@ -27,7 +27,7 @@ __all__ = ["check_observer", "check_observer_logs"]
 
 
 class _Lines(Task):
-    """Lines through the origin, for runs in which only the observer matters."""
+    """Tasks of lines through the origin, for runs in which only the observer matters."""
 
     contract = 1
     name = "lines"
@@ -46,7 +46,7 @@ class _Lines(Task):
 
 
 class _Line:
-    """The model that goes with them."""
+    """The model for these tasks."""
 
     contract = 1
     name = "line"
@@ -60,19 +60,19 @@ def check_observer(subject: Subject) -> None:
     """It observes a complete run, changes nothing, and writes only into the run's folder."""
     results = []
     for observers in ([], [subject.resolve()]):
-        with _enter_empty_folder() as folder, refuse_global_randomness(subject, "draw nothing at random."):
+        with _enter_empty_folder() as folder, refuse_global_randomness(subject, "do not draw random numbers."):
             run = _train_briefly(folder / "run", observers)
             results.append({name: value.clone() for name, value in run.learner.meta_parameters.items()})
             stray = [path.name for path in folder.iterdir() if path.name != "run"]
             if stray:
                 fail(
-                    f"The {subject.label} wrote '{stray[0]}' outside of the run's folder.",
-                    "write under run.path, which on_run_start gives.",
+                    f"The {subject.label} wrote '{stray[0]}' outside the run's folder.",
+                    "write to run.path, which on_run_start provides.",
                 )
     if not are_equal(*results):
         fail(
-            f"A run ends in other weights when the {subject.label} watches it.",
-            "read what the hooks are given, and change nothing of it.",
+            f"The {subject.label} changes the weights that a run ends with.",
+            "do not change the hooks' arguments.",
         )
 
 
@@ -94,7 +94,7 @@ def check_observer_logs(subject: Subject) -> None:
         if end is not None:
             end(run=_train_briefly(folder / "other", []))
     if given != logs:
-        fail(f"The {subject.label} changes the logs that on_step gives it.", "copy them: dict(logs).")
+        fail(f"The {subject.label} changes the logs that on_step receives.", "copy them: dict(logs).")
 
 
 def _train_briefly(path: Path, observers: Sequence[Any]) -> Run:
@@ -106,7 +106,7 @@ def _train_briefly(path: Path, observers: Sequence[Any]) -> Run:
 
 @contextmanager
 def _enter_empty_folder() -> Iterator[Path]:
-    """A new folder, which is the working directory for the block."""
+    """Create a temporary folder, and make it the working directory while the block runs."""
     before = Path.cwd()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)

@@ -1,4 +1,4 @@
-"""Checks of an algorithm's or augmenter's hooks: they are pure, keep and demand shapes, and do what the class declares."""
+"""Checks of the hooks of algorithms and augmenters: purity, shapes, and agreement with the class's declarations."""
 
 from __future__ import annotations
 
@@ -32,20 +32,21 @@ def check_purity(subject: Subject) -> None:
     for call in list_stage_calls(subject, torch.float64):
         arguments = call.arguments()
         before = snapshot(arguments)
-        remedy = "draw random numbers in draw_noise, from the generator that it is given."
+        remedy = "draw random numbers in draw_noise, from the generator that it receives."
         with refuse_global_randomness(subject, remedy, f" in {call.hook}"):
             first = snapshot(call(arguments))
         if not are_equal(snapshot(arguments), before):
             changed = [name for name in arguments if not are_equal(snapshot(arguments[name]), before[name])]
             fail(
                 f"The {subject.label} changes its argument {', '.join(changed)} in place in {call.hook}.",
-                "return new tensors and dicts: no add_(), no mul_(), no +=, no assignment into a dict that was given, and "
-                "nothing added to the model.",
+                "return new tensors and dicts: no add_(), no mul_(), no +=, no assignment to items of an argument, and "
+                "no additions to the model.",
             )
         if not are_equal(first, snapshot(call(call.arguments()))):
             fail(
-                f"The {subject.label} gives another result when {call.hook} is called again with the same arguments.",
-                "keep nothing on self that changes between calls, and draw random numbers from the generator only.",
+                f"The {subject.label} returns a different result when {call.hook} is called again with the same "
+                "arguments.",
+                "do not store changing values on self, and draw random numbers only from the generator.",
             )
 
 
@@ -61,19 +62,20 @@ def check_shapes(subject: Subject) -> None:
             for name, value in result.items():
                 if name in expected and value.dtype != expected[name].dtype:
                     fail(
-                        f"The {subject.label} returns '{name}' as {value.dtype} from {call.hook}; it came as {dtype}.",
-                        "make no tensors of a fixed dtype; take it from the arguments.",
+                        f"The {subject.label} returns '{name}' as {value.dtype} from {call.hook}; its arguments are "
+                        f"{dtype}.",
+                        "do not create tensors with a fixed dtype; use that of the arguments.",
                     )
         pair = Pair.of(subject)
         for bench in pair.benches:
             learner = pair.learner(bench, dtype=dtype)
-            _, grads = learner.meta_gradient(bench.episodes)  # the stages refuse wrong names and shapes
+            _, grads = learner.meta_gradient(bench.episodes)  # raises for wrong names and shapes
             meta = learner.meta_parameters
             wrong = [name for name, value in grads.items() if value.dtype != meta[name].dtype]
             if wrong:
                 fail(
-                    f"The meta-gradient of '{wrong[0]}' is {grads[wrong[0]].dtype} where the parameter is {dtype}.",
-                    "make no tensors of a fixed dtype; take it from the arguments.",
+                    f"The meta-gradient of '{wrong[0]}' is {grads[wrong[0]].dtype}, but the parameter is {dtype}.",
+                    "do not create tensors with a fixed dtype; use that of the arguments.",
                 )
             learner.step(bench.episodes)
             for name, value in learner.meta_parameters.items():
@@ -88,7 +90,7 @@ def check_wrong_shapes(subject: Subject) -> None:
     """Mismatched shapes raise an error; they are never ignored."""
     for call in list_stage_calls(subject, torch.float64):
         for part in ("grads", "features"):
-            # Features of any shape are fine where no meta-parameter was made for a certain one.
+            # Features can have any shape unless a meta-parameter was created for a certain one.
             sized = part == "grads" or "init_meta" in subject.hooks
             if part not in call.implementation.arguments or call.hook == "init_meta" or not sized:
                 continue
@@ -101,16 +103,16 @@ def check_wrong_shapes(subject: Subject) -> None:
                 given = arguments.get("params", call.arguments().get("grads"))
                 result = _drop_state(result)
                 if isinstance(result, dict) and isinstance(given, dict) and not _fits(result, given):
-                    continue  # the stages refuse this result
+                    continue  # the stages raise for this result
                 fail(
-                    f"The {subject.label} passes over {how} in {call.hook}.",
-                    "take every tensor by its name (grads[name]), without .get(), zip() or reshape(), so that what is "
-                    "missing or misshapen raises.",
+                    f"The {subject.label} ignores {how} in {call.hook}.",
+                    "access every tensor by name (grads[name]), without .get(), zip() or reshape(), so that a missing "
+                    "or misshapen tensor raises an error.",
                 )
 
 
 def _wrong(value: Any) -> Iterator[tuple[Any, str]]:
-    """Values that do not fit in the place of one that does."""
+    """Yield values that do not fit in place of a valid one, with their descriptions."""
     if isinstance(value, dict):
         first = next((name for name, each in value.items() if each.dim() > 0), None)
         if first is None:
@@ -120,11 +122,11 @@ def _wrong(value: Any) -> Iterator[tuple[Any, str]]:
         yield {**value, first: longer}, f"a gradient of '{first}' with the shape {tuple(longer.shape)}"
     elif isinstance(value, Tensor):
         wider = torch.cat([value, value[:, :1]], 1)
-        yield wider, f"features of the shape {tuple(wider.shape)} where they were {tuple(value.shape)}"
+        yield wider, f"features of the shape {tuple(wider.shape)} instead of {tuple(value.shape)}"
 
 
 def _drop_state(result: Any) -> Any:
-    """What a hook returned, without the state beside its tensors."""
+    """Return a hook's result without its state."""
     return result[0] if isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], dict) else result
 
 
@@ -147,7 +149,8 @@ def check_adapted(subject: Subject) -> None:
     chosen = known.get(declared, [name for name in names if fnmatch.fnmatchcase(name, declared)])
     if not chosen and declared != "none":
         fail(
-            f"The {subject.label} says adapts = {declared!r}, which fits no parameter of {', '.join(names)}.",
+            f"The {subject.label} declares adapts = {declared!r}, which matches none of the parameters "
+            f"{', '.join(names)}.",
             "declare 'all', 'body', 'head', 'none' or a shell pattern for parameter names.",
         )
     before = {name: learner.meta_parameters[name].clone() for name in names}
@@ -158,14 +161,14 @@ def check_adapted(subject: Subject) -> None:
     still = [name for name in chosen if name not in moved]
     if stray:
         fail(
-            f"The inner loop of the {subject.label} moves '{stray[0]}', and adapts = {declared!r} says that it does not.",
+            f"The inner loop of the {subject.label} changes '{stray[0]}', which adapts = {declared!r} excludes.",
             "return the right names from adapted_parameters, or declare what the inner loop adapts.",
         )
     if still:
         fail(
-            f"The inner loop of the {subject.label} leaves '{still[0]}' as it was, and adapts = {declared!r} says that it "
-            "moves.",
-            "look at inner_update and adapted_parameters, or declare what the inner loop adapts.",
+            f"The inner loop of the {subject.label} does not change '{still[0]}', which adapts = {declared!r} "
+            "includes.",
+            "check inner_update and adapted_parameters, or declare what the inner loop adapts.",
         )
 
 
@@ -174,8 +177,9 @@ def check_step_examples(subject: Subject) -> None:
     examples: tuple[StepExample, ...] = tuple(subject.attribute("step_examples", ()))
     if not examples:
         fail(
-            f"The {subject.label} states no worked example of an inner step, so that a wrong factor or sign would pass.",
-            "work one step out by hand from the formula: step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, "
+            f"The {subject.label} declares no worked example of an inner step, so a wrong factor or sign would not be "
+            "detected.",
+            "compute one step by hand from the formula: step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, "
             "config={'inner_lr': 0.1}),).",
         )
     for example in examples:
@@ -186,7 +190,7 @@ def check_step_examples(subject: Subject) -> None:
         expected = example.after(entries) if callable(example.after) else example.after
         after = _take_inner_step(learner, pair.benches[0], example, every=1)
         if not callable(example.after):
-            # Entries beside others: a rule that mixes them up gives the same where all are alike.
+            # Use different entries too: a rule that mixes up entries is correct if all are equal.
             mixed = _take_inner_step(learner, pair.benches[0], example, every=2)
             after |= {f"{name}, every second entry": value for name, value in mixed.items()}
         for name, value in after.items():
@@ -197,13 +201,13 @@ def check_step_examples(subject: Subject) -> None:
                     f"One inner step of the {subject.label} takes '{name}' from {example.param:g} with gradient "
                     f"{example.grad:g} to {got:g}; its worked example says {expected:g} (step {example.step}, "
                     f"{dict(example.config) or 'default options'}).",
-                    "compare inner_update with the formula: its sign, its factor, the step size that it uses, the entry "
-                    "whose gradient it takes.",
+                    "compare inner_update with the formula: the sign, the factor, the step size, and which entry's "
+                    "gradient it uses.",
                 )
 
 
 def _take_inner_step(learner: MetaLearner, bench: Bench, example: StepExample, every: int) -> dict[str, Tensor]:
-    """An example's step by `inner_update`: of all entries, or of every second one with others between them."""
+    """Take an example's step with `inner_update`, on all entries, or on every second one with others between them."""
     functions, meta = learner.engine.training, learner.meta_parameters
     params = {name: _fill(meta[name], example.param, every) for name in functions.adapted_names}
     grads = {name: _fill(value, example.grad, every) for name, value in params.items()}
@@ -216,7 +220,7 @@ def _take_inner_step(learner: MetaLearner, bench: Bench, example: StepExample, e
 
 
 def _fill(like: Tensor, value: float, every: int) -> Tensor:
-    """A tensor that holds a value in every first, second … entry, and other values between them."""
+    """Create a tensor with `value` in every n-th entry and other values between them."""
     filled = torch.full_like(like, value).flatten()
     between = torch.arange(filled.numel()) % every != 0
     filled[between] = 0.5 * value + torch.arange(int(between.sum()), dtype=like.dtype)
@@ -226,20 +230,20 @@ def _fill(like: Tensor, value: float, every: int) -> Tensor:
 def check_devices(subject: Subject) -> None:
     """Stage functions create tensors on the device of their arguments."""
     for call in list_stage_calls(subject, torch.float32, device="meta"):
-        # Initial values and noise are drawn on the CPU and moved; tasks are changed where they were drawn.
+        # Initial values and noise are drawn on the CPU and moved; tasks are changed on the device of their source.
         if call.hook in ("init_meta", "draw_noise", "augment_episodes"):
             continue
-        remedy = "make new tensors with zeros_like(), new_ones(), or device=x.device."
+        remedy = "create tensors with zeros_like(), new_ones(), or device=x.device."
         try:
             result = call(call.arguments())
         except (MetaregError, RuntimeError, NotImplementedError) as error:
-            # Tensors of this device have shapes and no values: what asks for values cannot be tried.
+            # Tensors on this device have no values, so operations that need values cannot be tried.
             if "same device" in str(error) or "devices" in str(error):
-                fail(f"The {subject.label} mixes tensors of several devices in {call.hook}: {error}.", remedy)
+                fail(f"The {subject.label} mixes devices in {call.hook}: {error}.", remedy)
             continue
         if any(isinstance(leaf, Tensor) and leaf.device.type != "meta" for leaf in tree_leaves(result)):
             fail(
-                f"The {subject.label} returns a tensor of the CPU from {call.hook}, whose arguments are not there.",
+                f"The {subject.label} returns a CPU tensor from {call.hook}, but its arguments are on another device.",
                 remedy,
             )
 
@@ -249,10 +253,10 @@ def check_inner_rule(subject: Subject) -> None:
     taken = [hook for hook in subject.hooks if HOOKS[hook].part == "inner"]
     if taken and subject.attribute("training_only", True):
         fail(
-            f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which are without "
-            "it, would adapt otherwise than training did.",
-            "change inner gradients in augment_inner_gradient; what decides the inner step belongs to an algorithm, or to "
-            "an augmenter that declares training_only = False.",
+            f"The {subject.label} implements {', '.join(taken)}: evaluation and the exported learner, which do not "
+            "contain it, would adapt differently from training.",
+            "change inner gradients in augment_inner_gradient; the rule of the inner step belongs to an algorithm, or "
+            "to an augmenter that declares training_only = False.",
         )
 
 
@@ -272,10 +276,10 @@ def check_outer_terms(subject: Subject) -> None:
         one, two, three = term(1.0), term(2.0), term(3.0)
         if abs((three - two) - (two - one)) > ROUNDING * max(1.0, abs(three)):
             fail(
-                f"The term that the {subject.label} adds to the outer loss does not grow in step with the loss "
-                f"({one:g}, {two:g}, {three:g} for 1, 2 and 3 times the loss): something is adapted on the way to it.",
-                "compute the term from the parameters as they are given; if adapting is meant, declare "
-                "affine_in_loss = False.",
+                f"The term that the {subject.label} adds to the outer loss is not affine in the loss ({one:g}, "
+                f"{two:g}, {three:g} for 1, 2 and 3 times the loss), which means that computing it adapts parameters.",
+                "compute the term from the given parameters; if adaptation is intended, declare affine_in_loss = "
+                "False.",
             )
 
 
@@ -289,15 +293,18 @@ def check_export(subject: Subject) -> None:
         extra = sorted(_list_exported_names(learner, bench) - _list_exported_names(plain, bench))
         if extra:
             fail(
-                f"The exported learner holds '{extra[0]}', which comes from the {subject.label}.",
+                f"The exported learner contains '{extra[0]}', which belongs to the {subject.label}.",
                 "keep an augmenter's parameters in the dict that init_meta returns; add nothing to the model.",
             )
         if not are_equal(snapshot(bench.model), state):
-            fail(f"The {subject.label} changed the user's model.", "treat the model that init_meta gets as read-only.")
+            fail(
+                f"The {subject.label} changed the user's model.",
+                "treat the model that init_meta receives as read-only.",
+            )
 
 
 def _list_exported_names(learner: MetaLearner, bench: Bench) -> set[str]:
-    """What a saved learner and an adapted module hold."""
+    """List the names in a saved learner and an adapted module."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "learner.safetensors")
         learner.save(path)

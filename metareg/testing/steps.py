@@ -19,7 +19,7 @@ from metareg.testing.loop import Training, train_in_a_loop
 __all__ = ["PRECISIONS", "STRATEGIES", "check_compiled", "check_steps", "compare_pair_steps", "compare_steps"]
 
 STEPS, META_BATCH = 3, 2
-"""The first call of a strategy runs Python, the second traces and runs the graph, and the third runs it again."""
+"""Three steps: a strategy's first call runs Python, the second traces and runs the graph, the third reuses it."""
 
 Options = Mapping[str, Any]
 
@@ -36,25 +36,25 @@ _COMPILED: Sequence[Options] = ({"strategy": "compiled"},)
 
 @dataclass(frozen=True)
 class Precision:
-    """How far two ways of summation may take parameters apart.
+    """Tolerances for parameters after steps with different orders of summation.
 
-    Adam makes a whole step of every gradient, also of one that is rounding alone, as that of a bias in front of BatchNorm:
+    Adam takes a full step even for a gradient that is only rounding error, such as that of a bias before BatchNorm, so
     such entries are not compared.
     """
 
     dtype: torch.dtype
     rounding: float
-    """An entry of a gradient may be rounding where it is so small beside the largest."""
+    """Entries of a gradient below this fraction of the largest can be rounding error."""
     tolerance: float
-    """How far a parameter may be from where it should be, in units of the way that it went."""
+    """The allowed error of a parameter, relative to its total change."""
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
 
 DOUBLE = Precision(torch.float64, rounding=1e-8, tolerance=1e-5)
-# A unit of a ReLU network that rounding switches on or off changes gradients by some percent. What other kernels than those
-# of float64 do wrong, such as reading a tensor in another layout, takes a parameter as far away as it went.
+# In float32, a ReLU that rounding switches on or off changes gradients by some percent. A wrong kernel, for example one
+# that reads a tensor in another layout, causes an error as large as the change itself.
 SINGLE = Precision(torch.float32, rounding=1e-3, tolerance=0.5)
 PRECISIONS = (DOUBLE, SINGLE)
 
@@ -65,12 +65,12 @@ def check_steps(subject: Subject) -> None:
 
 
 def check_compiled(subject: Subject) -> None:
-    """A few steps of fit with `torch.compile` equal the plain loop too."""
+    """With `torch.compile`, too, a few steps of fit equal the plain loop."""
     _compare_pair(lambda: Pair.of(subject), Pair.of(subject).benches[0], DOUBLE, _COMPILED)
 
 
 def compare_pair_steps(new_pair: Callable[[], Pair]) -> None:
-    """Compare trainings of a pair, with new plugins for each, with the plain loop."""
+    """Compare a pair's training in every strategy, each with new plugins, with the plain loop."""
     for bench in new_pair().benches:
         if bench.name == "images":
             _compare_pair(new_pair, bench, SINGLE, STRATEGIES)
@@ -89,9 +89,9 @@ def _compare_pair(new_pair: Callable[[], Pair], bench: Bench, precision: Precisi
         precision,
         ways,
         f"{new_pair().label} on the kit's {bench.name}",
-        "let every hook compute its result from its arguments alone, by operations that torch.func.vmap knows. The steps "
-        "written out have a new plugin each, and a traced graph keeps what it was traced with. What an outer optimiser "
-        "remembers is the state that outer_update returns.",
+        "let every hook compute its result only from its arguments, with operations that torch.func.vmap supports. The "
+        "plain loop uses a new plugin for each step, and a traced graph keeps the values that it was traced with. Keep "
+        "the state of an outer optimiser in the state that outer_update returns.",
     )
 
 
@@ -107,16 +107,16 @@ def compare_steps(
     """Train on the first tasks of a source in each way, and compare with the plain loop.
 
     Args:
-        new_learner: makes a learner, plugins included, from options of `MetaLearner`.
+        new_learner: creates a learner with new plugins, from options of `MetaLearner`.
         source: the tasks.
-        precision: that of the learners.
-        ways: the options; all of them are ways to the same result.
-        label: what is trained, for the message.
-        remedy: what to do where they do not end alike.
-        steps: of training.
+        precision: the learners' precision.
+        ways: options of learners that must all give the same result.
+        label: a description of what is trained, for messages.
+        remedy: how to fix a difference.
+        steps: number of training steps.
 
     Raises:
-        CheckFailed: one of the trainings ends elsewhere than the steps written out.
+        CheckFailed: a training differs from the plain loop.
     """
     numbers = [range(step * META_BATCH, (step + 1) * META_BATCH) for step in range(steps)]
     batches = [[stack.to("cpu", precision.dtype) for stack in source.episodes("train", each, 0)] for each in numbers]
@@ -137,14 +137,14 @@ def compare_steps(
         off, name = _deviation(learner.meta_parameters, plain, precision)
         if not off <= precision.tolerance:
             fail(
-                f"{steps} steps of fit with {label} ({described}) end elsewhere than the same steps written out as a plain "
-                f"loop: '{name}' is off by {off:.1e} of the way that it went.",
+                f"{steps} steps of fit with {label} ({described}) differ from the same steps in a plain loop: the "
+                f"error of '{name}' is {off:.1e} of its total change.",
                 remedy,
             )
 
 
 def _deviation(found: Mapping[str, Tensor], plain: Training, precision: Precision) -> tuple[float, str]:
-    """The largest error of a parameter, in units of the way that it went, and the parameter's name."""
+    """Return the largest error of a parameter, relative to its total change, and its name."""
     off = dict.fromkeys(plain.end, 0.0)
     certain = {name: torch.ones_like(end, dtype=torch.bool) for name, end in plain.end.items()}
     for grads in plain.gradients:

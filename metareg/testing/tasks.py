@@ -37,15 +37,16 @@ def check_task_function(subject: Subject) -> None:
             number = (2, 0, 1)[place]
             if not _is_same(subject, task, alone[place]):
                 fail(
-                    f"The {subject.label} gives another task number {number} of '{split}' alone than beside others.",
-                    "let nothing of a task depend on the other numbers that were asked for, nor on earlier calls, and say "
-                    "of several stacks which of the tasks they hold, in the order asked for (Episodes.placed).",
+                    f"The {subject.label} returns a different task {number} of '{split}' alone than together with "
+                    "others.",
+                    "make each task independent of the other requested numbers and of earlier calls, and mark several "
+                    "stacks with the positions of their tasks in the request (Episodes.placed).",
                 )
         for number, task in zip((2, 0, 1), alone, strict=True):
             if not are_equal(second.episodes(split, [number], 0)[0].parts, task.parts):
                 fail(
-                    f"The {subject.label} gives another task number {number} of '{split}' when it is asked again.",
-                    "draw from a generator that is seeded anew for every task: metareg.derive_seed(seed, split, index).",
+                    f"The {subject.label} returns a different task {number} of '{split}' on each call.",
+                    "draw from a generator that you seed for each task: metareg.derive_seed(seed, split, index).",
                 )
     one = [stack.parts for stack in first.episodes("train", [0], 0)]
     for split, number, seed, what in (
@@ -55,13 +56,13 @@ def check_task_function(subject: Subject) -> None:
     ):
         if are_equal(one, [stack.parts for stack in first.episodes(split, [number], seed)]):
             fail(
-                f"The {subject.label} gives the same task for {what}.",
-                "use seed, split and index, all three, in what seeds the draw.",
+                f"The {subject.label} returns the same task for {what}.",
+                "seed the draw with all three: seed, split and index.",
             )
 
 
 def _is_same(subject: Subject, a: Episodes, b: Episodes) -> bool:
-    """Whether two stacks hold the same task: the same bits, or what a model learns from it where inputs may be padded."""
+    """Return whether two stacks contain the same task: the same bits, or equal for a model if inputs are padded."""
     if are_equal(a.parts, b.parts) or isinstance(a.support_x, Tensor):
         return are_equal(a.parts, b.parts)
     learner = _create_learner(subject.resolve().instance, torch.float64)
@@ -70,7 +71,7 @@ def _is_same(subject: Subject, a: Episodes, b: Episodes) -> bool:
 
 
 def _create_learner(task: Any, dtype: torch.dtype) -> MetaLearner:
-    """One of the task's own model."""
+    """Create a learner with the task's own model."""
     model = build_model(task.default_model, task.spec).to(dtype)
     return MetaLearner(model, Descent, loss=task.loss, metric=task.metric, strategy="serial")
 
@@ -83,7 +84,7 @@ def check_task_shapes(subject: Subject) -> None:
     for split in SPLITS:
         batches = TaskSource(plugin).episodes(split, range(3), 0)
         if getattr(task, "stackable", True) and len(batches) != 1:
-            fail(f"The {subject.label} returns stacks of several sizes.", "say so: stackable = False.")
+            fail(f"The {subject.label} returns stacks of several sizes.", "declare stackable = False.")
         for episodes in batches:
             for x, y, part in (
                 (episodes.support_x, episodes.support_y, "support"),
@@ -91,12 +92,12 @@ def check_task_shapes(subject: Subject) -> None:
             ):
                 if isinstance(x, Tensor) and tuple(x.shape[2:]) != tuple(spec.input_shape):
                     fail(
-                        f"The {part} inputs of the {subject.label} have the shape {tuple(x.shape[2:])} each, and spec "
-                        f"says {tuple(spec.input_shape)}.",
+                        f"The {part} inputs of the {subject.label} have the shape {tuple(x.shape[2:])}, but spec says "
+                        f"{tuple(spec.input_shape)}.",
                         "return [tasks, examples, *input_shape], or correct spec.",
                     )
                 if not all(bool(torch.isfinite(leaf).all()) for leaf in tree_leaves((x, y))):
-                    fail(f"The {split} split of the {subject.label} holds NaN or infinity.", "look at the data.")
+                    fail(f"The {split} split of the {subject.label} contains NaN or infinity.", "check the data.")
                 _check_targets(subject, y, spec, task.loss, part)
 
 
@@ -111,7 +112,7 @@ def _check_targets(subject: Subject, y: Tensor, spec: TaskSpec, loss: Any, part:
             )
     elif isinstance(loss, str) and tuple(y.shape[2:]) != tuple(spec.output_shape):
         fail(
-            f"The {part} targets of the {subject.label} have the shape {tuple(y.shape[2:])} each, and spec says "
+            f"The {part} targets of the {subject.label} have the shape {tuple(y.shape[2:])}, but spec says "
             f"{tuple(spec.output_shape)}.",
             "return [tasks, examples, *output_shape], or correct spec.",
         )
@@ -122,7 +123,7 @@ def check_task_trains(subject: Subject) -> None:
     plugin = subject.resolve()
     task = plugin.instance
     if getattr(task, "default_model", None) is None:
-        fail(f"The {subject.label} names no model.", "set default_model to the name of a model that suits it.")
+        fail(f"The {subject.label} has no default model.", "set default_model to the name of a suitable model.")
     source, learner = TaskSource(plugin), _create_learner(task, torch.float32)
     loss, _ = learner.meta_gradient(source.episodes("train", range(2), 0))
     if not bool(torch.isfinite(loss)):
@@ -151,6 +152,6 @@ def check_task_steps(subject: Subject) -> None:
             precision,
             STRATEGIES if source.stackable else STRATEGIES[:1],
             f"the {selection.model.label} on the {subject.label}",
-            "return the same episodes for a number in every call, alone or in a block of numbers, with the task dimension "
-            f"in front; where that is so, see what `metareg check-plugin models {selection.model.name}` says of the model.",
+            "return the same episodes for a number in every call, alone or with other numbers, with the task dimension "
+            f"first; if they are, check the model with `metareg check-plugin models {selection.model.name}`.",
         )

@@ -42,15 +42,15 @@ __all__ = [
 ]  # fmt: skip
 
 NOT_APPLICABLE = "not applicable"
-"""What stands for a check that a plugin's declarations leave out."""
+"""The result of a check that a plugin's declarations exclude."""
 
-# Central differences of step 1e-5 in float64 err by about 1e-10 of the objective.
+# Central differences with step 1e-5 in float64 have an error of about 1e-10 of the objective.
 DIFFERENCE_STEP = 1e-5
 DIFFERENCE_TOLERANCE = 1e-6
 
 _STRATEGY_REMEDY = (
-    "let control flow depend on shapes and the step's number only, never on the values of tensors; use operations that "
-    "torch.func.vmap knows; keep no tensors on self."
+    "let control flow depend only on shapes and the step's number, never on values of tensors; use operations that "
+    "torch.func.vmap supports; do not store tensors on self."
 )
 
 LEARNING_STEPS, LEARNING_STEP, LEARNING_FACTOR = 500, 0.02, 0.7
@@ -66,12 +66,15 @@ def check_model_unchanged(subject: Subject) -> None:
             learner.step(bench.episodes)
         after = snapshot(module)
         if before.keys() != after.keys() or structure != [name for name, _ in module.named_modules()]:
-            fail(f"Training with the {subject.label} added to the model.", "keep what learns in init_meta's dict.")
+            fail(
+                f"Training with the {subject.label} added to the model.",
+                "return learned tensors from init_meta instead.",
+            )
         changed = [name for name in before if not torch.equal(before[name], after[name])]
         if changed:
             fail(
                 f"Training with the {subject.label} changed '{changed[0]}' of the model in place.",
-                "keep no reference to the model, and write to none of its parameters and buffers.",
+                "do not keep a reference to the model, and do not write to its parameters and buffers.",
             )
 
 
@@ -81,11 +84,11 @@ def check_finite_differences(subject: Subject) -> None:
 
 
 def compare_finite_differences(pair: Pair) -> None:
-    """Compare the meta-gradient of a pair with central differences of its objective."""
+    """Compare a pair's meta-gradient with central differences of its objective."""
     bench = pair.benches[0]
     learner = pair.learner(bench)
     functions, task = learner.engine.training, bench.episodes.unstack(0)
-    # Away from the start, where meta-parameters that begin at zero would hide a missing factor.
+    # Move away from the start, because meta-parameters that are zero would hide a missing factor.
     meta = {
         name: value
         + 0.05 * value.abs().mean() * torch.randn(value.shape, generator=new_generator(name), dtype=value.dtype)
@@ -105,10 +108,10 @@ def compare_finite_differences(pair: Pair) -> None:
             scale = max(abs(measured), grads[name].norm().item() / max(1.0, value.numel() ** 0.5))
             if not abs(measured - claimed) <= DIFFERENCE_TOLERANCE * scale + 1e-9:
                 fail(
-                    f"The meta-gradient of '{name}' with {pair.label} is {claimed:.6g} along a direction in which the "
-                    f"objective's finite difference is {measured:.6g}.",
-                    "let the derivative through: no .detach(), no .data, no torch.no_grad(), no float() or .item() in a "
-                    "stage; where a constant is meant, declare exact_gradient = False.",
+                    f"The meta-gradient of '{name}' with {pair.label} is {claimed:.6g} along a direction, but the "
+                    f"objective's finite difference there is {measured:.6g}.",
+                    "do not interrupt the derivative: no .detach(), no .data, no torch.no_grad(), no float() or "
+                    ".item() in a stage; if a constant is intended, declare exact_gradient = False.",
                 )
 
 
@@ -118,7 +121,7 @@ def check_strategies(subject: Subject) -> None:
 
 
 def compare_strategies(pair: Pair) -> None:
-    """Compare every strategy and memory of a pair with the serial, stored one."""
+    """Compare a pair's gradient in every strategy and `memory` with the serial, stored one."""
     for bench in pair.benches:
         expected = _gradient(pair, bench)
         for options in (
@@ -141,7 +144,7 @@ def check_determinism(subject: Subject) -> None:
 
 
 def compare_trainings(pair: Pair, again: Pair) -> None:
-    """Train twice from one seed, with other global random states."""
+    """Train twice with the same seed and different global random states."""
     bench = pair.benches[0]
     results = []
     for number, each in enumerate((pair, again)):
@@ -153,8 +156,8 @@ def compare_trainings(pair: Pair, again: Pair) -> None:
     if not are_equal(*results):
         name = next(name for name in results[0] if not torch.equal(results[0][name], results[1][name]))
         fail(
-            f"Two trainings with {pair.label} from one seed end in different values of '{name}'.",
-            "draw from the generators that init_meta and draw_noise are given, and from nothing else.",
+            f"Two trainings with {pair.label} with the same seed end with different values of '{name}'.",
+            "draw only from the generators that init_meta and draw_noise receive.",
         )
 
 
@@ -171,18 +174,17 @@ def check_resume(subject: Subject) -> None:
     ]
     if odd:
         fail(
-            f"The state that outer_update of the {subject.label} returns holds a {type(odd[0]).__name__}.",
-            "keep tensors, numbers, texts and dicts of them in it, which a checkpoint can hold.",
+            f"The state that outer_update of the {subject.label} returns contains a {type(odd[0]).__name__}.",
+            "use only tensors, numbers, strings and dicts of them, which a checkpoint can store.",
         )
     resumed.load_state(state)
     for learner in (through, through, resumed, resumed):
         learner.step(bench.episodes)
     if not are_equal(through.meta_parameters, resumed.meta_parameters):
         fail(
-            f"A training with the {subject.label} that goes on from a checkpoint ends in other values than one that was "
-            "not interrupted.",
-            "keep nothing on self from step to step; what outer_update must remember belongs into the state that it "
-            "returns.",
+            f"A training with the {subject.label} that resumes from a checkpoint ends with different values than an "
+            "uninterrupted one.",
+            "do not store anything on self between steps; return what outer_update needs later as its state.",
         )
 
 
@@ -193,16 +195,16 @@ def check_learns(subject: Subject) -> None:
     options = {} if "outer_update" in subject.hooks else {"outer_lr": LEARNING_STEP}
     learner = pair.learner(bench, strategy="vectorized", **options)
     losses: list[float] = []
-    # Small step sizes need more of them.
+    # Small step sizes need more steps.
     while len(losses) < LEARNING_STEPS and not (losses and losses[-1] < LEARNING_FACTOR * losses[0]):
         learner.step(bench.episodes)
         losses.append(learner.logs["query_loss"])
     if not losses[-1] < LEARNING_FACTOR * losses[0]:
         fail(
-            f"After {LEARNING_STEPS} training steps with {pair.label} the query loss is {losses[-1]:.3g}; it began at "
-            f"{losses[0]:.3g}.",
-            "look at the sign of what outer_gradient or augment_outer_gradient returns, and at outer_update; a gradient "
-            "points uphill.",
+            f"After {LEARNING_STEPS} training steps with {pair.label} the query loss is {losses[-1]:.3g}; it was "
+            f"{losses[0]:.3g} at the start.",
+            "check the sign of the result of outer_gradient or augment_outer_gradient (a gradient points uphill), and "
+            "outer_update.",
         )
 
 
@@ -213,7 +215,7 @@ def check_meta_parameters(subject: Subject) -> None:
         pair = Pair.of(subject)
         learner = pair.learner(bench)
         state = snapshot(learner.state())
-        # Away from the start, where a layer of zeros would keep gradients from those before it.
+        # Move away from the start, because a layer of zeros would block the gradients of earlier layers.
         state["meta"] = _move_away(state["meta"])
         learner.load_state(state)
         _, grads = learner.meta_gradient(bench.episodes)
@@ -222,7 +224,7 @@ def check_meta_parameters(subject: Subject) -> None:
     if unused:
         fail(
             f"The gradient of the meta-parameter '{min(unused)}' of the {subject.label} is zero: it never learns.",
-            "use it in a stage, or leave it out of init_meta; a constant belongs into the configuration.",
+            "use it in a stage, or remove it from init_meta; a constant belongs in the configuration.",
         )
 
 
@@ -239,8 +241,9 @@ def check_outer_update(subject: Subject) -> None:
         still = [name for name, value in meta.items() if torch.equal(value, updated[name])]
         if still:
             fail(
-                f"The outer_update of the {subject.label} leaves '{still[0]}' as it was, whose gradient is not zero.",
-                "update every meta-parameter of `meta`, those of the model's body, of its head and of other plugins.",
+                f"The outer_update of the {subject.label} does not change '{still[0]}', although its gradient is not "
+                "zero.",
+                "update every meta-parameter in `meta`, including those of the body, the head and other plugins.",
             )
 
 
@@ -255,8 +258,8 @@ def check_frozen_layers(subject: Subject) -> None:
             learner.evaluate(RepeatedTasks(bench.episodes), 2, inner_steps=(0, STEPS))
         except (MetaregError, RuntimeError) as error:
             fail(
-                f"The {subject.label} fails beside a layer that does not train: {error}",
-                "take parameters by the names that the hooks give, not by their numbers or from model.parameters().",
+                f"The {subject.label} fails with a frozen layer in the model: {error}",
+                "use the parameter names that the hooks receive, not positions or model.parameters().",
             )
         pair = Pair.of(subject)
 
@@ -271,15 +274,15 @@ def check_more_steps(subject: Subject) -> None:
             scores = learner.evaluate(RepeatedTasks(bench.episodes), 2, inner_steps=wanted).scores
         except (MetaregError, RuntimeError) as error:
             fail(
-                f"The {subject.label} fails in an evaluation of {wanted[-1]} inner steps after a training with {STEPS}: "
-                f"{error}",
-                "let inner_update take any step: what each step of training has of its own, the last of them has for all "
-                "that follow.",
+                f"The {subject.label} fails in an evaluation with {wanted[-1]} inner steps after training with "
+                f"{STEPS}: {error}",
+                "let inner_update accept any step number: for steps beyond training, use the values of the last "
+                "training step.",
             )
         if not bool(torch.isfinite(scores).all()):
             fail(
                 f"Scores with the {subject.label} are not finite.",
-                "look for divisions by zero at step 0 and late ones.",
+                "look for divisions by zero at step 0 and at late steps.",
             )
 
 
@@ -294,7 +297,7 @@ def check_reload(subject: Subject) -> None:
             path = Path(folder, "learner.safetensors")
             learner.save(path)
             again = Pair.of(subject)
-            # A plugin that no package installs is handed on, and keeps its name.
+            # A plugin that is not installed is passed on, and keeps its name.
             model, staying = copy.deepcopy(bench.model).double(), _list_staying(again)
             loaded = MetaLearner.load(path, model, algo=again.algorithm, augment=staying)
         given = support_x, support_y, 2 * STEPS, support_x
@@ -302,19 +305,19 @@ def check_reload(subject: Subject) -> None:
         off, name = difference(expected, found)
         if not off <= ROUNDING:
             fail(
-                f"A learner with the {subject.label} adapts otherwise after it was saved and loaded: '{name}' differs by "
+                f"A learner with the {subject.label} adapts differently after saving and loading: '{name}' differs by "
                 f"{off:.1e}.",
-                "keep what learns in the dict that init_meta returns, and nothing on self.",
+                "return learned tensors from init_meta, and do not store anything on self.",
             )
 
 
 def _list_staying(pair: Pair) -> list[Plugin]:
-    """The augmenters that a saved learner holds."""
+    """List the augmenters that a saved learner contains."""
     return [each for each in pair.augmenters if not getattr(each.instance, "training_only", True)]
 
 
 def _move_away(meta: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Values beside the initial ones, by some percent and by a little where they are zero."""
+    """Move values away from the initial ones: by some percent, or slightly if they are zero."""
     return {
         name: value
         + (0.05 * value.abs().mean() + 0.01)
@@ -331,7 +334,7 @@ def check_composition(subject: Subject) -> None:
             plugin = resolve(other, entry.qualified)
             partner = Pair(plugin) if other == "algorithms" else Pair(Descent, (plugin,))
             _gradient(partner, partner.benches[0], strategy="vectorized")
-        except Exception:  # a plugin that does not work alone says nothing about this one
+        except Exception:  # a plugin that does not work by itself is not this one's fault
             continue
         own = subject.resolve()
         pair = Pair(own, (plugin,)) if other == "augmenters" else Pair(plugin, (own,))
@@ -341,7 +344,7 @@ def check_composition(subject: Subject) -> None:
         except MetaregError as error:
             fail(
                 f"The {subject.label} does not work with '{entry.name}' of {entry.distribution}: {error}",
-                "rely on nothing but the arguments: names, shapes and numbers of parameters are other plugins' too.",
+                "rely only on the arguments: other plugins can change the names, shapes and number of parameters.",
             )
 
 
@@ -358,7 +361,7 @@ def _compare_gradient(
 ) -> None:
     described = ", ".join(f"{key}={value}" for key, value in options.items())
     learner = pair.learner(bench, **options)
-    # The first call runs the Python of the plugin, the second one its traced operations.
+    # The first call runs the plugin's Python code, the second its traced operations.
     for _ in range(2 if traced else 1):
         try:
             loss, grads = learner.meta_gradient(bench.episodes)
@@ -367,15 +370,15 @@ def _compare_gradient(
         off, name = difference(expected, {"the objective": loss} | grads)
         if not off <= ROUNDING:
             fail(
-                f"With {pair.label} on the kit's {bench.name}, {described} gives another meta-gradient than serial: "
-                f"'{name}' differs by {off:.1e} of the largest entry.",
+                f"With {pair.label} on the kit's {bench.name}, {described} returns a different meta-gradient from "
+                f"serial: '{name}' differs by {off:.1e} of the largest entry.",
                 _STRATEGY_REMEDY,
             )
 
 
 @dataclass(frozen=True)
 class Combination:
-    """An algorithm and an augmenter, or none, by their names."""
+    """The names of an algorithm and an augmenter, or none."""
 
     algorithm: str
     augmenter: str = NO_PLUGIN
@@ -384,16 +387,16 @@ class Combination:
         return f"{self.algorithm}, {self.augmenter}"
 
     def pair(self) -> Pair:
-        """Both, built again."""
+        """Build both plugins."""
         augmenters = () if self.augmenter == NO_PLUGIN else (resolve("augmenters", self.augmenter),)
         return Pair(resolve("algorithms", self.algorithm), augmenters)
 
     def check(self) -> dict[str, str | None]:
-        """What each check of the combination found: None where it passed, or the problem.
+        """Run the checks of the combination, and return for each None or the problem.
 
-        The strategies and memories agree, in one gradient and over whole steps; the meta-gradient is the objective's
-        derivative, where both plugins say that it is; a training repeats itself. `NOT_APPLICABLE` stands where a plugin
-        declares otherwise.
+        The checks: all strategies and `memory` options agree, in one gradient and over whole steps; the meta-gradient
+        is the objective's derivative; training is repeatable. The result is `NOT_APPLICABLE` if a plugin declares
+        otherwise.
         """
         pair = self.pair()
         plugins = [resolve("algorithms", self.algorithm), *pair.augmenters]
@@ -416,13 +419,13 @@ class Combination:
 
 
 def combinations() -> list[Combination]:
-    """All of them, each algorithm alone first; read from entry points, nothing is imported."""
+    """List all combinations, each algorithm alone first, from entry points without importing plugins."""
     augmenters = [NO_PLUGIN, *_names("augmenters")]
     return [Combination(algorithm, augmenter) for algorithm in _names("algorithms") for augmenter in augmenters]
 
 
 def _names(kind: str) -> list[str]:
-    """Names as a user must write them: with the distribution in front where two claim one."""
+    """Return the names that users must write, prefixed with the distribution if two plugins share a name."""
     installed = list_entries(kind)
     names = [entry.name for entry in installed]
     return [entry.qualified if names.count(entry.name) > 1 else entry.name for entry in installed]
