@@ -22,7 +22,7 @@ class ALFA:
         Baik, Choi, Choi, Kim and Lee, Meta-Learning with Adaptive Hyperparameters, NeurIPS 2020, arXiv 2011.00209, §3.2.
         Settings: α = 0.01, weight decay 0.0005, 5 inner steps, 2 tasks a step, Adam 1e-3. The authors' code initialises
         g_φ like torch.nn.Linear, treats the gradient in τ as a constant, and does not adapt BatchNorm's parameters,
-        which are adapted here like the others.
+        which are adapted here.
     """
 
     contract = 1

@@ -1,4 +1,4 @@
-"""BMG: learn towards where the inner loop would be some steps later."""
+"""BMG: learn towards the parameters that the inner loop would reach some steps later."""
 
 from __future__ import annotations
 

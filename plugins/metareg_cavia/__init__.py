@@ -16,9 +16,9 @@ from metareg import Field, PluginConfig, StepExample, TaskSpec, UsageError, hook
 class CAVIA:
     """Only context parameters φ adapt to a task, from zero; everything else is shared and learns in the outer loop.
 
-    φ₀ = 0, φₖ₊₁ = φₖ − α ∇_φ ℓ(θ, φₖ; S), and the outer loop differentiates the query loss at (θ, φ_K) by θ. A context
-    parameter is any parameter of the model whose own name is `context`. The model is `context`, which is `context-conv4` for
-    images and `context-mlp` for vectors; or take one of your own.
+    φ₀ = 0, φₖ₊₁ = φₖ − α ∇_φ ℓ(θ, φₖ; S), and the outer loop differentiates the query loss at (θ, φ_K) with respect to
+    θ. A context parameter is any parameter of the model whose own name is `context`. The default model `context` is
+    `context-conv4` for images and `context-mlp` for vectors; you can also use your own.
 
     Reference:
         Zintgraf, Shiarlis, Kurin, Hofmann and Whiteson, Fast Context Adaptation via Meta-Learning, ICML 2019,
@@ -29,7 +29,7 @@ class CAVIA:
     contract = 1
     adapts = "*context"
     default_model = "context"
-    # What tasks recommend is meant for weights, not for context.
+    # Tasks recommend step sizes for weights, not for a context.
     recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 1.0}
     step_examples = (StepExample(param=2.0, grad=3.0, after=-1.0, config={"inner_lr": 1.0}),)
 
@@ -87,7 +87,7 @@ class ContextConv4:
 
     Reference:
         Zintgraf et al., ICML 2019, arXiv 1810.03642, §5.2; 100 context parameters and 32 channels are the defaults of the
-        authors' code, and initial weights are Kaiming's as there.
+        authors' code, and the initial weights are Kaiming's, as in that code.
     """
 
     contract = 1

@@ -24,7 +24,7 @@ class Clip:
     """
 
     contract = 1
-    exact_gradient = False  # a clipped meta-gradient is not the objective's own
+    exact_gradient = False  # a clipped meta-gradient is not the objective's gradient
 
     class Config(PluginConfig):
         max_norm: float = Field(
@@ -37,7 +37,7 @@ class Clip:
 
     @property
     def training_only(self) -> bool:
-        """Whether adaptation is the algorithm's own."""
+        """Whether adaptation does not use the plugin."""
         return self.config.where == "outer"
 
     @hookimpl
@@ -49,7 +49,7 @@ class Clip:
         return self._clip(grads) if self.config.where == "outer" else grads
 
     def _clip(self, grads: Tensors) -> Tensors:
-        # Inside the root, for a gradient of zero has a norm without a derivative.
+        # Added inside the root, because the norm has no derivative at zero.
         norm = (torch.stack([value.square().sum() for value in grads.values()]).sum() + 1e-24).sqrt()
         scale = (self.config.max_norm / norm).clamp(max=1)
         return {name: value * scale for name, value in grads.items()}

@@ -24,12 +24,13 @@ class CML:
     augmentation that is learned instead of drawn at random. It also flows through the inner loop, because f depends on
     θ_S. The co-learner is neither adapted nor used in the inner loop, and is dropped after training.
 
-    On feature maps the co-learner is that of the authors' code: a block of 3×3 convolution, BatchNorm and ReLU, a second
-    one with 2×2 max-pooling, and a linear layer, all with the channels of the map; the paper's Table 8 has 0 to 4 blocks.
-    On feature vectors it is that of the paper's regression and graphs: a linear layer with ReLU and a linear layer.
+    On feature maps, the co-learner is that of the authors' code: a block of 3×3 convolution, BatchNorm and ReLU, a
+    second one with 2×2 max-pooling, and a linear layer, all with the channels of the map. The paper's Table 8 has 0 to
+    4 blocks. On feature vectors, it is the one that the paper uses for regression and graphs: a linear layer with ReLU,
+    and a linear layer.
 
-    If the inner loop does not change the body (ANIL), f does not depend on the task: labels that are permuted from task
-    to task do not reach ψ, which stays at chance.
+    If the inner loop does not change the body (ANIL), f does not depend on the task. If labels are permuted from task
+    to task, ψ then stays at chance.
 
     With ``predictor="colearner"``, it stays and predicts in evaluation and in adapted modules: the paper's CML†. In
     evaluation, the inner loop then adapts only the body, with the head's support loss, as in the authors' code (Eq. 9
@@ -50,10 +51,10 @@ class CML:
             ge=0,
             description="Weight γ of the co-learner's loss; by default, 1 on feature maps, as in the authors' code, and 0.2 "
             "on vectors, as in the paper.",
-            # From well below the default for vectors, where 0.013 did best on sinusoids, to ten times that for maps.
+            # From well below the default for vectors (0.013 was best on sinusoids) to ten times the default for maps.
             json_schema_extra={"search": {"low": 0.005, "high": 10.0, "log": True}},
         )
-        # Not searched: they decide the cost of a step.
+        # Not searched, because they determine the cost of a step.
         depth: int | None = Field(
             None,
             ge=0,
@@ -66,12 +67,12 @@ class CML:
             ge=1,
             description="Hidden width of the co-learner; by default, that of the features (at most 128 for vectors).",
         )
-        # Not searched: two answers to compare, not one to choose.
+        # Not searched, because it is for comparisons.
         predictor: Literal["head", "colearner"] = Field(
             "head",
-            description="What predicts in evaluation: the adapted head, or the co-learner on the adapted body (CML†).",
+            description="Predictor in evaluation: the adapted head, or the co-learner on the adapted body (CML†).",
         )
-        # Not searched: a control is no setting to choose.
+        # Not searched, because it is a control.
         frozen: bool = Field(False, description="Keep the co-learner at its initial values, as a control.")
 
     def __init__(self, config: Config) -> None:
@@ -122,7 +123,7 @@ class CML:
         return self._apply(meta, features, support_features)
 
     def _apply(self, meta: dict[str, Tensor], features: Tensor, support_features: Tensor | None = None) -> Tensor:
-        """The co-learner's outputs; statistics are those of the support set's features where there are some."""
+        """Return the co-learner's outputs; BatchNorm uses the statistics of `support_features` if they are given."""
         depth = self._get_depth(features)
         if features.dim() == 2:
             return _predict_vectors(meta, features, depth)
@@ -166,7 +167,7 @@ def _build_for_maps(shape: tuple[int, ...], depth: int, width: int | None, outpu
 
 
 def _predict_maps(meta: dict[str, Tensor], features: Tensor, depth: int, rows: int) -> Tensor:
-    """The outputs for maps, of which the first `rows` decide the statistics."""
+    """Return the outputs for maps, with BatchNorm statistics of the first `rows`."""
     for layer in range(0, 3 * depth, 3):
         features = F.conv2d(features, *_weights(meta, layer), padding=1)
         features = _normalise(features, *_weights(meta, layer + 1), rows).relu()
@@ -189,5 +190,5 @@ def _weights(meta: dict[str, Tensor], layer: int) -> tuple[Tensor, Tensor]:
 
 
 def _choose_pool(height: int, breadth: int) -> int:
-    """2×2 pooling, unless the map is a single row or column."""
+    """Return the pooling size: 2×2, unless the map is a single row or column."""
     return 2 if min(height, breadth) >= 2 else 1

@@ -29,7 +29,7 @@ class DropGrad:
             ge=0,
             lt=1,
             description="Probability that an entry of the gradient is dropped.",
-            # Beyond, what is left of the gradient is multiplied by more than 5.
+            # Higher rates multiply the rest of the gradient by more than 5.
             json_schema_extra={"search": {"low": 0.0, "high": 0.8}},
         )
         kind: Literal["bernoulli", "gaussian"] = Field(

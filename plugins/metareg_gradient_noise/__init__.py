@@ -14,16 +14,16 @@ class GradientNoise:
     """Adds Gaussian noise to the inner gradient (`where="inner"`) or to the meta-gradient (`where="outer"`).
 
     g ← g + σ ε with ε ~ N(0, 1), drawn anew for every task and inner step, or for every outer step. With
-    `relative=True`, the expected norm of the noise is σ times the gradient's norm: g ← g + σ ‖g‖ ε / √n, where n counts
-    all the numbers of the gradient.
+    `relative=True`, the expected norm of the noise is σ times the gradient's norm: g ← g + σ ‖g‖ ε / √n, where n is the
+    number of entries of the gradient.
 
     Reference:
         Neelakantan et al., Adding Gradient Noise Improves Learning for Very Deep Networks, 2015, arXiv 1511.06807
-        (there on the ordinary gradient, absolute, and decreasing over training).
+        (on the ordinary gradient, absolute, and decreasing over training).
     """
 
     contract = 1
-    exact_gradient = False  # the scale of relative noise is a constant of the meta-gradient
+    exact_gradient = False  # the meta-gradient treats the scale of relative noise as a constant
 
     class Config(PluginConfig):
         sigma: float = Field(
@@ -31,10 +31,10 @@ class GradientNoise:
         )
         where: Literal["inner", "outer"] = Field(
             "inner",
-            description="The gradient that the noise is added to.",
+            description="The gradient to which noise is added.",
             json_schema_extra={"search": ["inner", "outer"]},
         )
-        # Not searched: what a good σ is depends on it.
+        # Not searched, because the best σ depends on it.
         relative: bool = Field(True, description="Measure σ relative to the gradient's norm.")
 
     def __init__(self, config: Config) -> None:
@@ -64,7 +64,7 @@ class GradientNoise:
     def _add_noise(self, grads: dict[str, Tensor], noise: dict[str, Tensor]) -> dict[str, Tensor]:
         scale: Tensor | float = self.config.sigma
         if self.config.relative:
-            # A constant of the meta-gradient: the norm's own derivative is infinite where the gradient is zero.
+            # A constant for the meta-gradient, because the norm's derivative is infinite at a gradient of zero.
             squares = sum(value.detach().square().sum() for value in grads.values())
             count = sum(value.numel() for value in grads.values())
             scale = scale * torch.as_tensor(squares / count).sqrt()

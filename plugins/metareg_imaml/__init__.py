@@ -21,13 +21,14 @@ class IMAML:
 
         g = (I + ∇²ℓ(φ_K; S) / (λ + δ))⁻¹ ∇ℓ(φ_K; Q),
 
-    and is found by conjugate gradients from products of the Hessian with vectors. With a damping δ of 0 it is exact where
-    the inner problem and the linear system are solved; take enough inner steps. The losses of networks have negative
-    curvature, with which the system is hardly solvable; δ bounds what that does. No derivative goes through the inner loop,
-    so that memory does not grow with the number of steps, and `first_order` changes nothing.
+    and is computed by conjugate gradients from Hessian-vector products. With damping δ = 0, it is exact if the inner
+    problem and the linear system are solved; take enough inner steps. The losses of networks have negative curvature,
+    which makes the system hard to solve; δ limits the effect. No derivative goes through the inner loop, so memory does
+    not grow with the number of steps, and `first_order` has no effect.
 
-    On Omniglot the paper takes λ = 2, 16 inner steps (25 for 20-way tasks) and 5 iterations of conjugate gradients; the
-    authors' code has α = 0.1 and δ = 10 (and an I twice as large, which Adam does not notice where the Hessian is small).
+    On Omniglot, the paper uses λ = 2, 16 inner steps (25 for 20-way tasks) and 5 iterations of conjugate gradients. The
+    authors' code uses α = 0.1 and δ = 10 (and 2 I instead of I, which makes no difference to Adam if the Hessian is
+    small).
 
     Reference:
         Rajeswaran, Finn, Kakade and Levine, Meta-Learning with Implicit Gradients, NeurIPS 2019, arXiv 1909.04630,
@@ -36,7 +37,7 @@ class IMAML:
 
     contract = 1
     recommended: ClassVar[Mapping[str, float]] = {"inner_steps": 16, "algo.inner_lr": 0.1}
-    # At the first step φ is θ, and the proximal term is zero.
+    # At the first step, φ equals θ and the proximal term is zero.
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
 
     class Config(PluginConfig):
@@ -86,10 +87,10 @@ def _dot(a: Tensors, b: Tensors) -> Tensor:
 
 
 def _add(a: Tensors, factor: Tensor | float, b: Tensors) -> Tensors:
-    """a + factor · b."""
+    """Return a + factor · b."""
     return {name: value + factor * b[name] for name, value in a.items()}
 
 
 def _divide(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is 0: where the system is solved, nothing is left to be done."""
+    """Return a / b, or 0 if b is 0, because then the system is solved."""
     return torch.where(b == 0, 0.0, a / b)

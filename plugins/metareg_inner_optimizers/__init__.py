@@ -13,7 +13,7 @@ from metareg_maml import MAML
 
 Tensors = dict[str, Tensor]
 Moments = tuple[Tensors, Tensors]
-"""The running means of the gradient and of its square."""
+"""The running means of the gradient and its square."""
 
 
 class InnerMomentum:
@@ -30,7 +30,7 @@ class InnerMomentum:
     step_examples = MAML.step_examples
 
     class Config(MAML.Config):
-        momentum: float = Field(0.9, ge=0, lt=1, description="Share μ of the velocity to keep.")
+        momentum: float = Field(0.9, ge=0, lt=1, description="Fraction μ of the velocity to keep.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -57,14 +57,15 @@ class InnerAdam:
     """
 
     contract = 1
-    # The first step moves every weight by α, whatever the gradient: what tasks recommend is meant for gradient descent.
+    # The first step moves every weight by α, whatever the gradient, but tasks recommend step sizes for gradient
+    # descent.
     recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 0.01}
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.9, config={"inner_lr": 0.1}),)
 
     class Config(MAML.Config):
         beta1: float = Field(0.9, ge=0, lt=1, description="Decay β₁ of the mean of the gradient.")
         beta2: float = Field(0.999, ge=0, lt=1, description="Decay β₂ of the mean of its square.")
-        epsilon: float = Field(1e-8, gt=0, description="ε: steps become shorter for gradients below it.")
+        epsilon: float = Field(1e-8, gt=0, description="ε: gradients below it give shorter steps.")
 
     def __init__(self, config: Config) -> None:
         self.config = config
@@ -80,14 +81,14 @@ class InnerAdam:
 
 
 def start_at_zero(params: Tensors) -> Tensors:
-    """Zeros like the parameters."""
+    """Return zeros with the shapes of the parameters."""
     return {name: torch.zeros_like(value) for name, value in params.items()}
 
 
 def step_adam(
     params: Tensors, grads: Tensors, moments: Moments, step: int, lr: float, beta1: float, beta2: float, epsilon: float
 ) -> tuple[Tensors, Moments]:
-    """The parameters and moments after the step number `step`, from 0, of Adam as `InnerAdam` writes it."""
+    """Return the parameters and moments after step number `step`, from 0, of Adam as defined in `InnerAdam`."""
     first = {name: beta1 * moments[0][name] + (1 - beta1) * grads[name] for name in params}
     second = {name: beta2 * moments[1][name] + (1 - beta2) * grads[name].square() for name in params}
     whole = (1 - beta1 ** (step + 1), 1 - beta2 ** (step + 1))

@@ -35,7 +35,7 @@ class JSONLines:
     def on_run_start(self, run: Run) -> None:
         path = Path(self.config.file) if self.config.file else run.path / "events.jsonl"
         try:
-            # A link is followed where the user names the file, and nowhere in a run's folder, which may be a stranger's.
+            # Follow a link only if the user named the file; a run's folder may be untrusted.
             no_links = 0 if self.config.file else getattr(os, "O_NOFOLLOW", 0)
             descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | no_links, 0o666)
             self._file = os.fdopen(descriptor, "a", encoding="utf-8", buffering=1)
@@ -63,5 +63,5 @@ class JSONLines:
             self._file = None
 
     def _write(self, event: str, **content: Any) -> None:
-        if self._file is not None:  # a learner's own fit() has no run, and then nowhere to write
+        if self._file is not None:  # without a run (`MetaLearner.fit`), there is nowhere to write
             self._file.write(json.dumps({"event": event, "run": self._run} | content) + "\n")

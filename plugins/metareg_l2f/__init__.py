@@ -13,9 +13,9 @@ from metareg_maml import MAML
 class L2F(MAML):
     """MAML whose start is attenuated task by task: θ₀ = γ ⊙ θ, one γ in (0, 1) for each parameter tensor.
 
-    γ = g_φ(τ), where τ holds the mean of ∇ℓ(θ; S) over each tensor and g_φ is a perceptron of as many units as there are
-    tensors, with ReLU and a sigmoid at the end; the outer loop learns θ and φ. Then θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S). Parts of a
-    shared initialisation that harm a task can thus be forgotten before adaptation.
+    γ = g_φ(τ), where τ contains the mean of ∇ℓ(θ; S) over each tensor, and g_φ is a perceptron with as many units as
+    there are tensors, with ReLU and a final sigmoid. The outer loop learns θ and φ. Then θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S). This
+    lets a task forget parts of the shared initialisation that harm it, before adaptation.
 
     Reference:
         Baik, Hong and Lee, Learning to Forget for Meta-Learning, CVPR 2020, arXiv 1906.05097, Algorithm 1. Settings:

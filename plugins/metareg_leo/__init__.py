@@ -29,10 +29,10 @@ class LEO:
 
         ℓ(w; Q) + β KL(N(μ, σ²) ‖ N(0, 1)) + γ ‖stop_gradient(z') − z‖² + λ₁/2 ‖φ‖² + λ₂ ‖C − I‖²,
 
-    z' being the adapted code, φ encoder, relation network and decoder, and C the correlations of the decoder's dimensions;
-    as in the authors' code, all terms except λ₁'s are means over their entries, and a network's output s stands for the
-    standard deviation exp(s) − 1 + σ₀. Only training draws; evaluation uses the means. A class without support examples
-    gets the code of all examples.
+    where z' is the adapted code, φ the encoder, relation network and decoder, and C the correlations of the decoder's
+    dimensions. As in the authors' code, all terms except λ₁'s are means over their entries, and a network's output s
+    means the standard deviation exp(s) − 1 + σ₀. Only training draws; evaluation uses the means. A class without
+    support examples gets the code of all examples.
 
     The paper uses fixed embeddings of a pretrained network, and its head has no b; here, the body and b learn in the
     outer loop. There is no dropout on embeddings, and w is drawn once per task instead of at every decoding.
@@ -48,7 +48,7 @@ class LEO:
     contract = 1
     adapts = "head*weight"
     targets = "classes"
-    exact_gradient = False  # the encoder's penalty takes the adapted code for a constant
+    exact_gradient = False  # the encoder's penalty treats the adapted code as a constant
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"code_steps": 0, "weight_lr": 0.1}),)
     recommended: ClassVar[Mapping[str, Any]] = {"inner_steps": 10}
 
@@ -78,7 +78,7 @@ class LEO:
         meta = {name: nn.init.xavier_uniform_(torch.empty(shape)).to(weight) for name, shape in shapes.items()}
         if config.code_steps > 0:
             meta["code_lr"] = weight.new_full((size,), config.code_lr)
-        if inner_steps > config.code_steps:  # or evaluation alone may get there
+        if inner_steps > config.code_steps:  # otherwise, only evaluation could reach these steps
             meta["weight_lr"] = weight.new_full((features,), config.weight_lr)
         return meta
 
@@ -142,7 +142,7 @@ class LEO:
 
 
 def _relate(embeddings: Tensor, meta: dict[str, Tensor]) -> Tensor:
-    """What the relation network makes of each example beside every other, on average ``[examples, 2 latents]``."""
+    """Return the relation network's mean output over all pairs with each example ``[examples, 2 latents]``."""
     codes = embeddings @ meta["encoder"].T
     pairs = (codes.shape[0], codes.shape[0], codes.shape[1])
     hidden = torch.cat([codes[:, None].expand(pairs), codes[None].expand(pairs)], -1)
@@ -152,7 +152,7 @@ def _relate(embeddings: Tensor, meta: dict[str, Tensor]) -> Tensor:
 
 
 def _decode(code: Tensor, meta: dict[str, Tensor], noise: Any) -> Tensor:
-    """The weights ``[classes, features]`` of codes ``[classes, latents]``: drawn, or their means without noise."""
+    """Decode ``[classes, latents]`` to weights ``[classes, features]``: drawn, or their means without noise."""
     moments = code @ meta["decoder"].T
     classes, width = moments.shape
     mean, std = _find_moments(moments, math.sqrt(2 / (classes + width // 2)))
@@ -160,13 +160,13 @@ def _decode(code: Tensor, meta: dict[str, Tensor], noise: Any) -> Tensor:
 
 
 def _find_moments(outputs: Tensor, std_at_zero: float) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation for which a network's outputs ``[classes, 2 width]`` stand."""
+    """Convert a network's outputs ``[classes, 2 width]`` to a mean and a standard deviation."""
     mean, log = outputs.chunk(2, -1)
     return mean, (log.exp() - 1 + std_at_zero).clamp(min=_SMALLEST_STD)
 
 
 def _measure_correlations(decoder: Tensor) -> Tensor:
-    """The mean squared difference of the correlations of the columns, one for each dimension of the code, from identity."""
+    """Return the mean squared difference between the columns' correlations (the code's dimensions) and identity."""
     columns = decoder / decoder.norm(dim=0)
     identity = torch.eye(decoder.shape[1], dtype=decoder.dtype, device=decoder.device)
     return (columns.T @ columns - identity).square().mean()

@@ -13,9 +13,9 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm
 class MAMLPlusPlus:
     """How to train your MAML: techniques that stabilise MAML with several inner steps.
 
-    - Multi-step loss: the outer objective is Σₖ wₖ ℓ(θₖ; Q) over the inner steps k = 1 … K. The weights start equal; those
-      of the earlier steps fall linearly to zero over the first `multi_step` training steps, and that of the last one
-      grows by as much.
+    - Multi-step loss: the outer objective is Σₖ wₖ ℓ(θₖ; Q) over the inner steps k = 1 … K. The weights start equal.
+      Over the first `multi_step` training steps, those of the earlier steps fall linearly to zero, and that of the last
+      step grows accordingly.
     - Learned step sizes: θₖ₊₁ = θₖ − αₖ ∇ℓ(θₖ; S) with a separate αₖ for each parameter tensor and inner step, which
       starts at `inner_lr`.
     - Per-step BatchNorm: scale and shift of BatchNorm layers are not adapted. Each inner step has its own, used for its
@@ -69,13 +69,13 @@ class MAMLPlusPlus:
             value = model.get_parameter(name)
             if name not in norms:
                 meta[f"step_size.{name}"] = value.new_full((inner_steps,), self.config.inner_lr)
-            elif inner_steps > 1:  # those of the first step are the model's own
+            elif inner_steps > 1:  # the first step uses the model's own
                 meta[f"norm.{name}"] = value.detach().repeat(inner_steps - 1, *[1] * value.dim())
         return meta
 
     @hookimpl
     def draw_noise(self, stage: str, training_step: int | None) -> Tensor | None:
-        """The share of the exact derivative in the outer loop: 0 or 1."""
+        """Return the fraction of the exact derivative in the outer loop: 0 or 1."""
         if training_step is None or stage != "task" or self.config.first_order_steps == 0:
             return None
         return torch.tensor(float(training_step >= self.config.first_order_steps))
@@ -107,7 +107,7 @@ class MAMLPlusPlus:
 
 
 def _select_norms(params: dict[str, Tensor], meta: dict[str, Tensor], step: int) -> dict[str, Tensor]:
-    """The BatchNorm parameters of an inner step, where they are others than the model's own."""
+    """Return the BatchNorm parameters of an inner step if they differ from the model's own."""
     if step == 0:
         return {}
     return {name: _of_step(meta[f"norm.{name}"], step - 1) for name in params if f"norm.{name}" in meta}

@@ -26,13 +26,14 @@ class MetaLSTM:
         f_t = σ(W_F · [h_t, θ_{t−1}, f_{t−1}] + b_F),    i_t = σ(W_I · [h_t, θ_{t−1}, i_{t−1}] + b_I),
         θ_t = f_t ⊙ θ_{t−1} − i_t ⊙ g_t.
 
-    pre(x) is (log|x| / p, sgn x) where |x| ≥ e⁻ᵖ and (−1, eᵖ x) elsewhere, p = 10. Weights start within ±0.01, b_F within
-    [4, 5] and b_I within [−5, −4], so that the first steps are nearly gradient descent with a step size of 0.01.
+    pre(x) is (log|x| / p, sgn x) if |x| ≥ e⁻ᵖ and (−1, eᵖ x) otherwise, with p = 10. Weights start within ±0.01, b_F
+    within [4, 5] and b_I within [−5, −4], so the first steps are nearly gradient descent with a step size of 0.01.
 
     The networks' inputs, loss and gradient, are constants for the outer loop. With `first_order`, which is recommended,
     so is g_t in the last line. This is the paper's assumption; the networks still learn.
 
-    The paper trains with Adam at 0.001 and clips the meta-gradient at a norm of 0.25; 12 inner steps for 1 shot, 5 for 5.
+    The paper trains with Adam at 0.001, clips the meta-gradient at a norm of 0.25, and takes 12 inner steps for 1 shot
+    and 5 for 5 shots.
 
     Reference:
         Ravi and Larochelle, Optimization as a Model for Few-Shot Learning, ICLR 2017, §3, Equations 2 to 4, Algorithm 1;
@@ -93,7 +94,7 @@ class MetaLSTM:
 
 
 def _run_lstm(seen: Tensor, hidden: Tensor, cell: Tensor, meta: Tensors) -> tuple[Tensor, Tensor]:
-    """One step of an LSTM without peepholes, for all coordinates ``[coordinates, …]``."""
+    """Take one step of an LSTM without peepholes, for all coordinates ``[coordinates, …]``."""
     gates = F.linear(torch.cat([seen, hidden], 1), meta["lstm.weight"], meta["lstm.bias"])
     take, keep, show, new = gates.chunk(4, 1)
     cell = keep.sigmoid() * cell + take.sigmoid() * new.tanh()
@@ -101,14 +102,14 @@ def _run_lstm(seen: Tensor, hidden: Tensor, cell: Tensor, meta: Tensors) -> tupl
 
 
 def _preprocess(x: Tensor) -> Tensor:
-    """Magnitude and sign of ``[coordinates, 1]`` as two columns of comparable size."""
+    """Return the magnitude and sign of ``[coordinates, 1]`` as two columns of comparable size."""
     size = x.abs()
     large = size >= math.exp(-_P)
     return torch.cat([torch.where(large, size.log() / _P, -1.0), torch.where(large, x.sign(), math.exp(_P) * x)], 1)
 
 
 def _flatten(tensors: Tensors) -> Tensor:
-    """Every coordinate, as a column."""
+    """Concatenate all coordinates into a column."""
     return torch.cat([value.flatten() for value in tensors.values()])[:, None]
 
 

@@ -13,9 +13,9 @@ class MetaCurvature:
     """MAML with a learned curvature: θₖ₊₁ = θₖ − α M(∇ℓ(θₖ; S)), where the outer loop learns θ and M.
 
     For a weight G ∈ ℝ^{out × in × d}, where d is the number of positions of a filter, M(G) = G ×₁ M_out ×₂ M_in ×₃
-    M_filter: one matrix for each mode, hence the Kronecker product of three small matrices for a large one. A linear
-    layer has no filter; vectors (biases, normalisation) are scaled entry by entry. All start as identities, where the
-    method equals MAML.
+    M_filter: one matrix for each mode, so that the Kronecker product of three small matrices replaces a large one. A
+    linear layer has no filter; vectors (biases, normalisation) are scaled entry by entry. All start as identities,
+    where the method equals MAML.
 
     Reference:
         Park and Oliva, Meta-Curvature, NeurIPS 2019, arXiv 1902.03356, §3. Settings of the authors' code: those of MAML
@@ -70,7 +70,7 @@ class Curvature:
 
 
 def _create_identities(model: nn.Module, adapted: tuple[str, ...]) -> dict[str, Tensor]:
-    """One matrix for each mode of a weight, or one factor for each entry of a vector."""
+    """Create one matrix for each mode of a weight, or one factor for each entry of a vector."""
     meta = {}
     for name in adapted:
         value = model.get_parameter(name)
@@ -97,5 +97,5 @@ def _transform(grads: dict[str, Tensor], meta: dict[str, Tensor]) -> dict[str, T
 
 
 def _merge_places(value: Tensor) -> Tensor:
-    """``[out, in, …]`` as ``[out, in, d]``."""
+    """Reshape ``[out, in, …]`` to ``[out, in, d]``."""
     return value.flatten(2) if value.dim() > 2 else value

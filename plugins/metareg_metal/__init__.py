@@ -26,7 +26,7 @@ class MeTAL(MAML):
 
     l and g are perceptrons with one hidden layer, as wide as their inputs, which are normalised to mean 0 and deviation
     1; l has no final bias, because its gradient would be zero. γ and β are one number for each tensor of l, and c and d
-    start at 0. Every inner step has its own networks; steps beyond those of training use those of the last one. All
+    start at 0. Every inner step has its own networks; steps beyond those of training use the last step's. All
     networks learn only through the inner gradient: with `first_order`, they learn nothing.
 
     With `transductive`, a second loss of this kind is added. Its inputs are the means of θₖ's tensors and, for each
@@ -93,7 +93,7 @@ class MeTAL(MAML):
 
 
 def _evaluate(net: Tensors, rows: Tensor, state: Tensor) -> Tensor:
-    """The learned loss of some examples ``[examples, inputs]`` in a task of this state."""
+    """Return the learned loss of examples ``[examples, inputs]`` for a task in this state."""
     hidden = F.linear(state, net["adapter.0.weight"], net["adapter.0.bias"]).relu()
     scale, shift = F.linear(hidden, net["adapter.2.weight"], net["adapter.2.bias"]).chunk(2)
     scale, shift = 1 + net["scale"] * scale, net["shift"] * shift
@@ -102,7 +102,7 @@ def _evaluate(net: Tensors, rows: Tensor, state: Tensor) -> Tensor:
 
 
 def _build_networks(inputs: int, state: int, inner_steps: int) -> Tensors:
-    """The loss and its adapter, those of each inner step ``[inner_steps, …]``."""
+    """Build the loss and its adapter for each inner step ``[inner_steps, …]``."""
     each = [_build_network(inputs, state) for _ in range(inner_steps)]
     return {name: torch.stack([net[name].detach() for net in each]) for name in each[0]}
 
@@ -120,7 +120,7 @@ def _build_network(inputs: int, state: int) -> Tensors:
 
 
 def _select(meta: Tensors, part: str, step: int) -> Tensors:
-    """The networks of an inner step."""
+    """Return the networks of an inner step."""
     return {
         name.removeprefix(f"{part}."): value[min(step, len(value) - 1)]
         for name, value in meta.items()
@@ -133,7 +133,7 @@ def _standardize(x: Tensor) -> Tensor:
 
 
 def _to_numbers(targets: Tensor, outputs: Tensor) -> Tensor:
-    """Targets with the shape and type of the outputs: numbers as they are, classes as one-hot rows."""
+    """Return targets with the shape and type of the outputs: numbers unchanged, classes as one-hot rows."""
     if targets.is_floating_point():
         return targets.view_as(outputs)
     return (targets[:, None] == torch.arange(outputs.shape[-1], device=targets.device)).to(outputs)

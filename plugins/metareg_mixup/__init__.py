@@ -12,9 +12,9 @@ from metareg import Episodes, Field, PluginConfig, UsageError, hookimpl
 class MetaMix:
     """Mixes each query example of a training task with a support example of the task, inputs and targets.
 
-    x = λ x_Q + (1 − λ) x_S and y = λ y_Q + (1 − λ) y_S with λ ~ Beta(a, a), one for each task. For class targets y are
-    the probabilities of the classes: their cross-entropy is λ ℓ(·, y_Q) + (1 − λ) ℓ(·, y_S), and the accuracy that is
-    logged counts the more probable class. Each support example is used once before any is used again. The support set
+    x = λ x_Q + (1 − λ) x_S and y = λ y_Q + (1 − λ) y_S with λ ~ Beta(a, a), one for each task. For class targets, y
+    contains the probabilities of the classes: their cross-entropy is λ ℓ(·, y_Q) + (1 − λ) ℓ(·, y_S), and the logged
+    accuracy counts the more probable class. Each support example is used once before any is used again. The support set
     does not change.
 
     The paper and its code mix inputs or hidden features, drawn for each task; this plugin mixes inputs. Settings: a =
@@ -56,13 +56,13 @@ class MetaMix:
 
 
 def _draw_partners(support: int, query: int, generator: torch.Generator) -> Tensor:
-    """The number of a support example for each query example ``[query]``."""
+    """Draw the number of a support example for each query example ``[query]``."""
     rounds = -(-query // support)
     return torch.cat([torch.randperm(support, generator=generator) for _ in range(rounds)])[:query]
 
 
 def _mix(own: Tensor, others: Tensor, partners: Tensor, shares: Tensor) -> Tensor:
-    """λ own + (1 − λ) partner for each example, with a λ for each task."""
+    """Return λ own + (1 − λ) partner for each example, with one λ per task."""
     inner = [1] * (own.dim() - 2)
     chosen = others.take_along_dim(partners.view(*partners.shape, *inner), 1)
     return torch.lerp(chosen, own, shares.view(-1, 1, *inner))

@@ -1,4 +1,4 @@
-"""MLflow: runs in a tracking server or a folder."""
+"""MLflow: log runs to a tracking server or a folder."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
 
 _RUN_ID = "mlflow-run-id.txt"
-"""The file in the run's folder with which a resumed run continues the same MLflow run."""
+"""The file in the run's folder that lets a resumed run continue the same MLflow run."""
 
 
 class MLflow:
     """Logs a run to MLflow: its options as parameters, training and evaluations as metrics, results.json as an artifact.
 
-    Metrics are ``train/KEY`` for what is logged in training, and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
+    Metrics are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
     """
 
     contract = 1
@@ -45,7 +45,7 @@ class MLflow:
         path = run.path / _RUN_ID
         if path.is_file():
             self._run_id = path.read_text(encoding="utf-8")
-            with suppress(MlflowException):  # it may be one of another server
+            with suppress(MlflowException):  # the ID can be from another server
                 self._client.update_run(self._run_id, "RUNNING")
                 return
         artifacts = None if self.config.uri else (run.path.resolve() / "mlartifacts").as_uri()
@@ -74,12 +74,12 @@ class MLflow:
             self._client = None
 
     def _log(self, name: str, value: float, step: int) -> None:
-        if self._client is not None:  # a learner's own fit() has no run, and then nowhere to log
+        if self._client is not None:  # without a run (`MetaLearner.fit`), there is nowhere to log
             self._client.log_metric(self._run_id, name, value, step=step)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """``{"algo": {"name": "maml"}}`` as ``algo.name`` and ``maml``."""
+    """Flatten ``{"algo": {"name": "maml"}}`` to ``algo.name`` and ``maml``."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield from _flatten(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""MLTI: new training tasks between two tasks."""
+"""MLTI: new training tasks interpolated between two tasks."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class MLTI:
     def _mix(
         self, episodes: Episodes, task: int, other: int, share: float, random: np.random.Generator
     ) -> tuple[Tensor, ...]:
-        """Support and query set of a task that is mixed with another one."""
+        """Return the support and query set of a task mixed with another one."""
         own, partner = episodes.unstack(task), episodes.unstack(other)
         classes = None if own[1].is_floating_point() else random.permutation(int(own[1].max()) + 1)
         mixed: list[Tensor] = []
@@ -68,11 +68,11 @@ class MLTI:
 
 
 def _pair_classes(own: np.ndarray, other: np.ndarray, classes: np.ndarray, random: np.random.Generator) -> np.ndarray:
-    """For each example of one task the number of an example of another one, whose class `classes` gives by its own."""
+    """Return, for each example of one task, the number of an example of the other in the class that `classes` gives."""
     numbers = np.empty(len(own), dtype=np.int64)
     for number, partner in enumerate(classes):
         mine, theirs = np.flatnonzero(own == number), random.permutation(np.flatnonzero(other == partner))
         if len(mine) > 0 == len(theirs):
             raise UsageError("The augmenter 'mlti' needs examples of every class in each support and query set.")
-        numbers[mine] = np.resize(theirs, len(mine))  # some of them again, where they are fewer
+        numbers[mine] = np.resize(theirs, len(mine))  # repeats examples if there are fewer
     return numbers

@@ -11,10 +11,10 @@ from metareg import PluginConfig, hookimpl
 class PCGrad:
     """Removes from each task's meta-gradient the parts that conflict with those of the others, before their mean.
 
-    gᵢ ← gᵢ − min(0, gᵢ · gⱼ) / ‖gⱼ‖² gⱼ for every other task j, where gᵢ changes from one j to the next and gⱼ is the
-    task's own gradient. The paper visits the others in random order; here, they follow in order from the next one of
-    the batch, which is equally random because tasks are drawn independently. The paper sums the results. The gradients
-    of all tasks are in memory at once.
+    gᵢ ← gᵢ − min(0, gᵢ · gⱼ) / ‖gⱼ‖² gⱼ for every other task j, where gᵢ changes from one j to the next and gⱼ is task
+    j's original gradient. The paper visits the other tasks in random order. Here, they follow in the order of the
+    batch, which is equally random because tasks are drawn independently. The paper sums the results. The gradients of
+    all tasks are in memory at once.
 
     Reference:
         Yu, Kumar, Gupta, Levine, Hausman and Finn, Gradient Surgery for Multi-Task Learning, NeurIPS 2020,
@@ -22,7 +22,7 @@ class PCGrad:
     """
 
     contract = 1
-    exact_gradient = False  # a projected gradient is that of no objective
+    exact_gradient = False  # a projected gradient is not the gradient of an objective
 
     class Config(PluginConfig):
         pass

@@ -13,11 +13,11 @@ from metareg_protonet import start_at_prototypes
 
 
 class ProtoMAML(MAML):
-    """MAML that starts where a prototypical network ends.
+    """MAML that starts from a prototypical network.
 
     The head's last `nn.Linear` starts at w_c = 2c and b_c = −‖c‖², where c is the mean embedding of the class's support
     examples. From there, the inner loop is MAML's, on all parameters. The outer loop also differentiates through the
-    prototypes, and learns the body: the head's own values are never used. A class without support examples starts at
+    prototypes, and learns the body. The head's own values are never used. A class without support examples starts at
     the mean of the whole support set.
 
     The paper's best settings, found by search: on ImageNet alone 6 first-order steps of 0.0054 from a pretrained ResNet,
@@ -29,7 +29,8 @@ class ProtoMAML(MAML):
     """
 
     targets = "classes"
-    # Outputs are squared distances, so that their gradients are larger than those of the heads that tasks recommend for.
+    # Outputs are squared distances, whose gradients are larger than those of the heads that tasks' recommendations
+    # assume.
     recommended: ClassVar[Mapping[str, float]] = {"algo.inner_lr": 0.01}
 
     @hookimpl

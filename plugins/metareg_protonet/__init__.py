@@ -1,4 +1,4 @@
-"""Prototypical networks: the head is the prototypes of the task's classes."""
+"""Prototypical networks: the head consists of the prototypes of the task's classes."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ class ProtoNet:
     """Prototypical networks: an example belongs to the class whose prototype, the mean of its support set, is nearest.
 
     The logits −‖z − c‖² of an example with embedding z equal those of a linear layer with weights w_c = 2c and biases
-    b_c = −‖c‖², up to the number −‖z‖², which all classes share. The prototypes are therefore the values of the head's
-    last `nn.Linear`, whose inputs are the embeddings. Inner steps change nothing, whatever their number, and the outer
-    loop learns only the embedding.
+    b_c = −‖c‖², up to the term −‖z‖², which is the same for all classes. The prototypes are therefore the values of the
+    head's last `nn.Linear`, whose inputs are the embeddings. Inner steps have no effect, whatever their number, and the
+    outer loop learns only the embedding.
 
     The prototype of a class without support examples is the mean of the whole support set.
 
@@ -58,7 +58,7 @@ class ProtoNet:
 
 
 def start_at_prototypes(params: dict[str, Tensor], task: TaskView) -> dict[str, Tensor]:
-    """The parameters with the task's prototypes in the head's last layer."""
+    """Return the parameters with the task's prototypes in the head's last layer."""
     weight, bias = task.output_layer
     if bias is None:
         raise UsageError(f"Prototypes need a bias, but the layer of '{weight}' has none.")
@@ -68,7 +68,7 @@ def start_at_prototypes(params: dict[str, Tensor], task: TaskView) -> dict[str, 
 
 
 def average_by_class(values: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """The mean ``[classes, …]`` of the values ``[examples, …]`` of each class; of all values for a class without any.
+    """Average ``[examples, …]`` by class to ``[classes, …]``; a class without examples gets the mean of all values.
 
     Raises:
         UsageError: the targets are numbers.

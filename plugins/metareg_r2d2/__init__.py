@@ -1,4 +1,4 @@
-"""R2-D2: the head is the ridge regression of the support targets on their embeddings."""
+"""R2-D2: the head is a ridge regression of the support targets on their embeddings."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ _SCALE_FOR_CLASSES = 10.0
 
 
 class R2D2:
-    """Ridge regression in closed form as the base learner; the outer loop learns the embedding and how much to shrink.
+    """Ridge regression in closed form as the base learner; the outer loop learns the embedding and the regularisation.
 
-    With the n support embeddings, each followed by a one, as the rows of X, and the targets (of classes: one-hot) as those
-    of Y, the outputs for an embedding x are α (x W) + β, where
+    The rows of X are the n support embeddings, each followed by a one, and the rows of Y are the targets (one-hot for
+    classes). The outputs for an embedding x are α (x W) + β, where
 
         W = argmin ‖X W − Y‖² / n + λ ‖W‖² = (Xᵀ X + λ n I)⁻¹ Xᵀ Y = Xᵀ (X Xᵀ + λ n I)⁻¹ Y.
 
-    The smaller of the two systems is solved: with few examples, by Woodbury's identity, the one of their number. α W
-    and β are the values of the head's last `nn.Linear`. Inner steps change nothing, whatever their number. The outer
-    loop learns the body, log λ, log α and, for regression, β, which does not affect cross-entropy. For a class without
+    The smaller of the two systems is solved; with few examples, that is the second one, by Woodbury's identity. α W and
+    β are the values of the head's last `nn.Linear`. Inner steps have no effect, whatever their number. The outer loop
+    learns the body, log λ, log α and, for regression, β, which does not affect cross-entropy. For a class without
     support examples, the output is 0 everywhere.
 
     The authors' code starts at λ = 50, and at α = 1e-4 on miniImageNet and 10 on Omniglot. It trains on tasks of 16 classes
@@ -85,7 +85,7 @@ class R2D2:
 
 
 def _solve_ridge(x: Tensor, y: Tensor, ridge: Tensor) -> Tensor:
-    """The W ``[features, outputs]`` of rows ``[examples, features]`` and targets ``[examples, outputs]``."""
+    """Return W ``[features, outputs]`` for rows ``[examples, features]`` and targets ``[examples, outputs]``."""
     examples, features = x.shape
     shrinkage = ridge * examples * torch.eye(min(x.shape), dtype=x.dtype, device=x.device)
     if examples < features:

@@ -1,4 +1,4 @@
-"""Reptile: move the initialisation towards what each task adapts to."""
+"""Reptile: move the initialisation towards the adapted parameters of each task."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metareg_inner_optimizers import Moments, start_at_zero, step_adam
 class Reptile:
     """Meta-learning without a query loss: the meta-gradient of a task is (θ − θ_K) / α, without second derivatives.
 
-    The inner loop is gradient descent on all parameters, θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S), so that the meta-gradient is the sum of
+    The inner loop is gradient descent on all parameters, θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S), so the meta-gradient is the sum of
     the inner gradients; or Adam with β₁ = 0. The query set is used only for reporting. Take several inner steps: with
     one, Reptile is joint training on all tasks.
 
@@ -28,7 +28,7 @@ class Reptile:
     """
 
     contract = 1
-    # With the one step that many tasks recommend it would be joint training; ten need a small step size.
+    # With one inner step, which many tasks recommend, Reptile is joint training; ten steps need a small step size.
     recommended: ClassVar[Mapping[str, float]] = {"inner_steps": 10, "algo.inner_lr": 0.02}
     step_examples = (
         StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),

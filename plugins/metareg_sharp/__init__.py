@@ -18,8 +18,8 @@ class Sharp:
 
     ε(g) = ρ g / ‖g‖, over all parameters together. Lower: θₖ₊₁ = θₖ − α ∇ℓ(θₖ + ε(∇ℓ(θₖ; S)); S), and the outer
     loop differentiates through ε as well. Upper: with g the meta-gradient at M, the outer optimiser receives the
-    meta-gradient of the same batch at M + ε(g). Each doubles the number of gradients per step; both together take four
-    times as many.
+    meta-gradient of the same batch at M + ε(g). Each of them doubles the number of gradients per step; both together
+    quadruple it.
 
     The lower step is part of adaptation and stays in evaluation, as in the authors' code. The gradient passed to it
     only determines ε: list it before augmenters that change gradients.
@@ -33,7 +33,7 @@ class Sharp:
     """
 
     contract = 1
-    exact_gradient = False  # that at another point, which the outer optimiser gets, is not the objective's own
+    exact_gradient = False  # the outer optimiser gets the gradient at another point
 
     class Config(PluginConfig):
         rho: float = Field(
@@ -53,7 +53,7 @@ class Sharp:
 
     @property
     def training_only(self) -> bool:
-        """Whether adaptation is the algorithm's own."""
+        """Whether adaptation does not use the plugin."""
         return self.config.where == "upper"
 
     @hookimpl
@@ -69,7 +69,7 @@ class Sharp:
         return grads if self.config.where == "lower" else gradient_at(self._climb(every, grads))
 
     def _climb(self, params: Tensors, grads: Tensors) -> Tensors:
-        """The parameters ρ further along their gradient."""
-        # Inside the root, for a gradient of zero has a norm without a derivative.
+        """Move the parameters by ρ along their gradient."""
+        # Added inside the root, because the norm has no derivative at zero.
         norm = (torch.stack([value.square().sum() for value in grads.values()]).sum() + 1e-24).sqrt()
         return {name: value + self.config.rho / norm * grads[name] for name, value in params.items()}

@@ -1,4 +1,4 @@
-"""TensorBoard: compare training curves with those of other runs."""
+"""TensorBoard: training curves of several runs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class TensorBoard:
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        if self._writer is not None:  # a learner's own fit() has no run, and then nowhere to write
+        if self._writer is not None:  # without a run (`MetaLearner.fit`), there is nowhere to write
             for name, value in logs.items():
                 self._writer.add_scalar(f"train/{name}", value, step)
 

@@ -11,7 +11,7 @@ from metareg_maml import MAML
 class UnicornMAML(MAML):
     """MAML that does not depend on how classes are numbered.
 
-    One learned vector w, with one number b, starts every class's row of the head's last `nn.Linear`: w_c = w, b_c = b.
+    Every class's row of the head's last `nn.Linear` starts at the same learned vector w and number b: w_c = w, b_c = b.
     From there, the inner loop is MAML's, on all parameters. Permuting a task's classes only permutes the outputs. At
     the start, all classes are equally likely; the first step separates them.
 

@@ -1,4 +1,4 @@
-"""Weights & Biases: runs in a project of wandb."""
+"""Weights & Biases: log runs to a wandb project."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ if TYPE_CHECKING:
     import wandb
 
 _RUN_ID = "wandb-run-id.txt"
-"""The file in the run's folder with which a resumed run continues the same wandb run."""
+"""The file in the run's folder that lets a resumed run continue the same wandb run."""
 
 
 class WandB:
     """Logs a run to Weights & Biases: its configuration, training and evaluations.
 
-    Metrics are ``train/KEY`` for what is logged in training, and ``SPLIT/METRIC/inner_steps_K`` for evaluations, by the
-    training step. Nothing leaves the machine unless ``mode=online`` says so: ``wandb sync RUN/wandb/offline-run-*`` sends it
+    Metrics are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations, by training step.
+    Nothing is sent from the machine unless you set ``mode=online``; ``wandb sync RUN/wandb/offline-run-*`` sends a run
     later.
     """
 
     contract = 1
 
     class Config(PluginConfig):
-        project: str = Field("metareg", description="The project of Weights & Biases.")
-        entity: str | None = Field(None, description="The user or team; unset, that of the login.")
+        project: str = Field("metareg", description="The Weights & Biases project.")
+        entity: str | None = Field(None, description="The user or team; by default, that of the login.")
         mode: Literal["offline", "online"] = Field(
-            "offline", description="Keep the run in wandb/ in its folder, or send it while it trains."
+            "offline", description="Keep the run in wandb/ in its folder, or send it during training."
         )
 
     def __init__(self, config: Config) -> None:
@@ -51,16 +51,16 @@ class WandB:
             id=path.read_text(encoding="utf-8"), config=run.config.model_dump(mode="json"), reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", symlink=False), **resume,
         )  # fmt: skip
-        # wandb's core links to its log elsewhere all the same, and metareg goes on with no folder that has a link out of it.
+        # wandb links to its log outside the folder, but metareg refuses to resume a folder with such a link.
         for path in (run.path / "wandb").rglob("*"):
             if path.is_symlink():
                 path.unlink()
-        # The test of the best weights is of an earlier step than the last, which wandb's own count of steps refuses.
+        # The test of the best weights can be of an earlier step, which wandb's own step count refuses.
         self._run.define_metric("*", step_metric="step")
 
     @hookimpl
     def on_step(self, step: int, logs: dict[str, float]) -> None:
-        if self._run is not None:  # a learner's own fit() has no run, and then nowhere to log
+        if self._run is not None:  # without a run (`MetaLearner.fit`), there is nowhere to log
             self._run.log({"step": step, **{f"train/{name}": value for name, value in logs.items()}})
 
     @hookimpl

@@ -1,4 +1,4 @@
-"""Warped gradients: layers between the task's layers that are learned in the outer loop only."""
+"""Warped gradients: additional layers that learn only in the outer loop."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class WarpGrad:
     """MAML with warp layers ω that the inner loop uses but does not adapt; the outer loop learns θ and ω.
 
-    Linear warps (T-Nets): every adapted linear or convolutional layer becomes y = T(Wx + b), where T mixes the outputs of
-    the layer (for a convolution its channels, as a 1×1 convolution) and starts as the identity. T is constant within a
-    task and can be multiplied into the layer, V = TW and c = Tb. The inner loop on W and b is then
+    Linear warps (T-Nets): every adapted linear or convolutional layer becomes y = T(Wx + b), where T mixes the layer's
+    outputs (a convolution's channels, as a 1×1 convolution) and starts as the identity. T is constant within a task, so
+    it can be multiplied into the layer: V = TW and c = Tb. The inner loop on W and b is then
 
         V₀ = TW,    Vₖ₊₁ = Vₖ − α T Tᵀ ∇_V ℓ(Vₖ; S),    and likewise for c:
 
     a learned metric, for any model and at the cost of MAML.
 
-    Your own warps: if a model has submodules whose names begin with "warp", these are ω, of any form, and no T is
-    added.
+    Your own warps: if a model has submodules whose names begin with "warp", these are ω, in any form, and no T is added.
 
     Reference:
         Lee and Choi, Gradient-Based Meta-Learning with Learned Layerwise Metric and Subspace, ICML 2018, arXiv 1801.05558,
@@ -71,10 +70,10 @@ def _is_warp(name: str) -> bool:
 
 
 def _find_warp(meta: dict[str, Tensor], name: str) -> Tensor | None:
-    """The matrix T of the layer whose parameter it is, if it has one."""
+    """Return the matrix T of a parameter's layer, or None."""
     return meta.get(f"warp.{name.rpartition('.')[0]}")
 
 
 def _multiply(matrix: Tensor | None, value: Tensor) -> Tensor:
-    """The matrix times a weight ``[outputs, …]`` or a bias ``[outputs]``."""
+    """Multiply a matrix by a weight ``[outputs, …]`` or a bias ``[outputs]``."""
     return value if matrix is None else torch.tensordot(matrix, value, 1)
