@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,20 @@ def test_version_citation_and_changelog_agree() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], str(citation["date-released"])) == newest.groups()
     assert metareg.__version__ == newest[1]
+
+
+def test_workflows_name_sessions_and_extras_that_exist() -> None:
+    sessions = re.findall(r"^@nox\.session.*?^def (\w+)", (ROOT / "noxfile.py").read_text("utf-8"), flags=re.M | re.S)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    named: dict[str, set[str]] = {"sessions": set(), "extras": set()}
+    for path in (ROOT / ".github" / "workflows").glob("*.yml"):
+        jobs = yaml.safe_load(path.read_text("utf-8"))["jobs"]
+        for job in jobs.values():
+            assert job.get("needs") in (None, *jobs)
+            matrix = job.get("strategy", {}).get("matrix", {}).get("include", [])
+            commands = "\n".join(step.get("run", "") for step in job["steps"])
+            named["sessions"] |= {each["session"] for each in matrix} | set(re.findall(r"nox -s (\w+)", commands))
+            named["extras"] |= {name for group in re.findall(r"\.\[([\w,]+)\]", commands) for name in group.split(",")}
+    assert named["sessions"]
+    assert named["sessions"] <= set(sessions)
+    assert named["extras"] <= set(extras)
