@@ -264,12 +264,15 @@ def list_findings(report: Report) -> list[Finding]:
     found = []
     for name, pairs in groups.items():
         counts = [f"{each.value} in {len(members)}" for each, members in _group_by_verdict(pairs)]
-        sentence = f"Against {report.against}: {', '.join(counts)} of {format_count(len(pairs), 'comparison')}."
         lines = [
             _describe_task(report, task, [pair for pair in pairs if pair.arm.task == task])
             for task in dict.fromkeys(pair.arm.task for pair in pairs)
         ]
-        found.append(Finding(name, sentence, lines, len(pairs)))
+        if len(pairs) == 1:
+            found.append(Finding(name, f"Against {report.against} on {lines[0]}", [], 1))
+        else:
+            sentence = f"Against {report.against}: {', '.join(counts)} of {len(pairs)} comparisons."
+            found.append(Finding(name, sentence, lines, len(pairs)))
     return found
 
 
@@ -363,8 +366,19 @@ def _describe_task(report: Report, task: str, pairs: Sequence[Pair]) -> str:
     parts = []
     for each, members in _group_by_verdict(pairs):
         rest = [*dict.fromkeys(filter(None, (_name_rest(report, pair.arm) for pair in members)))]
-        parts.append(_describe_verdict(each, members[0]) + (f" with {_join_names(rest)}" if rest else ""))
+        difference = _describe_difference(members[0]) if len(members) == 1 else ""
+        parts.append(_describe_verdict(each, members[0]) + (f" with {_join_names(rest)}" if rest else "") + difference)
     return f"{task}: {'; '.join(parts)}."
+
+
+def _describe_difference(pair: Pair) -> str:
+    """As ' (+0.2 points, 95 % interval −0.1 to +0.4)'; empty if no seed has both scores."""
+    found = pair.difference.over_seeds
+    if not found.count:
+        return ""
+    unit = " points" if pair.scale.percent else ""
+    interval = f", 95 % interval {pair.scale.format_interval(found)}" if found.count > 1 else ""
+    return f" ({pair.scale.format_difference(found)}{unit}{interval})"
 
 
 def _name_rest(report: Report, arm: Arm) -> str:

@@ -14,7 +14,7 @@ from metareg import UsageError
 from metareg.comparison.plan import Plan
 from metareg.comparison.statistics import Verdict, over_seeds
 from metareg.reporting import FORMATS, report, tables
-from metareg.reporting.analysis import analyze_comparison
+from metareg.reporting.analysis import analyze_comparison, list_findings
 from reports import Page
 
 
@@ -110,6 +110,17 @@ def test_where_every_pair_diverged_nothing_is_drawn_or_corrected(small: Plan) ->
         if run.arm.augmenters and run.finished:
             break_run(run.path, "diverged")
     assert "Paired differences on" not in report(small.folder, "html")
+
+
+def test_a_single_verdict_comes_with_its_difference(tmp_path: Path) -> None:
+    write_comparison(tmp_path, SMALL | {"algo": ["maml"], "augment": ["none", "cml"]}, tasks=50)
+    found = analyze_comparison(tmp_path)
+    (pair,), (finding,) = found.pairs, list_findings(found)
+    estimate = pair.difference.over_seeds
+    mean, interval = pair.scale.format_difference(estimate), pair.scale.format_interval(estimate)
+    assert finding.sentence.startswith("Against none on sinusoid: ")
+    assert finding.sentence.endswith(f" with maml ({mean}, 95 % interval {interval}).")
+    assert finding.lines == []
 
 
 def test_one_seed_has_no_interval_over_seeds(tmp_path: Path) -> None:
