@@ -78,7 +78,7 @@ class Task:
     inherited_options: ClassVar[tuple[str, ...]] = ()
     """Options that this task inherits from the run's own task if a run is tested on it (``metareg eval --task``)."""
     image_preparation: str = (
-        "upright as EXIF says, on white where transparent, grey or RGB; resized to width × height by Pillow's BICUBIC, "
+        "rotated by its EXIF data, white where transparent, grey or RGB; resized to width × height by Pillow's BICUBIC, "
         "whatever the aspect; divided by 255"
     )
     """How `read_image` prepares an image, for users of programs that run without metareg."""

@@ -1,4 +1,4 @@
-"""DGL, imported on first use, and its modules made fit for `torch.func`."""
+"""The import of DGL on first use, and adapters that make its modules work with `torch.func`."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["call_opaque", "import_dgl", "make_softmax_twice_differentiable"]
 
 
 def import_dgl() -> ModuleType:
-    """The module `dgl`.
+    """Import the module `dgl`.
 
     Raises:
-        PluginError: it is not installed, or does not import; the message says what to install.
+        PluginError: it is not installed or cannot be imported; the message says what to install.
     """
-    # Without it the first import prints, and writes to the user's home, which backend it takes.
+    # Otherwise, the first import prints its choice of backend and writes it to the user's home.
     os.environ.setdefault("DGLBACKEND", "pytorch")
     try:
         return importlib.import_module("dgl")
-    except Exception as error:  # a DGL built for another torch fails with OSError or FileNotFoundError
+    except Exception as error:  # for example OSError or FileNotFoundError if DGL was built for another torch
         raise PluginError(_advise(error)) from error
 
 
@@ -43,13 +43,13 @@ def _advise(error: Exception) -> str:
 
 
 def call_opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """``function(*inputs)``, which sees plain tensors and ordinary autograd even inside `torch.func.grad` and `vjp`.
+    """Call ``function(*inputs)`` with plain tensors and ordinary autograd, even inside `torch.func.grad` and `vjp`.
 
-    DGL hands its tensors to compiled code and has autograd functions of the old kind; `torch.func` refuses both.
+    DGL passes its tensors to compiled code and has old-style autograd functions; `torch.func` supports neither.
     Derivatives of any order are exact. Each one runs the function again, so nothing is stored.
 
     Args:
-        function: differentiable by ordinary autograd; it must take all its tensors as arguments.
+        function: a function that ordinary autograd can differentiate; it must take all its tensors as arguments.
         inputs: tensors of any type.
     """
     result: Tensor = _Opaque.apply(function, *inputs)
@@ -59,7 +59,7 @@ def call_opaque(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
 class _Opaque(torch.autograd.Function):
     @staticmethod
     def forward(function: Callable[..., Any], *inputs: Tensor) -> Any:
-        # A pullback builds a graph of its own, which must not be joined to the graph around it.
+        # The pullback builds a separate graph, which must not connect to the outer graph.
         outputs = function(*(each.detach() for each in inputs))
         return outputs.detach() if isinstance(outputs, Tensor) else tuple(each.detach() for each in outputs)
 
@@ -100,8 +100,8 @@ class _Opaque(torch.autograd.Function):
 def make_softmax_twice_differentiable() -> Iterator[None]:
     """Give DGL's edge softmax a derivative that can be differentiated again, inside the block.
 
-    On a CPU its own backward pass calls a compiled kernel that autograd does not see: second-order meta-gradients of
-    attention layers would be wrong in silence.
+    On a CPU, its own backward pass calls a compiled kernel that autograd does not see, so second-order meta-gradients
+    of attention layers would be wrong without an error.
     """
     sparse: Any = importlib.import_module("dgl.backend.pytorch.sparse")
     original = sparse.EdgeSoftmax

@@ -1,4 +1,4 @@
-"""Node-labelled graphs and the files they come from. No loader unpickles anything."""
+"""Node-labelled graphs, and their loaders, which never unpickle anything."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ __all__ = ["GraphData", "Normalisation", "Source", "fetch", "find_local", "join_
 log = logging.getLogger("metareg")
 
 _SOURCE, _DESTINATION = ("source", "src", "from", "s", "u"), ("destination", "dst", "target", "to", "t", "v", "dest")
-"""What the columns of edges.csv are called, in any case."""
+"""Accepted names of the columns of edges.csv, ignoring case."""
 _WHOLE = re.compile(r"-?\d+(\.0*)?")
 _LEAST_NUMBERS, _MOST_NUMBERS = 1 << 26, 2000
-"""Dense features may be so many numbers, or so many for each that is not 0 and each node."""
+"""Limits for dense features: this many numbers, or this many per nonzero number and node."""
 _LEAST_TEXT, _MOST_TEXT = 1 << 26, 40
-"""Packed text may unpack to so many letters, or so many for each of its bytes."""
+"""Limits for compressed text: it may unpack to this many characters, or this many per byte."""
 _UNLABELLED = frozenset({"", "-1", "na", "n/a", "nan", "null"})
 
 GNN_BENCHMARK = "https://github.com/shchur/gnn-benchmark/raw/master/data/npz/"
 
 
 Normalisation = Literal["none", "binary", "sum"]
-"""What is made of a node's features: nothing; 1 for each that is not 0, as for words that a text has or has not; or their
-shares of their sum. Copies of one dataset that differ in this come out alike."""
+"""Normalisation of a node's features: none; 1 for each nonzero number, as for words in a text; or division by their
+sum. It makes copies of a dataset that differ in this equal."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,10 +62,10 @@ class GraphData:
         labels: class numbers ``[nodes]``; −1 for nodes without a label.
         members: the number of each node's graph ``[nodes]``.
         names: the graphs' names.
-        splits: what the files say of splits: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
-        classes: the names of the classes, where labels were no class numbers; empty where they were.
-        ids: the nodes' names in their files, those of several graphs as ``GRAPH/ID``; empty where numbers from 0 on are.
-        captions: what a file whose labels are class numbers calls the classes, for pictures; empty where it does not say it.
+        splits: the splits from the files: ``{"classes" | "graphs" | "nodes": {split: numbers or names}}``.
+        classes: the names of the classes; empty if the file's labels are class numbers.
+        ids: the nodes' names in their files, with several graphs as ``GRAPH/ID``; empty if nodes are numbered from 0.
+        captions: names of the classes for plots, if a file with class numbers has them; otherwise empty.
     """
 
     graph: Any
@@ -92,21 +92,22 @@ class GraphData:
         classes: tuple[str, ...] = (),
         ids: tuple[str, ...] = (),
     ) -> GraphData:
-        """One graph from its edges, checked and made simple.
+        """Create a graph from its edges, after checks; remove self-loops and parallel edges.
 
         Args:
-            source: where each edge starts ``[edges]``.
-            destination: where it ends ``[edges]``.
+            source: the source node of each edge ``[edges]``.
+            destination: the destination node of each edge ``[edges]``.
             features: ``[nodes, features]``.
-            labels: ``[nodes]``, −1 for none.
-            directed: keep the edges' directions; otherwise each is taken both ways.
-            name: how messages call the graph.
+            labels: class numbers ``[nodes]``; −1 for no label.
+            directed: keep the edges' directions; otherwise, each edge runs both ways.
+            name: the graph's name in messages.
             splits: see `GraphData`.
             classes: see `GraphData`.
             ids: see `GraphData`.
 
         Raises:
-            UsageError: features that are not finite, edges to nodes that do not exist, labels that are no class numbers.
+            UsageError: features are not finite, an edge leads to a node that does not exist, or a label is not a class
+                number.
         """
         nodes = len(features)
         if features.dim() != 2 or not features.shape[1] or not nodes:
@@ -140,7 +141,7 @@ class GraphData:
                 )
         if not directed:
             source, destination = torch.cat([source, destination]), torch.cat([destination, source])
-        # Sorted by destination and unique, without the diagonal.
+        # Unique keys, sorted by destination, without self-loops.
         keys = (destination * nodes + source)[source != destination].unique()
         graph = import_dgl().graph((keys % nodes, keys // nodes), num_nodes=nodes)
         return cls(
@@ -156,10 +157,10 @@ class GraphData:
 
 
 def join_graphs(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
-    """Several graphs with shared labels as one; a class with a name is the same wherever it has that name.
+    """Join several graphs with shared labels; classes with the same name are the same.
 
     Raises:
-        UsageError: their features differ in number, or some have names for classes and others numbers.
+        UsageError: the numbers of features differ, or some graphs have class names and others numbers.
     """
     widths = {each.names[0]: each.features.shape[1] for each in graphs}
     if len(set(widths.values())) > 1:
@@ -181,7 +182,7 @@ def join_graphs(graphs: list[GraphData], splits: Mapping[str, Mapping[str, Any]]
 
 
 def _renumber_labels(data: GraphData, classes: tuple[str, ...]) -> GraphData:
-    """A graph whose labels are numbers in a longer list of classes."""
+    """Renumber a graph's labels by a longer list of classes."""
     if not data.classes:
         raise UsageError(
             f"The labels of {data.names[0]} are numbers, but those of other graphs in its folder are names "
@@ -192,7 +193,7 @@ def _renumber_labels(data: GraphData, classes: tuple[str, ...]) -> GraphData:
 
 
 def _number_split(splits: Mapping[str, Any], classes: Sequence[str]) -> dict[str, Any]:
-    """What files say of splits, with the numbers of classes in the places of their names."""
+    """Replace class names by numbers in the splits from files."""
     numbers = {name: number for number, name in enumerate(classes)}
     given = splits.get("classes")
     if not isinstance(given, Mapping):
@@ -201,7 +202,7 @@ def _number_split(splits: Mapping[str, Any], classes: Sequence[str]) -> dict[str
 
 
 def _replace_known(names: Any, numbers: Mapping[str, int]) -> Any:
-    """The numbers of names in a list; what has none stays as it is, for the split to say so."""
+    """Replace names in a list by their numbers; keep unknown names, which the split then refuses."""
     return [numbers.get(str(name), name) for name in names] if isinstance(names, list) else names
 
 
@@ -210,14 +211,15 @@ def _replace_known(names: Any, numbers: Mapping[str, int]) -> Any:
 
 @dataclass(frozen=True)
 class Source:
-    """Where a published dataset is found and how it is brought into the form in which it is used.
+    """The location of a published dataset, and how to normalise its copies.
 
     Args:
-        names: paths, relative to a data folder, under which people keep it.
-        url: where it can be downloaded from; None where it cannot.
-        checksum: ``"sha256:"`` and the file's, where it is known.
-        normalisation: what is made of the features, whatever the copy's own are: DGL stores shares for some datasets.
-        advice: what to say where it can be neither found nor downloaded.
+        names: usual paths of the dataset, relative to a data folder.
+        url: the address to download it from; None if there is none.
+        checksum: ``"sha256:"`` and the file's checksum, if known.
+        normalisation: the normalisation of the features, for copies that differ: DGL divides by the sum for some
+            datasets.
+        advice: advice for messages if it can be neither found nor downloaded.
     """
 
     names: tuple[str, ...]
@@ -228,7 +230,7 @@ class Source:
 
 
 def find_local(source: Source, data: str | None) -> Path | None:
-    """The file or folder of a dataset, where it is there: in `data`, else in the data folder or the cache."""
+    """Find the file or folder of a dataset in `data`, otherwise in the data folder or the cache; None if missing."""
     if data is not None and Path(data).is_file():
         return Path(data)
     roots = [Path(data)] if data is not None else [data_folder(), cache_folder()]
@@ -237,15 +239,15 @@ def find_local(source: Source, data: str | None) -> Path | None:
 
 
 def locate(name: str, source: Source, data: str | None) -> Path:
-    """The file or folder of a dataset; nothing is downloaded.
+    """Return the file or folder of a dataset, without downloading anything.
 
     Args:
         name: the dataset's name.
         source: where to look.
-        data: what the user gave: the file itself, or a folder in which it is.
+        data: the user's option: the file itself, or a folder that contains it.
 
     Raises:
-        UsageError: it is not there; the message says how to get it.
+        UsageError: the dataset is missing; the message says how to get it.
     """
     found = find_local(source, data)
     if found is not None:
@@ -266,7 +268,7 @@ def fetch(source: Source, folder: Path) -> Path:
     """Download a dataset's file into the folder of graphs in a data folder.
 
     Raises:
-        MetaregError: that cannot be done, or the file is not the one that is known.
+        MetaregError: the download fails, or the file has another checksum.
     """
     assert source.url is not None
     path = folder / "graphs" / Path(source.url).name
@@ -282,12 +284,12 @@ def load(path: Path, *, directed: bool = False, normalisation: Normalisation = "
 
     Args:
         path: an npz with CSR arrays, a graph in DGL's binary format, an OGB folder, a folder with ``edges.csv`` and
-            ``nodes.csv``, or a folder that holds several of these, with ``splits.json`` where there is one.
+            ``nodes.csv``, or a folder with several of these and an optional ``splits.json``.
         directed: keep the direction of edges.
-        normalisation: what is made of the features.
+        normalisation: the normalisation of the features.
 
     Raises:
-        UsageError: a file is missing, damaged, or holds something impossible.
+        UsageError: a file is missing, damaged or invalid.
     """
     data = _read(path, directed)
     return replace(data, features=_normalise(data.features, normalisation))
@@ -347,13 +349,13 @@ def _read_splits(path: Path) -> dict[str, Any]:
 
 
 def _name_splits(given: Any) -> Any:
-    """The lists of a split under the usual names of the splits."""
+    """Rename a split's keys to the usual names."""
     return {find_split(name) or name: names for name, names in given.items()} if isinstance(given, dict) else given
 
 
 @contextmanager
 def _explain_errors(path: Path) -> Iterator[None]:
-    """Turn what goes wrong in reading a file, which may hold anything, into one sentence."""
+    """Turn errors of reading a file, which can contain anything, into one sentence."""
     try:
         yield
     except FileNotFoundError:
@@ -366,7 +368,7 @@ def _explain_errors(path: Path) -> Iterator[None]:
 
 
 def _read_npz(path: Path, directed: bool) -> GraphData:
-    """CSR arrays as in gnn-benchmark: ``adj_indptr, adj_indices``, ``attr_*`` (CSR) or ``features``, and ``labels``."""
+    """Read gnn-benchmark's CSR arrays: ``adj_indptr, adj_indices``, ``attr_*`` or ``features``, and ``labels``."""
     with open_arrays(path, "a graph") as file:
 
         def array(*names: str) -> np.ndarray:
@@ -418,20 +420,20 @@ def _read_npz(path: Path, directed: bool) -> GraphData:
 
 
 def _repeat_rows(pointers: np.ndarray, count: int) -> np.ndarray:
-    """The row of each of `count` entries of a CSR matrix."""
+    """Return the row of each of `count` entries of a CSR matrix."""
     if pointers.ndim != 1 or not len(pointers) or pointers[0] != 0 or pointers[-1] != count:
         raise ValueError("its arrays do not fit together")
     return np.repeat(np.arange(len(pointers) - 1), np.diff(pointers))
 
 
 def _refuse_bombs(numbers: int, entries: int) -> None:
-    """Refuse a sparse matrix whose dense form takes far more than what it holds."""
+    """Refuse a sparse matrix whose dense form would be far larger."""
     if numbers > max(_LEAST_NUMBERS, _MOST_NUMBERS * entries):
         raise ValueError(f"its features are {numbers} numbers, but it contains {entries}")
 
 
 def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
-    """DGL's binary format, as `dgl.save_graphs` and DGL's own datasets write it: tensors only, no pickle."""
+    """Read DGL's binary format, as written by `dgl.save_graphs` and DGL's own datasets: only tensors, no pickle."""
     from metareg_graph.dgl_files import read_graphs
 
     if not path.is_file():
@@ -439,7 +441,7 @@ def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
     with path.open("rb") as file:
         if file.read(1) == b"\x80":
             raise UsageError(f"{path} is a pickle, which could run code; metareg does not read it.")
-    (arrays,) = parse_in_child(read_graphs, [path], "a graph of DGL")
+    (arrays,) = parse_in_child(read_graphs, [path], "a DGL graph")
     count = len(arrays) // 4
     found = [
         GraphData.from_edges(
@@ -454,7 +456,7 @@ def _read_dgl(path: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]
 
 
 def _read_ogb(folder: Path, directed: bool) -> GraphData:
-    """An unpacked folder of the Open Graph Benchmark's node property prediction, read from its raw CSV files."""
+    """Read an unpacked folder of the Open Graph Benchmark's node property prediction from its raw CSV files."""
     raw = folder / "raw"
     edges, features, labels = (
         _read_table(raw / f"{name}.csv.gz", kind)
@@ -470,7 +472,7 @@ def _read_ogb(folder: Path, directed: bool) -> GraphData:
 
 
 def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, Any]]) -> GraphData:
-    """``nodes.csv`` with the columns id, label and any number of features; ``edges.csv`` with source and destination."""
+    """Read ``nodes.csv`` (id, label and any number of features) and ``edges.csv`` (source and destination)."""
     nodes = read_table(folder / "nodes.csv", ("id", "label"))
     id_column, label_column = (_find_column(nodes, (name,)) for name in ("id", "label"))
     ids = nodes.get_texts(id_column)
@@ -495,7 +497,7 @@ def _read_csv(folder: Path, directed: bool, splits: Mapping[str, Mapping[str, An
 
 
 def _read_edges(path: Path, numbers: Mapping[str, int]) -> tuple[Tensor, Tensor]:
-    """The numbers of the nodes at both ends of each edge."""
+    """Return the numbers of each edge's source and destination nodes."""
 
     def is_edge(cells: Sequence[str]) -> bool:
         if not all(cell in numbers for cell in cells):
@@ -528,10 +530,10 @@ def _number_ends(edges: Table, column: str, numbers: Mapping[str, int]) -> Tenso
 
 
 def _find_column(table: Table, names: Sequence[str]) -> str:
-    """The column that has one of some names, in any case.
+    """Find the column with one of some names, ignoring case.
 
     Raises:
-        UsageError: there is none, or there are several.
+        UsageError: there is no such column, or several.
     """
     found = [name for name in table.names if name.casefold() in names]
     if len(found) > 1:
@@ -542,7 +544,7 @@ def _find_column(table: Table, names: Sequence[str]) -> str:
 
 
 def _number_labels(labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Class numbers, −1 for none, and the classes' names; no names where the labels are numbers from 0 on already."""
+    """Return class numbers (−1 for no label) and the classes' names; no names if labels are numbers from 0."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
     if labels.dtype.kind == "f" and (np.isnan(labels) | (labels == np.round(labels))).all():
@@ -561,14 +563,14 @@ def _number_labels(labels: np.ndarray) -> tuple[np.ndarray, tuple[str, ...]]:
 
 
 def _sort_names(names: set[str]) -> tuple[str, ...]:
-    """Names in their order; numbers by their size."""
+    """Sort names, or numbers by value."""
     if all(name.removeprefix("-").isdecimal() for name in names):
         return tuple(sorted(names, key=int))
     return tuple(sorted(names))
 
 
 def _number_nodes(splits: Mapping[str, Any], numbers: Mapping[str, int]) -> dict[str, Any]:
-    """What a file says of splits, with the nodes' numbers in the places of their ids."""
+    """Replace node ids by numbers in the splits from a file."""
     given = splits.get("nodes")
     if not isinstance(given, Mapping):
         return dict(splits)

@@ -1,4 +1,4 @@
-"""DGL's binary files as arrays, for `metareg.parse_in_child`: its reader aborts the process where one is damaged."""
+"""Parser of DGL's binary files for `metareg.parse_in_child`, because DGL aborts the process if one is damaged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _dgl = import_dgl()
 
 
 def read_graphs(path: Path) -> dict[str, np.ndarray]:
-    """The graphs of a file that `dgl.save_graphs` wrote: of graph n ``n.source, n.destination, n.feat, n.label``."""
+    """Read a file of `dgl.save_graphs`: for graph n, ``n.source, n.destination, n.feat, n.label``."""
     graphs, _ = _dgl.load_graphs(str(path))
     arrays: dict[str, np.ndarray] = {}
     for number, graph in enumerate(graphs):

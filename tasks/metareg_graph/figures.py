@@ -1,4 +1,4 @@
-"""Pictures of adapted graph models."""
+"""Plots of adapted graph models."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from metareg import Episodes, MetaLearner, format_count
 __all__ = ["draw_confusion", "draw_features"]
 
 Named = tuple[Episodes, list[str]]
-"""One task, and the names of its classes in their order."""
+"""One task, and the names of its classes in order."""
 _UPRIGHT = 6
-"""Letters that a class's name has at most where it is written upright below a confusion matrix."""
+"""Maximum length of a class name that is written horizontally below a confusion matrix."""
 
 
 def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
-    """How often query nodes of each class are taken for which, over some tasks, after adaptation."""
+    """Draw the confusion matrix of query nodes after adaptation, over some tasks."""
     names = sorted({name for _, labels in tasks for name in labels}, key=lambda name: (len(name), name))
     counts = np.zeros((len(names), len(names)))
     for episode, labels in tasks:
@@ -45,12 +45,12 @@ def draw_confusion(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(format_count(len(tasks), "test task"), fontsize=10)
-    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="fraction of the true class")
     return figure
 
 
 def draw_features(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
-    """The adapted body's features of each task's nodes on their first two principal components."""
+    """Draw the adapted body's features of each task's nodes on their first two principal components."""
     names = sorted({name for _, labels in tasks for name in labels})
     rows = (len(tasks) + 1) // 2
     figure = Figure(figsize=(9, 1 + 3.4 * rows), layout="constrained")
@@ -70,7 +70,7 @@ def draw_features(learner: MetaLearner, tasks: Sequence[Named]) -> Figure:
 def _draw_projection(
     axes: Axes, learner: MetaLearner, episode: Episodes, classes: Sequence[int], names: Sequence[str]
 ) -> None:
-    """The nodes of one task; `classes` are the places of its classes in `names`."""
+    """Draw the nodes of one task; `classes` are the positions of its classes in `names`."""
     support, query, outputs = _adapt(learner, episode)
     features = torch.cat([support, query]).flatten(1).double()
     centred = features - features.mean(0)
@@ -96,7 +96,7 @@ def _draw_projection(
 
 
 def _adapt(learner: MetaLearner, episode: Episodes) -> tuple[Tensor, Tensor, Tensor]:
-    """Features of the support and of the query nodes of a single task after adaptation, and the query nodes' outputs."""
+    """Return features of a task's support and query nodes after adaptation, and the query nodes' outputs."""
     support_x, support_y, query_x, _ = episode.to(learner.device).unstack(0)
     module: Any = learner.adapt(support_x, support_y)
     with torch.no_grad():

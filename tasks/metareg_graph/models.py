@@ -1,4 +1,4 @@
-"""Graph networks on padded blocks, and any `dgl.nn` module on the DGL graph itself."""
+"""Graph networks on padded blocks, and a wrapper for any `dgl.nn` module on the DGL graph itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class GraphModelConfig(PluginConfig):
 
     hidden: int = Field(32, ge=1, description="Width of every layer, and number of features.")
     layers: int = Field(2, ge=1, le=4, description="Layers of propagation.")
-    skip: bool = Field(True, description="The head also sees what the layers propagate without their weights.")
+    skip: bool = Field(True, description="Also give the head the inputs that the layers propagate without weights.")
 
 
 class _GraphModel:
@@ -36,7 +36,7 @@ class _GraphModel:
 
     @property
     def recommended(self) -> Mapping[str, Any]:
-        """What the task must prepare for this model."""
+        """The options of the task that this model needs."""
         return {"task.inputs": self.inputs, "task.hops": self.config.layers}
 
     @hookimpl
@@ -50,7 +50,7 @@ class GCN(_GraphModel):
 
     Reference:
         Kipf and Welling, Semi-Supervised Classification with Graph Convolutional Networks, ICLR 2017, arXiv 1609.02907
-        (there, the last convolution gives the classes; here, a head on its features does).
+        (there, the last convolution outputs the classes; here, a head on its features does).
     """
 
     inputs = "gcn"
@@ -79,18 +79,18 @@ class GraphSAGE(_GraphModel):
 
 
 class BlockNetwork(nn.Module):
-    """Inputs of the kind that `metareg_graph.Inputs` describes → features ``[examples, width]`` → ``[examples, ways]``.
+    """Inputs of `metareg_graph.Inputs` → features ``[examples, width]`` → ``[examples, ways]``.
 
-    The width is `hidden`, and with `skip` more by that of the inputs: a head on a few random directions of bags of words
-    cannot tell unseen classes apart, one that also sees the propagated inputs can from the start.
+    The width is `hidden`, plus the width of the inputs with `skip`. A head on a few random directions of bags of words
+    cannot distinguish unseen classes; a head that also sees the propagated inputs can from the start.
 
     Args:
         inputs: ``"gcn"``, ``"sgc"`` or ``"mean"``.
         spec: a node's features and the classes of a task.
-        hidden: width of every layer.
-        layers: how many.
-        skip: the features are the last layer's outputs beside the inputs that the layers propagate without their weights,
-            as in jumping knowledge networks (Xu et al., ICML 2018, arXiv 1806.03536).
+        hidden: the width of every layer.
+        layers: the number of layers.
+        skip: append the inputs, propagated without weights, to the last layer's outputs, as in jumping knowledge
+            networks (Xu et al., ICML 2018, arXiv 1806.03536).
     """
 
     def __init__(self, inputs: str, spec: TaskSpec, hidden: int, layers: int, *, skip: bool = False) -> None:
@@ -145,15 +145,15 @@ class _Blocks(nn.Module):
 
 
 class OnGraph(nn.Module):
-    """Any module built of `dgl.nn` layers, run on the DGL graph itself, with a head on the features of a task's nodes.
+    """A wrapper for any module of `dgl.nn` layers, run on the DGL graph itself, with a head on the task's nodes.
 
-    It takes the tasks' inputs of the kind ``"nodes"``, task after task (``strategy="serial"``), and differentiates as
-    often as wanted, attention layers included.
+    It takes tasks with ``inputs="nodes"``, one at a time (``strategy="serial"``), and supports derivatives of any
+    order, including through attention layers.
 
     Args:
         body: ``body(graph, features) -> [nodes, hidden]`` with ``features`` ``[nodes, features]``.
-        head: on ``[examples, hidden]``.
-        self_loops: give every node a loop, as `dgl.nn.GraphConv` and the attention layers want it.
+        head: a module on ``[examples, hidden]``.
+        self_loops: add a self-loop to every node, which `dgl.nn.GraphConv` and the attention layers need.
 
     Example:
         >>> model = OnGraph(MyGAT(task.spec.input_shape[0], 64), nn.Linear(64, 2))
@@ -178,7 +178,7 @@ class _OnGraphBody(nn.Module):
     def forward(self, x: Any) -> Tensor:
         if not isinstance(x, dict) or "edges" not in x:
             raise UsageError("A module on the DGL graph itself needs tasks with inputs='nodes'.")
-        # Inside functional_call these are the parameters that were passed, no longer the module's own.
+        # Inside functional_call, these are the passed parameters, not the module's own.
         names, parameters = zip(*self.module.named_parameters(), strict=True)
         return call_opaque(self._run(names), x["edges"], x["features"], x["nodes"], *parameters)
 

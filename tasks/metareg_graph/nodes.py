@@ -1,4 +1,4 @@
-"""The nodes of a graph from files, as users name them: for predictions and programs."""
+"""The nodes of a graph from files by name, for predictions and programs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Nodes(NamedExamples):
     """The nodes of some graphs.
 
     Args:
-        inputs: what a model gets of them; all neighbours of a node are taken, whatever `fanout` says.
+        inputs: the model's inputs; they use all neighbours of a node, whatever `fanout` is.
     """
 
     column: ClassVar[str] = "node"
@@ -52,7 +52,7 @@ class Nodes(NamedExamples):
 
 
 class _OnWholeGraph(nn.Module):
-    """A model's outputs for nodes by their numbers, from the whole graph, which lies in the module."""
+    """Computes a model's outputs for nodes by number, from the whole graph, which the module contains."""
 
     def __init__(self, module: nn.Module, inputs: Inputs) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ class _OnWholeGraph(nn.Module):
 
 
 class _SparseBlock:
-    """A block of all nodes by all nodes, of which only the product with features is ever asked for."""
+    """A block of all nodes by all nodes that supports only the product with features."""
 
     def __init__(self, to: Tensor, source: Tensor, weight: Tensor) -> None:
         self._to, self._source, self._weight = to, source, weight

@@ -1,4 +1,4 @@
-"""From a graph to episodes: which classes and nodes a task has, and the padded dense blocks around them."""
+"""Sampling of episodes from a graph: the classes and nodes of a task, and the padded dense blocks around them."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ __all__ = ["Inputs", "Pools", "Seeds"]
 
 @dataclass(frozen=True)
 class Seeds:
-    """The labelled nodes of some tasks: numbers ``[tasks, ways · shots]`` and ``[tasks, ways · query]``, class by class."""
+    """The labelled nodes of some tasks: ``[tasks, ways · shots]`` and ``[tasks, ways · query]``, class by class."""
 
     support: np.ndarray
     query: np.ndarray
 
 
 class Pools:
-    """The nodes that the tasks of a split are drawn from: those of each class, in each graph.
+    """The nodes from which the tasks of a split are drawn, by graph and class.
 
     Args:
-        groups: for each graph, the nodes of each class that counts in this split.
-        where: how messages call the split.
-        ways: classes of a task.
-        shots: support nodes of each class.
-        query: query nodes of each class.
-        shared_labels: a task's classes stand in their own order, not in a drawn one.
+        groups: for each graph, the nodes of each class in this split.
+        where: the split's name in messages.
+        ways: number of classes of a task.
+        shots: number of support nodes of each class.
+        query: number of query nodes of each class.
+        shared_labels: keep a task's classes in their own order instead of a random one.
 
     Raises:
-        UsageError: there are too few classes, or too few nodes in one.
+        UsageError: there are too few classes, or a class has too few nodes.
     """
 
     def __init__(
@@ -72,10 +72,10 @@ class Pools:
         self._sizes = np.array([len(nodes) for nodes in pools])
         self._starts = np.cumsum(self._sizes) - self._sizes
         self.nodes = np.concatenate(pools)
-        """All nodes that can be in a task."""
+        """All nodes that can occur in a task."""
 
     def draw(self, split: str, indices: Sequence[int], seed: int) -> Seeds:
-        """The nodes of tasks, each a function of (seed, split, task number) alone."""
+        """Draw the nodes of tasks, each depending only on (seed, split, task number)."""
         tasks, each = len(indices), self.shots + self.query
         most = int(self._classes.max())
         u = task_uniform(seed, split, indices, 1 + most + 2 * self.ways * each, "nodes")
@@ -92,9 +92,10 @@ class Pools:
 
 
 def _draw_distinct(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """A uniformly drawn set of ``u.shape[1]`` different numbers below ``sizes[row]`` for each row of uniform numbers.
+    """Draw, for each row of uniform numbers, a set of ``u.shape[1]`` different numbers below ``sizes[row]``.
 
-    Floyd's algorithm (Bentley and Floyd, A sample of brilliance, CACM 1987): no work or memory grows with the sizes.
+    Floyd's algorithm (Bentley and Floyd, A sample of brilliance, CACM 1987): time and memory do not grow with the
+    sizes.
     """
     chosen = np.full(u.shape, -1, dtype=np.int64)
     for position in range(u.shape[1]):
@@ -109,13 +110,13 @@ def _draw_distinct(u: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 
 
 class Uniform(Protocol):
-    """A task's random numbers in [0, 1), a function of the task alone ``[tasks, count]``."""
+    """A function for random numbers in [0, 1) ``[tasks, count]`` that depend only on the task."""
 
     def __call__(self, count: int, label: str) -> np.ndarray: ...
 
 
 class Inputs:
-    """What a model gets of a graph, as tensors that stack over tasks.
+    """The inputs of a model on a graph, as tensors that can be stacked over tasks.
 
     ===========  =========================================================================================================
     ``gcn``      ``{"x": [tasks, rows, features], "blocks": [[tasks, examples, rows], …]}``: features after the first
@@ -127,25 +128,25 @@ class Inputs:
                  graphs whole, for modules that run on them
     ===========  =========================================================================================================
 
-    Â = D^−½ (A + I) D^−½ with the degrees of the whole graph, as `dgl.nn.GraphConv` has it on a graph with self-loops.
+    Â = D^−½ (A + I) D^−½ with the degrees of the whole graph, as in `dgl.nn.GraphConv` on a graph with self-loops.
 
-    Rows are padded to one of a few sizes, so that a training meets few shapes. Padding meets zero columns of the blocks
-    and changes no result; tasks whose sizes differ so much that it would more than double the rows come in stacks of
-    their own.
+    Rows are padded to one of a few sizes, so that training sees few shapes. Padding meets zero columns of the blocks
+    and does not change results. If tasks' sizes differ so much that padding would more than double the rows, they form
+    separate stacks.
 
     Args:
         data: the graph.
         kind: one of the above.
-        hops: layers of propagation.
+        hops: number of layers of propagation.
         fanout: the maximum number of neighbours of a node in a block, drawn anew for each task; None for all. The
             weights of drawn neighbours are scaled so that sums are right on average.
-        degree: the mean number of neighbours, where it is known beforehand.
-        standardised: subtract the mean of a graph's rows from each row of `table`, and give it the length `LENGTH`. The
-            length of a sum over neighbours says how many there are, and hides the class.
+        degree: the mean number of neighbours, if known in advance.
+        standardised: subtract the mean of a graph's rows from each row of `table`, and scale it to the length `LENGTH`.
+            The length of a sum over neighbours depends on their number, which hides the class.
     """
 
     LENGTH = 4.0
-    """Of standardised rows: long enough for the inner loops of heads and layers to take the same step size."""
+    """Length of standardised rows, large enough that heads and layers can use the same inner step size."""
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class Inputs:
 
     @cached_property
     def table(self) -> Tensor:
-        """Each node's features before the first layer that has parameters ``[nodes, …]``."""
+        """Each node's features before the first layer with parameters ``[nodes, …]``."""
         x = self.data.features
         if self.kind == "mean":
             x = torch.cat([x, self._near.propagate(x)], 1)
@@ -179,7 +180,7 @@ class Inputs:
         return self.kind == "sgc" or (self.hops == 1 and self.kind != "nodes")
 
     def select(self, nodes: np.ndarray) -> Any:
-        """The inputs of some nodes of one task ``[examples, …]``, with all neighbours."""
+        """Return the inputs of some nodes of one task ``[examples, …]``, with all neighbours."""
         if self.kind == "nodes":
             return {name: values[0] for name, values in self._expand_graph(nodes[None]).items()}
         if self.takes_rows:
@@ -190,11 +191,11 @@ class Inputs:
         return {"x": inputs["x"][0], "blocks": [block[0] for block in inputs["blocks"]]}
 
     def list_edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The entries of the blocks' weights over the whole graph: row, column and weight ``[edges]``."""
+        """List the entries of the blocks' weights over the whole graph: row, column and weight ``[edges]``."""
         return self._near.list_edges()
 
     def episodes(self, seeds: Seeds, targets: tuple[Tensor, Tensor], uniform: Uniform) -> list[Episodes]:
-        """The tasks as stacks of equal shapes, most often one.
+        """Return the tasks as stacks of equal shapes, usually one.
 
         Args:
             seeds: the tasks' nodes.
@@ -224,7 +225,7 @@ class Inputs:
         return stacks
 
     def _sample_layers(self, seeds: np.ndarray, uniform: Uniform, label: str) -> list[_Layer]:
-        """From the last layer of the model to its second: the edges into the nodes that the layer after it needs."""
+        """Sample, from the model's last layer to its second, the edges into the nodes that the next layer needs."""
         tasks, each = seeds.shape
         node, task, row = seeds.reshape(-1), np.repeat(np.arange(tasks), each), np.tile(np.arange(each), tasks)
         layers = []
@@ -236,7 +237,7 @@ class Inputs:
         return layers
 
     def _choose_floor(self, layer: _Layer) -> int:
-        """A size that holds most tasks, at less than twice what is to be expected."""
+        """Choose a size that fits most tasks, less than twice the expected size."""
         drawn = layer.rows / len(layer.counts) * self._usual
         different = self._most * -math.expm1(-drawn / self._most)
         return min(4 * math.ceil(1.6 * different / 4), self._most)
@@ -244,7 +245,7 @@ class Inputs:
     def _fill_blocks(
         self, seeds: np.ndarray, layers: list[_Layer], tasks: np.ndarray, capacities: np.ndarray
     ) -> dict[str, Any]:
-        """The blocks and input rows of some tasks, padded to `capacities`, in the order in which a model uses them."""
+        """Return blocks and input rows of some tasks, padded to `capacities`, in the order in which models use them."""
         place = np.full(len(seeds), -1)
         place[tasks] = np.arange(len(tasks))
         blocks, rows, nodes = [], seeds.shape[1], seeds[tasks]
@@ -263,7 +264,7 @@ class Inputs:
         return {"x": x, "blocks": blocks[::-1]}
 
     def _expand_graph(self, nodes: np.ndarray) -> dict[str, Tensor]:
-        """Views of the whole graph, the same for every task."""
+        """Return views of the whole graph, the same for every task."""
         edges, features = torch.stack(self.data.graph.edges()), self.data.features
         return {
             "edges": edges.expand(len(nodes), *edges.shape),
@@ -277,7 +278,7 @@ def _refuse_to_draw(count: int, label: str) -> np.ndarray:
 
 
 def _standardise(x: Tensor, members: Tensor, length: float) -> Tensor:
-    """Rows less the mean row of their graph, all of one length ``[nodes, …]``."""
+    """Subtract the mean row of the graph from its rows, and scale all to one length ``[nodes, …]``."""
     sums = x.new_zeros(int(members.max()) + 1, x.shape[1]).index_add_(0, members, x)
     means = sums / torch.bincount(members, minlength=len(sums)).unsqueeze(1)
     return length * F.normalize(x - means[members], dim=1)
@@ -292,21 +293,21 @@ class _Layer:
     column: np.ndarray
     weight: np.ndarray
     rows: int
-    """How many rows all tasks have together."""
+    """Total number of rows of all tasks."""
     counts: np.ndarray
-    """How many columns each task has."""
+    """Number of columns of each task."""
     node: np.ndarray
-    """The node that each column stands for, with its task and column."""
+    """The node of each column, with its task and column."""
     node_task: np.ndarray
     node_column: np.ndarray
 
 
 class _Neighbourhoods:
-    """The edges into nodes, from the CSC arrays of a DGL graph, with the weights of a propagation.
+    """The edges into nodes, from the CSC arrays of a DGL graph, with propagation weights.
 
     Args:
         data: the graph.
-        loops: weights of D^−½ (A + I) D^−½; otherwise of the mean over neighbours.
+        loops: use the weights of D^−½ (A + I) D^−½; otherwise, those of the mean over neighbours.
     """
 
     def __init__(self, data: GraphData, *, loops: bool) -> None:
@@ -320,13 +321,13 @@ class _Neighbourhoods:
         self.dtype = self._to.numpy().dtype
 
     def list_edges(self) -> tuple[Tensor, Tensor, Tensor]:
-        """All edges as destinations, sources and weights ``[edges]``."""
+        """List all edges as destinations, sources and weights ``[edges]``."""
         to = torch.from_numpy(np.repeat(np.arange(len(self._pointers) - 1), np.diff(self._pointers)))
         source = torch.from_numpy(self._sources.astype(np.int64))
         return to, source, self._to[to] * self._from[source]
 
     def propagate(self, x: Tensor) -> Tensor:
-        """The weighted sum over each node's neighbours ``[nodes, features]``."""
+        """Return the weighted sum over each node's neighbours ``[nodes, features]``."""
         result: Tensor = import_dgl().ops.copy_u_sum(self.graph, x * self._from[:, None]) * self._to[:, None]
         return result
 
@@ -339,7 +340,7 @@ class _Neighbourhoods:
         fanout: int | None,
         uniform: Callable[[int], np.ndarray],
     ) -> _Layer:
-        """The edges into the nodes `node`, each in one task; a task's own nodes are its first columns, in their order."""
+        """Sample the edges into `node`, each in one task; a task's own nodes are its first columns, in order."""
         degree = self._pointers[node + 1] - self._pointers[node]
         owner = np.repeat(np.arange(len(node)), degree)
         within = np.arange(len(owner)) - np.repeat(np.cumsum(degree) - degree, degree)
@@ -348,7 +349,7 @@ class _Neighbourhoods:
         if fanout is not None and (degree > fanout).any():
             keep, scale = _thin_out(owner, source == node[owner], task[owner], fanout, uniform)
             owner, source, weight = owner[keep], source[keep], (weight * scale)[keep]
-        # The tasks' nodes side by side: every (task, node) has a number of its own.
+        # Every pair (task, node) gets a unique number.
         base = len(self._pointers)
         rows_key, source_key = task * base + node, task[owner] * base + source
         keys, at = np.unique(np.concatenate([rows_key, source_key]), return_inverse=True)
@@ -375,7 +376,7 @@ class _Neighbourhoods:
 def _thin_out(
     owner: np.ndarray, loop: np.ndarray, task: np.ndarray, fanout: int, uniform: Callable[[int], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which edges stay, `fanout` of each owner beside its self-loop, and by what their weights grow."""
+    """Choose the edges to keep, `fanout` per owner in addition to its self-loop, and the factors of their weights."""
     per_task = np.bincount(task)
     within = np.arange(len(task)) - (np.cumsum(per_task) - per_task)[task]
     priority = np.where(loop, -1.0, uniform(int(per_task.max()))[task, within])
@@ -390,13 +391,13 @@ def _thin_out(
 
 
 def _group_by_size(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Groups of tasks that are padded together, and what to.
+    """Group tasks that are padded together, and choose the padded sizes.
 
     Args:
-        sizes: what each task needs ``[tasks, parts]``.
-        floors: the least size of each part.
-        most: what no task can exceed.
-        depth: so many parts at a time are the layers of one set.
+        sizes: the size that each task needs ``[tasks, parts]``.
+        floors: the minimum size of each part.
+        most: the maximum size of a task.
+        depth: the number of consecutive parts that are the layers of one set.
     """
     tasks = np.arange(len(sizes))
     together = _choose_capacities(sizes.max(0, initial=0), floors, most, depth)
@@ -408,9 +409,9 @@ def _group_by_size(sizes: np.ndarray, floors: np.ndarray, most: int, depth: int)
 
 
 def _choose_capacities(needed: np.ndarray, floors: np.ndarray, most: int, depth: int) -> np.ndarray:
-    """The next of a few sizes for each part, each half again as large as the one before.
+    """Round each part up to one of a few sizes, each 1.5 times the previous one.
 
-    A layer's own rows are its first columns, padding included: none is smaller than the one before it.
+    A layer's own rows are its first columns, including padding, so no layer is smaller than the one before it.
     """
     found = []
     for need, floor in zip(needed.tolist(), floors.tolist(), strict=True):

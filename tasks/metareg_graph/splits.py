@@ -1,4 +1,4 @@
-"""What is kept apart between training, validation and test: classes, graphs or nodes."""
+"""Splits of classes, graphs or nodes into training, validation and test."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SINGULAR = {"classes": "Class", "graphs": "Graph", "nodes": "Node"}
 
 @dataclass(frozen=True)
 class ClassSplit:
-    """Disjoint classes: how many for training, validation and test, drawn for each seed; or which, fixed."""
+    """Disjoint classes for training, validation and test: either counts, drawn for each seed, or fixed classes."""
 
     counts: tuple[int, int, int] | None = None
     fixed: Mapping[str, Sequence[int]] | None = None
@@ -50,21 +50,21 @@ Fixed: Wang et al., Task-Adaptive Few-shot Node Classification, KDD 2022 (TENT),
 def split_nodes(
     data: GraphData, rule: ClassSplit | str, split: str, seed: int, ways: int, each: int
 ) -> tuple[list[Group], bool]:
-    """The nodes of each class, in each graph, that belong to a split.
+    """Return the nodes of a split, by graph and class.
 
     Args:
         data: the graphs.
         rule: a class split, or ``"auto"``, ``"classes"``, ``"nodes"`` or ``"graphs"``.
         split: ``"train"``, ``"validation"`` or ``"test"``.
-        seed: draws what no rule fixes.
-        ways: classes that a task needs.
-        each: nodes of a class that a task needs.
+        seed: the seed for random splits.
+        ways: number of classes that a task needs.
+        each: number of nodes of each class that a task needs.
 
     Returns:
-        The groups, and whether the splits share their labels, so that a class keeps its number from task to task.
+        The groups, and whether the splits share their classes, in which case a class has the same number in every task.
 
     Raises:
-        UsageError: the split cannot be made, or names what is not there.
+        UsageError: the split is impossible, or names something that does not exist.
     """
     if split not in _NAMES:
         raise UsageError(f"A graph task has the splits {', '.join(_NAMES)}; there is no '{split}'.")
@@ -96,7 +96,7 @@ def _choose_kind(data: GraphData, rule: str, present: Sequence[int], ways: int) 
 
 
 def _choose_counts(classes: int, ways: int) -> tuple[int, int, int]:
-    """A quarter of the classes each for validation and test, and enough for a task."""
+    """Choose a quarter of the classes each for validation and test, and at least enough for a task."""
     held = max(ways, classes // 4)
     if classes < 2 * held + ways:
         raise UsageError(
@@ -178,10 +178,10 @@ def _select_nodes(
 
 
 def _check_splits(given: Mapping[str, Any], kind: str) -> None:
-    """Refuse splits of which one is missing, or that are not disjoint.
+    """Refuse incomplete or overlapping splits.
 
     Raises:
-        UsageError: what is missing, or what stands twice.
+        UsageError: a split is missing, or something occurs twice.
     """
     if given.keys() != set(_NAMES) or not all(isinstance(given[split], Sequence) for split in _NAMES):
         raise UsageError(f"A split of {kind} needs the lists {', '.join(_NAMES)}; it has {', '.join(given) or 'none'}.")

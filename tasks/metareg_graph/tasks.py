@@ -1,4 +1,4 @@
-"""The graph tasks: few-shot node classification on published, generated and the user's own graphs."""
+"""Graph tasks: few-shot node classification on published, generated and users' own graphs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class GraphTaskConfig(PluginConfig):
 class FileConfig(GraphTaskConfig):
     """Options of tasks on a graph from files."""
 
-    # On Cora's validation tasks sgc is a point above gcn, at half the cost.
+    # On Cora's validation tasks, sgc is one point better than gcn at half the cost.
     inputs: GraphInputs = Field("sgc", description=_INPUTS)
     data: PathText | None = Field(
         None,
@@ -81,11 +81,11 @@ class FileConfig(GraphTaskConfig):
 
 
 class _GraphTask(Task):
-    """Tasks of a few labelled nodes."""
+    """Tasks with a few labelled nodes."""
 
     contract = 1
     loss = "cross_entropy"
-    # With two or three classes to learn from, more or larger outer steps make the features those of these classes.
+    # With two or three training classes, more or larger outer steps overfit the features to these classes.
     recommended: ClassVar[Mapping[str, Any]] = {
         "steps": 100,
         "meta_batch": 8,
@@ -95,7 +95,7 @@ class _GraphTask(Task):
         "eval_tasks": 50,
         "test_tasks": 200,
         "log_every": 10,
-        # BOIL's head stays as it is within a task: what it sees past the body is noise to the task.
+        # BOIL's head does not change within a task, so inputs that bypass the body are noise for the task.
         "boil": {"model.skip": False, "algo.inner_lr": 2.0},
     }
     config: GraphTaskConfig
@@ -103,12 +103,12 @@ class _GraphTask(Task):
 
     @property
     def default_model(self) -> str | None:  # type: ignore[override]
-        """The shipped model that takes these inputs; none on the DGL graph itself."""
+        """The shipped model for these inputs; None for the DGL graph itself."""
         return _MODELS[self.config.inputs]
 
     @property
     def stackable(self) -> bool:  # type: ignore[override]
-        """Modules on the DGL graph itself run task after task."""
+        """False for modules on the DGL graph itself, which run one task at a time."""
         return self.config.inputs != "nodes"
 
     def _repeat_targets(self, tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,20 +120,20 @@ class _GraphTask(Task):
 
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
-        """Which classes are taken for which, and the adapted features of some test tasks in two dimensions."""
+        """Draw the confusion matrix, and the adapted features of some test tasks in two dimensions."""
         tasks = self._select_pictured(seed)
         return {"confusion": draw_confusion(learner, tasks), "features": draw_features(learner, tasks[:4])}
 
     @property
     def named_examples(self) -> NamedExamples:
-        """The nodes of the graph, as a user's tables name them."""
+        """The nodes of the graph, which users' tables refer to by name."""
         raise UsageError(
             f"Every task of '{self.name}' is a new graph, whose nodes a table cannot name; for your own graph, use "
             "`metareg train --task graph-folder`."
         )
 
     def _select_pictured(self, seed: int) -> list[tuple[Episodes, list[str]]]:
-        """Some test tasks, each with the names of its classes in their order."""
+        """Select some test tasks, each with the names of its classes in order."""
         raise NotImplementedError
 
 
@@ -141,7 +141,7 @@ class _GraphTask(Task):
 
 
 class _FileTask(_GraphTask):
-    """Tasks on a graph from files; a subclass says where it is found and how it is split."""
+    """Tasks on a graph from files; a subclass defines its location and split."""
 
     Config = FileConfig
     config: FileConfig
@@ -162,7 +162,7 @@ class _FileTask(_GraphTask):
 
     @property
     def dataset(self) -> Dataset | None:
-        """Where the graph is, and how to get it."""
+        """The location of the graph, and how to get it."""
         source = self.source
         found = find_local(source, self.config.data)
         return Dataset(
@@ -175,7 +175,7 @@ class _FileTask(_GraphTask):
 
     @property
     def _root(self) -> Path:
-        """The folder of data that downloads go to."""
+        """The folder for downloads."""
         return data_folder() if self.config.data is None else Path(self.config.data)
 
     def _download(self) -> None:
@@ -395,7 +395,7 @@ class GraphFolder(_FileTask):
 
     @property
     def dataset(self) -> Dataset | None:
-        """What `data` names, if it names something."""
+        """The graph in `data`, if it is set."""
         if self.config.data is None:
             return None
         path = self._path()
@@ -422,8 +422,8 @@ class CSBM(_GraphTask):
     """Every task is a new graph: a contextual stochastic block model.
 
     A node's features are its class's mean plus normal noise. The means of a task are drawn, with the length `signal`, in a
-    subspace of `rank` dimensions that all tasks of a seed share and that meta-learning can find. A share `homophily` of
-    the edges is drawn within a class. Test graphs are not used in training.
+    subspace of `rank` dimensions that all tasks of a seed share and that meta-learning can find. A fraction `homophily`
+    of the edges is drawn within a class. Test graphs are not used in training.
 
     Reference:
         Deshpande, Montanari, Mossel and Sen, Contextual Stochastic Block Models, NeurIPS 2018, arXiv 1807.09596.
@@ -432,10 +432,10 @@ class CSBM(_GraphTask):
     class Config(GraphTaskConfig):
         nodes: int = Field(100, ge=4, description="Nodes of a graph, in classes of equal size.")
         features: int = Field(16, ge=1, description="Features of a node.")
-        rank: int = Field(4, ge=1, description="Dimensions that hold the class means of all tasks.")
+        rank: int = Field(4, ge=1, description="Dimensions of the subspace with the class means of all tasks.")
         signal: float = Field(2.0, ge=0, description="Length of a class mean; the noise has standard deviation 1.")
         degree: float = Field(6.0, gt=0, description="Mean number of neighbours.")
-        homophily: float = Field(0.8, ge=0, le=1, description="Share of edges that stay within a class.")
+        homophily: float = Field(0.8, ge=0, le=1, description="Fraction of edges within a class.")
 
     recommended: ClassVar[Mapping[str, Any]] = {
         **_GraphTask.recommended,
@@ -464,7 +464,7 @@ class CSBM(_GraphTask):
 
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> list[Episodes]:
-        if not self.stackable and len(indices) > 1:  # each task has a graph of its own
+        if not self.stackable and len(indices) > 1:  # each task has its own graph
             return [self.episodes(split, [index], seed)[0].placed([place]) for place, index in enumerate(indices)]
         config, tasks = self.config, len(indices)
         inputs = Inputs(
@@ -475,7 +475,7 @@ class CSBM(_GraphTask):
             config.degree,
             standardised=config.standardised,
         )
-        # A class's nodes are alike: the first ones are as good as drawn ones.
+        # Nodes of a class are exchangeable, so the first ones are as good as random ones.
         nodes = np.arange(tasks)[:, None, None] * config.nodes + self._members[:, : config.shots + config.query]
         seeds = Seeds(nodes[:, :, : config.shots].reshape(tasks, -1), nodes[:, :, config.shots :].reshape(tasks, -1))
         return inputs.episodes(
@@ -486,12 +486,12 @@ class CSBM(_GraphTask):
 
     @property
     def _members(self) -> np.ndarray:
-        """The nodes of each class in a graph ``[ways, nodes // ways]``."""
+        """Return the nodes of each class in a graph ``[ways, nodes // ways]``."""
         config = self.config
         return np.arange(config.ways)[:, None] + config.ways * np.arange(config.nodes // config.ways)
 
     def _generate_graphs(self, split: str, indices: Sequence[int], seed: int) -> GraphData:
-        """The graphs of some tasks side by side."""
+        """Generate the graphs of some tasks as one."""
         config, tasks = self.config, len(indices)
         labels = np.arange(config.nodes) % config.ways
         draw = partial(task_uniform, seed, split, indices)
@@ -524,5 +524,5 @@ class CSBM(_GraphTask):
 
 
 def _to_normal(u: np.ndarray) -> torch.Tensor:
-    """Standard normal numbers from uniform ones."""
+    """Convert uniform to standard normal numbers."""
     return math.sqrt(2) * torch.erfinv(2 * torch.from_numpy(u).clamp(min=1e-15) - 1)

@@ -1,6 +1,6 @@
 """Random changes of training images, a batch at a time, with torchvision's transforms.
 
-The random numbers are handed in: they are a function of the seed, the split and the task.
+Callers pass the random numbers, which depend only on the seed, the split and the task.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def flip(images: Tensor, uniform: np.ndarray) -> Tensor:
 
     Args:
         images: ``[tasks, ways, each, channels, height, width]``.
-        uniform: a number in [0, 1) an image ``[tasks, ways × each]``.
+        uniform: one number in [0, 1) per image ``[tasks, ways × each]``.
     """
     mirrored = torch.from_numpy(uniform.reshape(images.shape[:3]) < 0.5)
     images[mirrored] = import_torchvision("flips").transforms.v2.functional.horizontal_flip(images[mirrored])
@@ -27,12 +27,12 @@ def flip(images: Tensor, uniform: np.ndarray) -> Tensor:
 
 
 def crop(images: Tensor, padding: int, uniform: np.ndarray) -> Tensor:
-    """Pad each image by `padding` pixels, mirrored at its edges, and cut its size out of it at a random place.
+    """Pad each image by `padding` pixels, mirrored at its edges, and crop it to its size at a random position.
 
     Args:
         images: ``[tasks, ways, each, channels, height, width]``.
         padding: pixels on every side, fewer than the image has.
-        uniform: two numbers in [0, 1) an image ``[tasks, 2 × ways × each]``.
+        uniform: two numbers in [0, 1) per image ``[tasks, 2 × ways × each]``.
     """
     shape, (height, width) = images.shape, images.shape[-2:]
     functional = import_torchvision("crops").transforms.v2.functional

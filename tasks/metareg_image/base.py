@@ -1,4 +1,4 @@
-"""What every image classification task shares: its options, how its tasks are drawn, and where its data is."""
+"""The base of image classification tasks: options, sampling of tasks, and location of the data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Channels = Literal[1, 3]
 
 _PICTURED = 3
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Means and standard deviations of red, green and blue, of torchvision's pretrained models."""
+"""Means and standard deviations of red, green and blue for torchvision's pretrained models."""
 
 
 class ImageConfig(PluginConfig):
@@ -100,7 +100,7 @@ class ImageConfig(PluginConfig):
 
 
 class Normalisation(NamedTuple):
-    """What is subtracted from each channel of pixels in [0, 1], and by what it is divided."""
+    """The mean and standard deviation of each channel, for pixels in [0, 1]."""
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
@@ -109,8 +109,8 @@ class Normalisation(NamedTuple):
 class ImageTask(Task):
     """Classification of images of new classes; a subclass provides the images.
 
-    Pixels are in [0, 1]; unless `normalisation` says so they are not standardised, as in the code of MAML's, BOIL's and
-    CML's authors.
+    Pixels are in [0, 1]. They are standardised only if `normalisation` is set; the code of MAML's, BOIL's and CML's
+    authors does not standardise them.
     """
 
     contract = 1
@@ -133,17 +133,17 @@ class ImageTask(Task):
     folder: ClassVar[str]
     """The data's folder inside the folder of all data."""
     obtain: ClassVar[str]
-    """A sentence: how to get the data."""
+    """A sentence that says how to get the data."""
     contents: ClassVar[tuple[int, int] | None] = None
-    """Classes and images of the complete data set; None where any number is right."""
+    """The numbers of classes and images of the complete data set; None if any number is valid."""
     downloadable: ClassVar[bool] = False
-    """Whether `download` can fetch it."""
+    """Whether `download` works."""
     too_few_classes: ClassVar[str] = "ask for fewer ways"
-    """What to do where a split has too few classes."""
+    """Advice for messages if a split has too few classes."""
     resizing: ClassVar[str | None] = None
-    """How `resize` of a subclass that has its own makes the size, for `image_preparation`."""
+    """A description of a subclass's own `resize`, for `image_preparation`."""
     version: ClassVar[int] = 1
-    """Raised when the task makes other pixels of the same data, so that older caches are not used."""
+    """Increased when the task computes other pixels from the same data, so that older caches are not used."""
 
     def __init__(self, config: ImageConfig) -> None:
         self.config = config
@@ -151,23 +151,23 @@ class ImageTask(Task):
     # ------------------------------------------------------------------------------------------- what a subclass says
 
     def classes(self) -> Iterable[ClassImages]:
-        """The classes and their images.
+        """Yield the classes with their images.
 
         Raises:
-            UsageError: the data in `location` is not what it should be.
+            UsageError: the data in `location` is incomplete or wrong.
         """
         raise NotImplementedError
 
     def is_complete(self) -> bool:
-        """Whether the data seems to be in its `location`."""
+        """Return whether the data seems to be in its `location`."""
         return self.location.is_dir()
 
     def fingerprint(self) -> str:
-        """What changes when the images may have changed; a standard data set never does."""
+        """Return a value that changes when the images can have changed; standard data sets never change."""
         return ""
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """An image in the task's size."""
+        """Resize an image to the task's size."""
         size = self.config.size
         if image.size == (size, size):
             return image
@@ -176,7 +176,7 @@ class ImageTask(Task):
         return image.resize((size, size), Image.Resampling.BILINEAR)
 
     def download(self) -> None:
-        """Fetch the data into its `location`, where that can be done."""
+        """Download the data to its `location`, if possible."""
         raise UsageError(f"The data of the task '{self.name}' cannot be downloaded freely. {self.obtain}")
 
     # ------------------------------------------------------------------------------------------------------------ task
@@ -187,7 +187,7 @@ class ImageTask(Task):
 
     @functools.cached_property
     def store(self) -> ImageStore:
-        """The decoded images, out of the cache or decoded now."""
+        """The decoded images, from the cache or decoded now."""
         return ImageStore.load_or_build(
             self.name,
             {"version": self.version, "source": self.fingerprint(), **self._resize_identity},
@@ -215,7 +215,7 @@ class ImageTask(Task):
 
     @property
     def stored_config(self) -> ImageConfig:
-        """The options with the mean and std of the training classes, where these were asked for: others need no data."""
+        """The options; with ``normalisation=train``, reads the data and adds mean and std of the training classes."""
         if self._constants is None or self.config.normalisation != "train":
             return self.config
         mean, std = self._constants
@@ -223,13 +223,13 @@ class ImageTask(Task):
 
     @property
     def image_preparation(self) -> str:  # type: ignore[override]
-        """How `read_image` makes an input of an image."""
+        """A description of how `read_image` prepares an image."""
         resizing = self.resizing or (
             "resized by Pillow's BILINEAR so that the shorter side is the size, then cropped in the middle"
             if self.config.resize == "crop"
             else "resized to width × height by Pillow's BILINEAR, whatever the aspect"
         )
-        steps = ["upright as EXIF says, on white where transparent, grey or RGB", resizing, "divided by 255"]
+        steps = ["rotated by its EXIF data, white where transparent, grey or RGB", resizing, "divided by 255"]
         if self._constants is not None:
             mean, std = (", ".join(f"{value:g}" for value in values) for values in self._constants)
             steps.append(f"minus the mean ({mean}) and divided by the standard deviation ({std}) of its channel")
@@ -237,7 +237,7 @@ class ImageTask(Task):
 
     @functools.cached_property
     def _constants(self) -> Normalisation | None:
-        """What pixels are normalised by; None where they are not."""
+        """The mean and standard deviation to normalise with; None without normalisation."""
         config = self.config
         if config.mean is not None and config.std is not None:
             return Normalisation(tuple(config.mean), tuple(config.std))
@@ -249,26 +249,26 @@ class ImageTask(Task):
 
     @property
     def _resize_identity(self) -> dict[str, str]:
-        """What the pixels in the cache depend on; nothing where images are stretched, as in earlier caches."""
+        """The part of the cache's key for resizing; empty for stretching, as in earlier caches."""
         return {} if self.config.resize == "stretch" else {"resize": self.config.resize}
 
     def _to_inputs(self, images: Tensor) -> Tensor:
         """``[tasks, ways, each, channels, height, width]`` uint8 → ``[tasks, ways × each, …]``, normalised.
 
-        In memory the channels come last, in which order convolutions and poolings are faster.
+        The memory layout is channels last, for which convolutions and pooling are faster.
         """
         values = images.movedim(3, -1).flatten(1, 2).to(torch.float32).div_(255)
         return self._normalise(values).movedim(-1, 2)
 
     def _normalise(self, values: Tensor) -> Tensor:
-        """Pixels ``[…, channels]`` in [0, 1], changed in place."""
+        """Normalise pixels ``[…, channels]`` in [0, 1] in place."""
         if self._constants is not None:
             mean, std = self._constants
             values.sub_(torch.tensor(mean)).div_(torch.tensor(std))
         return values
 
     def _to_pixels(self, image: Tensor) -> Tensor:
-        """An input ``[channels, height, width]`` as a picture in [0, 1]."""
+        """Convert an input ``[channels, height, width]`` to pixels in [0, 1]."""
         if self._constants is None:
             return image
         mean, std = (torch.tensor(values)[:, None, None] for values in self._constants)
@@ -276,13 +276,13 @@ class ImageTask(Task):
 
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
-        """Test episodes: support images, query images, predicted and true labels with the model's confidence."""
+        """Draw test episodes: support images, query images, predicted and true labels with the model's confidence."""
         indices = range(_PICTURED)
         _, names = self._draw_tasks("test", indices, seed)
         return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names, self._to_pixels)}
 
     def _draw_tasks(self, split: str, indices: Sequence[int], seed: int) -> tuple[Tensor, list[list[str]]]:
-        """Images uint8 ``[tasks, ways, shots + query, channels, height, width]``, and the names of the classes."""
+        """Draw images, uint8 ``[tasks, ways, shots + query, channels, height, width]``, and their classes' names."""
         config, index = self.config, self._find_index(split, seed)
         ways, each = config.ways, config.shots + self._count_queries(split)
         kinds = 4 if config.rotations else 1
@@ -310,7 +310,7 @@ class ImageTask(Task):
         return self.config.query if split == "train" else self.config.eval_query
 
     def _find_index(self, split: str, seed: int) -> SplitIndex:
-        """The classes of a split, if there are enough of them and of their images."""
+        """Return the classes of a split, after checking that there are enough classes and images."""
         index = self.store.splits.get(split)
         if index is None:
             raise UsageError(f"There is no split '{split}'; there are {', '.join(self.store.splits)}.")
@@ -342,7 +342,7 @@ class ImageTask(Task):
         return index
 
     def _suggest_options(self) -> str:
-        """What of the options to change so that every split has enough classes and images; nothing where that cannot be."""
+        """Suggest options for which every split has enough classes and images; empty if there are none."""
         parts = [each for each in self.store.splits.values() if len(each.names)]
         classes = min(len(each.names) for each in parts) * (4 if self.config.rotations else 1)
         images = min(int(each.counts.min()) for each in parts)
@@ -358,7 +358,7 @@ class ImageTask(Task):
         return f" ({' '.join(f'{flag}{new}' for flag, (old, new) in fitting.items() if old != new)} fit all splits)"
 
     def _draw_classes(self, index: SplitIndex, number: int, seed: int) -> SplitIndex:
-        """Some of the classes of a split."""
+        """Draw some of the classes of a split."""
         if number > len(index.names):
             count = format_count(len(index.names), "training class", "training classes")
             raise UsageError(f"The task '{self.name}' has {count}; train_classes = {number} asks for more.")
@@ -370,7 +370,7 @@ class ImageTask(Task):
 
     @property
     def location(self) -> Path:
-        """The folder where the data is, or where a download puts it."""
+        """The folder of the data, or for a download."""
         if self.config.data is not None:
             given = Path(self.config.data)
             if not given.is_dir():
@@ -390,7 +390,7 @@ class ImageTask(Task):
         )
 
     def verify(self) -> str:
-        """Read every image from its place, whatever the cache holds, and say what there is."""
+        """Read every image from its source, ignoring the cache, and return a summary."""
         splits = decode_all(self._present_classes(), self._read_pixels, self._check_contents)
         classes = "/".join(str(len(listed)) for listed in splits.values())
         images = sum(count for listed in splits.values() for _, count in listed)
@@ -424,7 +424,7 @@ class ImageTask(Task):
 
 
 def crop_middle(image: Image.Image, shorter: int, size: int) -> Image.Image:
-    """The middle ``size × size`` pixels of an image whose shorter side is scaled to `shorter`."""
+    """Scale an image's shorter side to `shorter`, and crop the middle ``size × size`` pixels."""
     scale = shorter / min(image.size)
     image = image.resize([round(scale * side) for side in image.size], Image.Resampling.BILINEAR)
     left, top = ((side - size) // 2 for side in image.size)
@@ -432,7 +432,7 @@ def crop_middle(image: Image.Image, shorter: int, size: int) -> Image.Image:
 
 
 def _measure(images: Iterable[np.ndarray]) -> Normalisation:
-    """Mean and standard deviation of each channel, to six decimals.
+    """Return the mean and standard deviation of each channel, to six decimals.
 
     Args:
         images: classes of uint8 images ``[images, height, width, channels]``.
@@ -447,6 +447,6 @@ def _measure(images: Iterable[np.ndarray]) -> Normalisation:
     std = np.sqrt(shares @ values**2 - mean**2)
     if not (std > 0).all():
         raise UsageError(
-            "The training images are of one colour: their standard deviation is 0, by which nothing can be divided."
+            "The training images have only one colour: their standard deviation is 0, so they cannot be normalised."
         )
     return Normalisation(*(tuple(np.round(each, 6).tolist()) for each in (mean, std)))

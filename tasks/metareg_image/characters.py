@@ -1,4 +1,4 @@
-"""Which characters a user means, their scripts, and groups of them such as radicals."""
+"""The selection of characters, their scripts, and groups of characters such as radicals."""
 
 from __future__ import annotations
 
@@ -17,29 +17,29 @@ _LETTERS = frozenset({"Lu", "Ll", "Lt", "Lo"})
 _CODES = re.compile(r"(?:U\+)?([0-9A-F]{1,6})(?:-(?:U\+)?([0-9A-F]{1,6}))?", re.IGNORECASE)
 _CODE = re.compile(r"U\+([0-9A-F]{4,6})", re.IGNORECASE)
 _RADICAL = re.compile(r"^U\+([0-9A-F]{4,6})\tkRSUnicode\t(\d+)", re.MULTILINE)
-"""A line of Unihan: the character, and the number of its radical, followed by a sign and the strokes besides."""
+"""A line of Unihan: the character and the number of its radical, followed by a sign and the number of other strokes."""
 _LARGEST_UNIHAN = 1 << 28
 
 
 def find_script(character: str) -> str:
-    """The script of a character by its property in Unicode, as ``"HAN"`` or ``"OLD ITALIC"``."""
+    """Return the Unicode script of a character, such as ``"HAN"`` or ``"OLD ITALIC"``."""
     return scripts.script_name(scripts.script(character)).replace("_", " ").upper()
 
 
 def name_character(character: str) -> str:
-    """A class's name: that in Unicode, or the code where it would only repeat it."""
+    """Return a class's name: the character's Unicode name, or its code if the name only repeats it."""
     name = unicodedata.name(character, "")
     code = f"{ord(character):04X}"
     return f"U+{code}" if not name or name.endswith(code) else name.capitalize()
 
 
 def parse_characters(text: str | None) -> Callable[[str], bool]:
-    """Whether a character is among those that a text like ``"HIRAGANA, U+4E00-9FFF"`` means.
+    """Parse a selection such as ``"HIRAGANA, U+4E00-9FFF"`` to a function that says whether it contains a character.
 
     Args:
-        text: scripts and ranges of codes between commas; None for the letters of all scripts. Of a script it means the
-            letters, without those that Unicode takes for another one or for several (é, fullwidth A); of a range all
-            that can be drawn.
+        text: scripts and ranges of codes, separated by commas; None for the letters of all scripts. A script means its
+            letters, except those that Unicode treats as another letter or several (é, fullwidth A). A range means all
+            characters that can be drawn.
 
     Raises:
         UsageError: a part is neither a script nor a range.
@@ -64,14 +64,14 @@ def parse_characters(text: str | None) -> Callable[[str], bool]:
 
 
 def read_groups(path: Path) -> dict[str, str]:
-    """The group of each character of a file.
+    """Read the group of each character from a file.
 
     Args:
-        path: a table of two columns, called ``character`` (itself or as ``U+4E00``) and ``group`` where they have names;
+        path: a table with the columns ``character`` (itself or as ``U+4E00``) and ``group``, with or without a header;
             or a text of the Unihan database, whose lines kRSUnicode name radicals, of which the first counts.
 
     Raises:
-        UsageError: it cannot be read, or holds something else, or puts a character into two groups.
+        UsageError: the file cannot be read, has another format, or puts a character into two groups.
     """
     if not path.is_file():
         raise UsageError(f"There is no file {path}.")
@@ -114,7 +114,7 @@ def _parse_range(part: str) -> range:
 
 
 def _find_name(part: str) -> str:
-    """The script that a user names, in any case, with spaces or underscores, or by its four letters (ISO 15924)."""
+    """Find a script by name, ignoring case, with spaces or underscores, or by its ISO 15924 code of four letters."""
     known = {name.replace("_", " ").upper(): code for code, name in scripts.Scripts.NAMES.items()}
     wanted = part.replace("_", " ").upper()
     by_code = {code.upper(): name for name, code in known.items()}

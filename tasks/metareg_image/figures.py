@@ -1,4 +1,4 @@
-"""Pictures of test episodes."""
+"""Plots of test episodes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CLASSES, _SUPPORT, _QUERY = 5, 3, 5
 _LETTERS = 20
 _TAG_LETTERS = 6
 _GAP = 0.25
-"""Between support and query images, in widths of an image."""
+"""The gap between support and query images, in image widths."""
 
 
 def draw_episodes(
@@ -27,16 +27,16 @@ def draw_episodes(
     names: Sequence[Sequence[str]],
     to_pixels: Callable[[Tensor], Tensor],
 ) -> Figure:
-    """A picture of a few tasks: one row a class, its support images on the left and, after a gap, its query images.
+    """Draw a few tasks, one row per class: its support images on the left and, after a gap, its query images.
 
-    Over each query image stand the predicted class and the model's confidence after adaptation, in green where it is
-    right and in red, with the true class, where it is wrong.
+    Above each query image are the predicted class and the model's confidence after adaptation: green if correct,
+    otherwise red with the true class.
 
     Args:
         learner: adapts to each task.
         episodes: the tasks.
         names: the names of each task's classes.
-        to_pixels: an input ``[channels, height, width]`` as a picture in [0, 1].
+        to_pixels: converts an input ``[channels, height, width]`` to pixels in [0, 1].
     """
     ways = len(names[0])
     rows, shots = min(_CLASSES, ways), min(_SUPPORT, episodes.support_y.shape[1] // ways)
@@ -56,7 +56,7 @@ def draw_episodes(
         grid = part.subplots(rows, len(widths), squeeze=False, gridspec_kw={"width_ratios": widths})
         for row, axes in enumerate(grid):
             axes[shots].axis("off")
-            # The columns after the support images are the gap and the query images.
+            # The other columns are the gap and the query images.
             for axis, image in zip(axes[:shots], support_x[support_y == row], strict=False):
                 _show(axis, to_pixels(image), "0.35")
             axes[0].set_ylabel(_label(row, names[number][row]), fontsize=6)
@@ -81,13 +81,13 @@ def _show(axis: Axes, image: Tensor, colour: str) -> None:
 
 
 def _tag(names: Sequence[str]) -> list[str]:
-    """What stands for the classes over an image: their names where these are short, else the numbers beside them."""
+    """Return labels of the classes for above an image: their names if short, otherwise their numbers."""
     last = [name.rpartition("/")[2] for name in names]
     short = all(len(name) <= _TAG_LETTERS for name in last) and len(set(last)) == len(last)
     return last if short else [str(number) for number in range(len(names))]
 
 
 def _label(number: int, name: str) -> str:
-    """A class's number and name in at most two lines: of a path its end, of a long name its beginning."""
+    """Format a class's number and name in at most two lines: the end of a path, or the beginning of a long name."""
     lines = name.split("/")[-2:] if "/" in name else textwrap.wrap(name, _LETTERS)[:2]
     return f"{number} · " + "\n".join(line if len(line) <= _LETTERS else f"{line[: _LETTERS - 1]}…" for line in lines)

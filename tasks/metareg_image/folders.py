@@ -1,4 +1,4 @@
-"""Images in the user's folders: their own, and benchmarks that cannot be downloaded freely."""
+"""Images in users' folders: their own, and benchmarks that cannot be downloaded freely."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["CUB", "Cars", "ImageFolder", "MiniImageNet", "TieredImageNet"]
 log = logging.getLogger("metareg")
 
 _NAMED = 5
-"""So many names a sentence lists before it counts the rest."""
+"""Maximum number of names in a message, before it counts the rest."""
 _CHOICES = "assign classes with --set split_file=FILE"
 
 
@@ -92,7 +92,7 @@ class ImageFolder(ImageTask):
 
     @functools.cached_property
     def _split(self) -> dict[str, str]:
-        """The part of each class that has one, sorted; where it comes from is said once."""
+        """Return the split of each assigned class, sorted; logs once where it comes from."""
         found = self._files.classes
         if self.config.split_file is not None:
             split, origin = (
@@ -109,7 +109,7 @@ class ImageFolder(ImageTask):
 
     @functools.cached_property
     def _files(self) -> ImageFiles:
-        """The images of each class; what was left out for them is said once."""
+        """The images of each class; logs once what was ignored."""
         files = find_images(self.location)
         files.warn_of_left_out()
         if not files.classes:
@@ -129,7 +129,7 @@ class ImageFolder(ImageTask):
 
 
 class _Benchmark(ImageTask):
-    """A published data set that the user has."""
+    """A published data set in the user's folder."""
 
     def classes(self) -> Iterable[ClassImages]:
         images = self.images()
@@ -138,7 +138,7 @@ class _Benchmark(ImageTask):
                 yield ClassImages(split, name, images.get(name, ()))
 
     def images(self) -> Mapping[str, Sequence[Source]]:
-        """The images of each class by its name; here, those of the folder of that name, wherever it is."""
+        """Return the images of each class by name; by default, those of the folder with that name, at any depth."""
         return {Path(name).name: paths for name, paths in find_images(self.location).classes.items()}
 
 
@@ -183,7 +183,7 @@ class TieredImageNet(_Benchmark):
 
 
 class CUB(_Benchmark):
-    """Caltech-UCSD Birds-200-2011: 100, 50 and 50 kinds of bird, 11,788 images.
+    """Caltech-UCSD Birds-200-2011: 100, 50 and 50 species of birds, 11,788 images.
 
     The shorter side is resized to 1.5 times the size, and the centre is cropped, as in the code of BOIL's and CML's
     authors.
@@ -204,7 +204,7 @@ class CUB(_Benchmark):
 
     def __init__(self, config: ImageConfig) -> None:
         if config.resize != "stretch":
-            raise ValueError("resize is not for this task, which has a crop of its own")
+            raise ValueError("this task does not support resize, because it has its own crop")
         super().__init__(config)
 
     def resize(self, image: Image.Image) -> Image.Image:
@@ -232,7 +232,7 @@ class Cars(_Benchmark):
         return (self._root() / self.marker).is_file()
 
     def images(self) -> Mapping[str, Sequence[Source]]:
-        # Imported where it is needed, as it imports scipy.
+        # Imported here because it imports scipy.
         from metareg_image.matlab import read_boxes, read_class_names
 
         root = self._root()
@@ -257,10 +257,10 @@ class Cars(_Benchmark):
 
 
 def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None:
-    """The split that the outermost folders of the classes are; None where they are none.
+    """Return the split by the classes' outermost folders; None if these are not splits.
 
     Raises:
-        UsageError: they look like a split and are none, or a class is in two of its parts.
+        UsageError: the folders resemble a split without being one, or a class is in two parts of it.
     """
     outer: dict[str, list[str]] = {}
     for name in names:
@@ -268,7 +268,7 @@ def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None
     part_of = {folder: split for folder in outer if (split := find_split(folder))}
     _refuse_other_names(root, outer, part_of)
     wrap_classes = [folder for folder in part_of if folder not in outer[folder]]
-    if not part_of or (len(part_of) == 1 and not wrap_classes):  # a class may be called "test"
+    if not part_of or (len(part_of) == 1 and not wrap_classes):  # a class can be named "test"
         return None
     others = [folder for folder in outer if folder not in part_of]
     if others:
@@ -290,7 +290,7 @@ def _split_by_folders(root: Path, names: Iterable[str]) -> dict[str, str] | None
 
 
 def _refuse_other_names(root: Path, outer: Iterable[str], part_of: Mapping[str, str]) -> None:
-    """Refuse folders such as ``train_set`` and ``test images``, which are no classes of their own."""
+    """Refuse folders such as ``train_set`` and ``test images``, which are not classes."""
     meant = {folder: set(map(find_split, re.split(r"[^a-z]+", folder.casefold()))) for folder in outer}
     alike = [folder for folder in meant if folder not in part_of and meant[folder] != {None}]
     if alike and len(set().union(*meant.values()) - {None}) > 1:
@@ -301,7 +301,7 @@ def _refuse_other_names(root: Path, outer: Iterable[str], part_of: Mapping[str, 
 
 
 def _refuse_shared_classes(root: Path, outer: Mapping[str, Sequence[str]], folders: Sequence[str]) -> None:
-    """Refuse classes that are in two parts of a split: what is tested must not have been trained on."""
+    """Refuse classes in two parts of a split, because test classes must not be used in training."""
     inside = {folder: {name.partition("/")[2].casefold(): name for name in outer[folder]} for folder in folders}
     for first, second in itertools.combinations(folders, 2):
         shared = sorted(inside[first].keys() & inside[second].keys())
@@ -314,7 +314,7 @@ def _refuse_shared_classes(root: Path, outer: Mapping[str, Sequence[str]], folde
 
 
 def _join(names: Iterable[str]) -> str:
-    """``a, b and c``; of many names the first."""
+    """Join names to ``a, b and c``; list only the first of many."""
     listed = list(names)
     if len(listed) > _NAMED:
         return f"{', '.join(listed[:_NAMED])} and {len(listed) - _NAMED} more"

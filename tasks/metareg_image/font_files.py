@@ -1,4 +1,4 @@
-"""Folders of fonts as people have them, and the faces in them."""
+"""Users' folders of fonts, and the faces in them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMED = 3
 
 
 def find_fonts(root: Path) -> tuple[list[Path], dict[str, list[str]]]:
-    """The font files in a folder and in those inside it, sorted, and the names of what was left out by the reason.
+    """Find the font files in a folder and its subfolders, sorted, and the names of ignored files by reason.
 
     Raises:
         UsageError: a folder cannot be read.
@@ -31,11 +31,11 @@ def find_fonts(root: Path) -> tuple[list[Path], dict[str, list[str]]]:
     left_out: dict[str, list[str]] = {}
     known: set[tuple[int, int]] = set()
     endings: Counter[str] = Counter()
-    # Files before links, so that a font goes by its own name.
+    # Files before links, so that a font is found under its real name.
     for path in sorted(_walk(root), key=lambda path: (path.is_symlink(), path)):
         reason = _find_reason(path, known)
         if reason == "other":
-            endings[path.suffix or "without an ending"] += 1
+            endings[path.suffix or "without an extension"] += 1
         elif reason is not None:
             left_out.setdefault(reason, []).append(str(path.relative_to(root)))
         else:
@@ -48,13 +48,13 @@ def find_fonts(root: Path) -> tuple[list[Path], dict[str, list[str]]]:
 
 
 def read_faces(files: Iterable[Path]) -> tuple[dict[Face, frozenset[int]], list[str]]:
-    """The faces of font files with the codes of the characters that each has; and the files that cannot be read, and why."""
+    """Read the faces of font files with their characters' codes, and the files that cannot be read, with reasons."""
     faces: dict[Face, frozenset[int]] = {}
     unreadable: list[str] = []
     for path in files:
         try:
             faces |= _read_collection(path)
-        # What fontTools and FreeType raise for a damaged font is of many kinds.
+        # fontTools and FreeType raise many kinds of errors for damaged fonts.
         except Exception as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             unreadable.append(f"{path.name} ({reason})")
@@ -62,13 +62,13 @@ def read_faces(files: Iterable[Path]) -> tuple[dict[Face, frozenset[int]], list[
 
 
 def list_some(names: Sequence[str]) -> str:
-    """``a, b, c``; of many names the first."""
+    """Join names to ``a, b, c``; list only the first of many."""
     more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
     return f"{', '.join(names[:_NAMED])}{more}"
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """The files in a folder and in those inside it, the links to folders, and what is hidden, which is not looked into."""
+    """Yield the files in a folder and its subfolders, links to folders, and hidden folders, which are not searched."""
 
     def refuse(error: OSError) -> None:
         raise UsageError(f"The folder {error.filename} cannot be read: {error.strerror}.")
@@ -80,7 +80,7 @@ def _walk(root: Path) -> Iterator[Path]:
 
 
 def _find_reason(path: Path, known: set[tuple[int, int]]) -> str | None:
-    """Why a path is left out; None where it is a font file that is not known yet."""
+    """Return why a path is ignored; None if it is a new font file."""
     if path.name.startswith("."):
         return "hidden"
     if path.is_dir():
@@ -88,7 +88,7 @@ def _find_reason(path: Path, known: set[tuple[int, int]]) -> str | None:
     if path.suffix.lower() not in _ENDINGS:
         return "other"
     if not path.is_file():
-        return "no regular files"
+        return "not regular files"
     state = path.stat()
     if state.st_size > _LARGEST_FILE:
         return f"larger than {_LARGEST_FILE >> 20} MiB"
@@ -96,10 +96,10 @@ def _find_reason(path: Path, known: set[tuple[int, int]]) -> str | None:
 
 
 def _read_collection(path: Path) -> dict[Face, frozenset[int]]:
-    """The faces of one file, which may hold several."""
+    """Read the faces of one file, which can contain several."""
     faces: dict[Face, frozenset[int]] = {}
-    if not path.is_file():  # it may have become something else since the folder was looked through
-        raise ValueError("it is no file")
+    if not path.is_file():  # it can have changed since the folder was searched
+        raise ValueError("it is not a file")
     with path.open("rb") as file:
         count = readTTCHeader(file).numFonts if file.read(4) == b"ttcf" else 1
         for number in range(count):

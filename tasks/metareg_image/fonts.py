@@ -1,4 +1,4 @@
-"""Letters from the user's fonts: any script, thousands of classes, no images to download."""
+"""Letters from users' fonts: any script, thousands of classes, no images to download."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ log = logging.getLogger("metareg")
 
 _MOST_FACES = 1000
 _SAME = 0.2
-"""Letters of one script, and those of one split, look the same where they differ by less than this."""
+"""Letters of one script, or of one split, look the same if they differ by less than this."""
 _SIDE = 56
 _COMPARED = 5
-"""Letters of one script are compared in so many faces, from light to bold."""
+"""Number of faces, from light to bold, in which letters of one script are compared."""
 _SAMPLE = 32
-"""A face's weight is measured on so many letters."""
+"""Number of letters on which a face's weight is measured."""
 
 _Item = TypeVar("_Item")
 
@@ -50,10 +50,10 @@ class FontFolderConfig(ImageConfig):
         None,
         description="Scripts and ranges of codes, such as 'HIRAGANA, U+4E00-9FFF'; by default, all letters of the fonts.",
     )
-    faces: int = Field(4, ge=1, description="The least number of faces that must contain a character.")
+    faces: int = Field(4, ge=1, description="The minimum number of faces that must contain a character.")
     examples: int = Field(20, ge=2, description="Images of each class, from its faces in turn.")
     split_by: Literal["character", "script", "group"] = Field(
-        "character", description="What is split: single characters, whole scripts, or the groups of the file `groups`."
+        "character", description="The unit of the split: single characters, whole scripts, or the groups in `groups`."
     )
     groups: PathText | None = Field(
         None,
@@ -61,8 +61,8 @@ class FontFolderConfig(ImageConfig):
     )
     split_file: PathText | None = Field(
         None,
-        description="JSON or YAML {train: [name, …], validation: […], test: […]}, or CSV with lines name,split, of "
-        "characters, scripts or groups, as split_by says; by default, at random by the ratios.",
+        description="JSON or YAML {train: [name, …], validation: […], test: […]}, or CSV with lines name,split; names "
+        "are characters, scripts or groups, as split_by says. By default, at random by the ratios.",
     )
     ratios: list[float] = Field(
         [0.6, 0.2, 0.2], min_length=3, max_length=3, description="Parts of the classes for train, validation, test."
@@ -131,7 +131,7 @@ class FontFolder(ImageTask):
 
     @cached_property
     def _files(self) -> list[Path]:
-        """The font files, sorted; what else is in the folder is said once."""
+        """The font files, sorted; logs once what was ignored."""
         files, left_out = find_fonts(self.location)
         said = [f"{reason}: {list_some(names)}" for reason, names in left_out.items()]
         if said:
@@ -141,7 +141,7 @@ class FontFolder(ImageTask):
         return files
 
     def _find_characters(self) -> dict[str, list[Face]]:
-        """The characters that enough faces draw, and those faces."""
+        """Find the characters in enough faces, and these faces."""
         is_meant = parse_characters(self.config.characters)
         known, damaged = read_faces(self._files)
         if damaged:
@@ -174,7 +174,7 @@ class FontFolder(ImageTask):
     # ------------------------------------------------------------------------------------------------------------ split
 
     def _split(self, letters: Iterable[str]) -> dict[str, str]:
-        """The split of each character that has one."""
+        """Return the split of each assigned character."""
         unit_of = self._find_units(list(letters))
         sizes = Counter(unit_of.values())
         if self.config.split_file is not None:
@@ -188,7 +188,7 @@ class FontFolder(ImageTask):
         return {letter: split[unit] for letter, unit in unit_of.items() if unit in split}
 
     def _find_units(self, letters: Sequence[str]) -> dict[str, str]:
-        """What each character is split with: itself, its script or its group; without those that are in no group."""
+        """Return each character's unit of the split: itself, its script or its group; omit those without a group."""
         if self.config.split_by == "character":
             return {letter: letter for letter in letters}
         if self.config.split_by == "script":
@@ -200,7 +200,7 @@ class FontFolder(ImageTask):
         return {letter: groups[letter] for letter in letters if letter in groups}
 
     def _split_at_random(self, sizes: Mapping[str, int]) -> dict[str, str]:
-        """The split of each unit: units in a random order, cut where the classes before are the ratios' parts."""
+        """Split the units at random, so that the numbers of classes have the configured ratios."""
         units = sorted(sizes)
         order = draw_distinct(task_uniform(self.config.split_seed, "classes", [0], len(units)), len(units))[0]
         counts = np.array([sizes[units[place]] for place in order])
@@ -214,7 +214,7 @@ class FontFolder(ImageTask):
     def _select(
         self, letters: Sequence[str], split_of: Mapping[str, str], faces_of: Mapping[str, Sequence[Face]]
     ) -> list[int]:
-        """The numbers of the letters that look like none before them; how many are left out is said."""
+        """Select the letters that do not look like an earlier one; logs the number of the others."""
         inside: list[tuple[int, int]] = []
         across: list[tuple[int, int]] = []
         for i, j in _find_pairs(letters, split_of, faces_of):
@@ -233,7 +233,7 @@ class FontFolder(ImageTask):
 
 
 def _read_quietly(path: Path) -> bytes:
-    """A file's bytes; none where it cannot be read, which is told when it is needed."""
+    """Read a file's bytes; empty if it cannot be read, which is reported when the file is used."""
     try:
         return path.read_bytes() if path.is_file() else b""
     except OSError:
@@ -243,11 +243,11 @@ def _read_quietly(path: Path) -> bytes:
 def _find_pairs(
     letters: Sequence[str], split_of: Mapping[str, str], faces_of: Mapping[str, Sequence[Face]]
 ) -> Iterator[tuple[int, int]]:
-    """The numbers of the letters that look alike.
+    """Yield the numbers of letters that look alike.
 
-    Those who read a script tell its letters apart, so that of one script only those count that are nearly the same in the
-    faces that are compared. Letters of different scripts may be one letter by origin (T and τ), which counts where they
-    stand in different splits.
+    Readers of a script can distinguish its letters, so letters of one script count as alike only if they are nearly the
+    same in the compared faces. Letters of different scripts can be one letter by origin (T and τ), which counts if they
+    are in different splits.
     """
     weights = _weigh(faces_of)
     by_script: dict[str, list[int]] = {}
@@ -266,7 +266,7 @@ def _find_pairs(
 
 
 def _weigh(faces_of: Mapping[str, Sequence[Face]]) -> dict[Face, float]:
-    """How much ink each face spends on a letter."""
+    """Measure the mean ink of a letter in each face."""
     letters_of: dict[Face, list[str]] = {}
     for letter, faces in faces_of.items():
         for face in faces:
@@ -282,7 +282,7 @@ def _weigh(faces_of: Mapping[str, Sequence[Face]]) -> dict[Face, float]:
 def _draw_in_shared_faces(
     letters: Sequence[str], faces_of: Mapping[str, Sequence[Face]], weights: Mapping[Face, float]
 ) -> np.ndarray:
-    """Letters in some of the faces that have most of them, from light to bold: uint8 ``[letters, faces, side, side]``."""
+    """Draw letters in some of the faces with most letters, light to bold: uint8 ``[letters, faces, side, side]``."""
     counts = Counter(face for letter in letters for face in faces_of[letter])
     frequent = [face for face, count in counts.items() if 2 * count >= max(counts.values())]
     faces = _spread(sorted(frequent, key=lambda face: weights[face]), _COMPARED)
@@ -296,7 +296,7 @@ def _draw_in_shared_faces(
 def _draw_in_one_face(
     letters: Sequence[str], faces_of: Mapping[str, Sequence[Face]], weights: Mapping[Face, float]
 ) -> Iterator[Image.Image]:
-    """Each letter in the one of its faces that has most letters, and is nearest to the middle weight."""
+    """Draw each letter in the face that has most letters and is nearest to the middle weight."""
     counts = Counter(face for letter in letters for face in faces_of[letter])
     middle = float(np.median([weights[face] for face in counts]))
     ranks = {face: (-count, abs(weights[face] - middle)) for face, count in counts.items()}
@@ -305,6 +305,6 @@ def _draw_in_one_face(
 
 
 def _spread(items: Sequence[_Item], most: int) -> list[_Item]:
-    """As many of the items as are wanted, evenly spread; all where there are no more."""
+    """Select at most `most` items, evenly spread."""
     wanted = min(most, len(items))
     return [items[(2 * number + 1) * len(items) // (2 * wanted)] for number in range(wanted)]

@@ -1,4 +1,4 @@
-"""Letters of many scripts, drawn from fonts in every installation: few-shot images without a download."""
+"""Letters of many scripts, drawn from fonts that every installation has: few-shot images without a download."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _FACES = [
 _FEWEST_FACES = 4
 _EXAMPLES = 20
 _ALIKE = 0.4
-"""Letters of one split look the same where they differ by less than this, drawn in `_SIDE` pixels."""
+"""Letters of one split, drawn in `_SIDE` pixels, look the same if they differ by less than this."""
 _SIDE = 28
 
 
@@ -51,13 +51,13 @@ class GlyphsConfig(ImageConfig):
 class Glyphs(ImageTask):
     """Letters of twelve scripts, drawn from the twelve DejaVu faces that come with matplotlib; nothing to download.
 
-    A class is a letter, an example one of its faces with a small random affine transformation. Training uses Latin,
-    Cyrillic, Canadian syllabics, Arabic, Lisu, Old Italic and Coptic, validation Armenian and Lao, the test Greek,
-    Georgian and
-    Hebrew: all test classes are from scripts not used in training. Excluded are letters with marks that Unicode
-    decomposes into a letter and the mark, letters in fewer than four faces, and letters that look like another: within
-    a split, the first is kept; between splits, the test's before the validation's before the training's (A in Greek,
-    not in Latin; τ, not T). 20×20 grey images, ink bright, 20 examples per class. Drawn at first use and cached.
+    A class is a letter, and an example is one of its faces with a small random affine transformation. Training uses
+    Latin, Cyrillic, Canadian syllabics, Arabic, Lisu, Old Italic and Coptic; validation Armenian and Lao; the test
+    Greek, Georgian and Hebrew. All test classes are from scripts not used in training. Excluded are letters with marks
+    that Unicode decomposes into a letter and the mark, letters in fewer than four faces, and letters that look like
+    another: within a split, the first is kept; between splits, the test's before the validation's before the training's
+    (A in Greek, not in Latin; τ, not T). 20×20 grey images, ink bright, 20 examples per class. Drawn at first use and
+    cached.
     """
 
     Config = GlyphsConfig
@@ -88,7 +88,7 @@ class Glyphs(ImageTask):
         charmaps = {name: set(FT2Font(str(face.path)).get_charmap()) for name, face in faces.items()}
         letters = [
             (split, chr(code), having)
-            # Test classes first: of letters that look alike, the first is kept.
+            # Test classes first, because only the first of similar letters is kept.
             for split in reversed(SPLITS)
             for script in _SCRIPTS[split]
             for code in sorted(set().union(*charmaps.values()))
@@ -102,7 +102,7 @@ class Glyphs(ImageTask):
 
 
 def _select(letters: Sequence[tuple[str, str, Sequence[Face]]]) -> list[int]:
-    """The letters (split, letter, faces) that look like none before them, in their split or in another."""
+    """Select the letters (split, letter, faces) that do not look like an earlier one, in any split."""
     drawn = [draw_letter(letter, faces[0]) for _, letter, faces in letters]
     small = np.stack([np.asarray(centre(each, _SIDE)) for each in drawn])[:, None]
     shapes = picture_shapes(drawn)

@@ -1,4 +1,4 @@
-"""Letters drawn from fonts: one in the middle of an image, and examples of it, each changed a little."""
+"""Letters drawn from fonts: centred in an image, and examples with small random changes."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from metareg import task_uniform
 __all__ = ["Face", "centre", "draw_example", "draw_letter", "has_ink", "load_font"]
 
 _POINTS = 64
-"""Size at which letters are rendered, in pixels per em, before they are scaled to the image."""
+"""Size at which letters are rendered, in pixels per em, before scaling to the image."""
 _INK = 0.72
-"""The part of the image's side that the larger side of a letter takes."""
+"""The larger side of a letter, as a fraction of the image's side."""
 _LARGEST = 8 * _POINTS
-"""Pixels of the larger side of a letter at most; a damaged font may ask for more than the memory holds."""
+"""Maximum of a letter's larger side in pixels, because a damaged font can ask for more than the memory."""
 _OPEN_FONTS = 128
-"""So many fonts stay open; an open font keeps its file open."""
+"""Maximum number of open fonts, each of which keeps its file open."""
 
 
 @dataclass(frozen=True)
 class Face:
-    """A typeface of one weight and style: a font file, and its number where that is a collection of several."""
+    """A typeface of one weight and style: a font file, and its number if the file is a collection."""
 
     path: Path
     number: int = 0
@@ -34,7 +34,7 @@ class Face:
 
 @lru_cache(maxsize=_OPEN_FONTS)
 def load_font(face: Face) -> ImageFont.FreeTypeFont:
-    """A face at the size at which letters are rendered.
+    """Load a face at the rendering size.
 
     Raises:
         OSError: FreeType cannot read it.
@@ -43,17 +43,17 @@ def load_font(face: Face) -> ImageFont.FreeTypeFont:
 
 
 def has_ink(letter: str, face: Face) -> bool:
-    """Whether a face draws a letter, which it may list and leave empty; False where it is damaged or beyond all size."""
+    """Return whether a face draws a letter, which it can list but leave empty; False if it is damaged or too large."""
     try:
         left, top, right, bottom = load_font(face).getbbox(letter)
         return max(right - left, bottom - top) <= _LARGEST and load_font(face).getmask(letter).getbbox() is not None
-    # FreeType's errors, and Pillow's for numbers that no font should have, are of many kinds.
+    # FreeType, and Pillow for impossible numbers in a font, raise many kinds of errors.
     except Exception:
         return False
 
 
 def draw_letter(letter: str, face: Face) -> Image.Image:
-    """A letter that `has_ink`, bright on dark, cut at its edges."""
+    """Draw a letter that `has_ink`, bright on dark, cropped to its edges."""
     left, top, right, bottom = load_font(face).getbbox(letter)
     image = Image.new("L", (max(1, int(right - left)), max(1, int(bottom - top))))
     ImageDraw.Draw(image).text((-left, -top), letter, fill=255, font=load_font(face))
@@ -63,21 +63,21 @@ def draw_letter(letter: str, face: Face) -> Image.Image:
 def centre(
     image: Image.Image, size: int, matrix: np.ndarray | None = None, shift: tuple[float, float] = (0, 0)
 ) -> Image.Image:
-    """A letter in the middle of an image of ``size × size``, its larger side taking `_INK` of it, changed by an affine map.
+    """Centre a letter in an image ``size × size``, with `_INK` as its larger side, and apply an affine map.
 
     Args:
-        image: the letter, cut at its edges.
-        size: of the result.
+        image: the letter, cropped to its edges.
+        size: the side of the result.
         matrix: 2×2, applied around the centre.
         shift: in pixels of the result.
     """
     scale = max(image.size) / (_INK * size)
     inverse = scale * np.linalg.inv(np.eye(2) if matrix is None else matrix)
     middle = np.array(image.size) / 2
-    # Pillow maps a pixel of the result to a place in the source.
+    # Pillow maps pixels of the result to positions in the source.
     offset = middle - inverse @ (np.array([size, size]) / 2 + shift)
     coefficients = (*inverse[0], offset[0], *inverse[1], offset[1])
-    # Smaller first, so that the map does not skip pixels.
+    # Shrink first, so that the map does not skip pixels.
     shrink = max(1, int(scale))
     if shrink > 1:
         image = image.reduce(shrink)
@@ -86,7 +86,7 @@ def centre(
 
 
 def draw_example(letter: str, faces: Sequence[Face], number: int, size: int) -> Image.Image:
-    """An example of a letter: the next of its faces, turned, sheared, scaled and shifted a little."""
+    """Draw an example of a letter: its next face, slightly rotated, sheared, scaled and shifted."""
     turn, shear, scale, right, down = 2 * task_uniform(0, "glyphs", [ord(letter)], 5, str(number))[0] - 1
     angle = np.deg2rad(12 * turn)
     rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])

@@ -1,4 +1,4 @@
-"""Which letters look alike, and which of them are left out."""
+"""Detection of letters that look alike, and selection of distinct ones."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from metareg_image.letters import centre
 __all__ = ["SIMILAR", "find_alike", "find_similar", "picture_shapes", "select_distinct"]
 
 SIMILAR = 0.38
-"""Letters of different scripts look alike where their shapes (`picture_shapes`) differ by less than this: T and τ, n and ռ,
-K and Ϗ, but neither c and e nor k and κ, in DejaVu Sans."""
+"""Letters of different scripts look alike if their shapes (`picture_shapes`) differ by less than this: in DejaVu Sans,
+T and τ, n and ռ, K and Ϗ, but neither c and e nor k and κ."""
 _SIDE = 56
 _REACH = 4
 _BLOCK = 4
@@ -23,30 +23,30 @@ _ROWS = 256
 _PAIRS = 512
 
 Pairs = Iterator[tuple[int, int, float]]
-"""The numbers of two letters, and how much they differ."""
+"""The numbers of two letters, and their difference."""
 
 
 def picture_shapes(letters: Iterable[Image.Image]) -> np.ndarray:
-    """Letters as `find_similar` compares them: float32 ``[letters, 1, side, side]``, blurred a little."""
+    """Draw letters for `find_similar`: float32 ``[letters, 1, side, side]``, slightly blurred."""
     images = np.stack([np.asarray(centre(letter, _SIDE), dtype=np.float32) for letter in letters])
     return gaussian_filter(images, (0, 1, 1))[:, None]
 
 
 def find_similar(first: np.ndarray, second: np.ndarray, most: float = SIMILAR) -> Pairs:
-    """The pairs of shapes (`picture_shapes`) that differ by less than `most` where one is shifted a little as fits best."""
+    """Yield pairs of shapes (`picture_shapes`) that differ by less than `most` at the best of several small shifts."""
     return find_alike(first, second, most, _REACH)
 
 
 def find_alike(first: np.ndarray, second: np.ndarray, most: float, reach: int = 0) -> Pairs:
-    """The pairs of letters that differ by less than `most`, once for each shift at which they do.
+    """Yield pairs of letters that differ by less than `most`, once for each shift at which they do.
 
     Two letters a and b differ by ‖a − b‖² / min(‖a‖², ‖b‖²), on average over the faces that both have.
 
     Args:
         first: ``[letters, faces, side, side]``, zero where a letter lacks a face; `side` is a multiple of 4.
-        second: the letters that are compared with them, in the same faces.
-        most: the bound, not included.
-        reach: letters of `second` are shifted by up to this many pixels to each side.
+        second: the letters to compare with, in the same faces.
+        most: the exclusive bound.
+        reach: the maximum shift of letters of `second`, in pixels to each side.
     """
     blocks, squares = _average_blocks(first), _square(second)
     for shift in itertools.product(range(-reach, reach + 1), repeat=2):
@@ -55,7 +55,7 @@ def find_alike(first: np.ndarray, second: np.ndarray, most: float, reach: int = 
         for start in range(0, len(first), _ROWS):
             rows = first[start : start + _ROWS]
             least = np.minimum(_square(rows)[:, None], squares)
-            # Means over blocks differ by no more than the pixels do, and are fewer.
+            # Means over blocks are fewer than the pixels, and differ by no more.
             i, j = np.nonzero(_average(_measure(blocks[start : start + _ROWS], moved_blocks), least) < most)
             for part in range(0, len(i), _PAIRS):
                 some = slice(part, part + _PAIRS)
@@ -68,7 +68,7 @@ def find_alike(first: np.ndarray, second: np.ndarray, most: float, reach: int = 
 
 
 def select_distinct(count: int, pairs: Iterable[tuple[int, int]]) -> list[int]:
-    """The numbers below `count` that are in no pair with a smaller one that is selected."""
+    """Select the numbers below `count` that are not paired with a smaller selected number."""
     smaller: dict[int, set[int]] = {}
     for pair in pairs:
         smaller.setdefault(max(pair), set()).add(min(pair))
@@ -87,19 +87,19 @@ def _average_blocks(images: np.ndarray) -> np.ndarray:
 
 
 def _square(images: np.ndarray) -> np.ndarray:
-    """The sums of squares ``[letters, faces]``."""
+    """Return the sums of squares ``[letters, faces]``."""
     flat = images.reshape(*images.shape[:2], -1)
     return np.einsum("lfn,lfn->lf", flat, flat, dtype=np.float32)
 
 
 def _measure(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The squared distances ``[first, second, faces]`` of vectors ``[letters, faces, numbers]``."""
+    """Return the squared distances ``[first, second, faces]`` of vectors ``[letters, faces, numbers]``."""
     products = np.moveaxis(first.swapaxes(0, 1) @ second.transpose(1, 2, 0), 0, -1)
     return (first**2).sum(-1)[:, None] + (second**2).sum(-1) - 2 * products
 
 
 def _average(distances: np.ndarray, least: np.ndarray) -> np.ndarray:
-    """Distances relative to the smaller squares, on average over the faces (last) that both letters have."""
+    """Average distances, relative to the smaller squares, over the faces (last) that both letters have."""
     shared = least > 0
     ratios = np.divide(distances, least, out=np.zeros_like(least), where=shared)
     count = shared.sum(-1)

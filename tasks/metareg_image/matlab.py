@@ -1,4 +1,4 @@
-"""MATLAB files as arrays, for `metareg.parse_in_child`: scipy's reader can crash on a damaged one."""
+"""Parsers of MATLAB files for `metareg.parse_in_child`, because scipy's reader can crash on damaged files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _CORNERS = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 
 
 def read_boxes(path: Path) -> dict[str, np.ndarray]:
-    """Of Stanford Cars' ``cars_train_annos.mat``, the images' names, classes (from 1) and boxes ``[images, 4]``."""
+    """Read the images' names, classes (from 1) and boxes ``[images, 4]`` of Stanford Cars' ``cars_train_annos.mat``."""
     rows = np.atleast_1d(loadmat(path, squeeze_me=True)["annotations"])
     return {
         "names": np.array([str(each["fname"]) for each in rows], dtype=np.str_),
@@ -23,6 +23,6 @@ def read_boxes(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_class_names(path: Path) -> dict[str, np.ndarray]:
-    """The names of the classes of ``cars_meta.mat``."""
+    """Read the names of the classes from ``cars_meta.mat``."""
     names = np.atleast_1d(loadmat(path, squeeze_me=True)["class_names"])
     return {"names": np.array([str(name) for name in names], dtype=np.str_)}

@@ -1,4 +1,4 @@
-"""Convolutional networks of the few-shot literature. Their features are maps; pooling belongs to the head."""
+"""Convolutional networks of the few-shot literature, whose features are maps; the head does the final pooling."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ class Conv4:
 class ResNet12:
     """Four residual blocks of three 3×3 convolutions, each followed by 2×2 max-pooling; global average; a linear layer.
 
-    Leaky ReLU of slope 0.1; a 1×1 convolution with normalisation on each shortcut. The features are the map after the fourth
-    block, ``[examples, widths[3], height / 16, width / 16]``.
+    Leaky ReLU has slope 0.1, and each shortcut is a 1×1 convolution with normalisation. The features are the map after
+    the fourth block, ``[examples, widths[3], height / 16, width / 16]``.
 
     Reference:
         Oreshkin, Rodriguez and Lacoste, TADAM, NeurIPS 2018, arXiv 1805.10123, with the widths 64, 128, 256, 512;
@@ -115,7 +115,7 @@ class _Residual(nn.Module):
             layers += [nn.Conv2d(channels, after, 3, padding=1, bias=False), _norm(norm, after), nn.LeakyReLU(0.1)]
         self.layers = nn.Sequential(*layers[:-1])
         self.shortcut = nn.Sequential(nn.Conv2d(before, after, 1, bias=False), _norm(norm, after))
-        self.out = nn.Sequential(nn.MaxPool2d(2), nn.LeakyReLU(0.1))  # this order for the reason in `_relu_and_pool`
+        self.out = nn.Sequential(nn.MaxPool2d(2), nn.LeakyReLU(0.1))  # in this order for the reason in `_relu_and_pool`
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.out(self.layers(x) + self.shortcut(x))
@@ -127,8 +127,8 @@ def _convolution(before: int, after: int, norm: Norm) -> nn.Module:
 
 
 def _relu_and_pool(kind: Pool) -> nn.Module:
-    """ReLU and 2×2 pooling. The largest of four numbers may be taken before ReLU: outputs and gradients are the same, and
-    ReLU has a quarter of the work."""
+    """Return ReLU and 2×2 pooling. Max-pooling comes first: outputs and gradients are the same, and ReLU has a quarter
+    of the work."""
     return nn.Sequential(_pool(kind), nn.ReLU()) if kind == "max" else nn.Sequential(nn.ReLU(), _pool(kind))
 
 
@@ -145,10 +145,10 @@ def _pool(kind: Pool) -> nn.Module:
 
 
 def check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width of a task's images.
+    """Return the channels, height and width of a task's images.
 
     Raises:
-        UsageError: the task is not one of images and classes, or they have fewer than `smallest` pixels a side.
+        UsageError: the task has no images or no classes, or its images have fewer than `smallest` pixels per side.
     """
     if len(spec.input_shape) != 3 or len(spec.output_shape) != 1:
         raise UsageError(
@@ -158,6 +158,7 @@ def check_image_shape(spec: TaskSpec, model: str, smallest: int) -> tuple[int, i
     channels, height, breadth = spec.input_shape
     if min(height, breadth) < smallest:
         raise UsageError(
-            f"The model '{model}' needs images of {smallest}×{smallest} pixels at least; this task's are {height}×{breadth}."
+            f"The model '{model}' needs images of at least {smallest}×{smallest} pixels; this task's are "
+            f"{height}×{breadth}."
         )
     return channels, height, breadth

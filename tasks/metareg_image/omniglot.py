@@ -40,11 +40,11 @@ class _Characters(ImageTask):
 
     @property
     def image_preparation(self) -> str:  # type: ignore[override]
-        """How `read_image` makes an input of an image."""
+        """A description of how `read_image` prepares an image."""
         return super().image_preparation.replace("; resized", "; inverted, so that ink is bright; resized")
 
     def resize(self, image: Image.Image) -> Image.Image:
-        """Ink is bright on a dark ground."""
+        """Resize and invert an image, so that ink is bright on a dark ground."""
         return super().resize(ImageOps.invert(image))
 
 
@@ -95,7 +95,7 @@ class OmniglotSmall(_Characters):
 
     Config = OmniglotSmallConfig
     name = "omniglot-small"
-    obtain = f"It is {' and '.join(_SMALL)} of the authors' repository (3 MB)."
+    obtain = f"It consists of {' and '.join(_SMALL)} in the authors' repository (3 MB)."
     contents = (242, 4840)
     downloadable = True
     recommended: ClassVar[Mapping[str, Any]] = {
@@ -125,11 +125,11 @@ class OmniglotSmall(_Characters):
 
 
 def _read_characters(path: Path) -> dict[str, list[Image.Image]]:
-    """Images by ``alphabet/character`` of a zip archive ``set/alphabet/character/drawing.png``, the authors' own."""
+    """Read the authors' zip archive ``set/alphabet/character/drawing.png``; return images by ``alphabet/character``."""
     characters: dict[str, list[Image.Image]] = {}
     try:
         if not path.is_file():
-            raise ValueError("it is no file")
+            raise ValueError("it is not a file")
         if f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}" != _SMALL[path.name]:
             raise ValueError("it is not the authors' archive")
         with zipfile.ZipFile(path) as archive:

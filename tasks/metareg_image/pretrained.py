@@ -1,4 +1,4 @@
-"""The classifiers of torchvision as backbones, with its pretrained weights or any of that shape."""
+"""torchvision's classifiers as backbones, with pretrained or the user's own weights."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ _HUB = "hub"
 class TorchvisionConfig(PluginConfig):
     """Options of the torchvision model."""
 
-    architecture: str = Field("resnet18", description="A classifier of torchvision.models, as resnet18.")
+    architecture: str = Field("resnet18", description="A classifier in torchvision.models, such as resnet18.")
     weights: PathText | None = Field(
         None,
-        description="A file with weights of that architecture (.pth, .pt or .safetensors), or hub: the weights that "
-        "torchvision recommends, out of torch.hub's cache. Nothing is downloaded. Unset, random weights.",
+        description="A file with weights for this architecture (.pth, .pt or .safetensors), or hub for the weights "
+        "that torchvision recommends, from torch.hub's cache. Nothing is downloaded; by default, random "
+        "weights.",
     )
     trainable: list[str] | None = Field(
         None,
-        description="Which submodules of the backbone are trained beside the head, as [layer4]; unset, all; [] none: the "
-        "others are frozen.",
+        description="Submodules of the backbone to train in addition to the head, such as [layer4]; the others are "
+        "frozen. By default, all; [] means none.",
     )
 
     @model_validator(mode="before")
@@ -45,12 +46,12 @@ class TorchvisionConfig(PluginConfig):
 
 
 class TorchvisionModel:
-    """A classifier of torchvision (resnet18, densenet121, mobilenet_v3_small …) whose last linear layer is the head.
+    """A torchvision classifier (resnet18, densenet121, mobilenet_v3_small …) whose last linear layer is the head.
 
-    The features are what that layer takes, ``[examples, features]``; the head is a new linear layer for the classes of a
-    task. Dropout and stochastic depth are set to 0, which the inner loop cannot have. BatchNorm layers use the statistics
-    of tasks (``bn_statistics``), not those of the pretraining. With pretrained weights, images are normalised as ImageNet's
-    were, unless `normalisation` says otherwise.
+    The features are that layer's inputs, ``[examples, features]``; the head is a new linear layer for the classes of a
+    task. Dropout and stochastic depth are set to 0, because the inner loop does not support them. BatchNorm layers use
+    the statistics of tasks (``bn_statistics``), not those of the pretraining. With pretrained weights, images are
+    normalised as for ImageNet, unless you set `normalisation`.
 
     Reference:
         torchvision.models; for ResNets He, Zhang, Ren and Sun, CVPR 2016, arXiv 1512.03385.
@@ -73,7 +74,8 @@ class TorchvisionModel:
         channels, *_ = check_image_shape(spec, "torchvision", 32)
         if channels != 3:
             raise UsageError(
-                f"The model 'torchvision' takes colour images; this task's have {channels} channel: --set channels=3."
+                f"The model 'torchvision' takes colour images; this task's have {channels} channel; use --set "
+                "channels=3."
             )
         config = self.config
         backbone = _create(config.architecture)
@@ -87,15 +89,15 @@ class TorchvisionModel:
 
 
 def _create(architecture: str) -> nn.Module:
-    """The classifier with random weights, without what draws random numbers or overwrites its inputs."""
+    """Create the classifier with random weights, without random or in-place operations."""
     models = import_torchvision("torchvision").models
     known = models.list_models(module=models)
     if architecture not in known:
         raise UnknownNameError("classifier of torchvision.models", architecture, known)
-    # Their auxiliary classifiers give outputs of their own in training.
+    # Their auxiliary classifiers return additional outputs in training.
     extra = {"aux_logits": False, "init_weights": True} if architecture in ("googlenet", "inception_v3") else {}
     model: nn.Module = models.get_model(architecture, weights=None, **extra)
-    # Dropout, torchvision's StochasticDepth, and its attention.
+    # Dropout, and torchvision's StochasticDepth and attention.
     for layer in model.modules():
         for name, off in (("inplace", False), ("p", 0.0), ("dropout", 0.0)):
             if isinstance(getattr(layer, name, None), type(off)):
@@ -107,14 +109,14 @@ def _find_last_linear(model: nn.Module, architecture: str) -> tuple[str, nn.Line
     place, last = [*model.named_modules()][-1]
     if not isinstance(last, nn.Linear):
         raise UsageError(
-            f"The classifier '{architecture}' of torchvision does not end in a linear layer, which the head would take the "
-            "place of; take another one, as resnet18."
+            f"The classifier '{architecture}' of torchvision does not end in a linear layer that the head could "
+            "replace; use another one, such as resnet18."
         )
     return place, last
 
 
 def _locate_in_hub(architecture: str) -> Path:
-    """Where torch.hub's cache has the weights that torchvision recommends, if it has them."""
+    """Return the path in torch.hub's cache of the weights that torchvision recommends."""
     models = import_torchvision("torchvision").models
     known = models.list_models(module=models)
     if architecture not in known:
@@ -124,15 +126,15 @@ def _locate_in_hub(architecture: str) -> Path:
 
 
 def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None:
-    """Load weights, those of the head aside.
+    """Load weights, except the head's.
 
     Raises:
-        UsageError: there is no such file, it holds no weights, or those of another architecture.
+        UsageError: there is no such file, or it contains no weights for this architecture.
     """
     if not path.is_file():
         raise UsageError(
-            f"There are no weights at {path}, and metareg downloads none. Those of torchvision: "
-            f"python -c \"import torchvision; torchvision.models.get_model('{architecture}', weights='DEFAULT')\", then "
+            f"There are no weights at {path}, and metareg does not download them. For torchvision's, run python -c "
+            f"\"import torchvision; torchvision.models.get_model('{architecture}', weights='DEFAULT')\", then "
             "--set weights=hub."
         )
     weights = {name: value for name, value in _read(path).items() if not name.startswith(f"{head}.")}
@@ -153,19 +155,19 @@ def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    """The tensors of a file by name; nothing in it is executed."""
+    """Read the tensors of a file by name, without executing anything."""
     if not path.is_file():
         raise UsageError(f"There is no file of weights at {path}.")
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    # The readers raise errors of many kinds for a damaged file.
+    # The readers raise many kinds of errors for damaged files.
     except Exception as error:
         reason = (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
         raise UsageError(f"{path} cannot be read as weights: {reason}.") from error
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
-        raise UsageError(f"{path} holds no weights by name (a state_dict of an nn.Module).")
+        raise UsageError(f"{path} contains no weights by name (a state_dict of an nn.Module).")
     return weights
 
 

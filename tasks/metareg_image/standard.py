@@ -1,4 +1,4 @@
-"""The benchmarks of the literature that torchvision's data sets provide, with the standard few-shot splits."""
+"""Benchmarks from torchvision's data sets, with the standard few-shot splits."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ class SmallConfig(ImageConfig):
 
 
 class TorchvisionTask(ImageTask):
-    """A data set that torchvision reads and downloads; a subclass says which parts of it, and how it is split."""
+    """A data set that torchvision reads and downloads; a subclass defines its parts and split."""
 
     downloadable = True
     marker: ClassVar[str]
-    """A file or folder that is there where the data set is."""
+    """A file or folder whose presence shows that the data set is there."""
 
     def parts(self, datasets: Any, root: Path, download: bool) -> Sequence[Any]:
-        """torchvision's data sets that together are this one."""
+        """Return torchvision's data sets that together form this one."""
         raise NotImplementedError
 
     def images(self, parts: Sequence[Any]) -> dict[str, list[Source]]:
-        """The images of each class by its name."""
+        """Return the images of each class by name."""
         raise NotImplementedError
 
     def split(self) -> dict[str, list[str]]:
-        """The names of the classes by split."""
+        """Return the names of the classes by split."""
         return read_splits(self.name)
 
     def is_complete(self) -> bool:
@@ -53,20 +53,20 @@ class TorchvisionTask(ImageTask):
         try:
             location = self.location
             location.mkdir(parents=True, exist_ok=True)
-            # torchvision downloads and extracts in one folder; what is in the final one is always whole.
+            # Download and extract in a temporary folder, so that the final one is always complete.
             with tempfile.TemporaryDirectory(prefix=".download-", dir=location) as aside:
                 self.parts(datasets, Path(aside), download=True)
                 for entry in Path(aside).iterdir():
                     if not (location / entry.name).exists():
                         shutil.move(entry, location / entry.name)
-        except (OSError, RuntimeError) as error:  # what torchvision raises for a wrong checksum too
+        except (OSError, RuntimeError) as error:  # also raised for a wrong checksum
             raise MetaregError(f"The data of the task '{self.name}' cannot be downloaded: {error}.") from error
 
     def classes(self) -> Iterable[ClassImages]:
         datasets = import_torchvision(self.name).datasets
         try:
             images = self.images(self.parts(datasets, self.location, download=False))
-        except Exception as error:  # whatever torchvision makes of damaged files
+        except Exception as error:  # torchvision raises many kinds of errors for damaged files
             raise UsageError(
                 f"The data of the task '{self.name}' in {self.location} cannot be read: {error}"
             ) from error
@@ -169,7 +169,7 @@ class VGGFlower(TorchvisionTask):
         ]
 
     def images(self, parts: Sequence[Any]) -> dict[str, list[Source]]:
-        # The names of the split begin with the number of the class, counted from 1.
+        # Names in the split begin with the number of the class, from 1.
         names = {int(name[:3]) - 1: name for listed in self.split().values() for name in listed}
         found: dict[str, list[Source]] = {}
         for part in parts:

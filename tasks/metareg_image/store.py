@@ -1,4 +1,4 @@
-"""Images decoded once: a memory-mapped file of uint8 pixels, class after class, and the list of its classes."""
+"""A cache of decoded images: a memory-mapped file of uint8 pixels, class after class, and an index of classes."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SPLITS = ("train", "validation", "test")
 _FORMAT = 3
 _INDEX, _PIXELS, _LOCK = "index.json", "pixels.u8", ".lock"
 _SECONDS_TO_LOCK = 60
-"""After so long, what was begun is locked."""
+"""After this time, a builder has locked what it began."""
 _TRIES = 3
 
 log = logging.getLogger("metareg")
@@ -61,12 +61,12 @@ Source = Path | Image.Image | np.ndarray | Callable[[], Image.Image]
 
 
 Splits = Mapping[str, list[tuple[str, int]]]
-"""The names of the classes and how many images each has, by split."""
+"""The names of the classes and their numbers of images, by split."""
 
 
 @dataclass(frozen=True)
 class ClassImages:
-    """One class of a data set: its split, its name, and its images, which are decoded one after the other."""
+    """A class of a data set: its split, its name, and its images, which are decoded one after the other."""
 
     split: str
     name: str
@@ -75,7 +75,7 @@ class ClassImages:
 
 @dataclass(frozen=True)
 class SplitIndex:
-    """The classes of one split: names, and the rows of the pixel file that each has."""
+    """The classes of one split: their names and their rows in the pixel file."""
 
     names: tuple[str, ...]
     starts: np.ndarray
@@ -83,14 +83,14 @@ class SplitIndex:
 
 
 class DamagedStoreError(Exception):
-    """A store is not what was written."""
+    """A store is damaged."""
 
 
 class ImageStore:
     """The images of a data set as uint8 ``[images, height, width, channels]``, memory-mapped.
 
     Args:
-        folder: what was built.
+        folder: the folder of the store.
         build: rebuilds the folder if it is damaged.
 
     Raises:
@@ -117,7 +117,7 @@ class ImageStore:
         self._unchecked = self._counts > 0
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """Some images; those of a class are compared with its checksum when one is first read.
+        """Read some images; on a class's first use, compare its images with their checksum.
 
         Args:
             rows: the images' rows in the file, of any shape.
@@ -126,14 +126,14 @@ class ImageStore:
             Pixels ``[*rows.shape, height, width, channels]``.
 
         Raises:
-            MetaregError: they are damaged, and the cache cannot be written.
+            MetaregError: the images are damaged, and the cache cannot be written.
         """
         if self._unchecked.any() and not self._are_whole(np.searchsorted(self._starts, rows, side="right") - 1):
             self._rebuild()
         return np.asarray(self.pixels[rows])
 
     def read_split(self, split: str) -> Iterator[np.ndarray]:
-        """The images ``[images, height, width, channels]`` of each class of a split."""
+        """Yield the images ``[images, height, width, channels]`` of each class of a split."""
         index = self.splits[split]
         for start, count in zip(index.starts, index.counts, strict=True):
             yield self.read(np.arange(start, start + count))
@@ -152,7 +152,7 @@ class ImageStore:
             log.warning("The image cache %s is damaged; rebuilding it.", self.folder)
             _remove(self.folder)
             self._build()
-            with suppress(DamagedStoreError):  # another process may just now do the same
+            with suppress(DamagedStoreError):  # another process can be doing the same
                 return self._open()
         raise MetaregError(f"The image cache {self.folder} is still damaged; choose another folder with METAREG_CACHE.")
 
@@ -166,16 +166,15 @@ class ImageStore:
         decode: Callable[[Source], np.ndarray],
         check: Callable[[Splits], None],
     ) -> ImageStore:
-        """The store of a data set, built if it is not in the cache, and anew if it is damaged there.
+        """Load the store of a data set, or build it if it is missing or damaged.
 
         Args:
-            name: the data set's.
-            identity: all that the pixels depend on; a change makes another store.
+            name: the data set's name.
+            identity: everything that the pixels depend on; other values give another store.
             classes: the data set's classes, called if the store has to be built.
             size: height, width, channels.
-            decode: an image's pixels in that shape.
-            check: looks at the classes and image counts by split before the store is kept, and raises where they are
-                not what they should be.
+            decode: returns an image's pixels in that shape.
+            check: called with the classes and image counts by split before the store is kept; raises if they are wrong.
 
         Raises:
             UsageError: images cannot be read; the message names them.
@@ -194,10 +193,10 @@ class ImageStore:
 
 
 def _read_index(path: Path) -> tuple[tuple[int, ...], dict[str, SplitIndex], list[int]]:
-    """The shape of all pixels, the classes by split, and the checksum of each class's pixels, split after split.
+    """Read the shape of all pixels, the classes by split, and the checksum of each class's pixels.
 
     Raises:
-        DamagedStoreError: the file is not what was written.
+        DamagedStoreError: the file is damaged.
     """
     if not path.is_file():
         raise DamagedStoreError
@@ -229,7 +228,7 @@ def _build(
     decode: Callable[[Source], np.ndarray],
     check: Callable[[Splits], None],
 ) -> None:
-    """Write a store aside and rename it."""
+    """Write a store under a temporary name, then rename it."""
     aside = folder.with_name(f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -241,7 +240,7 @@ def _build(
             try:
                 aside.rename(folder)
             except OSError:
-                if not (folder / _INDEX).is_file():  # else another process was faster: its store is the same
+                if not (folder / _INDEX).is_file():  # otherwise another process was faster, with an equal store
                     raise
         sync_folder(folder.parent)
     except OSError as error:
@@ -260,7 +259,7 @@ def _write(
     decode: Callable[[Source], np.ndarray],
     check: Callable[[Splits], None],
 ) -> None:
-    """Write pixels and index, and have them on the disk."""
+    """Write pixels and index, and flush them to disk."""
     with (folder / _PIXELS).open("wb") as file:
         checksums: list[int] = []
 
@@ -288,7 +287,7 @@ def _write(
 
 
 def _sweep(parent: Path) -> None:
-    """Remove what builders that were killed left; one that lives holds its lock, or has begun just now."""
+    """Remove what killed builders left; a living builder holds a lock, or has only just begun."""
     for path in parent.glob(".*-*"):
         with suppress(OSError, Timeout):
             if time.time() - path.stat().st_mtime > _SECONDS_TO_LOCK:
@@ -297,7 +296,7 @@ def _sweep(parent: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a store: under another name first, so that what is left of it where that fails is taken for none."""
+    """Rename and remove a store; a partial rest under the other name is never taken for a store."""
     trash = (
         folder if folder.name.startswith(".") else folder.with_name(f".{folder.name}.{secrets.token_hex(4)}-damaged")
     )
@@ -313,13 +312,13 @@ def decode_all(
     check: Callable[[Splits], None],
     keep: Callable[[np.ndarray, bool], object] = lambda _image, _first: None,
 ) -> Splits:
-    """Decode every image, split after split, and hand it to `keep`, with whether it is the first of its class.
+    """Decode every image, split after split, and pass it to `keep`, with whether it is the first of its class.
 
     Returns:
         The classes and image counts by split.
 
     Raises:
-        UsageError: images cannot be read; the message names them. Or what `check` raises.
+        UsageError: images cannot be read (the message names them), or `check` raises it.
     """
     splits: dict[str, list[tuple[str, int]]] = {split: [] for split in SPLITS}
     unreadable: list[str] = []
@@ -352,7 +351,7 @@ def _refuse_unreadable(names: list[str]) -> None:
 
 
 def read_pixels(source: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    """An image's pixels as uint8 ``[height, width, channels]``: grey, or red, green and blue."""
+    """Return an image's pixels as uint8 ``[height, width, channels]``: grey, or red, green and blue."""
     if isinstance(source, np.ndarray):
         source = Image.fromarray(source)
     elif not isinstance(source, Path | Image.Image):

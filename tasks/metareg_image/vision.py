@@ -1,4 +1,4 @@
-"""The only place that imports torchvision, when something first needs it."""
+"""The import of torchvision on first use; no other module imports it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from metareg import MetaregError
 __all__ = ["import_torchvision"]
 
 _declared: list[torch.library.Library] = []
-"""Declarations of operators last as long as these objects."""
+"""Kept alive, because declarations of operators end with these objects."""
 _INSTALL = "pip install 'metareg[images]'"
 
 
 def import_torchvision(what: str) -> ModuleType:
-    """The module torchvision, with `datasets` and `transforms.v2`.
+    """Import torchvision, with `datasets` and `transforms.v2`.
 
     Args:
-        what: what needs it, for the message.
+        what: the name of what needs it, for the message.
 
     Raises:
-        MetaregError: it is not installed, or does not work with the torch that is.
+        MetaregError: it is not installed, or does not work with the installed torch.
     """
     try:
         return _import_repaired()
@@ -54,10 +54,10 @@ def _import_repaired() -> ModuleType:
 
 
 def _declare_operators() -> None:
-    """Make a torchvision that was built for CUDA importable beside a torch that was not.
+    """Make a torchvision built for CUDA importable with a torch built without it.
 
-    Its compiled library does not load there, and the import then stumbles over two operators of object detection that
-    the library would have defined. Their declaration is enough: data sets, transforms and models do not call them.
+    torchvision's compiled library then does not load, and the import fails because of two operators for object
+    detection that the library defines. Declaring them is enough: data sets, transforms and models do not call them.
     """
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]

@@ -1,4 +1,4 @@
-"""Few-shot regression and classification on a user's own tables."""
+"""Few-shot regression and classification on users' own tables."""
 
 from metareg_table.encoding import Encoding, StandardisedColumns
 from metareg_table.models import TableMLP

@@ -1,4 +1,4 @@
-"""What the columns of a user's tables mean to a model: numbers, categories, a target; and on what scale."""
+"""The encoding of tables' columns for a model: numbers, categories and the target, with their scales."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ _MOST_CATEGORIES = 100
 class Encoding(PluginConfig):
     """The columns of a task's tables, their categories, and the statistics of all rows of its training tasks.
 
-    A run keeps it in its configuration, and predicts by it.
+    A run stores it in its configuration, and uses it for predictions.
     """
 
     target: str
     numbers: dict[str, tuple[float, float]] = Field(description="Mean and standard deviation of each numeric column.")
     categories: dict[str, list[str]] = Field(description="The categories of each other column.")
-    classes: list[str] | None = Field(description="The classes of the target; none if it is a number.")
+    classes: list[str] | None = Field(description="The classes of the target; null if it is a number.")
     target_scale: tuple[float, float] = Field((0.0, 1.0), description="Mean and standard deviation of the target.")
     unused: list[str] = Field([], description="Columns of the training tables that are not inputs.")
-    digest: str = Field("", description="Identifies the training tasks, so that other ones are noticed.")
+    digest: str = Field("", description="Identifies the training tasks, to detect changes.")
 
     @property
     def inputs(self) -> list[str]:
@@ -45,11 +45,11 @@ class Encoding(PluginConfig):
 
     @property
     def width(self) -> int:
-        """How many numbers one input is."""
+        """The number of numbers in an input."""
         return len(self.numbers) + sum(map(len, self.categories.values()))
 
     def read_inputs(self, table: Table) -> np.ndarray:
-        """Inputs ``[rows, width]``: numbers, NaN where they are missing; then zeros and ones for each category."""
+        """Read inputs ``[rows, width]``: numbers (NaN if missing), then zeros and ones for each category."""
         parts = [table.get_numbers(name, missing=True)[:, None] for name in self.numbers]
         for name, values in self.categories.items():
             texts = np.array(table.get_texts(name), dtype=np.str_)
@@ -57,13 +57,13 @@ class Encoding(PluginConfig):
         return np.concatenate([*parts, np.empty((len(table), 0))], 1).astype(np.float64)
 
     def find_missing(self, table: Table) -> np.ndarray:
-        """Whether each cell of the inputs is missing ``[rows, columns]``."""
+        """Return whether each cell of the inputs is missing ``[rows, columns]``."""
         numbers = [np.isnan(table.get_numbers(name, missing=True)) for name in self.numbers]
         texts = [np.array(table.get_texts(name), dtype=np.str_) == "" for name in self.categories]
         return np.stack([*numbers, *texts, np.zeros(len(table), dtype=bool)], 1)[:, :-1]
 
     def read_targets(self, table: Table) -> np.ndarray:
-        """Class numbers, or numbers ``[rows]``; for rows in which none is missing."""
+        """Read class numbers or numbers ``[rows]``; none may be missing."""
         if self.classes is None:
             return table.get_numbers(self.target)
         numbers = {name: number for number, name in enumerate(self.classes)}
@@ -77,10 +77,10 @@ class Encoding(PluginConfig):
         return np.array([numbers[text] for text in texts], dtype=np.int64)
 
     def choose_rows(self, table: Table, missing: Missing) -> Table:
-        """The rows of a table that have a target, and the values that the rule for missing ones asks for.
+        """Choose the rows of a table that have a target and satisfy the rule for missing values.
 
         Raises:
-            UsageError: a value is missing, and the rule refuses that.
+            UsageError: a value is missing, and the rule refuses it.
         """
         absent = np.concatenate([self.find_missing(table), self._find_missing_targets(table)[:, None]], 1)
         if missing == "refuse":
@@ -93,10 +93,10 @@ class Encoding(PluginConfig):
         return table
 
     def refuse_missing(self, table: Table) -> None:
-        """Refuse a table of which an input is missing.
+        """Refuse a table with a missing input.
 
         Raises:
-            UsageError: there is one.
+            UsageError: an input is missing.
         """
         self._refuse_missing(table, self.find_missing(table))
 
@@ -125,20 +125,20 @@ def fit_encoding(
     numeric: Sequence[str],
     missing: Missing,
 ) -> Encoding:
-    """The encoding of the training tasks' tables.
+    """Compute the encoding of the training tasks' tables.
 
     Args:
-        tables: by their tasks' names.
+        tables: tables by their tasks' names.
         target: the target column.
         inputs: the input columns.
-        unused: the others.
-        classes: whether the target is one of classes; None to find out.
-        categorical: columns that hold categories, whatever their cells look like.
-        numeric: columns that hold numbers.
+        unused: the other columns.
+        classes: whether the target is a class; None to infer it.
+        categorical: columns to treat as categorical, whatever their cells look like.
+        numeric: columns to treat as numeric.
         missing: the rule for missing values.
 
     Raises:
-        UsageError: a column is missing, holds texts and numbers, or too many different texts.
+        UsageError: a column is missing, mixes texts and numbers, or contains too many different texts.
     """
     listed = list(tables.values())
     for table in listed:
@@ -166,7 +166,7 @@ def fit_encoding(
 
 
 def hash_tables(encoding: Encoding, tables: Mapping[str, Table]) -> str:
-    """A digest of all that a model is trained on."""
+    """Return a digest of all training data."""
     digest = hashlib.blake2b(digest_size=8)
     for name, table in sorted(tables.items()):
         digest.update(name.encode(errors="surrogateescape") + b"\0")
@@ -176,7 +176,7 @@ def hash_tables(encoding: Encoding, tables: Mapping[str, Table]) -> str:
 
 
 def _measure(values: np.ndarray) -> tuple[float, float]:
-    """Mean and standard deviation of the numbers that are there; a deviation of 1 where they do not differ."""
+    """Return mean and standard deviation of the numbers that are not missing; a deviation of 1 if all are equal."""
     there = values[~np.isnan(values)]
     if not len(there):
         return 0.0, 1.0
@@ -214,7 +214,7 @@ def _list_categories(tables: Sequence[Table], name: str, declared: bool) -> list
 
 
 def _list_classes(tables: Sequence[Table], target: str, classes: bool | None) -> list[str] | None:
-    """The classes of the target, or None where it is a number."""
+    """List the classes of the target; None if it is a number."""
     numeric = all(table.is_numeric(target) or not any(table.get_texts(target)) for table in tables)
     found = sorted({text for table in tables for text in table.get_texts(target)} - {""})
     if classes is None:
@@ -231,19 +231,19 @@ def _list_classes(tables: Sequence[Table], target: str, classes: bool | None) ->
 def measure_support(
     encoding: Encoding, inputs: Tensor, targets: Tensor, standardise: Statistics, standardise_target: Statistics
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What is subtracted from inputs and targets and what they are divided by, for one task or many at once.
+    """Compute the offset and scale of inputs and targets, for one task or many at once.
 
     Args:
-        encoding: of the training tasks.
-        inputs: of support sets ``[…, support, width]``, NaN where a number is missing.
-        targets: ``[…, support, 1]``; of classes whatever they are.
-        standardise: whose statistics the inputs are standardised by.
-        standardise_target: whose statistics the targets are standardised by.
+        encoding: the encoding of the training tasks.
+        inputs: inputs of support sets ``[…, support, width]``; NaN for missing numbers.
+        targets: ``[…, support, 1]``; ignored for classes.
+        standardise: the source of the statistics for the inputs.
+        standardise_target: the source of the statistics for the targets.
 
     Returns:
-        Offset and scale of the inputs ``[…, 1, width]``, and of the targets ``[…, 1, 1]``; those that are the same for all
-        tasks without the dimensions before. Where the numbers of a support set do not differ, the scale is that of the
-        training tasks.
+        Offset and scale of the inputs ``[…, 1, width]`` and of the targets ``[…, 1, 1]``, without the leading
+        dimensions if they are the same for all tasks. If all numbers of a support set are equal, the scale is that of
+        the training tasks.
     """
     numbers = list(encoding.numbers.values())
     groups = encoding.width - len(numbers)
@@ -259,7 +259,7 @@ def measure_support(
 
 
 def _choose_scale(whose: Statistics, values: Tensor, trained: Tensor, fixed: Tensor) -> tuple[Tensor, Tensor]:
-    offset, scale = trained[:1].clone(), trained[1:].clone()  # no views, which torch.export does not like to save
+    offset, scale = trained[:1].clone(), trained[1:].clone()  # copies, because torch.export cannot save views well
     if whose == "none":
         return torch.zeros_like(offset), torch.ones_like(scale)
     if whose == "training":
@@ -272,12 +272,12 @@ def _choose_scale(whose: Statistics, values: Tensor, trained: Tensor, fixed: Ten
 
 @dataclass(frozen=True)
 class StandardisedColumns(Columns):
-    """The columns of one task, standardised as the run's tasks were."""
+    """The columns of one task, standardised like the run's tasks."""
 
     encoding: Encoding
     missing: Missing
     input_scale: tuple[Tensor, Tensor]
-    """What is subtracted and what is divided by ``[1, width]``."""
+    """Offset and scale ``[1, width]``."""
     target_scale: tuple[Tensor, Tensor]
 
     @property

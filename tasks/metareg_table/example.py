@@ -1,4 +1,4 @@
-"""Drawn tables, for a first training: sensors that measure alike and not the same."""
+"""Generated example tables: sensors that respond similarly but not identically."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ _MODES = {"idle": 0.0, "run": 60.0, "boost": 150.0}
 
 
 def write_example(folder: Path) -> str:
-    """Write the tables of 40 sensors, and of a new one its first rows and some to be predicted.
+    """Write the tables of 40 sensors, and for a new sensor its first rows and rows to predict.
 
-    A sensor's reading y (in millivolts) depends on the temperature, the humidity and the mode of its machine. Its offset,
-    its gain, the temperature at which it swings and what the mode does to it are its own.
+    A sensor's reading y (in millivolts) depends on the temperature, the humidity and the mode of its machine. Each
+    sensor has its own offset, gain, temperature of oscillation and effect of the mode.
 
     Args:
         folder: the folder; it must not exist or be empty.
 
     Returns:
-        What to do with it.
+        Instructions for using it.
 
     Raises:
-        UsageError: the folder holds something.
-        MetaregError: it cannot be written.
+        UsageError: the folder is not empty.
+        MetaregError: the folder cannot be written.
     """
     tables, support, query = folder / "sensors", folder / "new-support.csv", folder / "new-query.csv"
     try:

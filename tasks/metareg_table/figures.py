@@ -1,4 +1,4 @@
-"""Pictures of test tasks."""
+"""Plots of test tasks."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ __all__ = ["draw_predictions"]
 def draw_predictions(
     learner: MetaLearner, episodes: Episodes, names: Sequence[str], target: str, offset: float, scale: float
 ) -> Figure:
-    """Predicted against true values of query rows, before and after adaptation, a task a panel.
+    """Draw predicted against true values of query rows, before and after adaptation, one panel per task.
 
     Args:
         learner: adapts to each task.
         episodes: regression tasks.
         names: the tasks' names.
         target: the target's name.
-        offset: what is added to targets and outputs once they are scaled.
-        scale: what targets and outputs are multiplied by.
+        offset: added to targets and outputs after scaling.
+        scale: the factor of targets and outputs.
     """
     figure = Figure(figsize=(3.2 * len(names), 3.6), layout="constrained")
     steps = max(1, learner.config.inner_steps)

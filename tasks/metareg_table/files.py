@@ -1,4 +1,4 @@
-"""Finding a user's tables: which files hold which tasks, and which tasks are for training, validation and test."""
+"""Discovery of a user's tables: the files of each task, and the split of the tasks."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMED = 5
 
 @dataclass(frozen=True)
 class Layout:
-    """How a user's tables are laid out; `TableFolder.Config` says what each option means."""
+    """The layout of a user's tables; `TableFolder.Config` describes the options."""
 
     task_column: str | None
     split_column: str | None
@@ -33,21 +33,21 @@ class Layout:
     ratios: tuple[float, ...]
     split_seed: int
     known: tuple[str, ...]
-    """Names of columns that are known, for tables whose columns are called by numbers."""
+    """Known column names, for tables whose columns are named by numbers."""
 
 
 @dataclass(frozen=True)
 class TaskTables:
-    """The tables of all tasks by their names, the split of each, and how that was found."""
+    """The tables of all tasks by name, the split of each, and its origin."""
 
     tables: Mapping[str, Table]
     split_of: Mapping[str, str]
     origin: str
     left_out: tuple[str, ...]
-    """Files that hold no table."""
+    """Files that are not tables."""
 
     def select(self, split: str) -> dict[str, Table]:
-        """The tables of a split, sorted by their tasks' names."""
+        """Return the tables of a split, sorted by their tasks' names."""
         return {name: self.tables[name] for name in sorted(self.tables) if self.split_of.get(name) == split}
 
 
@@ -55,7 +55,7 @@ def find_tables(location: Path, layout: Layout) -> TaskTables:
     """Read all tables of a file or folder, and split their tasks.
 
     Raises:
-        UsageError: there are none, one cannot be read, or they cannot be split as the layout says.
+        UsageError: there are no tables, one cannot be read, or they cannot be split according to the layout.
     """
     root, paths, others = _list_files(location)
     if not paths:
@@ -83,7 +83,7 @@ def find_tables(location: Path, layout: Layout) -> TaskTables:
 
 
 def _list_files(location: Path) -> tuple[Path, list[Path], list[str]]:
-    """The folder that the tasks' names begin in, the tables, and other files."""
+    """List the folder that tasks' names are relative to, the tables, and other files."""
     if location.is_file():
         return location.parent, [location], []
     if not location.is_dir():
@@ -121,10 +121,10 @@ def _refuse_same_names(names: Mapping[Path, str]) -> None:
 
 
 def _split_by_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
-    """The split that the outermost folders of the tables are; nothing where they are none.
+    """Return the split by the tables' outermost folders; empty if these are not splits.
 
     Raises:
-        UsageError: some of them are, and others are not; or there is no training or no test.
+        UsageError: only some folders are splits, or training or test is missing.
     """
     found = {name: find_split(name.partition("/")[0]) if "/" in name else None for name in names}
     if not any(found.values()):
@@ -139,7 +139,7 @@ def _split_by_folders(root: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def _group_rows(files: Mapping[str, Table], column: str) -> dict[str, Table]:
-    """A table for each value of a column, over all files."""
+    """Group the rows of all files into one table per value of a column."""
     grouped: dict[str, Table] = {}
     for table in files.values():
         table.require(column)
@@ -155,7 +155,7 @@ def _group_rows(files: Mapping[str, Table], column: str) -> dict[str, Table]:
 
 
 def _split_groups(files: Mapping[str, Table], split_of: Mapping[str, str], column: str) -> dict[str, str]:
-    """The splits of the tasks in files whose splits are known."""
+    """Return the splits of the tasks in files with known splits."""
     return {name: split_of[file] for file, table in files.items() for name in set(table.get_texts(column))}
 
 
@@ -202,7 +202,7 @@ def _refuse_shared_names(names: Sequence[str], split_of: Mapping[str, str]) -> N
 
 
 def _hold_out_validation(split_of: dict[str, str], layout: Layout, origin: str) -> tuple[dict[str, str], str]:
-    """A split with validation tasks: where none were named, some of the training tasks."""
+    """Add validation tasks to a split without any, from the training tasks."""
     for split in ("train", "test"):
         if split not in split_of.values():
             raise UsageError(f"The split {origin} has no {split} tasks.")
@@ -223,7 +223,7 @@ def _split_at_random(names: Sequence[str], layout: Layout) -> dict[str, str]:
         )
     order, shares = _permute(names, layout.split_seed), np.array(layout.ratios)
     ends = np.round(shares.cumsum() / shares.sum() * len(names)).astype(int)
-    # Each split that is to have a share has one task at least.
+    # Each split with a nonzero ratio gets at least one task.
     for place in (1, 2):
         ends[-place - 1] = min(ends[-place - 1], ends[-place] - (shares[-place] > 0))
     for place in (0, 1):

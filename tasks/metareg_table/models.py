@@ -68,7 +68,7 @@ class Embeddings(nn.Module):
         if numbers < 0:
             raise ValueError(f"{inputs} inputs are too few for categories of the sizes {list(categories)}")
         self.sizes = [numbers, *categories]
-        # An embedding by a matrix, for a group of zeros and ones is a look-up, and a missing category is no row of it.
+        # Matrices instead of nn.Embedding: a one-hot group selects a row, and a missing category (zeros) selects none.
         self.tables = nn.ModuleList(nn.Linear(size, min(embedding, size), bias=False) for size in categories)
         self.width = numbers + sum(min(embedding, size) for size in categories)
 

@@ -1,4 +1,4 @@
-"""Few-shot tasks on a user's own tables."""
+"""Few-shot tasks on users' own tables."""
 
 from __future__ import annotations
 
@@ -62,9 +62,9 @@ def _to_list(value: Any) -> Any:
 
 
 ColumnName = Annotated[str, BeforeValidator(_to_text)]
-"""A column's name, which may be a number."""
+"""A column's name, which can be a number."""
 ColumnNames = Annotated[list[ColumnName], BeforeValidator(_to_list)]
-"""Names of columns, also as a text with commas."""
+"""Names of columns, as a list or a comma-separated string."""
 
 
 class TableFolder(Task):
@@ -112,13 +112,14 @@ class TableFolder(Task):
         )
         standardise_target: Statistics = Field("training", description="The same for a numeric target.")
         loss: Literal["mse", "mae", "huber", "cross_entropy"] | None = Field(
-            None, description="What is minimised, on the standardised target; by default, mse or cross_entropy."
+            None, description="The loss, on the standardised target; by default, mse or cross_entropy."
         )
         metric: (
             Literal["mse", "mae", "huber", "r2", "accuracy", "balanced_accuracy", "auroc", "cross_entropy"] | None
         ) = Field(
             None,
-            description="What is reported; by default, the loss, or accuracy. mse and mae are in the target's units, unless "
+            description="The metric; by default, the loss for numbers and accuracy for classes. mse and mae are in the "
+            "target's units, unless "
             "the target is standardised by support rows.",
         )
         task_column: ColumnName | None = Field(None, description="The column that names each row's task, in one table.")
@@ -170,13 +171,13 @@ class TableFolder(Task):
 
     @property
     def loss(self) -> str:  # type: ignore[override]
-        """The loss by name, on standardised targets."""
+        """The name of the loss, on standardised targets."""
         suits = ("cross_entropy",) if self.encoding.classes is not None else ("mse", "mae", "huber")
         return _choose(self.config.loss, suits, "loss", self.encoding)
 
     @property
     def metric(self) -> Metric:  # type: ignore[override]
-        """The metric, in the target's units where it has any."""
+        """The metric, in the target's units if it has any."""
         if self.encoding.classes is not None:
             suits: tuple[str, ...] = ("accuracy", "balanced_accuracy", "auroc", "cross_entropy")
             return find_metric(_choose(self.config.metric, suits, "metric", self.encoding), self.loss)
@@ -190,12 +191,12 @@ class TableFolder(Task):
 
     @property
     def stored_config(self) -> Config:
-        """The options with what was found in the training tasks."""
+        """The options, with the encoding of the training tasks."""
         return self.config.model_copy(update={"encoding": self.encoding})
 
     @functools.cached_property
     def encoding(self) -> Encoding:
-        """What the columns mean: as the options say, or as the training tasks' tables show."""
+        """The encoding of the columns, from the options or computed from the training tasks' tables."""
         config = self.config
         if config.encoding is not None:
             return config.encoding
@@ -239,7 +240,7 @@ class TableFolder(Task):
         )
 
     def measure_columns(self, support_x: Tensor, support_y: Tensor) -> StandardisedColumns:
-        """The columns of one task or many with these support sets."""
+        """Return the columns of one task, or of many, with these support sets."""
         config, encoding = self.config, self.encoding
         of_inputs, of_targets = measure_support(
             encoding, support_x, support_y, config.standardise, config.standardise_target
@@ -258,7 +259,7 @@ class TableFolder(Task):
     def _draw_of_classes(
         self, pool: _Pool, tables: np.ndarray, split: str, indices: Sequence[int], seed: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows of the support sets, class by class, and of the query sets: one of each class, then others as they come."""
+        """Draw rows of the support sets, class by class, and of the query sets: one of each class, then any others."""
         classes, shots, query = len(self.encoding.classes or ()), self.config.shots, self.config.query
         draws = task_uniform(seed, split, indices, classes * (shots + 1), "classes").reshape(len(indices), classes, -1)
         own = pool.class_starts[tables][..., None] + draw_distinct(draws, pool.class_counts[tables])
@@ -273,7 +274,7 @@ class TableFolder(Task):
 
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
-        """Predicted against true values of some test tasks, before and after adaptation."""
+        """Draw predicted against true values of some test tasks, before and after adaptation."""
         if self.encoding.classes is not None:
             return {}
         count = min(4, len(self._find_pool("test").names))
@@ -354,7 +355,7 @@ class TableFolder(Task):
 
     @functools.cached_property
     def _pools(self) -> dict[str, _Pool]:
-        """The rows of each split's tasks; what was found and left out is said once."""
+        """The rows of each split's tasks; logs once what was found and ignored."""
         found, encoding = self._tables, self.encoding
         pools: dict[str, _Pool] = {}
         for split in ("train", "validation", "test"):
@@ -431,16 +432,16 @@ class TableFolder(Task):
 
 
 _POWERS = {"mse": 2, "mae": 1}
-"""How these metrics grow with the target's scale."""
+"""The power of the target's scale in these metrics."""
 
 
 @dataclass(frozen=True)
 class _Pool:
-    """The rows of a split's tasks, those of a task together; where there are classes, those of a class in a task too."""
+    """The rows of a split's tasks, grouped by task and, for classification, by class."""
 
     names: tuple[str, ...]
     small: tuple[str, ...]
-    """Tasks that were left out, for they have too few rows."""
+    """Tasks that were ignored because they have too few rows."""
     inputs: Tensor
     """``[rows, width]`` in float64."""
     targets: Tensor
@@ -452,7 +453,7 @@ class _Pool:
 
 
 def _take_turns(tables: int, split: str, indices: Sequence[int], seed: int) -> np.ndarray:
-    """The number of each task's table: every table once in a round, in an order drawn for the round."""
+    """Return the number of each task's table: every table once per round, in random order."""
     rounds, places = np.divmod(np.asarray(indices, dtype=np.int64), tables)
     orders = {}
     for each in set(rounds.tolist()):
@@ -462,7 +463,7 @@ def _take_turns(tables: int, split: str, indices: Sequence[int], seed: int) -> n
 
 
 def _choose(given: str | None, suits: tuple[str, ...], what: str, encoding: Encoding) -> str:
-    """A loss or metric that suits the target; the first that does where none is given."""
+    """Return the given loss or metric if it suits the target, or the first suitable one by default."""
     if given is not None and given not in suits:
         kind = "classes" if encoding.classes is not None else "numbers"
         raise UsageError(
@@ -472,7 +473,7 @@ def _choose(given: str | None, suits: tuple[str, ...], what: str, encoding: Enco
 
 
 def _refuse_other_options(config: TableFolder.Config, encoding: Encoding) -> None:
-    """Refuse an encoding that was found for other options."""
+    """Refuse an encoding that was computed for other options."""
     pairs = {
         "target": (config.target, encoding.target),
         "columns": (config.columns and set(config.columns), set(encoding.inputs)),

@@ -315,7 +315,7 @@ def test_what_is_no_font_is_left_out_and_said(tmp_path: Path, caplog: pytest.Log
     assert len(set.union(*names_of(task_of(folder)).values())) == len(LATIN)
     first, second = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     for words in (
-        "no regular files: pipe.ttf, gone.ttf",
+        "not regular files: pipe.ttf, gone.ttf",
         "links to fonts that are already included: same.ttf",
         "links to folders: around",
         "larger than 256 MiB: huge.ttf",

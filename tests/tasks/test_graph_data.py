@@ -200,7 +200,7 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="is a pickle, which could run code"):
         load(tmp_path / "pickle.bin")
     (tmp_path / "damaged.bin").write_bytes(b"not a graph at all, but long enough")
-    with pytest.raises(UsageError, match=r"damaged\.bin cannot be read as a graph of DGL"):
+    with pytest.raises(UsageError, match=r"damaged\.bin cannot be read as a DGL graph"):
         load(tmp_path / "damaged.bin")
     with pytest.raises(
         UsageError, match=r"edges\.csv, line 2, column 'destination', names node 'n99', which does not exist"

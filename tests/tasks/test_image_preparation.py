@@ -154,7 +154,7 @@ def test_pretrained_weights_recommend_their_normalisation(tmp_path: Path) -> Non
         (ImageFolder, {"normalisation": "imagenett"}, ["imagenett", "'imagenet'"]),
         (Glyphs, {"normalisation": "imagenet"}, ["channels = 3"]),
         (ImageFolder, {"normalisation": "train", "train_classes": 2}, ["train_classes"]),
-        (CUB, {"resize": "crop"}, ["resize", "crop of its own"]),
+        (CUB, {"resize": "crop"}, ["resize", "has its own crop"]),
     ],
 )
 def test_what_cannot_be_is_refused(kind: type, options: dict[str, Any], words: list[str]) -> None:
