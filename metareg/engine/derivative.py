@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import grad_and_value, vjp
+from torch.func import vjp
 
 from metareg.engine.context import Adaptation, Task, TaskContext, Tensors
 from metareg.engine.objective import TaskFunctions
@@ -48,7 +48,10 @@ def _differentiate(
 ) -> Derivative:
     if functions.options.memory == "recompute" and functions.adapted_names:
         return _differentiate_by_steps(functions, meta, task, noise, weights)
-    gradient, (objective, logs) = grad_and_value(functions.objective, has_aux=True)(meta, task, noise, weights)
+    pulled: Any = vjp(lambda meta: functions.objective(meta, task, noise, weights), meta, has_aux=True)
+    objective, pull, logs = pulled
+    # Nothing differentiates this derivative: its own graph, which `grad_and_value` builds, would take as much memory again.
+    (gradient,) = pull(torch.ones_like(objective), retain_graph=False)
     return gradient, objective, logs
 
 
@@ -87,20 +90,21 @@ def _differentiate_by_steps(
 
     pulled: Any = vjp(outer_loss, meta, trajectory.pop(), context.features, has_aux=True)
     objective, pull, logs = pulled
-    gradient, adjoint, of_features = pull(torch.ones_like(objective))
+    gradient, adjoint, of_features = pull(torch.ones_like(objective), retain_graph=False)
     del pulled, pull  # the graph of the query set, freed before the next is built
     for step in reversed(steps):
         (_, earlier), pull, *_ = vjp(partial(step_from, step=step), meta, trajectory.pop(), context.features)
-        of_meta, adjoint, of_step_features = pull((adjoint, tuple(torch.ones_like(each) for each in earlier)))
+        adjoints = adjoint, tuple(torch.ones_like(each) for each in earlier)
+        of_meta, adjoint, of_step_features = pull(adjoints, retain_graph=False)
         del pull
         objective = sum(earlier, objective)
         gradient = tree_map(torch.add, gradient, of_meta)
         of_features = tree_map(torch.add, of_features, of_step_features)
     _, pull, *_ = vjp(start_from, meta, context.features)
-    of_meta, of_start_features = pull(adjoint)
+    of_meta, of_start_features = pull(adjoint, retain_graph=False)
     gradient = tree_map(torch.add, gradient, of_meta)
     if context.features:
         of_features = tree_map(torch.add, of_features, of_start_features)
         _, pull, *_ = vjp(compute_features, meta)
-        gradient = tree_map(torch.add, gradient, pull(of_features)[0])
+        gradient = tree_map(torch.add, gradient, pull(of_features, retain_graph=False)[0])
     return gradient, objective, logs

@@ -1,0 +1,94 @@
+"""How much memory a meta-gradient takes at its peak, counted in the bytes of live tensors: no allocator blurs it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metareg import Episodes, MetaLearner
+from metareg.util.torch_internals import OperationMode, tree_leaves
+
+INNER_LR = 0.01
+
+
+class PeakMemory(OperationMode):  # type: ignore[misc]
+    """Counts the bytes of all tensors that operations inside the block create, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak = self._now = 0
+        self._known: dict[int, Any] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        outputs = func(*args, **(kwargs or {}))
+        for each in tree_leaves(outputs):
+            if isinstance(each, Tensor):
+                self._count(each.untyped_storage())
+        self.peak = max(self.peak, self._now)
+        return outputs
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self._known:
+            return
+
+        def forget(_: Any) -> None:
+            self._now -= size
+            del self._known[key]
+
+        self._now += size
+        self._known[key] = weakref.ref(storage, forget)
+
+
+def measure_peak(run: Callable[[], object]) -> int:
+    with PeakMemory() as memory:
+        run()
+    return memory.peak
+
+
+def create_model() -> nn.Sequential:
+    torch.manual_seed(0)
+    block = [nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)]
+    return nn.Sequential(*block, nn.Flatten(), nn.Linear(8 * 8 * 8, 5))
+
+
+def draw_task() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.rand(10, 8, 16, 16), torch.arange(10) % 5, torch.rand(5, 8, 16, 16), torch.arange(5)
+
+
+def run_loop(inner_steps: int) -> None:
+    """One meta-gradient of MAML by a loop of `torch.autograd.grad`."""
+    model = create_model()
+    support_x, support_y, query_x, query_y = draw_task()
+    params = dict(model.named_parameters())
+    for _ in range(inner_steps):
+        loss = F.cross_entropy(functional_call(model, params, (support_x,)), support_y)
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: p - INNER_LR * g for (name, p), g in zip(params.items(), grads, strict=True)}
+    F.cross_entropy(functional_call(model, params, (query_x,)), query_y).backward()
+
+
+def run_learner(inner_steps: int, tasks: int = 1, **options: Any) -> None:
+    learner = MetaLearner(create_model(), inner_lr=INNER_LR, inner_steps=inner_steps, **options)
+    learner.meta_gradient(Episodes(*(part.expand(tasks, *part.shape) for part in draw_task())))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_each_stored_step_takes_what_it_takes_a_loop(tasks: int) -> None:
+    """The derivative of the whole was once built as a graph too: twice the memory."""
+    loop = measure_peak(lambda: run_loop(5)) - measure_peak(lambda: run_loop(2))
+    few, many = (measure_peak(lambda n=n: run_learner(n, tasks, strategy="vectorized")) for n in (2, 5))
+    assert many - few <= 1.1 * tasks * loop
+
+
+@pytest.mark.parametrize("options", [{"memory": "recompute"}, {"algo": "imaml"}], ids=["recompute", "imaml"])
+def test_memory_does_not_grow_with_inner_steps(options: dict[str, Any]) -> None:
+    one, many = (measure_peak(lambda n=n: run_learner(n, strategy="serial", **options)) for n in (1, 8))
+    assert many <= 1.15 * one
