@@ -1,1 +1,1 @@
-"""A learner: a model, an algorithm and augmenters, with all that trains, evaluates and stores them."""
+"""The learner: a model with an algorithm and augmenters, its training, evaluation and files."""

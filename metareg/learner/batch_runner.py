@@ -1,4 +1,4 @@
-"""How a learner runs a batch of tasks: which strategy, with what noise, and in which process."""
+"""Execution of a batch of tasks: strategy, noise and processes."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ log = logging.getLogger("metareg")
 
 Tensors = dict[str, Tensor]
 _BETWEEN_STEPS = ("augment_episodes", "augment_outer_gradient", "combine_tasks", "outer_loss_weights", "outer_update")
-"""The hooks that run Python for every training step."""
+"""Hooks that run Python code in every training step."""
 _BLOCK = 100
-"""Tasks that are drawn at once, and vectorized at once unless `chunk` says fewer."""
+"""Number of tasks to draw at once, and to vectorize at once unless `chunk` is smaller."""
 
 
 class BatchRunner:
-    """Computes the meta-gradient and the scores of batches."""
+    """Computes the meta-gradients and scores of batches."""
 
     def __init__(self, engine: Engine, config: LearnerConfig, device: torch.device) -> None:
         self._engine = engine
         self._config = config
         self._device = device
         self.strategy: Strategy | None = None if config.strategy == "auto" else config.strategy
-        """The strategy in use; None while ``"auto"`` has not chosen."""
+        """The strategy in use; None until ``"auto"`` has chosen."""
         self._proven: set[str] = set()
-        """What ``"auto"`` has compared with tasks one after the other: ``"gradient"``, ``"scores"``."""
+        """Results that ``"auto"`` has compared with tasks one after the other: ``"gradient"``, ``"scores"``."""
         self._one_by_one: set[str] = set()
-        """Those of them where it found another result, or an error."""
+        """Results for which the comparison found a difference or an error."""
         self._targets = TargetCheck(engine.training.loss)
         self._loops = True
-        """Whether several training steps are tried in one program."""
+        """Whether to try several training steps in one program."""
         self.split = BatchSplit(Processes())
         """The processes over which batches are split."""
 
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
-        """Fix what ``strategy="auto"`` stands for; arguments as in `metareg.engine.strategies.choose_strategy`."""
+        """Choose the strategy for ``strategy="auto"``; arguments as in `metareg.engine.strategies.choose_strategy`."""
         if self._config.strategy != "auto":
             self.strategy = self._config.strategy
-            return self.strategy, "as asked for"
-        # One choice for all processes, so that a checkpoint holds what each of them ran.
+            return self.strategy, "as requested"
+        # One choice for all processes, so that a checkpoint contains the strategy of each.
         tasks = self.split.processes.largest_share(tasks)
         at_once = tasks if self._config.chunk is None else min(tasks, self._config.chunk)
         self.strategy, reason = choose_strategy(self._engine.training, self._device, at_once, steps, stackable)
@@ -76,18 +76,19 @@ class BatchRunner:
 
     @property
     def proven(self) -> bool:
-        """Whether the strategy needs no comparison any more with tasks one after the other."""
+        """Whether the comparison with tasks one after the other has been made."""
         return self._config.strategy != "auto" or "gradient" in self._proven
 
     def restore_strategy(self, strategy: Strategy | None, proven: bool) -> None:
-        """Go on with the strategy of a checkpoint, unless the user fixed one.
+        """Restore the strategy of a checkpoint, unless the user set one.
 
         Args:
-            strategy: what `strategy` was.
-            proven: what `proven` was: the same comparison for another batch could have another result.
+            strategy: the value of `strategy`.
+            proven: the value of `proven`; the comparison is not repeated, because another batch could give another
+                result.
 
         Raises:
-            TypeError: it is no strategy.
+            TypeError: `strategy` is not a strategy.
         """
         if strategy not in (None, *get_args(Strategy)):
             raise TypeError(f"{strategy!r} is no strategy")
@@ -96,10 +97,10 @@ class BatchRunner:
             self._proven |= {"gradient"} if proven else set()
 
     def compute_gradient(self, parameters: MetaParameters, episodes: Batch | Share, training_step: int) -> Gradient:
-        """The meta-gradient of a batch, the same bits in all processes that its tasks are split over.
+        """Compute the meta-gradient of a batch, with the same bits in all processes that share its tasks.
 
         Raises:
-            UsageError: there is no task, or the tasks do not fit the learner.
+            UsageError: the batch is empty, or the tasks do not fit the learner.
         """
         batches, of = read_stacks(episodes), episodes.of if isinstance(episodes, Share) else None
         if not batches:
@@ -113,7 +114,7 @@ class BatchRunner:
         noise = drawn[0] if drawn else {}
 
         def compute_at(meta: Tensors) -> Gradient:
-            """The meta-gradient of the batch at some meta-parameters, as the optimiser would take it without augmenters."""
+            """Compute the batch's meta-gradient at some meta-parameters, before augmenters change it."""
             strategy = self._prove_strategy(meta, parameters, batches, training_step)
             gradient = self.split.gradient(
                 meta,
@@ -140,17 +141,17 @@ class BatchRunner:
     def take_steps(
         self, parameters: MetaParameters, optimizer: OuterOptimizer, batches: Batches, training_step: int
     ) -> list[Gradient] | None:
-        """Take training steps in one program, and give parameters and optimiser what they led to.
+        """Take training steps in one program, and update parameters and optimiser.
 
         Args:
-            parameters: the meta-parameters, changed.
-            optimizer: theirs, changed.
-            batches: of the steps.
+            parameters: the meta-parameters, updated in place.
+            optimizer: their optimiser, updated in place.
+            batches: the batches of the steps.
             training_step: training steps before the first of them.
 
         Returns:
-            What was computed in each step, as `Engine.take_steps` returns it, for some of the batches at least. None where
-            the first has to be taken by itself.
+            The results of each step, as from `Engine.take_steps`, for at least some of the batches; None if the first
+            step must be taken by itself.
         """
         if not self._can_loop(batches):
             return None
@@ -167,7 +168,7 @@ class BatchRunner:
             return None
         try:
             found = self._engine.take_steps(meta, matched, update)
-        except Exception as error:  # code of users is compiled, and torch has errors of many kinds for it
+        except Exception as error:  # compiling users' code can raise many kinds of errors
             log.warning("One step at a time, which is slower: a loop of them failed (%s).", summarise_error(error))
             self._loops = False
             return None
@@ -181,7 +182,7 @@ class BatchRunner:
         return gradients
 
     def _can_loop(self, batches: Batches) -> bool:
-        """Whether training steps can be taken in one program: no plugin has Python to run between two of them."""
+        """Return whether one program can take several training steps: no plugin runs Python code between steps."""
         stages, chunk = self._engine.training.stages, self._config.chunk
         return (
             self._loops
@@ -195,10 +196,10 @@ class BatchRunner:
         )
 
     def _match_batches(self, parameters: MetaParameters, batches: Batches) -> Batches | None:
-        """The batches with targets that fit the model, as the parameters' type; None where some target does not fit."""
+        """Check the batches' targets, and convert batches to the parameters' type; None if a target does not fit."""
         try:
             stack = self._check_targets(parameters, batches.stack)
-        except ExamplesError:  # of a step to come, perhaps
+        except ExamplesError:  # possibly of a later step
             return None
         return replace(batches, stack=parameters.match(stack).contiguous())
 
@@ -211,7 +212,7 @@ class BatchRunner:
         training_step: int,
         strategy: Strategy,
     ) -> Gradient:
-        """The meta-gradient of some tasks, the first of which has the number `first` in the batch."""
+        """Compute the meta-gradient of some tasks, the first of which is task `first` of the batch."""
         config = self._config
         batches = [parameters.match(batch) for batch in batches]
         tasks = range(first, first + sum(len(batch) for batch in batches))
@@ -226,13 +227,13 @@ class BatchRunner:
             return self._engine.gradient(meta, batches, noise, "vectorized", config.chunk, weights)
 
     def _check_targets(self, parameters: MetaParameters, episodes: Episodes) -> Episodes:
-        """Tasks whose targets fit the model's outputs."""
+        """Check that the targets fit the model's outputs."""
         if parameters.outputs is None:
             return episodes
         return self._targets.prepare(episodes, parameters.outputs, parameters.like.dtype)
 
     def refuse_nonfinite(self, parameters: MetaParameters, episodes: Batch | Share, where: str = "") -> None:
-        """Look for NaN and infinite values in tasks; as `metareg.learner.example_checks.refuse_nonfinite`."""
+        """Refuse tasks with NaN or infinite values, as `metareg.learner.example_checks.refuse_nonfinite` does."""
 
         def predict(x: Any) -> Tensor:
             x = move_tensors(x, parameters.like.device, parameters.like.dtype)
@@ -245,7 +246,7 @@ class BatchRunner:
     def _draw_for_tasks(
         self, meta: Tensors, parameters: MetaParameters, tasks: range, training_step: int
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """What the plugins draw for some tasks of a batch, by their numbers in it, and the weights of the query losses."""
+        """Draw the plugins' noise for some tasks, by their numbers in the batch, and get the query losses' weights."""
         config, stages, like = self._config, self._engine.training.stages, parameters.like
         adapted = {name: meta[name] for name in self._engine.training.adapted_names}
         draws = ((training_step, task) for task in tasks)
@@ -255,7 +256,8 @@ class BatchRunner:
     def _prove_strategy(
         self, meta: Tensors, parameters: MetaParameters, batches: Sequence[Episodes], training_step: int
     ) -> Strategy:
-        """The strategy for a batch. Where ``"auto"`` runs tasks at once, two are compared with one after the other, once.
+        """Return the strategy for a batch. If ``"auto"`` runs tasks at once, compare two with one after the other,
+        once.
 
         All processes compare the same two tasks, so they continue in the same way.
         """
@@ -278,7 +280,7 @@ class BatchRunner:
         inner_steps: tuple[int, ...],
         *options: Any,
     ) -> None:
-        """`_prove_strategy` for what an evaluation computes."""
+        """Do the same as `_prove_strategy` for the scores of an evaluation."""
         pair = None if self._config.strategy != "auto" or "scores" in self._proven else self._find_pair(stacks)
         if pair is None or self.strategy in ONE_BY_ONE:
             return
@@ -288,7 +290,7 @@ class BatchRunner:
         self._record_proof("scores", problem)
 
     def _find_pair(self, stacks: Sequence[Episodes]) -> tuple[Episodes, int] | None:
-        """Two tasks that run at once, and the number of the first of them; None where all run alone."""
+        """Find two tasks that run at once, and the number of the first; None if all tasks run alone."""
         first = 0
         for stack in stacks:
             if len(stack) > 1 and self._config.chunk != 1:
@@ -297,7 +299,7 @@ class BatchRunner:
         return None
 
     def _record_proof(self, what: str, problem: str | None) -> bool:
-        """Remember and say what a comparison found; returns whether it found a problem."""
+        """Record and log the result of a comparison; return whether it found a problem."""
         self._proven.add(what)
         if problem is None:
             return False
@@ -320,18 +322,18 @@ class BatchRunner:
         inner_steps: tuple[int, ...],
         bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of a split's first tasks ``[tasks, len(bn_statistics), len(inner_steps)]`` in their order.
+        """Compute the metric of a split's first tasks ``[tasks, len(bn_statistics), len(inner_steps)]``, in order.
 
-        It is the same in all processes.
+        The result is the same in all processes.
         """
         processes = self.split.processes
 
         def score_share(block: range) -> Tensor:
-            """The scores of this process's share of a block, as of all tasks."""
+            """Compute the scores of this process's share of a block, in a tensor for all tasks."""
             share = processes.share(len(block))
             indices = block[share.start : share.stop] or block[:1]
             stacks, positions = source.placed_episodes(split, indices, seed)
-            meta.prepare(stacks[0])  # also where none of the tasks are this process's
+            meta.prepare(stacks[0])  # also if this process has none of the tasks
             if not share:
                 return torch.empty(0, len(bn_statistics), len(inner_steps))
             stacks = [self._check_targets(meta, stack) for stack in stacks]
@@ -362,7 +364,7 @@ class BatchRunner:
         stackable: bool,
         bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of a stack ``[tasks, len(bn_statistics), len(inner_steps)]``, on the CPU."""
+        """Compute the metric of a stack ``[tasks, len(bn_statistics), len(inner_steps)]``, on the CPU."""
         strategy = self.strategy or self.choose_strategy(len(batch), 1, stackable)[0]
         if "scores" in self._one_by_one and strategy not in ONE_BY_ONE:
             strategy = "traced"
@@ -372,7 +374,7 @@ class BatchRunner:
     def adapt(
         self, meta: MetaParameters, x: Any, y: Tensor, steps: int, bn_statistics: str, query_x: Any = None
     ) -> nn.Module:
-        """An ordinary module that is adapted to one task, as `MetaLearner.adapt` says."""
+        """Implement `MetaLearner.adapt`."""
         if steps < 0:
             raise UsageError(f"The number of inner steps must not be negative; got {steps}.")
         x, y = tree_map(lambda leaf: leaf[None], convert_arrays((x, y), "The support set"))
@@ -393,7 +395,7 @@ class BatchRunner:
 
 
 def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:
-    """Values of every task ``[tasks, …]`` in the order in which the tasks were asked for, where the stacks say it."""
+    """Sort the tasks' values ``[tasks, …]`` into the order of the request, if the stacks know their positions."""
     positions = [position for batch in batches for position in batch.positions or ()]
     if any(batch.positions is None for batch in batches) or positions == sorted(positions):
         return values
@@ -402,10 +404,10 @@ def _sort_tasks(values: Any, batches: Sequence[Episodes]) -> Any:
 
 
 def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:
-    """The numbers of inner steps of an evaluation, each once.
+    """Sort the numbers of inner steps of an evaluation, without duplicates.
 
     Raises:
-        UsageError: there is none, or a negative one, or fewer than two tasks.
+        UsageError: there are no numbers, a number is negative, or there are fewer than two tasks.
     """
     wanted = tuple(sorted(set(inner_steps)))
     if tasks < 2 or not wanted or wanted[0] < 0:
@@ -417,9 +419,10 @@ def sort_inner_steps(inner_steps: Sequence[int], tasks: int) -> tuple[int, ...]:
 
 
 def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: int, like: Tensor) -> Tensor | None:
-    """The weights of the query losses after each inner step ``[inner_steps]``, with the type and device of a tensor.
+    """Return the weights of the query losses after each inner step ``[inner_steps]``, with the type and device of
+    `like`.
 
-    None stands for the loss after the last step alone, and where a plugin gives the outer gradient or objective itself.
+    None if only the loss after the last step counts, or a plugin computes the outer gradient or objective itself.
     """
     if stages.implements("outer_gradient") or stages.implements("outer_objective"):
         return None
@@ -428,7 +431,7 @@ def compute_outer_loss_weights(stages: Stages, inner_steps: int, training_step: 
 
 
 def check_finite(gradient: Gradient, training_step: int) -> None:
-    """Refuse a gradient with which training would diverge.
+    """Refuse a gradient that is not finite.
 
     Raises:
         DivergenceError: the objective or the gradient is not finite.

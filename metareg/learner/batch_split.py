@@ -1,9 +1,9 @@
-"""A batch in several processes: each computes its share, and all take the same step.
+"""Batches in several processes: each computes its share, and all take the same step.
 
-The parameters, the optimiser and the stream of tasks are in every process; what travels is one sum per gradient, or the
-gradients of all tasks where a plugin combines them. A task is a function of its number, so that each process draws the
-whole batch and keeps its share, or draws its share alone, and noise is drawn by the task's number in the batch: the result
-is that of one process, to rounding.
+Every process has the parameters, the optimiser and the stream of tasks. They exchange one sum per gradient, or the
+gradients of all tasks if a plugin combines them. A task is a function of its number, so each process draws either the
+whole batch and keeps its share, or only its share. Noise is drawn by the task's number in the batch. The result
+therefore equals that of one process up to rounding.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ __all__ = ["BatchSplit", "Share", "check_same_bits", "hash_tensors", "read_stack
 
 @dataclass(frozen=True)
 class Share:
-    """This process's tasks of a batch, where it drew no others."""
+    """This process's tasks of a batch, if it drew only these."""
 
     stack: Episodes
     of: int
-    """How many tasks all processes have together."""
+    """The number of tasks of all processes."""
 
 
 def read_stacks(batch: Batch | Share) -> list[Episodes]:
-    """The tasks that this process has of a batch, as `read_episodes` returns them."""
+    """Return this process's tasks of a batch, in the form of `read_episodes`."""
     return [batch.stack] if isinstance(batch, Share) else read_episodes(batch)
 
 
 class BatchSplit:
-    """Meta-gradients of whole batches of which each process computes its share."""
+    """Computes meta-gradients of whole batches from the shares of all processes."""
 
     def __init__(self, processes: Processes) -> None:
         self.processes = processes
         self._log_names: tuple[str, ...] = ()
         self._zeros: Tensor | None = None
-        """What a process without a share would add to the first sum; unknown until there was a gradient."""
+        """The addend of a process without a share to the first sum; unknown before the first gradient."""
 
     def gradient(
         self,
@@ -54,17 +54,17 @@ class BatchSplit:
         compute: Callable[[Sequence[Episodes], int], Gradient],
         of: int | None = None,
     ) -> Gradient:
-        """The meta-gradient of all tasks, their mean or of each, the same bits in every process.
+        """Compute the mean meta-gradient of all tasks, or that of each, with the same bits in every process.
 
         Args:
             meta: every meta-parameter.
-            batches: all tasks of the batch, the same in every process; or this process's share.
-            compute: the meta-gradient of some tasks, given the number of the first of them in the batch.
-            of: how many tasks the batch has, where `batches` are a share.
+            batches: all tasks of the batch, the same in every process, or this process's share.
+            compute: computes the meta-gradient of some tasks, given the number of the first in the batch.
+            of: the number of tasks of the batch, if `batches` is a share.
 
         Raises:
             UsageError: there are fewer tasks than processes.
-            LostProcessError: a process does not answer any more.
+            LostProcessError: a process no longer answers.
         """
         if self.processes.size == 1:
             return compute(batches, 0)
@@ -78,7 +78,8 @@ class BatchSplit:
         if own.loss.dim() == 0:
             *sums, loss = self._sum([*logs, *grads, own.loss], dtype, weight)
         else:
-            # Of a fixed size and first: a process that failed knows what the others wait for, whatever the batch's size.
+            # This sum comes first and has a fixed size, so that a failed process can take part whatever the batch's
+            # size.
             sums = self._sum(logs, dtype, weight)
             *rows, loss = self._sum([_place(value, share, tasks) for value in [*grads, own.loss]], dtype)
             sums += rows
@@ -87,7 +88,7 @@ class BatchSplit:
         return gradient if loss.dim() else gradient.with_grads(gradient.grads)
 
     def _compute_share(self, compute: Callable[[], Gradient]) -> Gradient:
-        """The gradient of this process's tasks, or the error of any process in all of them."""
+        """Compute the gradient of this process's tasks; raise an error of any process in all of them."""
         if self._zeros is None:
             own = self.processes.each(compute)
             self._log_names = tuple(name for name in own.logs if name != "grad_norm")
@@ -98,7 +99,7 @@ class BatchSplit:
             self.fail(error)
 
     def _sum(self, values: Sequence[Tensor], dtype: torch.dtype, weight: float = 1.0) -> list[Tensor]:
-        """The sums over the processes of values that have a weight in each; all hear of a process that has failed."""
+        """Return weighted sums over the processes; raise an error in all of them if one has failed."""
         flat = torch.cat([value.reshape(-1).to(dtype) for value in values])
         if self._zeros is None:
             self._zeros = torch.zeros_like(flat)
@@ -109,7 +110,7 @@ class BatchSplit:
         return [part.view_as(value) for part, value in zip(parts, values, strict=True)]
 
     def fail(self, error: Exception) -> NoReturn:
-        """Raise an error here, and in the other processes where they wait for this one's share of a batch."""
+        """Raise an error here, and in the other processes, which wait for this one's share of a batch."""
 
         def raise_error() -> NoReturn:
             raise error
@@ -121,14 +122,14 @@ class BatchSplit:
 
 
 def _place(values: Tensor, share: range, tasks: int) -> Tensor:
-    """The values of some tasks at their places among all tasks, where others are zero."""
+    """Place the values of some tasks at their positions among all tasks, with zeros elsewhere."""
     placed = values.new_zeros(tasks, *values.shape[1:])
     placed[share.start : share.stop] = values
     return placed
 
 
 def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
-    """Consecutive tasks of some stacks, numbered through them."""
+    """Select consecutive tasks, numbered through the stacks."""
     chosen, first = [], 0
     for batch in batches:
         start, stop = max(which.start - first, 0), min(which.stop - first, len(batch))
@@ -139,20 +140,20 @@ def select_tasks(batches: Sequence[Episodes], which: range) -> list[Episodes]:
 
 
 def check_same_bits(processes: Processes, tensors: Mapping[str, Tensor], training_step: int) -> None:
-    """Compare the meta-parameters of all processes.
+    """Check that all processes have the same meta-parameters.
 
     Raises:
         MetaregError: they differ.
     """
     if processes.size > 1 and len(set(processes.gather(lambda: hash_tensors(tensors)))) > 1:
         raise MetaregError(
-            f"After step {training_step}, the processes hold different meta-parameters: their machines or versions "
+            f"After step {training_step}, the processes have different meta-parameters: their machines or versions "
             "differ, or a plugin draws its own random numbers."
         )
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """A hash of every bit of some tensors."""
+    """Return a hash of every bit of some tensors."""
     whole = hashlib.sha256()
     for value in tensors.values():
         whole.update(value.detach().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())

@@ -1,4 +1,4 @@
-"""The options of a learner and of its training, and how they are marked for the commands."""
+"""The options of a learner and its training, with marks for the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = [
 
 
 BatchNormStatistics = Literal["transductive", "support"]
-"""Whose statistics BatchNorm uses for predictions: those of the batch at hand, or those of the support set."""
+"""The source of BatchNorm's statistics for predictions: the current batch or the support set."""
 
 
 _MOST_STEPS = 1_000_000_000
@@ -32,20 +32,20 @@ _OPTIONS_OF = {
     "lr_milestones": ("lr_schedule", ("multistep",)),
     "lr_gamma": ("lr_schedule", ("step", "multistep")),
 }
-"""Options that mean something for some values of another one."""
+"""Options that apply only to some values of another option."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """Marks an option that has a flag of its own on the command line; all have ``--set``."""
+    """Marks an option with its own command-line flag; all options work with ``--set``."""
 
     name: str | None = None
-    """The flag; the option's name with hyphens where it is None."""
+    """The flag; if None, the option's name with hyphens."""
 
 
 @dataclass(frozen=True)
 class Resumable:
-    """Marks an option that may change when a run is resumed, because it does not change the run's meaning."""
+    """Marks an option that can change when a run is resumed, because it does not change the run's meaning."""
 
 
 class LearnerConfig(PluginConfig):
@@ -198,15 +198,15 @@ class Schedule(PluginConfig):
 
 
 def is_outer_option(name: str) -> bool:
-    """Whether an option is one of metareg's outer optimiser or of its schedule."""
+    """Return whether an option belongs to the outer optimiser or its schedule."""
     return name.startswith(("outer_", "lr_"))
 
 
 def create_config(parameters: Mapping[str, Any]) -> LearnerConfig:
-    """The options among the parameters of `MetaLearner`, of which `algo` and `algo_options` are two.
+    """Create the options from the parameters of `MetaLearner`, which include `algo` and `algo_options`.
 
     Raises:
-        UsageError: an option is unknown or has an impossible value.
+        UsageError: an option is unknown or its value invalid.
     """
     own = parameters.keys() - {"self", "algo_options"}
     _check_algorithm_options(parameters["algo"], parameters["algo_options"], own)
@@ -215,7 +215,7 @@ def create_config(parameters: Mapping[str, Any]) -> LearnerConfig:
 
 
 def _check_algorithm_options(algo: str | type | object, options: Collection[str], own: Collection[str]) -> None:
-    """Refuse an unknown keyword; it may be meant for the learner or for the algorithm, so look for the nearest in both."""
+    """Refuse an unknown keyword, and suggest similar options of the learner and the algorithm."""
     if not options or not isinstance(algo, str | type):
         return
     cls = find_entry("algorithms", algo).load() if isinstance(algo, str) else algo
@@ -227,7 +227,7 @@ def _check_algorithm_options(algo: str | type | object, options: Collection[str]
 
 
 def describe_options() -> str:
-    """What the options are, for `help(metareg.MetaLearner)`."""
+    """Describe the options, for `help(metareg.MetaLearner)`."""
     lines = ["    Options:"]
     for name, field in LearnerConfig.model_fields.items():
         if name != "device":

@@ -1,4 +1,4 @@
-"""What a learner shows of itself where Python or a notebook prints it."""
+"""The representation of a learner in Python and notebooks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["describe_learner"]
 
 
 def describe_learner(learner: Any) -> str:
-    """A `metareg.MetaLearner` in a line: its method, its model and how far it is trained."""
+    """Describe a `metareg.MetaLearner` in one line: its method, its model and its training steps."""
     module = learner.model.module
     method = " + ".join(each.name for each in (learner.algorithm, *learner.augmenters))
     weights = format_count(sum(each.numel() for each in module.parameters()), "parameter")

@@ -1,4 +1,4 @@
-"""The progress of a training: a bar in a terminal, a bar and a curve in a notebook, plain lines elsewhere."""
+"""The progress display of training: a bar in a terminal, a bar and curves in a notebook, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ log = logging.getLogger("metareg")
 _SECONDS_BETWEEN_LINES = 10.0
 _SECONDS_BETWEEN_UPDATES = 0.5
 _LEAST_BAR = 4
-"""Columns that are left to the bar itself."""
+"""Minimum width of the bar itself, in characters."""
 _REPORTS = 5
-"""Reports that a notebook shows."""
+"""Number of reports that a notebook shows."""
 _STEPS_TO_ESTIMATE_FROM = 3
 
 
 class Status:
-    """Where a training stands now; its observers are told only now and then.
+    """The current state of a training, between the reports to observers.
 
     Args:
-        learner: what is trained, a `metareg.MetaLearner`.
-        source: where its tasks come from.
-        steps: how many it is trained for.
-        test_tasks: how many it is tested on at the end.
+        learner: the `metareg.MetaLearner` being trained.
+        source: the source of its tasks.
+        steps: the number of training steps.
+        test_tasks: the number of tasks of the final test.
     """
 
     def __init__(self, learner: Any, source: TaskSource, steps: int, test_tasks: int = 0) -> None:
@@ -70,29 +70,29 @@ class Status:
 
     @property
     def done(self) -> int:
-        """Steps, or tasks of the test, that are done."""
+        """The number of finished steps, or of finished tasks of the test."""
         return self._source.scored if self._source.evaluated_split == TEST else self._learner.steps_done
 
     @property
     def total(self) -> int:
-        """Steps, or tasks of the test, that there will be."""
+        """The total number of steps, or of tasks of the test."""
         return self._test_tasks if self._source.evaluated_split == TEST else self._steps
 
     def record_step(self, logs: dict[str, float]) -> None:
-        """Note the numbers of a report."""
+        """Record the numbers of a report."""
         self.loss, self.speed = f"loss {logs['loss']:.4g}", f"{format_speed(logs['steps_per_second'])} steps/s"
 
     def record_evaluation(self, split: str, evaluation: Evaluation) -> None:
-        """Note a validation's result, or that the test has ended."""
+        """Record a validation's result, or the end of the test."""
         self._source.evaluated_split = None
         if split != TEST:
             self.validation = f"validation {evaluation.metric} {evaluation.mean(evaluation.inner_steps[-1]):.4g}"
 
 
 class TerminalDisplay:
-    """Observer: a live bar with what is done, loss, validation metric, steps per second and time left.
+    """Observer: a live bar with progress, loss, validation metric, steps per second and time left.
 
-    Where the console is no terminal it prints a line at the start, one about every ten seconds, and one per validation.
+    If the console is not a terminal, prints a line at the start, one about every ten seconds, and one per validation.
     """
 
     def __init__(self, console: Console) -> None:
@@ -109,7 +109,7 @@ class TerminalDisplay:
             console=console,
             disable=not console.is_terminal,
             transient=True,
-            # Long enough for an estimate from steps that take minutes.
+            # Long enough to estimate the speed of steps that take minutes.
             speed_estimate_period=1800,
         )
 
@@ -154,7 +154,7 @@ class TerminalDisplay:
         self._bar.stop()
 
     def _look(self) -> None:
-        """Bring the bar to where the training stands."""
+        """Update the bar to the current state."""
         if self._status is None:
             return
         status, task = self._status, self._bar.tasks[0]
@@ -166,7 +166,7 @@ class TerminalDisplay:
         self._bar.update(self._task, completed=done, description=phase, count=count, numbers=numbers)
 
     def _choose_numbers(self, status: Status, task: Task) -> str:
-        """As many numbers as there is room for beside a short bar, the most telling first."""
+        """Choose as many numbers as fit beside a short bar, the most important first."""
         if status.phase == "testing":
             return status.validation
         speed = status.speed or (f"{format_speed(task.speed)} steps/s" if task.speed else "")
@@ -181,14 +181,14 @@ class TerminalDisplay:
 
 
 class _WatchingBar(Bar):
-    """A bar that looks before it is drawn, some times a second, rather than wait to be told."""
+    """A bar that reads the current state before each refresh, several times a second."""
 
     def __init__(self, look: Callable[[], None], *columns: ProgressColumn, **options: Any) -> None:
         self._look = look
         super().__init__(*columns, **options)
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, as things stand."""
+        """Return the updated bar."""
         self._look()
         yield from super().get_renderables()
 
@@ -219,7 +219,7 @@ class NotebookDisplay:
         self._watching.join()
         try:
             curves = self._draw()
-        except Exception as problem:  # a picture that fails is no reason to lose what was trained
+        except Exception as problem:  # a plot that fails must not end the training
             log.warning("The curves could not be drawn: %s", describe_error(problem))
             curves = ""
         self._handle.update(_Html(self._format() + curves, self._describe()))
@@ -254,7 +254,7 @@ class NotebookDisplay:
             self._handle.update(_Html(self._format(), self._describe()))
 
     def _describe(self) -> str:
-        """What is done, and the time that it took or that is left."""
+        """Describe the progress, and the time taken or left."""
         status = self._status
         if status is None:
             return "preparing …"
@@ -262,7 +262,7 @@ class NotebookDisplay:
         return " · ".join([f"{phase} {status.done:,}/{status.total:,}", *self._describe_time(status)])
 
     def _format(self) -> str:
-        """The bar and the last reports as HTML."""
+        """Format the bar and the last reports as HTML."""
         done, total = (0, 1) if self._status is None else (self._status.done, self._status.total)
         bar = f'<progress value="{done}" max="{max(total, 1)}" style="width: 20em"></progress>'
         validations = {step: f"{mean:.4g} ± {half:.2g}" for step, mean, half in self._validations}
@@ -276,7 +276,7 @@ class NotebookDisplay:
         return f"<div>{html.escape(self._title)}</div><div>{bar} {html.escape(self._describe())}</div>{table}"
 
     def _describe_time(self, status: Status) -> list[str]:
-        """The time that it took, or about how much is left once a few steps are done."""
+        """Describe the time taken, or an estimate of the time left once a few steps are done."""
         seconds, steps = time.monotonic() - self._began, status.done - self._first
         if self._ended.is_set():
             return [f"{seconds:.0f} s"]
@@ -286,7 +286,7 @@ class NotebookDisplay:
         return [f"{format_speed(steps / seconds)} steps/s", f"about {left:,} s left"]
 
     def _draw(self) -> str:
-        """The curves as an image; empty where there are none."""
+        """Draw the curves as an image; empty if there are none."""
         if len(self._losses) + len(self._validations) < 2:
             return ""
         from matplotlib import rc_context
@@ -310,7 +310,7 @@ class NotebookDisplay:
 
 
 class _Html:
-    """What a notebook shows as HTML, and as text where it has no HTML."""
+    """An object that a notebook shows as HTML, or as text if it does not support HTML."""
 
     def __init__(self, content: str, text: str) -> None:
         self._content, self._text = content, text
@@ -323,7 +323,7 @@ class _Html:
 
 
 def is_notebook() -> bool:
-    """Whether this process is the kernel of a notebook."""
+    """Return whether this process is a notebook's kernel."""
     ipython = sys.modules.get("IPython")
     shell = ipython.get_ipython() if ipython is not None else None
     return hasattr(shell, "kernel")
@@ -331,7 +331,7 @@ def is_notebook() -> bool:
 
 @contextmanager
 def display_training(learner: Any, source: TaskSource, schedule: Schedule, wanted: bool) -> Iterator[list[Any]]:
-    """Show a training of `MetaLearner.fit` for a block, by the observers that this yields: none unless wanted."""
+    """Show the progress of `MetaLearner.fit` while the block runs; yields the observers to use, if `wanted`."""
     if not wanted:
         yield []
         return
@@ -343,7 +343,7 @@ def display_training(learner: Any, source: TaskSource, schedule: Schedule, wante
 
 @contextmanager
 def display_training_in_notebook() -> Iterator[list[Any]]:
-    """Show a run in a notebook for a block, by the observers that this yields: none elsewhere."""
+    """Show a run in a notebook while the block runs; yields the observers to use, none outside notebooks."""
     if not is_notebook():
         yield []
         return
@@ -352,5 +352,5 @@ def display_training_in_notebook() -> Iterator[list[Any]]:
 
 
 def format_speed(steps_per_second: float) -> str:
-    """A speed in two digits, or in as many as its whole part has."""
+    """Format a speed with two significant digits, or with all digits of its whole part."""
     return f"{steps_per_second:.0f}" if steps_per_second >= 10 else f"{steps_per_second:.2g}"

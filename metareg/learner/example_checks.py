@@ -1,4 +1,4 @@
-"""What the examples of tasks are held against before and after a learner computes with them."""
+"""Checks of tasks' examples before and after a learner uses them."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ _PARTS = ("support_x", "support_y", "query_x", "query_y")
 
 
 class TargetCheck:
-    """Holds the targets of tasks against a model's outputs, where the loss is one of which the meaning is known.
+    """Compares targets with a model's outputs, if the loss is a known one.
 
-    It looks at the values of targets on a CPU. Those on a GPU are looked at once: each look would wait for the GPU.
+    Values on a CPU are always checked. Values on a GPU are checked once, because each check waits for the GPU.
     """
 
     def __init__(self, loss: Loss) -> None:
         self._loss = find_loss_name(loss)
         self._ignored: int | None = loss.ignore_index if isinstance(loss, nn.CrossEntropyLoss) else None
         self._looked = False
-        """Whether values on a GPU were looked at."""
+        """Whether values on a GPU were checked."""
 
     def prepare(self, episodes: Episodes, outputs: tuple[int, ...], dtype: torch.dtype) -> Episodes:
-        """The tasks, whole numbers as floating-point ones where the loss is an error of numbers.
+        """Check the targets; convert whole numbers to floating point if the loss is a regression loss.
 
         Args:
-            outputs: the shape ``(examples, …)`` of the model's outputs for some task.
-            dtype: that of the model.
+            outputs: the shape ``(examples, …)`` of the model's outputs for a task.
+            dtype: the model's type.
 
         Raises:
             ExamplesError: the targets do not fit the outputs.
@@ -75,7 +75,7 @@ class TargetCheck:
                 return
             self._looked = name == "query_y"
         labels = y.cpu().numpy()
-        # Read without a sign, a negative number is large: one look does, which numpy takes in a fraction of torch's time.
+        # As unsigned, negative numbers are large, so one comparison is enough; NumPy is much faster than torch here.
         if labels.view(np.uint64).max() < classes:
             return
         if self._ignored is not None:
@@ -105,14 +105,14 @@ def _check_numbers(name: str, y: Tensor, outputs: tuple[int, ...]) -> None:
 
 
 def refuse_nonfinite(episodes: Episodes, predict: Callable[[Any], Tensor], where: str = "") -> None:
-    """Look for NaN and infinite values among the examples of some tasks.
+    """Refuse tasks whose examples contain NaN or infinite values.
 
     Args:
-        predict: the model's outputs for a task's inputs ``[examples, …]``; a model may know what to do with NaN.
-        where: what the error begins with.
+        predict: computes the model's outputs for a task's inputs ``[examples, …]``; some models can handle NaN.
+        where: the beginning of the error message.
 
     Raises:
-        NonfiniteExamplesError: there are some, and the model makes others of them.
+        NonfiniteExamplesError: there are such values, and the model's outputs for them are not finite.
     """
     for name, part in zip(_PARTS, episodes.parts, strict=True):
         leaves = [leaf for leaf in tree_leaves(part) if leaf.is_floating_point()]

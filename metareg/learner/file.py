@@ -1,7 +1,6 @@
-"""A learner's file: its parameters and constants as safetensors, with a header that says what they belong to.
+"""A learner's file: parameters and constants in safetensors format, with a header that describes the learner.
 
-Nothing in the file can execute code. It holds nothing of augmenters that are there in training alone, and nothing of the
-outer optimiser.
+Nothing in the file can execute code. The file contains neither training-only augmenters nor the outer optimiser.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ _BYTES_FOR_MODEL, _BYTES_FOR_EXAMPLES = 16 << 20, 1 << 30
 
 
 class AugmenterSpec(PluginSpec):
-    """An augmenter that stays."""
+    """An augmenter that stays in evaluation."""
 
     installed: bool = Field(description="Whether a package installs it.")
 
 
 class Header(LearnerConfig):
-    """The metadata of a learner's file: its options, and what they do not contain."""
+    """The metadata of a learner's file: its options, and facts that are not options."""
 
     format: int
     metareg: str
@@ -50,14 +49,16 @@ class Header(LearnerConfig):
     installed: bool = Field(description="Whether a package installs the algorithm.")
     augment: list[AugmenterSpec] = Field([], description="The augmenters that stay in evaluation.")
     model: ModelRecipe | None = Field(description="How a model plugin built the model.")
-    architecture: dict[str, Any] | None = Field(description="The layers of another model of torch.nn layers alone.")
+    architecture: dict[str, Any] | None = Field(
+        description="The layers of any other model that consists only of torch.nn layers."
+    )
     module: str = Field(description="The name of the model's class.")
     head: str | None
     loss: str | None = Field(description="None for a callable.")
     metric: str
     steps_done: int = Field(ge=0)
-    task: PluginSpec | None = Field(None, description="What it was trained on, without the places of data.")
-    example: Any = Field(None, description="The shapes and types of the inputs by which plugins created parameters.")
+    task: PluginSpec | None = Field(None, description="The task that it was trained on, without paths of data.")
+    example: Any = Field(None, description="The shapes and types of the inputs with which plugins created parameters.")
 
 
 def write_learner(
@@ -72,8 +73,8 @@ def write_learner(
     """Write a learner's file.
 
     Args:
-        stages: those of its evaluation.
-        meta: the meta-parameters of its evaluation.
+        stages: the stages of its evaluation.
+        meta: the meta-parameters that evaluation uses.
         facts: the other entries of `Header`.
 
     Raises:
@@ -90,7 +91,7 @@ def write_learner(
         **facts,
         **config.model_dump(exclude={"device"}),
     }
-    if stages.augmenters:  # a file without any can be read by a metareg that knows of none
+    if stages.augmenters:  # older versions can read a file without this entry
         header["augment"] = [{**_describe_plugin(each), "installed": _is_installed(each)} for each in stages.augmenters]
     constants = {f"{_CONSTANT}{name}": value for name, value in model.constants().items()}
     write_tensors(path, {**meta, **constants}, header)
@@ -106,7 +107,7 @@ def _is_installed(plugin: Plugin) -> bool:
 
 
 class LearnerFile:
-    """What `write_learner` wrote. Opening it reads and judges the header alone.
+    """A file of `write_learner`. Opening it reads and checks only the header.
 
     Raises:
         UsageError: the file is missing, damaged, or of another format.
@@ -125,10 +126,10 @@ class LearnerFile:
 
     @contextmanager
     def limit_cost(self, *, examples: bool = False) -> Iterator[None]:
-        """Refuse, for a block that builds the learner, what costs many times the file, or cannot be built.
+        """Refuse, in a block that builds the learner, what costs many times the file's size, or cannot be built.
 
         Args:
-            examples: whether plugins may run the model on examples in the block.
+            examples: whether plugins can run the model on examples in the block.
         """
         least = _BYTES_FOR_EXAMPLES if examples else _BYTES_FOR_MODEL
         with refuse_malformed(self.path, "a learner"), limit_cost(self._file, bytes_at_least=least):
@@ -142,10 +143,10 @@ class LearnerFile:
         loss: Loss | None,
         metric: Metric | None,
     ) -> dict[str, Any]:
-        """The arguments with which `MetaLearner` builds the learner, device apart, as in `MetaLearner.load`.
+        """Create the arguments of `MetaLearner`, except the device; arguments as in `MetaLearner.load`.
 
         Raises:
-            UsageError: something is missing that the file cannot hold.
+            UsageError: something is missing that the file cannot contain.
         """
         header = self.header
         if algo is None and not header.installed:
@@ -165,7 +166,7 @@ class LearnerFile:
         }
 
     def _create_augmenters(self, given: Sequence[type | object]) -> list[Any]:
-        """The augmenters that stay, as `MetaLearner` takes them: those given, and the others by their names."""
+        """Return the augmenters that stay, as arguments of `MetaLearner`: the given ones, and the others by name."""
         own = {get_name(each): each for each in given}
         for name in own.keys() - {each.name for each in self.header.augment}:
             known = ", ".join(each.name for each in self.header.augment) or "none"
@@ -194,10 +195,10 @@ class LearnerFile:
     def read(
         self, meta: Mapping[str, Tensor], constants: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The meta-parameters and constants, with the types and on the devices of those of a learner.
+        """Read the meta-parameters and constants, with the types and devices of a learner's.
 
         Raises:
-            UsageError: the file is damaged, or its names or shapes are not the learner's.
+            UsageError: the file is damaged, or its names or shapes differ from the learner's.
         """
         shapes = self._file.shapes
         own = {name: shape for name, shape in shapes.items() if not name.startswith(_CONSTANT)}

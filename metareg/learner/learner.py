@@ -1,4 +1,4 @@
-"""`MetaLearner`: a model, an algorithm and augmenters, ready to be trained on the user's own tasks."""
+"""`MetaLearner`: a model with an algorithm and augmenters, which you can train on your own tasks."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class MetaLearner:
         self.device = next(model.parameters()).device if device is None else find_device(str(device))
         self.model.to(self.device)
         self.engine = Engine(self.model, self.stages, self.loss, self.metric, self.config)
-        """What computes gradients and scores; for checks that compare single steps with a reference of their own."""
+        """Computes gradients and scores; public for checks that compare single steps with a reference."""
         self._meta = MetaParameters(self.model, self.stages, self.config, self.device)
         self._optimizer = OuterOptimizer(self.stages, self.config)
         report_idle(self.stages, self.config, self.model)
@@ -129,14 +129,14 @@ class MetaLearner:
         self.steps_done = 0
         """Training steps taken so far."""
         self.task: PluginSpec | None = None
-        """The task plugin that a run trained it on, with the options by which it reads a user's own examples."""
+        """The task plugin that a run trained it on, with the options for reading a user's own examples."""
         self.logs: dict[str, float] = {}
-        """What the last `step` or `meta_gradient` logged: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
+        """The logs of the last `step` or `meta_gradient`: query loss, metric, and ``PLUGIN.KEY`` of the augmenters."""
 
     __repr__ = describe_learner
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A learner that `torch.multiprocessing` sends to a process is a copy: its tensors arrive in memory of both."""
+        """Copy the tensors, because `torch.multiprocessing` sends them in shared memory."""
         shared = any(value.is_shared() for value in state["_meta"].tensors.values())
         self.__dict__.update(copy.deepcopy(state) if shared else state)
 
@@ -147,7 +147,7 @@ class MetaLearner:
 
     @property
     def predictor(self) -> str:
-        """What predicts in evaluation and in adapted modules: ``"head"``, or the name of the plugin that does."""
+        """The predictor in evaluation and in adapted modules: ``"head"``, or a plugin's name."""
         return self.engine.plain.stages.predictor or "head"
 
     @property
@@ -156,7 +156,7 @@ class MetaLearner:
         return self._runner.strategy
 
     def choose_strategy(self, tasks: int, steps: int, stackable: bool = True) -> tuple[Strategy, str]:
-        """Fix what ``strategy="auto"`` stands for, given the work ahead; returns it and the reason."""
+        """Choose the strategy for ``strategy="auto"``, given the work ahead; return it and the reason."""
         return self._runner.choose_strategy(tasks, steps, stackable)
 
     @property
@@ -225,11 +225,11 @@ class MetaLearner:
         return gradient
 
     def take_steps(self, batches: Batches) -> tuple[list[Gradient], MetaregError | None] | None:
-        """`take_step` with the first of some batches, as many as one program takes; None where it takes none.
+        """Call `take_step` with the first batches, as many as one program takes; return None if it takes none.
 
         Returns:
-            What was computed in the steps taken, with the gradient in the last of them alone; and the error for which the
-            next one was not taken.
+            The results of the steps taken, with the gradient only in the last one; and the error that prevented the
+            next step.
         """
         taken = self._runner.take_steps(self._meta, self._optimizer, batches, self.steps_done)
         if taken is None:
@@ -243,7 +243,7 @@ class MetaLearner:
         return taken, None
 
     def _check_finite(self, gradient: Gradient, episodes: Batch | Share) -> None:
-        """Refuse the next step where its gradient is not finite; as `step` says."""
+        """Refuse the next step if its gradient is not finite, as described in `step`."""
         try:
             check_finite(gradient, self.steps_done)
         except DivergenceError:
@@ -322,10 +322,10 @@ class MetaLearner:
         inner_steps: Sequence[int],
         seed: int | None = None,
     ) -> list[Evaluation]:
-        """`evaluate` by several policies of BatchNorm, for which each task is drawn and adapted to once.
+        """Evaluate with several choices of BatchNorm statistics, drawing and adapting to each task only once.
 
         Returns:
-            One for each different policy: a single one where the model has no BatchNorm.
+            An evaluation for each different choice; a single one if the model has no BatchNorm.
         """
         wanted = sort_inner_steps(inner_steps, tasks)
         seed = self.config.seed if seed is None else seed
@@ -431,7 +431,7 @@ class MetaLearner:
 
     @property
     def processes(self) -> Processes:
-        """The processes that batches and evaluations are split over."""
+        """The processes that share batches and evaluations."""
         return self._runner.split.processes
 
     @contextmanager
@@ -459,7 +459,7 @@ class MetaLearner:
 
 
 def _resolve_augmenter(given: Any) -> Plugin:
-    """The augmenter that a name, a class, an object or a pair ``(name or class, config)`` stands for."""
+    """Return the augmenter for a name, a class, an object or a pair ``(name or class, config)``."""
     if isinstance(given, tuple | list) and len(given) == 2 and isinstance(given[1], Mapping):
         return resolve("augmenters", given[0], given[1])
     if isinstance(given, tuple | list | Mapping):
@@ -468,14 +468,14 @@ def _resolve_augmenter(given: Any) -> Plugin:
 
 
 def _check_statistics(name: str, model: SplitModel) -> str:
-    """A policy of BatchNorm for query predictions; ``"none"`` where the model has no such layer."""
+    """Return the BatchNorm statistics for query predictions; ``"none"`` if the model has no such layer."""
     if name not in get_args(BatchNormStatistics):
         raise UnknownNameError("policy of BatchNorm (bn_statistics)", name, get_args(BatchNormStatistics))
     return name if model.batch_norms else "none"
 
 
 def _check_head(stages: Stages, split: SplitModel, model: nn.Module) -> None:
-    """Refuse a model of which nobody knows the head, where a plugin needs to know it."""
+    """Refuse a model with an unknown head if a plugin needs to know it."""
     if split.has_head or not (plugin := stages.find_asking("features", "outputs", "head", "body")):
         return
     children = ", ".join(name for name, _ in model.named_children()) or "no submodule"

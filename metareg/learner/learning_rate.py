@@ -1,4 +1,4 @@
-"""The learning rate of the outer optimiser, from step to step."""
+"""The learning-rate schedule of the outer optimiser."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ __all__ = ["check_schedule", "compute_learning_rate", "is_constant"]
 
 
 def is_constant(config: LearnerConfig) -> bool:
-    """Whether the learning rate is the same in every step."""
+    """Return whether the learning rate is the same in every step."""
     return config.lr_schedule == "constant" and config.lr_warmup_steps == 0
 
 
 def compute_learning_rate(config: LearnerConfig, training_step: int) -> float:
-    """The learning rate of a training step: a function of its number alone, so that a resumed training has the same.
+    """Return the learning rate of a training step, which depends only on its number, so resuming does not change it.
 
-    With W = `lr_warmup_steps`, the first W steps take the shares 1/(W+1), …, W/(W+1) of `outer_lr`, as
-    `torch.optim.lr_scheduler.LinearLR` with ``start_factor=1/(W+1)`` and ``total_iters=W``. Then the schedule runs as
-    `CosineAnnealingLR` with ``T_max = lr_schedule_steps - W``, or as `StepLR` or `MultiStepLR`, whose steps are counted from
-    the first of the training.
+    With W = `lr_warmup_steps`, the first W steps use the fractions 1/(W+1), …, W/(W+1) of `outer_lr`, as
+    `torch.optim.lr_scheduler.LinearLR` does with ``start_factor=1/(W+1)`` and ``total_iters=W``. Then the schedule is
+    that of `CosineAnnealingLR` with ``T_max = lr_schedule_steps - W``, or of `StepLR` or `MultiStepLR`, which count
+    steps from the start of training.
 
     Args:
-        config: the learner's.
+        config: the learner's options.
         training_step: training steps before this one.
     """
     base, warmup = config.outer_lr, config.lr_warmup_steps
@@ -46,10 +46,10 @@ def compute_learning_rate(config: LearnerConfig, training_step: int) -> float:
 
 
 def check_schedule(config: LearnerConfig, steps: int) -> None:
-    """Refuse to train for more steps than the schedule has, after which the learning rate is 0.
+    """Refuse to train for more steps than the schedule has, because the learning rate is 0 after them.
 
     Raises:
-        UsageError: it has fewer.
+        UsageError: the schedule has fewer steps.
     """
     if config.lr_schedule == "cosine" and config.lr_schedule_steps is not None and steps > config.lr_schedule_steps:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""The meta-parameters of a learner: the model's own and those that plugins add."""
+"""The meta-parameters of a learner: the model's own, and those that plugins add."""
 
 from __future__ import annotations
 
@@ -27,40 +27,40 @@ _DTYPES = {
     for each in (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8,
                  torch.int16, torch.int32, torch.int64)
 }  # fmt: skip
-"""Types that inputs can have, by name."""
+"""The supported types of inputs, by name."""
 _MOST_NUMBERS = 1 << 28
-"""So many numbers the inputs of a task have at most, where a file says how many they are."""
+"""Maximum number of entries in the inputs of a task, if a file gives their shapes."""
 
 
 class MetaParameters:
-    """Every meta-parameter by name; the plugins' are created as soon as there is an example, if they need one."""
+    """Every meta-parameter by name; plugins' parameters are created once there is an example, if they need one."""
 
     def __init__(self, model: SplitModel, stages: Stages, config: LearnerConfig, device: torch.device) -> None:
         self._model = model
         self._stages = stages
         self._config = config
         self.tensors: Tensors = move_tensors(model.initial_parameters(), device)
-        """The model's own; after `initialize` the plugins' too."""
+        """The model's parameters; after `initialize`, the plugins' too."""
         self.initialized = False
         self.example: Any = None
-        """The shapes and types of the inputs by which the plugins' were created, for a file; None where none were needed."""
+        """The shapes and types of the inputs with which plugins created parameters, for a file; None if not needed."""
         self.outputs: tuple[int, ...] | None = None
-        """The shape ``(examples, …)`` of the model's outputs for the first inputs that it was given; None before."""
+        """The shape ``(examples, …)`` of the model's outputs for its first inputs; None before."""
 
     @property
     def like(self) -> Tensor:
-        """One of them, with the type and device of all."""
+        """One of the parameters, which all have the same type and device."""
         return next(iter(self.tensors.values()))
 
     def initialize(self, example: Any) -> None:
-        """Examine the model, and create the plugins' parameters; each is done once.
+        """Examine the model and create the plugins' parameters; do each only once.
 
         Args:
-            example: one support set's inputs ``[examples, …]``; None where there is none yet.
+            example: one support set's inputs ``[examples, …]``; None if there are none yet.
 
         Raises:
-            UsageError: as `SplitModel.examine`; or a parameter of the model has the name of a plugin in front, or a plugin
-                needs an example.
+            UsageError: as for `SplitModel.examine`; or a parameter of the model has a plugin's name as its prefix, or a
+                plugin needs an example.
         """
         if self.outputs is None and example is not None:
             self.outputs = tuple(self._model.examine(self.tensors, example).shape)
@@ -68,17 +68,17 @@ class MetaParameters:
             self._create_plugins(example)
 
     def initialize_like(self, described: Any) -> None:
-        """Create the plugins' parameters by inputs that `example` describes, as far as it does.
+        """Create the plugins' parameters with inputs like `described`.
 
         Raises:
-            UsageError: it describes no inputs, or a plugin needs inputs and there are none.
+            UsageError: `described` is invalid, or a plugin needs inputs and there are none.
         """
         if not self.initialized:
             inputs = None if described is None else move_tensors(create_inputs(described), self.like.device)
-            self._create_plugins(inputs)  # zeros say nothing about the model's forward
+            self._create_plugins(inputs)  # inputs of zeros are no test of the model's forward pass
 
     def _create_plugins(self, example: Any) -> None:
-        """Create the plugins' parameters by some inputs, if there are any."""
+        """Create the plugins' parameters, with example inputs if there are any."""
         self.tensors = self.tensors | self._create(example)
         self.example = None if example is None else describe_inputs(example)
         self.initialized = True
@@ -105,7 +105,7 @@ class MetaParameters:
         return {name: value.to(self.like) for name, value in created.items()}
 
     def _guess_features(self) -> Tensor:
-        """Features of the shape that a linear head takes."""
+        """Return features with the shape that a linear head takes."""
         head = self._model.module.get_submodule((self._model.head_prefix or "").rstrip("."))
         if not isinstance(head, nn.Linear):
             raise UsageError(
@@ -115,10 +115,10 @@ class MetaParameters:
         return self.like.new_zeros(2, head.in_features)
 
     def prepare(self, episodes: Episodes) -> None:
-        """Do what is to be done before tasks are run: at first, `initialize`.
+        """Prepare for running tasks: call `initialize` the first time.
 
         Raises:
-            UsageError: as `initialize`; or `torch.autocast` is in force.
+            UsageError: as for `initialize`; or `torch.autocast` is active.
         """
         if torch.is_autocast_enabled(self.like.device.type):
             raise UsageError(
@@ -131,17 +131,17 @@ class MetaParameters:
             self.initialize(tree_map(lambda leaf: leaf[0], example))
 
     def match(self, episodes: Episodes) -> Episodes:
-        """The tasks on the parameters' device and in their type."""
+        """Move the tasks to the parameters' device and type."""
         return episodes.to(self.like.device, self.like.dtype)
 
     def select_plain(self) -> Tensors:
-        """Those of evaluation and adaptation: without those of the augmenters that are there in training alone."""
+        """Select the parameters for evaluation and adaptation, without those of training-only augmenters."""
         self.initialize(None)
         left = self._stages.training_only
         return {name: value for name, value in self.tensors.items() if self._stages.owner(name) not in left}
 
     def load(self, tensors: Mapping[str, Tensor], example: Any, where: str) -> None:
-        """Take over values, in memory of their own, of parameters that were created by inputs like `example`.
+        """Load copies of values for parameters that were created with inputs like `example`.
 
         Raises:
             UsageError: the names or shapes differ.
@@ -151,21 +151,21 @@ class MetaParameters:
         self.tensors = copy_contiguous({name: tensors[name].to(value) for name, value in self.tensors.items()})
 
     def take_snapshot(self) -> dict[str, Any]:
-        """All that the parameters of a learner of the same arguments need to be these, initialized or not."""
+        """Return everything that a learner with the same arguments needs to restore these parameters."""
         return {
             "tensors": self.tensors, "initialized": self.initialized, "example": self.example,
             "constants": self._model.constants(),
         }  # fmt: skip
 
     def restore_snapshot(self, snapshot: Mapping[str, Any]) -> None:
-        """Take over what `take_snapshot` returned."""
+        """Restore what `take_snapshot` returned."""
         self.tensors = move_tensors(snapshot["tensors"], self.like.device)
         self.initialized, self.example = snapshot["initialized"], snapshot["example"]
         self._model.module.load_state_dict(snapshot["constants"], strict=False)
 
 
 def describe_inputs(x: Any) -> Any:
-    """The structure, shapes and types of inputs, as JSON can hold them: those of a tensor are ``[type, size, …]``."""
+    """Describe the structure, shapes and types of inputs for JSON; a tensor becomes ``[type, size, …]``."""
     if isinstance(x, Tensor):
         return [str(x.dtype).removeprefix("torch."), *x.shape]
     if isinstance(x, Mapping):
@@ -174,10 +174,10 @@ def describe_inputs(x: Any) -> Any:
 
 
 def create_inputs(described: Any) -> Any:
-    """Zeros of the shapes and types that `describe_inputs` gave.
+    """Create zeros with the shapes and types from `describe_inputs`.
 
     Raises:
-        UsageError: it describes no inputs.
+        UsageError: `described` is invalid.
     """
     try:
         if isinstance(described, list):
@@ -195,7 +195,7 @@ def create_inputs(described: Any) -> Any:
 
 
 def check_shapes(expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Compare names and shapes that were found somewhere with those of a learner's tensors.
+    """Compare names and shapes with those of a learner's tensors.
 
     Raises:
         UsageError: they differ; the message names the first three that do.

@@ -1,4 +1,4 @@
-"""A model that a plugin builds, and how to build it again."""
+"""Models built by plugins, and recipes to build them again."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["ModelRecipe", "build_model", "resolve_model"]
 
 
 class ModelRecipe(PluginConfig):
-    """How an installed plugin built a model, in a learner's file."""
+    """The entry in a learner's file that tells how a plugin built the model."""
 
     name: str
     config: dict[str, Any]
@@ -28,17 +28,17 @@ class ModelRecipe(PluginConfig):
 
     @property
     def spec(self) -> TaskSpec:
-        """The shapes that it was built for."""
+        """The shapes that the model was built for."""
         return TaskSpec(self.input_shape, self.output_shape)
 
 
 def resolve_model(
     model: nn.Module | str | type | Plugin, options: Mapping[str, Any] | None, spec: TaskSpec | None, seed: int
 ) -> tuple[nn.Module, ModelRecipe | None]:
-    """A model and its recipe; a module has none, nor has a plugin that no package installs.
+    """Return a model and its recipe; modules and plugins that are not installed have no recipe.
 
     Raises:
-        UsageError: there is no such plugin, or no `spec`.
+        UsageError: the plugin does not exist, or `spec` is missing.
     """
     if isinstance(model, nn.Module):
         return model, None
@@ -48,17 +48,17 @@ def resolve_model(
     module = build_model(plugin, spec, seed)
     if plugin.distribution is None:
         return module, None
-    # Without the places of pretrained weights: the learner's file holds the values.
+    # Without paths of pretrained weights, because the learner's file contains the values.
     config = drop_paths(plugin.config) if isinstance(plugin.config, PluginConfig) else {}
     shapes = {"input_shape": spec.input_shape, "output_shape": spec.output_shape}
     return module, ModelRecipe(name=plugin.name, config=config, **shapes)
 
 
 def build_model(plugin: Plugin, spec: TaskSpec, seed: int) -> nn.Module:
-    """The model that a plugin builds, with the initial weights of a seed.
+    """Build a plugin's model, with initial weights from a seed.
 
     Raises:
-        PluginError: the plugin implements no `build`, or it returns something else than a module.
+        PluginError: the plugin does not implement `build`, or it does not return a module.
     """
     build = find_hook(plugin, "build")
     if build is None:

@@ -1,7 +1,7 @@
-"""A model made of `torch.nn` layers as JSON and back, so that a saved learner can be loaded without its class.
+"""Conversion of models of `torch.nn` layers to JSON and back, to load a saved learner without its model's class.
 
-Only layers of `torch.nn` are written and built, from their constructors' plain arguments: a file that a stranger wrote
-builds such layers and nothing else.
+Only layers of `torch.nn` are written and built, from plain constructor arguments, so an untrusted file can build
+nothing else.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _MOST_LAYERS, _DEEPEST = 10_000, 50
 
 
 class BodyHead(nn.Module):
-    """``head(body(x))``: what a model with a body and a head computes, without the class that it came from."""
+    """``head(body(x))``: replaces the class of a model with a body and a head."""
 
     def __init__(self, body: nn.Module, head: nn.Module) -> None:
         super().__init__()
@@ -40,9 +40,9 @@ class BodyHead(nn.Module):
 
 
 def describe_module(module: nn.Module) -> Description | None:
-    """The structure of a module, or None where it is not made of `torch.nn` layers alone.
+    """Describe the structure of a module; None if it does not consist only of `torch.nn` layers.
 
-    A module of another class counts where a body and a head are all that it has: it computes ``head(body(x))`` then.
+    A module of another class is accepted if it has only a body and a head, and so computes ``head(body(x))``.
     """
     own = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     if list_places(module).keys() == {"body", "head"} and not own:
@@ -63,12 +63,12 @@ def describe_module(module: nn.Module) -> Description | None:
 
 
 def build_module(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
-    """The module that `describe_module` described, with the values that it needs of `tensors`.
+    """Build the module that `describe_module` described, with its values from `tensors`.
 
-    Nothing is allocated for a structure whose names and shapes are not those of the tensors.
+    Allocates nothing if the structure's names and shapes differ from those of the tensors.
 
     Raises:
-        UsageError: it is no description, or the tensors do not fit it.
+        UsageError: the description is invalid, or the tensors do not fit it.
     """
     try:
         module = _build_on_meta(description)
@@ -86,7 +86,7 @@ def build_module(description: Any, tensors: Mapping[str, Tensor]) -> nn.Module:
 
 
 def _list_trainable(module: nn.Module) -> list[str]:
-    """The trainable parameters; frozen ones are left out, and tied ones have one name."""
+    """List the trainable parameters, without frozen ones, and with one name for tied ones."""
     return [name for name, p in module.named_parameters() if p.requires_grad]
 
 
@@ -104,7 +104,7 @@ def _describe_layers(module: nn.Module) -> Description | None:
         if name == "self" or name in _PLACES or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         value = getattr(module, name, parameter.default)
-        if name == "bias":  # the argument says whether there is one, the attribute holds it
+        if name == "bias":  # the argument is a flag, the attribute the tensor itself
             value = value is not None and value is not False
         if not _is_plain(value):
             return None
@@ -118,7 +118,7 @@ def _build_on_meta(description: Any) -> nn.Module:
 
 
 def _build_layer(description: Any, number: Iterator[int], depth: int = 0) -> nn.Module:
-    """A layer and those in it; `number` counts all layers."""
+    """Build a layer and its sublayers; `number` counts all layers."""
     if depth > _DEEPEST or next(number) > _MOST_LAYERS:
         raise ValueError(f"it has more than {_MOST_LAYERS} layers, or nests more than {_DEEPEST}")
     name = description["layer"]

@@ -1,4 +1,4 @@
-"""The outer optimiser: one of torch's, or what a plugin does in its place."""
+"""The outer optimiser: one of torch's, or a plugin's."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ class OuterOptimizer:
         self._plugin_state: dict[str, Any] = {}
 
     def update(self, meta: Tensors, grads: Tensors, training_step: int) -> Tensors:
-        """The meta-parameters after a step; torch's optimisers change those that they are given.
+        """Return the meta-parameters after a step; torch's optimisers change them in place.
 
         Args:
-            meta: contiguous tensors by name, those that the last call returned.
+            meta: contiguous tensors by name, as returned by the last call.
             grads: the meta-gradient by name.
             training_step: training steps before this one.
         """
@@ -69,11 +69,11 @@ class OuterOptimizer:
             return meta
 
     def describe_update(self, meta: Tensors, batches: Batches, training_step: int) -> OuterUpdate | None:
-        """What `update` would do, for a program to do it; None where only `update` can, or would start anew on the way.
+        """Describe `update` for a compiled program; None if only `update` can do it, or a reset is due in these steps.
 
         Args:
             meta: as in `update`.
-            batches: of the steps.
+            batches: the batches of the steps.
             training_step: training steps before the first of them.
         """
         if self._stages.implements("outer_update") or any(
@@ -91,25 +91,25 @@ class OuterOptimizer:
         return OuterUpdate(optimizer.function, optimizer.flat_state(), rates)
 
     def adopt(self, meta: Tensors, state: Sequence[Tensor]) -> None:
-        """Go on from where the function of `describe_update` led."""
+        """Continue from the results of the program for `describe_update`."""
         optimizer = create_optimizer(meta, self._stages, self._config)
         assert isinstance(optimizer, Adam)
         optimizer.adopt(state)
         self._optimizer = optimizer
 
     def _starts_anew(self, training_step: int) -> bool:
-        """Whether the optimiser's state is forgotten before a step."""
+        """Return whether the optimiser's state is reset before a step."""
         every = self._config.reset_optimizer_every
         return every is not None and training_step % every == 0
 
     def state(self) -> dict[str, Any]:
-        """The optimiser's state and the plugin's, whichever there is."""
+        """Return the state of the optimiser or of the plugin."""
         return {"optimizer": self._optimizer.state() if self._optimizer else {}, "outer_state": self._plugin_state}
 
     def load_state(self, state: Mapping[str, Any], meta: Tensors) -> None:
-        """Take over what `state` returned, which may hold more, for the meta-parameters that `update` will be given next."""
+        """Restore what `state` returned, for the meta-parameters of the next `update`; ignore other entries."""
         self._optimizer = None
-        stored = state["optimizer"] if "optimizer" in state else state["adam"]  # the name of earlier checkpoints
+        stored = state["optimizer"] if "optimizer" in state else state["adam"]  # the key in earlier checkpoints
         if stored:
             self._optimizer = create_optimizer(meta, self._stages, self._config)
             self._optimizer.load_state(stored)
@@ -117,20 +117,20 @@ class OuterOptimizer:
 
 
 def create_optimizer(meta: Tensors, stages: Stages, config: LearnerConfig) -> Adam | TorchOptimizer:
-    """The optimiser of torch that the options describe."""
+    """Create the torch optimiser that the options describe."""
     if config.outer_optimizer == "adam" and not config.outer_weight_decay:
         return Adam(meta, *(config.outer_betas or (0.9, 0.999)))
     return TorchOptimizer(meta, config, [name for name in meta if stages.owner(name)])
 
 
 class TorchOptimizer:
-    """An optimiser of `torch.optim`, its state by the names of parameters.
+    """An optimiser of `torch.optim`, with its state by parameter names.
 
     Args:
         params: contiguous tensors by name, which `step` changes in place.
         config: the options.
-        not_decayed: the names of parameters without weight decay: learned step sizes and whatever else plugins learn. Decay
-            is a prior that weights are small, which says nothing about them.
+        not_decayed: the names of parameters without weight decay: those of plugins, such as learned step sizes, because
+            decay is a prior for weights only.
     """
 
     def __init__(self, params: Mapping[str, Tensor], config: LearnerConfig, not_decayed: Collection[str] = ()) -> None:
@@ -144,7 +144,7 @@ class TorchOptimizer:
             {"params": [params[name] for name in not_decayed], "weight_decay": 0.0},
         ]
         create: Callable[..., torch.optim.Optimizer] = _CLASSES[config.outer_optimizer]
-        # Without the kernels that take many tensors at once, whose result depends on how the tensors lie in memory.
+        # Without fused and foreach kernels, whose results depend on the tensors' memory layout.
         self._optimizer = create(
             [group for group in groups if group["params"]], lr=config.outer_lr, foreach=False,
             **{name: value for name, value in options.items() if value is not None},
@@ -160,7 +160,7 @@ class TorchOptimizer:
         self._optimizer.zero_grad()
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """What the optimiser keeps of each parameter, by its name."""
+        """Return the optimiser's state of each parameter by name."""
         kept = {name: dict(self._optimizer.state.get(value, {})) for name, value in self._params.items()}
         return {name: state for name, state in kept.items() if state}
 
@@ -177,8 +177,8 @@ class TorchOptimizer:
 class Adam:
     """`torch.optim.Adam` without weight decay, called as a function.
 
-    The bookkeeping of the optimiser's object takes longer than the update of a small model. It changes `params`, contiguous
-    tensors, in place.
+    For small models, torch's optimiser object spends more time on bookkeeping than on the update. Changes `params`,
+    which must be contiguous, in place.
     """
 
     def __init__(self, params: Mapping[str, Tensor], beta1: float = 0.9, beta2: float = 0.999) -> None:
@@ -203,21 +203,21 @@ class Adam:
 
     @property
     def function(self) -> Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], list[Tensor]]:
-        """`step` as a function of tensors, to rounding; see `OuterUpdate`."""
+        """`step` as a function of tensors, equal up to rounding; see `OuterUpdate`."""
         return partial(_compute_adam, betas=self._betas)
 
     def flat_state(self) -> list[Tensor]:
-        """The first moments, the second moments and the numbers of steps, of every parameter each."""
+        """Return the first moments, the second moments and the numbers of steps of all parameters."""
         return [value for column in self._moments.values() for value in column]
 
     def adopt(self, state: Sequence[Tensor]) -> None:
-        """Take over, without a copy, a state in the order of `flat_state`."""
+        """Use a state in the order of `flat_state`, without copying it."""
         count = len(self._params)
         for number, key in enumerate(self._moments):
             self._moments[key] = list(state[number * count : (number + 1) * count])
 
     def state(self) -> dict[str, dict[str, Tensor]]:
-        """The moments and the number of steps of each parameter, by its name."""
+        """Return the moments and the number of steps of each parameter by name."""
         columns = zip(*self._moments.values(), strict=True)
         return {
             name: dict(zip(self._moments, column, strict=True))
@@ -238,7 +238,7 @@ def _compute_adam(
     rate: Tensor,
     betas: tuple[float, float],
 ) -> list[Tensor]:
-    """One step of Adam as a pure function (Kingma and Ba, ICLR 2015, Algorithm 1; ε is added as torch adds it).
+    """Take one step of Adam as a pure function (Kingma and Ba, ICLR 2015, Algorithm 1; ε is added as in torch).
 
     Args:
         params: the parameters.
@@ -254,7 +254,7 @@ def _compute_adam(
     averages = [average.lerp(grad, 1 - beta1) for average, grad in zip(averages, grads, strict=True)]
     squares = [beta2 * square + (1 - beta2) * grad * grad for square, grad in zip(squares, grads, strict=True)]
     steps = [step + 1 for step in steps]
-    # In single precision 1 - 0.999 has three digits less than 0.999.
+    # In single precision, 1 - 0.999 has three digits fewer than 0.999.
     done = steps[0].double()
     size = (rate / (1 - beta1**done)).to(params[0].dtype)
     root = (1 - beta2**done).sqrt().to(params[0].dtype)

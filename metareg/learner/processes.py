@@ -1,4 +1,4 @@
-"""The processes of one training and what they tell each other: values, errors, sums and answers.
+"""Communication between the processes of a training: values, errors, sums and answers.
 
 Each computes its share of every batch, and all take the same step (`metareg.learner.batch_split`).
 """
@@ -29,20 +29,20 @@ log = logging.getLogger("metareg")
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=10)
-"""How long the processes wait for one that does not answer. It bounds what the first one does alone: writing a checkpoint,
-observers, pictures. A process that ended is noticed at once."""
+"""How long the processes wait for one that does not answer. This limits what process 0 does alone: checkpoints,
+observers, plots. The end of a process is detected immediately."""
 
 _joins = itertools.count()
 
 
 class Processes:
-    """The processes that work on a training together, and this one's place among them.
+    """The processes of a training, and this process's rank.
 
     All of them call the same methods in the same order; an error in one becomes an error in all.
 
     Args:
-        rank: this process's number; number 0 leads: it alone writes files and tells observers.
-        size: how many there are.
+        rank: this process's number; process 0 leads: only it writes files and calls observers.
+        size: the number of processes.
         local_rank: this process's number on its machine.
     """
 
@@ -55,22 +55,22 @@ class Processes:
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes and prints for all."""
         return self.rank == 0
 
     def share(self, count: int) -> range:
-        """Which of `count` things are this process's: as many as another's, or one more or less."""
+        """Return this process's share of `count` items; shares differ by at most one."""
         return range(count * self.rank // self.size, count * (self.rank + 1) // self.size)
 
     def largest_share(self, count: int) -> int:
-        """How many of `count` things the process with most of them has."""
+        """Return the size of the largest share of `count` items."""
         return -(-count // self.size)
 
     def check_batch(self, tasks: int) -> None:
         """Refuse a batch that would leave a process without a task.
 
         Raises:
-            UsageError: it has fewer tasks than there are processes.
+            UsageError: there are fewer tasks than processes.
         """
         if tasks < self.size:
             raise UsageError(
@@ -79,10 +79,10 @@ class Processes:
             )
 
     def device(self, name: str) -> torch.device:
-        """The device that `name` means in this process: of several GPUs, each process of a machine has its own.
+        """Return the device `name` for this process; with several GPUs, each process of a machine gets its own.
 
         Raises:
-            UsageError: there is no such device, or not one for each.
+            UsageError: there is no such device, or there are too few.
         """
         device = find_device(name)
         if self.size == 1 or device.type != "cuda":
@@ -99,21 +99,21 @@ class Processes:
         return torch.device("cuda", self._local_rank)
 
     def backend(self, device: torch.device) -> str | None:
-        """What adds up the gradients of a device: ``"gloo"`` or ``"nccl"``; None for a single process."""
+        """Return the backend that sums gradients on a device: ``"gloo"`` or ``"nccl"``; None for a single process."""
         return None if self.size == 1 else _list_backends().get(device.type, _list_backends().get("cpu"))
 
     def each(self, produce: Callable[[], T]) -> T:
-        """What `produce` returns in this process, once it has succeeded in all.
+        """Return the result of `produce` in this process, once it has succeeded in all.
 
         Raises:
-            Exception: this process's own, or what another one's says.
+            Exception: this process's own error, or a copy of another's.
         """
         value, error = _try_call(produce, self.size)
         self._exchange(None, error)
         return value  # type: ignore[return-value]
 
     def gather(self, produce: Callable[[], T]) -> list[T]:
-        """What `produce` returns in each process, by their numbers: CPU tensors, and whatever can be pickled.
+        """Return the results of `produce` in all processes, by rank: CPU tensors and anything that can be pickled.
 
         Raises:
             Exception: as `each`.
@@ -122,10 +122,10 @@ class Processes:
         return self._exchange(value, error)
 
     def first(self, produce: Callable[[], T]) -> T:
-        """What `produce` returns in process 0, the only one that calls it; in all of them, as in `gather`.
+        """Call `produce` only in process 0, and return its result in all processes; types as in `gather`.
 
         Raises:
-            Exception: process 0's own, or what it says.
+            Exception: process 0's error, or a copy of it.
         """
         value, error = _try_call(produce, self.size) if self.leads else (None, None)
         if self.size == 1:
@@ -142,7 +142,7 @@ class Processes:
         return value  # type: ignore[return-value]
 
     def replicate(self, take: Callable[[], T], restore: Callable[[T], None]) -> None:
-        """Have every other process restore what process 0 takes, a pytree whose tensors travel on the CPU.
+        """Call `take` in process 0, and `restore` with its result, a pytree sent through the CPU, in all others.
 
         Raises:
             Exception: as `each`.
@@ -166,15 +166,15 @@ class Processes:
         return [value for value, _ in outcomes]
 
     def ask(self, name: str, question: Callable[[], bool]) -> None:
-        """Have a question answered with every sum; the answer is yes in all processes where it is in one."""
+        """Add a question to every sum; the answer is yes in all processes if it is yes in one."""
         self._questions[name] = question
 
     def answer(self, name: str) -> bool:
-        """The answer to a question that was asked, at the last sum; of a single process, as of now."""
+        """Return the answer to a question at the last sum; for a single process, the current answer."""
         return self._questions[name]() if self.size == 1 else self._answers.get(name, False)
 
     def sum(self, values: Tensor, failed: bool) -> tuple[Tensor, bool]:
-        """The sum of the processes' `values` ``[numbers]``, the same bits in all; and whether one has failed."""
+        """Return the sum of all processes' `values` ``[numbers]``, bit-identical in all, and whether one has failed."""
         answers = [failed, *(question() for question in self._questions.values())]
         total = torch.cat([values, torch.tensor(answers, dtype=values.dtype, device=values.device)])
         if values.device.type not in _list_backends():
@@ -193,7 +193,7 @@ def join_processes() -> Iterator[Processes]:
     If the program already has a process group, it is used. Only process 0 logs.
 
     Raises:
-        MetaregError: they cannot find each other.
+        MetaregError: the processes cannot connect.
 
     Example:
         >>> with join_processes() as processes, learner.split_over(processes):  # in a script that torchrun starts
@@ -227,10 +227,10 @@ def join_processes() -> Iterator[Processes]:
 def _create_group(processes: Processes) -> None:
     if not dist.is_available():
         raise UsageError("This build of torch does not support several processes; start one.")
-    # Control messages go through gloo in any case: they are made on the CPU.
+    # Control messages are CPU tensors, so they always use gloo.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
     try:
-        # The store lives on when torchrun restarts its processes: no group may find the addresses of one before it.
+        # The store survives a restart by torchrun, so use new keys for each attempt.
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store, rank, size = open_store(f"metareg-{attempt}-{next(_joins)}", TIMEOUT)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
@@ -243,16 +243,16 @@ def _create_group(processes: Processes) -> None:
 
 
 def _list_backends() -> dict[str, str]:
-    """What carries the tensors of each type of device, in the present group."""
+    """Map device types to backends in the current process group."""
     pairs = (part.partition(":") for part in dist.get_backend_config().split(","))
     return {device: backend for device, _, backend in pairs}
 
 
 def _try_call(produce: Callable[[], T], size: int) -> tuple[T | None, Exception | None]:
-    """The value or the error of a call; where nobody waits to hear of an error, it is raised."""
+    """Return the value or the error of a call; raise the error if there is only one process."""
     try:
         return produce(), None
-    except LostProcessError:  # they are beyond hearing
+    except LostProcessError:  # the others cannot be reached
         raise
     except Exception as error:
         if size == 1:
@@ -261,7 +261,7 @@ def _try_call(produce: Callable[[], T], size: int) -> tuple[T | None, Exception 
 
 
 def _describe_error(error: Exception | None) -> tuple[type[MetaregError], str] | None:
-    """What another process can make an error of the same kind from."""
+    """Describe an error, so that another process can raise one of the same kind."""
     if error is None:
         return None
     if not isinstance(error, MetaregError):
@@ -272,7 +272,7 @@ def _describe_error(error: Exception | None) -> tuple[type[MetaregError], str] |
 
 @contextmanager
 def _detect_lost_process() -> Iterator[None]:
-    """Turn what torch raises where another process is gone into an error of metareg."""
+    """Turn torch's error about a lost process into a metareg error."""
     try:
         yield
     except RuntimeError as error:

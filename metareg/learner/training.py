@@ -1,4 +1,4 @@
-"""The training loop: steps, logging, validation, and the observers that hear of them."""
+"""The training loop: steps, logging, validation and calls of observers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _PREFETCHED_STEPS = 100
 
 
 class Trainee(Protocol):
-    """What is trained: a `metareg.MetaLearner`."""
+    """The interface of a `metareg.MetaLearner` for the loop."""
 
     config: LearnerConfig
     logs: dict[str, float]
@@ -65,10 +65,10 @@ class Trainee(Protocol):
 
 
 class Checkpointer(Protocol):
-    """What keeps the state of a training: a `metareg.runs.checkpoints.CheckpointManager`."""
+    """The interface of a `metareg.runs.checkpoints.CheckpointManager` for the loop."""
 
     every_steps: int | None
-    """Training steps between two calls of `after_step` that have to be made, beside those that must save."""
+    """Training steps between necessary calls of `after_step`, in addition to those with `must`."""
 
     def after_step(self, *, must: bool) -> None: ...
 
@@ -76,10 +76,10 @@ class Checkpointer(Protocol):
 
 
 def connect_observers(observers: Sequence[Any], learner: Trainee) -> Any:
-    """The hooks of some observers, objects or plugins, as one caller: ``hooks.on_step(step=…, logs=…)``.
+    """Combine the hooks of observers (objects or plugins) into one caller: ``hooks.on_step(step=…, logs=…)``.
 
-    Where several processes train the learner, those of the first are told, what they do with it they do alone, and an error
-    of theirs is one in all processes.
+    If several processes train the learner, only process 0's observers are called. An error in them is raised in all
+    processes.
     """
     manager, named = create_plugin_manager([resolve("observers", each) for each in observers])
 
@@ -96,22 +96,22 @@ def connect_observers(observers: Sequence[Any], learner: Trainee) -> Any:
 
 
 class Progress:
-    """The state of a training besides its learner; with both, it continues as if it had never stopped."""
+    """The state of a training besides its learner; the two together are enough to resume it exactly."""
 
     def __init__(self) -> None:
         self.left_out = 0
-        """Batches of the task stream that were left out: step n takes batch n + left_out."""
+        """Number of skipped batches of the task stream: step n takes batch n + left_out."""
         self.nonfinite = 0
-        """Steps that were skipped or rolled back."""
+        """Number of skips and rollbacks."""
         self.best_step: int | None = None
         """The step with the best validation score so far."""
         self.best_score: float | None = None
         self.waited = 0
-        """Validations since then."""
+        """Number of validations since then."""
         self.averager = MetricAverager()
 
     def state(self) -> dict[str, Any]:
-        """Everything, as tensors and plain values."""
+        """Return the complete state, as tensors and plain values."""
         return {
             "left_out": self.left_out,
             "nonfinite": self.nonfinite,
@@ -122,7 +122,7 @@ class Progress:
         }
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go back to what `state` returned, with sums on a device."""
+        """Restore what `state` returned, with sums on a device."""
         self.left_out, self.nonfinite = state["left_out"], state["nonfinite"]
         self.best_step, self.best_score = state["best_step"], state["best_score"]
         self.waited = state.get("waited", 0)
@@ -131,7 +131,7 @@ class Progress:
         self.averager.load_state(state["window"], device)
 
     def describe_wait(self, schedule: Schedule) -> str:
-        """Why a training whose patience is exhausted stops."""
+        """Describe why early stopping ends the training."""
         last = "the last validation was" if schedule.patience == 1 else f"the last {schedule.patience} validations were"
         if self.best_step is None:
             return f"{last} not finite"
@@ -157,20 +157,20 @@ def fit(
     progress: Progress | None = None,
     manager: Checkpointer | None = None,
 ) -> None:
-    """Train a learner on the split ``"train"`` until `schedule.steps` steps are done, or its patience is exhausted.
+    """Train a learner on the split ``"train"`` for `schedule.steps` steps, or until early stopping.
 
-    Step n takes the tasks n·meta_batch … (n+1)·meta_batch − 1, so that a training that goes on from a step sees what an
-    uninterrupted one sees.
+    Step n takes the tasks n·meta_batch … (n+1)·meta_batch − 1, so a resumed training sees the same tasks as an
+    uninterrupted one.
 
     Args:
-        learner: continues from the steps that it has done.
-        progress: where an earlier training stood; from the beginning by default.
-        manager: is called after every step, and can put the training back to an earlier one.
+        learner: the learner; training continues after its last step.
+        progress: the progress of an earlier training; by default, none.
+        manager: called after every step; can restore an earlier step.
 
     Raises:
         UsageError: the learning rate is 0 before the last step, or there is patience without validations.
         DivergenceError: a loss or gradient is not finite, and the schedule says to stop, or it happened too often; the
-            learner is as it was before that step.
+            learner has its state before that step.
     """
     check_schedule(learner.config, schedule.steps)
     if schedule.patience is not None and schedule.eval_every is None:
@@ -206,7 +206,7 @@ class _Loop:
                         break
             except DivergenceError as error:
                 self.roll_back(error)
-        # What a training of more steps would not do here comes after its last checkpoint, so that it can still be one.
+        # Final actions come after the last checkpoint, so that it can still be resumed with more steps.
         if learner.steps_done % schedule.log_every:
             self.report()
         if schedule.eval_every and learner.steps_done % schedule.eval_every:
@@ -218,13 +218,13 @@ class _Loop:
 
     @property
     def has_ended(self) -> bool:
-        """Whether the last step is done, or the validations have not got better for long enough."""
+        """Return whether the last step is done, or early stopping applies."""
         schedule = self.schedule
         exhausted = schedule.patience is not None and self.progress.waited >= schedule.patience
         return exhausted or self.learner.steps_done >= schedule.steps
 
     def take_steps(self, batches: Batches) -> None:
-        """A training step with each of some batches, as many at once as can be, and what is due after them."""
+        """Take a training step with each batch, as many as possible in one program, and do what is due afterwards."""
         while batches and not self.has_ended:
             taken = self.learner.take_steps(batches[: self.count_steps_to_news()])
             if taken is None:
@@ -240,13 +240,13 @@ class _Loop:
             self.conclude_step()
 
     def count_steps_to_news(self) -> int:
-        """How many training steps there are until something is due, at least one."""
+        """Count the training steps until something is due, at least one."""
         schedule, saved = self.schedule, None if self.manager is None else self.manager.every_steps
         every = (schedule.log_every, schedule.eval_every, saved, self.learner.config.reset_optimizer_every)
         return min(each - self.learner.steps_done % each for each in every if each is not None)
 
     def take_step(self, episodes: list[Episodes] | Share) -> None:
-        """One training step and what is due after it."""
+        """Take one training step, and do what is due afterwards."""
         try:
             gradient = self.learner.take_step(episodes)
         except DivergenceError as error:
@@ -266,7 +266,7 @@ class _Loop:
             self.manager.after_step(must=improved or self.has_ended)
 
     def report(self) -> None:
-        """Tell the observers the means since the last report."""
+        """Report the means since the last report to the observers."""
         if self.progress.averager.count:
             learner = self.learner
             learner.logs = self.progress.averager.means()
@@ -275,7 +275,7 @@ class _Loop:
             self.hooks.on_step(step=learner.steps_done, logs=learner.logs)
 
     def validate(self) -> bool:
-        """Evaluate, tell the observers, and return whether the score is the best so far."""
+        """Evaluate, notify the observers, and return whether the score is the best so far."""
         learner = self.learner
         evaluation = learner.evaluate(
             self.source, self.schedule.eval_tasks, split=VALIDATION, inner_steps=(learner.config.inner_steps,)
@@ -284,13 +284,13 @@ class _Loop:
         return self.progress.record(evaluation, learner.steps_done)
 
     def refuse_step(self, error: MetaregError) -> None:
-        """`skip_step` for an error of any kind."""
+        """Call `skip_step` for an error of any kind."""
         if not isinstance(error, DivergenceError):
             raise error
         self.skip_step(error)
 
     def skip_step(self, error: DivergenceError) -> None:
-        """Count a step that diverged as done, or raise its error where the schedule does not allow for that."""
+        """Count a diverged step as done, or raise its error if the schedule does not allow that."""
         progress, at_most = self.progress, self.schedule.max_nonfinite
         if self.schedule.on_nonfinite != "skip" or progress.nonfinite >= at_most:
             raise error
@@ -299,7 +299,7 @@ class _Loop:
         self.learner.steps_done += 1
 
     def roll_back(self, error: DivergenceError) -> None:
-        """Go back to the newest checkpoint and leave out the tasks that led from there to the error, or raise it."""
+        """Restore the newest checkpoint and skip the tasks between it and the error, or raise the error."""
         learner, progress, at_most = self.learner, self.progress, self.schedule.max_nonfinite
         if self.schedule.on_nonfinite != "rollback" or progress.nonfinite >= at_most or self.manager is None:
             raise error
@@ -315,11 +315,11 @@ class _Loop:
 def _draw_batches(
     learner: Trainee, source: TaskSource, schedule: Schedule, left_out: int
 ) -> Iterator[Batches | list[Episodes] | Share]:
-    """The batches of the steps to come, one or several, drawn in blocks: many small tasks cost little more at once than one.
+    """Yield the batches of the next steps, drawn in blocks, because many small tasks cost little more than one.
 
-    Blocks begin at multiples of their size wherever the training begins: the last bit of a result can depend on where in
-    memory a batch lies, which is so always the same. Of several processes each draws its share of a batch alone where a task
-    is a function of its number, after a first block by which strategies are proven.
+    Blocks begin at multiples of their size, wherever training begins, so that a batch always has the same alignment in
+    memory, which can affect the last bit of a result. With several processes, each draws only its share of a batch if
+    tasks are functions of their numbers, after a first block for the comparison of strategies.
     """
     seed, size = learner.config.seed, schedule.meta_batch
     whole = range(size)
@@ -340,7 +340,7 @@ def _draw_batches(
     for start in range(first - first % block, end, block):
         batches = range(start, min(start + block, end))
         tasks = mine if start and is_stack else whole
-        # Contiguous once for many steps, and each step's slice of it is.
+        # Make the block contiguous once; slices for steps are contiguous too.
         stacks = [stack.contiguous() for stack in draw(batches, tasks)] if block > 1 or tasks != whole else []
         rest = range(max(start, first), batches.stop)
         if len(stacks) == 1 and tasks == whole:
@@ -349,14 +349,14 @@ def _draw_batches(
         for batch in rest:
             if len(stacks) == 1:
                 yield Share(stacks[0][(batch - start) * len(tasks) : (batch - start + 1) * len(tasks)], size)
-            else:  # tasks of unequal sizes come in groups, where a batch's own tasks stand only if it is drawn alone
+            else:  # tasks of unequal sizes are grouped, so each batch must be drawn by itself
                 yield one if batch == first else draw(range(batch, batch + 1), whole)
 
 
 def _pad(stack: Episodes, tasks: int) -> Episodes:
-    """A stack with as many tasks of zeros after its own as there have to be: a program is for one number of them.
+    """Pad a stack with tasks of zeros, because a program needs a fixed number of tasks.
 
-    The memory order of a leaf stays: bits depend on it, and the next training may fill the block.
+    Keeps the memory order of tensors, because bits depend on it and another training can fill the block.
     """
     missing = tasks - len(stack)
     if not missing:
@@ -373,7 +373,7 @@ def _pad(stack: Episodes, tasks: int) -> Episodes:
 
 
 def _can_share(learner: Trainee, tasks: int) -> bool:
-    """Whether a process needs no more than its share of a batch: no plugin reads or combines all of its tasks."""
+    """Return whether a process needs only its share of a batch: no plugin reads or combines all tasks."""
     stages = learner.engine.training.stages
     needed = any(map(stages.implements, ("augment_episodes", "combine_tasks")))
     return not needed and tasks >= learner.processes.size
@@ -386,25 +386,25 @@ def _count_batches_to_prefetch(stacks: list[Episodes], size: int) -> int:
 
 
 class MetricAverager:
-    """Means of the logged tensors since the last report."""
+    """Computes the means of logged tensors since the last report."""
 
     def __init__(self) -> None:
         self.count = 0
-        """Steps since then."""
+        """Number of steps since then."""
         self._sums: dict[str, torch.Tensor] = {}
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Measure the time of the steps from now on."""
+        """Start measuring the time of steps."""
         self._timed_from = self.count
         self._since = time.perf_counter()
 
     def state(self) -> dict[str, Any]:
-        """The sums and their count."""
+        """Return the sums and their count."""
         return {"count": self.count, "sums": dict(self._sums)}
 
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go back to what `state` returned."""
+        """Restore what `state` returned."""
         self.count = state["count"]
         self._sums = {name: value.to(device) for name, value in state["sums"].items()}
         self.start_clock()
@@ -420,7 +420,7 @@ class MetricAverager:
         self.count += 1
 
     def means(self) -> dict[str, float]:
-        """The means and ``steps_per_second``; the next window begins."""
+        """Return the means and ``steps_per_second``, and start the next window."""
         means = {name: value.item() / self.count for name, value in self._sums.items()}
         means["steps_per_second"] = (self.count - self._timed_from) / (time.perf_counter() - self._since)
         self._sums, self.count = {}, 0
