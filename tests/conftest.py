@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one cache, and where real data lies."""
+"""What every test shares: one thread, one cache, runs without pictures, and where real data lies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
 from hypothesis import settings
@@ -53,6 +54,13 @@ def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         folder = folder.parent
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("METAREG_CACHE", str(folder / "cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Runs draw no pictures but ``with pictures.drawn():``."""
+    with pictures.left_out():
         yield
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import yaml
 from safetensors.torch import load_file
@@ -18,7 +19,10 @@ from metareg.cli import app as cli
 from metareg.registry.plugins import DISABLE_VARIABLE
 from metareg.runs.config import RunConfig
 
-TINY = ["--steps", "3", "--set", "eval_tasks=2", "--set", "test_tasks=3", "--set", "test_inner_steps=[0, 1]"]
+TINY = [
+    "--steps", "3", "--set", "eval_tasks=2", "--set", "test_tasks=3", "--set", "test_inner_steps=[0, 1]",
+    "--strategy", "serial",
+]  # fmt: skip
 
 
 class Outcome:
@@ -53,9 +57,10 @@ def metareg(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps."""
+    """A run of three steps, with its pictures."""
     path = tmp_path_factory.mktemp("runs") / "run"
-    assert cli.run(["train", "--augment", "cml", "--out", str(path), *TINY]) == 0
+    with pictures.drawn():
+        assert cli.run(["train", "--augment", "cml", "--out", str(path), *TINY]) == 0
     return path
 
 
@@ -126,7 +131,8 @@ def test_train_writes_a_whole_run(finished: Path) -> None:
 
 
 def test_train_prints_plain_lines(metareg: Command, tmp_path: Path) -> None:
-    outcome = metareg("train", *TINY, "--out", "here")
+    with pictures.drawn():
+        outcome = metareg("train", *TINY, "--strategy", "auto", "--out", "here")
     assert outcome.code == 0
     assert "inner-steps.png" in outcome.output
     assert "mse" in outcome.output

@@ -55,8 +55,7 @@ def test_pairs_of_a_class_and_options_are_objects_and_those_of_a_name_are_not() 
     assert objects == {("algo", "sign"): pair}
 
 
-def test_own_objects_are_compared_and_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
+def test_own_objects_are_compared_and_gone_on_with(tmp_path: Path) -> None:
     task, model = Lines(), create_net()
     out = tmp_path / "mine"
     first = metareg.compare(["maml", Sign], "cml", task, model=model, seeds=1, out=out, **TINY)

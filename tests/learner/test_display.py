@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import pictures
 import pytest
 import torch
 from torch import nn
@@ -69,7 +70,9 @@ def test_what_ended_a_training_is_no_end_of_it(shown: list[Any]) -> None:
 
 
 def test_a_run_shows_itself_in_a_notebook_and_has_its_table_and_curve(shown: list[Any], tmp_path: Path) -> None:
-    run = train(steps=4, log_every=2, test_tasks=3, eval_tasks=2, test_inner_steps=[0, 1], out=tmp_path / "run")
+    options: dict[str, Any] = {"steps": 4, "log_every": 2, "test_tasks": 3, "eval_tasks": 2, "test_inner_steps": [0, 1]}
+    with pictures.drawn():
+        run = train(out=tmp_path / "run", strategy="serial", **options)
     assert repr(shown[-1]).startswith("trained 4/4")
     assert "maml on sinusoid, seed 0" in shown[-1]._repr_html_()
     assert run.evaluation is not None

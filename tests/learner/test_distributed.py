@@ -33,11 +33,6 @@ RANKS = str(Path(__file__).parents[1] / "helpers" / "ranks.py")
 RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
-
-
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The folder of what two processes did (`ranks.main`), and what each of them found."""
@@ -67,9 +62,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of one process."""
     path = tmp_path_factory.mktemp("alone") / "run"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("metareg.runs.plots.draw", lambda _run: [])
-        run_of(path)
+    run_of(path)
     return path
 
 

@@ -16,7 +16,8 @@ from metareg import MetaregError, PluginError
 
 def trained(path: Path, observer: Any) -> metareg.Run:
     options: dict[str, Any] = {"steps": 4, "log_every": 2, "eval_every": 2, "eval_tasks": 2, "test_tasks": 4}
-    return metareg.train("maml", task="sinusoid", out=path, observers=[observer], test_inner_steps=[0, 1], **options)
+    options |= {"test_inner_steps": [0, 1], "strategy": "serial"}
+    return metareg.train("maml", task="sinusoid", out=path, observers=[observer], **options)
 
 
 def test_json_lines_hold_the_whole_run_in_order(tmp_path: Path) -> None:

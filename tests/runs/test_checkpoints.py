@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from PIL import Image
@@ -54,16 +55,16 @@ RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that was left alone; not to be changed."""
+    """A small run that was left alone, with its pictures; not to be changed."""
     path = tmp_path_factory.mktemp("finished") / "run"
-    metareg.train("maml", "cml", "sinusoid", out=path, **SMALL)
+    with pictures.drawn():
+        metareg.train("maml", "cml", "sinusoid", out=path, **SMALL)
     return path
 
 
 @pytest.fixture(autouse=True)
-def _surroundings(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Runs without pictures, which take half of their time, and global generators as they were."""
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
+def _surroundings() -> Iterator[None]:
+    """Global generators as they were."""
     with torch.random.fork_rng(devices=[]):
         yield
 

@@ -23,11 +23,6 @@ SMALL: dict[str, Any] = {
 RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 
-@pytest.fixture(autouse=True)
-def _without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
-
-
 def read(path: Path) -> dict[str, bytes]:
     return {name: (path / name).read_bytes() for name in RESULT}
 

@@ -112,11 +112,6 @@ def create_net(outputs: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, outputs)).double()
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
-
-
 def train_by_hand(net: nn.Module, batches: list[Any], rate: float = 0.1) -> dict[str, Tensor]:
     """MAML as one would write it down: one inner step, Adam with 0.001 outside."""
     params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}

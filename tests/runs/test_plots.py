@@ -6,6 +6,7 @@ import io
 import re
 from pathlib import Path
 
+import pictures
 import pytest
 import torch
 from rich.console import Console
@@ -29,8 +30,9 @@ def test_a_picture_that_fails_costs_a_warning(
             raise OSError("no display")
 
     monkeypatch.setattr("metareg.runs.plots.plot_learning_curve", fail)
-    options = {"steps": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1]}
-    run = metareg.train("maml", task=Unpictured(Sinusoid.Config()), out=tmp_path / "run", **options)
+    options = {"steps": 2, "eval_tasks": 2, "test_tasks": 2, "test_inner_steps": [1], "strategy": "serial"}
+    with pictures.drawn():
+        run = metareg.train("maml", task=Unpictured(Sinusoid.Config()), out=tmp_path / "run", **options)
     assert run.evaluation is not None
     assert (tmp_path / "run" / "results.json").is_file()
     assert [path.name for path in run.plots] == ["inner-steps.png"]

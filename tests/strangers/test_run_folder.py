@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import pictures
 import pytest
 import yaml
 
@@ -38,12 +39,6 @@ class _Stop:
             raise KeyboardInterrupt
 
 
-@pytest.fixture
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """They take most of a small run's time."""
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
-
-
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("strangers") / "run"
@@ -58,8 +53,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def run(_no_pictures: None, stopped: Path, tmp_path: Path) -> Path:
-    """A copy of the run that was stopped, which goes on without pictures."""
+def run(stopped: Path, tmp_path: Path) -> Path:
+    """A copy of the run that was stopped."""
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -243,7 +238,8 @@ def test_a_line_without_a_key_costs_a_picture(
     run = Path(shutil.copytree(stopped, tmp_path / "run"))
     lines = (run / "metrics.jsonl").read_text().splitlines()
     (run / "metrics.jsonl").write_text("\n".join([json.dumps({"step": 2}), *lines]) + "\n")
-    done = metareg.resume(run)
+    with pictures.drawn():
+        done = metareg.resume(run)
     assert (run / "results.json").is_file()
     assert "Could not draw plots (learning-curve): KeyError: 'split'" in caplog.text
     assert "inner-steps" in [path.stem for path in done.plots]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from torch import Tensor, nn
@@ -438,17 +439,10 @@ def test_csbm_graphs_are_new_and_as_asked(folder: Path) -> None:  # noqa: ARG001
 
 def test_csbm_is_learned_and_drawn(tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
-    run = metareg.train(
-        "maml",
-        ["cml"],
-        "csbm",
-        out=tmp_path / "run",
-        steps=40,
-        meta_batch=4,
-        eval_tasks=10,
-        test_tasks=20,
-        device="cpu",
-    )
+    with pictures.drawn():
+        run = metareg.train(
+            "maml", "cml", "csbm", out=tmp_path / "run", steps=40, meta_batch=4, eval_tasks=10, test_tasks=20, device="cpu",
+        )  # fmt: skip
     assert run.evaluation is not None
     assert run.evaluation.mean(5) > 0.75
     assert {"confusion.png", "features.png", "learning-curve.png"} <= {path.name for path in run.plots}

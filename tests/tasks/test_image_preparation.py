@@ -99,9 +99,8 @@ def test_the_numbers_of_the_training_classes_are_kept(photos: Path, tmp_path: Pa
     assert elsewhere.read_image(path).equal(create_task(photos, normalisation="train").read_image(path))
 
 
-def test_a_prediction_is_the_exported_programs(photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_prediction_is_the_exported_programs(photos: Path, tmp_path: Path) -> None:
     """The program is fed by what its file says of images alone, where predict reads them itself."""
-    monkeypatch.setattr("metareg.runs.plots.draw", lambda _run: [])
     run = metareg.train(
         "maml", task="image-folder", out=tmp_path / "run", data=str(photos), size=16, ways=2, query=2, eval_query=2, steps=2,
         meta_batch=1, eval_tasks=2, test_tasks=2, test_inner_steps=[1], strategy="serial", resize="crop",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pictures
 import pytest
 import torch
 from PIL import Image
@@ -16,10 +17,11 @@ from metareg_image import Glyphs
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> metareg.Run:
-    return metareg.train(
-        "maml", "cml", "glyphs", out=tmp_path_factory.mktemp("runs") / "run", steps=4, ways=3, query=2, eval_query=2,
-        size=16, test_tasks=4, eval_tasks=2, test_inner_steps=[0, 1], **{"model.width": 4},
-    )  # fmt: skip
+    with pictures.drawn():
+        return metareg.train(
+            "maml", "cml", "glyphs", out=tmp_path_factory.mktemp("runs") / "run", steps=4, ways=3, query=2, eval_query=2,
+            test_tasks=4, eval_tasks=2, test_inner_steps=[0, 1], strategy="serial", **{"model.width": 4},
+        )  # fmt: skip
 
 
 def test_a_run_on_glyphs(trained: metareg.Run) -> None:
@@ -44,7 +46,7 @@ def test_a_run_is_tested_on_another_task(
             Image.fromarray(image).save(path)
     loaded = metareg.Run.load(trained.path)
     options = {"data": str(tmp_path / "photos"), "ratios": [0, 0, 1]}
-    # Ways, shots, queries, and the size and channels that the model takes come from the run: grey 16×16 images.
+    # Ways, shots, queries, and the size and channels that the model takes come from the run: grey 20×20 images.
     evaluation = loaded.evaluate(5, [0, 1], "image-folder", options)
     assert evaluation.scores.shape == (5, 2)
     arguments = ["eval", str(trained.path), "--task", "image-folder", "--data", str(tmp_path / "photos"), "--json"]
