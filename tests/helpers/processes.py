@@ -15,12 +15,12 @@ _NURSERY = """
 import contextlib, json, os, sys, tempfile
 import torch
 torch.set_num_threads(1)
-import metareg.cli.app
-# A first run imports whatever torch, matplotlib and a task import when they are used.
-for task in sys.argv[1:]:
+import metareg.cli.app, metareg.runs.plots
+metareg.runs.plots.draw = lambda run: []
+# A first run imports whatever torch and a task import when they are used.
+for options in json.loads(sys.argv[1]):
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        settings = ["--set=test_tasks=2", "--set=eval_tasks=2", "--strategy=vectorized"]
-        metareg.cli.app.run(["train", f"--task={task}", "--steps=3", "--meta-batch=2", *settings, f"--out={folder}/run"])
+        metareg.cli.app.run(["train", *options, f"--out={folder}/run"])
 print(0, flush=True)
 for line in sys.stdin:
     job = json.loads(line)
@@ -37,15 +37,17 @@ for line in sys.stdin:
 class Nursery:
     """Starts commands as real processes in a few milliseconds: they are forked where metareg is imported already.
 
+    Their runs draw no pictures.
+
     Args:
         folder: where their output goes, into ``output.txt``.
-        tasks: the tasks that they will be of.
+        warm_up: options of trainings that import what the commands will need.
     """
 
-    def __init__(self, folder: Path, tasks: Iterable[str]) -> None:
+    def __init__(self, folder: Path, warm_up: Iterable[Sequence[str]]) -> None:
         self.output = folder / "output.txt"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", _NURSERY, *tasks],
+            [sys.executable, "-c", _NURSERY, json.dumps([*warm_up])],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

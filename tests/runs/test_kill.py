@@ -45,17 +45,17 @@ class Case:
     algo: str
     augment: str
     task: str = "sinusoid"
-    strategy: str = "vectorized"
+    strategy: str = "serial"
     options: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
         return "-".join((self.algo, self.augment, self.task, self.strategy, *self.options))
 
     def arguments(self, steps: int) -> list[str]:
-        """The command line, without the folder."""
+        """The options of `metareg train`, without the folder."""
         settings = (f"--set={setting}" for setting in _SETTINGS)
         return [
-            "train", "--algo", self.algo, "--augment", self.augment, "--task", self.task, "--strategy", self.strategy,
+            "--algo", self.algo, "--augment", self.augment, "--task", self.task, "--strategy", self.strategy,
             "--steps", str(steps), "--meta-batch", "3", "--seed", "5",
             *settings, *_TASKS[self.task], *self.options,
         ]  # fmt: skip
@@ -69,7 +69,7 @@ def _short() -> list[Case]:
     """Algorithms of every kind, every augmentation and every kind of task once."""
     algorithms = itertools.cycle(_ALGORITHMS)
     cases = [Case(next(algorithms), augment) for augment in _AUGMENTS]
-    cases[0].strategy = "serial"
+    cases[0].strategy = "vectorized"
     cases[1].options = ("--set=select=best", "--set=reset_optimizer_every=10")
     return cases + [Case("maml", "cml,dropgrad", task) for task in _tasks() if task not in ("sinusoid", *_NEED_DATA)]
 
@@ -92,7 +92,8 @@ def _tasks() -> list[str]:
 
 @pytest.fixture(scope="module")
 def nursery(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
-    with Nursery(tmp_path_factory.mktemp("nursery"), {case.task for case in _short()}) as processes:
+    first = {case.task: case for case in _short()}
+    with Nursery(tmp_path_factory.mktemp("nursery"), [case.arguments(3) for case in first.values()]) as processes:
         yield processes
 
 
@@ -121,7 +122,7 @@ def test_killed_commands_end_as_if_left_alone(
 
 
 def _kill_and_compare(case: Case, folder: Path, processes: Nursery | Command, *, kills: int, steps: int) -> None:
-    arguments = case.arguments(steps)
+    arguments = ["train", *case.arguments(steps)]
     alone, killed = folder / "alone", folder / "killed"
     began = time.monotonic()
     processes.start([*arguments, "--out", str(alone)])
