@@ -217,16 +217,6 @@ class Given:
         return self.tasks[indices.start : indices.stop]
 
 
-def test_compiled_graph_takes_other_strides() -> None:
-    batch = episodes("mlp")
-    strided = Episodes(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in batch.parts))
-    learner = learner_of("mlp", "anil", strategy="compiled")
-    _, grads = learner.meta_gradient(batch)
-    assert difference(learner.meta_gradient(strided)[1], grads) < 1e-12
-    other = episodes("mlp", seed=9)
-    assert difference(learner.meta_gradient(other)[1], learner_of("mlp", "anil").meta_gradient(other)[1]) < 1e-9
-
-
 # --------------------------------------------------------------------------------------------------------- augmenters
 
 
