@@ -78,7 +78,7 @@ def test_bf16_steps_are_those_of_a_loop_in_bf16(strategy: str) -> None:
 
 @pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
 def test_entries_of_convolutions_in_bf16_are_moved_by_their_own_gradients(strategy: str) -> None:
-    task = Glyphs(Glyphs.Config(query=5, size=28))
+    task = Glyphs(Glyphs.Config(query=5, size=32))
     learner = MetaLearner(
         "conv4", spec=task.spec, model_options={"width": 8}, inner_lr=0.4, precision="bf16", strategy=strategy
     )
