@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import platform
+import re
 import shlex
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
@@ -375,6 +377,21 @@ def _create_recommendation_table(recommended: Mapping[str, Any]) -> Table:
     return table
 
 
+_DEVELOPMENT_EXTRAS = {"bench", "dev", "docs", "test"}
+
+
+def _describe_extras() -> str:
+    """Say which extras of metareg lack a package: plugins that need one are listed, but cannot be used without it."""
+    from metareg.runs.environment import find_version
+
+    missing = set()
+    for requirement in importlib.metadata.requires("metareg") or []:
+        found = re.fullmatch(r"([\w.-]+).*\bextra == ['\"](\w+)['\"]", requirement)
+        if found is not None and found[2] not in _DEVELOPMENT_EXTRAS and find_version(found[1]) is None:
+            missing.add(found[2])
+    return f"not installed: {', '.join(sorted(missing))} (pip install 'metareg[NAME]')" if missing else "all installed"
+
+
 def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
     """Describe the installation: versions, hardware and plugins."""
     from metareg.engine.strategies import find_compiler
@@ -388,6 +405,7 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
         "GPU": ", ".join(machine["gpus"]) or "none",
         "C++ compiler": find_compiler() or "none: the strategy 'compiled' cannot be used on the CPU",
         **machine["libraries"],
+        "extras": _describe_extras(),
     }
     table = _create_table(show_header=False, padding=_PADDING)
     for name, value in facts.items():

@@ -28,7 +28,7 @@ from metareg.util.torch_internals import tree_leaves
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["describe_machine", "refuse_other_data", "settle_strategy", "write"]
+__all__ = ["describe_machine", "find_version", "refuse_other_data", "settle_strategy", "write"]
 
 log = logging.getLogger("metareg")
 
@@ -50,7 +50,7 @@ def describe_machine() -> dict[str, Any]:
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
-        "libraries": {name: version for name in _LIBRARIES if (version := _find_version(name))},
+        "libraries": {name: version for name in _LIBRARIES if (version := find_version(name))},
     }
 
 
@@ -212,7 +212,8 @@ def _is_close(a: float | None, b: float | None) -> bool:
     return a is b if a is None or b is None else math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-6)
 
 
-def _find_version(distribution: str) -> str | None:
+def find_version(distribution: str) -> str | None:
+    """Find the version of an installed distribution; None if it is not installed."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import io
 import json
 import os
 import subprocess
@@ -13,9 +15,11 @@ from typing import Any
 import pictures
 import pytest
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
 
 from metareg.cli import app as cli
+from metareg.cli.tables import describe_installation
 from metareg.registry.plugins import DISABLE_VARIABLE
 from metareg.runs.config import RunConfig
 
@@ -407,6 +411,24 @@ def test_doctor(metareg: Command) -> None:
     outcome = metareg("doctor")
     assert outcome.code in (0, 1)
     assert "torch" in outcome.output
+
+
+def test_doctor_names_the_extras_that_are_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    two = "dgl==0; python_version < '4' and extra == 'two'"
+    requirements = ["torch>=2.8", "nox; extra == 'dev'", "numpy; extra == 'one'", two]
+    installed = importlib.metadata.version
+
+    def find_version(name: str) -> str:
+        if name == "dgl":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", lambda _: requirements)
+    monkeypatch.setattr(importlib.metadata, "version", find_version)
+    shown = io.StringIO()
+    Console(width=80, file=shown).print(describe_installation([]))
+    (line,) = [line for line in shown.getvalue().splitlines() if line.startswith("extras")]
+    assert line.split()[1:] == ["not", "installed:", "two", "(pip", "install", "'metareg[NAME]')"]
 
 
 def test_help_and_version(metareg: Command) -> None:

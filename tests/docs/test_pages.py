@@ -43,6 +43,7 @@ PAGES = [
 
 NOT_RUN = {
     r"^(python3 -m venv|pip|\S*/pip) ": "installs",
+    r"^source \S+/activate$": "changes the shell",
     r"^(ruff|lint-imports|mypy|nox|\S*python -m pytest)\b": "checks of the project itself, sessions of their own",
     r"^python (benchmarks|docs)/": "takes minutes or writes into the project",
     r"^metareg data \S+ --download": "fetches data",
