@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 
+from comparisons import InThisProcess
 from downloads import cut_off
 from metareg import MetaregError, UsageError
 from metareg.cli import app as cli
@@ -36,7 +37,7 @@ TINY: dict[str, Any] = {
     "algo": "maml",
     "augment": "cml",
     "task": "sinusoid",
-    "options": {"steps": 3, "eval_tasks": 2, "test_tasks": 4, "test_inner_steps": [0, 1], "strategy": "vectorized"},
+    "options": {"steps": 3, "eval_tasks": 2, "test_tasks": 4, "test_inner_steps": [0, 1], "strategy": "serial"},
     "seeds": [0, 1],
     "metric": "mse",
     "inner_steps": 1,
@@ -264,6 +265,7 @@ def test_a_recipe_from_beginning_to_end(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: InThisProcess())
     Path("tiny.yaml").write_text(yaml.safe_dump(TINY))
     arguments = ("tiny.yaml", "--out", "out", "--jobs", "1")
     code, output, _ = command(capsys, *arguments)

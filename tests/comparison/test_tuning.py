@@ -16,11 +16,12 @@ import pytest
 import yaml
 from rich.console import Console
 
+from comparisons import InThisProcess
 from metareg import Field, PluginConfig, UnknownNameError, UsageError, hookimpl
 from metareg.cli.progress import ComparisonProgress
 from metareg.comparison.config import ComparisonConfig, Tuning
 from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
-from metareg.comparison.pool import ERROR_FILE, Outcome, carry_out
+from metareg.comparison.pool import ERROR_FILE, Outcome
 from metareg.comparison.results import read_results
 from metareg.comparison.runner import Comparison, compare
 from metareg.comparison.space import check_tuning, list_dimensions, split_assignments
@@ -591,28 +592,6 @@ def test_optuna_stays_silent_and_keeps_its_own_settings(tmp_path: Path, capfd: p
 OPTIONS = {
     "steps": 5, "test_tasks": 4, "eval_tasks": 2, "test_inner_steps": [0, 1], "meta_batch": 2, "strategy": "serial",
 }  # fmt: skip
-
-
-class InThisProcess:
-    """A launcher that carries a run out as soon as it gets it."""
-
-    capacity = 1
-
-    def __init__(self) -> None:
-        self.outcomes: list[Outcome] = []
-        self.submitted: list[PlannedRun] = []
-
-    def submit(self, run: PlannedRun) -> None:
-        self.submitted.append(run)
-        self.outcomes.append(carry_out(run))
-
-    def wait(self, _seconds: float) -> list[Outcome]:
-        ended, self.outcomes = self.outcomes, []
-        return ended
-
-    def stop(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class LastFirst:

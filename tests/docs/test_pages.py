@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 import metareg
+from comparisons import InThisProcess
 from metareg import Episodes, MetaLearner
 from metareg.cli.app import run as run_command
 from metareg.comparison.config import ComparisonConfig
@@ -61,7 +62,9 @@ DATA = {"omniglot-small": "omniglot", "cora": "graphs", "citeseer": "graphs"}
 """Tasks that read data from METAREG_DATA, and the folder there; without it their commands are left out."""
 
 TRAINING = ("steps", "test_tasks", "eval_tasks", "eval_every", "meta_batch", "strategy", "threads", "lr_warmup_steps")
-CUT = ["--steps", "4", "--set", "test_tasks=4", "--set", "eval_tasks=4", "--set", "meta_batch=2"]
+CUT = [
+    "--steps", "4", "--set", "test_tasks=4", "--set", "eval_tasks=4", "--set", "meta_batch=2", "--strategy", "serial",
+]  # fmt: skip
 
 
 class Page:
@@ -73,6 +76,7 @@ class Page:
         self.blocks = BLOCK.findall(source.read_text(encoding="utf-8"))
         self.namespace: dict[str, Any] = {}
         monkeypatch.chdir(folder)
+        monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: InThisProcess())
         for name in ("train", "resume", "compare"):
             monkeypatch.setattr(metareg, name, _cut_call(getattr(metareg, name)))
 
@@ -172,7 +176,9 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
 
 def _cut_call(function: Callable[..., Any]) -> Callable[..., Any]:
     """`train`, `resume` or `compare` with few steps and tests, whatever a listing says."""
-    small = {"steps": 6} if function.__name__ == "resume" else {"steps": 4, "test_tasks": 4, "eval_tasks": 4}
+    small: dict[str, Any] = {"steps": 6}
+    if function.__name__ != "resume":
+        small = {"steps": 4, "test_tasks": 4, "eval_tasks": 4, "strategy": "serial"}
     small |= {"seeds": 1} if function.__name__ == "compare" else {}
     return lambda *arguments, **options: function(*arguments, **options | small)
 

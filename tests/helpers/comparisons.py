@@ -1,4 +1,4 @@
-"""Comparison folders that were never trained: scores, curves and times drawn at random, in the files that runs write."""
+"""Comparison folders that were never trained, in the files that runs write; and trainings of one in this process."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import numpy as np
 
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Plan, PlannedRun
+from metareg.comparison.pool import Outcome, carry_out
 from metareg.util.intervals import compute_half_width
 
 INNER_STEPS = (0, 1, 5, 10)
@@ -49,6 +50,28 @@ SMALL: dict[str, Any] = {
     "seeds": [0, 1, 5],
     "options": {"steps": 100},
 }
+
+
+class InThisProcess:
+    """A launcher that carries a run out as soon as it gets it."""
+
+    capacity = 1
+
+    def __init__(self) -> None:
+        self.outcomes: list[Outcome] = []
+        self.submitted: list[PlannedRun] = []
+
+    def submit(self, run: PlannedRun) -> None:
+        self.submitted.append(run)
+        self.outcomes.append(carry_out(run))
+
+    def wait(self, _seconds: float) -> list[Outcome]:
+        ended, self.outcomes = self.outcomes, []
+        return ended
+
+    def stop(self) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def write_comparison(folder: Path, config: dict[str, Any] | None = None, *, tasks: int = 100) -> Plan:
