@@ -301,6 +301,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train_small(write_tables(where / "tables"), where / "run")
 
 
+def test_the_figure_has_true_and_predicted_values_in_the_targets_units(run: Run) -> None:
+    task = run.source.plugin.instance
+    axes = task.figures(run.learner, 0)["predictions"].axes
+    _, y = read_plain([int(name[-1]) for name in task._tables.select("train")])
+    tested = task.episodes("test", range(len(axes)), 0)
+    assert {each.get_title() for each in axes} == {*task._tables.select("test")}
+    for number, each in enumerate(axes):
+        support_x, support_y, query_x, query_y = tested.unstack(number)
+        for line, steps in zip(each.lines[:2], (0, 2), strict=True):
+            outputs = run.learner.adapt(support_x, support_y, steps=steps)(query_x)
+            assert line.get_xdata() == pytest.approx(query_y.flatten() * y.std() + y.mean(), rel=1e-4)
+            assert line.get_ydata() == pytest.approx(outputs.detach().flatten() * y.std() + y.mean(), rel=1e-4)
+
+
 def test_predictions_are_those_of_the_saved_weights_in_the_targets_units(folder: Path, tmp_path: Path) -> None:
     """Also where the training data is gone, whatever the columns' order and the file's dress."""
     run = train_small(folder, tmp_path / "run")
