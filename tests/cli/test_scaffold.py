@@ -88,6 +88,7 @@ def test_new_plugin_passes_the_checks_that_take_long(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("ruff")
     folder = write_plugin(kind, "of-mine", tmp_path)
     command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "E,F,I,B,UP", "--line-length", "120"]
     command.append(str(folder))
@@ -146,17 +147,8 @@ def test_example_package_trains_beside_cml(tmp_path: Path, monkeypatch: pytest.M
     shutil.copytree(EXAMPLE, folder)
     installed(folder, monkeypatch)
     arguments = [
-        "--algo",
-        "signmaml",
-        "--augment",
-        "cml",
-        "--inner-steps",
-        "2",
-        "--steps",
-        "6",
-        "--set",
-        "test_tasks=4",
-    ]
+        "--algo", "signmaml", "--augment", "cml", "--inner-steps", "2", "--steps", "6", "--set", "test_tasks=4",
+    ]  # fmt: skip
     assert run(["train", *arguments, "--out", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "results.json").is_file()
     sys.modules.pop("metareg_signmaml", None)
