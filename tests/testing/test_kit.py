@@ -828,6 +828,7 @@ class Unused(Model):
         return network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "plugin"),
     [("algorithms", ScheduleOnSelf), ("tasks", OtherAfterAWhile), ("tasks", OtherInBlocks)],
