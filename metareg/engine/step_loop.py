@@ -13,8 +13,8 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.python_state import PythonState
-from metareg.engine.tracing import TRACING, create_graph
-from metareg.util.torch_internals import compile_graph, trace_loop, tree_flatten, tree_unflatten
+from metareg.engine.tracing import TRACING, create_graph, lift_factors
+from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
 
 __all__ = ["Batches", "OuterUpdate", "StepLoop", "Steps"]
 
@@ -92,6 +92,8 @@ class StepLoop:
         self._program: Callable[..., list[Tensor]] | None = None
         self._buffers: list[Tensor] = []
         """For the scalars of every step ``[batches]``."""
+        self._factors: list[Tensor] = []
+        """Numbers of the function that are inputs of the program."""
         self._key: Any = None
 
     def fits(self, batches: Batches) -> bool:
@@ -115,7 +117,9 @@ class StepLoop:
     def _run(self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate) -> Steps:
         assert self._program is not None
         carried = self._carry(meta, which.start, update)
-        next_batch, _, *values = self._program(*carried, torch.tensor(which.stop), update.rates, *stacks)
+        next_batch, _, *values = self._program(
+            *carried, torch.tensor(which.stop), update.rates, *stacks, *self._factors
+        )
         done, count = int(next_batch), len(meta)
         buffers, values = values[: len(self._buffers)], values[len(self._buffers) :]
         rows = [list(row) for row in zip(*(buffer[which.start : done].unbind() for buffer in buffers), strict=True)]
@@ -138,28 +142,24 @@ class StepLoop:
     ) -> None:
         names, count, states = tuple(meta), len(meta), len(update.state)
 
-        def take_step(*leaves: Tensor) -> list[Tensor]:
-            """The gradients and scalars, and the meta-parameters and the state after the step."""
-            params, state, (rate, *parts) = leaves[:count], leaves[count : count + states], leaves[count + states :]
-            values = self._function(dict(zip(names, params, strict=True)), tree_unflatten(parts, structure))
-            return [*values, *update.function(params, values[:count], state, rate)]
-
         first = batches.which[0]
-        example = [*meta.values(), *update.state, update.rates[first], *(stack[first] for stack in stacks)]
-        expected = self._function(meta, tree_unflatten(example[count + states + 1 :], structure))
+        expected = self._function(meta, tree_unflatten([stack[first] for stack in stacks], structure))
         checked = self._find_checked()
         self._buffers = [scalar.new_zeros(len(stacks[0])) for scalar in expected[count:]]
         width = len(self._buffers)
         end = width + 2 * count + states  # of what is carried beside the number and the flag
 
-        def body(number: Tensor, _: Tensor, *leaves: Tensor) -> list[Tensor]:
+        def take_step(number: Tensor, _: Tensor, *leaves: Tensor) -> list[Tensor]:
+            """What the loop carries after the step of a batch."""
             buffers, before, given = leaves[:width], leaves[width + count : end], leaves[end + 1 :]
-            values = step(*before, *(torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given))
-            grads, scalars, after = values[:count], values[count : count + width], values[count + width :]
+            rate, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
+            params, state = before[:count], before[count:]
+            values = self._function(dict(zip(names, params, strict=True)), tree_unflatten(parts, structure))
+            grads, scalars = values[:count], values[count:]
             is_finite = torch.stack([scalars[position].isfinite() for position in checked]).all()
             rows = zip(buffers, scalars, strict=True)
             written = [torch.index_copy(buffer, 0, number.view(1), scalar.view(1)) for buffer, scalar in rows]
-            pairs = zip(after, before, strict=True)
+            pairs = zip(update.function(params, grads, state, rate), before, strict=True)
             kept = [torch.where(is_finite, value, old) for value, old in pairs]
             return [number + 1, is_finite, *written, *grads, *kept]
 
@@ -167,10 +167,13 @@ class StepLoop:
             return (number < leaves[end]) & is_finite
 
         carried = self._carry(meta, first, update)
-        constants = [torch.tensor(first), update.rates, *stacks]
+        inputs = [*carried, torch.tensor(first), update.rates, *stacks]
         with TRACING:
-            step = create_graph(take_step, example)
-            self._program = compile_graph(trace_loop(goes_on, body, carried, constants), [*carried, *constants])
+            body = create_graph(take_step, inputs)
+            self._factors = lift_factors(body)
+            inputs += self._factors
+            loop = create_loop(trace(goes_on, inputs), body, len(carried))
+            self._program = compile_graph(loop, inputs)
         self._check(meta, range(first, first + 1), stacks, update, expected)
         self._key = _describe(batches)
 

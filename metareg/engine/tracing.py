@@ -31,7 +31,8 @@ from metareg.util.torch_internals import (
 )
 
 __all__ = [
-    "TRACING", "CompileError", "Program", "advise_on_memory", "create_graph", "remove_idle_operations", "summarise_error",
+    "TRACING", "CompileError", "Program", "advise_on_memory", "create_graph", "lift_factors", "remove_idle_operations",
+    "summarise_error",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -40,6 +41,7 @@ Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 _ATEN = torch.ops.aten
 _VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
+_PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
 TRACING = RLock()
@@ -138,7 +140,7 @@ class Program:
         try:
             with TRACING:
                 graph = create_graph(flat, leaves)
-                run = compile_graph(graph, leaves) if self._compiled else graph.forward
+                run = _compile(graph, leaves) if self._compiled else graph.forward
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
             raise
@@ -169,6 +171,37 @@ def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]
     if _mutates(graph):
         graph = trace(functionalize(graph), inputs)
     return remove_idle_operations(graph)
+
+
+def lift_factors(graph: torch.fx.GraphModule) -> list[Tensor]:
+    """Make inputs, after the others, of the numbers that tensors are multiplied by, and return their values, 0-d tensors.
+
+    A step size is a constant of the graph: as an input, it leaves one compiled program for all of its values. Integers stay,
+    which come from derivatives and shapes, and so do factors of numbers with 8 or 16 bits, which are rounded later.
+    """
+    places: dict[tuple[float, torch.dtype, torch.device], list[torch.fx.Node]] = {}
+    for node in graph.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "call_function" or node.target not in _PRODUCTS or not isinstance(value, Tensor):
+            continue
+        factor = node.args[1]
+        if isinstance(factor, float) and not factor.is_integer() and value.dtype in (torch.float32, torch.float64):
+            places.setdefault((factor, value.dtype, value.device), []).append(node)
+    last = [node for node in graph.graph.nodes if node.op == "placeholder"][-1]
+    for number, nodes in enumerate(places.values()):
+        with graph.graph.inserting_after(last):
+            last = graph.graph.placeholder(f"factor_{number}")
+        for node in nodes:
+            node.target, node.args = _ATEN.mul.Tensor, (node.args[0], last)
+    graph.recompile()
+    return [torch.tensor(factor, dtype=dtype, device=device) for factor, dtype, device in places]
+
+
+def _compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
+    """A graph as a compiled function."""
+    factors = lift_factors(graph)
+    program = compile_graph(graph, [*inputs, *factors])
+    return lambda *leaves: program(*leaves, *factors)
 
 
 def summarise_error(error: Exception) -> str:

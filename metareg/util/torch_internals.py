@@ -9,6 +9,7 @@ import atexit
 import copy
 import importlib
 import inspect
+import operator
 import os
 import shutil
 import tempfile
@@ -26,7 +27,7 @@ from metareg.errors import MetaregError
 
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph",
-    "copy_shell", "count_writes", "list_attributes", "list_places", "open_store", "trace", "trace_loop", "trace_sizes",
+    "copy_shell", "count_writes", "create_loop", "list_attributes", "list_places", "open_store", "trace", "trace_sizes",
     "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
@@ -97,20 +98,22 @@ def trace(function: Callable[..., Any], inputs: Sequence[Tensor]) -> torch.fx.Gr
     return graph
 
 
-def trace_loop(
-    goes_on: Callable[..., Tensor],
-    body: Callable[..., Sequence[Tensor]],
-    carried: Sequence[Tensor],
-    constants: Sequence[Tensor],
-) -> torch.fx.GraphModule:
-    """Trace ``while goes_on(*carried, *constants): carried = body(*carried, *constants)``; the graph returns `carried`.
+def create_loop(goes_on: torch.fx.GraphModule, body: torch.fx.GraphModule, carried: int) -> torch.fx.GraphModule:
+    """The graph of ``while goes_on(*values, *constants): values = body(*values, *constants)``; it returns `values`.
 
-    The loop is executed if torch cannot infer the shapes of its results otherwise.
+    Args:
+        goes_on: the graph of the condition.
+        body: that of a turn.
+        carried: the number of `values`, the first inputs of both.
     """
     loop = _find("torch._higher_order_ops.while_loop.while_loop_op")
-    graphs = [trace(function, (*carried, *constants)) for function in (goes_on, body)]
-    count = len(carried)
-    return trace(lambda *leaves: loop(*graphs, leaves[:count], leaves[count:]), (*carried, *constants))
+    graph = torch.fx.Graph()
+    inputs = [graph.placeholder(node.name) for node in body.graph.find_nodes(op="placeholder")]
+    parts = {"goes_on": goes_on, "body": body}
+    functions = [graph.create_node("get_attr", name) for name in parts]
+    values = graph.call_function(loop, (*functions, tuple(inputs[:carried]), tuple(inputs[carried:])))
+    graph.output([graph.call_function(operator.getitem, (values, number)) for number in range(carried)])
+    return torch.fx.GraphModule(parts, graph)
 
 
 def trace_sizes(
@@ -218,6 +221,12 @@ def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
     options = {
         "cpp.vec_isa_ok": True,
         "cpp_wrapper": all(value.device.type == "cpu" for value in inputs),
+        # The function that calls the kernels has nothing to optimise; at their level of optimisation it takes the compiler
+        # four fifths of its time.
+        "cpp_wrapper_build_separate": True,
+        # Precompiling headers takes 13 s once and saves 3 s per program. They would be in a folder in /tmp that anyone can
+        # create first.
+        "cpp_cache_precompile_headers": False,
         # The graph, which is the cache key, contains the loop's body and condition.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "its graphs"},
     }

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from metareg import Episodes, MetaLearner, hookimpl
+from metareg.engine import step_loop
 from metareg.engine.step_loop import Batches
 from metareg.errors import DivergenceError
 from metareg.learner.config import Schedule
@@ -124,3 +125,22 @@ def test_a_program_ends_before_a_step_that_is_not_finite(then: str, only_loops: 
     assert found[1:3] == ([10, 1] if then == "skip" else [6, 0])
     assert only_loops
     assert_close(others, weights)
+
+
+def test_settings_are_inputs_of_one_program() -> None:
+    """Trials of step sizes, seeds and numbers of steps find what the first of them compiled."""
+    graphs = []
+    for rate, seed, steps in ((0.1, 0, 2), (0.3, 1, 5)):
+        model = nn.Linear(1, 1).double()
+        learner = MetaLearner(
+            model, loss="mse", inner_lr=rate, outer_lr=rate / 7, seed=seed, strategy="compiled", **OPTIONS
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(step_loop, "compile_graph", lambda graph, inputs: graphs.append(describe(graph)) or graph)
+            learner.fit(Lines(), steps, meta_batch=TASKS)
+    assert graphs[0] == graphs[1]
+
+
+def describe(graph: fx.GraphModule) -> list[str]:
+    """What the cache of compiled programs knows a graph by."""
+    return [part.code for part in graph.modules() if isinstance(part, fx.GraphModule)]
