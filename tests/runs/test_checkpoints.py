@@ -736,17 +736,22 @@ def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
         assert (path / name).read_bytes() == (tmp_path / "skipping" / name).read_bytes()
 
 
-@pytest.mark.parametrize("policy", ["skip", "rollback"])
-def test_going_on_after_divergence_is_repeatable(tmp_path: Path, policy: str, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(
+    ("policy", "strategy"), [("skip", "serial"), ("rollback", "serial"), ("skip", "compiled"), ("rollback", "compiled")]
+)
+def test_going_on_after_divergence_is_repeatable(
+    tmp_path: Path, policy: str, strategy: str, caplog: pytest.LogCaptureFixture
+) -> None:
     # Steps 10 and 15 (tasks 18 and 29) go wrong.
-    run = _poisoned(tmp_path / "run", [18, 29], on_nonfinite=policy)
+    options = {"on_nonfinite": policy, "strategy": strategy}
+    run = _poisoned(tmp_path / "run", [18, 29], **options)
     assert run.learner.steps_done == 20
     assert "1 of at most 10" in caplog.text
     assert "2 of at most 10" in caplog.text
     steps = [(line["step"], line["split"]) for line in run.metrics()]
     assert len(steps) == len(set(steps))
     path = _stopped(tmp_path / "run", tmp_path / "stopped", 8)
-    metareg.train("maml", task=(Poison, {"tasks": [18, 29]}), out=path, resume=True, **SMALL, on_nonfinite=policy)
+    metareg.train("maml", task=(Poison, {"tasks": [18, 29]}), out=path, resume=True, **SMALL | options)
     assert _results(path) == _results(tmp_path / "run")
 
 
