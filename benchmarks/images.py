@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from harness import RESULTS, Row, check_same_gradient, interleaved, machine, paired, report
 from loops import ClonedModules
+from operations import time_operations
 from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
@@ -149,6 +151,39 @@ def data(size: int, _: argparse.Namespace) -> Result:
     return [row], {f"data-{size}": {"drawing": drawing, "step": stepping}}
 
 
+def operations(size: int, arguments: argparse.Namespace) -> Result:
+    """What a step of Conv4-64 consists of, in CPU time, and what its arithmetic would take at a bare convolution's speed."""
+    spec = SPECS[size]
+    batch = episodes(spec)
+    learner = MetaLearner("conv4", "maml", spec=spec, inner_lr=INNER_LR)
+    for _ in range(2):  # the second call of a shape traces
+        learner.step(batch)
+    shares = time_operations(lambda: learner.step(batch), arguments.rounds)
+    speed = _measure_convolution(size // 2)
+    whole = 1e3 * sum(share.seconds for share in shares.values())
+    flops = sum(share.flops for share in shares.values())
+    rows = [
+        Row(f"{kind} of Conv4-64, {size}×{size}", "the step", 1e3 * share.seconds, whole, "ms", compare="ratio")
+        for kind, share in sorted(shares.items(), key=lambda item: -item[1].seconds)
+    ]
+    work = f"{flops / 1e9:.1f} GFLOP of it at {speed / 1e9:.0f} GFLOP/s"
+    rows.append(Row(work, "the step", 1e3 * flops / speed, whole, "ms", compare="ratio"))
+    raw = {kind: dataclasses.asdict(share) for kind, share in shares.items()}
+    return rows, {f"operations-{size}": {"flops_per_second_of_a_convolution": speed, **raw}}
+
+
+def _measure_convolution(size: int) -> float:
+    """The floating-point operations per second of a 3×3 convolution of 64 channels, 75 images that lie channels last."""
+    images = torch.rand(75, 64, size, size).contiguous(memory_format=torch.channels_last)
+    weight = torch.rand(64, 64, 3, 3)
+    seconds = []
+    for _ in range(10):
+        start = time.process_time()
+        F.conv2d(images, weight, padding=1)
+        seconds.append(time.process_time() - start)
+    return 2 * 9 * 64 * images.numel() / min(seconds)
+
+
 def _repeated(step: Callable[[], object]) -> Callable[[int], None]:
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -160,6 +195,7 @@ def _repeated(step: Callable[[], object]) -> Callable[[int], None]:
 PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "data-28": partial(data, 28), "data-84": partial(data, 84),
     "conv4-28": partial(conv4, 28), "conv4-84": partial(conv4, 84),
+    "operations-28": partial(operations, 28), "operations-84": partial(operations, 84),
     "auto-1-shot": partial(auto, 1), "auto-5-shot": partial(auto, 5),
 }  # fmt: skip
 
