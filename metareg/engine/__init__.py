@@ -1,1 +1,1 @@
-"""The meta-gradient: its mathematics, the stages that plugins give it, and the strategies that run it."""
+"""The meta-gradient: its mathematics, the stages implemented by plugins, and the strategies that execute it."""

@@ -1,4 +1,4 @@
-"""A whole adaptation, from support set to predictions, as one program of `torch.export`."""
+"""Export of a whole adaptation, from support set to predictions, as one `torch.export` program."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ Sizes = tuple[int, int]
 """Numbers of support and query examples."""
 
 _TRACED = (7, 11)
-"""The sizes of the task that is traced, where they are left open."""
+"""The sizes of the traced task, if sizes are left open."""
 _TRIED = (1, 2, 3, 5, 9, 17, 33, 65, 129)
-"""Numbers of examples among which those are looked for that would have made a difference to tracing."""
+"""Numbers of examples to try, to find those for which tracing would have taken another branch."""
 _TOLERANCE = 1e-4
-"""Of predictions, relative to the largest: other sizes can take other kernels."""
+"""Tolerance of predictions, relative to the largest, because other sizes can use other kernels."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class AdaptiveProgram:
 
     program: torch.export.ExportedProgram
     support: int | None
-    """The number of support examples that it takes; None for any."""
+    """The number of support examples that it takes; None for any number."""
     query: int | None
 
 
 def create_adaptive_program(
     predict: Predict, draw: Callable[[int, int], Inputs], get_sizes: Callable[[], Sizes]
 ) -> AdaptiveProgram:
-    """The program of a function: for any number of examples where that can be traced, else for fixed ones.
+    """Create the program of a function: for any number of examples if that can be traced, otherwise for fixed numbers.
 
-    `torch.func` and the Python of plugins do their work while the function is traced. What is left is a graph of PyTorch's
-    own operations, those of the inner gradients among them. Its outputs are compared with the function's own, for
-    several numbers of examples.
+    `torch.func` and the plugins' Python code run only during tracing. The result is a graph of PyTorch's operations,
+    including those of the inner gradients. Its outputs are compared with the function's, for several numbers of
+    examples.
 
     Args:
-        predict: the outputs for a query set, given a support set; pure.
-        draw: some task with so many support and query examples.
-        get_sizes: the sizes to fix where they cannot be left open.
+        predict: a pure function that computes the outputs for a query set, given a support set.
+        draw: draws a task with given numbers of support and query examples.
+        get_sizes: returns the sizes to use if they cannot be left open.
 
     Raises:
         UsageError: the function cannot be traced.
@@ -60,7 +60,7 @@ def create_adaptive_program(
         sizes = (_TRACED[0] if free[0] else fixed[0], _TRACED[1] if free[1] else fixed[1])
         try:
             program = _export(predict, draw, sizes, free)
-        # Code of plugins and users is traced, and torch has errors of many kinds for what it cannot take.
+        # Tracing code of plugins and users can raise many kinds of errors.
         except Exception as error:
             problem = (str(error).strip().splitlines() or [type(error).__name__])[0]
         else:
@@ -71,10 +71,10 @@ def create_adaptive_program(
 def _export(
     predict: Predict, draw: Callable[[int, int], Inputs], sizes: Sizes, free: tuple[bool, bool]
 ) -> torch.export.ExportedProgram:
-    """The program for these sizes, those that are free left open.
+    """Export the program for these sizes, with the free ones left open.
 
     Raises:
-        ValueError: tracing fixed a size that should be free, or the program predicts something else.
+        ValueError: tracing fixed a size that should be free, or the program's predictions differ.
     """
     inputs = draw(*sizes)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def _export(
 
 
 def _prepare(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """A traced graph as torch.export takes it: with named arguments, and the tensors that it knows as buffers."""
+    """Convert a traced graph for torch.export: name its arguments, and register its tensors as buffers."""
     arguments = [node for node in graph.graph.nodes if node.op == "placeholder"]
     for node, name in zip(arguments, ("support_x", "support_y", "query_x"), strict=True):
         node.target = node.name = name
@@ -108,7 +108,7 @@ def _prepare(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 def _runs(predict: Predict, inputs: Inputs) -> bool:
     try:
         predict(*inputs)
-    except Exception:  # BatchNorm of a single vector, or whatever else a model cannot do
+    except Exception:  # for example, BatchNorm of a single vector
         return False
     return True
 
@@ -116,7 +116,7 @@ def _runs(predict: Predict, inputs: Inputs) -> bool:
 def _list_sizes(
     sizes: Sizes, free: tuple[bool, bool], least: int, answer: Callable[[int, int], tuple[bool, ...]]
 ) -> Iterator[Sizes]:
-    """Sizes at which to compare: those traced, the least, and a pair for each other course that tracing could have taken."""
+    """List the sizes to compare: those traced, the smallest, and a pair for each other branch that tracing has."""
     yield sizes
     tried = [
         [count for count in _TRIED if count >= least] if is_free else [size]
@@ -135,4 +135,4 @@ def _compare(outputs: Tensor, expected: Tensor, sizes: Sizes) -> None:
     if outputs.shape != expected.shape or not torch.allclose(
         outputs, expected, rtol=0.0, atol=_TOLERANCE * largest, equal_nan=True
     ):
-        raise ValueError("with {} support and {} query examples it predicts something else".format(*sizes))
+        raise ValueError("with {} support and {} query examples its predictions differ".format(*sizes))

@@ -1,4 +1,4 @@
-"""Whether two ways to compute the same tensors gave the same, to rounding."""
+"""Comparison of tensors that were computed in two ways, up to rounding."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch import Tensor
 
 __all__ = ["compare"]
 
-# Of the norm. Second derivatives amplify rounding: these tell a wrong rule of differentiation or a frozen value from it.
+# Relative to the norm. Second derivatives amplify rounding; these values separate it from wrong derivatives and frozen
+# values.
 _TOLERANCES = {torch.float64: 1e-4, torch.float32: 0.05}
 _TOLERANCE = 0.3
-"""Of numbers with 8 or 11 bits."""
+"""For types with 8 or 11 bits of precision."""
 
 
 def compare(found: Sequence[Tensor], expected: Sequence[Tensor], precision: torch.dtype | None = None) -> str | None:
-    """How the tensors differ, in words; None where they agree.
+    """Describe how the tensors differ; None if they agree.
 
     Args:
-        found: tensors of any shapes; scalars among others do not count.
-        expected: as many.
-        precision: what they were computed in, where it is another than their own type.
+        found: tensors of any shapes; scalars are ignored.
+        expected: the same number of tensors.
+        precision: the type in which they were computed, if it differs from their own.
     """
     pairs = [
         (one.detach().flatten(), other.detach().flatten())

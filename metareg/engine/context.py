@@ -1,4 +1,4 @@
-"""What the functions of one task are given: its data, its meta-parameters, and where the inner loop stands."""
+"""The arguments of the functions of one task: its data, its meta-parameters, and the state of the inner loop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["Adaptation", "Task", "TaskContext", "TaskOptions", "Tensors"]
 
 Tensors = dict[str, Tensor]
 Task = tuple[Any, Tensor, Any, Any]
-"""Support inputs and targets, query inputs and targets; the last two may be None where a task is only adapted to."""
+"""Support inputs and targets, query inputs and targets; the last two can be None for adaptation without a query set."""
 
 
 class TaskOptions(Protocol):
-    """The options of a learner that decide what happens in one task; `first_order` as in Finn et al. (2017), §5.2."""
+    """The options of a learner that apply to one task; `first_order` as in Finn et al. (2017), §5.2."""
 
     @property
     def inner_steps(self) -> int: ...
@@ -38,7 +38,7 @@ class TaskOptions(Protocol):
 
 @dataclass(frozen=True)
 class TaskContext:
-    """One task at some values of the meta-parameters: all that the inner steps and the outer loss need."""
+    """One task with values of the meta-parameters: everything that the inner steps and the outer loss need."""
 
     meta: Tensors
     """Every meta-parameter by name."""
@@ -48,24 +48,24 @@ class TaskContext:
     query_x: Any
     query_y: Tensor
     noise: Mapping[str, Any]
-    """What each plugin drew for the task."""
+    """The noise that each plugin drew for the task."""
     weights: Tensor | None
-    """Of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone."""
+    """Weights of the query loss after each inner step ``[inner_steps]``; None if only the last step counts."""
     features: tuple[Tensor, ...] = ()
-    """Of the support set, and of the query set where they are known, if only the head adapts; they depend on `meta`."""
+    """Features of the support set and, if known, of the query set, if only the head adapts; they depend on `meta`."""
 
     def detach(self) -> TaskContext:
-        """The same values as constants."""
+        """Return the context with detached tensors."""
         meta, features = tree_map(Tensor.detach, (self.meta, self.features))
         return replace(self, meta=meta, features=features)
 
 
 class Adaptation(NamedTuple):
-    """Where the inner loop of a task stands."""
+    """The state of a task's inner loop."""
 
     params: Tensors
     """The adapted parameters by name."""
     state: Any
-    """What the algorithm keeps from step to step, a pytree of tensors."""
+    """The algorithm's state between steps, a pytree of tensors."""
     start: Tensors
-    """The adapted parameters before the first step; empty where no plugin asks for them."""
+    """The adapted parameters before the first step; empty if no plugin needs them."""

@@ -1,8 +1,8 @@
-"""The strategies at work: the functions of one task over the tasks of a batch.
+"""Execution of the functions of one task over the tasks of a batch, with each strategy.
 
-A strategy only decides how the tasks of a batch are mapped (a Python loop or `torch.func.vmap`) and how the mapped function
-is executed (as it stands, as a traced graph, or compiled), so that all strategies agree to rounding in every combination of
-plugins.
+A strategy only decides how the tasks of a batch are mapped (a Python loop or `torch.func.vmap`) and how the mapped
+function is executed (directly, as a traced graph, or compiled). All strategies therefore agree up to rounding for every
+combination of plugins.
 """
 
 from __future__ import annotations
@@ -36,43 +36,43 @@ from metareg.util.torch_internals import tree_map
 __all__ = ["Engine", "Gradient"]
 
 _STACKS_BEFORE_TRACING = 32
-"""Stacks of tasks that an evaluation maps untraced: a test has six, and a graph saves some milliseconds of each."""
+"""Number of stacks that an evaluation maps untraced: a test has six, and a graph saves only milliseconds per stack."""
 
 
 @dataclass(frozen=True)
 class Gradient:
     """A meta-gradient, averaged over the tasks of a batch.
 
-    Where a plugin combines the tasks, `grads` and `loss` have them as their first dimension until it has done so, and
-    there is no ``grad_norm``; logged values are means from the beginning.
+    If a plugin combines the tasks, `grads` and `loss` have a task dimension until then, and there is no ``grad_norm``;
+    logged values are always means.
     """
 
     grads: Tensors
     loss: Tensor
-    """The objective that was differentiated: query loss and the augmenters' terms."""
+    """The differentiated objective: query loss and the augmenters' terms."""
     logs: Tensors
     """``query_loss``, the metric under its name, ``PLUGIN.KEY`` of the augmenters, and ``grad_norm``, the Euclidean norm."""
 
     def with_grads(self, grads: Tensors) -> Gradient:
-        """The same batch with other gradients, those of no single task, and their norm."""
+        """Return the same results with other gradients, without a task dimension, and their norm."""
         return Gradient(grads, self.loss.mean(), self.logs | {"grad_norm": _norm(grads)})
 
 
 class Engine:
-    """Runs the functions of one task over batches of tasks; arguments as those of `TaskFunctions`."""
+    """Runs the functions of one task over batches of tasks; arguments as for `TaskFunctions`."""
 
     def __init__(self, model: SplitModel, stages: Stages, loss: Loss, metric: Metric, options: TaskOptions) -> None:
         self.plain = TaskFunctions(model, stages.for_adaptation(), loss, metric, options)
-        """With those of the algorithm and the augmenters that stay, for evaluation and adaptation."""
+        """Functions with the stages of the algorithm and the augmenters that stay, for evaluation and adaptation."""
         self.training = TaskFunctions(model, stages, loss, metric, options, self.plain)
-        """With every stage."""
+        """Functions with all stages."""
         self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
         self._loop: StepLoop | None = None
         self._log_names: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy and a pickle trace anew: what a program replays is bound to the model that it was traced from."""
+        """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
         return {**self.__dict__, "_programs": {}, "_loop": None}
 
     def gradient(
@@ -84,17 +84,18 @@ class Engine:
         chunk: int | None,
         weights: Tensor | None = None,
     ) -> Gradient:
-        """The meta-gradient of the tasks of `batches`: their mean, each tensor with the strides of its parameter.
+        """Compute the mean meta-gradient of the tasks in `batches`, each tensor with the strides of its parameter.
 
-        Where a plugin combines tasks, it is that of every task, in their order.
+        If a plugin combines tasks, return the gradient of every task, in order.
 
         Args:
             meta: every meta-parameter by name.
             batches: stacks of tasks; tasks of different sizes are in different stacks.
-            noise: what was drawn for each task, in the order of the tasks.
+            noise: the noise of each task, in order.
             strategy: how to run them.
             chunk: the maximum number of tasks at once.
-            weights: of the query loss after each inner step ``[inner_steps]``; None for that after the last step alone.
+            weights: weights of the query loss after each inner step ``[inner_steps]``; None if only the last step
+                counts.
         """
         parts = self._run_parts(meta, batches, noise, strategy, chunk, weights)
         if self._keeps_tasks:
@@ -116,7 +117,7 @@ class Engine:
         chunk: int | None,
         weights: Tensor | None,
     ) -> Iterator[tuple[Gradient, float]]:
-        """The meta-gradients of the tasks that run at once, each with its share of all tasks; arguments as in `gradient`."""
+        """Yield meta-gradients of tasks that run at once, with their weights; arguments as in `gradient`."""
         total = sum(len(batch) for batch in batches)
         done = 0
         for batch in batches:
@@ -126,16 +127,16 @@ class Engine:
                 yield self._run_stack(meta, part, part_noise, strategy, weights), len(part) / total
 
     def take_steps(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> tuple[Steps, list[Gradient]] | None:
-        """Take training steps in one compiled program, on a CPU; None where they cannot be taken so.
+        """Take training steps in one compiled program, on a CPU; return None if that is impossible.
 
         Args:
             meta: every meta-parameter by name.
-            batches: contiguous; vectorized as one stack each, without noise and weights.
+            batches: contiguous batches, each vectorized as one stack, without noise and weights.
             update: the outer update.
 
         Returns:
-            Where they led; and what was computed in each, the gradients of the last alone. The last of them is not finite
-            where the loop ended before it.
+            The state after the steps, and the results of each step, with gradients only for the last one. If the loop
+            ended early, the last result is the one that is not finite.
         """
         if self._loop is None:
             self._loop = StepLoop(
@@ -152,12 +153,12 @@ class Engine:
         return steps, taken
 
     def _find_checked(self) -> list[int]:
-        """Where the objective and the gradient's norm are in what `_map_gradient` returns after the gradients."""
+        """Return the positions of objective and gradient norm in `_map_gradient`'s results after the gradients."""
         return [0, 1 + self._log_names.index("grad_norm")]
 
     @property
     def _reads(self) -> tuple[Any, ...]:
-        """What of the user's the functions of a task read."""
+        """The user's objects that the functions of a task read."""
         return self.training.loss, self.training.metric.function, *self.training.model.forwards
 
     def scores(
@@ -170,10 +171,10 @@ class Engine:
         chunk: int | None,
         bn_statistics: tuple[str, ...],
     ) -> Tensor:
-        """The metric of every task ``[tasks, len(bn_statistics), len(inner_steps)]``."""
+        """Compute the metric of every task ``[tasks, len(bn_statistics), len(inner_steps)]``."""
         policies = [_use_statistics(self.plain, each) for each in bn_statistics]
-        # Which statistics the predictions use makes no difference to the adaptation, unless it starts from features that
-        # were computed together with those of the query set.
+        # The statistics of predictions do not affect adaptation, unless it starts from features that were computed
+        # together with the query set's.
         adapting_alike = [[each] for each in policies] if self.plain.head_only else [policies]
         one_by_one = strategy in ONE_BY_ONE
 
@@ -193,7 +194,7 @@ class Engine:
                     score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
                 ]
         else:
-            # Compiling pays for many equal steps; an evaluation has few, each as long as many, and tracing costs it seconds.
+            # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = 1 if one_by_one else _STACKS_BEFORE_TRACING
             program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy, calls)
@@ -203,7 +204,7 @@ class Engine:
     def find_disagreement(
         self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], weights: Tensor | None = None
     ) -> str | None:
-        """Why the meta-gradients of some tasks at once are not those of one after the other; None where they are.
+        """Explain why the meta-gradients of tasks at once differ from those of one after the other; None if they agree.
 
         Args:
             meta, noise, weights: as in `gradient`.
@@ -226,7 +227,7 @@ class Engine:
         inner_steps: tuple[int, ...],
         bn_statistics: str,
     ) -> str | None:
-        """`find_disagreement` for what an evaluation computes: the outputs for the query sets, and their metric."""
+        """Do the same as `find_disagreement` for an evaluation: the outputs for the query sets, and their metric."""
         drawn = list(noise) or [{}] * len(episodes)
         steps = inner_steps[-1]
 
@@ -240,13 +241,13 @@ class Engine:
             return self._compare(lambda: list(vmap(score)(*tasks)[0]), expected)
 
     def _compare(self, compute_at_once: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor]) -> str | None:
-        """What keeps tasks from running at once: an error, or other values than one after the other."""
+        """Explain why tasks cannot run at once: an error, or values that differ from one after the other."""
         try:
             with torch.no_grad():
                 found = compute_at_once()
         except MetaregError:
             raise
-        except Exception as error:  # code of users and plugins is run, and torch has errors of many kinds for it
+        except Exception as error:  # running code of users and plugins can raise many kinds of errors
             return summarise_error(error)
         precision = torch.bfloat16 if self.training.options.precision == "bf16" else None
         return compare(found, expected, precision)
@@ -254,14 +255,14 @@ class Engine:
     def draw_for_adaptation(
         self, meta: Tensors, inner_steps: int, seed: int, draws: Sequence[tuple[str | int, ...]]
     ) -> list[dict[str, Any]]:
-        """What the plugins that adapt draw for some tasks; `draws` say for which, beside the seed."""
+        """Draw the noise of the plugins that adapt, for the tasks identified by `draws` and the seed."""
         adapted = {name: meta[name] for name in self.plain.adapted_names}
         return self.plain.stages.draw_noise("adapt", adapted, next(iter(meta.values())), inner_steps, seed, draws)
 
     def predict(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any], inner_steps: int, bn_statistics: str
     ) -> Tensor:
-        """The outputs ``[query, …]`` for one task after some inner steps, as evaluation and adapted modules make them."""
+        """Compute the outputs ``[query, …]`` for one task after some inner steps, as evaluation does."""
         functions = _use_statistics(self.plain, bn_statistics)
         context = functions.prepare(meta, task, noise)
         return functions.evaluate_query(functions.adapt(context, inner_steps).params, context)
@@ -280,7 +281,7 @@ class Engine:
                 task = _unbatch(episodes.parts)
                 return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
         program = self._find_program("gradient", self._map_gradient, strategy)
-        # The weights change from step to step: an input of the traced program, or they would be frozen into it.
+        # The weights change from step to step, so they are an input; otherwise, tracing would freeze them.
         extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
         flat = program(meta, episodes, extra)
         count = len(meta)
@@ -288,11 +289,12 @@ class Engine:
         return Gradient(dict(zip(meta, flat, strict=False)), flat[count], logs)
 
     def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
-        """The gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
-        # Each task is differentiated inside the map, not the mapped mean: that costs little more, and outside it the batched
-        # backward of BatchNorm, InstanceNorm and LayerNorm takes their statistics for constants (pytorch/functorch#534).
+        """Return the gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
+        # Differentiate each task inside the map instead of the mapped mean. It costs little more, and outside the map,
+        # the batched backward of BatchNorm, InstanceNorm and LayerNorm treats their statistics as constants
+        # (pytorch/functorch#534).
         noise, weights = extra.get("noise", {}), extra.get("weights")
-        if len(tasks[1]) == 1:  # a map over one task would only make its convolutions grouped ones
+        if len(tasks[1]) == 1:  # a map over one task would only turn convolutions into grouped ones
             derivative = compute_meta_gradient(self.training, meta, _unbatch(tasks), _unbatch(noise), weights)
             gradient = self._describe_task(*derivative)
         else:
@@ -302,13 +304,13 @@ class Engine:
         return [*gradient.grads.values(), gradient.loss, *gradient.logs.values()]
 
     def _describe_task(self, grads: Tensors, loss: Tensor, logs: Tensors) -> Gradient:
-        """The gradient of a single task, as `Gradient` has it."""
+        """Create the `Gradient` of a single task."""
         if self._keeps_tasks:
             return Gradient({name: value[None] for name, value in grads.items()}, loss[None], logs)
         return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
 
     def _describe_tasks(self, grads: Tensors, losses: Tensor, logs: Tensors) -> Gradient:
-        """The gradients of some tasks ``[tasks, …]``, as `Gradient` has them."""
+        """Create the `Gradient` of some tasks ``[tasks, …]``."""
         if self._keeps_tasks:
             return Gradient(grads, losses, tree_map(lambda leaf: leaf.mean(0), logs))
         grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), (grads, losses, logs))
@@ -328,29 +330,29 @@ class Engine:
 
 
 def _stack_noise(noise: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was drawn for some tasks, as an extra input of a program; nothing where nobody draws."""
+    """Stack the noise of some tasks as an extra input of a program; empty without noise."""
     return {"noise": stack_trees(noise)} if noise else {}
 
 
 def _use_statistics(functions: TaskFunctions, bn_statistics: str) -> TaskFunctions:
-    """The functions of a task with a policy of BatchNorm for query predictions."""
+    """Return the functions of a task with the given BatchNorm statistics for query predictions."""
     other = copy.copy(functions)
     other.support_statistics = bn_statistics == "support" and bool(functions.model.batch_norms)
     return other
 
 
 def _unbatch(tasks: Any) -> Any:
-    """The single task of a stack of one."""
+    """Remove the task dimension of a stack of one task."""
     return tree_map(lambda leaf: leaf[0], tasks)
 
 
 def _norm(grads: Tensors) -> Tensor:
-    """The Euclidean norm of a whole gradient."""
+    """Return the Euclidean norm of a whole gradient."""
     return torch.nn.utils.get_total_norm(grads.values())
 
 
 def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradient:
-    """Add a part to a mean with the share of the tasks that it stands for."""
+    """Add a part to a mean, weighted by its fraction of the tasks."""
     grads, loss, logs = _scale(part.grads, weight), part.loss * weight, _scale(part.logs, weight)
     if total is None:
         return Gradient(grads, loss, logs)
@@ -358,7 +360,7 @@ def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradie
 
 
 def _concatenate(parts: Sequence[Gradient]) -> Gradient:
-    """The gradients of the tasks of several parts, whose logged values are means."""
+    """Concatenate the gradients of several parts' tasks, and average their logged values."""
     if len(parts) == 1:
         return parts[0]
     losses = [part.loss for part in parts]

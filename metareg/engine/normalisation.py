@@ -1,8 +1,8 @@
-"""BatchNorm on the statistics of the batch at hand, with a cheap second derivative.
+"""BatchNorm with the statistics of the current batch and a cheap second derivative.
 
-A meta-gradient of second order differentiates the backward pass of every layer. PyTorch composes that of BatchNorm of more
-than a hundred operations, some forty of which read or write the whole batch. Written out, most of it is the backward
-pass itself, once more; the rest is two products and a sum.
+A second-order meta-gradient differentiates the backward pass of every layer. For BatchNorm, PyTorch composes this
+derivative of more than a hundred operations, about forty of which read or write the whole batch. Written by hand, most
+of it is another application of the backward pass; the rest is two products and a sum.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _ATEN = torch.ops.aten
 
 
 def cheapen_second_derivative(layer: nn.Module) -> nn.Module:
-    """A copy of a BatchNorm layer that computes the same; parameters are shared.
+    """Return a copy of a BatchNorm layer that computes the same with a cheap second derivative, and shares parameters.
 
     Args:
         layer: an `nn.BatchNorm1d`, `2d` or `3d` with weight and bias, without running statistics.
@@ -31,11 +31,11 @@ def cheapen_second_derivative(layer: nn.Module) -> nn.Module:
 
 
 class _CheapForward:
-    """The forward of a BatchNorm layer whose second derivative is cheap."""
+    """A forward pass for BatchNorm layers with a cheap second derivative."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if x.dim() < 2 or _count_per_channel(x) == 1:
-            nn.BatchNorm2d.forward(self, x)  # raises, and says why, for all three
+            nn.BatchNorm2d.forward(self, x)  # raises an explanatory error, for all three classes
         outputs: Tensor = _Normalise.apply(x, self.weight, self.bias, self.eps)[0]
         return outputs
 
@@ -84,7 +84,7 @@ class _Normalise(Function):
         to_x = to_weight = to_bias = None
         if of_y is not None:
             to_x, to_weight, to_bias = _NormaliseBackward.apply(of_y, x, weight, mean, rstd, ctx.eps)
-        if of_mean is not None and of_rstd is not None:  # they are used in second derivatives only, and there together
+        if of_mean is not None and of_rstd is not None:  # used only in second derivatives, and always together
             n = _count_per_channel(x)
             slope = of_rstd * rstd**3 / -n
             shift = _broadcast(of_mean / n - slope * mean, x)
@@ -97,7 +97,7 @@ class _Normalise(Function):
 
 
 class _NormaliseBackward(Function):
-    """The gradients of x, weight and bias from g, that of y; mean and rstd are arguments of their own.
+    """The gradients of x, weight and bias from g, the gradient of y; mean and rstd are separate arguments.
 
     With sums over the n numbers of a channel: to_bias = Σ g, to_weight = Σ g x̂ and
     to_x = weight · rstd · (g − to_bias / n − x̂ · to_weight / n).
@@ -107,7 +107,7 @@ class _NormaliseBackward(Function):
     def forward(
         g: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        # The kernel of a CPU for vectors and channels-last maps reads these three side by side, whatever their strides.
+        # The CPU kernel for vectors and channels-last maps ignores the strides of these three.
         weight, mean, rstd = (values.contiguous() for values in (weight, mean, rstd))
         outputs: tuple[Tensor, Tensor, Tensor] = _ATEN.native_batch_norm_backward(
             _match_layout(x, g), x, weight, None, None, mean, rstd, True, eps, [True, True, True]
@@ -121,11 +121,11 @@ class _NormaliseBackward(Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of Σ u · to_x + s · to_weight + t · to_bias."""
+        """Return the gradients of Σ u · to_x + s · to_weight + t · to_bias."""
         g, x, weight, mean, rstd, to_weight, to_bias = ctx.saved_tensors
         u, s, t = grads
         n = _count_per_channel(x)
-        # to_x is linear in g and symmetric, so that its transpose is itself, with u in the place of g.
+        # to_x is linear in g and symmetric, so its transpose is the same function of u.
         like_x, sum_ux, sum_u = _NormaliseBackward.apply(u, x, weight, mean, rstd, ctx.eps)
         of_g = torch.addcmul(like_x + _broadcast(t - s * rstd * mean, x), _broadcast(s * rstd, x), x)  # + s x̂ + t
         scale = weight * rstd
@@ -144,15 +144,15 @@ class _NormaliseBackward(Function):
 
 
 def _sums_naively(x: Tensor) -> bool:
-    """Whether PyTorch's kernel adds up all numbers of a channel one after the other in float32: channels last, on a CPU.
+    """Return whether PyTorch's kernel sums a channel sequentially in float32: for channels last on a CPU.
 
-    Of 75 images of 84×84 pixels, bright on dark, it then gives outputs that are wrong by 6e-3.
+    For 75 images of 84×84 pixels, bright on dark, its outputs are then wrong by 6e-3.
     """
     return x.device.type == "cpu" and x.dim() == 4 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
 
 
 def _sum_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of images that lie channels last: first of each column, then of all columns."""
+    """Compute the mean and variance of each channel of channels-last images, first by column, then over columns."""
     columns = x.movedim(1, -1).flatten(2).flatten(0, 1)
     mean, variance = (each.view(-1, x.shape[1]) for each in torch.batch_norm_update_stats(columns, None, None, 0.0))
     whole = mean.mean(0)
@@ -160,7 +160,7 @@ def _sum_in_parts(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _match_layout(x: Tensor, g: Tensor) -> Tensor:
-    """The gradient in the memory order of x; where they differ, tracing foretells another order than the result has."""
+    """Return the gradient in the memory order of x; otherwise, tracing would predict a wrong order of the result."""
     layouts = {4: (torch.contiguous_format, torch.channels_last), 5: (torch.contiguous_format, torch.channels_last_3d)}
     for layout in layouts.get(x.dim(), (torch.contiguous_format,)):
         if x.is_contiguous(memory_format=layout):
@@ -169,19 +169,19 @@ def _match_layout(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _count_per_channel(x: Tensor) -> int:
-    """How many numbers a channel has."""
+    """Count the numbers of a channel."""
     return x.numel() // x.shape[1]
 
 
 def _broadcast(values: Tensor, x: Tensor) -> Tensor:
-    """One value a channel, in a shape that goes with x."""
+    """Reshape one value per channel to broadcast with x."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
 def _run_as_channels(
     function: type[Function], tasks: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """The function for many tasks at once: the channels of each are channels of their own."""
+    """Run the function for many tasks at once, with the channels of each task as separate channels."""
     merged: list[Any] = []
     for value, dim in zip(inputs, in_dims, strict=True):
         if isinstance(value, Tensor):

@@ -23,13 +23,13 @@ __all__ = ["TaskFunctions"]
 
 @dataclass(frozen=True)
 class _TaskView:
-    """A task at one inner step, or in the outer stages; `metareg.TaskView` says what its members are."""
+    """A task at one inner step, or in the outer stages; `metareg.TaskView` describes its members."""
 
     functions: TaskFunctions
     context: TaskContext
     step: int
     start: Tensors | None = None
-    """None in the inner stages."""
+    """The parameters before the first step; None in the inner stages."""
 
     @property
     def support_x(self) -> Any:
@@ -117,7 +117,7 @@ class _TaskView:
         return adaptation.params, adaptation.state
 
     def _complete(self, params: Tensors) -> Tensors:
-        """Every parameter in the precision that the model runs in."""
+        """Return every parameter in the precision of the model's forward pass."""
         return self.functions.lower({**self.context.meta, **params})
 
     def _refuse_inner(self, name: str) -> None:
@@ -126,7 +126,7 @@ class _TaskView:
 
 
 class TaskFunctions:
-    """What happens in one task, as pure functions; there is no task dimension here."""
+    """The computations of one task, as pure functions without a task dimension."""
 
     def __init__(
         self,
@@ -140,7 +140,7 @@ class TaskFunctions:
         self.model = model
         self.stages = stages
         self.plain = plain or self
-        """The same without what is there in training only."""
+        """The same functions without training-only augmenters."""
         self.loss = loss
         self.metric = metric
         self.options = options
@@ -155,7 +155,7 @@ class TaskFunctions:
     def prepare(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any] | None = None, weights: Tensor | None = None
     ) -> TaskContext:
-        """What does not change from one inner step to the next; `TaskContext` says what the arguments are."""
+        """Compute everything that stays the same between inner steps; arguments as in `TaskContext`."""
         support_x, query_x = self.lower(task[0]), None if task[2] is None else self.lower(task[2])
         features: tuple[Tensor, ...] = ()
         if self.head_only and self.support_statistics:
@@ -165,17 +165,17 @@ class TaskFunctions:
         return TaskContext(meta, support_x, task[1], query_x, task[3], noise or {}, weights, features)
 
     def view(self, context: TaskContext, step: int) -> _TaskView:
-        """The task as the stages of an inner step see it."""
+        """Create the view of the task for the stages of an inner step."""
         return _TaskView(self, context, step)
 
     def start(self, context: TaskContext) -> Adaptation:
-        """The adaptation before the first step."""
+        """Return the adaptation before the first step."""
         params = {name: context.meta[name] for name in self.adapted_names}
         params, state = self.stages.start_task(params, context.meta, context.noise, self.view(context, 0))
         return Adaptation(params, state, params if self._keeps_start else {})
 
     def inner_loss(self, params: Tensors, context: TaskContext, step: int) -> Tensor:
-        """What an inner step descends, on the support set."""
+        """Return the loss on the support set that an inner step descends."""
         full = self.lower({**context.meta, **params})
         if context.features:
             outputs = self.model.head(full, context.features[0])
@@ -188,7 +188,7 @@ class TaskFunctions:
         return self.stages.inner_loss(outputs, targets, params, meta, step, self.loss, noise, view)
 
     def task_loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """The loss of a task's examples, a scalar."""
+        """Return the loss of a task's examples, a scalar."""
         value = self.loss(outputs, targets)
         if value.dim() != 0:
             raise UsageError(
@@ -198,7 +198,7 @@ class TaskFunctions:
         return value
 
     def inner_gradient(self, params: Tensors, context: TaskContext, step: int) -> Tensors:
-        """The gradient of `inner_loss`, as a constant where the outer loop is of first order."""
+        """Return the gradient of `inner_loss`; with ``first_order``, a constant for the outer loop."""
         if not params:
             return {}
         if self.options.first_order:
@@ -206,7 +206,7 @@ class TaskFunctions:
         return grad(self.inner_loss)(params, context, step)
 
     def inner_step(self, adaptation: Adaptation, context: TaskContext, step: int) -> Adaptation:
-        """The adaptation after one more step."""
+        """Take one inner step."""
         params, state, start = adaptation
         given = params, context.meta, step, state, context.noise, self.view(context, step)
         grads = self.stages.inner_gradient(*given) if self.stages.implements("inner_gradient") else None
@@ -217,14 +217,14 @@ class TaskFunctions:
         return Adaptation(params, state, start)
 
     def adapt(self, context: TaskContext, steps: int) -> Adaptation:
-        """The adaptation after `steps` steps of an evaluation."""
+        """Take `steps` inner steps of an evaluation."""
         adaptation = self.start(context)
         for step in range(steps):
             adaptation = self.evaluation_step(adaptation, context, step)
         return adaptation
 
     def evaluation_step(self, adaptation: Adaptation, context: TaskContext, step: int) -> Adaptation:
-        """`inner_step`, which leaves the head as it is where a plugin predicts in its place."""
+        """Take one inner step of an evaluation, which does not change the head if a plugin predicts instead of it."""
         after = self.inner_step(adaptation, context, step)
         if self.stages.predictor is None:
             return after
@@ -232,7 +232,7 @@ class TaskFunctions:
         return after._replace(params={**after.params, **head})
 
     def predict(self, adapted: Tensors, context: TaskContext) -> tuple[Tensor, Tensor]:
-        """Features and outputs of the query set ``[query, …]`` under adapted parameters."""
+        """Return features and outputs of the query set ``[query, …]`` with the adapted parameters."""
         params = self.lower({**context.meta, **adapted})
         support_features, features = self._extract_query(params, context)
         if support_features is None:
@@ -242,7 +242,7 @@ class TaskFunctions:
         return features, self.restore(outputs, context)
 
     def evaluate_query(self, adapted: Tensors, context: TaskContext) -> Tensor:
-        """The outputs for the query set in evaluation: the head's, or those of the plugin that predicts."""
+        """Return the outputs for the query set in evaluation: the head's, or those of the plugin that predicts."""
         if self.stages.predictor is None:
             return self.predict(adapted, context)[1]
         params = self.lower({**context.meta, **adapted})
@@ -250,10 +250,10 @@ class TaskFunctions:
         return self.restore(self.stages.predict(features, support_features, params), context)
 
     def create_module(self, params: Tensors, statistics_of: Any = None) -> nn.Module:
-        """An ordinary module with some values of the meta-parameters, which predicts as evaluation does.
+        """Create an ordinary module with given meta-parameters that predicts as evaluation does.
 
         Args:
-            params: every meta-parameter, adapted ones among them.
+            params: every meta-parameter, including adapted ones.
             statistics_of: as in `SplitModel.create_adapted_module`.
         """
         head = None
@@ -263,7 +263,7 @@ class TaskFunctions:
         return self.model.create_adapted_module(params, statistics_of, head)
 
     def _extract_query(self, params: Tensors, context: TaskContext) -> tuple[Tensor | None, Tensor]:
-        """Features of the support set, where it decides statistics, and of the query set."""
+        """Return features of the support set, if it provides the statistics, and of the query set."""
         if self.support_statistics:
             support, query = context.features or self.model.body_of_query(params, context.support_x, context.query_x)
             return support, query
@@ -272,11 +272,11 @@ class TaskFunctions:
         return None, self.model.body(params, context.query_x)
 
     def view_outer(self, adaptation: Adaptation, context: TaskContext) -> _TaskView:
-        """The task as the outer stages see it."""
+        """Create the view of the task for the outer stages."""
         return _TaskView(self, context, self.options.inner_steps, adaptation.start)
 
     def outer_loss(self, adaptation: Adaptation, context: TaskContext) -> tuple[Tensor, Tensors]:
-        """The part of the outer objective that the last inner step decides, and what is logged of it."""
+        """Return the part of the outer objective after the last inner step, and its logs."""
         adapted, state, start = adaptation
         features, outputs = self.predict(adapted, context)
         view = self.view_outer(adaptation, context)
@@ -299,7 +299,8 @@ class TaskFunctions:
             steps, noise = self.options.inner_steps, context.noise
             own = self.stages.outer_objective(context.meta, adapted, start, state, steps, noise, view)
             objective = objective if own is None else own
-        # Where a plugin gives the outer gradient, the query loss is reported and only the terms are differentiated.
+        # If a plugin computes the outer gradient, the query loss is only reported, and only the terms are
+        # differentiated.
         total = terms if self.stages.implements("outer_gradient") else objective + terms
         reported = query_loss.detach()
         same = self.metric.function is self.loss and reported.dtype == widen(reported).dtype
@@ -308,7 +309,7 @@ class TaskFunctions:
         return torch.as_tensor(total, dtype=query_loss.dtype), logs | extra_logs
 
     def earlier_losses(self, adapted: Tensors, context: TaskContext, step: int) -> tuple[Tensor, ...]:
-        """The weighted query loss of the parameters that an inner step starts from, where there are weights."""
+        """Return the weighted query loss at the start of an inner step, if there are weights."""
         if context.weights is None or step == 0:
             return ()
         _, outputs = self.predict(adapted, context)
@@ -317,7 +318,7 @@ class TaskFunctions:
     def objective(
         self, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
     ) -> tuple[Tensor, Tensors]:
-        """The outer objective of one task, and what is logged of it; arguments as in `prepare`."""
+        """Return the outer objective of one task, and its logs; arguments as in `prepare`."""
         context = self.prepare(meta, task, noise, weights)
         adaptation = self.start(context)
         earlier: tuple[Tensor, ...] = ()
@@ -335,16 +336,16 @@ class TaskFunctions:
         inner_steps: Sequence[int],
         predictors: Sequence[TaskFunctions],
     ) -> Tensor:
-        """The metric on the query set after each number of inner steps ``[len(predictors), len(inner_steps)]``.
+        """Return the metric on the query set after each number of inner steps ``[len(predictors), len(inner_steps)]``.
 
         Args:
             meta, task, noise: as in `prepare`.
-            inner_steps: ascending.
-            predictors: what predicts with the adapted parameters: functions that differ from these in no more than whose
-                statistics BatchNorm uses for the query set; these alone where only the head adapts.
+            inner_steps: the numbers of inner steps, ascending.
+            predictors: the functions that predict with the adapted parameters. They can differ from these functions
+                only in the BatchNorm statistics for the query set; only these functions if only the head adapts.
         """
         context = self.prepare(meta, task, noise)
-        if len(context.features) == 1:  # those of the query set too: once, not after each number of steps
+        if len(context.features) == 1:  # compute the query set's features once, not after each number of steps
             query_features = self.model.body(self.lower(meta), context.query_x)
             context = replace(context, features=(*context.features, query_features))
         adaptation = self.start(context)
@@ -358,13 +359,13 @@ class TaskFunctions:
         return torch.stack(scores, 1)
 
     def lower(self, tree: Any) -> Any:
-        """Parameters or inputs in the precision that the model runs in."""
+        """Convert parameters or inputs to the precision of the model's forward pass."""
         if self.options.precision == "full":
             return tree
         return tree_map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, tree)
 
     def restore(self, outputs: Tensor, context: TaskContext) -> Tensor:
-        """Outputs in the precision of the meta-parameters, in which losses and metrics are computed."""
+        """Convert outputs to the precision of the meta-parameters, for losses and metrics."""
         return outputs if self.options.precision == "full" else outputs.to(next(iter(context.meta.values())).dtype)
 
 

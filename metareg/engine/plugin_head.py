@@ -12,11 +12,11 @@ __all__ = ["PluginHead"]
 
 
 class PluginHead(nn.Module):
-    """A head whose outputs are those of the plugin that predicts.
+    """A head that calls the plugin that predicts.
 
     Args:
-        stages: those in which it does.
-        meta: every meta-parameter; the module has the plugin's own as its parameters.
+        stages: the stages with this plugin.
+        meta: every meta-parameter; the plugin's own become the module's parameters.
         support_features: as in the hook `predict`.
     """
 

@@ -1,6 +1,6 @@
-"""Python state that functions read besides their arguments: variables, attributes and containers, which can change.
+"""Python state that functions read besides their arguments: variables, attributes and containers.
 
-A traced graph holds the values that they had when it was traced.
+A traced graph freezes their values at the time of tracing.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ __all__ = ["PythonState"]
 Values = dict[Any, Any]
 
 _Accessors = tuple[Callable[[], Values], Callable[[Values], None]]
-"""Read what a namespace or container holds; put values back."""
+"""Functions that read the values of a namespace or container, and restore them."""
 
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "metareg", "torchvision", "dgl", "pandas")
-"""Packages whose functions and classes keep nothing of a user's between calls."""
+"""Packages whose functions and classes do not keep users' state between calls."""
 _MOST_ENTRIES = 64
-"""Larger containers are data: they are told apart by identity alone."""
+"""Larger containers are treated as data and compared only by identity."""
 _MOST_DEPTH = 6
 
 
 @dataclass(frozen=True)
 class _Place:
-    """One namespace or container, and what it held."""
+    """A namespace or container, and its recorded values."""
 
     name: Callable[[Any], str]
-    """Of an entry, by its key."""
+    """Returns the name of an entry, given its key."""
     read: Callable[[], Values]
     write: Callable[[Values], None]
     saved: Values
 
 
 class PythonState:
-    """The values that some functions and objects can read, as they were when this was created.
+    """A record of the values that some functions and objects can read.
 
-    Followed are closures, defaults, the global names that a function's code has, attributes of objects and modules, and what
-    small lists, dicts and sets hold. Tensors and arrays are told apart by identity.
+    It covers closures, defaults, global names in a function's code, attributes of objects and modules, and the entries
+    of small lists, dicts and sets. Tensors and arrays are compared by identity.
 
     Args:
         roots: functions, modules and callable objects.
@@ -58,7 +58,7 @@ class PythonState:
             self._visit(root, "", 0)
 
     def find_changes(self) -> Iterator[str]:
-        """The names of what has another value now."""
+        """Yield the names of values that have changed."""
         for place in self._places:
             now, saved = place.read(), place.saved
             for key in saved if now.keys() == saved.keys() else now.keys() | saved.keys():
@@ -66,7 +66,7 @@ class PythonState:
                     yield place.name(key)
 
     def restore(self) -> None:
-        """Put every value back."""
+        """Restore every value."""
         for place in self._places:
             now = place.read()
             if now.keys() != place.saved.keys() or any(now[key] is not value for key, value in place.saved.items()):
@@ -183,7 +183,7 @@ def _accessors_of_cell(cell: types.CellType) -> _Accessors:
     def read() -> Values:
         try:
             return {"": cell.cell_contents}
-        except ValueError:  # it is empty
+        except ValueError:  # an empty cell
             return {}
 
     def write(saved: Values) -> None:
@@ -194,7 +194,7 @@ def _accessors_of_cell(cell: types.CellType) -> _Accessors:
 
 
 def _list_names(code: types.CodeType) -> Iterator[str]:
-    """The global names and attributes that a function's code has, with those of the functions inside it."""
+    """Yield the global names and attributes in a function's code, including nested functions."""
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):

@@ -1,8 +1,8 @@
 """Side effects of a forward pass: writes to tensors and attributes, random draws, and attention.
 
-A learner is a function of its meta-parameters. What its model's forward writes, such as running statistics, the power
-iteration of a spectral norm, a counter or a cached mask, is therefore dropped after each call: every call starts from the
-same values, in every strategy, and gradients, evaluation and adaptation leave the learner as it was.
+A learner is a function of its meta-parameters. Writes of its model's forward pass, such as running statistics, the
+power iteration of a spectral norm, a counter or a cached mask, are therefore discarded after each call. Every call
+starts from the same values, in every strategy, and gradients, evaluation and adaptation do not change the learner.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["SideEffects", "call_purely", "observe"]
 
 _ATTENTION = (torch.nn.functional.scaled_dot_product_attention, torch.nn.functional.multi_head_attention_forward)
 _ATTENTION_LOCK = RLock()
-"""Held where the kernels of attention are chosen: torch keeps that choice for the whole process."""
+"""Held while attention kernels are selected, because torch's selection is global to the process."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SideEffects:
     """The side effects of a module's forward pass."""
 
     tensors: tuple[str, ...] = ()
-    """The places of the parameters and buffers that it writes in place."""
+    """The names of the parameters and buffers that it writes in place."""
     attributes: tuple[str, ...] = ()
     """The attributes and variables that it changes."""
     attends: bool = False
@@ -47,18 +47,18 @@ class SideEffects:
 
 
 def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Tensor, SideEffects]:
-    """Call a module once and leave everything as it was.
+    """Call a module once, and restore everything that it changes.
 
     Args:
-        module: whose forward is observed.
-        values: parameters by their places in it.
+        module: the module to observe.
+        values: parameters by their names in it.
         x: its inputs ``[examples, …]``.
 
     Returns:
         Its outputs and its side effects.
 
     Raises:
-        UsageError: it draws random numbers.
+        UsageError: the forward pass draws random numbers.
     """
     tensors = _list_tensors(module, values)
     state, watch, generators = PythonState(module), _AttentionWatch(), save_global_generators()
@@ -84,7 +84,7 @@ def observe(module: nn.Module, values: Mapping[str, Tensor], x: Any) -> tuple[Te
 
 
 def call_purely(module: nn.Module, values: Mapping[str, Tensor], x: Any, effects: SideEffects) -> Tensor:
-    """The outputs of a module, which changes nothing; arguments as in `observe`."""
+    """Return the outputs of a module without side effects; arguments as in `observe`."""
     if not effects:
         outputs: Tensor = functional_call(module, dict(values), (x,), tie_weights=False)
         return outputs
@@ -100,7 +100,7 @@ def call_purely(module: nn.Module, values: Mapping[str, Tensor], x: Any, effects
 
 
 def _list_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All parameters and buffers of a module, each of its places once: what `values` says, else its own."""
+    """List all parameters and buffers of a module by name, each name once, with values from `values` if present."""
     owners = ((place, *place.rpartition(".")[::2]) for place in values)
     given = {(module.get_submodule(owner), name): place for place, owner, name in owners}
     tensors = dict(values)
@@ -112,7 +112,7 @@ def _list_tensors(module: nn.Module, values: Mapping[str, Tensor]) -> dict[str, 
 
 
 def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of each tensor, of one that stands in several places one."""
+    """Copy each tensor; a tensor with several names is copied once."""
     copies: dict[int, Tensor] = {}
     return {place: copies.setdefault(id(tensor), tensor.clone()) for place, tensor in tensors.items()}
 
@@ -125,7 +125,7 @@ def _get_tensor(module: nn.Module, place: str) -> Tensor:
 
 @contextmanager
 def _take_math_kernel() -> Iterator[None]:
-    """Compute attention by the operations that it is made of: PyTorch's fused kernels have no second derivative."""
+    """Compute attention from its basic operations, because PyTorch's fused kernels have no second derivative."""
     with _ATTENTION_LOCK:
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
@@ -137,7 +137,7 @@ def _take_math_kernel() -> Iterator[None]:
 
 
 class _AttentionWatch(TorchFunctionMode):
-    """Sees whether a block computes attention."""
+    """Detects whether a block computes attention."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,6 +151,6 @@ class _AttentionWatch(TorchFunctionMode):
 
 
 def _are_equal(states: Any, others: Any) -> bool:
-    """Whether the states of generators are the same."""
+    """Return whether the states of generators are equal."""
     pairs = zip(tree_leaves(states), tree_leaves(others), strict=True)
     return all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in pairs)

@@ -1,4 +1,4 @@
-"""An `nn.Module` seen as two pure functions: ``features = body(params, x)`` and ``outputs = head(params, features)``."""
+"""An `nn.Module` as two pure functions: ``features = body(params, x)`` and ``outputs = head(params, features)``."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ log = logging.getLogger("metareg")
 
 Params = Mapping[str, Tensor]
 _Part = Literal["module", "body", "head", "neck"]
-"""The whole, what comes before the head, the head, and the head without its last layer."""
+"""The whole module, the part before the head, the head, and the head without its last layer."""
 _NO_EFFECTS = SideEffects()
 
 
 class SplitModel:
     """A copy of a user's model, split into body and head, that takes its parameters as arguments.
 
-    A module with the submodules `body` and `head` is split there, an `nn.Sequential` before its last layer, any other at
-    the submodule that `head` names (which must be the last thing that its forward applies). Where no head is known the
-    whole module is the body and the head is the identity.
+    A module with the submodules `body` and `head` is split there, an `nn.Sequential` before its last layer, and any
+    other module at the submodule `head`, which its forward pass must apply last. If no head is known, the whole module
+    is the body and the head is the identity.
 
-    Modules wrapped by `torch.compile` are unwrapped: the strategy decides what is compiled.
+    Modules wrapped by `torch.compile` are unwrapped, because the strategy decides what is compiled.
 
-    BatchNorm layers are converted in the copy to use the statistics of the batch at hand and to keep no running ones:
-    running statistics would leak from one task into the next. What other layers write into buffers, attributes or parameters
-    is dropped after each call, once `observe` has seen it (metareg.engine.side_effects).
+    BatchNorm layers of the copy use the statistics of the current batch and keep no running statistics, which would
+    leak from one task into the next. Other layers' writes into buffers, attributes or parameters are discarded after
+    each call, once `observe` has detected them (metareg.engine.side_effects).
 
     Args:
         model: any module; it is copied and never changed.
-        head: the dotted name of the submodule that is the head.
+        head: the dotted name of the head.
 
     Raises:
-        UnknownNameError: `model` has no submodule of the name `head`.
+        UnknownNameError: `model` has no submodule named `head`.
         UsageError: the model draws random numbers (dropout), or has trainable parameters outside body and head, or of
             several types.
     """
@@ -76,15 +76,15 @@ class SplitModel:
         self._modules: dict[_Part, nn.Module] = {"body": body, "head": head_part, "neck": neck}
         self._support_norms: dict[int, tuple[nn.Module, nn.Module]] = {}
         self._lock = RLock()
-        """Held where the modules are in use: `functional_call` puts values into them for the time of a call."""
+        """Held while the modules are used, because `functional_call` swaps values into them during a call."""
 
         trainable = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         if not trainable:
             raise UsageError(f"The model {type(model).__name__} has no trainable parameter.")
         _refuse_types(trainable)
         self.names = tuple(trainable)
-        # Tied weights have several names and are one parameter, under the first of them. One that body and head share
-        # counts as the body's.
+        # Tied weights are one parameter under their first name. A parameter shared by body and head belongs to the
+        # body.
         first_names = {id(p): name for name, p in trainable.items()}
         everywhere = {
             name: first_names[id(p)]
@@ -106,11 +106,11 @@ class SplitModel:
             "head": in_head,
             "neck": {place: first for place, first in in_head.items() if self._is_in_neck(place)},
         }
-        """The parameters by their places in a part."""
+        """Parameter names by their names within a part."""
         self._effects: dict[_Part, SideEffects] = {}
-        """The side effects of a part, as far as `examine` has seen them."""
+        """The side effects of each part that `examine` has observed."""
         self._written: list[str] = []
-        """The names of what the forward writes, less what layers of torch keep for themselves."""
+        """The names of what the forward pass writes, without internal state of torch's layers."""
         stray = [name for name in in_body if not name.startswith(self.body_prefix)]
         if stray:
             raise UsageError(
@@ -119,7 +119,7 @@ class SplitModel:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """A lock is nothing that could be copied or pickled."""
+        """Omit the lock, which cannot be copied or pickled."""
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -127,34 +127,34 @@ class SplitModel:
 
     @property
     def has_head(self) -> bool:
-        """Whether it is known which part is the head."""
+        """Whether the head is known."""
         return self.head_prefix is not None
 
     @property
     def forwards(self) -> list[Any]:
-        """What its modules run when they are called."""
+        """The functions that its modules run when they are called."""
         return [type(each).forward for each in self.module.modules()]
 
     def initial_parameters(self) -> dict[str, Tensor]:
-        """Contiguous copies of the trainable parameters by name."""
+        """Return contiguous copies of the trainable parameters by name."""
         return copy_contiguous({name: p for name, p in self.module.named_parameters() if p.requires_grad})
 
     def constants(self) -> dict[str, Tensor]:
-        """What is not passed as an argument, by name: buffers and frozen parameters."""
+        """The tensors that are not arguments, by name: buffers and frozen parameters."""
         with self._lock:
             trainable = {name for name, p in self.module.named_parameters(remove_duplicate=False) if p.requires_grad}
             return {name: value for name, value in self.module.state_dict().items() if name not in trainable}
 
     def body(self, params: Params, x: Any) -> Tensor:
-        """Features ``[examples, …]`` of inputs ``[examples, …]``."""
+        """Return features ``[examples, …]`` of inputs ``[examples, …]``."""
         return self._call("body", params, x)
 
     def head(self, params: Params, features: Tensor) -> Tensor:
-        """Outputs ``[examples, …]`` of features ``[examples, …]``."""
+        """Return outputs ``[examples, …]`` of features ``[examples, …]``."""
         return self._call("head", params, features)
 
     def embed(self, params: Params, features: Tensor) -> Tensor:
-        """What the head's last layer takes ``[examples, …]``, of features ``[examples, …]``."""
+        """Return the inputs of the head's last layer ``[examples, …]`` for features ``[examples, …]``."""
         return self._call("neck", params, features)
 
     @property
@@ -162,7 +162,7 @@ class SplitModel:
         """The names of the weight ``[outputs, inputs]`` and the bias ``[outputs]`` of the head's last layer.
 
         Raises:
-            UsageError: the head does not end in an `nn.Linear`, or that is frozen.
+            UsageError: the head does not end in an `nn.Linear`, or that layer is frozen.
         """
         if self._last_linear is None:
             raise UsageError(
@@ -179,12 +179,12 @@ class SplitModel:
         return last["weight"], last.get("bias")
 
     def forward(self, params: Params, x: Any) -> tuple[Tensor, Tensor]:
-        """Features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
+        """Return features and outputs ``[examples, …]`` of inputs ``[examples, …]``."""
         features = self.body(params, x)
         return features, self.head(params, features)
 
     def body_of_query(self, params: Params, support_x: Any, query_x: Any) -> tuple[Tensor, Tensor]:
-        """Features of support and query set, BatchNorm using the support set's statistics for both."""
+        """Return features of support and query set; BatchNorm uses the support set's statistics for both."""
         examples = tree_leaves(support_x)[0].shape[0]
         body, _ = self._find_support_norms(examples)
         both = tree_map(lambda s, q: torch.cat([s, q]), support_x, query_x)
@@ -192,7 +192,7 @@ class SplitModel:
         return features[:examples], features[examples:]
 
     def head_of_query(self, params: Params, support_features: Tensor, query_features: Tensor) -> Tensor:
-        """Outputs for the query set, BatchNorm using the support set's statistics."""
+        """Return outputs for the query set; BatchNorm uses the support set's statistics."""
         examples = support_features.shape[0]
         _, head = self._find_support_norms(examples)
         both = torch.cat([support_features, query_features])
@@ -201,13 +201,13 @@ class SplitModel:
     def create_adapted_module(
         self, params: Params, statistics_of: Any = None, head: nn.Module | None = None
     ) -> nn.Module:
-        """An ordinary module of the user's own class with these parameters, in evaluation mode.
+        """Create a module of the user's own class with these parameters, in evaluation mode.
 
         Args:
             params: parameters by name.
-            statistics_of: inputs ``[examples, …]`` whose statistics the BatchNorm layers are to use from now on; None to
-                use those of each batch.
-            head: what takes the head's place, if anything.
+            statistics_of: inputs ``[examples, …]`` whose statistics the BatchNorm layers will use; None for those of
+                each batch.
+            head: a replacement for the head, if any.
         """
         with self._lock:
             module = copy.deepcopy(self.module)
@@ -221,13 +221,13 @@ class SplitModel:
         return module.eval()
 
     def settle(self, module: nn.Module, params: Params, x: Any) -> nn.Module:
-        """An adapted module whose layers that write when they are called predict as this model does.
+        """Make layers with side effects in an adapted module predict as in this model.
 
-        In evaluation mode a spectral norm no longer iterates, so each is called once first. Layers that still compute
-        something else, such as ones with running statistics of their own, stay in the mode that the model is in.
+        In evaluation mode, a spectral norm no longer iterates, so each such layer is called once first. Layers that
+        still compute something else, such as layers with their own running statistics, stay in the model's mode.
 
         Args:
-            module: what `create_adapted_module` made of `params`, without another head.
+            module: the result of `create_adapted_module` for `params`, without a replaced head.
             params: parameters by name.
             x: inputs ``[examples, …]``.
         """
@@ -258,10 +258,10 @@ class SplitModel:
             The outputs ``[examples, …]``.
 
         Raises:
-            UsageError: ``head(body(x))`` is something else than the module's own forward, so that training would optimise
-                another function than the user calls; or a forward draws random numbers.
+            UsageError: ``head(body(x))`` differs from the module's own forward pass, so training would optimise another
+                function; or the forward pass draws random numbers.
         """
-        # The module's own BatchNorm would be too imprecise for images that lie channels last (metareg.engine.normalisation).
+        # The module's own BatchNorm is too imprecise for channels-last images (metareg.engine.normalisation).
         x = tree_map(torch.Tensor.contiguous, x)
         if not self.has_head or type(self.module).forward is nn.Module.forward:
             return self._observe_parts(params, x)
@@ -271,7 +271,7 @@ class SplitModel:
             parts = self._observe_parts(params, x)
         except UsageError:
             raise
-        except Exception:  # the head may raise anything on what it is not made for
+        except Exception:  # a head can raise anything on inputs that it is not made for
             parts = torch.empty(0)
         if not _are_alike(whole, parts):
             raise UsageError(
@@ -281,25 +281,25 @@ class SplitModel:
         return parts
 
     def to(self, device: torch.device) -> None:
-        """Move what is not passed as an argument (buffers, frozen parameters)."""
+        """Move the constants (buffers, frozen parameters)."""
         self.module.to(device)
 
     def _call(self, part: _Part, params: Params, x: Any, module: nn.Module | None = None) -> Tensor:
-        """The outputs of a part, or of a module that has taken its place."""
+        """Return the outputs of a part, or of a module that replaces it."""
         values, effects = self._place(part, params), self._effects.get(part, _NO_EFFECTS)
         with self._lock:
             return call_purely(module or self._modules[part], values, x, effects)
 
     def _place(self, part: _Part, params: Params) -> dict[str, Tensor]:
-        """The parameters of a part by their places in it: every place of a tied weight is among them."""
+        """Return the parameters of a part by their names in it, including every name of a tied weight."""
         return {place: params[name] for place, name in self._places[part].items()}
 
     def _is_in_neck(self, place: str) -> bool:
-        """Whether a place in the head is in the neck too."""
+        """Return whether a name in the head is also in the neck."""
         return place.rpartition(".")[0] != self._last_linear
 
     def _observe_parts(self, params: Params, x: Any) -> Tensor:
-        """The outputs of the head on those of the body; the side effects of both are recorded."""
+        """Return the outputs of head and body, and record the side effects of both."""
         with self._lock:
             features, of_body = observe(self._modules["body"], self._place("body", params), x)
             outputs, of_head = observe(self._modules["head"], self._place("head", params), features)
@@ -319,13 +319,13 @@ class SplitModel:
         return outputs
 
     def _list_written(self, effects: SideEffects, prefix: str) -> list[str]:
-        """The names of what a part writes, less what layers of torch keep for themselves as recurrent ones do."""
+        """List the names of what a part writes, without internal state of torch's layers, such as recurrent ones."""
         named = [f"{prefix}{name}" for name in effects.attributes]
         own = [name for name in named if not type(self._find_owner(name)).__module__.startswith("torch.")]
         return [*(f"{prefix}{name}" for name in effects.tensors), *own]
 
     def _find_owner(self, name: str) -> nn.Module:
-        """The submodule that something written belongs to; the whole where it is none's."""
+        """Find the submodule that owns a written value; the whole module if none does."""
         layers = dict(self.module.named_modules())
         return layers.get(name.rpartition(".")[0], self.module)
 
@@ -352,7 +352,7 @@ class SplitModel:
         return [name for name, layer in layers.items() if isinstance(layer, BATCH_NORM)]
 
     def _find_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
-        if not isinstance(examples, int):  # a symbol: a program for any number of examples is traced
+        if not isinstance(examples, int):  # symbolic, while a program for any number of examples is traced
             return self._create_support_norms(examples)
         if examples not in self._support_norms:
             self._support_norms[examples] = self._create_support_norms(examples)
@@ -367,7 +367,7 @@ class SplitModel:
 
 
 class _SupportNorm(nn.Module):
-    """BatchNorm whose statistics are those of the first `examples` rows, the support set's."""
+    """BatchNorm with the statistics of the first `examples` rows, which are the support set."""
 
     def __init__(self, layer: Any, examples: int) -> None:
         super().__init__()
@@ -384,16 +384,16 @@ class _SupportNorm(nn.Module):
 
 
 def _set_modes(module: nn.Module, names: Iterable[str], *, training: bool) -> None:
-    """Set the mode of some submodules and of what they hold."""
+    """Set the mode of some submodules and their children."""
     for name in names:
         module.get_submodule(name).train(training)
 
 
 def _are_alike(whole: Tensor, parts: Tensor) -> bool:
-    """Whether two ways to one result give it.
+    """Return whether two computations of the same result agree.
 
-    On CUDA torch computes convolutions of float32 in TF32, with 10 bits; where outputs are small beside others of the same
-    example, nothing can be said of them one by one.
+    On CUDA, torch computes float32 convolutions in TF32 with 10 bits, so outputs that are small relative to others of
+    the same example cannot be compared one by one.
     """
     if whole.shape != parts.shape:
         return False
@@ -404,7 +404,7 @@ def _are_alike(whole: Tensor, parts: Tensor) -> bool:
 
 
 def _refuse_types(trainable: Mapping[str, Tensor]) -> None:
-    """Batches, noise and plugins' parameters come in the model's type: there must be one, of real numbers."""
+    """Refuse mixed or integer types, because batches, noise and plugins' parameters take the model's type."""
     first = next(iter(trainable))
     dtype = trainable[first].dtype
     for name, p in trainable.items():
@@ -417,7 +417,7 @@ def _refuse_types(trainable: Mapping[str, Tensor]) -> None:
 
 
 def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, str, str | None]:
-    """``(body, head, prefix of the body's names, prefix of the head's names or None)``."""
+    """Return ``(body, head, prefix of the body's names, prefix of the head's names or None)``."""
     if head is not None:
         submodules = dict(module.named_modules())
         if not head or head not in submodules:
@@ -429,7 +429,7 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
     if isinstance(body_module, nn.Module) and isinstance(head_module, nn.Module):
         return body_module, head_module, "body.", "head."
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward and len(module) > 1:
-        # No named_children(): that leaves out a layer which stands there twice.
+        # Not named_children(), which omits a layer that is used twice.
         *before, (last, last_module) = [
             (name, layer) for name, layer in list_places(module).items() if layer is not None
         ]
@@ -439,7 +439,7 @@ def _split(module: nn.Module, head: str | None) -> tuple[nn.Module, nn.Module, s
 
 
 def _find_last_linear(head: nn.Module) -> str | None:
-    """The dotted name of the linear layer that a head ends in, empty for the head itself; None where there is none."""
+    """Find the dotted name of a head's last linear layer, empty for the head itself; None if there is none."""
     names: list[str] = []
     last: nn.Module | None = head
     while isinstance(last, nn.Sequential) and type(last).forward is nn.Sequential.forward and len(last):
@@ -449,13 +449,13 @@ def _find_last_linear(head: nn.Module) -> str | None:
 
 
 def _remove(module: nn.Module, name: str) -> nn.Module:
-    """The module with the identity instead of one submodule; parameters are shared, nothing is changed."""
+    """Return a copy of the module with one submodule replaced by the identity; the copy shares parameters."""
     first, _, rest = name.partition(".")
     return copy_shell(module, {first: _remove(module.get_submodule(first), rest) if rest else nn.Identity()})
 
 
 def _replace(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
-    """The module with every submodule of a kind replaced; parameters are shared, nothing is changed."""
+    """Return a copy of the module with every submodule of a kind replaced; the copy shares parameters."""
     if isinstance(module, kind):
         return replacement(module)
     children = {name: child for name, child in list_places(module).items() if child is not None}
@@ -463,13 +463,13 @@ def _replace(module: nn.Module, kind: type, replacement: Any) -> nn.Module:
 
 
 def _cheapen(layer: BATCH_NORM) -> nn.Module:
-    """The layer with a cheap second derivative; a user's subclass, which may compute anything, as it is."""
+    """Return the layer with a cheap second derivative; a user's subclass, which can compute anything, unchanged."""
     plain = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
     return cheapen_second_derivative(layer) if plain and layer.affine else layer
 
 
 def _fix_statistics(module: nn.Module, x: Any) -> None:
-    """Give the BatchNorm layers running statistics: those of their inputs for `x`, without Bessel's correction."""
+    """Set the BatchNorm layers' running statistics to those of their inputs for `x`, without Bessel's correction."""
 
     layers = {layer: name for name, layer in module.named_modules() if isinstance(layer, BATCH_NORM)}
 
@@ -484,7 +484,7 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
         layer.running_var, layer.running_mean = torch.var_mean(value, dims, correction=0)
 
     handles = [layer.register_forward_pre_hook(record) for layer in layers]
-    # BatchNorm itself would be too imprecise for images that lie channels last (metareg.engine.normalisation).
+    # BatchNorm itself is too imprecise for channels-last images (metareg.engine.normalisation).
     with torch.no_grad():
         module.train()(tree_map(torch.Tensor.contiguous, x))
     for handle in handles:
@@ -494,10 +494,10 @@ def _fix_statistics(module: nn.Module, x: Any) -> None:
 
 
 def _drop_repeated_places(module: nn.Module, names: Mapping[str, str]) -> dict[str, str]:
-    """The names of parameters less those that are another name of the same place: of a submodule that stands in several.
+    """Remove parameter names that are another name of the same attribute, because a submodule is used several times.
 
-    `functional_call` puts values into places and then what was there back. Where it is given a place twice it takes the
-    first value for what was there before the second one, and leaves it there.
+    `functional_call` sets values and then restores the originals. If it gets the same attribute twice, it takes the
+    first value for the original and does not restore the real one.
     """
     places: dict[tuple[int, str], str] = {}
     for name in names:

@@ -27,7 +27,7 @@ __all__ = ["Stages"]
 
 Tensors = dict[str, Tensor]
 Check = Callable[[Any, Any, Implementation], Any]
-"""Takes the hook's first argument, what a plugin returned for it, and whose it is."""
+"""Takes the hook's first argument, the plugin's result and the implementation; returns the checked result."""
 
 _REQUIRED = object()
 _INNER = (
@@ -38,15 +38,15 @@ _NOISE = {
     "adapt": _INNER,
     "batch": ("combine_tasks", "augment_outer_gradient"),
 }
-"""The hooks whose `noise` is drawn for each task in training, for each task in evaluation, and for each meta-batch."""
+"""The hooks with `noise` that is drawn for each task in training, each task in evaluation, and each meta-batch."""
 
 
 _ADAPTING = ("adapted_parameters", "start_task", "inner_loss", "inner_gradient", "inner_update")
-"""The hooks that say how a task is adapted to, where augmenting hooks change it."""
+"""The hooks that define adaptation, as opposed to augmenting hooks, which change it."""
 
 
 class Stages:
-    """The stage hooks of an algorithm and its augmenters, which are chained in their order."""
+    """The stage hooks of an algorithm and its augmenters, chained in order."""
 
     def __init__(self, algorithm: Plugin, augmenters: Sequence[Plugin]) -> None:
         self.algorithm = algorithm
@@ -67,7 +67,7 @@ class Stages:
         if not self._implementations["inner_update"]:
             raise PluginError(f"The {algorithm.label} implements no inner_update.")
         self.training_only = frozenset(name for name, plugin in self.plugins.items() if _is_training_only(plugin))
-        """The names of the augmenters that are there in training alone."""
+        """The names of the training-only augmenters."""
         self._refuse_split_namesakes()
         for each in self._implementations["draw_noise"]:
             if not any(each in drawing for drawing in self._drawing.values()):
@@ -76,7 +76,7 @@ class Stages:
                 )
 
     def _refuse_split_namesakes(self) -> None:
-        """Refuse augmenters of one name of which some stay in evaluation: there the others' numbers would be gone."""
+        """Refuse augmenters with one name of which only some stay in evaluation, which would change their numbering."""
         for augmenter in self.augmenters:
             namesakes = [each for each in self.augmenters if each.name == augmenter.name]
             if len({_is_training_only(each) for each in namesakes}) > 1:
@@ -85,25 +85,25 @@ class Stages:
                 )
 
     def _find_drawing(self, hooks: Sequence[str]) -> list[Implementation]:
-        """What draws noise for these hooks: of each plugin that takes it in one of them."""
+        """Find the implementations of `draw_noise` of plugins that use noise in one of these hooks."""
         taking = {each.name for hook in hooks for each in self._implementations[hook] if "noise" in each.arguments}
         return [each for each in self._implementations["draw_noise"] if each.name in taking]
 
     def implements(self, hook: str) -> bool:
-        """Whether some plugin has an implementation of a hook."""
+        """Return whether any plugin implements a hook."""
         return bool(self._implementations[hook])
 
     def draws_noise(self, stage: str) -> bool:
-        """Whether some plugin draws noise in a stage, named as in `draw_noise`."""
+        """Return whether any plugin draws noise in a stage, named as in `draw_noise`."""
         return bool(self._drawing[stage])
 
     def list_owners(self, hook: str) -> list[str]:
-        """The labels of the plugins that implement a hook, in the order in which they are asked."""
+        """List the labels of the plugins that implement a hook, in the order of the calls."""
         return [each.plugin.label for each in self._implementations[hook]]
 
     @property
     def changes_inner_loss(self) -> bool:
-        """Whether an inner step descends another loss than the task's own."""
+        """Whether the inner loss differs from the task's own."""
         return self.implements("inner_loss") or self.implements("augment_inner_loss")
 
     @property
@@ -112,10 +112,10 @@ class Stages:
         return any(getattr(plugin.instance, "transductive", False) for plugin in self.plugins.values())
 
     def check_targets(self, targets: Tensor) -> None:
-        """Refuse targets that a plugin declares not to be for.
+        """Refuse targets that a plugin does not support.
 
         Raises:
-            ExamplesError: they are numbers, and it is for classes, or the other way round.
+            ExamplesError: the targets are numbers and the plugin supports only classes, or vice versa.
         """
         found = "numbers" if targets.is_floating_point() else "classes"
         for plugin in self.plugins.values():
@@ -126,7 +126,7 @@ class Stages:
                 )
 
     def find_asking(self, *arguments: str, hook: str | None = None) -> Plugin | None:
-        """The first plugin that names one of these arguments, in a hook or in any."""
+        """Find the first plugin that takes one of these arguments, in `hook` or in any hook."""
         for implementations in self._implementations.values() if hook is None else [self._implementations[hook]]:
             for each in implementations:
                 if set(arguments) & set(each.arguments):
@@ -134,15 +134,15 @@ class Stages:
         return None
 
     def for_adaptation(self) -> Stages:
-        """Those of the algorithm and the augmenters that stay: what evaluation, adaptation and the exported learner use."""
+        """Return the stages for evaluation, adaptation and the exported learner, without training-only augmenters."""
         return Stages(self.algorithm, [each for each in self.augmenters if not _is_training_only(each)])
 
     def owner(self, meta_name: str) -> str | None:
-        """The name of the plugin whose meta-parameter it is; None for the model's own."""
+        """Return the name of the plugin that owns a meta-parameter; None for the model's own."""
         return next((name for name in self.plugins if meta_name.startswith(f"{name}.")), None)
 
     def init_meta(self, seed: int, **arguments: Any) -> Tensors:
-        """Every plugin's extra meta-parameters, by full name."""
+        """Create every plugin's additional meta-parameters, by full name."""
         meta: Tensors = {}
         for each in self._implementations["init_meta"]:
             with use_seed(seed, "init_meta", each.name) as generator:
@@ -153,7 +153,7 @@ class Stages:
         return meta
 
     def adapted_parameters(self, model: SplitModel) -> tuple[str, ...]:
-        """The names that the inner loop adapts, in the model's order."""
+        """Return the names of the parameters that the inner loop adapts, in the model's order."""
         arguments: dict[str, Any] = {"body": model.body_names, "head": model.head_names}
         if self.find_asking("output_layer", hook="adapted_parameters"):
             arguments["output_layer"] = model.output_layer
@@ -169,16 +169,16 @@ class Stages:
         draws: Iterable[tuple[str | int, ...]],
         training_step: int | None = None,
     ) -> list[dict[str, Any]]:
-        """What each plugin draws for some tasks or for a meta-batch, by the plugin's name; empty where none does.
+        """Draw the noise of each plugin for some tasks or for a meta-batch, by the plugin's name; empty without noise.
 
         Args:
             stage: ``"task"``, ``"adapt"`` or ``"batch"``.
-            params: the parameters that it is for.
-            like: a tensor whose type and device it gets.
-            inner_steps: how many inner steps a task takes.
-            seed: the run's, or that of an evaluation.
-            draws: what else decides each draw, as the training step and the number of the task in its batch.
-            training_step: how many training steps have been done; None outside training.
+            params: the parameters whose shapes the plugins receive.
+            like: a tensor with the type and device of the noise.
+            inner_steps: the number of inner steps of a task.
+            seed: the seed of the run or evaluation.
+            draws: further labels of each draw, such as the training step and the task's number in its batch.
+            training_step: the number of training steps done; None outside training.
         """
         drawing = self._drawing[stage]
         if not drawing:
@@ -195,7 +195,7 @@ class Stages:
         return [{each.name: drawn for each in drawing if (drawn := draw(each, labels)) is not None} for labels in draws]
 
     def augment_episodes(self, batches: Sequence[Episodes], seed: int, training_step: int) -> list[Episodes]:
-        """The stacks of a training batch, each as the plugins change it."""
+        """Return the stacks of a training batch, as changed by the plugins."""
         changed = []
         for number, stack in enumerate(batches):
             for each in self._implementations["augment_episodes"]:
@@ -208,7 +208,7 @@ class Stages:
     def start_task(
         self, params: Tensors, meta: Tensors, noise: Mapping[str, Any], task: TaskView
     ) -> tuple[Tensors, Any]:
-        """The adapted parameters and the algorithm's state before the first inner step."""
+        """Return the adapted parameters and the algorithm's state before the first inner step."""
         start: tuple[Tensors, Any] = params, {}
         return self._reduce("start_task", _begin, otherwise=start, params=params, meta=meta, noise=noise, task=task)
 
@@ -223,7 +223,7 @@ class Stages:
         noise: Mapping[str, Any],
         task: TaskView,
     ) -> Tensor:
-        """The loss that an inner step descends: the algorithm's or the task's own, and the augmenters' terms."""
+        """Return the loss of an inner step: the algorithm's or the task's own, plus the augmenters' terms."""
         arguments = {
             "targets": targets,
             "params": params,
@@ -240,7 +240,7 @@ class Stages:
     def inner_gradient(
         self, params: Tensors, meta: Tensors, step: int, state: Any, noise: Mapping[str, Any], task: TaskView
     ) -> Tensors | None:
-        """The gradient of one inner step from the plugin that gives one."""
+        """Return the gradient of one inner step from the plugin that computes it."""
         return self._reduce(
             "inner_gradient", _match, otherwise=None,
             params=params, meta=meta, step=step, state=state, noise=noise, task=task,
@@ -264,7 +264,7 @@ class Stages:
         noise: Mapping[str, Any],
         task: TaskView,
     ) -> tuple[Tensors, Any]:
-        """The adapted parameters and the state after one more inner step."""
+        """Return the adapted parameters and the state after another inner step."""
         return self._reduce(
             "inner_update", partial(_go_on, state),
             params=params, grads=grads, meta=meta, step=step, state=state, start=start, noise=noise, task=task,
@@ -276,20 +276,20 @@ class Stages:
         return next((each.name for each in self._implementations["predict"]), None)
 
     def predict(self, features: Tensor, support_features: Tensor | None, meta: Tensors) -> Tensor:
-        """The outputs of the plugin that predicts."""
+        """Return the outputs of the plugin that predicts."""
         arguments = {"features": features, "support_features": support_features, "meta": meta}
         return self._reduce("predict", _take_outputs, **arguments)
 
     def augment_outer_loss(
         self, meta: Tensors, noise: Mapping[str, Any], *, dtype: torch.dtype, **arguments: Any
     ) -> tuple[Tensor | float, Tensors]:
-        """The sum of the terms, and what the augmenters want logged, as ``NAME.KEY``.
+        """Return the sum of the terms, and the augmenters' logs as ``NAME.KEY``.
 
         Args:
             meta: every meta-parameter.
-            noise: what each plugin drew.
-            dtype: that of the query loss; a term may also have that of the features, which the model runs in.
-            arguments: the others of the hook.
+            noise: the noise of each plugin.
+            dtype: the type of the query loss; a term can also have the type of the features, the model's precision.
+            arguments: the other arguments of the hook.
         """
         logs: Tensors = {}
         take = partial(_take_term, logs, (dtype, arguments["features"].dtype))
@@ -305,14 +305,14 @@ class Stages:
         noise: Mapping[str, Any],
         task: TaskView,
     ) -> Tensor | None:
-        """A task's outer objective from the plugin that gives one."""
+        """Return a task's outer objective from the plugin that computes it."""
         return self._reduce(
             "outer_objective", _take_scalar, otherwise=None,
             meta=meta, adapted=adapted, start=start, state=state, inner_steps=inner_steps, noise=noise, task=task,
         )  # fmt: skip
 
     def combine_tasks(self, grads: Tensors, losses: Tensor, meta: Tensors, noise: Mapping[str, Any]) -> Tensors:
-        """The meta-gradient of a batch from those of its tasks ``[tasks, …]``, their mean where no plugin gives another."""
+        """Combine the tasks' meta-gradients ``[tasks, …]`` into the batch's; their mean if no plugin implements it."""
 
         def match(_: Tensors, given: Any, by: Implementation) -> Tensors:
             return _match(meta, given, by)
@@ -328,7 +328,7 @@ class Stages:
         return self._reduce("augment_outer_gradient", _match, **arguments)
 
     def outer_loss_weights(self, inner_steps: int, training_step: int) -> list[float] | None:
-        """The weight of the query loss after each inner step; None for that after the last step alone."""
+        """Return the weight of the query loss after each inner step; None if only the last step counts."""
         arguments = {"inner_steps": inner_steps, "training_step": training_step}
         return self._reduce("outer_loss_weights", _match_count, otherwise=None, **arguments)
 
@@ -342,7 +342,7 @@ class Stages:
         noise: Mapping[str, Any],
         task: TaskView,
     ) -> Tensors:
-        """A task's meta-gradient from the plugin that gives one, zero where it leaves a parameter out."""
+        """Return a task's meta-gradient from the plugin that computes it, with zeros for omitted parameters."""
         return self._reduce(
             "outer_gradient", _complete,
             meta=meta, adapted=adapted, start=start, state=state, inner_steps=inner_steps, noise=noise, task=task,
@@ -352,13 +352,14 @@ class Stages:
         return self._reduce("outer_update", _match_with_state, meta=meta, grads=grads, state=state)
 
     def _reduce(self, hook: str, check: Check, *, otherwise: Any = _REQUIRED, **arguments: Any) -> Any:
-        """The results of a hook's implementations made one, as its `Reduction` says.
+        """Combine the results of a hook's implementations according to its `Reduction`.
 
         Args:
-            hook: its name; one of which the first result counts, or whose results are chained or summed.
-            check: gives back a result that keeps the contract, and refuses any other.
-            otherwise: what holds where the first result counts and no plugin gives one, which is an error without it.
-            arguments: those of the hook, in its order; `meta` holds all meta-parameters, `noise` what each plugin drew.
+            hook: the hook's name; its first result counts, or its results are chained or summed.
+            check: returns a valid result, and refuses any other.
+            otherwise: the result if the first result counts and no plugin returns one; without it, that is an error.
+            arguments: the hook's arguments in order; `meta` contains all meta-parameters, `noise` the noise of each
+                plugin.
         """
         implementations, reduction = self._implementations[hook], HOOKS[hook].reduction
         first = next(iter(arguments))
@@ -382,7 +383,7 @@ def _is_training_only(plugin: Plugin) -> bool:
 
 
 def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
-    """Call an implementation with its plugin's share of the meta-parameters and of the noise."""
+    """Call an implementation with its plugin's own meta-parameters and noise."""
     own = dict(arguments)
     if "meta" in implementation.arguments and not HOOKS[implementation.hook].full_meta:
         own["meta"] = implementation.own(arguments["meta"])
@@ -394,11 +395,11 @@ def _call(implementation: Implementation, arguments: Mapping[str, Any]) -> Any:
     return implementation(**own)
 
 
-# What hooks return: each function gives back a result that keeps the contract of its hook, and refuses any other.
+# Checks of results: each function returns a result that fulfils its hook's contract, and refuses any other.
 
 
 def _match(expected: Tensors, given: Any, by: Implementation) -> Tensors:
-    """The tensors in the order of `expected`, if they have its names, shapes, types and devices."""
+    """Return the tensors in the order of `expected` if they have its names, shapes, types and devices."""
     if not isinstance(given, dict):
         by.reject(f"it must return a dict of tensors, not {_describe(given)}")
     if given.keys() != expected.keys():
@@ -417,7 +418,7 @@ def _match(expected: Tensors, given: Any, by: Implementation) -> Tensors:
 
 
 def _begin(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, Any]:
-    """The start of a task, to which a state may belong."""
+    """Check the start of a task, with an optional state."""
     params, state = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
     if not all(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in tree_leaves(state)):
         by.reject("the state must be a pytree of floating-point tensors")
@@ -425,7 +426,7 @@ def _begin(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, 
 
 
 def _go_on(before: Any, expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, Any]:
-    """The adaptation after one more step; the state keeps its structure, and is as before where none is returned."""
+    """Check the result of an inner step; the state keeps its structure, and its value if none is returned."""
     params, state = given if isinstance(given, tuple) and len(given) == 2 else (given, before)
     if state is not before and _list_shapes(state) != _list_shapes(before):
         by.reject("the state must keep the structure, shapes and types that start_task returned")
@@ -433,32 +434,32 @@ def _go_on(before: Any, expected: Tensors, given: Any, by: Implementation) -> tu
 
 
 def _list_shapes(state: Any) -> Any:
-    """The shapes and types of a state, in its structure."""
+    """Return the shapes and types of a state, in its structure."""
     return tree_map(lambda leaf: (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, Tensor) else leaf, state)
 
 
 def _complete(expected: Tensors, given: Any, by: Implementation) -> Tensors:
-    """`_match`, with zeros for the tensors that are left out."""
+    """Check like `_match`, with zeros for omitted tensors."""
     zeros = {name: torch.zeros_like(value) for name, value in expected.items()}
     return _match(expected, zeros | given if isinstance(given, dict) else given, by)
 
 
 def _match_every(every: Tensors, given: Any, by: Implementation) -> Tensors:
-    """`_match` for the meta-parameters at which a plugin asks for the gradient of a batch."""
+    """Check like `_match` the meta-parameters at which a plugin asks for a batch's gradient."""
     if not isinstance(given, dict) or given.keys() != every.keys():
         by.reject("gradient_at takes a value for each meta-parameter, with the names in `every`")
     return _match(every, given, by)
 
 
 def _match_with_state(expected: Tensors, given: Any, by: Implementation) -> tuple[Tensors, dict[str, Any]]:
-    """`_match` for the first of two parts, the second of which is a state."""
+    """Check like `_match` the first of two parts; the second is a state."""
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], dict)):
         by.reject("it must return the new meta-parameters and the new state, a dict")
     return _match(expected, given[0], by), given[1]
 
 
 def _match_count(count: int, given: Any, by: Implementation) -> list[float]:
-    """The weights, one for each inner step."""
+    """Check the weights, one for each inner step."""
     weights = [float(weight) for weight in given]
     if len(weights) != count:
         by.reject(f"it returned {format_count(len(weights), 'weight')} for {format_count(count, 'inner step')}")
@@ -466,7 +467,7 @@ def _match_count(count: int, given: Any, by: Implementation) -> list[float]:
 
 
 def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str, ...]:
-    """Those of the names that are given, in the order of `names`."""
+    """Return the given names in the order of `names`."""
     if isinstance(given, str) or not isinstance(given, Collection):
         by.reject(f"it must return a sequence of names, not {_describe(given)}")
     unknown = [name for name in given if name not in names]
@@ -476,14 +477,14 @@ def _select(names: tuple[str, ...], given: Any, by: Implementation) -> tuple[str
 
 
 def _take_outputs(features: Tensor, given: Any, by: Implementation) -> Tensor:
-    """The outputs for as many examples as there are features."""
+    """Check that there are outputs for each example."""
     if not isinstance(given, Tensor) or given.shape[:1] != features.shape[:1]:
         by.reject(f"it must return outputs for {format_count(features.shape[0], 'example')}, not {_describe(given)}")
     return given
 
 
 def _take_term(logs: Tensors, dtypes: Collection[torch.dtype], _: Any, given: Any, by: Implementation) -> Tensor:
-    """A term of the outer loss, of one of some types; what is to be logged beside it is added to `logs`."""
+    """Check a term of the outer loss and its type; add its logs to `logs`."""
     term, extra = given if isinstance(given, tuple) and len(given) == 2 else (given, {})
     if not _is_scalar(term):
         by.reject(f"it must return a scalar tensor, not {_describe(term)}")
@@ -496,21 +497,21 @@ def _take_term(logs: Tensors, dtypes: Collection[torch.dtype], _: Any, given: An
 
 
 def _take_scalar(_: Any, given: Any, by: Implementation) -> Tensor:
-    """A loss."""
+    """Check a scalar loss."""
     if not _is_scalar(given):
         by.reject(f"it must return a scalar tensor, not {_describe(given)}")
     return given
 
 
 def _take_tensors(given: Any, by: Implementation) -> Tensors:
-    """New tensors by name."""
+    """Check new tensors by name."""
     if not isinstance(given, dict) or not all(isinstance(v, Tensor) and v.is_floating_point() for v in given.values()):
         by.reject("it must return a dict of floating-point tensors by name")
     return given
 
 
 def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
-    """As many tasks, which stand where those of the stack do."""
+    """Check that the number of tasks is the same; they take the positions of the stack's tasks."""
     if not isinstance(given, Episodes):
         by.reject(f"it must return Episodes, not {_describe(given)}")
     if len(given) != len(stack):
@@ -519,7 +520,7 @@ def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
 
 
 def _take_noise(given: Any, by: Implementation) -> Any:
-    """A pytree of tensors, in which None may stand."""
+    """Check a pytree of tensors, which can contain None."""
     if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(given) if leaf is not None):
         by.reject("it must return a pytree of tensors")
     return given
