@@ -1,6 +1,6 @@
 """metareg: the registry of gradient-based meta-learning.
 
-Everything public is imported on first use, so that ``import metareg`` loads neither torch nor a plugin.
+Public names are imported on first use, so ``import metareg`` loads neither torch nor plugins.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from metareg.util.malloc import keep_freed_memory
 
 
 def main() -> None:
-    """Run the command line and exit with its code: 0 done, 2 wrong use, 1 anything else, 130 interrupted."""
+    """Run the command line and exit with its code: 0 success, 2 wrong use, 130 interrupted, 1 any other failure."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     keep_freed_memory()
@@ -24,12 +24,12 @@ def main() -> None:
 
 
 def _leave(*_: object) -> None:
-    """End on Ctrl-C wherever no training is under way, which listens by itself (`metareg.util.signals`).
+    """Exit on Ctrl-C, except during training, which has its own handler (`metareg.util.signals`).
 
-    An exception would not do: torch imports NumPy without looking at errors, loses it, and goes on with half of NumPy.
+    An exception is not enough: torch ignores errors when it imports NumPy, and would continue with half of NumPy.
     """
     with suppress(OSError):
-        show_cursor = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a progress display may have hidden it
+        show_cursor = b"\r\x1b[K\x1b[?25h" if os.isatty(2) else b""  # a progress display can have hidden it
         os.write(2, show_cursor + b"Stopped.\n")
     os._exit(130)
 

@@ -1,4 +1,4 @@
-"""The one place that states the version."""
+"""The version, defined only here."""
 
 __version__ = "0.2.0"
 """metareg's version."""

@@ -1,7 +1,7 @@
-"""The errors that a user may see, each one sentence that says what is wrong, where, and what would be right.
+"""The errors that users can see: one sentence that says what is wrong, where, and what would be right.
 
-The command prints the sentence alone and exits with the error's ``exit_code``; ``METAREG_TRACEBACK=1`` shows where it
-came from.
+The command prints only the sentence and exits with the error's ``exit_code``; ``METAREG_TRACEBACK=1`` shows the
+traceback.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class UsageError(MetaregError):
 
 
 _MOST_LISTED = 40
-"""So many names a sentence lists, where another command lists them."""
+"""Maximum number of names to list, if another command lists all of them."""
 
 
 class UnknownNameError(UsageError):
@@ -71,11 +71,11 @@ class DivergenceError(MetaregError):
 
 
 class ExamplesError(UsageError):
-    """The examples of a task are not what a learner is for."""
+    """The examples of a task do not fit the learner."""
 
 
 class NonfiniteExamplesError(ExamplesError, DivergenceError):
-    """Examples of a task hold NaN or infinite values; a training can leave them out as it does steps that diverge."""
+    """Examples of a task contain NaN or infinite values; training can skip them like steps that diverge."""
 
 
 class LostProcessError(MetaregError):
@@ -89,7 +89,7 @@ class Interrupted(MetaregError):
 
 
 def describe_error(error: BaseException) -> str:
-    """The type and the message of an error that is none of metareg's, be its own text impossible to get."""
+    """Describe an error that is not metareg's by its type and message, even if its own text fails."""
     try:
         text = str(error)
     except Exception:
@@ -98,7 +98,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> list[str]:
-    """The entries of `known` that look like `name` or contain it, most alike first; empty when none does."""
+    """Find entries of `known` that are similar to `name` or contain it, most similar first."""
     folded = name.casefold()
     by_folded = {candidate.casefold(): candidate for candidate in known}
     found = difflib.get_close_matches(folded, by_folded, n=count, cutoff=0.6)

@@ -1,4 +1,4 @@
-"""Texts made fit to be printed: what strangers wrote can steer no terminal and no spreadsheet, and counts are in order."""
+"""Safe and readable output: untrusted text cannot control a terminal or a spreadsheet; counts agree with nouns."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ _PICTURES = {code: chr(0x2400 + code) for code in range(0x20)} | {0x7F: "\N{SYMB
 _UNSHOWN = (
     *range(0x80, 0xA0),  # C1
     *(0x200E, 0x200F, 0x2028, 0x2029),
-    *range(0x202A, 0x202F),  # these and the next turn the direction of what follows
+    *range(0x202A, 0x202F),  # this range and the next change the writing direction
     *range(0x2066, 0x206A),
-    *range(0xD800, 0xE000),  # what stands for a byte of a file's name that is no UTF-8
+    *range(0xD800, 0xE000),  # surrogates for bytes of file names that are not UTF-8
 )
 _REPLACED = _PICTURES | dict.fromkeys(_UNSHOWN, "\N{REPLACEMENT CHARACTER}")
 del _REPLACED[ord("\t")], _REPLACED[ord("\n")]
@@ -25,16 +25,16 @@ _NUMBER = re.compile(r"\s*[+-]?(\d+([.,]\d*)?|[.,]\d+)([eE][+-]?\d+)?\s*|\s*[+-]
 
 
 def show_controls(text: str) -> str:
-    """Replace every character that a terminal would obey instead of showing.
+    """Replace every character that a terminal would interpret instead of showing.
 
-    These are the control characters C0 (but tabs and line feeds), DEL and C1, those that turn the direction of writing, and
-    halves of surrogate pairs. C0 and DEL become the pictures that Unicode has of them, the others U+FFFD.
+    These are the control characters C0 (except tabs and line feeds), DEL and C1, characters that change the writing
+    direction, and surrogates. C0 and DEL become Unicode's control pictures, the others U+FFFD.
     """
     return text if text.isascii() and text.isprintable() else text.translate(_REPLACED)
 
 
 def format_count(number: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: ``1 image``, ``12,000 images``.
+    """Format a number with its noun: ``1 image``, ``12,000 images``.
 
     Args:
         number: the number.
@@ -45,7 +45,7 @@ def format_count(number: int, noun: str, plural: str | None = None) -> str:
 
 
 def guard_logs(*names: str) -> None:
-    """Show the control characters in all that is logged under some names, whoever listens."""
+    """Replace control characters in everything that is logged under some names, for all handlers."""
 
     def show(record: logging.LogRecord) -> bool:
         record.msg, record.args = show_controls(record.getMessage()), None
@@ -56,10 +56,10 @@ def guard_logs(*names: str) -> None:
 
 
 def format_csv(rows: Iterable[Sequence[object]]) -> str:
-    """Rows as CSV text, in which no cell is a formula to a spreadsheet.
+    """Format rows as CSV in which no cell is a formula for a spreadsheet.
 
-    A text that begins with ``=``, ``+``, ``-`` or ``@`` and is no number gets an apostrophe before it (OWASP: CSV
-    injection); control characters are shown.
+    A text that begins with ``=``, ``+``, ``-`` or ``@`` and is not a number gets a leading apostrophe (OWASP: CSV
+    injection). Control characters are replaced.
     """
     buffer = io.StringIO()
     csv.writer(buffer, lineterminator="\n").writerows([_quote_formula(cell) for cell in row] for row in rows)

@@ -63,10 +63,10 @@ def report(
 
 
 def find_format(name: str) -> str:
-    """The format of a name, or of its files' suffix: ``md`` is markdown.
+    """Find a format by its name or its files' suffix: ``md`` is markdown.
 
     Raises:
-        UnknownNameError: there is none.
+        UnknownNameError: there is no such format.
     """
     suffixes = {suffix.removeprefix("."): known for known, suffix in FORMATS.items()}
     if name not in FORMATS and name not in suffixes:
@@ -75,7 +75,7 @@ def find_format(name: str) -> str:
 
 
 def infer_format(out: Path | None) -> str:
-    """Infer the format from a file's suffix; Markdown without one, a `UsageError` for one that no format has."""
+    """Infer the format from a file's suffix; Markdown without a suffix, a `UsageError` for an unknown one."""
     suffixes = {suffix: name for name, suffix in FORMATS.items()} | {"": "markdown", ".htm": "html"}
     suffix = out.suffix.lower() if out else ""
     double = "".join(out.suffixes[-2:]).lower() if out else ""
@@ -83,7 +83,7 @@ def infer_format(out: Path | None) -> str:
         return suffixes[double]
     if suffix not in suffixes:
         raise UsageError(
-            f"No format's files end in {suffix}, but {', '.join(FORMATS.values())}; --format says which it is."
+            f"No format's files end in {suffix}; use {', '.join(FORMATS.values())}, or choose the format with --format."
         )
     return suffixes[suffix]
 
@@ -100,7 +100,8 @@ def write_report(
 ) -> Path:
     """Write a report into a file and return its path.
 
-    By default, ``report.md`` or the like in the comparison's folder, or next to the file with raw results.
+    By default, it is ``report`` with the format's suffix, in the comparison's folder or beside the file with raw
+    results.
     """
     format = find_format(format)
     text = report(folder, format, inner_steps=inner_steps, baseline=baseline, layout=layout, over=over)

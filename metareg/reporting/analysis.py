@@ -1,4 +1,4 @@
-"""What a report says, whatever the format: statistics of the results, and words that say no more than their intervals."""
+"""The content of a report in every format: statistics of the results, and statements that the intervals support."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ __all__ = [
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """An arm against another on the same task."""
+    """An arm compared with another on the same task."""
 
     arm: Arm
     other: Arm
-    """What it is compared with: the baseline that is otherwise the same."""
+    """The baseline, which is otherwise the same."""
     scale: Scale
     difference: Difference
     planned: int
-    """How many pairs the comparison asks for."""
+    """The configured number of pairs."""
     corrected: float
-    """The p value after Holm's correction over the report; where all pairs are compared, over those of its task."""
+    """The p value after Holm's correction over the report, or over the task's pairs if all pairs are compared."""
     verdict: Verdict
 
     @property
     def has_single_seed(self) -> bool:
-        """Whether there is one difference alone, which has no interval over seeds."""
+        """Whether there is only one difference, which has no interval over seeds."""
         return len(self.difference.by_seed) == 1
 
     @property
     def estimate(self) -> Estimate:
-        """The difference with its interval over seeds; of a single one, with that over test tasks."""
+        """The difference with its interval over seeds, or over test tasks for a single seed."""
         return self.difference.over_tasks if self.has_single_seed else self.difference.over_seeds
 
 
@@ -57,15 +57,15 @@ class Report:
 
     results: Results
     baseline: str
-    """What arms are compared with: the name of an augmenter, an algorithm or a variant, or ``"all"``."""
+    """The baseline: the name of an augmenter, an algorithm or a variant, or ``"all"``."""
     axis: Axis
-    """What the baseline is one of."""
+    """The kind of the baseline."""
     inner_steps: int | None
-    """The number of inner steps that was asked for."""
+    """The requested number of inner steps."""
     headline: Mapping[str, int]
-    """For each task with results, the number of inner steps that pairs are compared after."""
+    """For each task with results, the number of inner steps after which pairs are compared."""
     pairs: Sequence[Pair]
-    """In the order of the tasks and arms; those without a pair of seeds among them."""
+    """In the order of tasks and arms, including pairs without a common seed."""
 
     @property
     def title(self) -> str:
@@ -75,7 +75,7 @@ class Report:
 
     @property
     def family_size(self) -> int:
-        """How many comparisons the correction covers."""
+        """The number of comparisons that the correction covers."""
         return sum(not pair.difference.untested for pair in self.pairs)
 
     @property
@@ -85,37 +85,37 @@ class Report:
 
     @property
     def settings(self) -> list[str]:
-        """What stands beside algorithms, augmenters and variants, in the comparison's order."""
+        """The settings (augmenters and variants) in the comparison's order."""
         return [*dict.fromkeys(arm.setting for arm in self.results.plan.arms)]
 
     @property
     def setting_heading(self) -> str:
-        """What a column of settings holds."""
+        """The heading of a column of settings."""
         return "augmenter, variant" if self.results.plan.config.variants else "augmenter"
 
     @property
     def has_single_setting(self) -> bool:
-        """Whether algorithms alone are compared, several of them."""
+        """Whether only algorithms are compared, and several of them."""
         return len(self.settings) == 1 and len(self.results.plan.config.algo) > 1
 
     @property
     def series(self) -> list[str]:
-        """What figures tell apart by colour: settings, or algorithms where these alone are compared."""
+        """The series that figures distinguish by colour: settings, or algorithms if only these are compared."""
         return self.results.plan.config.algo if self.has_single_setting else self.settings
 
     @property
     def against(self) -> str:
-        """The baseline in a sentence."""
+        """The baseline as part of a sentence."""
         return "each other" if self.axis == "all" else self.baseline
 
     def get_series(self, arm: Arm) -> str:
-        """Which of `series` an arm is."""
+        """Return the series of an arm."""
         return arm.algorithm if self.has_single_setting else arm.setting
 
     def find_baseline(self, arm: Arm) -> Arm | None:
-        """What an arm is measured against: itself where it is a baseline, None where the comparison lacks that one.
+        """Find the baseline of an arm: itself if it is a baseline, None if the comparison does not have one.
 
-        Where all pairs are compared, it is the task's first arm.
+        If all pairs are compared, it is the task's first arm.
         """
         plan = self.results.plan
         if self.axis == "all":
@@ -124,7 +124,7 @@ class Report:
 
 
 def analyze_comparison(path: str | Path, inner_steps: int | None = None, baseline: str | None = None) -> Report:
-    """Read a comparison and compare what it holds; arguments as in `metareg.report`.
+    """Read a comparison and compute its statistics; arguments as in `metareg.report`.
 
     Raises:
         UsageError: there is no comparison, none of its runs has finished, no run was tested after `inner_steps`, or the
@@ -152,31 +152,31 @@ def analyze_comparison(path: str | Path, inner_steps: int | None = None, baselin
 
 
 def average_over_seeds(results: ArmResults, inner_steps: int) -> Estimate:
-    """The mean of an arm with its interval over seeds."""
+    """Return the mean of an arm with its interval over seeds."""
     return over_seeds([float(scores.mean()) for scores in results.by_seed(inner_steps).values()])
 
 
 def average_over_tasks(results: ArmResults, inner_steps: int) -> Estimate:
-    """The mean of an arm with its interval over tasks."""
+    """Return the mean of an arm with its interval over tasks."""
     return over_tasks([*results.by_seed(inner_steps).values()])
 
 
 def average_validations(results: ArmResults) -> dict[int, Estimate]:
-    """An arm's mean over seeds with its interval, for every training step after which all its seeds were validated."""
+    """Return an arm's mean over seeds with its interval, for every training step at which all seeds were validated."""
     curves = list(results.curves.values())
     shared = set.intersection(*map(set, curves)) if curves else set()
     return {step: over_seeds([curve[step] for curve in curves]) for step in sorted(shared)}
 
 
 def _choose_baseline(config: ComparisonConfig) -> str:
-    """The baseline of a comparison that names none: no augmenter where there are others, or else the first variant."""
+    """Choose the default baseline: no augmenter if there are others, otherwise the first variant."""
     if config.variants and config.augment == [NO_PLUGIN]:
         return next(iter(config.variants))
     return NO_PLUGIN
 
 
 def _compare_pairs(report: Report, task: TaskResults) -> Iterator[tuple[ArmResults, ArmResults, Difference]]:
-    """Every arm against its baseline, or against every arm before it."""
+    """Compare every arm with its baseline, or with every arm before it."""
     inner_steps, arms = report.headline[task.label], {each.arm: each for each in task.arms}
     for place, (arm, each) in enumerate(arms.items()):
         baseline = report.find_baseline(arm)
@@ -187,7 +187,7 @@ def _compare_pairs(report: Report, task: TaskResults) -> Iterator[tuple[ArmResul
 
 
 def _correct(families: Sequence[str], p: Sequence[float]) -> list[float]:
-    """Correct each family's p values by themselves, in the order that they are given in."""
+    """Correct each family's p values separately, and keep their order."""
     corrected = np.full(len(p), np.nan)
     for family in dict.fromkeys(families):
         places = [place for place, name in enumerate(families) if name == family]
@@ -202,7 +202,7 @@ def _choose_inner_steps(found: Results, wanted: int | None) -> dict[str, int]:
         numbers = ", ".join(map(str, known))
         raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
     return {
-        # Arms that share no number have none to be compared after; their means are still worth a table.
+        # Arms without a common number of inner steps cannot be compared, but their means are still worth a table.
         task.label: wanted if wanted in task.inner_steps else (task.shared_inner_steps or task.inner_steps)[-1]
         for task in tasks
     }
@@ -219,30 +219,30 @@ def _count_states(found: Results) -> str:
 
 @dataclass(frozen=True)
 class Finding:
-    """What one augmenter, algorithm or variant is against the baseline, or which method leads on a task."""
+    """The result of one augmenter, algorithm or variant compared with the baseline, or the best method on a task."""
 
     name: str
     sentence: str
     lines: Sequence[str]
-    """More of it: for each task, with what it is better or worse."""
+    """Details: for each task, where it is better or worse."""
     comparisons: int = 0
-    """How many pairs it sums up; 0 where it is no sum."""
+    """The number of pairs that it summarises; 0 if it is no summary."""
 
 
 @dataclass(frozen=True)
 class Rank:
-    """A method's place on a task."""
+    """A method's rank on a task."""
 
     arm: Arm
     scale: Scale
     mean: Estimate
-    """With its interval over seeds, or over tasks where no arm has several seeds."""
+    """The mean with its interval over seeds, or over tasks if no arm has several seeds."""
     better_than: Sequence[Arm]
-    """The others that it is shown to be better than, the best first."""
+    """The methods that it is shown to be better than, the best first."""
 
 
 def describe_runs(report: Report) -> str:
-    """Say what was compared, and how many runs have finished."""
+    """Describe what was compared, and how many runs have finished."""
     found, config = report.results, report.results.plan.config
     tasks, seeds = format_count(len(config.tasks), "task"), format_count(len(config.seeds), "seed")
     diverged = f"; {found.diverged} diverged" if found.diverged else ""
@@ -255,7 +255,7 @@ def describe_runs(report: Report) -> str:
 
 
 def list_findings(report: Report) -> list[Finding]:
-    """List what each augmenter, algorithm or variant is against the baseline; of all pairs, which method leads where."""
+    """List the result of each augmenter, algorithm or variant; for all pairs, the best method on each task."""
     if report.axis == "all":
         return [_find_leader(report, task) for task in report.tasks]
     groups: dict[str, list[Pair]] = {}
@@ -277,7 +277,7 @@ def list_findings(report: Report) -> list[Finding]:
 
 
 def rank_methods(report: Report, task: TaskResults) -> list[Rank]:
-    """The arms of a task with a score, the best mean first, and which of the others each is shown to be better than."""
+    """Rank a task's arms with a score, the best mean first, with the arms that each is shown to be better than."""
     scale, inner_steps = Scale(task.metric, task.higher_is_better), report.headline[task.label]
     average = average_over_tasks if task.single else average_over_seeds
     shown: dict[Arm, list[Arm]] = {each.arm: [] for each in task.arms}
@@ -308,7 +308,7 @@ def _find_leader(report: Report, task: TaskResults) -> Finding:
 
 
 def describe_tests(report: Report) -> str:
-    """Say what the verdicts rest on."""
+    """Describe the basis of the verdicts."""
     if not report.pairs:
         if report.baseline == NO_PLUGIN:
             return "No algorithm was run both with and without an augmenter, so there is no difference to test."
@@ -334,7 +334,7 @@ def describe_tests(report: Report) -> str:
 
 
 def describe_family(report: Report) -> str:
-    """Say which comparisons Holm's correction covers."""
+    """Describe which comparisons Holm's correction covers."""
     if report.axis != "all":
         return format_count(report.family_size, "tested comparison")
     tested = Counter(pair.arm.task for pair in report.pairs if not pair.difference.untested)
@@ -344,7 +344,7 @@ def describe_family(report: Report) -> str:
 
 
 def _describe_inner_steps(report: Report) -> str:
-    """After how many inner steps pairs are compared, and on which tasks it could not be the number asked for."""
+    """Describe after how many inner steps pairs are compared, and which tasks have no results after that number."""
     tasks: dict[int, list[str]] = {}
     for task in dict.fromkeys(pair.arm.task for pair in report.pairs):
         tasks.setdefault(report.headline[task], []).append(task)
@@ -362,7 +362,7 @@ def _describe_inner_steps(report: Report) -> str:
 
 
 def _describe_task(report: Report, task: str, pairs: Sequence[Pair]) -> str:
-    """As 'sinusoid: better (lower mse) with maml; no difference shown with anil and boil.'"""
+    """Write, for example, 'sinusoid: better (lower mse) with maml; no difference shown with anil and boil.'"""
     parts = []
     for each, members in _group_by_verdict(pairs):
         rest = [*dict.fromkeys(filter(None, (_name_rest(report, pair.arm) for pair in members)))]
@@ -372,7 +372,7 @@ def _describe_task(report: Report, task: str, pairs: Sequence[Pair]) -> str:
 
 
 def _describe_difference(pair: Pair) -> str:
-    """As ' (+0.2 points, 95 % interval −0.1 to +0.4)'; empty if no seed has both scores."""
+    """Write, for example, ' (+0.2 points, 95 % interval −0.1 to +0.4)'; empty if no seed has both scores."""
     found = pair.difference.over_seeds
     if not found.count:
         return ""
@@ -382,7 +382,7 @@ def _describe_difference(pair: Pair) -> str:
 
 
 def _name_rest(report: Report, arm: Arm) -> str:
-    """What an arm and its baseline have in common; empty where that is the same for all."""
+    """Name what an arm and its baseline have in common; empty if it is the same for all."""
     if report.axis == "augmenter":
         return replace(arm, augmenter=NO_PLUGIN).name
     if report.axis == "variant":

@@ -45,14 +45,14 @@ _MARKERS = ("o", "s", "D", "^", "v", "P", "X")
 _DASHES = ("--", "-", ":", "-", "-.", (0, (3, 2)), (0, (9, 3)))
 
 _WIDTH, _WIDE, _HEIGHT, _ROW = 300, 340, 208, 21
-"""Of panels, of those in two columns, of curves, and of a row, in the page's pixels."""
+"""Width of panels and of panels in two columns, height of curves and of a row, in the page's pixels."""
 _PIXEL = 1 / 72
-"""In inches, the unit of matplotlib's figures."""
+"""A pixel in inches, matplotlib's unit."""
 _LONGEST_LABEL = 26
 
 _NAMES = {PAPER: "paper", INK: "ink", SOFT: "soft", GRID: "line"} | {c: f"s{n}" for n, c in enumerate(COLOURS)}
 _VARIABLES = {colour: f"var(--{name})" for colour, name in _NAMES.items()}
-"""The colours in the page's style sheet, which differ in the dark."""
+"""The colours in the page's style sheet, which differ in dark mode."""
 
 _Curve = Mapping[int, Estimate]
 
@@ -67,7 +67,7 @@ def draw_key(report: Report, name: str, section: str) -> Markup:
 
 @rc_context(_STYLE)
 def draw_learning_curves(report: Report, task: TaskResults) -> list[Markup]:
-    """Draw the metric in validation against training steps: the mean over seeds and its interval as a band."""
+    """Draw the validation metric against training steps: the mean over seeds, with its interval as a band."""
 
     def draw(axes: Axes, curves: Mapping[str, _Curve]) -> None:
         for name, curve in curves.items():
@@ -106,7 +106,7 @@ def draw_inner_steps(report: Report, task: TaskResults) -> list[Markup]:
 
 @rc_context(_STYLE)
 def draw_differences(report: Report, task: TaskResults) -> Markup | None:
-    """Draw the paired differences of a task with their intervals, one row per pair; None where there is none to show."""
+    """Draw the paired differences of a task with their intervals, one row per pair; None if there are none."""
     pairs = [pair for pair in report.pairs if pair.arm.task == task.label]
     if report.axis == "all" or not any(pair.difference.by_seed for pair in pairs):
         return None
@@ -151,9 +151,9 @@ def draw_ranking(report: Report, task: TaskResults) -> Markup | None:
 
 @rc_context(_STYLE)
 def draw_costs(report: Report, task: TaskResults) -> list[Markup]:
-    """Draw time per training step and peak memory of every arm; one panel each, none where nothing is known."""
+    """Draw time per training step and peak memory of every arm, one panel each; none if nothing is known."""
     times = [1000 * each.seconds_per_step for each in task.arms]
-    # The process of a run may still hold what earlier runs in it took: the least is closest to what the run needs.
+    # A process can still hold memory of earlier runs, so the smallest peak is closest to the run's own.
     memory = [np.sort(each.peak_bytes)[:1] / 2**20 for each in task.arms]
     panels = [_draw_bars(report, task, times, "ms per step"), _draw_bars(report, task, memory, "peak memory in MiB")]
     return [panel for panel in panels if panel]
@@ -170,9 +170,9 @@ def _draw_panels(
     label: str,
     what: str,
 ) -> list[Markup]:
-    """Draw one panel per algorithm, or for algorithms alone one for all of them, all with the same vertical axis.
+    """Draw one panel per algorithm, or one for all if only algorithms are compared, with the same vertical axis.
 
-    There is none where the curves have a single point across.
+    There are no panels if the curves have only one point.
     """
     scale = Scale(task.metric, task.higher_is_better)
     panels: dict[str, dict[str, _Curve]] = {}
@@ -208,9 +208,9 @@ def _draw_panels(
 
 
 def _choose_vertical_limits(estimates: Sequence[Estimate], scale: Scale) -> tuple[float, float, bool]:
-    """The ends of the vertical axis, and whether it is logarithmic.
+    """Choose the limits of the vertical axis, and whether it is logarithmic.
 
-    There is room for all means, and for their intervals unless those are far larger than what the means differ by.
+    All means fit, and their intervals too unless they are far larger than the differences between the means.
     """
     means, halves = _to_arrays(estimates)
     halves = np.nan_to_num(halves)
@@ -222,7 +222,7 @@ def _choose_vertical_limits(estimates: Sequence[Estimate], scale: Scale) -> tupl
         return min(means.min(), ends[ends > means.min() / 2].min(initial=np.inf)) / 1.15, high * 1.1, True
     room = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     low, high = low - room, high + room
-    # No tick beyond 0 and 100 %, but room for markers there.
+    # No ticks beyond 0 and 100 %, but room for markers.
     return (max(low, -2), min(high, 102), False) if scale.percent else (low, high, False)
 
 
@@ -266,7 +266,7 @@ def _draw_difference(axes: Axes, row: int, pair: Pair, factor: float, style: dic
 
 
 def _choose_horizontal_limits(pairs: Sequence[Pair]) -> tuple[float, float]:
-    """The ends of an axis with zero, every seed, and the intervals as far as they leave the rest legible."""
+    """Choose the limits of an axis: with zero, every seed, and the intervals as far as the rest stays legible."""
     values = [0.0, *(value for pair in pairs for value in pair.difference.by_seed)]
     room = np.ptp(values) or 1e-9
     ends = [end for pair in pairs for end in (pair.estimate.low, pair.estimate.high) if math.isfinite(end)]
@@ -282,7 +282,7 @@ def _draw_bars(report: Report, task: TaskResults, costs: Sequence[NDArray[np.flo
     if not any(values.any() for values in known):
         return None
     figure, axes, rows = _create_rows([each.arm for each in task.arms], _WIDTH)
-    figure.suptitle(what, x=0, horizontalalignment="left")  # a title of the axes would begin right of long names
+    figure.suptitle(what, x=0, horizontalalignment="left")  # an axes title would start to the right of long names
     labels = []
     for row, each, values in zip(rows, task.arms, known, strict=True):
         mean = values.mean() if values.size else 0.0
@@ -309,7 +309,7 @@ def _describe_difference(pair: Pair) -> str:
 
 
 def _choose_style(report: Report, name: str) -> dict[str, Any]:
-    """The line and marker of one of the report's series, the same in every figure; where colours repeat, markers do not."""
+    """Choose the line and marker of a series, the same in every figure; if colours repeat, markers differ."""
     first = "none" if "none" in report.series else ""
     if name == first:
         return {"color": COLOURS[0], "marker": _MARKERS[0], "linestyle": _DASHES[0]}
@@ -338,12 +338,12 @@ def _mark_clipped(
 
 
 def _to_arrays(estimates: Iterable[Estimate]) -> NDArray[np.float64]:
-    """Means and half widths ``[2, n]``."""
+    """Convert to means and half widths ``[2, n]``."""
     return np.array([(each.mean, each.half) for each in estimates]).T
 
 
 def _shorten(name: str) -> str:
-    """Leave out the middle of a name that is too long: chains of augmenters begin alike."""
+    """Omit the middle of a name that is too long, because chains of augmenters begin alike."""
     half = _LONGEST_LABEL // 2
     return name if len(name) <= _LONGEST_LABEL else f"{name[: half - 1]}…{name[-half:]}"
 
@@ -352,9 +352,9 @@ def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:
     """Write a figure as an element of the page, with its colours from the page's style sheet.
 
     Args:
-        figure: of matplotlib.
-        title: unlike that of any other figure of the page, since ids are derived from it.
-        description: what the figure shows, for those who do not see it; without one, they need not know of it.
+        figure: a matplotlib figure.
+        title: unique on the page, because ids are derived from it.
+        description: an alternative text; without one, screen readers skip the figure.
     """
     file = io.BytesIO()
     with rc_context({"svg.hashsalt": title}), warnings.catch_warnings():
@@ -362,7 +362,7 @@ def _write_svg(figure: Figure, title: str, description: str = "") -> Markup:
         metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(file, format="svg", transparent=True, metadata=metadata)
     root = ElementTree.fromstring(file.getvalue())
-    root.remove(root[0])  # a style sheet, which would apply to the whole page
+    root.remove(root[0])  # its style sheet would apply to the whole page
     for element in root.iter():
         element.text, element.tail = (element.text or "").strip(), None
         if element.tag.endswith("}g"):

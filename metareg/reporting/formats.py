@@ -34,14 +34,14 @@ __all__ = [
 
 
 def _render(name: str, report: Report, escape: Callable[[str], str], *, delimiters: Any = None, **values: Any) -> str:
-    """Render the template of this name; `escape` is applied to every inserted value that is no `Markup`."""
+    """Render a template; `escape` is applied to every inserted value that is not `Markup`."""
 
     def finalize(value: object) -> Markup:
         return value if isinstance(value, Markup) else Markup(escape(str(value)))
 
     environment = Environment(
         loader=PackageLoader("metareg.reporting"),
-        autoescape=True,  # so that what macros return is markup
+        autoescape=True,  # so that macros return markup
         finalize=finalize,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -53,7 +53,7 @@ def _render(name: str, report: Report, escape: Callable[[str], str], *, delimite
 
 
 def _describe(report: Report) -> dict[str, Any]:
-    """What the templates of Markdown and HTML share."""
+    """Return the values that the Markdown and HTML templates share."""
     return {
         "overview": describe_runs(report),
         "findings": list_findings(report),
@@ -110,7 +110,7 @@ _PAIR_COLUMNS = (
 
 
 def render_pairs(report: Report) -> str:
-    """Render a row for every pair that is compared: the difference with its 95 % interval over seeds, and the test."""
+    """Render a row for every compared pair: the difference with its 95 % interval over seeds, and the test."""
     rows: list[Sequence[object]] = [_PAIR_COLUMNS]
     for pair in report.pairs:
         found, estimate = pair.difference, pair.difference.over_seeds
@@ -124,33 +124,34 @@ def render_pairs(report: Report) -> str:
 
 
 def render_markdown(report: Report) -> str:
-    """Render the whole report, as GitHub shows it; the comparison's notes and plan are Markdown already."""
+    """Render the whole report for GitHub; the comparison's notes and plan are already Markdown."""
     config = report.results.plan.config
     notes, plan = Markup(config.notes.strip()), Markup(config.plan.strip())
     return _render("report.md", report, _escape_markdown, notes=notes, plan=plan, **_describe(report))
 
 
 def _escape_markdown(text: str) -> str:
-    """Make Markdown show text as it is; GitHub takes dollars for formulas."""
+    """Escape text for Markdown, including dollars, which GitHub treats as formulas."""
     return re.sub(r"([\\`*_\[\]<>|#~&$])", r"\\\1", " ".join(text.split()))
 
 
 # ----------------------------------------------------------------------------------------------------------------- HTML
 
 _MOST_COLUMNS = 4
-"""How many settings a page has room for side by side."""
+"""Maximum number of settings side by side on a page."""
 
 _VERDICT_SIGNS = {Verdict.BETTER: "▲", Verdict.WORSE: "▼", Verdict.NOT_SHOWN: "○", Verdict.NOT_TESTED: "–"}
 
-# Text, links and code. No headings, which would disturb the page's own; no HTML; no pictures, which would be fetched.
+# Text, links and code, but no headings (they would mix with the page's), no HTML, and no images (they would be
+# fetched).
 _NOTES = MarkdownIt("zero", {"html": False}).enable(
     ["escape", "entity", "backticks", "emphasis", "link", "autolink", "newline", "list", "fence", "code", "blockquote"]
 )
 
 
 def render_html(report: Report) -> str:
-    """Render one self-contained page: no script, no font, no image from elsewhere."""
-    from metareg.reporting import figures  # it imports matplotlib, which the other formats do without
+    """Render one self-contained page, without external scripts, fonts and images."""
+    from metareg.reporting import figures  # imports matplotlib, which other formats do not need
 
     def draw(name: str) -> list[tuple[str, Any]]:
         drawings = [(task, getattr(figures, f"draw_{name}")(report, task)) for task in report.tasks]
@@ -184,7 +185,7 @@ def render_html(report: Report) -> str:
 
 
 def _arrange_verdicts(report: Report) -> dict[str, Any]:
-    """Lay out every pair's verdict: algorithms down and settings across, or many settings down."""
+    """Arrange every pair's verdict: algorithms as rows and settings as columns, or many settings as rows."""
     algorithms = list(dict.fromkeys(pair.arm.algorithm for pair in report.pairs))
     settings = list(dict.fromkeys(pair.arm.setting for pair in report.pairs))
     layout = {"tasks": {pair.arm.task: pair.scale for pair in report.pairs}}
@@ -223,14 +224,14 @@ _LATEX_KNOWN = frozenset("¡¿£¥€§¶©®°·²³µ†‡•‘’“”—�
 
 _OMITTED_COLUMNS = {"95 % over tasks", "p"}
 _SHORT_HEADINGS = {"95 % over seeds": "95 %", "seeds in favour": "in favour"}
-"""Paired differences have many columns: without these, and with short heads, they are legible on a page of paper."""
+"""Omitted columns and short headings with which the table of paired differences fits on paper."""
 
 
 def render_latex(report: Report) -> str:
     """Render the results, differences and costs of every task as tables for ``\\input``; they need booktabs and graphicx."""
     entries = []
     first: dict[str, str] = {}
-    """For every key, the label of the first table that has it, which the others refer to."""
+    """For every key, the label of the first table with it, to which the others refer."""
     for number, task in enumerate(report.tasks, 1):
         differences = tables.build_differences(report, task)
         for name, what, table in (
@@ -269,12 +270,12 @@ def _drop_columns(table: Table) -> Table:
 
 
 def _escape_latex(text: str) -> str:
-    """Make LaTeX show text as it is."""
+    """Escape text for LaTeX."""
     return "".join(_LATEX_SIGNS.get(sign) or _replace_unknown(sign) for sign in " ".join(text.split()))
 
 
 def _replace_unknown(sign: str) -> str:
-    """A sign that stands for itself; one that would stop LaTeX, as its number."""
+    """Return a character as it is, or as its number if LaTeX would fail."""
     parts = unicodedata.normalize("NFD", sign)
     accented = sign < "\u0180" and parts[0].isascii() and "\N{COMBINING OGONEK}" not in parts
     return sign if accented or sign in _LATEX_KNOWN else f"[U+{ord(sign):04X}]"

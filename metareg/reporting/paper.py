@@ -1,4 +1,4 @@
-"""The layout of a paper: one table of methods and tasks, with the best in bold, in LaTeX or Markdown."""
+"""The layout for papers: one table of methods and tasks, with the best in bold, in LaTeX or Markdown."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ __all__ = ["Cell", "PaperTable", "build_paper_table", "name_method"]
 
 @dataclass(frozen=True)
 class Cell:
-    """A mean with its interval, as they are shown."""
+    """A formatted mean with its interval."""
 
     mean: str
     half: str
-    """Empty where there is no interval."""
+    """Half the interval; empty if there is none."""
     best: bool = False
-    """Whether no method has a better mean on the task, as they are shown."""
+    """Whether no method has a better formatted mean on the task."""
 
     def mark_up(self, escape: Callable[[str], str], bold: tuple[str, str]) -> Markup:
-        """The cell in the markup of a format, whose signs for bold stand around the best mean."""
+        """Format the cell, with the format's marks for bold around the best mean."""
         mean = escape(self.mean)
         half = f" {escape(f'± {self.half}')}" if self.half else ""
         return Markup((f"{bold[0]}{mean}{bold[1]}" if self.best else mean) + half)
@@ -39,11 +39,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class PaperTable:
-    """Methods down, tasks across."""
+    """A table with methods as rows and tasks as columns."""
 
     tasks: list[str]
     metrics: list[str]
-    """For each task, the metric with its unit and an arrow to what is better."""
+    """For each task, the metric with its unit and an arrow for the better direction."""
     methods: list[str]
     cells: list[list[Cell]]
     """``[methods][tasks]``"""
@@ -73,9 +73,9 @@ def build_paper_table(report: Report, over: Literal["seeds", "tasks"]) -> PaperT
 
 
 def name_method(report: Report, arm: Arm) -> str:
-    """How a paper names a method: ``MAML + CML``, of a variant ``MAML + CML (bf16)``.
+    """Return a method's name in a paper: ``MAML + CML``, with a variant ``MAML + CML (bf16)``.
 
-    A plugin is named as the comparison's ``names`` say, or else by its class.
+    A plugin's name comes from the comparison's ``names``, or else from its class.
     """
     given = report.results.plan.config.names
     classes = {
@@ -108,8 +108,8 @@ def _describe(report: Report, over: str) -> str:
     ]
     seeds = {len(each.seeds) for task in report.tasks for each in task.arms if each.seeds}
     count = format_count(max(seeds), "seed") if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)} seeds"
-    spread = count if over == "seeds" else f"test tasks, the trained models of {count} given"
+    spread = count if over == "seeds" else f"test tasks, for the trained models of {count}"
     return (
         f"Test tasks after {'; '.join(after)}: the mean ± half its 95 % interval over {spread} (Student's t). "
-        "Bold: the best mean of a column, which says nothing of whether the difference to the others is more than chance."
+        "Bold: the best mean of a column; it does not show whether the difference to the others is more than chance."
     )

@@ -1,4 +1,4 @@
-"""The tables of a report, which every format lays out in its own way."""
+"""The tables of a report, independent of the format."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Table:
     """Cells of plain text.
 
     Args:
-        note: what its numbers and every ± mean.
-        key: what is to be known of all tables of its kind; where several stand together, once is enough.
-        headers: how many columns, from the left, name the row.
-        texts: columns that hold sentences or lists, not numbers.
+        note: the meaning of its numbers and of ±.
+        key: an explanation for all tables of its kind, needed only once if there are several.
+        headers: the number of columns, from the left, that name the row.
+        texts: columns of sentences or lists instead of numbers.
     """
 
     title: str
@@ -52,12 +52,12 @@ class Table:
     texts: Sequence[int] = ()
 
     def is_text(self, column: int) -> bool:
-        """Whether a column holds words, not numbers."""
+        """Return whether a column contains text instead of numbers."""
         return column < self.headers or column in self.texts
 
 
 def build_all(report: Report) -> dict[str, list[Table]]:
-    """Build the tables of all tasks, by what they show."""
+    """Build the tables of all tasks, by kind."""
     found: dict[str, list[Table | None]] = {
         "results": [build_results(report, task) for task in report.tasks],
         "ranking": [build_ranking(report, task) for task in report.tasks],
@@ -105,9 +105,9 @@ def build_results(report: Report, task: TaskResults) -> Table:
 
 
 def build_differences(report: Report, task: TaskResults) -> Table | None:
-    """Tabulate every arm against its baseline on a task; None where no pair of arms is there to be compared.
+    """Tabulate every arm against its baseline on a task; None if there is no pair.
 
-    Of all pairs, those alone that are shown to differ.
+    If all pairs are compared, only those that are shown to differ.
     """
     of_task = [pair for pair in report.pairs if pair.arm.task == task.label]
     all_pairs = report.axis == "all"
@@ -217,7 +217,7 @@ def build_costs(report: Report, task: TaskResults) -> Table:
 
 
 def build_validations(report: Report, task: TaskResults) -> Table | None:
-    """Tabulate the metric in validation of every arm after up to five training steps; None without validations."""
+    """Tabulate every arm's validation metric at up to five training steps; None without validations."""
     curves = {each.arm: average_validations(each) for each in task.arms}
     shared = sorted(set.intersection(*map(set, filter(None, curves.values())))) if any(curves.values()) else []
     if not shared:
@@ -236,7 +236,7 @@ def build_validations(report: Report, task: TaskResults) -> Table | None:
 
 
 def build_adaptation(report: Report, task: TaskResults) -> Table | None:
-    """Tabulate where the arms of a task adapt; None where no run was analysed."""
+    """Tabulate where the arms of a task adapt; None if no run was analysed."""
     analysed = [each for each in task.arms if each.analyses]
     if not analysed:
         return None
@@ -283,7 +283,7 @@ def _find_score(analysis: Mapping[str, Any], part: str) -> float | None:
 
 
 def build_settings(report: Report, task: TaskResults) -> Table | None:
-    """Tabulate what tuning chose for the arms of a task; None where nothing was tuned."""
+    """Tabulate the chosen settings of a task's arms; None if nothing was tuned."""
     rows = []
     for arm, chosen in ((each.arm, each.chosen) for each in task.arms if each.chosen):
         values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in chosen.options.items()}
@@ -300,7 +300,7 @@ def build_settings(report: Report, task: TaskResults) -> Table | None:
 
 
 def build_environment(report: Report) -> Table:
-    """Tabulate what the runs were made with."""
+    """Tabulate the environment of the runs."""
     finished = report.results.finished
     rows = []
     for name, counts in report.results.environment.items():
@@ -311,7 +311,7 @@ def build_environment(report: Report) -> Table:
 
 
 def build_gaps(report: Report) -> Table | None:
-    """Tabulate what is missing, a row for the seeds of an arm that share the reason; None where nothing is."""
+    """Tabulate what is missing, one row for an arm's seeds with the same reason; None if nothing is missing."""
     alike: dict[tuple[str, str, str], list[Gap]] = {}
     for gap in report.results.gaps:
         alike.setdefault((gap.what, gap.state, gap.reason), []).append(gap)
@@ -331,19 +331,19 @@ def build_gaps(report: Report) -> Table | None:
 
 
 def describe_verdict(pair: Pair) -> str:
-    """The verdict on a pair, with its explanation."""
+    """Describe the verdict on a pair, with its explanation."""
     note = explain_verdict(pair)
     return f"{pair.verdict.value} ({note})" if note else pair.verdict.value
 
 
 def explain_verdict(pair: Pair) -> str:
-    """Say why a pair was not tested, or that seeds are missing; empty where the verdict is final."""
+    """Explain why a pair was not tested, or that seeds are missing; empty if the verdict is final."""
     missing = f"{pair.difference.pairs} of {pair.planned} seeds" if pair.difference.pairs < pair.planned else ""
     return pair.difference.untested or missing
 
 
 def format_seeds_in_favour(pair: Pair) -> str:
-    """How many seeds are in favour of an arm, of how many that say anything, and what became of the others."""
+    """Format the number of seeds in favour of an arm, the number that count, and the state of the others."""
     found = pair.difference
     others = [f"{found.diverged} diverged"] if found.diverged else []
     others += [f"{pair.planned} planned"] if found.pairs < pair.planned else []
@@ -370,14 +370,14 @@ def _format_mean(results: ArmResults, scale: Scale, inner_steps: int, *, of_task
 
 
 def _compute_time_ratios(results: ArmResults, baseline: ArmResults | None) -> np.ndarray:
-    """The ratios ``[seeds]`` of an arm's times per step to those of another, where a seed has both."""
+    """Return the ratios ``[seeds]`` of an arm's times per step to another's, for seeds that have both."""
     of_baseline = dict(zip(baseline.seeds, baseline.seconds_per_step, strict=True)) if baseline else {}
     times = zip(results.seeds, results.seconds_per_step, strict=True)
     return _drop_nonfinite(np.array([seconds / of_baseline[seed] for seed, seconds in times if seed in of_baseline]))
 
 
 def _format_range(ascending: Sequence[str]) -> str:
-    """Format the ends of a range, or one where both look alike."""
+    """Format the ends of a range, or one value if both look the same."""
     return " to ".join(dict.fromkeys([ascending[0], ascending[-1]])) if ascending else MISSING
 
 

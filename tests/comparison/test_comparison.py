@@ -551,8 +551,8 @@ def test_a_run_that_was_trained_for_longer_does_not_count(options: dict[str, Any
         (["--out", "."], "--out takes a file; . is a folder."),
         (
             ["--out", "x.pdf"],
-            "No format's files end in .pdf, but .md, .html, .tex, .csv, .scores.csv, .pairs.csv; --format says which "
-            "it is.",
+            "No format's files end in .pdf; use .md, .html, .tex, .csv, .scores.csv, .pairs.csv, or choose the format "
+            "with --format.",
         ),
         (["--format", ""], "There is no format of reports named ''"),
     ],
