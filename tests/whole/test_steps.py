@@ -83,7 +83,7 @@ SETTINGS = {
     "cora-graphsage": Setting(
         nodes(Cora, "mean"), GraphSAGE(GraphSAGE.Config(hidden=6)), "graphsage", 2**-1, ("cora", "graphsage"), DATA
     ),
-    "glyphs": Setting(images(Glyphs, 28, 1), CONV4, "conv4", 2**-6, ("glyphs", "conv4", 28, 1)),
+    "glyphs": Setting(images(Glyphs, 20, 1), CONV4, "conv4", 2**-6, ("glyphs", "conv4", 20, 1)),
     "glyphs-colour": Setting(images(Glyphs, 32, 3), CONV4, "conv4", 2**-6, ("glyphs", "conv4", 32, 3)),
     "glyphs-resnet12": Setting(images(Glyphs, 32, 1), RESNET12, "resnet12", 2**-6, ("glyphs", "resnet12", 32, 1)),
     "omniglot": Setting(images(OmniglotSmall, 28, 1), CONV4, "conv4", 2**-6, ("omniglot", "conv4", 28, 1), ("data",)),
