@@ -38,6 +38,7 @@ from metareg import (
     UsageError,
     hookimpl,
 )
+from metareg.engine.step_loop import Batches
 from metareg.learner.config import Schedule
 from metareg.learner.training import Progress, fit
 from metareg.registry.task_source import TaskSource
@@ -737,7 +738,8 @@ def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("policy", "strategy"), [("skip", "serial"), ("rollback", "serial"), ("skip", "compiled"), ("rollback", "compiled")]
+    ("policy", "strategy"),
+    [("skip", "serial"), ("rollback", "serial"), pytest.param("rollback", "compiled", marks=pytest.mark.slow)],
 )
 def test_going_on_after_divergence_is_repeatable(
     tmp_path: Path, policy: str, strategy: str, caplog: pytest.LogCaptureFixture
@@ -753,6 +755,34 @@ def test_going_on_after_divergence_is_repeatable(
     path = _stopped(tmp_path / "run", tmp_path / "stopped", 8)
     metareg.train("maml", task=(Poison, {"tasks": [18, 29]}), out=path, resume=True, **SMALL | options)
     assert _results(path) == _results(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_a_killed_run_of_many_steps_a_program_ends_as_one_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options, asked, take_steps = SMALL | {"strategy": "compiled"}, [], MetaLearner.take_steps
+
+    def record(learner: MetaLearner, batches: Batches) -> Any:
+        asked.append(len(batches))
+        return take_steps(learner, batches)
+
+    monkeypatch.setattr(MetaLearner, "take_steps", record)
+    code = f"""
+import signal, metareg
+class Killer:
+    @metareg.hookimpl
+    def on_step(self, step):
+        if step == 9:
+            signal.raise_signal(signal.SIGKILL)
+metareg.train("maml", task="sinusoid", out={str(tmp_path / "killed")!r}, observers=[Killer()], **{options!r})
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, env=environment()).returncode == -signal.SIGKILL
+    assert _checkpoint(tmp_path / "killed", 8).exists()
+    metareg.train("maml", task="sinusoid", out=tmp_path / "alone", **options)
+    assert max(asked) > 1
+    metareg.resume(tmp_path / "killed")
+    assert _results(tmp_path / "killed") == _results(tmp_path / "alone")
 
 
 def test_going_on_after_divergence_has_a_bound(tmp_path: Path) -> None:
