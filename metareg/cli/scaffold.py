@@ -44,7 +44,7 @@ def write_plugin(kind: str, name: str, parent: Path) -> Path:
     module = _name_module(name)
     if importlib.util.find_spec(module) is not None:
         raise UsageError(
-            f"The name '{name}' stands for the module {module}, which is installed already; choose another one."
+            f"The module {module}, which the name '{name}' needs, is already installed; choose another name."
         )
     folder = parent / f"metareg-{name}"
     if folder.exists():

@@ -118,7 +118,7 @@ class Tuning(PluginConfig):
     )
     seeds: Seeds | None = Field(
         None,
-        description="Seeds for every setting, or a number n for 0 to n − 1; if unset, the comparison's first seed.",
+        description="Seeds for every setting, or a number n for 0 to n − 1; by default, the comparison's first seed.",
     )
     space: Annotated[dict[str, list[Any] | Range | RelativeRange | None], BeforeValidator(_parse_space)] = Field(
         {},
@@ -131,7 +131,7 @@ class Tuning(PluginConfig):
     @model_validator(mode="after")
     def _check_consistency(self) -> Tuning:
         for key in self.space.keys() & self.options.keys():
-            raise ValueError(f"'{key}' is to be tuned but has a fixed value in 'options'")
+            raise ValueError(f"'{key}' cannot be tuned because it has a fixed value in 'options'")
         if self.trials == GRID and not self.space:
             raise ValueError(
                 "a grid needs values in 'space', such as {inner_lr: [0.01, 0.1]}; a search needs a number of trials"
@@ -229,7 +229,7 @@ class ComparisonConfig(PluginConfig):
     )
     tune: Tuning | None = Field(None, description="How each arm's settings are chosen on validation tasks.")
     program: dict[Literal["algo", "augment", "task", "model"], list[str]] = Field(
-        {}, description="Which of these names stand for objects and classes from a program."
+        {}, description="Which of these names refer to objects and classes from a program."
     )
 
     @model_validator(mode="after")

@@ -71,17 +71,17 @@ class LearnerConfig(PluginConfig):
     outer_weight_decay: float | None = Field(
         None,
         ge=0,
-        description="Weight decay of the model's own parameters, as torch's optimiser defines it; what plugins learn does "
-        "not decay. Unset: 0.01 for adamw, 0 for the others.",
+        description="Weight decay of the model's own parameters, as torch's optimiser defines it; parameters of "
+        "plugins do not decay. By default, 0.01 for adamw, 0 for the others.",
         json_schema_extra={"search": [0.0, 1e-4, 1e-3, 1e-2]},
     )
-    outer_momentum: float | None = Field(None, ge=0, lt=1, description="Momentum of sgd and rmsprop; unset, 0.")
-    outer_nesterov: bool = Field(False, description="Nesterov's momentum, of sgd.")
+    outer_momentum: float | None = Field(None, ge=0, lt=1, description="Momentum of sgd and rmsprop; by default, 0.")
+    outer_nesterov: bool = Field(False, description="Use Nesterov's momentum in sgd.")
     outer_betas: list[Annotated[float, Field(ge=0, lt=1)]] | None = Field(
         None,
         min_length=2,
         max_length=2,
-        description="Decay rates of the moments of adam, adamw and radam; unset, 0.9 and 0.999.",
+        description="Decay rates of the moments of adam, adamw and radam; by default, 0.9 and 0.999.",
     )
     lr_schedule: Literal["constant", "cosine", "step", "multistep"] = Field(
         "constant", description="How outer_lr changes from step to step, as torch.optim.lr_scheduler defines it."
@@ -96,10 +96,11 @@ class LearnerConfig(PluginConfig):
         None,
         ge=1,
         le=_MOST_STEPS,
-        description="The training step at which the cosine schedule reaches 0, warm-up included; unset, the run's last.",
+        description="The training step at which the cosine schedule reaches 0, including warm-up; by default, the "
+        "run's last step.",
     )
     lr_step_size: int | None = Field(
-        None, ge=1, le=_MOST_STEPS, description="Multiply by lr_gamma every so many steps; for lr_schedule step."
+        None, ge=1, le=_MOST_STEPS, description="Steps between multiplications by lr_gamma; for lr_schedule step."
     )
     lr_milestones: list[Annotated[int, Field(ge=1, le=_MOST_STEPS)]] | None = Field(
         None,
@@ -108,7 +109,7 @@ class LearnerConfig(PluginConfig):
         description="Multiply by lr_gamma after each of these training steps; for lr_schedule multistep.",
     )
     lr_gamma: float | None = Field(
-        None, gt=0, le=1, description="The factor of the schedules step and multistep; unset, 0.1."
+        None, gt=0, le=1, description="The factor of the schedules step and multistep; by default, 0.1."
     )
     reset_optimizer_every: int | None = Field(
         None,
@@ -193,7 +194,7 @@ class Schedule(PluginConfig):
         "continue with other tasks.",
     )
     max_nonfinite: Annotated[int, Resumable()] = Field(
-        10, ge=1, le=_MOST_STEPS, description="How often a run may skip or roll back before it stops."
+        10, ge=1, le=_MOST_STEPS, description="Maximum number of skips and rollbacks before the run stops."
     )
 
 

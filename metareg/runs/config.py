@@ -33,7 +33,7 @@ class RunConfig(LearnerConfig, Schedule):
         None,
         ge=1,
         le=1024,
-        description="CPU threads; if unset, one for small models (more would only wait), otherwise torch's default.",
+        description="CPU threads; by default, one for small models (more would only wait), otherwise torch's default.",
     )
     select: Literal["last", "best"] = Field(
         "last", description="Weights to test and keep as final: the last ones, or those with the best validation."

@@ -218,7 +218,7 @@ def _split_observers(observers: Sequence[Any]) -> tuple[dict[str, list[str]], li
 
 
 def _refuse_outer_places(selection: Selection, said: Collection[str], folder: Path, where: str) -> None:
-    """Refuse observers that write outside the run's folder because a file, which may be a stranger's, says so.
+    """Refuse observers that write outside the run's folder because an untrusted file says so.
 
     Args:
         selection: the run.

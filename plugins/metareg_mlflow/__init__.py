@@ -24,7 +24,7 @@ class MLflow:
     class Config(PluginConfig):
         experiment: str = Field("metareg", description="Name of the MLflow experiment.")
         uri: str | None = Field(
-            None, description="Tracking server or database; unset, mlflow.db and mlartifacts/ in the run's folder."
+            None, description="Tracking server or database; by default, mlflow.db and mlartifacts/ in the run's folder."
         )
 
     def __init__(self, config: Config) -> None:

@@ -142,7 +142,7 @@ def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None
     problems = [
         f"'{name}' is missing" for name in own if name not in weights and not name.endswith("num_batches_tracked")
     ]
-    problems += [f"'{name}' is none of it" for name in weights if name not in own]
+    problems += [f"'{name}' is not in it" for name in weights if name not in own]
     problems += [
         f"'{name}' has the shape {tuple(weights[name].shape)} instead of {tuple(value.shape)}"
         for name, value in own.items()
