@@ -1,4 +1,4 @@
-"""The meta-gradient of one task: the derivative of its outer objective, or what the algorithm gives in its place."""
+"""The meta-gradient of one task: the derivative of its outer objective, or the algorithm's own outer gradient."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from metareg.util.torch_internals import tree_map
 __all__ = ["compute_meta_gradient"]
 
 Derivative = tuple[Tensors, Tensor, Tensors]
-"""A gradient by name, the value that was differentiated, and what is logged of it."""
+"""A gradient by name, the differentiated value, and its logs."""
 
 
 def compute_meta_gradient(
     functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None = None
 ) -> Derivative:
-    """The meta-gradient of one task, its objective, and what is logged; arguments as in `TaskFunctions.prepare`."""
+    """Compute the meta-gradient of one task, its objective and its logs; arguments as in `TaskFunctions.prepare`."""
     stages, steps = functions.stages, functions.options.inner_steps
     if not stages.implements("outer_gradient"):
         return _differentiate(functions, meta, task, noise, weights)
@@ -58,10 +58,10 @@ def _differentiate(
 def _differentiate_by_steps(
     functions: TaskFunctions, meta: Tensors, task: Task, noise: Mapping[str, Any], weights: Tensor | None
 ) -> Derivative:
-    """The same derivative from the parameters of each inner step alone.
+    """Compute the same derivative from only the parameters of each inner step.
 
-    The chain rule through the inner loop, one step at a time from the last to the first: each step's graph is built from
-    its kept parameters, used once and freed, so that memory does not grow with the number of steps.
+    Applies the chain rule through the inner loop one step at a time, from the last to the first. Each step's graph is
+    built from its stored parameters, used once and freed, so memory for graphs does not grow with the number of steps.
     """
     context = functions.prepare(meta, task, noise, weights)
     steps = range(functions.options.inner_steps)
