@@ -71,6 +71,14 @@ def test_every_table_says_what_its_numbers_mean(demo: Path, format: str) -> None
             assert table.key in plain
 
 
+def test_markdown_tabulates_the_curves_that_a_page_draws(demo: Path) -> None:
+    found, text = analyze_comparison(demo), report(demo, "markdown")
+    for task in found.tasks:
+        table = tables.build_validations(found, task)
+        assert table is not None
+        assert all(f"| {' | '.join(row)} |" in text for row in table.rows)
+
+
 def test_csv_is_tidy(demo: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(report(demo, "csv"))))
     assert len(rows) == 120 * len(INNER_STEPS)
