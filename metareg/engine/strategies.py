@@ -17,9 +17,12 @@ Strategy = Literal["serial", "traced", "vectorized", "compiled"]
 ONE_BY_ONE = ("serial", "traced")
 """Strategies that run one task after the other."""
 
-# The measured cost of compiling on 2 CPU cores, and the gain per training step for each inner step and the outer one.
-_COMPILE_SECONDS = 25.0
-_GAIN_SECONDS_PER_STAGE = 0.7e-3
+_STEPS_THAT_PAY = 10_000
+"""Training steps from which compiling costs less than it saves.
+
+Compiling and saving are both CPU time and grow with the number of inner steps and on a slower processor, so one number
+serves all (docs/benchmarks.md). The same run always has the same strategy, which costs measured on a machine would not give.
+"""
 
 
 def choose_strategy(
@@ -43,13 +46,11 @@ def choose_strategy(
         return "vectorized", "there is one task per batch"
     if convolves:
         return "vectorized", f"compiling convolutions takes minutes on {device.type}"
-    gain = steps * _GAIN_SECONDS_PER_STAGE * (1 + functions.options.inner_steps)
-    cost = _COMPILE_SECONDS * (1 + functions.options.inner_steps) / 2
-    if gain <= cost:
-        return "vectorized", f"too few steps ({steps:,}) to pay for about {cost:.0f} s of compiling"
+    if steps < _STEPS_THAT_PAY:
+        return "vectorized", f"too few steps to pay for compiling: {steps:,} of {_STEPS_THAT_PAY:,}"
     if device.type == "cpu" and find_compiler() is None:
         return "vectorized", "compiling would pay off, but there is no C++ compiler (g++ or clang++)"
-    return "compiled", f"{format_count(steps, 'step')} pay off about {cost:.0f} s of compiling"
+    return "compiled", f"{format_count(steps, 'step')} pay for compiling"
 
 
 def find_compiler() -> str | None:
