@@ -152,7 +152,7 @@ def test_processes_hold_the_same_bits(together: SimpleNamespace, case: str) -> N
 
 def test_processes_that_drift_apart_are_noticed(together: SimpleNamespace) -> None:
     for found in together.ranks:
-        assert "processes hold different meta-parameters" in found["drifted"]
+        assert "processes have different meta-parameters" in found["drifted"]
 
 
 def test_a_group_of_the_program_is_used_and_left(together: SimpleNamespace) -> None:
