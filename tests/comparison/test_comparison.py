@@ -774,7 +774,6 @@ def test_all_runs_have_the_same_time_to_stop(tmp_path: Path, monkeypatch: pytest
 
 
 KILLED = {**TINY, "steps": 120, "log_every": 10, "checkpoint_every": 25, "threads": 1, "strategy": "serial"}
-"""The first lines of a run come before its first checkpoint: one that goes on after a kill must take them back."""
 
 
 def begin(folder: Path) -> subprocess.Popen[bytes]:
