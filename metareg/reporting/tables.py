@@ -258,13 +258,13 @@ def build_adaptation(report: Report, task: TaskResults) -> Table | None:
         cells = [*map(plain.format_estimate, moved), *map(scale.format_estimate, [*scores, train])]
         rows.append([each.arm.algorithm, each.arm.setting, str(len(found)), *cells, plain.format_estimate(angle)])
     steps = sorted({one["inner_steps"] for each in analysed for one in each.analyses.values()})
-    numbers = " to ".join(str(number) for number in dict.fromkeys((steps[0], steps[-1])))
+    fewest = f"{steps[0]} to " if len(steps) > 1 else ""
     columns = [
         "algorithm", report.setting_heading, "seeds", "body moves", "head moves", "all adapted", "body alone", "head alone",
         "training tasks", "angle",
     ]  # fmt: skip
     note = (
-        f"After {numbers} inner steps, from 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over "
+        f"After {fewest}{format_count(steps[-1], 'inner step')}, from 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over "
         f"the layers of the part. Next, {scale.heading} on test tasks ({scale.direction}) if everything that the algorithm "
         "adapts may change, the body alone or the head alone; then on training tasks. Angle: in degrees, on the body, "
         "between the algorithm's outer gradient and what the augmenter adds. ± is half the 95 % interval over seeds."
