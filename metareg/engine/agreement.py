@@ -20,14 +20,14 @@ def compare(found: Sequence[Tensor], expected: Sequence[Tensor], precision: torc
     """Describe how the tensors differ; None if they agree.
 
     Args:
-        found: tensors of any shapes; scalars are ignored.
+        found: tensors of any shapes; those that hold no floating-point numbers are ignored.
         expected: the same number of tensors.
         precision: the type in which they were computed, if it differs from their own.
     """
     pairs = [
         (one.detach().flatten(), other.detach().flatten())
         for one, other in zip(found, expected, strict=True)
-        if other.dim() and other.is_floating_point()
+        if other.is_floating_point()
     ]
     if not pairs:
         return None

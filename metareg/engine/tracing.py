@@ -154,7 +154,8 @@ class Program:
             return flat(*leaves)
         values = run(*leaves) if values is None else values
         expected = flat(*leaves)
-        difference = compare(values, expected)
+        # The gradients alone: rounding can change a prediction, and with it a metric, by a whole example.
+        difference = compare(values[: len(names)], expected[: len(names)])
         if difference is None:
             self._graphs[key] = run
             return values

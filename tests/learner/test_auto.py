@@ -10,7 +10,7 @@ import torch
 from learners import Source, same
 from torch import Tensor, nn
 
-from metareg import MetaLearner
+from metareg import Episodes, MetaLearner
 from metareg.engine.engine import Engine
 from samples import MLP, episodes
 
@@ -104,6 +104,36 @@ def test_a_graph_that_computes_something_else_is_not_replayed(caplog: pytest.Log
     losses = [learner.meta_gradient(episodes("mlp"))[0].item() for _ in range(5)]
     assert len(set(losses)) == 5
     assert "untraced" in caplog.text
+
+
+class Scale(nn.Module):
+    """A model whose only parameter is a number, not an array."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.factor * inputs
+
+
+def test_numbers_are_compared_like_arrays(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    draws, compute = torch.Generator().manual_seed(0), Engine._map_gradient
+
+    def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> list[Tensor]:
+        return [1.5 * value for value in compute(self, meta, tasks, extra)]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs - targets).square().mean() * (1 + torch.rand((), generator=draws).item())
+
+    x = torch.rand(2, 6, 1)
+    batch = Episodes(x, 2 * x, x, 2 * x)
+    MetaLearner(Scale(), strategy="traced", loss=loss, inner_lr=0.1).fit([batch] * 3, steps=3)
+    assert "untraced" in caplog.text
+    monkeypatch.setattr(Engine, "_map_gradient", wrong)
+    learner = MetaLearner(Scale(), loss="mse", inner_lr=0.1)
+    learner.step(batch)
+    assert learner.strategy == "traced"
 
 
 def test_anomaly_mode(caplog: pytest.LogCaptureFixture) -> None:
