@@ -38,6 +38,9 @@ __all__ = ["Engine", "Gradient"]
 _STACKS_BEFORE_TRACING = 32
 """Number of stacks that an evaluation maps untraced: a test has six, and a graph saves only milliseconds per stack."""
 
+_TASKS_BEFORE_TRACING = 2
+"""Tasks that an evaluation of one after the other runs untraced: a run's first check has two, and needs no graph."""
+
 
 @dataclass(frozen=True)
 class Gradient:
@@ -196,7 +199,7 @@ class Engine:
         else:
             # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
-            calls = 1 if one_by_one else _STACKS_BEFORE_TRACING
+            calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
             program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy, calls)
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])

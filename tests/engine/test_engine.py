@@ -183,6 +183,14 @@ def test_a_traced_graph_gives_the_bits_of_the_function(monkeypatch: pytest.Monke
     assert torch.equal(first.scores, second.scores)
 
 
+def test_the_check_of_a_run_traces_nothing() -> None:
+    learner = learner_of("mlp", "maml", strategy="traced")
+    source = Given(Episodes(*(part[[0, 1, 0, 1]] for part in episodes("mlp").parts)))
+    for tasks, traced in ((2, False), (4, True)):
+        learner.evaluate(source, tasks, inner_steps=(0, 1))
+        assert [bool(program._graphs) for program in learner.engine._programs.values()] == [traced]
+
+
 @pytest.mark.parametrize("net", NETS)
 @pytest.mark.parametrize("inner_steps", [1, 2])
 def test_traced_training_has_no_idle_operations_and_the_bits_of_the_function(
