@@ -264,10 +264,11 @@ def build_adaptation(report: Report, task: TaskResults) -> Table | None:
         "training tasks", "angle",
     ]  # fmt: skip
     note = (
-        f"After {fewest}{format_count(steps[-1], 'inner step')}, from 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the inner loop, the mean over "
-        f"the layers of the part. Next, {scale.heading} on test tasks ({scale.direction}) if everything that the algorithm "
-        "adapts may change, the body alone or the head alone; then on training tasks. Angle: in degrees, on the body, "
-        "between the algorithm's outer gradient and what the augmenter adds. ± is half the 95 % interval over seeds."
+        f"After {fewest}{format_count(steps[-1], 'inner step')}, from 'metareg analyse'. Moves: ‖change‖ / ‖start‖ in the "
+        f"inner loop, the mean over the layers of the part. Next, {scale.heading} on test tasks ({scale.direction}) if "
+        "everything that the algorithm adapts may change, the body alone or the head alone; then on training tasks. "
+        "Angle: in degrees, on the body, between the algorithm's outer gradient and what the augmenter adds. "
+        "± is half the 95 % interval over seeds."
     )
     return Table(task.label, columns, rows, note)
 

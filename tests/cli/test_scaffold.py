@@ -102,7 +102,10 @@ def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
         (["new-plugin", "algorithm", "Sign MAML"], "lower-case letters"),
         (["new-plugin", "algorithms", "maml"], "taken by the algorithm of metareg"),
         # Its module would hide the shipped one, and no MAML could be trained.
-        (["new-plugin", "augmenters", "maml"], "The module metareg_maml, which the name 'maml' needs, is already installed"),
+        (
+            ["new-plugin", "augmenters", "maml"],
+            "The module metareg_maml, which the name 'maml' needs, is already installed",
+        ),
         (["new-plugin", "optimisers", "mine"], "no kind of plugin named 'optimisers'"),
         (["check-plugin", "algorithms", "mamml"], "did you mean 'maml'"),
         (["check-plugin", "augmenters", "dropgrad", "--set", "rat=0.5"], "did you mean 'rate'"),
