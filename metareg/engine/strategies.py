@@ -1,4 +1,4 @@
-"""How the tasks of a batch are run, and which way is chosen where the user leaves it open."""
+"""How the tasks of a batch run, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from metareg.engine.objective import TaskFunctions
 from metareg.printable import format_count
 
-__all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "find_compiler"]
+__all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "find_compiler", "has_convolutions"]
 
 Strategy = Literal["serial", "traced", "vectorized", "compiled"]
 ONE_BY_ONE = ("serial", "traced")
@@ -28,18 +28,18 @@ serves all (docs/benchmarks.md). The same run always has the same strategy, whic
 def choose_strategy(
     functions: TaskFunctions, device: torch.device, tasks: int, steps: int, stackable: bool
 ) -> tuple[Strategy, str]:
-    """What ``strategy="auto"`` runs, and why; a function of the run's settings, never of a clock.
+    """Return what ``strategy="auto"`` runs, and why: a function of the run's settings, never of a clock.
 
     Args:
-        functions: what is to be run.
-        device: where.
-        tasks: tasks per batch.
-        steps: training steps that there will be.
+        functions: the functions to run.
+        device: the device that runs them.
+        tasks: the number of tasks per batch.
+        steps: the number of training steps.
         stackable: whether the tasks can be stacked.
     """
     if not stackable:
         return "serial", "the task's episodes cannot be stacked"
-    convolves = any(p.dim() >= 4 for p in functions.model.module.parameters())
+    convolves = has_convolutions(functions)
     if device.type == "cpu" and convolves:
         return "traced", "convolutional tasks are slower in one batch than one by one on a CPU"
     if tasks == 1:
@@ -53,7 +53,12 @@ def choose_strategy(
     return "compiled", f"{format_count(steps, 'step')} pay for compiling"
 
 
+def has_convolutions(functions: TaskFunctions) -> bool:
+    """Return whether the model has weights of two-dimensional convolutions."""
+    return any(parameter.dim() >= 4 for parameter in functions.model.module.parameters())
+
+
 def find_compiler() -> str | None:
-    """The C++ compiler that torch.compile would use on a CPU; None where there is none."""
+    """Return the C++ compiler that torch.compile would use on a CPU; None if there is none."""
     candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
     return next((path for name in candidates if name and (path := shutil.which(name))), None)

@@ -15,7 +15,7 @@ from metareg.contract.episodes import Batch, Episodes, convert_arrays
 from metareg.engine.engine import Engine, Gradient
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches
-from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy
+from metareg.engine.strategies import ONE_BY_ONE, Strategy, choose_strategy, has_convolutions
 from metareg.engine.tracing import CompileError, summarise_error
 from metareg.errors import DivergenceError, ExamplesError, UsageError
 from metareg.learner.batch_split import BatchSplit, Share, read_stacks
@@ -182,12 +182,16 @@ class BatchRunner:
         return gradients
 
     def _can_loop(self, batches: Batches) -> bool:
-        """Return whether one program can take several training steps: no plugin runs Python code between steps."""
+        """Return whether one program should take several training steps: no plugin runs Python code between steps.
+
+        A loop over steps with convolutions takes minutes to compile and saves next to nothing.
+        """
         stages, chunk = self._engine.training.stages, self._config.chunk
         return (
             self._loops
             and self.strategy == "compiled"
             and self._device.type == "cpu"
+            and not has_convolutions(self._engine.training)
             and self.split.processes.size == 1
             and batches.tasks < len(batches.stack)
             and (chunk is None or batches.tasks <= chunk)

@@ -141,6 +141,22 @@ def test_settings_are_inputs_of_one_program() -> None:
     assert graphs[0] == graphs[1]
 
 
+def test_steps_with_convolutions_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program with a loop over them takes minutes to compile."""
+    compiled: list[int] = []
+    monkeypatch.setattr(step_loop, "compile_graph", lambda graph, inputs: compiled.append(len(inputs)) or graph)
+    x = torch.rand(4, 2, 1, 4, 4)
+    tasks = Episodes(x, x.mean((2, 3, 4)).unsqueeze(-1), x, x.mean((2, 3, 4)).unsqueeze(-1))
+    for model in (nn.Conv2d(1, 2, 3), nn.Linear(16, 2)):
+        first = nn.Flatten() if isinstance(model, nn.Linear) else nn.Identity()
+        size = 2 if isinstance(model, nn.Linear) else 8
+        learner = MetaLearner(
+            nn.Sequential(first, model, nn.Flatten(), nn.Linear(size, 1)), loss="mse", strategy="compiled"
+        )
+        learner.take_steps(Batches(tasks, 2, range(2)))
+        assert bool(compiled) == isinstance(model, nn.Linear)
+
+
 def describe(graph: fx.GraphModule) -> list[str]:
     """What the cache of compiled programs knows a graph by."""
     return [part.code for part in graph.modules() if isinstance(part, fx.GraphModule)]
