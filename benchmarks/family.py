@@ -1,9 +1,9 @@
-"""What a training step of each algorithm costs beside MAML's: ``python benchmarks/family.py [NAME …]``.
+"""What a training step and an evaluation of each algorithm cost beside MAML's: ``python benchmarks/family.py [NAME …]``.
 
-Each algorithm has a fresh process: 5-way 1-shot glyphs, 4 tasks, 5 inner steps, strategy vectorized, else as the algorithm
-and the task recommend, and beside it MAML with the same model. The figures are ratios: CPU time of steps in turns, and peak
-memory over that before the first step. They go into metareg/registry/costs.json, which `metareg show` and docs/algorithms.md
-read.
+Each algorithm has fresh processes: 5-way 1-shot glyphs, 4 tasks, 5 inner steps, strategy vectorized, else as the algorithm
+and the task recommend, and beside it MAML with the same model. The figures are ratios: CPU time of steps in turns, and of
+evaluations of 20 tasks after 5 inner steps; peak memory, of steps over that before the first one, of evaluations in
+bytes of live tensors. They go into metareg/registry/costs.json, which `metareg show` and docs/algorithms.md read.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from harness import machine
@@ -25,36 +26,58 @@ from metareg.registry.costs import PATH
 from metareg.registry.plugins import Entry, find_entry, list_entries
 from metareg.runs.options import assemble
 from metareg.runs.training import prepare_run
+from metareg.testing.memory import measure_peak
 from metareg.util.devices import peak_memory, reset_peak_memory
 from metareg.util.torch_internals import tree_leaves
 
 SETTING: dict[str, Any] = {"inner_steps": 5, "meta_batch": 4, "strategy": "vectorized"}
-ROUNDS, STEPS = 5, 3
+ROUNDS, STEPS, TASKS = 5, 3, 20
 
 
-def build(algorithm: str, model: str | None) -> tuple[MetaLearner, Sequence[Episodes]]:
-    """A learner and one batch of its tasks."""
-    chosen = {} if model is None else {"model": model}
-    learner, source = prepare_run(assemble({"algo": algorithm, "task": "glyphs", **chosen}, SETTING))
-    batch = source.episodes("train", range(SETTING["meta_batch"]), seed=0)
-    learner.initialize(batch[0].support_x[0])
-    return learner, batch
+@dataclass(frozen=True)
+class Bench:
+    """A learner and the tasks that it is measured on."""
+
+    learner: MetaLearner
+    source: Any
+    batch: Sequence[Episodes]
+
+    @classmethod
+    def build(cls, algorithm: str, model: str | None) -> Bench:
+        chosen = {} if model is None else {"model": model}
+        learner, source = prepare_run(assemble({"algo": algorithm, "task": "glyphs", **chosen}, SETTING))
+        batch = source.episodes("train", range(SETTING["meta_batch"]), seed=0)
+        learner.initialize(batch[0].support_x[0])
+        return cls(learner, source, batch)
+
+    def step(self) -> None:
+        self.learner.step(self.batch)
+
+    def evaluate(self) -> None:
+        self.learner.evaluate(self.source, tasks=TASKS, inner_steps=[SETTING["inner_steps"]])
 
 
-def take_steps(learner: MetaLearner, batch: Sequence[Episodes], steps: int) -> float:
-    """CPU seconds of one step."""
+def measure_time(work: Callable[[], None], times: int = 1) -> float:
+    """CPU seconds of some work, the mean of so many times."""
     start = time.process_time()
-    for _ in range(steps):
-        learner.step(batch)
-    return (time.process_time() - start) / steps
+    for _ in range(times):
+        work()
+    return (time.process_time() - start) / times
 
 
-def measure_memory(learner: MetaLearner, batch: Sequence[Episodes]) -> int:
-    """Peak bytes of three steps over what the process took before them; the second one is traced."""
-    reset_peak_memory(learner.device)
-    before = peak_memory(learner.device)
-    take_steps(learner, batch, 3)
-    after = peak_memory(learner.device)
+def compare_times(work: Callable[[], None], reference: Callable[[], None], times: int) -> float:
+    """CPU time of some work over that of the reference, in turns; neither is measured when it is first done."""
+    for each in (work, reference):
+        measure_time(each, times)
+    return statistics.median(measure_time(work, times) / measure_time(reference, times) for _ in range(ROUNDS))
+
+
+def measure_memory(device: torch.device, work: Callable[[], None]) -> int:
+    """Peak bytes of doing it three times (the second step is traced) over what the process took before."""
+    reset_peak_memory(device)
+    before = peak_memory(device)
+    measure_time(work, 3)
+    after = peak_memory(device)
     if before is None or after is None:
         raise SystemExit("This system does not say how much memory a process took.")
     return after - before
@@ -72,33 +95,40 @@ def measure_state(learner: MetaLearner, batch: Sequence[Episodes]) -> dict[str, 
     return {"state": kept / max(adapted, 1), "learned": own / model}
 
 
-def probe(algorithm: str, model: str | None, timed: bool) -> dict[str, float]:
+def probe(algorithm: str, model: str | None, of: Literal["step", "evaluation"], timed: bool) -> dict[str, float]:
     """What one process measures: memory, and where `timed` what it takes in turns with MAML."""
-    learner, batch = build(algorithm, model)
-    found = {"memory": float(measure_memory(learner, batch))}
-    if not timed:
-        return found
-    maml, tasks = build("maml", model)
-    take_steps(maml, tasks, 3)
-    ratios = [take_steps(learner, batch, STEPS) / take_steps(maml, tasks, STEPS) for _ in range(ROUNDS)]
-    return found | {"time": statistics.median(ratios)} | measure_state(learner, batch)
+
+    def get_work(bench: Bench) -> Callable[[], None]:
+        return bench.step if of == "step" else bench.evaluate
+
+    bench = Bench.build(algorithm, model)
+    work = get_work(bench)
+    found = {"memory": float(measure_memory(bench.learner.device, work) if of == "step" else measure_peak(work))}
+    if timed:
+        times = STEPS if of == "step" else 1
+        found["time"] = compare_times(work, get_work(Bench.build("maml", model)), times)
+    if of == "step":
+        found |= measure_state(bench.learner, bench.batch)
+    return found
 
 
-def run_probe(algorithm: str, model: str | None, timed: bool) -> dict[str, float]:
+def run_probe(*request: Any) -> dict[str, float]:
     """`probe` in a fresh process."""
-    request = json.dumps([algorithm, model, timed])
-    command = [sys.executable, __file__, "--probe", request]
+    command = [sys.executable, __file__, "--probe", json.dumps(request)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
-def measure(entry: Entry, baselines: dict[str | None, float]) -> dict[str, float]:
+def measure(entry: Entry, baselines: dict[tuple[str | None, str], float]) -> dict[str, float]:
     """The figures of one algorithm, rounded; `baselines` keeps MAML's memory for each model."""
     model = getattr(entry.load(), "default_model", None)
-    if model not in baselines:
-        baselines[model] = run_probe("maml", model, timed=False)["memory"]
-    figures = run_probe(entry.qualified, model, timed=True)
-    figures["memory"] /= baselines[model]
-    return {name: round(figures[name], 2) for name in ("time", "memory", "state", "learned")}
+    found: dict[str, float] = {}
+    for of, prefix in (("step", ""), ("evaluation", "evaluation_")):
+        if (model, of) not in baselines:
+            baselines[model, of] = run_probe("maml", model, of, False)["memory"]
+        figures = run_probe(entry.qualified, model, of, True)
+        figures["memory"] /= baselines[model, of]
+        found |= {prefix + name: round(value, 2) for name, value in figures.items()}
+    return found
 
 
 def main() -> None:
@@ -112,7 +142,7 @@ def main() -> None:
         return
     entries = [find_entry("algorithms", name) for name in options.names] or list_entries("algorithms")
     content = json.loads(PATH.read_text("utf-8")) if PATH.exists() else {"figures": {}}
-    baselines: dict[str | None, float] = {}
+    baselines: dict[tuple[str | None, str], float] = {}
     for entry in entries:
         content["figures"][entry.target] = figures = measure(entry, baselines)
         content["machine"] = machine(threads=1)

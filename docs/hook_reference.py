@@ -60,12 +60,14 @@ def algorithms() -> str:
     """The page algorithms.md with its table brought up to date; the column of formulas is written by hand in the page."""
     text = (HERE / "algorithms.md").read_text(encoding="utf-8")
     formulas = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", text, flags=re.M))
-    rows = [["name", "inner update", "adapts", "state", "order", "time", "memory", "source"]]
+    rows = [
+        ["name", "inner update", "adapts", "state", "order", "time", "memory", "test time", "test memory", "source"]
+    ]
     shipped = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
     for entry in sorted(shipped, key=lambda entry: [*formulas, entry.name].index(entry.name)):
         rows.append([f"`{entry.name}`", formulas.get(entry.name, ""), *_describe_algorithm(entry)])
     caption = (
-        f"Time and memory are those of a training step relative to MAML: {SETTING}. "
+        f"Time and memory are those of a training step, and of a test of 20 tasks, relative to MAML: {SETTING}. "
         "State is how many numbers the inner loop keeps for each adapted parameter."
     )
     content = f"<!-- family -->\n\n{_table(rows)}\n\n{caption}\n\n## "
@@ -76,9 +78,11 @@ def _describe_algorithm(entry: Entry) -> list[str]:
     cls, cost = entry.load(), find_cost(entry)
     source = (inspect.getdoc(cls) or "").partition("Reference:")[2]
     citation = re.match(r".*?\b(?:19|20)\d\d\b(?:, arXiv [\d.]*\d)?", " ".join(source.split()))
-    figures = [f"{cost.state:.3g}", f"{cost.time:.2f}", f"{cost.memory:.2f}"] if cost else ["", "", ""]
+    costs = [cost.time, cost.memory, cost.evaluation_time, cost.evaluation_memory] if cost else []
     adapts = getattr(cls, "adapts", "all").replace("*", "\\*")
-    return [adapts, figures[0], describe_order(cls), *figures[1:], citation[0] if citation else ""]
+    state = f"{cost.state:.3g}" if cost else ""
+    figures = [f"{value:.2f}" for value in costs] or [""] * 4
+    return [adapts, state, describe_order(cls), *figures, citation[0] if citation else ""]
 
 
 def _markdown(docstring: str) -> str:

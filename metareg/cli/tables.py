@@ -313,7 +313,7 @@ def describe_plugin(entry: Entry, cls: type) -> RenderableType:
 
 
 def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
-    """Return the hooks, and for an algorithm also what it adapts, its order and the cost of a step."""
+    """Return the hooks, and for an algorithm also what it adapts, its order and its costs."""
     from metareg.registry.costs import SETTING, describe_order, find_cost
     from metareg.registry.dispatch import list_hooks
 
@@ -325,7 +325,7 @@ def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
     return {
         "adapts": getattr(cls, "adapts", "all"),
         "order": describe_order(cls),
-        "a step relative to MAML": beside_maml,
+        "cost relative to MAML": beside_maml,
         **hooks,
     }
 

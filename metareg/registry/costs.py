@@ -1,4 +1,4 @@
-"""The order of an algorithm's outer derivative, and the cost of a step relative to MAML (benchmarks/family.py)."""
+"""The order of an algorithm's outer derivative, and its cost relative to MAML (benchmarks/family.py)."""
 
 from __future__ import annotations
 
@@ -20,19 +20,24 @@ SETTING = "5-way 1-shot images, 4 tasks, 5 inner steps, vectorized"
 
 @dataclass(frozen=True)
 class Cost:
-    """A training step relative to one of MAML with the same model; all values are ratios."""
+    """A training step and an evaluation relative to those of MAML with the same model; all values are ratios."""
 
     time: float
-    """Its CPU time."""
+    """CPU time of a training step."""
     memory: float
-    """Its peak memory."""
+    """Peak memory of a training step."""
     state: float
     """Numbers carried from one inner step to the next, per adapted parameter."""
     learned: float
     """Additional numbers learned in the outer loop, per parameter of the model."""
+    evaluation_time: float
+    """CPU time of an evaluation."""
+    evaluation_memory: float
+    """Peak memory of an evaluation, in bytes of live tensors."""
 
     def __str__(self) -> str:
-        return f"{self.time:.2f} × the time, {self.memory:.2f} × the memory"
+        step = f"a step {self.time:.2f} × the time, {self.memory:.2f} × the memory"
+        return f"{step}; an evaluation {self.evaluation_time:.2f} × and {self.evaluation_memory:.2f} ×"
 
 
 def find_cost(entry: Entry) -> Cost | None:

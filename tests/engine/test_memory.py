@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,44 +11,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metareg import Episodes, MetaLearner
-from metareg.util.torch_internals import OperationMode, tree_leaves
+from metareg.testing.memory import measure_peak
 
 INNER_LR = 0.01
-
-
-class PeakMemory(OperationMode):  # type: ignore[misc]
-    """Counts the bytes of all tensors that operations inside the block create, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.peak = self._now = 0
-        self._known: dict[int, Any] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        for each in tree_leaves(outputs):
-            if isinstance(each, Tensor):
-                self._count(each.untyped_storage())
-        self.peak = max(self.peak, self._now)
-        return outputs
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self._known:
-            return
-
-        def forget(_: Any) -> None:
-            self._now -= size
-            del self._known[key]
-
-        self._now += size
-        self._known[key] = weakref.ref(storage, forget)
-
-
-def measure_peak(run: Callable[[], object]) -> int:
-    with PeakMemory() as memory:
-        run()
-    return memory.peak
 
 
 def create_model() -> nn.Sequential:

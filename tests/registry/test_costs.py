@@ -31,3 +31,5 @@ def test_figures_are_of_plugins_that_exist_and_maml_is_the_measure() -> None:
     assert (cost.state, cost.learned) == (0, 0)
     assert cost.time == pytest.approx(1, abs=0.1)
     assert cost.memory == pytest.approx(1, abs=0.1)
+    assert cost.evaluation_time == pytest.approx(1, abs=0.1)
+    assert cost.evaluation_memory == pytest.approx(1, abs=0.1)
