@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
+
+from metareg.util.torch_internals import OperationMode
 
 KINDS = {
     "convolutions": ("convolution", "convolution_backward"),
@@ -31,7 +32,7 @@ class Share:
     """Of convolutions and matrix products; a multiplication with its addition is two."""
 
 
-class OperationClock(TorchDispatchMode):
+class OperationClock(OperationMode):
     """Counts and times every operation inside a block, by kind. Its own time is not in the figures."""
 
     def __init__(self) -> None:

@@ -96,7 +96,7 @@ def test_tuning_survives_being_written() -> None:
         ({"space": {"a": "geomspace(1,4,3)"}}, r"not 'geomspace\(1,4,3\)'"), ({"space": [1]}, "dictionary"),
         ({"trials": 3, "seeds": []}, "seeds"), ({"trials": 3, "seeds": [0, 0]}, "the seed '0' is listed twice"),
         ({"trials": 3, "over": ["a"]}, "no option of tune named 'over'"),
-        ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "to be tuned but has a fixed value"),
+        ({"space": {"a": [1, 2]}, "options": {"a": 1}}, "'a' cannot be tuned because it has a fixed value"),
     ],
 )  # fmt: skip
 def test_bad_tuning(values: dict[str, Any], sentence: str) -> None:

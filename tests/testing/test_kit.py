@@ -978,7 +978,9 @@ def test_no_false_alarm_of_whole_trainings(plugin: type) -> None:
 
 
 def test_a_model_of_other_inputs_is_asked_for_them() -> None:
-    assert "declare example_spec" in failing("models", TakesUndeclaredPairs, "split")
+    sentence = failing("models", TakesUndeclaredPairs, "split")
+    assert "example_spec" in sentence
+    assert "example_task" in sentence
 
 
 def test_every_check_is_broken_by_some_plugin() -> None:
