@@ -174,7 +174,9 @@ def report(
     ] = None,
     inner_steps: Annotated[
         int | None,
-        typer.Option(metavar="K", help="Compare after K inner steps (default: the largest tested number)."),
+        typer.Option(
+            metavar="K", help="Compare after K inner steps (default: as configured, or the largest tested number)."
+        ),
     ] = None,
     baseline: Annotated[
         str | None,

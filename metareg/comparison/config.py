@@ -220,6 +220,11 @@ class ComparisonConfig(PluginConfig):
         description="What reports compare with: an augmenter, algorithm or variant, or 'all' for all pairs. By default, "
         "'none' if there are augmenters, otherwise the first variant.",
     )
+    inner_steps: int | None = Field(
+        None,
+        ge=0,
+        description="Reports compare after this number of inner steps; by default, after the largest tested number.",
+    )
     names: dict[str, str] = Field(
         {}, description="Names of plugins and variants in paper tables, such as {metasgd: Meta-SGD}."
     )

@@ -16,6 +16,7 @@ from metareg.comparison.space import check_tuning
 from metareg.contract.config import NO_PLUGIN, validate
 from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
+from metareg.printable import format_count
 from metareg.runs.config import PLUGIN_FIELDS
 from metareg.runs.folder import RESULTS
 from metareg.runs.options import Selection
@@ -242,6 +243,7 @@ def check_plan(plan: Plan) -> None:
     first: dict[str, tuple[Arm, Selection]] = {}
     known: dict[tuple[Any, ...], Arm] = {}
     tuned: dict[str, tuple[Tuning, dict[str, Selection]]] = {}
+    tested: set[int] = set()
     for arm in plan.arms:
         run = plan.make_run(arm, plan.config.seeds[0], Path("runs"), {})
         try:
@@ -257,6 +259,7 @@ def check_plan(plan: Plan) -> None:
                 trials[str(arm)] = select_plugins(trial)
         except UsageError as error:
             raise UsageError(f"{arm}: {error}") from error
+        tested |= set(selection.config.test_inner_steps)
         # NAME and DIST:NAME are the same plugin.
         plugins = (selection.algorithm, *selection.augmenters)
         twin = known.setdefault((arm.task, arm.variant, *((each.distribution, each.name) for each in plugins)), arm)
@@ -267,6 +270,12 @@ def check_plan(plan: Plan) -> None:
         if difference:
             hint = "Options of the task belong under 'tasks'."
             raise UsageError(f"{arm} would not see the tasks of {other}: {difference}. {hint}")
+    wanted = plan.config.inner_steps
+    if wanted is not None and wanted not in tested:
+        raise UsageError(
+            f"The comparison compares after {format_count(wanted, 'inner step')} (inner_steps), but its runs are tested "
+            f"after {', '.join(map(str, sorted(tested)))} (test_inner_steps)."
+        )
     for tuning, trials in tuned.values():
         check_tuning(tuning, trials)
 

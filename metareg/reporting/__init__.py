@@ -35,8 +35,8 @@ def report(
     Args:
         folder: the comparison's folder, or the file with its raw results (``metareg report DIR --archive FILE``).
         format: one of `FORMATS`, or the suffix of its files (``"md"``).
-        inner_steps: compare after this number of inner steps; by default, and for tasks not tested after it, after the
-            largest number at which all arms were tested.
+        inner_steps: compare after this number of inner steps; by default, as configured in the comparison. Without that,
+            and for tasks not tested after it, after the largest number at which all arms were tested.
         baseline: an augmenter, algorithm or variant to compare the others with, or ``"all"`` for all pairs; by default,
             as configured in the comparison.
         layout: ``"page"``, or ``"paper"`` for one table of methods and tasks with the best in bold, in LaTeX or Markdown.

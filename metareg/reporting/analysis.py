@@ -137,6 +137,7 @@ def analyze_comparison(path: str | Path, inner_steps: int | None = None, baselin
         )
     config = found.plan.config
     baseline = baseline or config.baseline or _choose_baseline(config)
+    inner_steps = config.inner_steps if inner_steps is None else inner_steps
     headline = _choose_inner_steps(found, inner_steps)
     axis = "augmenter" if baseline == NO_PLUGIN else config.find_axis(baseline)
     report = Report(found, baseline, axis, inner_steps, headline, [])

@@ -134,6 +134,7 @@ def test_names_and_seeds_can_be_written_as_texts() -> None:
             r"'tasks'",
         ),
         ({"algo": "maml,metareg:maml"}, "maml on sinusoid and metareg:maml on sinusoid are the same"),
+        ({"inner_steps": 3, "options": {"test_inner_steps": [1, 5]}}, r"3 inner steps .* after 1, 5 "),
     ],
 )
 def test_arms_that_do_not_make_a_paired_comparison(values: dict[str, Any], sentence: str, tmp_path: Path) -> None:

@@ -54,6 +54,12 @@ def test_a_task_that_was_not_tested_after_so_many_steps_keeps_its_own_number(tmp
     assert "5 inner steps on harmonic" in text
 
 
+def test_a_comparison_says_after_how_many_inner_steps_it_compares(tmp_path: Path) -> None:
+    write_comparison(tmp_path, {"augment": ["none", "cml"], "seeds": [0, 1], "inner_steps": 1}, tasks=7)
+    assert analyze_comparison(tmp_path).headline == {"sinusoid": 1}
+    assert analyze_comparison(tmp_path, 5).headline == {"sinusoid": 5}
+
+
 def test_holm_covers_the_whole_table(demo: Path) -> None:
     found = analyze_comparison(demo)
     assert found.family_size == len(found.pairs) == 16
