@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
+import math
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from harness import machine
+from harness import interleaved_clocks, machine, paired
 
 from metareg import Episodes, MetaLearner
 from metareg.registry.costs import PATH
@@ -57,26 +57,26 @@ class Bench:
         self.learner.evaluate(self.source, tasks=TASKS, inner_steps=[SETTING["inner_steps"]])
 
 
-def measure_time(work: Callable[[], None], times: int = 1) -> float:
-    """CPU seconds of some work, the mean of so many times."""
-    start = time.process_time()
+def repeat(work: Callable[[], None], times: int) -> None:
+    """Do some work several times."""
     for _ in range(times):
         work()
-    return (time.process_time() - start) / times
 
 
 def compare_times(work: Callable[[], None], reference: Callable[[], None], times: int) -> float:
     """CPU time of some work over that of the reference, in turns; neither is measured when it is first done."""
-    for each in (work, reference):
-        measure_time(each, times)
-    return statistics.median(measure_time(work, times) / measure_time(reference, times) for _ in range(ROUNDS))
+    works = {"work": partial(repeat, work), "reference": partial(repeat, reference)}
+    for each in works.values():
+        each(times)
+    clocks = interleaved_clocks(works, dict.fromkeys(works, times), ROUNDS, math.inf)
+    return paired(*([each.cpu for each in blocks] for blocks in clocks.values()))
 
 
 def measure_memory(device: torch.device, work: Callable[[], None]) -> int:
     """Peak bytes of doing it three times (the second step is traced) over what the process took before."""
     reset_peak_memory(device)
     before = peak_memory(device)
-    measure_time(work, 3)
+    repeat(work, 3)
     after = peak_memory(device)
     if before is None or after is None:
         raise SystemExit("This system does not say how much memory a process took.")
