@@ -131,13 +131,7 @@ def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None
     Raises:
         UsageError: there is no such file, or it contains no weights for this architecture.
     """
-    if not path.is_file():
-        raise UsageError(
-            f"There are no weights at {path}, and metareg does not download them. For torchvision's, run python -c "
-            f"\"import torchvision; torchvision.models.get_model('{architecture}', weights='DEFAULT')\", then "
-            "--set weights=hub."
-        )
-    weights = {name: value for name, value in _read(path).items() if not name.startswith(f"{head}.")}
+    weights = {name: value for name, value in _read(path, architecture).items() if not name.startswith(f"{head}.")}
     own = backbone.state_dict()
     problems = [
         f"'{name}' is missing" for name in own if name not in weights and not name.endswith("num_batches_tracked")
@@ -154,10 +148,14 @@ def _load(backbone: nn.Module, path: Path, head: str, architecture: str) -> None
     backbone.load_state_dict(weights, strict=False)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
+def _read(path: Path, architecture: str) -> Mapping[str, Tensor]:
     """Read the tensors of a file by name, without executing anything."""
     if not path.is_file():
-        raise UsageError(f"There is no file of weights at {path}.")
+        raise UsageError(
+            f"There are no weights at {path}, and metareg does not download them. For torchvision's, run python -c "
+            f"\"import torchvision; torchvision.models.get_model('{architecture}', weights='DEFAULT')\", then "
+            "--set weights=hub."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -38,12 +38,12 @@ from metareg.runs.run import has_stopped_early, read_config, read_evaluations, r
 from metareg.util.files import LinesFile
 from metareg.util.yaml_files import read_yaml
 from metareg_graph.data import load as load_graph
+from metareg_image import pretrained
 from metareg_image.characters import read_groups
 from metareg_image.font_files import read_faces
 from metareg_image.letters import has_ink, load_font
 from metareg_image.matlab import read_boxes, read_class_names
 from metareg_image.omniglot import _read_characters
-from metareg_image.pretrained import _read as read_weights
 from metareg_image.store import DamagedStoreError, _read_index
 
 __all__ = ["OWN", "READERS", "Reader", "find_functions"]
@@ -246,6 +246,10 @@ _SPLIT = {"train": ["a", "b"], "validation": ["c"], "test": ["1"]}
 _TABLE = "x,y,kind\n" + "".join(f"{k}.5,{k},{'ab'[k % 2]}\n" for k in range(4))
 
 
+def _read_weights(path: Path) -> object:
+    return pretrained._read(path, "resnet18")
+
+
 def _read_comparison(path: Path) -> object:
     return read_results(next(each for each in path.parents if (each / "comparison.yaml").is_file()))
 
@@ -329,7 +333,7 @@ READERS = (
     Reader("containers", "learner.safetensors", _learner, MetaLearner.load,
            ("metareg.util.tensorfile:TensorFile.__init__", "metareg.util.tensorfile:TensorFile.read")),
     Reader("containers", "step-000000007.safetensors", _checkpoint, lambda path: Checkpoints(path.parent, 3).load(7), ()),
-    *(Reader("containers", f"weights.{ending}", _weights(ending), read_weights, ("metareg_image.pretrained:_read",))
+    *(Reader("containers", f"weights.{ending}", _weights(ending), _read_weights, ("metareg_image.pretrained:_read",))
       for ending in ("safetensors", "pth")),
     Reader("containers", "index.json", _cached, _read_cached, ("metareg_image.store:_read_index",)),
     Reader("tables", "table.csv", _text("table.csv", _TABLE), read_table, ("metareg.util.tables:_decode",)),
