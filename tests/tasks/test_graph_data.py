@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import pickle
+import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -484,3 +485,15 @@ def test_what_metareg_data_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     arxiv = OgbnArxiv(OgbnArxiv.Config()).dataset
     assert arxiv is not None
     assert arxiv.download is None
+
+
+def test_the_drawn_graph_has_the_shape_that_its_script_states(tmp_path: Path) -> None:
+    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "computer_graph.py"))
+    script["draw_graph"](tmp_path / "computer.npz", 0)
+    graph = load(tmp_path / "computer.npz")
+    assert graph.graph.num_nodes() == 13_752
+    assert graph.graph.num_edges() == 491_722
+    assert tuple(graph.features.shape) == (13_752, 767)
+    assert sorted(np.bincount(graph.labels.numpy()).tolist()) == sorted(script["CLASS_SIZES"])
+    source, target = graph.graph.edges()
+    assert (graph.labels[source] == graph.labels[target]).float().mean().item() == pytest.approx(0.78, abs=0.03)
