@@ -20,7 +20,6 @@ ENVIRONMENT = Path(os.environ.get("METAREG_NOX_ENV", ROOT / ".nox" / "metareg"))
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 STRANGERS = os.environ.get("METAREG_PLUGINS", "examples/metareg-signmaml").split()
 COMPARISONS = ROOT / "benchmarks" / "comparisons"
-MAIN_RESULTS = "augmenters"
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -152,7 +151,7 @@ def results(session: nox.Session, name: str) -> None:
     """A page of results from its YAML: nox -s "results(images)"; runs that are finished are not run again."""
     python = environment(session)
     folder = f"comparisons/{name}"
-    page = "docs/results" if name == MAIN_RESULTS else f"docs/results/{name}"
+    page = f"docs/results/{name}"
     session.run(
         python,
         "-m",
