@@ -224,7 +224,14 @@ def report(
 def reproduce(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[RECIPE]", help="A recipe's name, or your own YAML file.", show_default=False),
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="A recipe's name, your own YAML file, or a comparison's folder or archive.",
+            show_default=False,
+        ),
+    ] = None,
+    row: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The row of the comparison; without it, its rows are listed.")
     ] = None,
     seeds: Annotated[
         str | None,
@@ -249,13 +256,20 @@ def reproduce(
     from metareg.comparison.reproduction import reproduce as carry_out
 
     if name is None:
-        if any(given is not None for given in (seeds, out, jobs, data, device)):
+        if any(given is not None for given in (row, seeds, out, jobs, data, device)):
             raise UsageError("Name a recipe; run `metareg reproduce` to list them.")
         from metareg.cli.tables import create_recipe_table
 
         stdout.print(create_recipe_table(list_recipes()))
         return
-    recipe = find_recipe(name)
+    from metareg.comparison.rows import has_rows, list_rows  # imports NumPy, which the list of recipes does not need
+
+    if row is None and has_rows(name):
+        from metareg.cli.tables import create_row_table
+
+        stdout.print(create_row_table(list_rows(name)))
+        return
+    recipe = find_recipe(name, row)
     set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
 

@@ -42,6 +42,7 @@ __all__ = [
     "create_evaluation_table",
     "create_plugin_table",
     "create_recipe_table",
+    "create_row_table",
     "describe_check",
     "describe_installation",
     "describe_plugin",
@@ -264,9 +265,25 @@ def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
     return table
 
 
-def _format_minutes(minutes: float) -> str:
+def create_row_table(rows: Mapping[str, Recipe]) -> RenderableType:
+    """Create the table of a comparison's rows: the value of each, and the approximate time of its runs."""
+    table = _create_table("row", "value (95 %)", "one CPU core")
+    table.columns[0].no_wrap = True  # users copy the name
+    for name, recipe in rows.items():
+        value = "not finite"
+        if recipe.expected is not None:
+            value = recipe.format_value(recipe.expected.mean)
+            if recipe.expected.interval is not None:
+                value += f" ± {recipe.format_value(recipe.expected.interval[1] - recipe.expected.mean)}"
+        table.add_row(*map(escape, (name, value, f"{len(recipe.seeds)} × {_format_minutes(recipe.minutes)}")))
+    return table
+
+
+def _format_minutes(minutes: float | None) -> str:
+    if minutes is None:
+        return "unknown"
     if minutes < 1:
-        return f"{60 * minutes:.0f} s"
+        return f"{max(1, round(60 * minutes))} s"
     if minutes < 90:
         return f"{minutes:.0f} min"
     return f"{minutes / 60:.0f} h" if minutes < 60 * 48 else f"{minutes / 60 / 24:.1f} days"

@@ -58,7 +58,7 @@ class Recipe(PluginConfig):
     inner_steps: int = Field(ge=0, description="The number of inner steps at which it is judged.")
     expected: Expected | None = Field(description="The expected value; null if none is known.")
     unknown: str | None = Field(None, description="Why no value is known.")
-    minutes: float = Field(gt=0, description="The approximate duration of one run.")
+    minutes: float | None = Field(gt=0, description="The approximate duration of one run; null if unknown.")
     hardware: str = Field(description="The hardware of this duration.")
     data: str | None = Field(None, description="The data that it reads; null if it needs none.")
     gpu: bool = Field(False, description="Whether it needs a GPU to finish within a day.")
@@ -68,10 +68,8 @@ class Recipe(PluginConfig):
     def _check_explanation(self) -> Recipe:
         if (self.expected is None) != (self.unknown is not None):
             raise ValueError("'unknown' must say why there is no value if, and only if, 'expected' is null")
-        if self.metric == "accuracy" and self.expected is not None:
-            largest = max((self.expected.mean, *(self.expected.interval or ())))
-            if largest > 1:
-                raise ValueError(f"write accuracies from 0 to 1; {largest:g} is above 1")
+        if self.metric == "accuracy" and self.expected is not None and self.expected.mean > 1:
+            raise ValueError(f"write accuracies from 0 to 1; {self.expected.mean:g} is above 1")
         return self
 
     @classmethod
@@ -167,8 +165,24 @@ def list_recipes() -> list[Recipe]:
     return [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
 
 
-def find_recipe(name: str) -> Recipe:
-    """Find a shipped recipe by name, or the user's own by file; raise a `UsageError` if there is none."""
+def find_recipe(name: str, row: str | None = None) -> Recipe:
+    """Find a shipped recipe by name, the user's own by file, or a row of a comparison.
+
+    Args:
+        name: the name, the path of a YAML file, or the path of a comparison's folder or archive.
+        row: the row of the comparison.
+
+    Raises:
+        UsageError: there is none, or `row` is missing, or given without a comparison.
+    """
+    from metareg.comparison.rows import find_row, has_rows
+
+    if has_rows(name):
+        if row is None:
+            raise UsageError(f"Name a row of the comparison with --row; `metareg reproduce {name}` lists them.")
+        return find_row(name, row)
+    if row is not None:
+        raise UsageError(f"--row names a row of a comparison's folder or archive; {name} is neither.")
     if name.endswith((".yaml", ".yml")):
         return Recipe.read(Path(name))
     known = [path.stem for path in _FOLDER.glob("*.yaml")]
@@ -182,6 +196,7 @@ def reproduce(
     recipe: str | Path | Recipe,
     out: str | Path | None = None,
     *,
+    row: str | None = None,
     seeds: int | str | Sequence[int] | None = None,
     jobs: int | None = None,
     device: str | None = None,
@@ -192,8 +207,10 @@ def reproduce(
     The result is written into its folder, as reproduction.json.
 
     Args:
-        recipe: the recipe: its name, the path of a YAML file, or the recipe itself.
+        recipe: the recipe: its name, the path of a YAML file, or the recipe itself; or the path of a comparison's
+            folder or archive.
         out: its folder, which is a comparison's; by default, one under ``reproductions/``.
+        row: the row of that comparison: ``TASK/METHOD``, as its folder is named.
         seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
         jobs: runs at a time; by default, as in `metareg.compare`.
         device: where to compute; by default, a GPU if there is one.
@@ -210,7 +227,7 @@ def reproduce(
     from metareg.comparison.runner import compare
 
     if not isinstance(recipe, Recipe):
-        recipe = find_recipe(str(recipe))
+        recipe = find_recipe(str(recipe), row)
     out = Path("reproductions", recipe.name) if out is None else Path(out)
     options = recipe.options | ({} if device is None else {"device": device})
     values = recipe.to_comparison() | {"options": options} | ({} if seeds is None else {"seeds": seeds})

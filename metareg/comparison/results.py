@@ -80,6 +80,8 @@ class ArmResults:
     """``[seeds]``: each run's peak memory in bytes; NaN if unknown."""
     planned: int
     """The configured number of seeds."""
+    steps: int | None
+    """The configured number of training steps; None before the first run has begun, if the configuration does not say."""
     chosen: Chosen | None
     """The chosen settings; None without tuning or before it has ended."""
     analyses: Mapping[int, Mapping[str, Any]]
@@ -158,6 +160,26 @@ class Results:
     def planned(self) -> int:
         """The configured number of runs."""
         return len(self.plan.arms) * len(self.plan.config.seeds)
+
+    def choose_inner_steps(self, wanted: int | None) -> dict[str, int]:
+        """Return the number of inner steps to compare after on each task that has results.
+
+        Args:
+            wanted: the number, where it was tested; by default, the largest that was tested in every arm.
+
+        Raises:
+            UsageError: no run was tested after `wanted`.
+        """
+        tasks = [task for task in self.tasks if task.inner_steps]
+        known = sorted({number for task in tasks for number in task.inner_steps})
+        if wanted is not None and wanted not in known:
+            numbers = ", ".join(map(str, known))
+            raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
+        return {
+            # Arms without a common number of inner steps cannot be compared, but their means are still worth a table.
+            task.label: wanted if wanted in task.inner_steps else (task.shared_inner_steps or task.inner_steps)[-1]
+            for task in tasks
+        }
 
 
 def read_results(path: str | Path) -> Results:
@@ -309,6 +331,7 @@ class _TaskReader:
             seconds_per_step=seconds,
             peak_bytes=peaks,
             planned=len(runs),
+            steps=planned,
             chosen=chosen,
             analyses=analyses,
             command=format_command(runs[0], self._plan.config.program),

@@ -138,7 +138,7 @@ def analyze_comparison(path: str | Path, inner_steps: int | None = None, baselin
     config = found.plan.config
     baseline = baseline or config.baseline or _choose_baseline(config)
     inner_steps = config.inner_steps if inner_steps is None else inner_steps
-    headline = _choose_inner_steps(found, inner_steps)
+    headline = found.choose_inner_steps(inner_steps)
     axis = "augmenter" if baseline == NO_PLUGIN else config.find_axis(baseline)
     report = Report(found, baseline, axis, inner_steps, headline, [])
     compared = [(task, *pair) for task in report.tasks for pair in _compare_pairs(report, task)]
@@ -194,19 +194,6 @@ def _correct(families: Sequence[str], p: Sequence[float]) -> list[float]:
         places = [place for place, name in enumerate(families) if name == family]
         corrected[places] = holm([p[place] for place in places])
     return corrected.tolist()
-
-
-def _choose_inner_steps(found: Results, wanted: int | None) -> dict[str, int]:
-    tasks = [task for task in found.tasks if task.inner_steps]
-    known = sorted({number for task in tasks for number in task.inner_steps})
-    if wanted is not None and wanted not in known:
-        numbers = ", ".join(map(str, known))
-        raise UsageError(f"No run was tested after {wanted} inner steps; there are results after {numbers}.")
-    return {
-        # Arms without a common number of inner steps cannot be compared, but their means are still worth a table.
-        task.label: wanted if wanted in task.inner_steps else (task.shared_inner_steps or task.inner_steps)[-1]
-        for task in tasks
-    }
 
 
 def _count_states(found: Results) -> str:
