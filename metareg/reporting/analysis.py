@@ -94,6 +94,14 @@ class Report:
         return "augmenter, variant" if self.results.plan.config.variants else "augmenter"
 
     @property
+    def constant_columns(self) -> dict[str, str]:
+        """The heading and value of the column of algorithms or settings if all rows of a table have the same value."""
+        algorithms = self.results.plan.config.algo
+        if len(self.settings) == 1:
+            return {self.setting_heading: self.settings[0]}
+        return {"algorithm": algorithms[0]} if len(algorithms) == 1 else {}
+
+    @property
     def has_single_setting(self) -> bool:
         """Whether only algorithms are compared, and several of them."""
         return len(self.settings) == 1 and len(self.results.plan.config.algo) > 1

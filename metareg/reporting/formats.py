@@ -236,7 +236,7 @@ def render_latex(report: Report) -> str:
         differences = tables.build_differences(report, task)
         for name, what, table in (
             ("results", "Results", tables.build_results(report, task)),
-            ("differences", "Paired differences", differences and _drop_columns(differences)),
+            ("differences", "Paired differences", differences and _fit_on_paper(differences)),
             ("ranking", "Ranking", tables.build_ranking(report, task)),
             ("costs", "Time and memory", tables.build_costs(report, task)),
         ):
@@ -259,14 +259,9 @@ def render_paper(report: Report, format: str, over: Literal["seeds", "tasks"]) -
     return _render(name, report, escape, delimiters=delimiters, table=table, rows=rows)
 
 
-def _drop_columns(table: Table) -> Table:
-    places = [number for number, column in enumerate(table.columns) if column not in _OMITTED_COLUMNS]
-    return replace(
-        table,
-        columns=[_SHORT_HEADINGS.get(table.columns[place], table.columns[place]) for place in places],
-        rows=[[row[place] for place in places] for row in table.rows],
-        texts=[places.index(place) for place in table.texts],
-    )
+def _fit_on_paper(differences: Table) -> Table:
+    table = differences.without(_OMITTED_COLUMNS)
+    return replace(table, columns=[_SHORT_HEADINGS.get(column, column) for column in table.columns])
 
 
 def _escape_latex(text: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from metareg.comparison.results import ArmResults, Gap, TaskResults
 from metareg.comparison.statistics import ALPHA, Estimate, Verdict, over_seeds
+from metareg.contract.config import NO_PLUGIN
 from metareg.printable import format_count
 from metareg.reporting.analysis import (
     Pair,
@@ -54,6 +55,17 @@ class Table:
     def is_text(self, column: int) -> bool:
         """Return whether a column contains text instead of numbers."""
         return column < self.headers or column in self.texts
+
+    def without(self, columns: Container[str]) -> Table:
+        """Return the table without some columns."""
+        kept = [place for place, column in enumerate(self.columns) if column not in columns]
+        return replace(
+            self,
+            columns=[self.columns[place] for place in kept],
+            rows=[[row[place] for place in kept] for row in self.rows],
+            headers=sum(place < self.headers for place in kept),
+            texts=[number for number, place in enumerate(kept) if place in self.texts],
+        )
 
 
 def build_all(report: Report) -> dict[str, list[Table]]:
@@ -101,7 +113,7 @@ def build_results(report: Report, task: TaskResults) -> Table:
         note += " A seed diverged if its training did, or if a score is not finite; the mean is over the other seeds."
     statistics = [each for each in task.bn_statistics if each != "none"]
     note += f" BatchNorm: {', '.join(statistics)}." if statistics else ""
-    return Table(task.label, columns, rows, note)
+    return Table(task.label, columns, rows, note).without(report.constant_columns)
 
 
 def build_differences(report: Report, task: TaskResults) -> Table | None:
@@ -138,7 +150,7 @@ def build_differences(report: Report, task: TaskResults) -> Table | None:
         f"over seeds; {_describe_correction(report)}. 'Better' and 'worse' require p (Holm) < {ALPHA:g}; 'no difference "
         "shown' does not mean that there is none."
     )
-    return Table(task.label, columns, rows, note, key, texts=(8,))
+    return Table(task.label, columns, rows, note, key, texts=(8,)).without(report.constant_columns)
 
 
 def build_overview(report: Report, task: TaskResults) -> Table:
@@ -159,7 +171,8 @@ def build_overview(report: Report, task: TaskResults) -> Table:
     heading = f"{scale.heading} ({format_count(headline, 'step')})"
     columns = ["algorithm", report.setting_heading, heading, f"minus {report.baseline}", "p (Holm)", "verdict"]
     note = f"± and intervals are 95 % over {'tasks (one seed)' if of_tasks else 'seeds'}; {scale.direction}."
-    return Table(task.label, columns, rows, note, texts=(5,))
+    note += "".join(f" The {name} is {value}." for name, value in report.constant_columns.items() if value != NO_PLUGIN)
+    return Table(task.label, columns, rows, note, texts=(5,)).without(report.constant_columns)
 
 
 def build_ranking(report: Report, task: TaskResults) -> Table | None:
@@ -213,7 +226,7 @@ def build_costs(report: Report, task: TaskResults) -> Table:
         "the range wide. Memory: the smallest peak over seeds; on a GPU, of the tensors; on a CPU, of the whole process, "
         "including memory left by earlier runs."
     )
-    return Table(task.label, columns, rows, "", key)
+    return Table(task.label, columns, rows, "", key).without(report.constant_columns)
 
 
 def build_validations(report: Report, task: TaskResults) -> Table | None:
@@ -232,7 +245,7 @@ def build_validations(report: Report, task: TaskResults) -> Table | None:
     heading = _capitalize(scale.heading)
     note = f"{heading} in validation: the mean over seeds ± half its 95 % interval; {scale.direction}."
     columns = ["algorithm", report.setting_heading, *(format_count(step, "step") for step in shown)]
-    return Table(task.label, columns, rows, note)
+    return Table(task.label, columns, rows, note).without(report.constant_columns)
 
 
 def build_adaptation(report: Report, task: TaskResults) -> Table | None:
@@ -270,7 +283,7 @@ def build_adaptation(report: Report, task: TaskResults) -> Table | None:
         "Angle: in degrees, on the body, between the algorithm's outer gradient and what the augmenter adds. "
         "± is half the 95 % interval over seeds."
     )
-    return Table(task.label, columns, rows, note)
+    return Table(task.label, columns, rows, note).without(report.constant_columns)
 
 
 def _find_update(analysis: Mapping[str, Any], part: str) -> float | None:
@@ -297,7 +310,8 @@ def build_settings(report: Report, task: TaskResults) -> Table | None:
         "The best of the tried settings on the validation split; test tasks were not used. A setting fails if training "
         "diverges or the arm cannot use it."
     )
-    return Table(task.label, ["algorithm", report.setting_heading, "settings", "tried"], rows, "", key, texts=(2,))
+    columns = ["algorithm", report.setting_heading, "settings", "tried"]
+    return Table(task.label, columns, rows, "", key, texts=(2,)).without(report.constant_columns)
 
 
 def build_environment(report: Report) -> Table:

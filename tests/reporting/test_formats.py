@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from markdown_it import MarkdownIt
 
-from comparisons import INNER_STEPS, break_run
+from comparisons import INNER_STEPS, SMALL, break_run, write_comparison
 from metareg.comparison.plan import Plan
 from metareg.reporting import report, tables
 from metareg.reporting.analysis import analyze_comparison
@@ -38,6 +38,27 @@ def test_what_is_missing_for_one_reason_is_one_row(small: Plan) -> None:
     for format in ("markdown", "html"):
         missing = report(small.folder, format).replace("<wbr>", "").rpartition("Missing and broken")[2]
         assert missing.count("maml+cml on sinusoid") == 2
+
+
+@pytest.mark.parametrize(("axis", "shared"), [("algo", "maml"), ("augment", "none"), ("augment", "cml")])
+def test_tables_omit_a_column_with_one_value(tmp_path: Path, axis: str, shared: str) -> None:
+    plan = write_comparison(tmp_path, SMALL | {axis: [shared]}, tasks=7)
+    found = analyze_comparison(plan.folder)
+    constant = "algorithm" if axis == "algo" else "augmenter"
+    other = {"algorithm": "augmenter", "augmenter": "algorithm"}[constant]
+    columns = [table.columns for each in tables.build_all(found).values() for table in each]
+    assert len(columns) >= 3
+    assert [each[0] for each in columns if each[0] not in (other, "method", "rank")] == []
+    overview = tables.build_overview(found, found.tasks[0])
+    assert constant not in overview.columns
+    assert overview.is_text(0)
+    assert not overview.is_text(1)
+    if axis == "algo":
+        assert [row[0] for row in overview.rows] == SMALL["augment"]
+        assert "The algorithm is maml." in overview.note
+    for text in (report(plan.folder), report(plan.folder, "html"), report(plan.folder, "latex")):
+        assert not re.search(rf"(\| |<span>|^){constant}( \||</span>| &)", text, re.MULTILINE)
+    assert next(csv.DictReader(io.StringIO(report(plan.folder, "csv"))))[constant] == shared
 
 
 def test_memory_is_the_least_and_times_are_paired(small: Plan) -> None:
