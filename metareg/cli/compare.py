@@ -233,6 +233,7 @@ def reproduce(
     row: Annotated[
         str | None, typer.Option(metavar="NAME", help="The row of the comparison; without it, its rows are listed.")
     ] = None,
+    task: Annotated[str | None, typer.Option(metavar="NAME", help="List the recipes on this task.")] = None,
     seeds: Annotated[
         str | None,
         typer.Option(
@@ -248,7 +249,7 @@ def reproduce(
     device: Device = None,
     _no_plugin: NoPlugin = None,
 ) -> None:
-    """Run a recipe, and say whether it reaches its expected value; without a name, list all recipes.
+    """Run a recipe, and say whether it reaches its expected value; without a name, list the recipes.
 
     The exit code is 1 if the value was not reached.
     """
@@ -258,10 +259,12 @@ def reproduce(
     if name is None:
         if any(given is not None for given in (row, seeds, out, jobs, data, device)):
             raise UsageError("Name a recipe; run `metareg reproduce` to list them.")
-        from metareg.cli.tables import create_recipe_table
+        from metareg.cli.tables import create_recipe_overview, create_recipe_table
 
-        stdout.print(create_recipe_table(list_recipes()))
+        stdout.print((create_recipe_table if task else create_recipe_overview)(list_recipes(task)))
         return
+    if task is not None:
+        raise UsageError(f"--task lists recipes; leave it out to run the recipe '{name}', which has its own task.")
     from metareg.comparison.rows import has_rows, list_rows  # imports NumPy, which the list of recipes does not need
 
     if row is None and has_rows(name):

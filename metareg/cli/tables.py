@@ -16,6 +16,7 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
+from metareg.contract.config import NO_PLUGIN
 from metareg.contract.splits import TEST
 from metareg.printable import format_count
 from metareg.runs.folder import RESULTS
@@ -41,6 +42,7 @@ __all__ = [
     "create_dataset_table",
     "create_evaluation_table",
     "create_plugin_table",
+    "create_recipe_overview",
     "create_recipe_table",
     "create_row_table",
     "describe_check",
@@ -248,21 +250,48 @@ def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> Rend
     return table
 
 
+def create_recipe_overview(recipes: Sequence[Recipe]) -> RenderableType:
+    """Create the table of recipes with a row per task: their number, methods, requirements and approximate times."""
+    table = _create_table("task", "recipes", "methods", "needs", "one CPU core", padding=_PADDING)
+    table.columns[0].no_wrap = True  # users copy the name
+    table.columns[1].justify = "right"
+    by_task: dict[str, list[Recipe]] = {}
+    for recipe in recipes:
+        by_task.setdefault(recipe.task, []).append(recipe)
+    for task, found in by_task.items():
+        methods = dict.fromkeys(_describe_method(recipe) for recipe in found)
+        needs = dict.fromkeys(recipe.data or "nothing" for recipe in found)
+        gpus = sum(recipe.gpu for recipe in found)
+        if gpus:
+            needs["a GPU" if gpus == len(found) else f"a GPU for {gpus}"] = None
+        minutes = sorted(recipe.minutes for recipe in found)
+        times = " to ".join(dict.fromkeys([_format_minutes(minutes[0]), _format_minutes(minutes[-1])]))
+        table.add_row(*map(escape, (task, str(len(found)), ", ".join(methods), ", ".join(needs), times)))
+    return Group(table, Text("\n`metareg reproduce --task TASK` lists the recipes of a task."))
+
+
+def _describe_method(recipe: Recipe) -> str:
+    return recipe.algo if recipe.augment == NO_PLUGIN else f"{recipe.algo}+{recipe.augment}"
+
+
 def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:
-    """Create the table of recipes, one per row: requirements, expected value and approximate time."""
-    table = _create_table("recipe", "needs", "expected (95 %)", "on one CPU core")
+    """Create the table of a task's recipes, one per row: expected value and approximate time, and what they need."""
+    gpus = {recipe.gpu for recipe in recipes}
+    columns = ["recipe", f"{recipes[0].metric} (95 %)", "one CPU core", *(["needs"] if len(gpus) > 1 else [])]
+    table = _create_table(*columns, padding=_PADDING)
     table.columns[0].no_wrap = True  # users copy the name
     for recipe in recipes:
-        needs = ", ".join(filter(None, (recipe.data, "a GPU" if recipe.gpu else None)))
-        expected = f"{recipe.metric} unknown"
+        expected = "unknown"
         if recipe.expected is not None:
-            expected = f"{recipe.metric} {recipe.format_value(recipe.expected.mean)}"
+            expected = recipe.format_value(recipe.expected.mean)
             if recipe.expected.interval is not None:
                 expected += f" ({recipe.format_interval(recipe.expected.interval)})"
         times = f"{len(recipe.seeds)} × " if len(recipe.seeds) > 1 else ""
-        cells = (recipe.name, needs or "nothing", expected, times + _format_minutes(recipe.minutes))
-        table.add_row(*map(escape, cells))
-    return table
+        needs = ["a GPU" if recipe.gpu else ""][: len(gpus) - 1]
+        table.add_row(*map(escape, (recipe.name, expected, times + _format_minutes(recipe.minutes), *needs)))
+    shared = dict.fromkeys([*(recipe.data for recipe in recipes), "a GPU" if gpus == {True} else None])
+    all_need = " and ".join(filter(None, shared)) or "no data"
+    return Group(table, Text(f"\nThey need {all_need}. The values are the expected ones, with their 95 % intervals."))
 
 
 def create_row_table(rows: Mapping[str, Recipe]) -> RenderableType:

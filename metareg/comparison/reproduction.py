@@ -160,9 +160,12 @@ class Verdict:
         )
 
 
-def list_recipes() -> list[Recipe]:
-    """List the shipped recipes by name."""
-    return [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
+def list_recipes(task: str | None = None) -> list[Recipe]:
+    """List the shipped recipes, or those on a task, by name; raise a `UsageError` if there are none on it."""
+    recipes = [Recipe.read(path) for path in sorted(_FOLDER.glob("*.yaml"))]
+    if task is not None and task not in (known := {recipe.task for recipe in recipes}):
+        raise UnknownNameError("task with recipes", task, known)
+    return [recipe for recipe in recipes if task in (None, recipe.task)]
 
 
 def find_recipe(name: str, row: str | None = None) -> Recipe:

@@ -251,13 +251,25 @@ def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 
 
 def test_the_list(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stdout, "_width", 160)
+    monkeypatch.setattr(stdout, "_width", 80)
+    tasks = {each.task for each in SHIPPED.values()}
     code, output, _ = command(capsys)
     assert code == 0
-    for name in SHIPPED:
-        assert name in output
-    assert "48.70 % (46.86 to 50.54 %)" in output
-    assert "GPU" in output
+    listed = []
+    for task in tasks:
+        recipes = [each for each in SHIPPED.values() if each.task == task]
+        assert f"{task} {len(recipes)} {recipes[0].algo}" in output
+        code, output_of_task, _ = command(capsys, "--task", task)
+        assert code == 0
+        listed += [word for word in output_of_task.split() if word in SHIPPED]
+    assert sorted(listed) == sorted(SHIPPED)
+    assert (
+        "maml-miniimagenet-5-way-1-shot 48.70 % (46.86 to 50.54 %) 2.8 days"
+        in command(capsys, "--task", "miniimagenet")[1]
+    )
+    fc100 = command(capsys, "--task", "fc100")[1]
+    assert fc100.count("a GPU") == sum(each.gpu for each in SHIPPED.values() if each.task == "fc100")
+    assert "need CIFAR-100 (161 MB)." in fc100
 
 
 def test_a_recipe_from_beginning_to_end(
@@ -299,6 +311,8 @@ def test_a_recipe_from_beginning_to_end(
         (["sinusoid-5-shot", "--seeds", "x"], "a number of seeds (5)"),
         (["sinusoid-5-shot", "--device", "toaster"], "no device 'toaster'"),
         (["--out", "out"], "Name a recipe"),
+        (["--task", "omniglt"], "There is no task with recipes named 'omniglt'; did you mean 'omniglot'"),
+        (["sinusoid-5-shot", "--task", "sinusoid"], "--task lists recipes"),
     ],
 )
 def test_bad_use(
