@@ -1,21 +1,19 @@
-"""Writes hooks.md and the tables of plugins/index.md and algorithms.md; ``--check`` says whether they are current."""
+"""Writes hooks.md and the tables of plugins/index.md; ``--check`` says whether they are current."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import sys
-from pathlib import Path
 from typing import Any, ClassVar
+
+from generated import HERE, format_table, update_pages
 
 from metareg import Field, PluginConfig, hookimpl
 from metareg.contract import attributes, hookspecs
 from metareg.contract.hookspecs import HOOKS, Reduction
-from metareg.registry.costs import SETTING, describe_order, find_cost
-from metareg.registry.plugins import Entry, list_entries
 from metareg.testing import checks
 
-HERE = Path(__file__).parent
 _OF_ONE_PLUGIN = ("tasks and models",)
 """The parts of which a run has one plugin each."""
 
@@ -56,35 +54,6 @@ def index() -> str:
     return re.sub(r"now (\d+ )?<!-- contract -->", f"now {hookspecs.CONTRACT_VERSION} <!-- contract -->", text)
 
 
-def algorithms() -> str:
-    """The page algorithms.md with its table brought up to date; the column of formulas is written by hand in the page."""
-    text = (HERE / "algorithms.md").read_text(encoding="utf-8")
-    formulas = dict(re.findall(r"^\| `([\w-]+)` \| (.*?) \|", text, flags=re.M))
-    rows = [
-        ["name", "inner update", "adapts", "state", "order", "time", "memory", "test time", "test memory", "source"]
-    ]
-    shipped = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
-    for entry in sorted(shipped, key=lambda entry: [*formulas, entry.name].index(entry.name)):
-        rows.append([f"`{entry.name}`", formulas.get(entry.name, ""), *_describe_algorithm(entry)])
-    caption = (
-        f"Time and memory are those of a training step, and of a test of 20 tasks, relative to MAML: {SETTING}. "
-        "State is how many numbers the inner loop keeps for each adapted parameter."
-    )
-    content = f"<!-- family -->\n\n{_table(rows)}\n\n{caption}\n\n## "
-    return re.sub(r"<!-- family -->.*?\n\n## ", lambda _: content, text, count=1, flags=re.S)
-
-
-def _describe_algorithm(entry: Entry) -> list[str]:
-    cls, cost = entry.load(), find_cost(entry)
-    source = (inspect.getdoc(cls) or "").partition("Reference:")[2]
-    citation = re.match(r".*?\b(?:19|20)\d\d\b(?:, arXiv [\d.]*\d)?", " ".join(source.split()))
-    costs = [cost.time, cost.memory, cost.evaluation_time, cost.evaluation_memory] if cost else []
-    adapts = getattr(cls, "adapts", "all").replace("*", "\\*")
-    state = f"{cost.state:.3g}" if cost else ""
-    figures = [f"{value:.2f}" for value in costs] or [""] * 4
-    return [adapts, state, describe_order(cls), *figures, citation[0] if citation else ""]
-
-
 def _markdown(docstring: str) -> str:
     """A docstring in Google's style as Markdown: argument lists become bullets."""
     text = docstring.replace("``", "`")
@@ -111,7 +80,7 @@ def _reductions() -> str:
         if hook.part not in _OF_ONE_PLUGIN:
             names[hook.reduction].append(f"`{name}`")
     rows = [["hooks", "with several implementations"], *([", ".join(of), each.value] for each, of in names.items())]
-    return _table(rows)
+    return format_table(rows)
 
 
 def _attributes() -> str:
@@ -126,7 +95,7 @@ def _attributes() -> str:
             rows[-1][1] += f", {cells[1]}"
         else:
             rows.append(cells)
-    return _table([rows[0], *([f"`{row[0]}`", *row[1:]] for row in rows[1:])]).replace("``", "`")
+    return format_table([rows[0], *([f"`{row[0]}`", *row[1:]] for row in rows[1:])]).replace("``", "`")
 
 
 class _Everything:
@@ -149,28 +118,8 @@ def _checks() -> str:
             kinds.setdefault((check.name, check.summary), []).append(kind)
     for (name, summary), of in kinds.items():
         rows.append(["all" if len(of) == 5 else ", ".join(of), f"`{name}`", summary])
-    return _table(rows)
-
-
-def _table(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def main(arguments: list[str]) -> int:
-    """Write the pages; with ``--check`` only say which are not current."""
-    stale = []
-    pages = {"hooks.md": hook_reference(), "plugins/index.md": index(), "algorithms.md": algorithms()}
-    for path, text in ((HERE / name, text) for name, text in pages.items()):
-        if not path.exists() or path.read_text(encoding="utf-8") != text:
-            stale.append(path.name)
-            if "--check" not in arguments:
-                path.write_text(text, encoding="utf-8")
-    if stale and "--check" in arguments:
-        print(f"{', '.join(stale)}: not current; run python docs/hook_reference.py", file=sys.stderr)
-        return 1
-    return 0
+    return format_table(rows)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(update_pages({"hooks.md": hook_reference(), "plugins/index.md": index()}))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
+
+from generated import format_table, update_pages
 
 from metareg.cli.option_types import describe_type
 from metareg.contract.config import PluginSpec
@@ -14,7 +15,6 @@ from metareg.contract.search import describe_search_space
 from metareg.registry.plugins import KINDS, Entry, get_config_class, list_entries
 from metareg.runs.config import RunConfig
 
-PAGE = Path(__file__).with_name("options.md")
 INTRODUCTION = """# Options
 
 <!-- Written by docs/options_reference.py from the options' own descriptions. -->
@@ -45,7 +45,7 @@ def _describe_run() -> Iterator[str]:
     for name, field in RunConfig.model_fields.items():
         flag = f"`{flags[name]}`" if name in flags else ""
         rows.append([*_describe_option(name, field), flag, "✓" if name in resumable else ""])
-    yield _table(rows)
+    yield format_table(rows)
 
 
 def _describe_kind(entries: list[Entry]) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _describe_options(entry: Entry, fields: Mapping[str, Any]) -> str:
     for name, field in fields.items():
         space = [describe_search_space(entry.label, name, field) or ""] if searched else []
         rows.append([*_describe_option(name, field), *space])
-    return _table(rows) if fields else ""
+    return format_table(rows) if fields else ""
 
 
 def _describe_option(name: str, field: Any) -> list[str]:
@@ -95,23 +95,5 @@ def _describe_recommendations(recommended: Mapping[str, Any]) -> str:
     return "\n\n".join(f"{start}: {values}." for start, values in written.items() if values)
 
 
-def _table(rows: list[list[str]]) -> str:
-    cells = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
-    lines = ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]])
-
-
-def main(arguments: list[str]) -> int:
-    """Write the page; with ``--check`` only say whether it is current."""
-    text = options_page()
-    if PAGE.exists() and PAGE.read_text(encoding="utf-8") == text:
-        return 0
-    if "--check" in arguments:
-        print(f"{PAGE.name}: not current; run python docs/options_reference.py", file=sys.stderr)
-        return 1
-    PAGE.write_text(text, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(update_pages({"options.md": options_page()}))

@@ -20,9 +20,9 @@ _WIDEST = 128
 class CML:
     """A co-learner: a second head ψ on the adapted body's features, which learns in the outer loop only.
 
-    total = ℓ(head(θ_S; f), y_Q) + γ · ℓ(ψ(f), y_Q) with f = body(θ_S; x_Q). For the body, the second term is a gradient
+    total = ℓ(head(θ_K; f), y_Q) + γ · ℓ(ψ(f), y_Q) with f = body(θ_K; x_Q). For the body, the second term is a gradient
     augmentation that is learned instead of drawn at random. It also flows through the inner loop, because f depends on
-    θ_S. The co-learner is neither adapted nor used in the inner loop, and is dropped after training.
+    θ_K. The co-learner is neither adapted nor used in the inner loop, and is dropped after training.
 
     On feature maps, the co-learner is that of the authors' code: a block of 3×3 convolution, BatchNorm and ReLU, a
     second one with 2×2 max-pooling, and a linear layer, all with the channels of the map. The paper's Table 8 has 0 to

@@ -10,7 +10,7 @@ from metareg import Field, PluginConfig, StepExample, hookimpl
 class MAML:
     """Model-agnostic meta-learning: the inner loop is gradient descent on all parameters.
 
-    θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S), and the outer loop differentiates the query loss at θ_S through every step.
+    θₖ₊₁ = θₖ − α ∇ℓ(θₖ; S), and the outer loop differentiates the query loss at θ_K through every step.
 
     Reference:
         Finn, Abbeel and Levine, Model-Agnostic Meta-Learning for Fast Adaptation of Deep Networks, ICML 2017,

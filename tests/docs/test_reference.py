@@ -17,7 +17,7 @@ import metareg.testing
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("script", ["hook_reference.py", "options_reference.py"])
+@pytest.mark.parametrize("script", ["hook_reference.py", "options_reference.py", "plugin_reference.py"])
 def test_generated_pages_are_current(script: str) -> None:
     command = [sys.executable, str(ROOT / "docs" / script), "--check"]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
