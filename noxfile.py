@@ -1,4 +1,4 @@
-"""What the project is checked with: ``nox`` runs lint, types and tests; ``nox -l`` lists the rest.
+"""The checks of the project: ``nox`` runs lint, types and tests; ``nox -l`` lists the rest.
 
 All sessions share one environment, ``.nox/metareg`` or the one that METAREG_NOX_ENV names, so that torch is installed once.
 METAREG_PLUGINS names further packages for it, folders or requirements with spaces between; an example by default.
@@ -20,6 +20,8 @@ ENVIRONMENT = Path(os.environ.get("METAREG_NOX_ENV", ROOT / ".nox" / "metareg"))
 BIN = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin")
 STRANGERS = os.environ.get("METAREG_PLUGINS", "examples/metareg-signmaml").split()
 COMPARISONS = ROOT / "benchmarks" / "comparisons"
+PROCESSES = ("-n", "2", "--dist", "worksteal")
+"""Each process takes half of the tests, so that what the tests of a module share is made once, and then helps the other."""
 
 nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
@@ -49,9 +51,7 @@ def environment(session: nox.Session) -> str:
 @nox.session
 def tests(session: nox.Session) -> None:
     """The test suite in two processes; what follows -- goes to pytest: nox -s tests -- -m slow."""
-    # A process takes a half, so that what the tests of a module share is made once; who is done first helps the other.
-    processes = ("-n", "2", "--dist", "worksteal")
-    session.run(environment(session), "-m", "pytest", *processes, *session.posargs, external=True)
+    session.run(environment(session), "-m", "pytest", *PROCESSES, *session.posargs, external=True)
 
 
 def lower_bounds() -> list[str]:
@@ -121,13 +121,12 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation: the site is built, the commands and listings of its pages run, generated pages compared."""
+    """The documentation: build the site, run its notebooks, commands and listings, and compare its generated pages."""
     python = environment(session)
-    for script in ("docs/hook_reference.py", "docs/options_reference.py"):
-        session.run(python, script, "--check", external=True)
-    session.run(python, "docs/notebooks.py", "--check", external=True)
     session.run(python, "-m", "mkdocs", "build", "-q", env={"NO_MKDOCS_2_WARNING": "1"}, external=True)
-    session.run(python, "-m", "pytest", "-m", "slow or not slow", "tests/docs", external=True)
+    session.run(python, "docs/notebooks.py", "--check", external=True)
+    options = (*PROCESSES, "-m", "slow or not slow", "--durations", "10")
+    session.run(python, "-m", "pytest", *options, "tests/docs", external=True)
 
 
 @nox.session

@@ -1,8 +1,8 @@
-"""Every page as written: its commands are run and its listings executed, top to bottom, with trainings cut to a few steps.
+"""Run the commands and listings of every page as written, from top to bottom.
 
-A page takes for granted that its reader has a run, a table or a folder of images; `PREPARE` makes what it names. What
-cannot be run here is listed in `NOT_RUN`, each with the reason. The tutorials for plugins, which install packages, have
-test_plugins.py.
+Trainings, tests, searches and baselines are cut to what `CUT`, `cut` and `Page` give them; CONTRIBUTING.md says so to the
+reader. A page assumes that its reader has a run, a table or a folder of images: `PREPARE` makes them. `NOT_RUN` lists the
+commands that are not run, with the reasons. test_plugins.py runs the tutorials for plugins, which install packages.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Page:
         self.namespace: dict[str, Any] = {}
         monkeypatch.chdir(folder)
         monkeypatch.setattr("metareg.comparison.runner.LocalPool", lambda *_: InThisProcess())
+        monkeypatch.setattr("metareg.runs.baselines._STEPS", (1, 2))
         for name in ("train", "resume", "compare"):
             monkeypatch.setattr(metareg, name, _cut_call(getattr(metareg, name)))
 
@@ -329,7 +330,7 @@ PREPARE: dict[str, Callable[[Page], None]] = {
     "tasks/images.md": write_photos,
 }
 
-ELLIPSES = {"runs.md": "--task table-folder --data tables --set target=y"}
+ELLIPSES = {"runs.md": "--task table-folder --set data=tables --set target=y"}
 """What stands for … in the commands of a page; nothing elsewhere."""
 
 FILES = {
