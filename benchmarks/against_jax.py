@@ -1,4 +1,4 @@
-"""metareg beside JAX on the same steps: ``python benchmarks/against_jax.py [--only NAME …]``.
+"""Times the same training steps in metareg and in JAX: ``python benchmarks/against_jax.py [--only NAME …]``.
 
 Model, meta-parameters, optimiser and number of steps are the same. Before anything is timed, the meta-gradient of one batch
 and the weights after some steps on the same tasks are compared in float64. See docs/benchmarks.md.
@@ -28,11 +28,11 @@ from metareg.registry.task_source import TaskSource
 
 _CHECKED_STEPS = 20
 _TOLERANCE = 1e-9
-"""Of gradients and weights in float64, relative to their length."""
+"""The allowed relative difference of gradients and weights in float64."""
 
 
 class Stored:
-    """Tasks that are there already, `steps` batches again and again."""
+    """Precomputed tasks: `steps` batches that repeat."""
 
     def __init__(self, tasks: Tasks, batch: int) -> None:
         self.parts, self.batch = tasks, batch
@@ -46,7 +46,7 @@ class Stored:
         return Episodes(*(part[first : first + len(indices)] for part in self.parts))
 
     def for_jax(self) -> Any:
-        """The same ``[steps, tasks, …]``."""
+        """Return the same batches as arrays ``[steps, tasks, …]``."""
         return tuple(to_jax(part.unflatten(0, (self.steps, self.batch))) for part in self.parts)
 
 
@@ -94,10 +94,10 @@ class Setting:
 
 
 def check(setting: Setting, name: str) -> None:
-    """Refuse to time two trainings that differ.
+    """Check that the two trainings compute the same before they are timed.
 
     Raises:
-        SystemExit: their meta-gradients, or their weights after some steps, do.
+        SystemExit: their meta-gradients, or their weights after some steps, differ.
     """
     with jax.enable_x64(True):
         stored = setting.convert(torch.float64)
@@ -115,7 +115,7 @@ def check(setting: Setting, name: str) -> None:
 
 
 def compare(setting: Setting, name: str, seconds: float, target: float | None) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of a setting: CPU time and wall clock, with the drawing of tasks and without."""
+    """Return the rows of a setting: CPU time and wall-clock time, with and without drawing the tasks."""
     check(setting, name)
     stored = setting.convert(torch.float32)
     batches, steps = stored.for_jax(), stored.steps
@@ -150,14 +150,14 @@ def compare(setting: Setting, name: str, seconds: float, target: float | None) -
 
 
 def sinusoids(**options: Any) -> Setting:
-    """Steps on 25 sinusoids of 10 support and 10 query points."""
+    """Time steps on 25 sinusoids with 10 support and 10 query points each."""
     (drawn,) = TaskSource.of("sinusoid").episodes("train", range(25 * 200), seed=0)
     parts = tuple(part.contiguous() for part in drawn.parts)
     return Setting(mlp, jax_mlp, "mse", parts, 25, 0.01, draws=True, **options)
 
 
 def images(at_once: bool) -> Setting:
-    """Steps on 4 tasks of 28×28 noise, 5-way 1-shot, 15 queries a class. metareg takes its default strategy."""
+    """Time steps on 4 tasks of 28×28 noise, 5-way 1-shot, 15 queries per class, with metareg's default strategy."""
     create = partial(Conv4, 32, 28)
     return Setting(create, conv4, "cross_entropy", image_tasks(8, 28, 1, 1), 4, 0.1, at_once=at_once, strategy="auto")
 

@@ -1,11 +1,11 @@
-"""What training adds: the defaults of each algorithm on each task beside the same learner untrained and two simpler rules.
+"""Measures what training adds: each algorithm's defaults on each task, the same learner untrained, and two simpler rules.
 
     METAREG_DATA=FOLDER python benchmarks/baselines.py --tasks cora citeseer --seeds 5   # train what is missing
     python benchmarks/baselines.py --page                                                # docs/baselines.md from the results
 
-A cell is one seed of a task, alone for the rules or with an algorithm. `benchmarks/results/baselines.json` keeps the cells;
-one whose configuration has stayed the same is not computed again, and an interrupted run goes on from its last checkpoint. A
-change of the code is not noticed: `--again` takes the named tasks anew.
+A cell is one seed of a task, for the rules or for one algorithm. `benchmarks/results/baselines.json` keeps the cells:
+a cell is computed again only if its configuration has changed, and an interrupted run continues from its last checkpoint.
+Changes of the code are not noticed; `--again` recomputes the named tasks.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ PAGE = Path(__file__).parent.parent / "docs" / "baselines.md"
 TASKS = ("sinusoid", "harmonic", "sinusoid-line", "csbm", "cora", "citeseer", "glyphs", "omniglot-small")
 ALGORITHMS = ("maml", "anil", "boil", "metasgd")
 OPTIONS: Mapping[str, Mapping[str, Any]] = {"omniglot-small": {"ways": 5, "shots": 1}}
-"""What a task's command says beside its name."""
+"""The options of a task's command, in addition to its name."""
 
 
 def selection_of(task: str, algorithm: str, seed: int) -> Selection:
-    """The defaults, tested after as many inner steps as in training and after those of the configuration."""
+    """The defaults, tested after the inner steps of training and those of the configuration."""
     given = {"task": task, "algo": algorithm, "seed": seed}
     config = assemble(given, OPTIONS.get(task, {})).config
     tested = sorted({config.inner_steps, *config.test_inner_steps})
@@ -57,7 +57,7 @@ def digest(*parts: Any) -> str:
 
 
 def rules(selection: Selection) -> dict[str, float]:
-    """What rules without a model reach on the test tasks of a run: their mean over tasks."""
+    """Return the scores of rules without a model on a run's test tasks: the means over tasks."""
     config, task = selection.config, selection.task.instance
     name, options = config.task.name, config.task.config
     if "standardised" not in options:
@@ -86,13 +86,13 @@ def _blocks(source: TaskSource, config: RunConfig) -> Iterable[Episodes]:
 
 
 def _constant_value(episodes: Episodes) -> dict[str, Tensor]:
-    """The squared error of predicting zero, and of predicting the mean of the support targets ``[tasks]``."""
+    """Return the squared errors of predicting zero and of predicting the mean of the support targets ``[tasks]``."""
     target, mean = episodes.query_y, episodes.support_y.mean(1, keepdim=True)
     return {"constant": target.square().flatten(1).mean(1), "support": (target - mean).square().flatten(1).mean(1)}
 
 
 def _nearest_centroid(episodes: Episodes, ways: int) -> dict[str, Tensor]:
-    """The accuracy of chance, and of the class with the nearest mean of the inputs, as they are and of unit length."""
+    """Return the accuracies of chance and of the class with the nearest mean input, for raw and for normalised inputs."""
     support, query = episodes.support_x.flatten(2), episodes.query_x.flatten(2)
     found = {"constant": torch.full((len(support),), 1 / ways)}
     for name, scaled in (("support", lambda x: x), ("support, unit length", lambda x: F.normalize(x, dim=-1))):
@@ -107,7 +107,7 @@ def _nearest_centroid(episodes: Episodes, ways: int) -> dict[str, Tensor]:
 
 
 def learners(selection: Selection, folder: Path) -> dict[str, Any]:
-    """The learner of a run before its training and after it: the mean over test tasks after each number of inner steps."""
+    """Return a run's mean test scores before and after training, for each number of inner steps."""
     config = selection.config
     learner, source = prepare_run(selection)
     untrained = learner.evaluate(
@@ -130,7 +130,7 @@ def learners(selection: Selection, folder: Path) -> dict[str, Any]:
 
 
 def fill(store: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """Compute the cells that are asked for and not there, and save after each."""
+    """Compute the wanted cells that are missing, and save after each."""
     done = set()
 
     def cell(key: str, mark: str, compute: Callable[[], dict[str, Any]]) -> None:
@@ -188,11 +188,11 @@ NOTES: Mapping[str, str] = {
     "sinusoid-line": "On lines, untrained learners differ greatly between seeds, so the intervals are wide.",
     "citeseer": "The settings were chosen on cora.",
 }
-"""What the figures of a task do not say themselves."""
+"""Remarks on a task's figures."""
 
 
 def page(store: Mapping[str, Any]) -> str:
-    """The page of all tasks that have cells."""
+    """Return the page with all tasks that have cells."""
     tasks = [task for task in TASKS if any(key.startswith(f"{task}/") for key in store["cells"])]
     return "\n".join([INTRODUCTION, *(_section(task, store["cells"]) for task in tasks)]).rstrip() + "\n"
 
@@ -238,7 +238,7 @@ def _wrapped(paragraph: str) -> str:
 
 
 def _shown_steps(cell: Mapping[str, Any]) -> list[int]:
-    """As many inner steps as in training, and the most that were tested."""
+    """Return the number of inner steps in training, and the largest that was tested."""
     return sorted({cell["trained_inner_steps"], cell["inner_steps"][-1]})
 
 

@@ -1,8 +1,8 @@
-"""What checkpoints cost at the default interval: ``python benchmarks/checkpoints.py [--seconds S]``.
+"""Measures the cost of checkpoints at the default interval: ``python benchmarks/checkpoints.py [--seconds S]``.
 
-A real run is trained for so long that checkpoints fall due by the clock; the time spent in looking after them (the check
-after every step, and each write with its flushes) is added up and divided by the time of the training. Beside it, the time
-of one write for models of several sizes, and its share of the interval that it leads to. The target is at most 1 %.
+A real run is trained for long enough that checkpoints become due. The time spent on them (the check after every step, and
+each write with its flushes) is divided by the training time. Also measured: the time of one write for models of several
+sizes, and its share of the resulting interval. The target is at most 1 %.
 See docs/runs.md.
 """
 
@@ -51,7 +51,7 @@ class TimedManager(CheckpointManager):
 
 
 class UntilThen:
-    """Stops a run when its time is over."""
+    """Stops a run after a given time."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
@@ -69,7 +69,7 @@ class UntilThen:
 
 
 def share_of_a_run(seconds: float, folder: Path) -> dict[str, Any]:
-    """Train MAML with CML on the sinusoid task with its validations, whose improvements are checkpoints of their own."""
+    """Train MAML with CML on sinusoids; a validation that is the best so far also writes a checkpoint."""
     until = UntilThen(seconds)
     training.CheckpointManager = TimedManager  # type: ignore[attr-defined]
     settings: dict[str, Any] = {"steps": 10**7, "eval_every": 2000, "strategy": "vectorized"}
@@ -85,7 +85,7 @@ def share_of_a_run(seconds: float, folder: Path) -> dict[str, Any]:
 
 
 def conv4(channels: int, size: int) -> nn.Module:
-    """Conv4 for 5 ways on ``size × size`` images."""
+    """Return a Conv4 for 5 classes of ``size × size`` images."""
     layers: list[nn.Module] = []
     for number in range(4):
         layers += [
@@ -98,7 +98,7 @@ def conv4(channels: int, size: int) -> nn.Module:
 
 
 def seconds_per_write(model: nn.Module, x: torch.Tensor, folder: Path, repeats: int) -> dict[str, Any]:
-    """The median time of writing one checkpoint with all that Adam keeps, MetaSGD's step sizes included."""
+    """Return the median time to write one checkpoint with Adam's state and Meta-SGD's step sizes."""
     learner = MetaLearner(model, algo="metasgd", loss="mse", strategy="serial")
     y = torch.zeros(*x.shape[:2], learner.adapt(x[0], torch.zeros(x.shape[1], 1).expand(-1, 1), 0)(x[0]).shape[-1])
     learner.step(Episodes(x, y, x, y))

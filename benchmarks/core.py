@@ -1,6 +1,6 @@
-"""The core's figures, measured side by side in one run: ``python benchmarks/core.py [--only NAME …] [--threads N]``.
+"""Measures the core against reference loops in one run: ``python benchmarks/core.py [--only NAME …] [--threads N]``.
 
-Every two steps that are compared are first checked to give the same meta-gradient. See docs/benchmarks.md.
+Before two steps are compared, their meta-gradients are checked to be equal. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _BLOCK = 100
 
 
 def sinusoid_batches(steps: int) -> Iterator[Tasks]:
-    """The training tasks of the sinusoid plugin, drawn in blocks of many steps, as `MetaLearner.fit` draws them."""
+    """The sinusoid plugin's training tasks, drawn in blocks of many steps like in `MetaLearner.fit`."""
     source = TaskSource.of("sinusoid")
     for first in range(0, steps, _BLOCK):
         block = min(_BLOCK, steps - first)
@@ -40,7 +40,7 @@ def sinusoid_batches(steps: int) -> Iterator[Tasks]:
 
 
 def by_hand(reference: Reference) -> Callable[[int], None]:
-    """Training steps of a written-out loop: drawing tasks, meta-gradient, Adam."""
+    """Train with a reference loop: draw tasks, compute the meta-gradient, update with Adam."""
 
     def run(steps: int) -> None:
         total = 0.0
@@ -51,16 +51,16 @@ def by_hand(reference: Reference) -> Callable[[int], None]:
 
 
 def by_metareg(learner: MetaLearner) -> Callable[[int], object]:
-    """Training steps of metareg: the same work through `MetaLearner.fit`."""
+    """Train with `MetaLearner.fit`, which does the same work."""
     return lambda steps: learner.fit("sinusoid", steps, meta_batch=TASKS)
 
 
 def checked_learner(
     model: torch.nn.Module, tasks: Tasks, expected: dict[str, torch.Tensor], **options: Any
 ) -> MetaLearner:
-    """A learner whose meta-gradient is right, traced or compiled where its strategy does that."""
+    """Return a learner whose meta-gradient was checked, already traced or compiled if its strategy does so."""
     learner = MetaLearner(model, **options)
-    for _ in range(2):  # a graph is traced at the second call
+    for _ in range(2):  # the second call traces the graph
         _, grads = learner.meta_gradient(Episodes(*tasks))
         check_same_gradient(f"metareg {options}", grads, expected)
     return learner
@@ -70,7 +70,7 @@ def checked_learner(
 
 
 def sinusoid() -> Result:
-    """The whole training step on sinusoid regression: 25 tasks, 10-shot, one inner step."""
+    """Time whole training steps on sinusoids: 25 tasks, 10-shot, one inner step."""
     torch.manual_seed(0)
     model = mlp()
     (tasks,) = sinusoid_batches(1)
@@ -113,7 +113,7 @@ def sinusoid() -> Result:
 
 
 def hooks() -> Result:
-    """What the registry and hooks add to a step, against the same step written by hand with the same technique."""
+    """Time the overhead of the registry and hooks per step, against the same step written by hand."""
     torch.manual_seed(0)
     model = mlp()
     (tasks,) = sinusoid_batches(1)
@@ -138,7 +138,7 @@ def hooks() -> Result:
 
 
 def anil() -> Result:
-    """ANIL against MAML, both by metareg with its default strategy: Conv4, 28×28, 5-way, 15 queries a class, 4 tasks."""
+    """Time ANIL against MAML with the default strategy: Conv4, 28×28, 5-way, 15 queries per class, 4 tasks."""
     rows, raw = [], {}
     for channels, shots in ((32, 1), (64, 1), (32, 5)):
         torch.manual_seed(0)
@@ -159,7 +159,7 @@ def anil() -> Result:
 
 
 def image_tasks(tasks: int, size: int, image_channels: int, shots: int, ways: int = 5, query: int = 15) -> Tasks:
-    """Noise in the shape of few-shot image tasks: a clock needs no pictures."""
+    """Return noise in the shape of few-shot image tasks; times do not depend on the content."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(examples: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -170,7 +170,7 @@ def image_tasks(tasks: int, size: int, image_channels: int, shots: int, ways: in
 
 
 def stepping(learner: MetaLearner, episodes: Episodes) -> Callable[[int], None]:
-    """Training steps on the same tasks again and again."""
+    """Train repeatedly on the same tasks."""
 
     def run(steps: int) -> None:
         for _ in range(steps):
@@ -183,7 +183,7 @@ def stepping(learner: MetaLearner, episodes: Episodes) -> Callable[[int], None]:
 
 
 def memory() -> Result:
-    """Peak memory with 20 inner steps over that with 1: Conv4-64 on 84×84, 5-way 5-shot, one task."""
+    """Compare the peak memory of 20 inner steps with that of one: Conv4-64 on 84×84, 5-way 5-shot, one task."""
     rows = []
     raw: dict[str, float] = {}
     for strategy in ("serial", "vectorized"):
@@ -191,7 +191,7 @@ def memory() -> Result:
         rows.append(Row(f"peak memory, 20 inner steps, {strategy}", "1 inner step", many, few, "MB", "ratio", 1.15))
         raw |= {f"{strategy}, recompute, 1 inner step": few, f"{strategy}, recompute, 20 inner steps": many}
         if strategy == "serial":
-            # Storing the graphs of 20 steps takes more than a machine of 24 GiB has.
+            # Storing the graphs of 20 steps takes more than 24 GiB.
             stored = raw["serial, store, 5 inner steps"] = memory_of(strategy, "store", 5)
             rows.append(
                 Row("peak memory, 20 inner steps, serial", "memory='store', 5 steps", many, stored, "MB", "ratio")
@@ -200,13 +200,13 @@ def memory() -> Result:
 
 
 def memory_of(strategy: str, kind: str, inner_steps: int) -> float:
-    """The peak over the start, in MB, of a fresh process; what it computes is checked there."""
+    """Return the peak memory of a fresh process above its start, in MB; the process checks its result."""
     command = [sys.executable, __file__, "--memory-probe", strategy, kind, str(inner_steps)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
 def memory_probe(strategy: str, kind: str, inner_steps: int) -> None:
-    """Two meta-gradients (the second is traced where the strategy traces); prints the peak resident memory in MB."""
+    """Compute two meta-gradients (some strategies trace the second), and print the peak resident memory in MB."""
     torch.manual_seed(0)
     learner = MetaLearner(Conv4(64, 84, 3), strategy=strategy, memory=kind, inner_steps=inner_steps, inner_lr=0.01)
     episodes = Episodes(*image_tasks(1, 84, 3, shots=5))
@@ -217,7 +217,7 @@ def memory_probe(strategy: str, kind: str, inner_steps: int) -> None:
 
 
 def _resident(field: str) -> float:
-    """A size in MB from Linux's account of this process; getrusage would count the parent's peak before the exec too."""
+    """Return a memory size of this process in MB from Linux; getrusage would include the parent's peak before exec."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) / 1024
@@ -228,7 +228,7 @@ def _resident(field: str) -> float:
 
 
 def startup() -> Result:
-    """The wall clock of `metareg --help` and `metareg plugins` over that of an empty Python process."""
+    """Compare the wall-clock times of `metareg --help` and `metareg plugins` with that of an empty Python process."""
     metareg = shutil.which("metareg", path=str(Path(sys.executable).parent))
     if metareg is None:
         raise SystemExit("There is no command metareg beside this Python; install metareg into its environment.")

@@ -1,8 +1,8 @@
-"""What only a machine with a GPU can show, in so many minutes: ``python benchmarks/device.py [--minutes 12] [--quick]``.
+"""Measures what needs a GPU, within a time limit: ``python benchmarks/device.py [--minutes 12] [--quick]``.
 
-In this order: whole training steps beside the CPU's; exact resume; the time of a step in each strategy, beside a loop; and,
-with the rest of the time, MAML against MAML with CML. Each part ends by its own share of the time, each cell is a process of
-its own, and every row is written as it comes. See docs/benchmarks.md.
+The parts, in order: whole training steps against the CPU's; exact resume; the time of a step in each strategy, against a
+loop; and, in the remaining time, MAML against MAML with CML. Each part has its own share of the time, each cell its own
+process, and every row is written at once. See docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ from metareg.testing.steps import PRECISIONS, Precision
 from metareg.util.files import write_json, write_text
 
 ENDS = {"parity": 0.36, "resume": 0.45, "strategies": 0.73, "pairs": 1.0}
-"""The parts, and by which share of the time each has to end."""
+"""The parts, and the fraction of the total time at which each must end."""
 PAIRS_LIKE = "Conv4-64, 28×28, 4 tasks"
-"""The setting of the strategies' part that takes steps of the size of those of the pairs."""
+"""The setting of the part on strategies whose steps have the size of the pairs' steps."""
 _COMPILING = 0.4
-"""The share of the time that compiling may take where it is not done beside a part."""
+"""The share of the time for compiling, if no other part runs at the same time."""
 _MINUTE = 60.0
 _RESERVE = 4.0
-"""Seconds at the end for what is left to write."""
+"""Seconds reserved at the end for writing."""
 _RESERVE_OF_PAIRS = 12.0
-"""Seconds for a last block or test that takes longer than those before."""
+"""Seconds reserved for a last block or test that takes longer than the previous ones."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of each part is done."""
+    """The extent of each part."""
 
     parity: Sequence[str]
     """The settings in which all algorithms are compared."""
     parity_precisions: Sequence[Precision]
     compiled: bool
-    """Whether steps are compiled in all parts."""
+    """Whether all parts compile steps."""
     resume_cases: Sequence[resume.Case]
     resume_steps: int
     cells: Sequence[strategies.Cell]
     seconds: float
-    """For each strategy in each of them."""
+    """For each strategy in each setting."""
     pairs: pairs.Size
     seeds: int | None
-    """None for as many as there are cores."""
+    """None for the number of cores."""
     pairs_seconds: float = math.inf
-    """At most for the pairs, which take all the time that there is."""
+    """The maximum for the pairs, which use all the remaining time."""
 
 
 def _case(setting: str, strategy: str, *, deterministic: bool = False, algorithm: str = "maml") -> resume.Case:
@@ -79,7 +79,7 @@ FULL = Size(
         _case("conv4", "compiled"),
     ],
     resume_steps=20,
-    # What takes longest to compile comes last.
+    # The slowest compilations come last.
     cells=[
         (setting, precision)
         for setting in strategies.SETTINGS
@@ -106,13 +106,13 @@ QUICK = Size(
 
 @dataclass
 class Record:
-    """All that was found, written as it comes: ``device.json``, and ``device.md`` to read."""
+    """The results, written as they arrive: ``device.json``, and ``device.md`` for readers."""
 
     folder: Path
     content: dict[str, Any] = field(default_factory=dict)
 
     def add(self, part: str, row: Row) -> None:
-        """Keep a row, and show it."""
+        """Store a row, and print it."""
         self.content.setdefault(part, []).append(row)
         shown = {key: value for key, value in row.items() if key != "traceback"}
         print(part, " ".join(f"{key}={_show(value)}" for key, value in shown.items()), flush=True)
@@ -139,7 +139,7 @@ class Session:
         return str(self.arguments.device)
 
     def end_of(self, part: str) -> float:
-        """When a part has to have ended, by `time.monotonic`."""
+        """Return when a part must have ended, by `time.monotonic`."""
         chosen = self.arguments.only
         share = ENDS[part] if chosen == list(ENDS) else (chosen.index(part) + 1) / len(chosen)
         return self.began + _MINUTE * self.arguments.minutes * share - _RESERVE
@@ -149,7 +149,7 @@ class Session:
 
 
 def find_device(name: str) -> Iterator[Row]:
-    """What the device is."""
+    """Describe the device."""
     import torch
 
     from metareg.util.devices import find_device
@@ -169,7 +169,7 @@ def find_device(name: str) -> Iterator[Row]:
 
 
 def list_compilations(session: Session) -> list[Job]:
-    """Jobs that compile what the parts will need, many at once: no part has the time to do it one by one."""
+    """Compile in parallel what the parts will need: one by one would take too long."""
     arguments, size, device = session.arguments, session.size, session.device
     jobs: list[Job] = []
     if size.compiled and "strategies" in arguments.only:
@@ -182,14 +182,14 @@ def list_compilations(session: Session) -> list[Job]:
 
 
 def compile_ahead(session: Session) -> None:
-    """What is done beside the part `parity`, where that is left out."""
+    """Do what otherwise happens during the part `parity`, if that is left out."""
     until = session.began + _COMPILING * _MINUTE * session.arguments.minutes
     for row in session.run(list_compilations(session), _cores(), until):
         session.record.add("compilations", row)
 
 
 def run_parity(session: Session) -> None:
-    """Whole steps; beside them, since nothing is timed here, what later parts need is compiled."""
+    """Compare whole steps; nothing is timed here, so what later parts need is compiled at the same time."""
     size, end = session.size, session.end_of("parity")
     names = parity.STRATEGIES if size.compiled else parity.STRATEGIES[:-1]
     seconds = min(180.0, end - time.monotonic())
@@ -239,9 +239,9 @@ PARTS: Mapping[str, Callable[[Session], None]] = {
 
 
 def _find_fastest(content: Mapping[str, Sequence[Row]]) -> str:
-    """The strategy in which Conv4-64 on 28×28 pixels was trained fastest; vectorized where that is not known.
+    """Return the fastest strategy for Conv4-64 on 28×28 pixels; vectorized if that is unknown.
 
-    It is the compiled one only where the steps of both arms were compiled.
+    It is compiled only if the steps of both arms were compiled.
     """
     compiled = {row["setting"] for row in content.get("compilations", []) if row["status"] == "compiled"}
     usable = {*parity.STRATEGIES}
@@ -264,7 +264,7 @@ def _cores() -> int:
 
 
 def page(content: Mapping[str, Any]) -> str:
-    """What was found, in tables."""
+    """Return the results as tables."""
     about = content.get("device", [{}])[0]
     parts = [f"# On {about.get('name', about.get('device', 'an unknown device'))}, torch {about.get('torch', '?')}"]
     if rows := content.get("parity"):
@@ -295,7 +295,7 @@ def page(content: Mapping[str, Any]) -> str:
 
 
 def _parity_page(rows: Sequence[Row]) -> list[str]:
-    """Worst figures by setting, precision and strategy; then each cell that is not the same."""
+    """Return the worst figures by setting, precision and strategy, then each cell that differs."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
         groups.setdefault(tuple(row.get(key, "") for key in ("setting", "precision", "strategy")), []).append(row)
@@ -372,12 +372,12 @@ def read_arguments() -> argparse.Namespace:
 
 def main() -> None:
     began, arguments = time.monotonic(), read_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes are ended
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes end
     os.environ.update({"OMP_NUM_THREADS": "1", "PYTORCH_NVML_BASED_CUDA_CHECK": "1"})
     preload("torch", "matplotlib.figure", "metareg.runs.training", "metareg.testing")
     arguments.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
-        # What compiling takes is told for compilers that know nothing yet.
+        # Compile times are reported for an empty compiler cache.
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{scratch}/compiled")
         record = Record(arguments.out, {"machine": machine(1), "minutes": arguments.minutes})
         size = QUICK if arguments.quick else FULL
@@ -393,7 +393,7 @@ def main() -> None:
         for name in arguments.only:
             try:
                 PARTS[name](session)
-            except Exception as error:  # what a first run on a device meets must not cost the other parts
+            except Exception as error:  # an error in one part on an untried device must not cost the other parts
                 traceback.print_exc()
                 record.add("problems", {"part": name, **describe_problem(error)})
             spent = record.content.setdefault("seconds", {})

@@ -1,9 +1,9 @@
-"""What a training step and an evaluation of each algorithm cost beside MAML's: ``python benchmarks/family.py [NAME …]``.
+"""Measures the costs of algorithms relative to MAML: ``python benchmarks/family.py [NAME …]``.
 
-Each algorithm has fresh processes: 5-way 1-shot glyphs, 4 tasks, 5 inner steps, strategy vectorized, else as the algorithm
-and the task recommend, and beside it MAML with the same model. The figures are ratios: CPU time of steps in turns, and of
-evaluations of 20 tasks after 5 inner steps; peak memory, of steps over that before the first one, of evaluations in
-bytes of live tensors. They go into metareg/registry/costs.json, which `metareg show` and docs/algorithms.md read.
+Each algorithm runs in fresh processes: 5-way 1-shot glyphs, 4 tasks, 5 inner steps, strategy vectorized, otherwise as
+the algorithm and the task recommend. MAML runs with the same model. The figures are ratios. For training steps: CPU time,
+in turns, and peak memory above the level before the first step. For evaluations of 20 tasks after 5 inner steps: CPU time
+and bytes of live tensors. metareg/registry/costs.json holds them, for `metareg show` and docs/algorithms.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ ROUNDS, STEPS, TASKS = 5, 3, 20
 
 @dataclass(frozen=True)
 class Bench:
-    """A learner and the tasks that it is measured on."""
+    """A learner, and the tasks for its measurement."""
 
     learner: MetaLearner
     source: Any
@@ -58,13 +58,13 @@ class Bench:
 
 
 def repeat(work: Callable[[], None], times: int) -> None:
-    """Do some work several times."""
+    """Repeat some work."""
     for _ in range(times):
         work()
 
 
 def compare_times(work: Callable[[], None], reference: Callable[[], None], times: int) -> float:
-    """CPU time of some work over that of the reference, in turns; neither is measured when it is first done."""
+    """Return the ratio of CPU times to the reference, measured in turns after one warm-up of each."""
     works = {"work": partial(repeat, work), "reference": partial(repeat, reference)}
     for each in works.values():
         each(times)
@@ -73,7 +73,7 @@ def compare_times(work: Callable[[], None], reference: Callable[[], None], times
 
 
 def measure_memory(device: torch.device, work: Callable[[], None]) -> int:
-    """Peak bytes of doing it three times (the second step is traced) over what the process took before."""
+    """Return the peak bytes of three calls (the second is traced) above what the process used before."""
     reset_peak_memory(device)
     before = peak_memory(device)
     repeat(work, 3)
@@ -84,7 +84,7 @@ def measure_memory(device: torch.device, work: Callable[[], None]) -> int:
 
 
 def measure_state(learner: MetaLearner, batch: Sequence[Episodes]) -> dict[str, float]:
-    """Numbers kept from step to step, for each that is adapted; those learned beside the model's, for each of these."""
+    """Return the numbers of state per adapted number, and of learned numbers per number of the model."""
     functions, meta = learner.engine.plain, learner.plain_meta_parameters
     with torch.no_grad():
         adaptation = functions.start(functions.prepare(meta, batch[0].unstack(0)))
@@ -96,7 +96,7 @@ def measure_state(learner: MetaLearner, batch: Sequence[Episodes]) -> dict[str, 
 
 
 def probe(algorithm: str, model: str | None, of: Literal["step", "evaluation"], timed: bool) -> dict[str, float]:
-    """What one process measures: memory, and where `timed` what it takes in turns with MAML."""
+    """Measure memory, and if `timed` also times in turns with MAML, in this process."""
 
     def get_work(bench: Bench) -> Callable[[], None]:
         return bench.step if of == "step" else bench.evaluate
@@ -113,13 +113,13 @@ def probe(algorithm: str, model: str | None, of: Literal["step", "evaluation"], 
 
 
 def run_probe(*request: Any) -> dict[str, float]:
-    """`probe` in a fresh process."""
+    """Run `probe` in a fresh process."""
     command = [sys.executable, __file__, "--probe", json.dumps(request)]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
 
 
 def measure(entry: Entry, baselines: dict[tuple[str | None, str], float]) -> dict[str, float]:
-    """The figures of one algorithm, rounded; `baselines` keeps MAML's memory for each model."""
+    """Return the rounded figures of one algorithm; `baselines` caches MAML's memory for each model."""
     model = getattr(entry.load(), "default_model", None)
     found: dict[str, float] = {}
     for of, prefix in (("step", ""), ("evaluation", "evaluation_")):

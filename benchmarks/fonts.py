@@ -2,8 +2,8 @@
 
     python benchmarks/fonts.py FOLDER
 
-They are under the SIL Open Font License 1.1, and come from font packages of npm, each with the checksum of its archive.
-All 16 faces draw 4,913 kanji (U+4E00-9FFF), and kana, Latin, Greek and Cyrillic letters.
+They are under the SIL Open Font License 1.1 and come from packages of npm; the checksum of each archive is verified.
+All 16 faces contain 4,913 kanji (U+4E00-9FFF), and kana, Latin, Greek and Cyrillic letters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PACKAGES = {
 
 
 def fetch(folder: Path) -> list[Path]:
-    """The font files in a folder, fetched where they are not there yet; the archives are kept beside them."""
+    """Download the missing font files into a folder, with their archives, and return the files."""
     fonts = []
     for package, digest in PACKAGES.items():
         name = package.rpartition("-")[0]

@@ -1,11 +1,11 @@
-"""The graph path: its speed beside the full-graph DGL loop, and how its cost grows with the graph.
+"""Measures graph tasks: their speed against a full-graph DGL loop, and how their cost grows with the graph.
 
     METAREG_DATA=FOLDER python benchmarks/graphs.py speed     # Cora, 2-way 3-shot, 8 tasks, 5 inner steps, 2-layer GCN
     METAREG_DATA=FOLDER python benchmarks/graphs.py growth    # the same task on graphs of up to 10⁶ nodes and 10⁷ edges
 
-`speed` runs both sides in turn in one process and reports medians of CPU time, for a batch of one stack and for those of the
-first 40 batches that hold a hub, whose tasks come in several stacks; all after their shapes are traced. `growth` runs every
-size in a process of its own, so that its peak memory is its own; `arxiv` has the nodes and edges of ogbn-arxiv.
+`speed` runs both sides in turns in one process and reports medians of CPU time, for a batch of one stack and for those of
+the first 40 batches that contain a hub, whose tasks form several stacks; all after tracing. `growth` runs every size in its
+own process, to measure its peak memory; `arxiv` has as many nodes and edges as ogbn-arxiv.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ BATCHES, CALLS_BEFORE_TRACING = 40, 34
 
 
 def median_ms(function: Callable[[], Any], repeats: int) -> float:
-    """The median CPU time of a call after one to warm up."""
+    """Return the median CPU time of a call after one warm-up call."""
     function()
     times = []
     for _ in range(repeats):
@@ -51,7 +51,7 @@ def median_ms(function: Callable[[], Any], repeats: int) -> float:
 
 
 class FullGraph(nn.Module):
-    """The GCN as a user of DGL writes it."""
+    """A GCN as a user of DGL would write it."""
 
     def __init__(self, features: int) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def speed(repeats: int) -> dict[str, Any]:
     support_y, query_y = nodes.support_y[0], nodes.query_y[0]
 
     def full_graph() -> list[Tensor]:
-        """Task after task, each inner step on the whole graph."""
+        """Run the tasks one by one, each inner step on the whole graph."""
         total = [torch.zeros_like(value) for value in params.values()]
         for support, query in zip(nodes.support_x["nodes"], nodes.query_x["nodes"], strict=True):
             adapted = dict(params)
@@ -146,7 +146,7 @@ def _transposed(name: str) -> bool:
 
 
 def generated(nodes: int, degree: int) -> GraphData:
-    """A random graph of some mean degree with random features and 10 classes."""
+    """Return a random graph of a given mean degree, with random features and 10 classes."""
     generator = torch.Generator().manual_seed(0)
     ends = torch.randint(nodes, (2, nodes * degree // 2), generator=generator)
     return GraphData.from_edges(
@@ -158,7 +158,7 @@ def generated(nodes: int, degree: int) -> GraphData:
 
 
 def one_size(name: str) -> dict[str, Any]:
-    """Time and memory of training steps on one graph, once it is loaded."""
+    """Measure time and memory of training steps on one graph after it is loaded."""
     start = time.perf_counter()
     data = Cora(Cora.Config()).data if name == "cora" else generated(SIZES[name], DEGREES.get(name, DEGREE))
     labels = data.labels.numpy()
@@ -199,13 +199,13 @@ def one_size(name: str) -> dict[str, Any]:
 
 
 def _memory_mib(key: str) -> float:
-    """What Linux says of this process: ``VmRSS``, or its peak ``VmHWM``."""
+    """Return a memory size of this process from Linux: ``VmRSS``, or its peak ``VmHWM``."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(key))
 
 
 def _reset_peak() -> None:
-    """Let Linux count the peak from here on."""
+    """Reset Linux's record of this process's peak memory."""
     Path("/proc/self/clear_refs").write_text("5")
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the clock, the check that two steps compute the same, the table and the results file."""
+"""Shared by all benchmarks: timing, the check that two steps compute the same, the table and the results file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Row:
     """One comparison.
 
     Args:
-        work: what is done.
-        against: what else does it.
-        ours: what metareg takes, in `unit`.
-        theirs: what the other takes.
+        work: what is measured.
+        against: the alternative.
+        ours: metareg's measurement, in `unit`.
+        theirs: the alternative's measurement.
         unit: ``"ms"``, ``"s"`` or ``"MB"``.
         compare: the figure that is judged: ``"speed-up"`` (theirs over ours, at least `target`), ``"ratio"`` (ours over
             theirs, at most `target`) or ``"difference"`` (ours less theirs, at most `target`).
@@ -61,19 +61,19 @@ class Row:
 
     @property
     def reached(self) -> bool | None:
-        """Whether the target is reached; None where there is none."""
+        """Whether the target is reached; None without a target."""
         if self.target is None:
             return None
         return self.figure >= self.target if self.compare == "speed-up" else self.figure <= self.target
 
     def shown(self, figure: float) -> str:
-        """A figure as it is written in the table."""
+        """Format a figure for the table."""
         return {
             "speed-up": f"{figure:.1f}×", "ratio": f"{figure:.3f}", "difference": f"{figure:+.2f} {self.unit}",
         }[self.compare]  # fmt: skip
 
     def cells(self) -> tuple[str, ...]:
-        """The row of the table."""
+        """Return the row of the table."""
         target, verdict = "–", "–"
         if self.target is not None:
             target = f"{'≥' if self.compare == 'speed-up' else '≤'} {self.shown(self.target)}"
@@ -99,7 +99,7 @@ class Clocks:
 def interleaved(
     works: Mapping[str, Callable[[int], object]], steps: Mapping[str, int], rounds: int, seconds: float = 60.0
 ) -> dict[str, list[float]]:
-    """Seconds per step by the wall clock; arguments as in `interleaved_clocks`."""
+    """Return wall-clock seconds per step; arguments as in `interleaved_clocks`."""
     times = interleaved_clocks(works, steps, rounds, seconds)
     return {name: [each.wall for each in blocks] for name, blocks in times.items()}
 
@@ -107,13 +107,13 @@ def interleaved(
 def interleaved_clocks(
     works: Mapping[str, Callable[[int], object]], steps: Mapping[str, int], rounds: int, seconds: float = 60.0
 ) -> dict[str, list[Clocks]]:
-    """What several works take, measured in turns, so that what else the machine does falls on all alike.
+    """Time several functions in turns, so that other load on the machine affects all alike.
 
     Args:
-        works: each does so many steps as it is told.
-        steps: how many steps a work does in one turn.
-        rounds: turns of each; every second round goes backwards.
-        seconds: stop after the round in which this is exceeded.
+        works: functions that each take a given number of steps.
+        steps: the steps of one turn.
+        rounds: turns of each function; every second round is in reverse order.
+        seconds: stop after the round that exceeds this time.
     """
     times: dict[str, list[Clocks]] = {name: [] for name in works}
     end = time.perf_counter() + seconds
@@ -130,14 +130,14 @@ def interleaved_clocks(
 
 
 def paired(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """The median of the ratios of neighbouring measurements."""
+    """Return the median ratio of neighbouring measurements."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def check_same_gradient(
     name: str, given: Mapping[str, Any], expected: Mapping[str, Any], tolerance: float = 1e-4
 ) -> None:
-    """Refuse to time what does not compute the same.
+    """Check that two gradients are equal before they are timed.
 
     Raises:
         SystemExit: the Euclidean distance of the two gradients, relative to the expected one's length, exceeds
@@ -154,7 +154,7 @@ def check_same_gradient(
 
 
 def machine(threads: int) -> dict[str, Any]:
-    """Where the figures come from."""
+    """Describe the machine and versions."""
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     versions = {}
     for package in _PACKAGES:

@@ -1,6 +1,6 @@
-"""The figures of image tasks, measured side by side: ``python benchmarks/images.py [--only NAME …] [--compiled]``.
+"""Measures image tasks against reference loops: ``python benchmarks/images.py [--only NAME …] [--compiled]``.
 
-Every two steps that are compared are first checked to give the same meta-gradient.
+Before two steps are compared, their meta-gradients are checked to be equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Result = tuple[list[Row], dict[str, Any]]
 
 
 def episodes(spec: TaskSpec, shots: int = SHOTS) -> Episodes:
-    """One meta-batch of random images, in memory as image tasks give them: the channels last."""
+    """Return one meta-batch of random images, channels last in memory like those of image tasks."""
     draw = torch.Generator().manual_seed(0)
     channels, height, width = spec.input_shape
     tasks = TASKS[height]

@@ -1,4 +1,4 @@
-"""Training steps one after the other in one compiled program, without Python between them."""
+"""A compiled program that takes many training steps without returning to Python."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ class OuterUpdate:
     """The update of the meta-parameters as a function of tensors."""
 
     function: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], list[Tensor]]
-    """From the meta-parameters, their gradient, the optimiser's state and the learning rate to the meta-parameters and the
-    state after the step; pure."""
+    """Given the meta-parameters, their gradient, the optimiser's state and the learning rate, returns the meta-parameters
+    and the state after the step; pure."""
     state: Sequence[Tensor]
     """The optimiser's state."""
     rates: Tensor
-    """The learning rate with each of the `Batches` ``[batches]``."""
+    """The learning rate of each batch of the `Batches` ``[batches]``."""
 
 
 @dataclass(frozen=True)
 class Batches:
-    """Batches of equal shapes, and which of them the steps to be taken have."""
+    """Batches of equal shapes, and a range of them to train on."""
 
     stack: Episodes
-    """Their tasks one after the other ``[batches · tasks, …]``."""
+    """The tasks of all batches ``[batches · tasks, …]``."""
     tasks: int
-    """Tasks of each."""
+    """Tasks per batch."""
     which: range
-    """The numbers of the batches for the steps."""
+    """The batches of the steps, one per step."""
 
     def __len__(self) -> int:
         return len(self.which)
@@ -56,28 +56,28 @@ class Batches:
 
 @dataclass(frozen=True)
 class Steps:
-    """What some training steps made."""
+    """The result of some training steps."""
 
     meta: Tensors
     """The meta-parameters after them."""
     state: list[Tensor]
     """The optimiser's state after them."""
     rows: list[list[Tensor]]
-    """The values of each step beside its gradient: the objective and the logs."""
+    """The scalars of each step: the objective and the logs."""
     grads: Tensors
-    """The gradient of the last step, or of the one that was not taken because something in its row is not finite."""
+    """The gradient of the last step, or of a step that was not taken because a value in its row is not finite."""
 
 
 class StepLoop:
-    """A program of a loop over training steps, for one set of shapes.
+    """A compiled loop over training steps, for one set of shapes.
 
-    The loop ends before a step whose objective or gradient is not finite. How many steps a call takes changes no bit of
-    them.
+    The loop stops before a step whose objective or gradient is not finite. The result does not depend on how the steps
+    are divided into calls, bit for bit.
 
     Args:
-        function: the gradients in the order of the meta-parameters, then scalars, given ``(meta, tasks)``; pure.
-        find_checked: the numbers of those scalars that must be finite; asked after `function` was called.
-        reads: functions, objects and modules of the user, whose variables the function reads.
+        function: returns the gradients in the order of the meta-parameters, then scalars, given ``(meta, tasks)``; pure.
+        find_checked: returns the positions of the scalars that must be finite; called after `function`.
+        reads: functions, objects and modules of the user whose variables the function reads.
     """
 
     def __init__(
@@ -91,21 +91,21 @@ class StepLoop:
         self._state = PythonState(*reads)
         self._program: Callable[..., list[Tensor]] | None = None
         self._buffers: list[Tensor] = []
-        """For the scalars of every step ``[batches]``."""
+        """One for each scalar, with its value in every step ``[batches]``."""
         self._factors: list[Tensor] = []
-        """Numbers of the function that are inputs of the program."""
+        """Constants of the function that are inputs of the program."""
         self._key: Any = None
 
     def fits(self, batches: Batches) -> bool:
-        """Whether the program, if there is one, is for batches like these, and no variable that it reads has changed."""
+        """Return whether the program, if any, fits these batches, and no variable that it reads has changed."""
         known = self._key is None or self._key == _describe(batches)
         return known and next(self._state.find_changes(), None) is None
 
     def __call__(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> Steps:
-        """Take the steps, at least one.
+        """Take the steps, of which there must be at least one.
 
         Raises:
-            RuntimeError: the program computes something else than the function.
+            RuntimeError: the program and the function compute different values.
         """
         leaves, structure = tree_flatten(batches.stack.parts)
         stacks = [leaf.unflatten(0, (-1, batches.tasks)) for leaf in leaves]
@@ -131,8 +131,8 @@ class StepLoop:
         )
 
     def _carry(self, meta: Tensors, batch: int, update: OuterUpdate) -> list[Tensor]:
-        """What the loop begins with and passes on: the number of the batch, whether the last step was finite, the scalars of
-        every step, the last gradient, the meta-parameters and the optimiser's state."""
+        """Return the loop's initial state: the number of the batch, whether the last step was finite, the scalars of every
+        step, the last gradient, the meta-parameters and the optimiser's state."""
         grads = [torch.zeros_like(value) for value in meta.values()]
         start = [torch.tensor(batch), torch.ones((), dtype=torch.bool)]
         return [*start, *self._buffers, *grads, *meta.values(), *update.state]
@@ -147,10 +147,10 @@ class StepLoop:
         checked = self._find_checked()
         self._buffers = [scalar.new_zeros(len(stacks[0])) for scalar in expected[count:]]
         width = len(self._buffers)
-        end = width + 2 * count + states  # of what is carried beside the number and the flag
+        end = width + 2 * count + states  # of the carried values after the number and the flag
 
         def take_step(number: Tensor, _: Tensor, *leaves: Tensor) -> list[Tensor]:
-            """What the loop carries after the step of a batch."""
+            """Return the loop's state after the step on a batch."""
             buffers, before, given = leaves[:width], leaves[width + count : end], leaves[end + 1 :]
             rate, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
             params, state = before[:count], before[count:]
@@ -180,7 +180,7 @@ class StepLoop:
     def _check(
         self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate, expected: Sequence[Tensor]
     ) -> None:
-        """Compare a first step with the function.
+        """Compare the program's first step with the function.
 
         Raises:
             RuntimeError: they differ.
@@ -188,7 +188,8 @@ class StepLoop:
         found, count = self._run(meta, which, stacks, update), len(meta)
         difference = compare(list(found.grads.values()), expected[:count])
         if difference is None and all(bool(each.isfinite()) for each in expected[count:]):
-            # An optimiser makes whole steps of rounding: its part is compared for the same gradient.
+            # An optimiser such as Adam turns rounding errors of tiny gradients into full steps: compare updates for the
+            # same gradient.
             grads, rate = list(found.grads.values()), update.rates[which.start]
             after = update.function(list(meta.values()), grads, update.state, rate)
             pairs = zip([*found.meta.values(), *found.state], after, strict=True)

@@ -1,4 +1,4 @@
-"""How the tasks of a batch run, and the choice of `auto`."""
+"""The strategies that run the tasks of a batch, and the choice of `auto`."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ ONE_BY_ONE = ("serial", "traced")
 """Strategies that run one task after the other."""
 
 _STEPS_THAT_PAY = 10_000
-"""Training steps from which compiling costs less than it saves.
+"""The number of training steps from which compiling saves more time than it takes.
 
-Compiling and saving are both CPU time and grow with the number of inner steps and on a slower processor, so one number
-serves all (docs/benchmarks.md). The same run always has the same strategy, which costs measured on a machine would not give.
+Both times grow with the number of inner steps and with slower processors, so one number serves all (docs/benchmarks.md).
+It is fixed, so that the same run always has the same strategy, which times measured on a machine would not guarantee.
 """
 
 
 def choose_strategy(
     functions: TaskFunctions, device: torch.device, tasks: int, steps: int, stackable: bool
 ) -> tuple[Strategy, str]:
-    """Return what ``strategy="auto"`` runs, and why: a function of the run's settings, never of a clock.
+    """Return the strategy that ``"auto"`` stands for, and why: it depends on the run's settings, never on measured times.
 
     Args:
         functions: the functions to run.

@@ -1,4 +1,4 @@
-"""Functions traced to graphs of operations, less the idle ones, replayed or compiled."""
+"""Traces functions to graphs of operations, simplifies the graphs, and replays or compiles them."""
 
 from __future__ import annotations
 
@@ -45,29 +45,29 @@ _PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
 TRACING = RLock()
-"""Held where something is traced or compiled: torch does that in one thread at a time."""
+"""Held while tracing or compiling, which torch supports in only one thread at a time."""
 
 
 class CompileError(MetaregError):
-    """torch.compile did not produce a program, most often because there is no C++ compiler."""
+    """torch.compile did not produce a program, usually because there is no C++ compiler."""
 
 
 class Program:
     """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
-    Tracing runs the function's Python, plugins and `torch.func` transforms included, and keeps only the
-    operations; replaying them costs a fraction of the original and gives the same bits. `torch.compile` gets the traced
-    graph, in which no Python of a plugin is left to break it.
+    Tracing runs the function's Python, including plugins and `torch.func` transforms, and keeps only the operations.
+    Replaying them costs a fraction of the original and gives the same bits. `torch.compile` receives the traced graph,
+    which contains no Python that could fail to compile.
 
-    A graph holds the values that Python variables had. Where one has changed since, the graphs are dropped and the function
-    runs itself; where it changes again and again, so does every call. A function that cannot be traced, or whose graph
-    computes something else, always runs itself.
+    A graph contains the values of Python variables at the time of tracing. If one changes, the graphs are dropped and the
+    function runs untraced; while it keeps changing, every call runs untraced. A function that cannot be traced, or whose
+    graph computes different values, always runs untraced.
 
     Args:
-        function: its control flow depends on nothing but shapes.
-        compiled: hand the graph to `torch.compile`.
-        reads: functions, objects and modules of the user, whose variables it reads.
-        calls_before_tracing: with inputs of the same shapes.
+        function: its control flow depends only on shapes.
+        compiled: compile the graph with `torch.compile`.
+        reads: functions, objects and modules of the user whose variables the function reads.
+        calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
     """
 
     def __init__(
@@ -80,13 +80,13 @@ class Program:
         self._calls: Counter[Any] = Counter()
         self._reads = reads
         self._state: PythonState | None = None
-        """The variables as they were when the graphs were traced."""
+        """The variables at the time of tracing."""
         self._changes = 0
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
         inputs, structure = _flatten(episodes.parts, extra)
-        # A graph is for one layout in memory, and bits can depend on it: every way of running gets a settled one. A map over
-        # tasks takes nothing channels last: the second derivative of max-pooling has no batching rule there.
+        # A graph requires one memory layout, and the last bits can depend on it: all strategies use the same layout. Under
+        # vmap, it must not be channels last, where the second derivative of max-pooling has no batching rule.
         settled = settle_layout if len(episodes) == 1 else make_contiguous
         inputs = [settled(leaf) for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
@@ -101,10 +101,10 @@ class Program:
             return self._trace(key, meta, inputs, structure)
 
     def _count_calls_before_tracing(self) -> int:
-        """How often a function is called itself before it is traced.
+        """Return the number of untraced calls before tracing.
 
-        Tracing costs as much as a dozen calls or more: not worth it for a function that is called once, nor for each of the
-        many shapes that tasks of unequal sizes come in, nor where what it reads keeps changing.
+        Tracing costs at least as much as a dozen calls. It does not pay for a function that is called once, for each of the
+        many shapes of tasks of unequal sizes, or if the variables keep changing.
         """
         if self._changes:
             return 2 ** min(self._changes, 30)
@@ -113,7 +113,7 @@ class Program:
         return _CALLS_OF_ANOTHER_SHAPE if self._graphs else self._calls_before_tracing
 
     def _drop_outdated(self) -> None:
-        """Drop the graphs where a variable has another value than when they were traced."""
+        """Drop the graphs if a variable has changed since they were traced."""
         changed = None if self._state is None else next(self._state.find_changes(), None)
         if changed is None:
             return
@@ -129,7 +129,7 @@ class Program:
         self._calls.clear()
 
     def _trace(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
-        """Trace the function for inputs like these, and return its values for them."""
+        """Trace the function for inputs of these shapes, and return its values for these inputs."""
         names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
@@ -144,7 +144,7 @@ class Program:
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
             raise
-        except Exception as error:  # code of users and plugins is traced, and torch has errors of many kinds for it
+        except Exception as error:  # tracing runs the code of users and plugins, and torch raises errors of many kinds
             if self._compiled:
                 raise CompileError(
                     f"torch.compile failed ({summarise_error(error)}); strategy='vectorized' needs no compiler."
@@ -154,7 +154,7 @@ class Program:
             return flat(*leaves)
         values = run(*leaves) if values is None else values
         expected = flat(*leaves)
-        # The gradients alone: rounding can change a prediction, and with it a metric, by a whole example.
+        # Only the gradients: rounding can change a prediction, and so a metric by a whole example.
         difference = compare(values[: len(names)], expected[: len(names)])
         if difference is None:
             self._graphs[key] = run
@@ -167,7 +167,7 @@ class Program:
 
 
 def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
-    """The graph of a function, less the idle operations."""
+    """Trace a function, and remove idle operations from its graph."""
     graph = trace(function, inputs)
     if _mutates(graph):
         graph = trace(functionalize(graph), inputs)
@@ -175,10 +175,11 @@ def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]
 
 
 def lift_factors(graph: torch.fx.GraphModule) -> list[Tensor]:
-    """Make inputs, after the others, of the numbers that tensors are multiplied by, and return their values, 0-d tensors.
+    """Turn the constants that tensors are multiplied by into additional inputs, and return their values as 0-d tensors.
 
-    A step size is a constant of the graph: as an input, it leaves one compiled program for all of its values. Integers stay,
-    which come from derivatives and shapes, and so do factors of numbers with 8 or 16 bits, which are rounded later.
+    A step size is a constant of the graph; as an input, it lets one compiled program serve all of its values. Integers,
+    which come from derivatives and shapes, stay constants. So do factors of tensors with 8 or 16 bits per number: as a
+    tensor, the factor itself would be rounded to that precision.
     """
     places: dict[tuple[float, torch.dtype, torch.device], list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
@@ -199,26 +200,26 @@ def lift_factors(graph: torch.fx.GraphModule) -> list[Tensor]:
 
 
 def _compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
-    """A graph as a compiled function."""
+    """Compile a graph."""
     factors = lift_factors(graph)
     program = compile_graph(graph, [*inputs, *factors])
     return lambda *leaves: program(*leaves, *factors)
 
 
 def summarise_error(error: Exception) -> str:
-    """An error in one line without a full stop."""
+    """Describe an error in one line, without a full stop."""
     return textwrap.shorten(describe_error(error).splitlines()[0], 160, placeholder=" …").removesuffix(".")
 
 
 def _flatten(parts: Task, extra: Mapping[str, Any]) -> tuple[Sequence[Tensor], Any]:
-    """The tensors of tasks and extra inputs, and how they were arranged; None where there is nothing but the four parts."""
+    """Return the tensors of tasks and extra inputs, and their structure; None if there are only the four parts."""
     if not extra and type(parts[0]) is Tensor and type(parts[2]) is Tensor:
         return parts, None
     return tree_flatten((parts, extra))
 
 
 def _unflatten(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[str, Any]]:
-    """The inverse of `_flatten`."""
+    """Invert `_flatten`."""
     if structure is None:
         support_x, support_y, query_x, query_y = leaves
         return (support_x, support_y, query_x, query_y), {}
@@ -228,7 +229,7 @@ def _unflatten(leaves: Sequence[Tensor], structure: Any) -> tuple[Task, Mapping[
 
 @contextmanager
 def advise_on_memory(tasks: int) -> Iterator[None]:
-    """Turn running out of memory into the advice that helps."""
+    """Replace an out-of-memory error by an error that says what helps."""
     try:
         yield
     except (torch.OutOfMemoryError, RuntimeError, MemoryError) as error:
@@ -242,11 +243,10 @@ def advise_on_memory(tasks: int) -> Iterator[None]:
 
 
 def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """The graph less the operations that give back what they were given.
+    """Remove operations that return their input.
 
-    `torch.func` leaves many of them: views as the same shape, transpositions of transpositions, products with 1. Small
-    tasks spend their time on the number of operations, not on arithmetic. A graph in which something is written in place
-    stays as it is.
+    `torch.func` leaves many of them: views with the same shape, transposes of transposes, products with 1. The time of
+    small tasks depends on the number of operations, not on arithmetic. A graph with in-place operations stays as it is.
     """
     if _mutates(graph):
         return graph
@@ -270,7 +270,7 @@ def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
 
 
 def _mutates(graph: torch.fx.GraphModule) -> bool:
-    """Whether something is written in place."""
+    """Return whether the graph has in-place operations."""
     return any(writes_in_place(node.target) for node in graph.graph.nodes)
 
 
@@ -279,9 +279,9 @@ def _layout(value: Tensor) -> tuple[Any, ...]:
 
 
 def _has_one_layout(value: Tensor) -> bool:
-    """Whether a view of the same shape has the same strides too.
+    """Return whether a view with the same shape always has the same strides.
 
-    A view sets that of a dimension of size 1 anew, which fake tensors do not show. No element's place depends on it, but
-    products choose their kernel by it, and so the last bit of their result.
+    A view resets the stride of a dimension of size 1, which fake tensors do not show. No element moves, but matrix products
+    choose their kernel by strides, so the last bit of the result can change.
     """
     return 1 not in value.shape or value.stride() == torch.empty(value.shape, device="meta").stride()
