@@ -1,4 +1,4 @@
-"""Training steps of MAML and ANIL written out without metareg: what the benchmarks compare it with.
+"""Reference training loops of MAML and ANIL without metareg, which the benchmarks compare it with.
 
 Every class trains its own copy of a model with one way of computing the meta-gradient and has the same two methods:
 `gradient` for the check that all compute the same, and `step` for the clock. Tasks come stacked, as ``(support_x,
@@ -25,7 +25,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def mlp(hidden: int = 40) -> nn.Module:
-    """The field's regression network, 1-40-40-1."""
+    """The regression network of the MAML paper, 1-40-40-1."""
     return nn.Sequential(nn.Linear(1, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 1))
 
 
@@ -79,7 +79,7 @@ class Reference(ABC):
 
     @abstractmethod
     def backward(self, tasks: Tasks) -> float:
-        """Leave the mean meta-gradient in the parameters' ``.grad``, which are None before; returns the mean loss."""
+        """Store the mean meta-gradient in the parameters' ``.grad``, which must be None, and return the mean loss."""
 
     def gradient(self, tasks: Tasks) -> dict[str, Tensor]:
         """The mean meta-gradient by parameter name."""
@@ -113,7 +113,7 @@ class ClonedModules(Reference):
 
 
 class FunctionalLoop(Reference):
-    """Task after task with `torch.func.functional_call` and `torch.autograd.grad`: no module is copied.
+    """A loop over tasks with `torch.func.functional_call` and `torch.autograd.grad`, without copies of the module.
 
     Args:
         adapts: the beginnings of the names of the parameters that the inner loop adapts; ``("head.",)`` makes it ANIL,
@@ -142,7 +142,7 @@ class FunctionalLoop(Reference):
 
 
 class Higher(Reference):
-    """The package `higher`, task by task, as its own MAML example does it."""
+    """A loop over tasks with the package `higher`, like its own MAML example."""
 
     def backward(self, tasks: Tasks) -> float:
         import higher
@@ -162,7 +162,7 @@ class Higher(Reference):
 class ParallelMetalearn(Reference):
     """The package `parallel-metalearn` (`metalearn`): its MAML with its vmap backend, all tasks in one chunk.
 
-    Its step includes the optimizer, so that there is nothing to take apart: `step` is the package's own.
+    Its step includes the optimizer, so `step` calls the package's own.
     """
 
     def __init__(self, model: nn.Sequential, *args: Any, tasks: int, **options: Any) -> None:
@@ -174,7 +174,7 @@ class ParallelMetalearn(Reference):
         super().__init__(model, *args, **options)
 
         class WithoutKeywords(nn.Module):
-            """The package passes its own keywords to every part of a model."""
+            """A model that accepts the keywords which the package passes to every part."""
 
             def __init__(self, part: nn.Module) -> None:
                 super().__init__()
@@ -185,7 +185,7 @@ class ParallelMetalearn(Reference):
                 return outputs
 
         class OutputLoss(BaseLoss):  # type: ignore[misc]
-            """A loss of the outputs; the package wants a metric beside it."""
+            """A loss of the outputs, with the metric that the package requires."""
 
             def __init__(self, loss: Loss) -> None:
                 super().__init__()
@@ -204,7 +204,7 @@ class ParallelMetalearn(Reference):
         )  # fmt: skip
 
     def backward(self, tasks: Tasks) -> float:
-        """The package's whole step: what it leaves in ``.grad`` was computed before its update."""
+        """Take the package's whole step; ``.grad`` then holds the gradient from before its update."""
         return self.step(tasks)
 
     def step(self, tasks: Tasks) -> float:
@@ -213,10 +213,10 @@ class ParallelMetalearn(Reference):
 
 
 class TracedByHand(Reference):
-    """What metareg does, written by hand for this one purpose: `torch.func`, traced once, tidied, maybe compiled, and Adam
+    """metareg's technique by hand: `torch.func`, traced once, simplified, optionally compiled, and Adam
     as a function.
 
-    There are no plugins, no checks and no choices: one graph for one set of shapes.
+    It has no plugins, checks or options: one graph for one set of shapes.
 
     Args:
         compiled: hand the graph to the compiler.
@@ -282,7 +282,7 @@ def _differentiable_clone(module: nn.Module) -> nn.Module:
 
 
 def _replace_parameters(module: nn.Module, update: Callable[[Tensor, Tensor], Tensor], grads: Any) -> None:
-    """Put updated parameters in the place of the old ones, in the order of `module.parameters()`."""
+    """Replace the parameters, in the order of `module.parameters()`."""
     for name, p in module._parameters.items():
         if p is not None:
             module._parameters[name] = update(p, next(grads))  # type: ignore[assignment]

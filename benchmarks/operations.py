@@ -1,4 +1,4 @@
-"""Which operations a step consists of: the CPU time and the floating-point operations of each kind."""
+"""Measures the CPU time and the floating-point operations of each kind of operation in a step."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ KINDS = {
     "pooling": ("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "gather"),
     "ReLU": ("relu", "threshold_backward"),
 }
-"""Operations by what they are for. The others are mostly sums and products of maps, for BatchNorm's second derivative."""
+"""Kinds of operations. The others are mostly sums and products of maps, for BatchNorm's second derivative."""
 
 
 @dataclass
 class Share:
-    """What one kind of operation takes."""
+    """The cost of one kind of operation."""
 
     calls: int = 0
     seconds: float = 0.0
     """CPU time."""
     flops: int = 0
-    """Of convolutions and matrix products; a multiplication with its addition is two."""
+    """Of convolutions and matrix products; a multiply-add counts as two."""
 
 
 class OperationClock(OperationMode):
-    """Counts and times every operation inside a block, by kind. Its own time is not in the figures."""
+    """Counts and times the operations in a block by kind, excluding its own overhead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class OperationClock(OperationMode):
 
 
 def time_operations(step: Callable[[], object], rounds: int) -> dict[str, Share]:
-    """What each kind of operation takes in one step, the fastest of some rounds."""
+    """Return the cost of each kind of operation in one step, in the fastest of some rounds."""
     found = []
     for _ in range(rounds):
         with OperationClock() as clock:

@@ -1,4 +1,4 @@
-"""What orchestrating a comparison costs: ``python benchmarks/orchestration.py [--runs 24] [--seconds 10] [--jobs 2]``.
+"""Measures the overhead of a comparison: ``python benchmarks/orchestration.py [--runs 24] [--seconds 10] [--jobs 2]``.
 
 The ideal time is that of the runs themselves (from the moment a run's folder gets its configuration to its results), shared
 by the processes. What a comparison takes beyond it: its own start and checks, the start of the processes, which import
@@ -27,12 +27,12 @@ TARGET = 1.15
 
 
 def measure_run(run: PlannedRun) -> float:
-    """How long a run took by itself."""
+    """Return the time of a run by itself."""
     return (run.path / RUN_RESULTS).stat().st_mtime - (run.path / CONFIG).stat().st_mtime
 
 
 def choose_steps(seconds: float, folder: Path) -> int:
-    """Training steps of a run that takes so long."""
+    """Return the number of training steps of a run that takes a given time."""
     speeds = []
     for number in range(2):  # the first run imports and warms up
         config = build_config(1, 2000)

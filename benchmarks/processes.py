@@ -1,4 +1,4 @@
-"""What a second process is worth: ``torchrun --nproc-per-node 2 benchmarks/processes.py [--only WORK …]``.
+"""Measures the speed-up of a second process: ``torchrun --nproc-per-node 2 benchmarks/processes.py [--only WORK …]``.
 
 The processes take steps together, in turns with the first one alone: with one thread and, where tensors are large enough to
 be shared by threads, with as many as there are processes. The others wait meanwhile, asleep. Before anything is timed, the
@@ -53,7 +53,7 @@ WORKS: dict[str, tuple[Callable[[], MetaLearner], Callable[[], Episodes], int]] 
         1,
     ),
 }
-"""Learners, their batches, and how many steps are taken in one turn."""
+"""The learners, their batches, and the steps of one turn."""
 TITLES = {
     "vectorized": "sinusoid, 25 tasks, vectorized",
     "compiled": "sinusoid, 25 tasks, compiled",
@@ -62,7 +62,7 @@ TITLES = {
 
 
 def measured(work: str, processes: Processes, rounds: int) -> dict[str, list[float]]:
-    """Seconds per step together and alone; only in the first process."""
+    """Return seconds per step, together and alone; only in the first process."""
     make, draw, steps = WORKS[work]
     alone, shared, batch = make(), make(), draw()
     _, expected = alone.meta_gradient(batch)
@@ -95,7 +95,7 @@ def measured(work: str, processes: Processes, rounds: int) -> dict[str, list[flo
             together(count)
 
         works = {"together": call, "1 thread": by_itself(1)}
-        if work == "conv4":  # the threads of small models only wait: metareg gives those one
+        if work == "conv4":  # more threads do not help small models: metareg uses one
             works[f"{processes.size} threads"] = by_itself(processes.size)
         times = interleaved(works, dict.fromkeys(works, steps), rounds, seconds=100)
         processes.first(lambda: False)

@@ -1,4 +1,4 @@
-"""What a step costs as tasks, ways, shots, parameters and processes grow: ``python benchmarks/scale.py [--only PART …]``.
+"""Measures how costs grow with tasks, ways, shots, parameters and processes: ``python benchmarks/scale.py [--only PART …]``.
 
 Every point is measured in a fresh process with one thread, by CPU time, so that its memory is its own: the median of some
 steps after those that trace, and the peak of resident memory over that before the first step.
@@ -35,17 +35,17 @@ from metareg.util.devices import peak_memory, reset_peak_memory
 
 MB = 1e6
 LINK, HOP = 50e9, 5e-6
-"""Bytes a second of a link of 400 Gbit/s, and seconds of a hop; both assumed."""
+"""Assumed bytes per second of a 400 Gbit/s link, and seconds per hop."""
 GPU_WORKS = [
     ("Conv4-64, 28×28", 4, 20.8e-3, 0.42e-3, 4 * 112_000),
     ("ResNet12, 84×84", 2, 98.9e-3, 3.3e-3, 4 * 7_999_365),
 ]
-"""Tasks for each GPU, seconds of a step on one (an H100, docs/benchmarks.md) and of drawing a task, bytes of a gradient."""
+"""Tasks per GPU, seconds of a step on one (an H100, docs/benchmarks.md) and of drawing a task, bytes of a gradient."""
 POINTS = TaskSpec((1,), (1,))
 
 
 def measure_steps(learner: MetaLearner, batch: Any, steps: int) -> dict[str, float]:
-    """CPU seconds of a step, and the peak of bytes over what the process took before the first."""
+    """Return CPU seconds per step, and the peak bytes above the level before the first step."""
     before = reset_memory()
     learner.step(batch)
     learner.step(batch)
@@ -54,14 +54,14 @@ def measure_steps(learner: MetaLearner, batch: Any, steps: int) -> dict[str, flo
 
 
 def time_work(work: Callable[[], object]) -> float:
-    """CPU seconds that some work takes."""
+    """Return the CPU seconds of some work."""
     start = time.process_time()
     work()
     return time.process_time() - start
 
 
 def reset_memory() -> int:
-    """Begin to measure the peak anew; what it is now."""
+    """Reset the record of peak memory, and return the current memory."""
     reset_peak_memory(torch.device("cpu"))
     return peak()
 
@@ -97,7 +97,7 @@ def probe_parameters(width: int) -> dict[str, float]:
 
 
 def probe_reduction(size: int, rank: int, port: int) -> dict[str, float]:
-    """Wall seconds of the sum over two processes of a float32 gradient of so many bytes."""
+    """Return the wall-clock seconds to sum a float32 gradient of the given bytes over two processes."""
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     gradient, seconds = torch.zeros(size // 4), []
@@ -111,7 +111,7 @@ def probe_reduction(size: int, rank: int, port: int) -> dict[str, float]:
 
 
 def probe_stream(first: int) -> dict[str, float]:
-    """CPU seconds of drawing tasks from a number on; the same tasks must come one by one."""
+    """Return the CPU seconds to draw tasks from a number on, and check that they equal tasks drawn one by one."""
     source = resolve("tasks", "sinusoid").instance
     batch = source.episodes("train", range(first, first + 1000), 0)
     alone = source.episodes("train", [first + 999], 0)
@@ -122,7 +122,7 @@ def probe_stream(first: int) -> dict[str, float]:
 
 
 def reckon_gpus() -> Iterator[dict[str, Any]]:
-    """A step of GPUs with so many tasks each: computing, drawing a share, and a ring all-reduce of gradients.
+    """Estimate a step of several GPUs: computing, drawing a share, and a ring all-reduce of gradients.
 
     A ring moves 2 (G − 1) / G of the gradient over each link and takes 2 (G − 1) hops.
     """
@@ -160,7 +160,7 @@ TITLES = {
 
 
 def run_probe(part: str, point: list[Any]) -> dict[str, float]:
-    """One point of the grid in a fresh process, or in two where gradients are summed over them."""
+    """Measure one point in a fresh process, or in two if gradients are summed over processes."""
     requests = [[*point, rank, 29_511 + len(str(point[0]))] for rank in (0, 1)] if part == "reduction" else [point]
     commands = [[sys.executable, __file__, "--probe", json.dumps([part, request])] for request in requests]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]

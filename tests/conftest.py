@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one cache, runs without pictures, and where real data lies."""
+"""Shared by all tests: one thread, one cache, runs without plots, and the folder of real data."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ STRANGERS = (
     "containers", "configurations", "architectures", "images", "graphs", "archives", "tables", "reports", "plugins",
     "terminals", "kills", "disks",
 )  # fmt: skip
-"""The groups of what is tried with strangers' files and on hard days."""
+"""The groups of attempts with untrusted files and under failures."""
 
 _held: Counter[str] = Counter()
 
 
 @pytest.fixture(scope="session")
 def tried() -> Callable[..., None]:
-    """``tried(group)`` counts an attempt that was held, ``tried(group, n)`` several; called once it was."""
+    """``tried(group)`` counts an attempt after it succeeded, ``tried(group, n)`` several."""
 
     def count(group: str, attempts: int = 1) -> None:
         assert group in STRANGERS
@@ -39,7 +39,7 @@ def tried() -> Callable[..., None]:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """The table of what was tried and held, where that alone was asked for."""
+    """Print the table of attempts, if only these tests were selected."""
     if config.option.markexpr == "strangers":
         terminalreporter.section("strangers' files and hard days: attempts that held")
         for group in STRANGERS:
@@ -48,7 +48,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 @pytest.fixture(scope="session", autouse=True)
 def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing of the user's cache is read; all processes of a test run draw the letters of `glyphs` once."""
+    """Do not use the user's cache; all processes of a test run share one, which holds the images of `glyphs`."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
@@ -59,14 +59,14 @@ def _image_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_pictures() -> Iterator[None]:
-    """Runs draw no pictures but ``with pictures.drawn():``."""
+    """Draw no plots in runs, except ``with pictures.drawn():``."""
     with pictures.left_out():
         yield
 
 
 @pytest.fixture(scope="session")
 def data_folder() -> Path:
-    """The folder with real data; tests that need it are skipped where there is none."""
+    """Return the folder with real data, or skip the test without one."""
     folder = Path(os.environ.get("METAREG_DATA") or Path(__file__).parents[2] / "shared" / "data")
     if not folder.is_dir():
         pytest.skip(f"no data: METAREG_DATA is not set and there is no folder {folder}")

@@ -1,4 +1,4 @@
-"""A whole adaptation as one program of torch.export, beside loops written out."""
+"""A whole adaptation as one torch.export program, against reference loops."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (5, 4)
 
 
 class Descent:
-    """Gradient descent that looks at the examples in a way of its own."""
+    """Gradient descent that also reads the examples directly."""
 
     def __init__(self, look: Any) -> None:
         self._look = look

@@ -1,4 +1,4 @@
-"""What the engine adds to the plain meta-gradient: first order, normalisation, noise, sizes, chunks, outer stages."""
+"""The engine beyond the plain meta-gradient: first order, normalisation, noise, sizes, chunks, outer stages."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_support_statistics(algo: str, memory: str) -> None:
     ids=lambda layer: type(layer).__name__,
 )
 def test_normalisation_layers_agree_between_strategies(layer: nn.Module) -> None:
-    """The batched backward of some of them is wrong where the map is differentiated from outside."""
+    """The batched backward of some of them is wrong if the map is differentiated from outside."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), layer, nn.Flatten(), nn.ReLU(), nn.Linear(256, 5)).double()
     first, *others = [
         MetaLearner(model, inner_lr=0.4, strategy=strategy).meta_gradient(episodes("conv"))[1]
@@ -60,7 +60,7 @@ def test_normalisation_layers_agree_between_strategies(layer: nn.Module) -> None
 
 @pytest.mark.parametrize("strategy", ["traced", "vectorized"])
 def test_a_graph_is_for_one_layout_of_grey_images(strategy: str) -> None:
-    """PyTorch calls images of one channel contiguous in either order of channels and pixels."""
+    """PyTorch calls one-channel images contiguous in both memory layouts."""
     model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).double()
     first = episodes("conv", 2)
     x = first.support_x.movedim(-3, -1)
@@ -73,7 +73,7 @@ def test_a_graph_is_for_one_layout_of_grey_images(strategy: str) -> None:
 
 
 class Decay:
-    """The adapted parameters' gradient is the meta-parameters themselves."""
+    """An algorithm whose meta-gradient is the meta-parameters themselves."""
 
     @hookimpl
     def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def test_tasks_of_unequal_sizes_equal_one_by_one(strategy: str) -> None:
 
 
 def test_traced_graph_follows_shapes_and_values() -> None:
-    """The second call of one shape runs a traced graph; neither another shape nor other values get stale results."""
+    """The second call with a shape runs a traced graph; other shapes and values do not get stale results."""
     learner = learner_of("mlp", "maml", [CML])
     for tasks, seed in ((3, 1), (3, 2), (2, 3), (3, 4), (2, 5), (3, 1)):
         batch = episodes("mlp", tasks, seed=seed)
@@ -172,7 +172,7 @@ def test_strides_do_not_matter() -> None:
 
 
 def test_a_traced_graph_gives_the_bits_of_the_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    # A resumed run does not trace at the same calls: the first calls of a shape run the function itself.
+    # A resumed run traces at other calls, because the first calls with a shape run the function itself.
     monkeypatch.setattr("metareg.engine.engine._STACKS_BEFORE_TRACING", 1)
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 1))
     learner = MetaLearner(model, algo="maml", loss="mse", inner_lr=0.01, strategy="vectorized")
@@ -216,7 +216,7 @@ def test_traced_training_has_no_idle_operations_and_the_bits_of_the_function(
 
 
 class Given:
-    """The tasks that it was given."""
+    """Records the tasks that it was given."""
 
     def __init__(self, tasks: Episodes) -> None:
         self.tasks = tasks
@@ -243,7 +243,7 @@ def test_any_order_of_augmenters(algo: str, order: Any) -> None:
 
 
 def test_the_order_of_augmenters_counts() -> None:
-    """Noise that is dropped afterwards is other noise: the list is a chain, not a set."""
+    """Dropping entries after adding noise differs from adding noise afterwards: the list is a chain, not a set."""
     batch = episodes("mlp")
     first, second = (
         learner_of("mlp", "maml", order).meta_gradient(batch)[1]
@@ -253,7 +253,7 @@ def test_the_order_of_augmenters_counts() -> None:
 
 
 def noise_of(learner: MetaLearner, step: int, tasks: int) -> list[dict[str, Any]]:
-    """What a training step draws for each of its tasks, drawn again."""
+    """Draw again the noise that a training step draws for each of its tasks."""
     adapted = learner.stages.adapted_parameters(learner.model)
     params = {name: learner.meta_parameters[name] for name in adapted}
     like, draws = next(iter(params.values())), [(step, task) for task in range(tasks)]
@@ -335,7 +335,7 @@ def test_co_learner_without_weight_changes_nothing_else(algo: str) -> None:
 
 
 def test_co_learner_stands_outside_the_inner_loop() -> None:
-    """The adapted parameters do not depend on ψ, neither through the update nor through evaluation."""
+    """The adapted parameters do not depend on ψ, either through the update or in evaluation."""
     batch = episodes("mlp")
     plain, with_cml = learner_of("mlp", "maml"), learner_of("mlp", "maml", [CML])
     x, y = batch.support_x[0], batch.support_y[0]
@@ -354,7 +354,7 @@ def test_co_learner_logs_its_metric() -> None:
 
 
 class Reptile:
-    """Nichol, Achiam and Schulman (2018): the meta-gradient is the way from the adapted parameters to the initial ones."""
+    """Nichol, Achiam and Schulman (2018): the meta-gradient points from the adapted parameters to the initial ones."""
 
     class Config(PluginConfig):
         inner_lr: float = 0.1
@@ -375,7 +375,7 @@ class Reptile:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("augment", ["none", "cml"])
 def test_outer_gradient_of_a_plugin(augment: str, strategy: str, memory: str) -> None:
-    """Reptile's own gradient, and with CML the derivative of the co-learner's term beside it."""
+    """Reptile's own gradient, plus the derivative of the co-learner's term with CML."""
     batch = episodes("mlp")
     learner = MetaLearner(
         learner_of("mlp", "maml").model.module, Reptile, [CML] if augment == "cml" else [], loss="mse", inner_steps=2,
@@ -399,7 +399,7 @@ def test_outer_gradient_of_a_plugin(augment: str, strategy: str, memory: str) ->
 
 
 class SGD:
-    """An outer optimiser with a state: gradient descent with momentum 0.9."""
+    """A stateful outer optimiser: gradient descent with momentum 0.9."""
 
     @hookimpl
     def outer_update(
@@ -443,7 +443,7 @@ def test_default_outer_update_is_adam() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("algo", ALGORITHMS)
 def test_every_entry_is_moved_by_its_own_gradient(algo: str, strategy: str) -> None:
-    """On images as task plugins draw them, channels last, whose convolutions' gradients come channels last too."""
+    """On channels-last images like those of task plugins, the gradients of convolutions are channels last too."""
     task = Glyphs(Glyphs.Config(query=5))
     learner = MetaLearner(
         "conv4", algo, ["cml"], spec=task.spec, model_options={"width": 8}, inner_lr=0.4, strategy=strategy
@@ -460,7 +460,7 @@ def test_every_entry_is_moved_by_its_own_gradient(algo: str, strategy: str) -> N
 
 
 def test_reset_optimizer_every_forgets_the_moments() -> None:
-    """The first step of a fresh Adam is outer_lr in every entry, whatever came before."""
+    """The first step of a fresh Adam is outer_lr in every entry, whatever happened before."""
     learner = learner_of("mlp", "maml", outer_lr=0.01, reset_optimizer_every=2)
     moved = []
     for seed in range(3):
@@ -518,7 +518,7 @@ def test_auto_compiles_no_convolutions_on_a_gpu(net: str, expected: str) -> None
 
 
 def test_images_stay_channels_last() -> None:
-    """Pooling is several times faster so on a CPU; a graph that was traced for one layout is not taken for the other."""
+    """Pooling is several times faster in this layout on a CPU; a graph traced for one layout is not used for the other."""
     images = torch.rand(2, 3, 6, 6, 4, dtype=torch.float64).movedim(-1, 2)
     labels = torch.arange(3).expand(2, -1)
     last = Episodes(images, labels, images + 0.1, labels)
@@ -530,7 +530,7 @@ def test_images_stay_channels_last() -> None:
 
     model = nn.Sequential(nn.Conv2d(4, 5, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(20, 3)).double()
     learner = MetaLearner(model, inner_lr=0.1, strategy="traced")
-    for _ in range(2):  # the second call of a shape traces
+    for _ in range(2):  # the second call with a shape traces
         expected = learner.meta_gradient(first)[1]
     for _ in range(2):
         found = learner.meta_gradient(last)[1]

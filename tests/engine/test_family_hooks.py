@@ -1,4 +1,4 @@
-"""The hooks that open the contract to the family: small algorithms beside their loops written out.
+"""The hooks for further methods: small algorithms against reference loops.
 
 `family` compares whole trainings and evaluations.
 """
@@ -24,7 +24,7 @@ CONFIG = {"inner_lr": LR}
 
 
 class Base:
-    """Gradient descent, from which the others differ in one hook."""
+    """Gradient descent; the others differ from it in one hook."""
 
     class Config(PluginConfig):
         inner_lr: float = Field(0.01, gt=0, description="Step size.")
@@ -38,7 +38,7 @@ class Base:
 
 
 class Momentum(Base):
-    """State from step to step, and the start: a step goes back to it by a tenth."""
+    """State from step to step, and the start: each step also moves a tenth of the way back to it."""
 
     @hookimpl
     def start_task(self, params: Tensors) -> Any:
@@ -62,7 +62,7 @@ def adapt_by_momentum(net: Net, meta: Tensors, task: Task, steps: int) -> Tensor
 
 
 class Sharp(Base):
-    """A second gradient in each step."""
+    """Takes a second gradient in each step."""
 
     @hookimpl
     def inner_gradient(self, params: Tensors, task: TaskView) -> Tensors:
@@ -84,7 +84,7 @@ def adapt_sharply(net: Net, meta: Tensors, task: Task, steps: int, first_order: 
 
 
 class LearnedLoss(Base):
-    """The inner loss is the task's times a learned number, plus a learned number times the outputs' squares."""
+    """The inner loss is a learned multiple of the task's loss plus a learned multiple of the squared outputs."""
 
     @hookimpl
     def init_meta(self, outputs: Tensor, adapted: tuple[str, ...], head: tuple[str, ...]) -> Tensors:
@@ -108,7 +108,7 @@ def adapt_by_learned_loss(net: Net, meta: Tensors, task: Task, steps: int) -> Te
 
 
 class Transductive(Base):
-    """The inner gradient is that of the support loss and of the unlabelled query outputs' squares."""
+    """The inner gradient is that of the support loss plus the squared outputs of the unlabelled query examples."""
 
     transductive = True
 
@@ -131,7 +131,7 @@ def adapt_transductively(net: Net, meta: Tensors, task: Task, steps: int) -> Ten
 
 
 class Bootstrapped(Base):
-    """The outer objective is the distance to where two more steps and one on the query set lead."""
+    """The outer objective is the distance to the parameters after two more steps and one on the query set."""
 
     exact_gradient = False
 
@@ -162,7 +162,7 @@ def measure_distance(net: Net, meta: Tensors, task: Task, steps: int) -> Tensor:
 
 
 class Implicit(Base):
-    """The meta-gradient is the query gradient and a Hessian times it, with the way that the inner loop went."""
+    """The meta-gradient is the query gradient, a Hessian-vector product with it, and the inner loop's change."""
 
     exact_gradient = False
 
@@ -189,7 +189,7 @@ def differentiate_implicitly(net: Net, meta: Tensors, task: Task, steps: int) ->
 
 
 class Prototypes(Base):
-    """The head's last layer is computed from the support set; the inner loop changes nothing more."""
+    """Computes the head's last layer from the support set; the inner loop changes nothing else."""
 
     targets = "classes"
 

@@ -1,4 +1,4 @@
-"""How much memory a meta-gradient takes at its peak, counted in the bytes of live tensors: no allocator blurs it."""
+"""Peak memory of a meta-gradient in bytes of live tensors, independent of the allocator."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def draw_task() -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def run_loop(inner_steps: int) -> None:
-    """One meta-gradient of MAML by a loop of `torch.autograd.grad`."""
+    """Compute one meta-gradient of MAML with a loop over `torch.autograd.grad`."""
     model = create_model()
     support_x, support_y, query_x, query_y = draw_task()
     params = dict(model.named_parameters())
@@ -45,7 +45,7 @@ def run_learner(inner_steps: int, tasks: int = 1, **options: Any) -> None:
 
 @pytest.mark.parametrize("tasks", [1, 2])
 def test_each_stored_step_takes_what_it_takes_a_loop(tasks: int) -> None:
-    """The derivative of the whole was once built as a graph too: twice the memory."""
+    """The outer derivative was once built with its own graph, which doubled the memory."""
     loop = measure_peak(lambda: run_loop(5)) - measure_peak(lambda: run_loop(2))
     few, many = (measure_peak(lambda n=n: run_learner(n, tasks, strategy="vectorized")) for n in (2, 5))
     assert many - few <= 1.1 * tasks * loop

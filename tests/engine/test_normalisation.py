@@ -1,4 +1,4 @@
-"""BatchNorm's derivatives, against those of the formula written with elementary operations."""
+"""BatchNorm's derivatives against those of its formula in elementary operations."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def loss_of(layer: Layer) -> Callable[[Tensors, Tensor], Tensor]:
-    """The loss of two layers, each after a mixing of the channels; no output is like another."""
+    """The loss of two layers, each after a mixing of channels; all outputs differ."""
 
     def loss(params: Tensors, x: Tensor) -> Tensor:
         for nonlinear in (torch.tanh, torch.sin):
@@ -97,7 +97,7 @@ def test_many_tasks_differentiated_inside_and_outside_the_map(shape: tuple[int, 
 
 
 def second_derivative(layer: Layer) -> Callable[..., tuple[Tensor, ...]]:
-    """That of a function of all arguments, for x, weight, bias and the weights of the outputs."""
+    """Return the derivative of a function for x, weight, bias and the weights of the outputs."""
 
     def loss(x: Tensor, weight: Tensor, bias: Tensor, u: Tensor) -> Tensor:
         return (torch.sin(layer(x, weight, bias)) * u).sum()
@@ -122,7 +122,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "shape", [(7, 3), (1, 3, 5), (4, 3, 3, 5), (2, 3, 2, 3, 2), (5, 1), (3, 1, 2, 2), (5, 1, 1, 1)]
 )
 def test_any_layout_in_memory_and_any_part_of_a_map(shape: tuple[int, ...], layout: str) -> None:
-    """Kernels read some of their arguments side by side in memory, as if these were contiguous."""
+    """Kernels read some of their arguments as if these were contiguous in memory."""
     kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
     layer = as_function(cheapen_second_derivative(kind(shape[1], track_running_stats=False).double()))
     lay, channels = LAYOUTS[layout], shape[1]
@@ -162,7 +162,7 @@ def test_the_second_derivative_takes_less_than_half_of_the_operations() -> None:
 
 
 def test_images_that_lie_channels_last_are_normalised_precisely() -> None:
-    """PyTorch's own kernel adds up a channel number after number: 1e-3 off on these images, bright on dark."""
+    """PyTorch's own kernel sums a channel sequentially, with an error of 1e-3 on these images, bright on dark."""
     generator = torch.Generator().manual_seed(0)
     ink = torch.rand(75, 1, 84, 84, generator=generator) - 0.85
     weight = torch.randn(8, 1, 3, 3, generator=generator)

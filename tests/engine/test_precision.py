@@ -42,7 +42,7 @@ def test_bf16_is_close_to_full_precision(strategy: str, bn_statistics: str, memo
 
 
 def in_bf16(net: Net) -> Net:
-    """A network that is run in bfloat16, with the losses of its outputs in float32."""
+    """A network that runs in bfloat16, with losses in float32."""
 
     def low(tree: Mapping[str, Tensor] | Tensor) -> Any:
         if isinstance(tree, Tensor):
@@ -59,7 +59,7 @@ def in_bf16(net: Net) -> Net:
 
 @pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
 def test_bf16_steps_are_those_of_a_loop_in_bf16(strategy: str) -> None:
-    """Kernels of bfloat16 round otherwise in a map; a step by another entry's gradient ends about as far away as it went."""
+    """Kernels of bfloat16 round differently under vmap. With another entry's gradient, the error is as large as the step."""
     learner = MetaLearner(
         MLP().float(), "maml", ["cml"], loss="mse", inner_lr=0.1, outer_lr=0.01, precision="bf16", strategy=strategy
     )

@@ -1,4 +1,4 @@
-"""What a forward does beside computing outputs is dropped, and what Python code changes between calls is noticed."""
+"""Side effects of a forward are discarded, and changes of Python state between calls are noticed."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Flat(nn.Module):
 
 
 class Stateful(nn.Module):
-    """Keeps statistics, a counter, a history and a cache, and computes with them."""
+    """Computes with statistics, a counter, a history and a cache that it keeps."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def build(name: str) -> nn.Module:
 
 
 def loop(model: nn.Module, params: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """The meta-gradient by `torch.autograd.grad`, on a fresh copy of the model at each call of it."""
+    """Compute the meta-gradient with `torch.autograd.grad`, on a fresh copy of the model for each of its calls."""
 
     def predict(params: dict[str, Tensor], x: Tensor) -> Tensor:
         return functional_call(copy.deepcopy(model), params, (x,))

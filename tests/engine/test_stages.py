@@ -1,4 +1,4 @@
-"""Hooks of plugins: validation, contracts of results, duplicates, prefixes, noise."""
+"""Hooks of plugins: validation, checks of their results, duplicates, prefixes, noise."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def assert_same_step(actual: MetaLearner, expected: MetaLearner) -> None:
 
 
 def plugin(hook: str, returned: Any) -> type:
-    """An augmenter whose one hook returns a given thing, or what a function of its first argument gives."""
+    """Create an augmenter whose only hook returns a given value, or a function of its first argument."""
     first = {
         "inner_update": "params", "augment_inner_gradient": "grads", "augment_outer_gradient": "grads",
         "outer_gradient": "meta", "outer_update": "meta", "augment_outer_loss": "features",
@@ -125,14 +125,14 @@ def test_an_augmenter_without_hooks(augmenter: Any) -> None:
 
 
 class Undecorated(Sound):
-    """Overrides a hook and forgets the decorator."""
+    """Overrides a hook without the decorator."""
 
     def inner_update(self, params: Tensors) -> Tensors:
         return params
 
 
 class Unmarked:
-    """Has a hook and a static method that was meant as one."""
+    """Has a hook, and a static method that was meant to be one."""
 
     @hookimpl
     def augment_inner_gradient(self, grads: Tensors) -> Tensors:
@@ -256,7 +256,7 @@ def test_none_means_that_the_default_stands() -> None:
 
 
 class Scale:
-    """Learns a factor of the inner gradient."""
+    """Learns a factor for the inner gradient."""
 
     @hookimpl
     def init_meta(self, model: nn.Module) -> Tensors:  # noqa: ARG002
@@ -337,7 +337,7 @@ def test_every_hook_says_how_results_become_one() -> None:
 
 
 class Repeated:
-    """The three sample tasks, over and over; their mean is that of any multiple of three."""
+    """Repeat the three sample tasks; every multiple of three has the same mean."""
 
     def episodes(self, split: str, indices: Any) -> Any:  # noqa: ARG002
         rows = torch.arange(len(indices)) % 3
@@ -372,7 +372,7 @@ def test_who_draws_nothing_has_none() -> None:
 
 
 class Jitter(Sound):
-    """Draws in every stage that an algorithm can draw for, and starts, descends and weighs by it."""
+    """Draws noise in every stage that allows it, and uses it to start, to descend and to weight."""
 
     steps: ClassVar[dict[str, int | None]] = {}
 
@@ -396,7 +396,7 @@ class Jitter(Sound):
 
 
 def adapt_with_draws(meta: Tensors, task: Any, drawn: Tensor, steps: int) -> Tensors:
-    """The inner loop of `Jitter`, written out."""
+    """A reference inner loop of `Jitter`."""
     params = {name: value + 0.1 * drawn[-1] for name, value in meta.items()}
     for step in range(steps):
         loss = NETS["mlp"].loss(linear(params, task[0]), task[1])
@@ -412,7 +412,7 @@ def linear(params: Tensors, x: Tensor) -> Tensor:
 
 
 def draw(steps: int, *labels: str | int) -> Tensor:
-    """What `Jitter` draws for a learner with the seed 3."""
+    """Return the noise that `Jitter` draws for a learner with seed 3."""
     return torch.rand(steps + 1, generator=create_generator(3, "noise", *labels)).double()
 
 
@@ -447,7 +447,7 @@ def test_an_algorithm_draws_for_training_evaluation_and_adaptation(strategy: str
 
 
 class Mixed:
-    """Tasks of two sizes, a function of their number; 8 support examples."""
+    """Return tasks of two sizes as a function of their numbers, with 8 support examples."""
 
     def task(self, index: int) -> Any:
         return tasks_of(episodes("mlp", 1, query=2 + index % 2, seed=index))[0]
@@ -511,7 +511,7 @@ def test_the_noise_of_a_parameterless_inner_loop_has_the_learners_type() -> None
 
 
 class Shift:
-    """Moves the support inputs of each task by a draw, and leaves out one example more in each step."""
+    """Shifts the support inputs of each task at random, and omits one more example in each step."""
 
     @hookimpl
     def augment_episodes(self, episodes: Episodes, generator: torch.Generator, training_step: int) -> Episodes:
@@ -521,7 +521,7 @@ class Shift:
 
 
 class Double:
-    """Takes twice the support inputs: after `Shift` another thing than before it."""
+    """Doubles the support inputs; its order relative to `Shift` matters."""
 
     @hookimpl
     def augment_episodes(self, episodes: Episodes) -> Episodes:
@@ -583,7 +583,7 @@ def test_an_algorithms_own_augmentation_stays_in_evaluation() -> None:
 
 
 class Own(Sound):
-    """An outer optimiser, weights, an objective and a learned inner loss, all at once."""
+    """Has an outer optimiser, weights, an objective and a learned inner loss at once."""
 
     @hookimpl
     def outer_update(self, meta: Tensors, state: dict[str, Any]) -> Any:
@@ -636,7 +636,7 @@ def test_what_has_no_effect_is_said_in_one_line_each(caplog: pytest.LogCaptureFi
 
 
 def test_plugins_that_learn_nothing_are_said_at_the_first_step_alone(caplog: pytest.LogCaptureFixture) -> None:
-    # Reptile's gradient is its own: what another plugin learned would not be in it.
+    # Reptile's gradient is not a derivative: it would not include what another plugin learns.
     learner = MetaLearner(MLP(), "reptile", ["metacurvature"], loss="mse", inner_steps=2)
     before = {name: value.clone() for name, value in learner.meta_parameters.items()}
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Whole trainings of MAML with an augmenter beside the same written out, on the nets of `samples` in float64."""
+"""Compares trainings of MAML with an augmenter with reference loops, on the networks of `samples` in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ INNER_LR = 0.1
 def adapt_plainly(
     net: Net, meta: Tensors, task: Task, steps: int, gradient: Callable[..., Tensors] = support_gradient
 ) -> Tensors:
-    """MAML's inner loop, by another gradient where one is given: ``gradient(net, params, names, task)``."""
+    """Run MAML's inner loop, optionally with another gradient: ``gradient(net, params, names, task)``."""
     params = model_parameters(meta)
     for _ in range(steps):
         grads = gradient(net, params, list(params), task)
@@ -38,15 +38,15 @@ def norm(tensors: Mapping[str, Tensor]) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmenter:
-    """What an augmenter changes of MAML, written out."""
+    """A reference implementation of what an augmenter changes in MAML."""
 
     adapt: Callable[[Net, Tensors, Task, int], Tensors] = adapt_plainly
     combine: Callable[[Sequence[Tensors], Tensor], Tensors] | None = None
-    """The meta-gradient of a batch from those of its tasks and their objectives; their mean for None."""
+    """Combines the meta-gradients and objectives of a batch's tasks; None for the mean."""
     change: Callable[[Tensors, Tensors, Callable[[Tensors], Tensors]], Tensors] | None = None
-    """``change(meta, grads, gradient_at)``: the meta-gradient that the optimiser gets, where it is another one."""
+    """``change(meta, grads, gradient_at)`` returns the meta-gradient for the optimiser; None if it does not change."""
     stays: bool = False
-    """Whether evaluation adapts by `adapt` too, and not plainly."""
+    """Whether evaluation also adapts with `adapt`."""
 
 
 def check_augmenter(
@@ -65,7 +65,7 @@ def check_augmenter(
     for batch in batches:
         learner.step(batch)
     found = learner.meta_parameters
-    # BatchNorm takes a convolution's bias away again: Adam makes whole steps of what rounding leaves of its gradient.
+    # BatchNorm cancels a convolution's bias: its gradient is rounding error, which Adam turns into full steps.
     kept = found.keys() - {f"{name.removesuffix('weight')}bias" for name, value in found.items() if value.dim() == 4}
     assert sum((found[name] - before[name]).norm() for name in kept) > 0
     wrong = difference({name: found[name] for name in kept}, {name: expected[name] for name in kept})
@@ -82,7 +82,7 @@ def check_augmenter(
 def _train(
     net: Net, meta: Mapping[str, Tensor], batches: Sequence[Sequence[Task]], steps: int, written: Augmenter, cml: bool
 ) -> Tensors:
-    """The meta-parameters after one step of `torch.optim.Adam` for each batch."""
+    """Return the meta-parameters after one step of `torch.optim.Adam` per batch."""
     meta = {name: value.detach().clone() for name, value in meta.items()}
     optimizer = torch.optim.Adam(meta.values(), lr=OUTER_LR, foreach=False, fused=False)
     algo = WrittenOut(adapt=written.adapt)
@@ -104,7 +104,7 @@ def _train(
 
 
 def _objective(net: Net, meta: Tensors, task: Task, steps: int, algo: WrittenOut, cml: bool) -> Tensor:
-    """The query loss of one task, and CML's term."""
+    """Return the query loss of one task plus CML's term."""
     params = {name: value.detach().requires_grad_() for name, value in meta.items()}
     adapted = algo.adapt(net, params, task, steps)
     features = net.body(adapted, task[2])

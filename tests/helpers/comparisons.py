@@ -1,4 +1,4 @@
-"""Comparison folders that were never trained, in the files that runs write; and trainings of one in this process."""
+"""Writes the folders of comparisons without training, and trains comparisons in this process."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ SMALL: dict[str, Any] = {
 
 
 class InThisProcess:
-    """A launcher that carries a run out as soon as it gets it."""
+    """A launcher that trains each run at once, in this process."""
 
     capacity = 1
 
@@ -75,7 +75,7 @@ class InThisProcess:
 
 
 def write_comparison(folder: Path, config: dict[str, Any] | None = None, *, tasks: int = 100) -> Plan:
-    """A complete comparison, every run of which has finished."""
+    """Write a comparison whose runs have all finished."""
     plan = Plan(folder, ComparisonConfig.model_validate(DEMO if config is None else config))
     plan.write()
     if plan.config.tune:
@@ -93,7 +93,7 @@ def write_comparison(folder: Path, config: dict[str, Any] | None = None, *, task
 def write_run(
     run: PlannedRun, tasks: int = 100, *, metric: str | None = None, steps: tuple[int, ...] = INNER_STEPS
 ) -> None:
-    """One finished run. A seed's tasks are as hard, and its weights as good, for every arm."""
+    """Write a finished run. For a given seed, the tasks and weights have the same effect on every arm's scores."""
     metric = metric or ("accuracy" if "omniglot" in run.arm.task else "mse")
     shared = np.random.default_rng(zlib.crc32(f"{run.arm.task}/{run.seed}".encode()))
     own = np.random.default_rng(zlib.crc32(f"{run}".encode()))
@@ -133,7 +133,7 @@ _ERRORS = {
 
 
 def break_run(path: Path, how: str) -> None:
-    """Break a finished run: one of the ways below, or what its results.json shall contain."""
+    """Break a finished run in one of the ways below, or replace the content of its results.json."""
     if how in _ERRORS:
         (path / "results.json").unlink(missing_ok=True)
         (path / "error.txt").write_text(_ERRORS[how].format(folder=path))

@@ -1,4 +1,4 @@
-"""A web server on this machine, and a machine without a network."""
+"""A local web server, and a simulated lack of network."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ import pytest
 
 class _Handler(SimpleHTTPRequestHandler):
     def log_message(self, *_: Any) -> None:
-        """Nothing."""
+        """Log nothing."""
 
     def copyfile(self, source: Any, outputfile: Any) -> None:
         content = source.read()
-        # A file of this name ends too early.
+        # A file with this name is truncated.
         outputfile.write(content[: len(content) // 2] if "broken" in self.path else content)
 
 
 @contextmanager
 def serve(folder: Path) -> Iterator[str]:
-    """The address under which a folder's files can be fetched."""
+    """Serve a folder's files, and return the address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Handler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -34,7 +34,7 @@ def serve(folder: Path) -> Iterator[str]:
 
 
 def cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no name of a host be found."""
+    """Make every host name lookup fail."""
 
     def find_no_address(*_: Any, **__: Any) -> None:
         raise socket.gaierror("there is no network here")

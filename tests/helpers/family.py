@@ -1,7 +1,7 @@
-"""Whole trainings and evaluations of an algorithm beside its loop written out, on the nets of `samples` in float64.
+"""Compares trainings and evaluations of an algorithm with a reference loop, on the networks of `samples` in float64.
 
-A test writes the algorithm down as a `WrittenOut`, with plain tensors and `torch.autograd.grad`: nothing of metareg and
-nothing of torch.func.
+A test implements the algorithm as a `WrittenOut`, with plain tensors and `torch.autograd.grad`, without metareg and
+torch.func.
 """
 
 from __future__ import annotations
@@ -30,36 +30,36 @@ WAYS = [
     pytest.param("conv", True, {"strategy": "traced"}, id="conv, cml, traced"),
     pytest.param("mlp", True, {"strategy": "compiled"}, id="mlp, cml, compiled", marks=pytest.mark.slow),
 ]  # fmt: skip
-"""Nets, with CML or without, and the ways to train: what most algorithms are tried in, as ``("net", "cml", "options")``."""
+"""Networks, with and without CML, and options of training for most algorithms, as ``("net", "cml", "options")``."""
 _IN_FRONT_OF_BATCH_NORM = ("body.0.bias", "body.4.bias", "colearner.0.bias", "colearner.3.bias")
 
 
 @dataclass(frozen=True)
 class WrittenOut:
-    """An algorithm in one task. `meta` holds every meta-parameter by its full name, with a gradient to be asked for."""
+    """A reference implementation for one task. `meta` holds every meta-parameter by its full name, requiring gradients."""
 
     adapt: Callable[[Net, Tensors, Task, int], Tensors]
-    """``adapt(net, meta, task, steps)``: all parameters of the model after so many inner steps, with their graph."""
+    """``adapt(net, meta, task, steps)`` returns all of the model's parameters after the inner steps, with their graph."""
     objective: Callable[[Net, Tensors, Task, int], Tensor] | None = None
-    """``objective(net, meta, task, steps)``, where another one than the query loss is differentiated."""
+    """``objective(net, meta, task, steps)``, if it differs from the query loss."""
     gradient: Callable[[Net, Tensors, Task, int], Mapping[str, Tensor]] | None = None
-    """``gradient(net, meta, task, steps)``, where it is no derivative; zero for what is left out."""
+    """``gradient(net, meta, task, steps)``, if it is not a derivative; parameters that it omits have gradient zero."""
 
 
 def support_gradient(net: Net, params: Tensors, names: Sequence[str], task: Task, graph: bool = True) -> Tensors:
-    """The gradient of the support loss for some of the parameters."""
+    """Return the gradient of the support loss for some of the parameters."""
     loss = net.loss(net.head(params, net.body(params, task[0])), task[1])
     grads = torch.autograd.grad(loss, [params[name] for name in names], create_graph=graph, retain_graph=True)
     return dict(zip(names, grads, strict=True))
 
 
 def model_parameters(meta: Mapping[str, Tensor]) -> Tensors:
-    """The model's own among the meta-parameters of the nets of `samples`."""
+    """Return the meta-parameters that belong to the model itself."""
     return {name: value for name, value in meta.items() if name.startswith(("body.", "head."))}
 
 
 def task_gradient(net: Net, meta: Mapping[str, Tensor], task: Task, steps: int, algo: WrittenOut, cml: bool) -> Tensors:
-    """The meta-gradient of one task."""
+    """Return the meta-gradient of one task."""
     meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
     adapted = algo.adapt(net, meta, task, steps)
     features = net.body(adapted, task[2])
@@ -85,7 +85,7 @@ def task_gradient(net: Net, meta: Mapping[str, Tensor], task: Task, steps: int, 
 def train(
     net: Net, meta: Mapping[str, Tensor], batches: Sequence[Any], steps: int, algo: WrittenOut, cml: bool
 ) -> Tensors:
-    """The meta-parameters after one step of `torch.optim.Adam` for each batch."""
+    """Return the meta-parameters after one step of `torch.optim.Adam` per batch."""
     meta = {name: value.detach().clone() for name, value in meta.items()}
     optimizer = torch.optim.Adam(meta.values(), lr=OUTER_LR, foreach=False, fused=False)
     for batch in batches:
@@ -99,7 +99,7 @@ def train(
 def scores(
     net: Net, meta: Mapping[str, Tensor], algo: WrittenOut, tasks: Sequence[Task], wanted: Sequence[int]
 ) -> Tensor:
-    """The metric of some tasks after each number of inner steps: ``[tasks, len(wanted)]``."""
+    """Return the metric of some tasks after each number of inner steps ``[tasks, len(wanted)]``."""
     meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
     rows = []
     for task in tasks:
@@ -119,19 +119,19 @@ def check_training(
     evaluate: Sequence[int] = (0, 1, 4), augment: Sequence[Any] = (),
     model: tuple[Callable[[], nn.Module], Net] | None = None, **options: Any,
 ) -> MetaLearner:  # fmt: skip
-    """Compare some training steps of an algorithm, and its scores after them, with the loop; returns the learner.
+    """Compare some training steps of an algorithm, and the scores after them, with the loop; return the learner.
 
     Args:
         net: ``"mlp"`` or ``"conv"``.
         name: the algorithm's name or class.
-        algo: the same, written out.
+        algo: its reference implementation.
         config: the algorithm's options.
-        cml: whether CML is beside it.
+        cml: whether to add CML.
         inner_steps: adaptation steps in training.
-        evaluate: numbers of adaptation steps of the evaluation.
-        augment: augmenters that `algo` has written out, beside CML.
-        model: another one than the net's, and the same written out.
-        options: of the learner, as its strategy.
+        evaluate: the numbers of adaptation steps in evaluation.
+        augment: further augmenters, which `algo` implements too.
+        model: another model than the network's, with its reference implementation.
+        options: options of the learner, such as its strategy.
     """
     augment = [*augment, *([("cml", {"gamma": GAMMA})] if cml else [])]
     build, functions = model or (MODELS[net], NETS[net])

@@ -1,4 +1,4 @@
-"""A task source, models and an algorithm with which learners are tried."""
+"""A task source, models and an algorithm for tests of learners."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ AUGMENTERS = [("cml", {"gamma": 0.5}), "dropgrad", ("gradient-noise", {"where": 
 
 
 class Source:
-    """Tasks for one of the sample nets."""
+    """Tasks for one of the sample networks."""
 
     def __init__(self, net: str = "mlp", tasks: int = 400) -> None:
         self.batch = episodes(net, tasks, seed=11)
@@ -25,7 +25,7 @@ class Source:
 
 
 class Plain(nn.Module):
-    """Neither body nor head by name."""
+    """A model without submodules named body and head."""
 
     def __init__(self, last: bool = True) -> None:
         super().__init__()
@@ -37,7 +37,7 @@ class Plain(nn.Module):
 
 
 class TiedBody(nn.Module):
-    """The body uses one weight twice."""
+    """A model whose body uses one weight twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TiedBody(nn.Module):
 
 
 class SignMAML:
-    """An algorithm that is not installed."""
+    """An algorithm that no package installs."""
 
     class Config(PluginConfig):
         inner_lr: float = 0.01

@@ -1,7 +1,7 @@
-"""Every installed algorithm with every augmenter on regression, images and graphs: ``nox -s matrix -- [NAME …]``.
+"""Trains every installed algorithm with every augmenter on regression, images and graphs: ``nox -s matrix -- [NAME …]``.
 
-A cell is a training of two steps and its test, by the same function as ``metareg train``. It trains, or is refused in one
-sentence, which stands below the table; anything else has failed. Names of algorithms, augmenters and tasks choose a part.
+A cell is a training of two steps and its test, by the function behind ``metareg train``. It trains, or is refused with one
+sentence, printed below the table; anything else is a failure. Names of algorithms, augmenters and tasks select cells.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from metareg.testing import combinations
 NONE = "none"
 SMALL_IMAGES = {"size": 16, "query": 1, "eval_query": 1}
 TASKS: Mapping[str, Any] = {"sinusoid": "sinusoid", "glyphs": ("glyphs", SMALL_IMAGES), "csbm": "csbm"}
-"""Regression, images and graphs, none of which needs data."""
+"""Tasks for regression, images and graphs that need no data."""
 SHORT: Mapping[str, Any] = {
     "steps": 2, "meta_batch": 2, "inner_steps": 1, "test_inner_steps": [1], "test_tasks": 2, "eval_tasks": 2,
     "strategy": "serial",
@@ -35,7 +35,7 @@ TRAINED, FAILED = "✓", "✗"
 
 
 class Outcome(NamedTuple):
-    """What became of a cell: `TRAINED`, `FAILED` or ``"refused"``, and the sentence that says why."""
+    """The result of a cell: `TRAINED`, `FAILED` or ``"refused"``, and the reason."""
 
     result: str
     reason: str = ""
@@ -50,14 +50,14 @@ def train(algorithm: str, augmenter: str, task: str) -> Outcome:
             run = metareg.train(algorithm, augment, TASKS[task], out=Path(folder) / "run", **SHORT)
         except metareg.UsageError as error:
             return Outcome("refused", str(error))
-        except Exception as error:  # a fault of whatever kind is an entry of the table
+        except Exception as error:  # every kind of error is an entry of the table
             return Outcome(FAILED, f"{type(error).__name__}: {error}")
     finite = run.evaluation is not None and math.isfinite(run.evaluation.mean(1))
     return Outcome(TRAINED) if finite else Outcome(FAILED, "The test has no finite result.")
 
 
 def train_row(algorithm: str, augmenters: Sequence[str], task: str) -> list[Outcome]:
-    """The cells of an algorithm on one task, in one process."""
+    """Run the cells of an algorithm on one task, in one process."""
     logging.disable(logging.WARNING)
     return [train(algorithm, augmenter, task) for augmenter in augmenters]
 
@@ -65,7 +65,7 @@ def train_row(algorithm: str, augmenters: Sequence[str], task: str) -> list[Outc
 def train_all(
     algorithms: Sequence[str], augmenters: Sequence[str], tasks: Sequence[str], jobs: int
 ) -> dict[tuple[str, str, str], Outcome]:
-    """Every cell, by algorithm, augmenter and task."""
+    """Run every cell; return the results by algorithm, augmenter and task."""
     rows = [(algorithm, task) for task in tasks for algorithm in algorithms]
     outcomes: dict[tuple[str, str, str], Outcome] = {}
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
@@ -83,7 +83,7 @@ def format_table(
     outcomes: Mapping[tuple[str, str, str], Outcome], algorithms: Sequence[str], augmenters: Sequence[str],
     tasks: Sequence[str],
 ) -> str:  # fmt: skip
-    """The table, one mark a task in each cell, and the reasons below it by the numbers that stand in the cells."""
+    """Format the table, with one mark per task in each cell, and the numbered reasons below it."""
     reasons: dict[str, int] = {}
 
     def mark(outcome: Outcome) -> str:
@@ -103,12 +103,12 @@ def format_table(
 
 
 def choose(names: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """Those of the names that are wanted; all where none of them is."""
+    """Return the wanted names; all names if none of them is wanted."""
     return [name for name in names if name in wanted] or [*names]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print the table; 1 where a cell has failed."""
+    """Print the table, and return 1 if a cell failed."""
     pairs = combinations()
     known = (
         [*dict.fromkeys(pair.algorithm for pair in pairs)],

@@ -1,6 +1,6 @@
-"""The shipped models written out, as functions of their parameters under the names that the modules have.
+"""Reference implementations of the shipped models, as functions of parameters with the modules' names.
 
-The features of the graph models are the last layer's outputs and, beside them, the propagated inputs.
+The features of the graph models are the last layer's outputs, concatenated with the propagated inputs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _mlp_body(p: Params, x: Tensor, *_: Any) -> Tensor:
 
 
 def _conv4_body(p: Params, x: Tensor, rows: int | None = None) -> Tensor:
-    """Four blocks; the features end before the fourth pooling."""
+    """Four blocks; the features are taken before the fourth pooling."""
     for block in (0, 2, 4, 6):
         name = f"body.{block}"
         x = F.conv2d(x, p[f"{name}.0.weight"], p[f"{name}.0.bias"], padding=1)
@@ -69,7 +69,7 @@ def _resnet12_head(p: Params, f: Tensor, *_: Any) -> Tensor:
 
 
 def _gcn_body(p: Params, x: Any, *_: Any) -> Tensor:
-    """Two layers; the inputs are propagated once already, and the block is the rest of the second propagation."""
+    """Two layers; the inputs are already propagated once, and the block completes the second propagation."""
     (block,) = x["blocks"]
     hidden = torch.relu(_affine(p, "body.layers.0", x["x"]))
     return torch.cat([torch.relu(_affine(p, "body.layers.1", block @ hidden)), block @ x["x"]], 1)
@@ -80,7 +80,7 @@ def _sgc_body(p: Params, x: Tensor, *_: Any) -> Tensor:
 
 
 def _graphsage_body(p: Params, x: Any, *_: Any) -> Tensor:
-    """Two layers; a node's own features come first, and the first rows are those of the task's own nodes."""
+    """Two layers; a node's own features come first, and the first rows belong to the task's nodes."""
     (block,) = x["blocks"]
     hidden = torch.relu(_affine(p, "body.layers.0", x["x"]))
     both = torch.cat([hidden[: len(block)], block @ hidden], 1)
@@ -107,9 +107,9 @@ _IN_FRONT_OF_BATCH_NORM = {
 
 
 def without_effect(net: str, name: str) -> bool:
-    """Whether a meta-parameter is a bias in front of BatchNorm, or the step size of one.
+    """Return whether a meta-parameter is a bias before BatchNorm, or the step size of one.
 
-    BatchNorm takes it away again; its gradient is rounding alone, of which Adam makes whole steps.
+    BatchNorm cancels the bias: its gradient is rounding error, which Adam turns into full steps.
     """
     biases = _IN_FRONT_OF_BATCH_NORM.get(net)
     if biases is None:

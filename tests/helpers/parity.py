@@ -1,4 +1,4 @@
-"""Learners with MAML's family on small networks, and their meta-gradients beside those of the written-out loops."""
+"""Compares meta-gradients of MAML and its variants with reference loops, on small networks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ALGORITHMS = ("maml", "anil", "boil", "metasgd")
 
 
 def learner_of(net: str, algo: str, augment: Any = (), **options: Any) -> MetaLearner:
-    """A learner whose meta-parameters all differ from one another: MetaSGD's step sizes are drawn."""
+    """Create a learner; Meta-SGD's step sizes are random, so that they all differ."""
     algo_options: dict[str, Any] = {"inner_lr": INNER_LR[net]}
     if algo == "metasgd":
         algo_options["inner_lr_max"] = 2 * INNER_LR[net]
@@ -36,7 +36,7 @@ def initialized(learner: MetaLearner, batch: Episodes) -> dict[str, Tensor]:
 def expected(
     net: str, algo: str, augment: str, inner_steps: int, first_order: bool = False, bn_statistics: str = "transductive"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The written-out loop's answer, once for all strategies."""
+    """Return the reference loop's result, computed once for all strategies."""
     batch = episodes(net)
     learner = learner_of(net, algo, [("cml", {"gamma": GAMMA})] if augment == "cml" else [])
     return meta_gradient(
@@ -53,7 +53,7 @@ def expected(
 
 
 def check(net: str, algo: str, augment: str, inner_steps: int, calls: int = 1, **options: Any) -> None:
-    """Compare metareg with the loop; vectorized, a second call runs the graph that was traced of the functions."""
+    """Compare metareg with the loop; if vectorized, a second call runs the traced graph."""
     batch = episodes(net)
     learner = learner_of(
         net, algo, [("cml", {"gamma": GAMMA})] if augment == "cml" else [], inner_steps=inner_steps, **options

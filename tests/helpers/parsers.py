@@ -1,4 +1,4 @@
-"""Parsers for `metareg.parse_in_child`, of which most do what a library may do with a damaged file."""
+"""Parsers for `metareg.parse_in_child`; most imitate what a library may do with a damaged file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["abort", "crash", "fill", "hang", "leave", "read", "refuse", "stumble
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    """The bytes of the file, and its name."""
+    """Return the bytes of the file, and its name."""
     return {"bytes": np.frombuffer(path.read_bytes(), np.uint8), "name": np.array([path.name])}
 
 

@@ -1,4 +1,4 @@
-"""The pictures of runs, which take most of a small run's time: `conftest` leaves them out, a test can have them."""
+"""Switches the plots of runs, which take most of a small run's time, off (in `conftest`) and on (in single tests)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _draw = plots.draw
 
 @contextmanager
 def left_out() -> Iterator[None]:
-    """Runs draw no pictures."""
+    """Draw no plots in runs."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw", lambda _run: [])
         yield
@@ -22,7 +22,7 @@ def left_out() -> Iterator[None]:
 
 @contextmanager
 def drawn() -> Iterator[None]:
-    """Runs draw their pictures, as they do outside the tests."""
+    """Draw plots in runs, as outside the tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plots, "draw", _draw)
         yield

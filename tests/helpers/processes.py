@@ -1,4 +1,4 @@
-"""Runs of the command in processes of their own, to be killed."""
+"""Runs commands in separate processes that tests kill."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ for line in sys.stdin:
 
 
 class Nursery:
-    """Starts commands as real processes in a few milliseconds: they are forked where metareg is imported already.
+    """Starts commands as real processes within milliseconds, by forking a process that has already imported metareg.
 
-    Their runs draw no pictures.
+    Their runs draw no plots.
 
     Args:
-        folder: where their output goes, into ``output.txt``.
-        warm_up: options of trainings that import what the commands will need.
+        folder: the folder of their output, ``output.txt``.
+        warm_up: options of trainings that import the modules which the commands need.
     """
 
     def __init__(self, folder: Path, warm_up: Iterable[Sequence[str]]) -> None:
@@ -69,7 +69,7 @@ class Nursery:
         self._process.stdout.close()
 
     def start(self, arguments: Sequence[str]) -> int:
-        """Start a command; returns the process's number."""
+        """Start a command, and return its process id."""
         assert self._process.stdin is not None
         print(
             json.dumps({"arguments": list(arguments), "output": str(self.output)}), file=self._process.stdin, flush=True
@@ -77,7 +77,7 @@ class Nursery:
         return self._answer()
 
     def wait(self) -> int:
-        """The exit code of the command that was started last; negative where a signal ended it."""
+        """Return the exit code of the last command; negative if a signal ended it."""
         return self._answer()
 
     def _answer(self) -> int:
@@ -86,7 +86,7 @@ class Nursery:
 
 
 class Command:
-    """Starts commands as `metareg` itself is started, imports included; with the methods of `Nursery`."""
+    """Starts commands like `metareg` itself, imports included; has the methods of `Nursery`."""
 
     def __init__(self, folder: Path) -> None:
         self.output = folder / "output.txt"
@@ -103,10 +103,10 @@ class Command:
 
 
 def environment() -> dict[str, str]:
-    """The environment of every process: one thread."""
+    """Return the environment of every process, with one thread."""
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def kill(process: int) -> None:
-    """SIGKILL; nothing happens where the process has ended but was not waited for."""
+    """Send SIGKILL; do nothing if the process has ended but was not waited for."""
     os.kill(process, signal.SIGKILL)

@@ -1,8 +1,8 @@
-"""What `test_distributed` runs in one process and in two: learners, and runs with accidents.
+"""The code that `test_distributed` runs in one and in two processes: learners, and runs with failures.
 
-``python tests/helpers/ranks.py FOLDER``, started with the variables of torchrun, carries out all of `main` in the same ones,
-for starting them takes longest. What process R found is in ``FOLDER/rank-R.pt``. With ``--codes FOLDER`` it is the command
-line, and leaves its exit codes there.
+``python tests/helpers/ranks.py FOLDER``, with torchrun's variables, runs all of `main` in the same processes, because
+starting them takes longest. Process R writes its results to ``FOLDER/rank-R.pt``. With ``--codes FOLDER``, it runs the
+command line, and writes its exit codes there.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANK = read_rank().rank
 
 
 class OuterNoise:
-    """Changes the meta-gradient by noise and by its norm: what no share of a batch could do alone."""
+    """Changes the meta-gradient by noise and by its norm, which need the whole batch."""
 
     @hookimpl
     def draw_noise(self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, Tensor]:
@@ -52,7 +52,7 @@ class OuterNoise:
 
 
 class Tilt:
-    """Weighs the tasks by their losses and by their places in the batch."""
+    """Weights the tasks by their losses and positions in the batch."""
 
     @hookimpl
     def combine_tasks(self, grads: dict[str, Tensor], losses: Tensor) -> dict[str, Tensor]:
@@ -61,7 +61,7 @@ class Tilt:
 
 
 class NoisyTilt:
-    """Weighs them by a draw for the batch too."""
+    """Also weights the tasks by random numbers drawn for the batch."""
 
     @hookimpl
     def draw_noise(self, generator: torch.Generator) -> Tensor:
@@ -73,7 +73,7 @@ class NoisyTilt:
 
 
 class Swap:
-    """Gives each task of a stack the support set of another one."""
+    """Gives each task of a stack the support set of another task."""
 
     @hookimpl
     def augment_episodes(self, episodes: Episodes, generator: torch.Generator) -> Episodes:
@@ -82,7 +82,7 @@ class Swap:
 
 
 class Ascent:
-    """Takes the meta-gradient where its own direction leads (Sharp-MAML)."""
+    """Takes the meta-gradient after a step along it (Sharp-MAML)."""
 
     @hookimpl
     def augment_outer_gradient(
@@ -96,7 +96,7 @@ class Ascent:
 
 
 class Momentum:
-    """An outer optimiser with a state of its own."""
+    """An outer optimiser with its own state."""
 
     @hookimpl
     def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -111,13 +111,13 @@ class Momentum:
 
 
 def _unequal() -> list[Episodes]:
-    """Five tasks of three sizes."""
+    """Return five tasks of three sizes."""
     sizes = (2, 3, 2, 4, 2)
     return Episodes.group([tasks_of(episodes("mlp", 1, shots=size, seed=size))[0] for size in sizes])
 
 
 def _channels_last(tasks: int) -> Episodes:
-    """Images as the image tasks give them; gradients of convolutions come in that order, too."""
+    """Return images in the memory layout of image tasks, which gradients of convolutions share."""
     drawn = episodes("conv", tasks)
     support_x, query_x = (
         x.movedim(-3, -1).clone(memory_format=torch.contiguous_format).movedim(-1, -3)
@@ -163,11 +163,11 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
     ),
     "unequal tasks": ({"algo": "boil", "augment": ["gradient-noise"], "strategy": "serial"}, "mlp", _unequal),
 }
-"""Learners, their models and their batches."""
+"""Return learners, their models and their batches."""
 
 
 class Numbered:
-    """Tasks of a net, by number, of two sizes."""
+    """Return numbered tasks of two sizes for a network."""
 
     def __init__(self, net: str) -> None:
         self.net = net
@@ -180,12 +180,12 @@ class Numbered:
 def learner_of(case: str) -> MetaLearner:
     options, net, _ = LEARNERS[case]
     algo = options["algo"] if isinstance(options["algo"], str) else options["algo"]()
-    # Not the same weights in each process: all are to begin with those of the first.
+    # Each process has different weights: all must start from those of the first.
     return MetaLearner(MODELS[net](seed=RANK), loss=LOSSES[net], seed=3, **options | {"algo": algo})
 
 
 def trained(case: str, processes: Processes) -> dict[str, Any]:
-    """What three steps and an evaluation of a learner lead to."""
+    """Return a learner's results of three steps and an evaluation."""
     learner, (_, net, batch) = learner_of(case), LEARNERS[case]
     logs = []
     with learner.split_over(processes):
@@ -198,7 +198,7 @@ def trained(case: str, processes: Processes) -> dict[str, Any]:
 
 
 class Recorded:
-    """Tasks by number, in one stack, and which of them were asked for."""
+    """Numbered tasks in one stack, and a record of the requested ones."""
 
     def __init__(self) -> None:
         self.asked: list[list[int]] = []
@@ -209,11 +209,11 @@ class Recorded:
 
 
 FITTED = {"noise": True, "momentum": True, "combined": False}
-"""Learners that are fitted, and whether a process's share of a batch is all that it needs."""
+"""Return learners to fit, and whether a process needs only its share of a batch."""
 
 
 def fitted(case: str, processes: Processes) -> dict[str, Any]:
-    """What a training of six steps leads to, in blocks of two, and the tasks that were drawn for it and for a test."""
+    """Return the result of six training steps in blocks of two, and the tasks drawn for training and test."""
     learner, source, tests = learner_of(case), Recorded(), Recorded()
     with mock.patch("metareg.learner.training._PREFETCHED_STEPS", 2), learner.split_over(processes):
         learner.fit(source, 6, meta_batch=5)
@@ -223,7 +223,7 @@ def fitted(case: str, processes: Processes) -> dict[str, Any]:
 
 
 def drifted(processes: Processes) -> str:
-    """What is said of processes that do not hold the same parameters."""
+    """Return the error about processes with different parameters."""
     learner = learner_of("unequal shares")
     with learner.split_over(processes):
         learner.step(episodes("mlp", 4))
@@ -235,7 +235,7 @@ def drifted(processes: Processes) -> str:
 
 
 class DoubleMLP:
-    """A model in float64, in which two orders of a sum are hardly told apart."""
+    """A model in float64, where the order of a sum hardly matters."""
 
     @hookimpl
     def build(self) -> nn.Module:
@@ -252,7 +252,7 @@ COMMAND = ["train", "--strategy", "serial", "--meta-batch", 2, "--set", "test_ta
 
 
 class AccidentsConfig(PluginConfig):
-    """At which training tasks what happens."""
+    """The training tasks at which failures happen."""
 
     infinite: tuple[int, ...] = ()
     signal: int | None = None
@@ -261,7 +261,7 @@ class AccidentsConfig(PluginConfig):
 
 
 class Accidents:
-    """A regression task whose targets can be infinite; other accidents happen in process 1 alone."""
+    """A regression task whose targets can be infinite; other failures happen only in process 1."""
 
     Config = AccidentsConfig
     loss = "mse"
@@ -283,7 +283,7 @@ class Accidents:
             if RANK == 1:
                 self._happen(indices)
         whole = Episodes(x[:, :3], y[:, :3], x[:, 3:], y[:, 3:])
-        return [whole[:1], whole[1:]]  # in two stacks, so that each step's tasks are drawn when it comes
+        return [whole[:1], whole[1:]]  # two stacks, so that each step draws its own tasks
 
     def _happen(self, indices: range) -> None:
         if self.config.signal in indices:
@@ -295,7 +295,7 @@ class Accidents:
 
 
 class Listener:
-    """Hears of a run, and does with its learner what only this process does."""
+    """Observes a run, and uses its learner in this process only."""
 
     def __init__(self) -> None:
         self.heard: list[str] = []
@@ -316,7 +316,7 @@ class Listener:
 
 
 class Failing:
-    """An observer that cannot do its work."""
+    """An observer that fails."""
 
     @hookimpl
     def on_step(self) -> None:
@@ -330,7 +330,7 @@ def run_of(path: Path, accidents: Mapping[str, Any] | None = None, **options: An
 
 
 def _error(call: Callable[[], Any]) -> tuple[str, str]:
-    """The name and text of the error that a call raises."""
+    """Return the name and text of the error that a call raises."""
     try:
         call()
     except MetaregError as error:
@@ -339,7 +339,7 @@ def _error(call: Callable[[], Any]) -> tuple[str, str]:
 
 
 def _spoken(arguments: Sequence[Any]) -> tuple[int, str]:
-    """The exit code of a command, and all that it prints."""
+    """Return the exit code of a command, and its output."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text), contextlib.redirect_stderr(text):
         code = metareg.cli.app.run([str(argument) for argument in arguments])
@@ -347,13 +347,13 @@ def _spoken(arguments: Sequence[Any]) -> tuple[int, str]:
 
 
 def main(folder: Path) -> dict[str, Any]:
-    """All that two processes do together."""
+    """Run everything that two processes do together."""
     found: dict[str, Any] = {}
     with join_processes() as processes:
         found["learners"] = {case: trained(case, processes) for case in LEARNERS}
         found["fitted"] = {case: fitted(case, processes) for case in FITTED}
         found["drifted"] = drifted(processes)
-        with join_processes() as again:  # the program's own group is used, and left as it is
+        with join_processes() as again:  # uses the program's own group, and does not change it
             found["again"] = again.gather(lambda: RANK)
         found["still"] = processes.gather(lambda: RANK)
 
@@ -392,7 +392,7 @@ def main(folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     metareg.runs.plots.draw = lambda _run: []
-    if sys.argv[1] == "--codes":  # the command as it stands, for its exit code
+    if sys.argv[1] == "--codes":  # the complete command, for its exit code
         codes, sys.argv[1:] = Path(sys.argv[2]), sys.argv[3:]
         try:
             metareg.__main__.main()

@@ -1,6 +1,6 @@
-"""The one list of all functions of the project that read files: `READERS` are tried with damaged files, `OWN` need not be.
+"""The list of all functions that read files: tests give `READERS` damaged files; `OWN` need no such test.
 
-`find_functions` finds them in the source, so that a new one is in the list or a test fails.
+`find_functions` finds them in the source, so that a test fails if a new one is not in the list.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ _OPENERS = {
     "parse_json", "parse_yaml", "read_bytes", "read_json", "read_text", "read_yaml", "safe_open",
 }  # fmt: skip
 _LOADERS = {"json", "np", "pickle", "torch", "yaml"}
-"""Modules whose function `load` reads a file."""
+"""Modules with a function `load` that reads a file."""
 
 
 @dataclass(frozen=True)
 class Reader:
-    """A way in which the project reads files.
+    """One way to read a file.
 
     Args:
-        group: what it counts as in the table of all that was tried.
-        name: the name of the file that is damaged, relative to a folder.
-        write: writes a good file of that name, and what belongs beside it, into a folder.
-        read: reads the file, given its path; it may raise a `MetaregError`, and nothing else.
-        functions: the functions that open files or parse text in it, as ``module:name``.
+        group: the row of the summary table that counts it.
+        name: the name of the file to damage, relative to a folder.
+        write: writes a valid file with that name, and the files that belong to it, into a folder.
+        read: reads the file, given its path; it may raise only a `MetaregError`.
+        functions: the functions involved that open files or parse text, as ``module:name``.
     """
 
     group: str
@@ -77,7 +77,7 @@ class Reader:
 
 
 def find_functions() -> Iterator[str]:
-    """The functions of the package, its plugins and tasks that open a file to read it or parse text."""
+    """Find the functions of the package, its plugins and tasks that open a file for reading or parse text."""
     for base in (ROOT, ROOT / "plugins", ROOT / "tasks"):
         for file in sorted((base / "metareg" if base == ROOT else base).rglob("*.py")):
             module = ".".join(file.relative_to(base).with_suffix("").parts).removesuffix(".__init__")
@@ -369,14 +369,14 @@ READERS = (
         _packed("raw/node-label.csv.gz", "0\n1\n1\n")), lambda path: load_graph(path.parent.parent),
         ("metareg_graph.data:_read_table",)) for name in ("edge", "node-feat", "node-label")),
 )  # fmt: skip
-"""Those that are tried in this process."""
+"""Readers that are tested in this process."""
 
 CHILDREN = (
     Reader("graphs", "graph.bin", _dgl, load_graph, ("metareg_graph.data:_read_dgl", "metareg_graph.dgl_files:read_graphs")),
     Reader("archives", "boxes.mat", _matlab, read_boxes, ("metareg_image.matlab:read_boxes",)),
     Reader("archives", "names.mat", _matlab, read_class_names, ("metareg_image.matlab:read_class_names",)),
 )  # fmt: skip
-"""Those that can crash, and are called in processes of their own."""
+"""Readers that can crash, and run in separate processes."""
 
 OWN = {
     "metareg.runs.environment:settle_strategy": "reads by _read_environments, which is tried",
@@ -411,4 +411,4 @@ OWN = {
     "metareg.comparison.reproduction:_check_judged": "one text of a JSON object, if it is one",
     "metareg.testing.stages:_list_exported_names": "a file that the check wrote",
 }
-"""Functions that read nothing of a stranger's, and why."""
+"""Functions that read no untrusted file, and why."""

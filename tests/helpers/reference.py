@@ -1,8 +1,8 @@
-"""Meta-gradients and trainings written out by hand, to compare metareg with: plain loops over tasks, steps and layers.
+"""Reference implementations of meta-gradients and trainings: plain loops over tasks, steps and layers.
 
-Nothing of metareg and nothing of torch.func is used here; the second derivative is `torch.autograd.grad` through
-`create_graph`. The networks take their parameters as dicts with the names that the modules of `samples` have; those of the
-shipped models are in `networks`.
+They use neither metareg nor torch.func; the second derivative is `torch.autograd.grad` with
+`create_graph`. The networks take their parameters as dicts, with the names of the modules of `samples`; `networks` has
+those of the shipped models.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Task = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, rows: int | None = None) -> Tensor:
-    """Batch normalisation by the statistics of the first `rows` examples, of all of them for None."""
+    """Apply batch normalisation with the statistics of the first `rows` examples, or of all if None."""
     dims = [0, 2, 3]
     sample = x if rows is None else x[:rows]
     mean = sample.mean(dims, keepdim=True)
@@ -31,7 +31,7 @@ def batch_norm(x: Tensor, weight: Tensor, bias: Tensor, rows: int | None = None)
 
 @dataclass(frozen=True)
 class Net:
-    """A network as functions of its parameters; `rows` says whose statistics its BatchNorm layers use."""
+    """A network as functions of its parameters; `rows` selects the examples for BatchNorm's statistics."""
 
     body: Callable[..., Tensor]
     head: Callable[..., Tensor]
@@ -57,7 +57,7 @@ def colearner_on_vectors(p: Mapping[str, Tensor], f: Tensor) -> Tensor:
 
 
 def _conv_body(p: Mapping[str, Tensor], x: Tensor, rows: int | None = None) -> Tensor:
-    """Two blocks of convolution, BatchNorm and ReLU, the first with pooling: the features end before the pooling."""
+    """Two blocks of convolution, BatchNorm and ReLU, with pooling in the first; the features are not pooled."""
     x = F.conv2d(x, p["body.0.weight"], p["body.0.bias"], padding=1)
     x = torch.relu(batch_norm(x, p["body.1.weight"], p["body.1.bias"], rows))
     x = F.max_pool2d(x, 2)
@@ -70,9 +70,9 @@ def _conv_head(p: Mapping[str, Tensor], f: Tensor, *_: Any) -> Tensor:
 
 
 def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor, rows: int | None = None) -> Tensor:
-    """Blocks, two by default, the last with pooling, and a linear layer (the authors' co-learner for images).
+    """The authors' co-learner for images: blocks, two by default, the last one with pooling, and a linear layer.
 
-    There is nothing to pool in a map of one row or column.
+    A map with one row or column is not pooled.
     """
     *hidden, last = _list_layers(p)
     for convolution, norm in zip(hidden[::2], hidden[1::2], strict=True):
@@ -84,7 +84,7 @@ def colearner_on_maps(p: Mapping[str, Tensor], f: Tensor, rows: int | None = Non
 
 
 def _list_layers(p: Mapping[str, Tensor]) -> list[str]:
-    """The names of the co-learner's layers, from the first to the last."""
+    """Return the names of the co-learner's layers in order."""
     names = {name.rpartition(".")[0] for name in p if name.startswith("cml.colearner.")}
     return sorted(names, key=lambda name: int(name.rpartition(".")[2]))
 
@@ -122,17 +122,17 @@ def inner_loop(
     first_order: bool = False,
     change: Callable[[int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> Tensors:
-    """The model's parameters after adaptation, with their graph back to `meta`.
+    """Return the model's parameters after adaptation, with their graph to `meta`.
 
     Args:
-        change: applied to the gradients of an inner step, ``change(step, grads)``: what an augmenter does.
+        change: an augmenter's change of the gradients of an inner step, ``change(step, grads)``.
     """
     support_x, support_y, _, _ = task
     params = {name: value for name, value in meta.items() if name.startswith(("body.", "head."))}
     adapted = [name for name in params if name.startswith(ADAPTED[algo])]
     for step in range(inner_steps):
         loss = net.loss(net.head(params, net.body(params, support_x)), support_y)
-        # retain_graph: with constants for gradients the steps before stay part of the outer graph.
+        # retain_graph: if gradients are constants, the earlier steps stay part of the outer graph.
         grads = torch.autograd.grad(
             loss, [params[name] for name in adapted], create_graph=not first_order, retain_graph=True
         )
@@ -158,12 +158,12 @@ def meta_gradient(
     bn_statistics: str = "transductive",
     change: Callable[[int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
 ) -> tuple[Tensor, Tensors]:
-    """The objective and the gradient for every meta-parameter, averaged over tasks.
+    """Return the objective and the gradient of every meta-parameter, averaged over tasks.
 
     Args:
         gamma: the weight of the co-learner's loss; None without a co-learner.
-        bn_statistics: whose statistics BatchNorm uses for the query set, that set's own or ``"support"``.
-        change: as in `inner_loop`, with the task's number in front.
+        bn_statistics: the set whose statistics BatchNorm uses for the query set: the query set, or ``"support"``.
+        change: as in `inner_loop`, with the task's number as first argument.
     """
     meta = {name: value.detach().clone().requires_grad_() for name, value in meta.items()}
     total = torch.zeros((), dtype=torch.float64)
@@ -198,11 +198,11 @@ def train(
     change: Callable[[int, int, int, dict[str, Tensor]], dict[str, Tensor]] | None = None,
     **options: Any,
 ) -> Tensors:
-    """The meta-parameters after one step of `torch.optim.Adam` for each batch of tasks.
+    """Return the meta-parameters after one step of `torch.optim.Adam` per batch of tasks.
 
     Args:
-        change: as in `meta_gradient`, with the training step's number in front.
-        options: of `meta_gradient`.
+        change: as in `meta_gradient`, with the training step's number as first argument.
+        options: options of `meta_gradient`.
     """
     meta = {name: value.detach().clone(memory_format=torch.contiguous_format) for name, value in meta.items()}
     optimizer = torch.optim.Adam(meta.values(), lr=outer_lr, foreach=False, fused=False)
@@ -216,10 +216,10 @@ def train(
 
 
 def difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest relative difference of one tensor, in the Euclidean norm: of gradients, or of parameters.
+    """Return the largest relative difference of a tensor in the Euclidean norm, among gradients or parameters.
 
-    A gradient that is zero but for rounding (that of a bias in front of BatchNorm) is measured against a thousandth of
-    the whole gradient's norm.
+    A gradient that is zero up to rounding (of a bias before BatchNorm) is measured relative to a thousandth of the norm of
+    the whole gradient.
     """
     assert actual.keys() == expected.keys()
     whole = torch.stack([value.norm() for value in expected.values()]).norm()

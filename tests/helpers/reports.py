@@ -1,4 +1,4 @@
-"""What tests of reports share: pages taken apart, and a comparison whose names are hard to show."""
+"""Shared by tests of reports: a parser of pages, and a comparison with names that are hard to show."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ HOSTILE = 'a|b_c & <b>50%</b> "γ" $x$ #1 {~^\\} *y* `z` &lt; [é] ΩΒο≤≈ 
 
 
 def write_hostile_comparison(folder: Path) -> Path:
-    """A comparison whose label is anything but a plain name."""
+    """Write a comparison whose label contains special characters of all formats."""
     config = SMALL | {"tasks": [{"task": "sinusoid", "label": HOSTILE}], "title": HOSTILE, "notes": "<b>no</b> **yes**"}
     write_comparison(folder, config, tasks=5)
     return folder
 
 
 class Page(HTMLParser):
-    """The elements of a page; fails where one is not closed."""
+    """Parses a page; fails if an element is not closed."""
 
     VOID = frozenset({"meta", "link", "br", "img", "hr", "wbr"})
 
@@ -50,6 +50,6 @@ class Page(HTMLParser):
 
 
 def find_figures(page: str, section: str) -> list[str]:
-    """The drawings in a section of a page."""
+    """Return the drawings in a section of a page."""
     content = page.partition(f'<section id="{section}"')[2].partition("</section>")[0]
     return re.findall('<svg [^>]*role="img".*?</svg>', content, re.DOTALL)

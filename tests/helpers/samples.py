@@ -26,7 +26,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Two blocks with BatchNorm on 8×8 images, 5-way, in float64; the body ends before the second pooling."""
+    """Two blocks with BatchNorm for 8×8 images, 5-way, in float64; the body ends before the second pooling."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ LOSSES = {"mlp": "mse", "conv": "cross_entropy"}
 
 
 def episodes(net: str, tasks: int = 3, shots: int = 2, query: int = 3, seed: int = 1) -> Episodes:
-    """Random tasks for a net of `MODELS`: regression of two numbers, or 5-way images that differ between classes."""
+    """Return random tasks for a network of `MODELS`: regression on two numbers, or 5-way images that differ by class."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -74,5 +74,5 @@ def episodes(net: str, tasks: int = 3, shots: int = 2, query: int = 3, seed: int
 
 
 def tasks_of(batch: Episodes) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The tasks of a stack, one by one."""
+    """Split a stack into its tasks."""
     return list(zip(*batch.parts, strict=True))

@@ -1,4 +1,4 @@
-"""What strategy="auto" proves of its choice, and what a resumed training knows of that."""
+"""How strategy="auto" checks its choice, and what a resumed training knows about it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from samples import MLP, episodes
 
 
 class Body(nn.Sequential):
-    """Maps and traces know no rule for what its forward does."""
+    """vmap and tracing have no rule for an operation of its forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x if float(x.detach().sum()) < 1e6 else -x)
@@ -33,7 +33,7 @@ def new_learner(at_once: bool, **options: Any) -> MetaLearner:
 def test_a_resumed_training_takes_the_strategy_that_was_proven(at_once: bool, caplog: pytest.LogCaptureFixture) -> None:
     learner = new_learner(at_once)
     resumed = new_learner(at_once)
-    resumed.load_state(learner.state())  # from before the first batch: it proves the choice itself
+    resumed.load_state(learner.state())  # from before the first batch: it checks the choice itself
     for each in (learner, resumed):
         each.fit(Source(), 2, meta_batch=3)
     assert learner.strategy == resumed.strategy == ("vectorized" if at_once else "traced")
@@ -70,7 +70,7 @@ def test_the_proof_is_made_once_and_changes_no_bit(monkeypatch: pytest.MonkeyPat
 
 
 def test_another_gradient_at_once_is_noticed(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    """As a batching rule of torch had it that took the statistics of BatchNorm for constants."""
+    """Imitates a batching rule of torch that treated BatchNorm's statistics as constants."""
     compute = Engine._map_gradient
 
     def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> list[Tensor]:
@@ -107,7 +107,7 @@ def test_a_graph_that_computes_something_else_is_not_replayed(caplog: pytest.Log
 
 
 class Scale(nn.Module):
-    """A model whose only parameter is a number, not an array."""
+    """A model whose only parameter is a scalar."""
 
     def __init__(self) -> None:
         super().__init__()

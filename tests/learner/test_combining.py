@@ -1,4 +1,4 @@
-"""The gradients of a batch's tasks: how a plugin combines them, and what the batch's gradient is elsewhere."""
+"""The gradients of a batch's tasks: combined by a plugin, and evaluated at other meta-parameters."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCHES = {
 
 
 def in_order(batch: Any) -> list[Any]:
-    """The tasks in the order in which they were given."""
+    """Undo the order of the stacks."""
     if isinstance(batch, Episodes):
         return tasks_of(batch)
     placed = {place: task for stack in batch for place, task in zip(stack.positions, tasks_of(stack), strict=True)}
@@ -31,7 +31,7 @@ def in_order(batch: Any) -> list[Any]:
 
 
 def gradients_of_tasks(meta: Tensors, tasks: list[Any]) -> tuple[Tensors, Tensor]:
-    """Each task's meta-gradient and loss, written out: ``[tasks, …]``."""
+    """Compute each task's meta-gradient and loss with a reference loop ``[tasks, …]``."""
     found = [meta_gradient(NETS["mlp"], meta, [task], algo="maml", inner_lr=0.1, inner_steps=2) for task in tasks]
     return {name: torch.stack([grads[name] for _, grads in found]) for name in meta}, torch.stack(
         [one for one, _ in found]
@@ -63,7 +63,7 @@ def new_learner(*augment: Any, **options: Any) -> MetaLearner:
 def test_a_plugin_combines_the_tasks_in_their_order(batch: str, options: dict[str, Any]) -> None:
     learner, tasks = new_learner(Tilt, Ascent, **options), BATCHES[batch]()
     meta = learner.meta_parameters
-    for _ in range(2):  # the second call replays what the first one traced
+    for _ in range(2):  # the second call replays the graph of the first
         loss, grads = learner.meta_gradient(tasks)
     here, expected_loss = tilted(meta, in_order(tasks))
     norm = torch.stack([value.norm() for value in here.values()]).norm()

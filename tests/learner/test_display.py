@@ -1,4 +1,4 @@
-"""What a notebook and a terminal show of a training in Python, and the representations of what it gives."""
+"""The progress of a training in a notebook and a terminal, and the representations of its results."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def create_learner() -> MetaLearner:
 
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """All that this process shows as the kernel of a notebook."""
+    """Collect everything that this process displays as a notebook's kernel."""
     shown: list[Any] = []
 
     def display(content: Any, **_: Any) -> SimpleNamespace:

@@ -1,4 +1,4 @@
-"""Several processes: the result of one, the same bits in each, one voice, and an end for all where one ends."""
+"""Several processes: the result of one, equal bits in each, output from the first, and a common end."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """The folder of what two processes did (`ranks.main`), and what each of them found."""
+    """Run `ranks.main` in two processes; return the folder, and each process's results."""
     folder = tmp_path_factory.mktemp("ranks")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,7 +60,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run of one process."""
+    """Return the folder of a run of one process."""
     path = tmp_path_factory.mktemp("alone") / "run"
     run_of(path)
     return path
@@ -101,7 +101,7 @@ def test_two_processes_learn_what_one_learns(together: SimpleNamespace, case: st
 
 @pytest.mark.parametrize("case", FITTED)
 def test_each_process_draws_its_share_alone(together: SimpleNamespace, case: str) -> None:
-    """After the first block, by which strategies are proven; the result is that of one process."""
+    """After the first block, which checks the strategies, the result is that of one process."""
     expected = fitted(case, Processes())
     first, second = (found["fitted"][case] for found in together.ranks)
     assert first["digest"] == second["digest"]
@@ -118,7 +118,7 @@ def test_each_process_draws_its_share_alone(together: SimpleNamespace, case: str
 
 
 def test_two_processes_learn_from_images_as_a_plain_loop_does(together: SimpleNamespace) -> None:
-    """Three steps of `torch.optim.Adam` on gradients written out, whatever their order in memory."""
+    """Take three steps of `torch.optim.Adam` on reference gradients, whatever their memory layout."""
     learner = learner_of("images")
     batch = LEARNERS["images"][2]()
     learner.meta_gradient(batch)
@@ -194,7 +194,7 @@ def test_only_the_first_process_speaks(together: SimpleNamespace) -> None:
     assert second["lines"] == 0
     said, silent = together.output
     assert silent == ""
-    assert said.count("\n") == said.count("co-learner") == 1  # one of the learners has CML beside ANIL
+    assert said.count("\n") == said.count("co-learner") == 1  # one of the learners combines ANIL and CML
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])

@@ -1,4 +1,4 @@
-"""What a learner makes of examples: labels of any integer type, and one sentence for what cannot be right."""
+"""Checks of examples: labels of any integer type are accepted, and impossible examples are refused with one sentence."""
 
 from __future__ import annotations
 

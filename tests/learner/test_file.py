@@ -1,4 +1,4 @@
-"""Saved learners: what comes back, and what is refused."""
+"""Saved learners: what is loaded, and what is refused."""
 
 from __future__ import annotations
 

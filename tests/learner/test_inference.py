@@ -32,7 +32,7 @@ def test_adapt_returns_an_ordinary_module() -> None:
     )  # fmt: skip
     assert difference(dict(adapted.named_parameters()), expected) < 1e-12
     assert pickle.loads(pickle.dumps(adapted.state_dict())).keys() == MLP().state_dict().keys()
-    # The adapted module is the user's to change: nothing of it is shared with the learner or another task.
+    # Users may change the adapted module: it shares nothing with the learner or other tasks.
     other = learner.adapt(batch.support_x[0], batch.support_y[0], steps=0)
     adapted.head.weight.data.zero_()
     assert other.head.weight.equal(learner.meta_parameters["head.weight"])
@@ -123,9 +123,9 @@ def test_a_batch_norm_in_several_places_keeps_the_statistics_of_none() -> None:
 
 
 def test_running_statistics_do_not_leak_between_tasks() -> None:
-    """A task's scores are the same whatever was trained or scored before it, without changing the weights."""
+    """A task's scores do not depend on earlier evaluations, and evaluation does not change the weights."""
     model = ConvNet()
-    model(episodes("conv").query_x.flatten(0, 1) * 3 + 1)  # running statistics that would show
+    model(episodes("conv").query_x.flatten(0, 1) * 3 + 1)  # running statistics that would show a change
     batch = episodes("conv", tasks=4)
     learner = MetaLearner(model, inner_lr=0.4)
     x, y, query_x, _ = tasks_of(batch)[3]
@@ -210,7 +210,7 @@ def test_more_tasks_begin_with_the_same_tasks() -> None:
 
 
 class OfSeveralSizes:
-    """Every third task has fewer queries; they come in stacks as `arrange` makes them of the single tasks."""
+    """Every third task has fewer queries; `arrange` stacks the tasks."""
 
     def __init__(self, arrange: Callable[[list[Any]], list[Episodes]]) -> None:
         self.arrange = arrange
@@ -225,12 +225,12 @@ def backwards_and_silent(tasks: list[Any]) -> list[Episodes]:
 
 
 def in_two_groups(tasks: list[Any]) -> list[Episodes]:
-    """Positions that count from 0 in each half say nothing of the whole."""
+    """Positions that start from 0 in each half do not determine positions in the whole."""
     return Episodes.group(tasks[: len(tasks) // 2]) + Episodes.group(tasks[len(tasks) // 2 :])
 
 
 def placed(tasks: list[Any]) -> list[Episodes]:
-    """One stack of each task, the last in front."""
+    """Return one stack per task, in reverse order."""
     alone = [Episodes(*(part[None] for part in task)).placed([place]) for place, task in enumerate(tasks)]
     return alone[::-1]
 

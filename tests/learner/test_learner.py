@@ -1,4 +1,4 @@
-"""`MetaLearner`: what it leaves alone, what it draws at random, and what is left of it where training diverges."""
+"""`MetaLearner`: what it does not change, what it draws at random, and its state after a divergence."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from samples import LOSSES, MLP, MODELS, ConvNet, episodes
 
 
 def state(model: nn.Module) -> dict[str, Any]:
-    """All that could be changed of a module."""
+    """Return everything of a module that could change."""
     tensors = {name: value.clone() for name, value in model.state_dict().items()}
     hooks = {name: [len(m._forward_hooks), len(m._forward_pre_hooks)] for name, m in model.named_modules()}
     flags = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
@@ -206,7 +206,7 @@ def test_several_learners_are_traced_in_several_threads() -> None:
         learner = MetaLearner(model, loss="mse", strategy="vectorized")
         return [learner.step(episodes("mlp")).item() for _ in range(3)]
 
-    models = [MLP() for _ in range(5)]  # in one thread, for they draw from torch's global generator
+    models = [MLP() for _ in range(5)]  # in one thread, because they draw from torch's global generator
     with ThreadPoolExecutor(4) as pool:
         losses = list(pool.map(train, models[1:]))
     assert losses == [train(models[0])] * 4

@@ -1,4 +1,4 @@
-"""Saved learners of torch.nn layers come back without their class, and nothing else does."""
+"""Saved learners made of torch.nn layers can be loaded without their class; others cannot."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_layers_come_back_as_they_were(module):
 
 
 class Odd(nn.Linear):
-    """Not a layer of torch.nn, whatever it is derived from."""
+    """Not a layer of torch.nn, although it is derived from one."""
 
 
 @pytest.mark.parametrize("module", [Odd(2, 2), nn.Sequential(nn.Linear(2, 2), Odd(2, 2)), nn.ModuleList([nn.ReLU()])])

@@ -1,4 +1,4 @@
-"""The outer optimiser: what it hands to fused kernels, and that it is `torch.optim.Adam`."""
+"""The outer optimiser: the tensors that it passes to fused kernels, and equality with `torch.optim.Adam`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from metareg_image.glyphs import Glyphs
 
 @st.composite
 def strided(draw: st.DrawFn) -> Tensor:
-    """A tensor of shape [3, 4, 2, 5] that lies in memory in any way: permuted, sliced or expanded."""
+    """A tensor of shape [3, 4, 2, 5] with any memory layout: permuted, sliced or expanded."""
     shape = (3, 4, 2, 5)
     order = draw(st.permutations(range(4)))
     step = draw(st.integers(1, 2))
@@ -41,7 +41,7 @@ def strided(draw: st.DrawFn) -> Tensor:
 @settings(deadline=None)
 @given(st.lists(strided(), min_size=2, max_size=4), strided())
 def test_any_strides_give_the_steps_of_torch(grads: list[Tensor], moment: Tensor) -> None:
-    """Gradients and loaded moments may lie in any order."""
+    """Gradients and loaded moments may have any memory layout."""
     start = torch.linspace(-1, 1, 120).reshape(3, 4, 2, 5)
     ours, theirs = start.clone(), nn.Parameter(start.clone())
     adam, reference = Adam({"w": ours}), torch.optim.Adam([theirs], lr=0.1, foreach=False, fused=False)
@@ -59,7 +59,7 @@ def test_any_strides_give_the_steps_of_torch(grads: list[Tensor], moment: Tensor
 
 
 class Turned:
-    """Turns every gradient in memory, and nothing else."""
+    """Changes the memory layout of every gradient, and nothing else."""
 
     class Config(PluginConfig):
         pass
@@ -74,7 +74,7 @@ class Turned:
 
 @pytest.fixture
 def handed_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...]]]:
-    """The strides of parameter, gradient and moments, side by side, at every step of Adam."""
+    """Record the strides of parameter, gradient and moments at every step of Adam."""
     seen: list[tuple[Any, ...]] = []
     kernel = optimizer.adam
 
@@ -93,7 +93,7 @@ def handed_over(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, ...
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("strategy", ["serial", "traced", "vectorized"])
 def test_kernels_get_tensors_that_lie_alike(strategy: str, channels_last: bool) -> None:
-    """In fit, step and take_step, after a state was loaded, with a model that lies channels last itself."""
+    """In fit, step and take_step, after loading a state, with a channels-last model."""
     task = Glyphs(Glyphs.Config(query=5))
     model = nn.Sequential(
         nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2),
@@ -113,7 +113,7 @@ def test_kernels_get_tensors_that_lie_alike(strategy: str, channels_last: bool) 
 
 
 class Momentum:
-    """An algorithm with an outer update of its own."""
+    """An algorithm with its own outer update."""
 
     @hookimpl
     def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:

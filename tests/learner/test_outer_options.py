@@ -1,4 +1,4 @@
-"""Trainings with every outer optimiser and schedule against loops over torch's own, and what is refused of their options."""
+"""Trainings with every outer optimiser and schedule against loops over torch's own; options that are refused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ TENSORS = dict[str, Tensor]
 
 
 class Case(NamedTuple):
-    """The learner's options, and what they mean in torch."""
+    """The learner's options, and their equivalents in torch."""
 
     options: Mapping[str, Any]
     optimizer: Callable[..., Optimizer]
@@ -73,12 +73,12 @@ def new_learner(case: Case, strategy: str = "serial") -> MetaLearner:
 
 
 def in_another_order(batch: Episodes) -> Episodes:
-    """The same tasks, example by example in memory; a compiled program takes them as they lie."""
+    """The same tasks, contiguous by example; a compiled program takes them in this layout."""
     return Episodes(*(part.transpose(0, 1).contiguous().transpose(0, 1) for part in batch.parts))
 
 
 def train_by_torch(case: Case, start: TENSORS) -> TENSORS:
-    """A loop over torch's optimiser and scheduler, which decay the model's own parameters alone."""
+    """Run a loop over torch's optimiser and scheduler, with decay for the model's own parameters only."""
     meta = {name: value.clone() for name, value in start.items()}
     own = [value for name, value in meta.items() if name.startswith(("body", "head"))]
     learned = [value for name, value in meta.items() if not name.startswith(("body", "head"))]
@@ -172,7 +172,7 @@ def test_more_steps_than_the_schedule_has_are_refused() -> None:
 
 
 class OwnUpdate(SignMAML):
-    """An algorithm with an outer update of its own."""
+    """An algorithm with its own outer update."""
 
     @hookimpl
     def outer_update(self, meta: TENSORS, grads: TENSORS, state: TENSORS) -> tuple[TENSORS, TENSORS]:

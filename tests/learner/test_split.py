@@ -1,4 +1,4 @@
-"""Models with a body and a head, and what of them is trained: named heads, tied, shared and frozen weights."""
+"""Models with a body and a head, and which weights are trained: named heads, tied, shared and frozen weights."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_head_by_name(algo: str) -> None:
 @pytest.mark.parametrize("algo", ["maml", "anil"])
 @pytest.mark.parametrize(("model", "head"), [(Plain(last=False), "second"), (Plain(), "first")])
 def test_a_head_that_is_not_the_last_is_found(model: nn.Module, head: str, algo: str) -> None:
-    """Also where nothing but the split itself depends on it: another function would be trained than the user calls."""
+    """Even if only the split depends on it: otherwise, another function would be trained than the user calls."""
     learner = MetaLearner(model.double(), algo, head=head, loss="mse")
     batch = episodes("mlp")
     assert learner.meta_parameters
@@ -38,7 +38,7 @@ def test_a_head_that_is_not_the_last_is_found(model: nn.Module, head: str, algo:
 
 
 class LastOfRecurrent(nn.Module):
-    """Its head takes a part of what its body returns."""
+    """A model whose head takes a part of the body's output."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def test_a_head_that_takes_another_thing_than_the_body_returns_is_refused() -> N
 
 
 class Rounded(nn.Module):
-    """Its own forward rounds the features to the 10 bits of TF32, as convolutions do on CUDA."""
+    """A model whose forward rounds the features to the 10 bits of TF32, like convolutions on CUDA."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -145,7 +145,7 @@ def tied_loss(meta: dict[str, Tensor], x: Tensor) -> Tensor:
 
 def test_weights_tied_between_body_and_head() -> None:
     class Auto(nn.Module):
-        """The head's weight is the body's."""
+        """A model whose head shares the body's weight."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -185,7 +185,7 @@ def test_weights_tied_within_the_body(tmp_path: Path) -> None:
 
 
 class Again(nn.Module):
-    """The body uses one layer twice, and the head is built around the same one."""
+    """A model whose body uses one layer twice and whose head contains the same layer."""
 
     def __init__(self, norm: type[nn.Module] = nn.Identity) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Augmenters that stay: in evaluation and adaptation, in the saved learner and in what is loaded of it."""
+"""Augmenters that stay in evaluation, adaptation, and saved and loaded learners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tensors = dict[str, Tensor]
 
 
 class Descent:
-    """Gradient descent with step size 0.05, which no package installs."""
+    """Gradient descent with step size 0.05, in a class that no package installs."""
 
     @hookimpl
     def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
@@ -28,7 +28,7 @@ class Descent:
 
 
 class Gain:
-    """Multiplies the inner gradient by a learned factor for each parameter, by an option, and by a draw."""
+    """Multiplies the inner gradient by a learned factor for each parameter, an option, and a random number."""
 
     training_only = False
 
@@ -63,7 +63,7 @@ def new_learner(*augment: Any, **options: Any) -> MetaLearner:
 
 
 def adapt(meta: Tensors, task: Any, drawn: Tensor) -> Tensors:
-    """The inner loop on the gradient that `Gain` changes, written out."""
+    """A reference inner loop with the gradient that `Gain` changes."""
     params = {name: value.clone().requires_grad_() for name, value in meta.items() if not name.startswith("gain.")}
     for noise in drawn:
         loss = NETS["mlp"].loss(predict(params, task[0]), task[1])
@@ -97,7 +97,7 @@ def test_an_augmenter_that_stays_adapts_in_evaluation_and_in_the_loaded_learner(
         drawn = torch.rand(4, generator=create_generator(3, "noise", "adapt", "gain"))
         expected = predict(adapt(meta, tasks[0], drawn), tasks[0][2])
         torch.testing.assert_close(each.adapt(*tasks[0][:2], steps=4)(tasks[0][2]), expected)
-    _, grads = loaded.meta_gradient(episodes("mlp"))  # and it goes on learning
+    _, grads = loaded.meta_gradient(episodes("mlp"))  # and it continues to learn
     assert grads["gain.head.bias"].item() != 0
 
 

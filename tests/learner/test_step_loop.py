@@ -1,4 +1,4 @@
-"""Training steps that one compiled program takes in a loop: the same as those taken one by one."""
+"""A compiled loop over training steps: its steps equal those taken one by one."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ OPTIONS: dict[str, Any] = {"lr_schedule": "multistep", "lr_milestones": [4, 11],
 
 
 class Lines:
-    """Regression tasks, those of one batch too large for their squared error.
+    """Draw regression tasks; optionally, one batch is so large that its squared error overflows.
 
     Args:
-        huge: the number of that batch; None for none.
+        huge: the number of that batch; None for no such batch.
     """
 
     def __init__(self, huge: int | None = None) -> None:
@@ -43,7 +43,7 @@ class Lines:
 
 
 class Recorder:
-    """An observer that keeps what it was told."""
+    """An observer that records its calls."""
 
     def __init__(self) -> None:
         self.told: list[tuple[int, dict[str, float]]] = []
@@ -55,7 +55,7 @@ class Recorder:
 
 @pytest.fixture
 def only_loops(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The numbers of steps that programs were asked to take; no step of a compiled learner may be taken alone."""
+    """Record how many steps programs take per call; no step of a compiled learner may be taken outside of a program."""
     asked: list[int] = []
     take_step, take_steps = MetaLearner.take_step, MetaLearner.take_steps
 
@@ -128,7 +128,7 @@ def test_a_program_ends_before_a_step_that_is_not_finite(then: str, only_loops: 
 
 
 def test_settings_are_inputs_of_one_program() -> None:
-    """Trials of step sizes, seeds and numbers of steps find what the first of them compiled."""
+    """Trials with other step sizes, seeds and numbers of steps reuse the first trial's program."""
     graphs = []
     for rate, seed, steps in ((0.1, 0, 2), (0.3, 1, 5)):
         model = nn.Linear(1, 1).double()
@@ -142,7 +142,7 @@ def test_settings_are_inputs_of_one_program() -> None:
 
 
 def test_steps_with_convolutions_are_compiled_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A program with a loop over them takes minutes to compile."""
+    """A program with a loop over convolutional steps takes minutes to compile."""
     compiled: list[int] = []
     monkeypatch.setattr(step_loop, "compile_graph", lambda graph, inputs: compiled.append(len(inputs)) or graph)
     x = torch.rand(4, 2, 1, 4, 4)
@@ -158,5 +158,5 @@ def test_steps_with_convolutions_are_compiled_one_by_one(monkeypatch: pytest.Mon
 
 
 def describe(graph: fx.GraphModule) -> list[str]:
-    """What the cache of compiled programs knows a graph by."""
+    """Return the key of a graph in the cache of compiled programs."""
     return [part.code for part in graph.modules() if isinstance(part, fx.GraphModule)]

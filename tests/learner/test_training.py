@@ -1,4 +1,4 @@
-"""`fit`: which tasks, which observers, which schedules."""
+"""`fit`: its tasks, observers and schedules."""
 
 from __future__ import annotations
 

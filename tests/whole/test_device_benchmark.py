@@ -1,4 +1,4 @@
-"""`benchmarks/device.py`, which takes a GPU minutes: a little of it on a CPU."""
+"""A short run of `benchmarks/device.py` on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
 def run_device(folder: Path, *arguments: str) -> dict[str, Any]:
-    """What a call of the command wrote."""
+    """Run the command once, and return its files."""
     command = [sys.executable, str(BENCHMARKS / "device.py"), "--device", "cpu", "--out", str(folder), *arguments]
     subprocess.run(command, check=True, capture_output=True, timeout=500)
     assert (folder / "device.md").read_text("utf-8").startswith("# On cpu")

@@ -1,4 +1,4 @@
-"""Who imports whom, and that the pictures of the documentation show it; import-linter holds the floors inside metareg/."""
+"""Imports between folders, and their picture in the documentation; import-linter checks the layers inside metareg/."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DOCS = ROOT / "docs"
 
 
 def _imports(path: Path) -> set[tuple[str, str | None]]:
-    """Every import of a file as (module, name or None), those in functions too."""
+    """Return every import of a file as (module, name or None), including those in functions."""
     found: set[tuple[str, str | None]] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):

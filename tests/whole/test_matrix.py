@@ -1,4 +1,4 @@
-"""The matrix of algorithms, augmenters and tasks: what stands in a cell, and below the table."""
+"""The matrix of algorithms, augmenters and tasks: its cells, and the reasons below the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sessions of the noxfile that no default run starts."""
+"""Parts of the noxfile that no default session runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def noxfile() -> ModuleType:
 
 
 def test_lower_bounds_are_constraints_that_pip_takes(noxfile: ModuleType) -> None:
-    """One version of each package, the oldest that pyproject.toml allows; pip refuses constraints with extras."""
+    """Each package has one version, the oldest that pyproject.toml allows; pip refuses constraints with extras."""
     bounds = [Requirement(line) for line in noxfile.lower_bounds()]
     exact = {bound.name: str(bound.specifier) for bound in bounds if bound.specifier}
     assert len(exact) == sum(bool(bound.specifier) for bound in bounds)

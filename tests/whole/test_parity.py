@@ -1,4 +1,4 @@
-"""Meta-gradients against loops written out by hand (reference.py), in float64."""
+"""Meta-gradients against reference loops (reference.py), in float64."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def test_meta_gradient_serial(net: str, algo: str, augment: str, memory: str, in
 
 @pytest.mark.parametrize(("net", "algo", "augment", "memory", "inner_steps"), CASES)
 def test_meta_gradient_vectorized(net: str, algo: str, augment: str, memory: str, inner_steps: int) -> None:
-    # The second call of a shape is traced, which takes a second.
+    # The second call with a shape traces, which takes a second.
     traced = (net, memory, inner_steps) in (("mlp", "store", 1), ("mlp", "recompute", 3))
     traced = traced or (net, algo, augment, memory, inner_steps) == ("conv", "anil", "cml", "store", 1)
     check(net, algo, augment, inner_steps, calls=2 if traced else 1, memory=memory, strategy="vectorized")
 
 
-@pytest.mark.slow  # test_steps compiles by default, whole steps
+@pytest.mark.slow  # test_steps compiles whole steps by default
 @pytest.mark.parametrize(("net", "algo", "augment", "memory", "inner_steps"), CASES)
 def test_meta_gradient_compiled(net: str, algo: str, augment: str, memory: str, inner_steps: int) -> None:
     check(net, algo, augment, inner_steps, memory=memory, strategy="compiled")

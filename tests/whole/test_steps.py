@@ -1,7 +1,7 @@
-"""Whole training steps: after some steps of `fit` the parameters are those of a plain loop with `torch.optim.Adam`.
+"""Whole training steps: after some steps of `fit`, the parameters equal those of a plain loop with `torch.optim.Adam`.
 
-The loop is in `reference`, its networks in `networks`; nothing of the engine is in them. Tasks, initial parameters and
-dropgrad's noise come from the plugins themselves.
+The loop is in `reference` and its networks are in `networks`; neither uses the engine. Tasks, initial parameters and
+dropgrad's noise come from the plugins.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TOLERANCE = 1e-6
 
 
 class UnequalSinusoids:
-    """Every third task has more support points, so that a batch of three comes in two stacks."""
+    """Every third task has more support points, so that a batch of three forms two stacks."""
 
     loss = "mse"
     spec = TaskSpec((1,), (1,))
@@ -49,14 +49,14 @@ class UnequalSinusoids:
 
 @dataclass(frozen=True)
 class Setting:
-    """A task with a model for it; the inner step size is a power of two, the same number in every precision."""
+    """A task with a model; the inner step size is a power of two, which is exact in every precision."""
 
     task: Callable[[], Any]
     model: Any
     net: str
     inner_lr: float
     factors: tuple[Any, ...] = ()
-    """What of it can matter for a step beside its own name: the model, pixels and channels of images, unequal sizes."""
+    """Properties that can affect a step: the model, pixels and channels of images, unequal sizes."""
     needs: tuple[str, ...] = ()
     """``"data"``, ``"dgl"``."""
 
@@ -127,30 +127,30 @@ COMPILED = [
     Case("unequal", "metasgd", "dropgrad", "compiled", "store", None, torch.float32),
     Case("csbm", "maml", "cml", "compiled", "recompute", 1, torch.float64),
 ]
-"""Compiled cases of the default run: a value of every factor but the algorithm, the model and the task.
+"""Compiled cases of the default run: every value of all factors except the algorithm, the model and the task.
 
-Each costs 20 to 40 seconds. What is compiled is the traced graph, which the other cases compare; compiling a convolutional
-model takes one to three minutes, and "auto" never does on a CPU.
+Each takes 20 to 40 seconds. They compile the traced graph, which the other cases compare. Compiling a convolutional
+model takes one to three minutes, and "auto" never does so on a CPU.
 """
 
 
 def pairs(case: Case) -> set[Any]:
-    """Its pairs of two factors' values, those of its setting among them."""
+    """Return the pairs of values of two factors in a case, including those of its setting."""
     of_setting = [(f"setting {number}", value) for number, value in enumerate(SETTINGS[case.setting].factors)]
     return set(combinations([*of_setting, *list(zip(case._fields, case, strict=True))[1:]], 2))
 
 
 def pairs_of(cases: Iterable[Case]) -> set[Any]:
-    """The pairs of some cases."""
+    """Return the pairs of some cases."""
     return {pair for case in cases for pair in pairs(case)}
 
 
 TAKE_LONG = ("resnet12", 84)
-"""A model and a size of images that the default run has with every strategy, and not with every value of each factor."""
+"""A model and image size that the default run combines with every strategy, but not with every value of each factor."""
 
 
 def wanted_pairs(cases: Iterable[Case]) -> set[Any]:
-    """The pairs of some cases that the default run holds."""
+    """Return the pairs of some cases that the default run must contain."""
 
     def is_wanted(pair: Any) -> bool:
         names, values = zip(*pair, strict=True)
@@ -160,7 +160,7 @@ def wanted_pairs(cases: Iterable[Case]) -> set[Any]:
 
 
 def covering(cases: Sequence[Case], wanted: Iterable[Any]) -> list[Case]:
-    """Cases that hold all wanted pairs, each the first of those that hold most of the pairs that are missing."""
+    """Choose cases that contain all wanted pairs: repeatedly, the first case with the most missing pairs."""
     missing, chosen = set(wanted), []
     of_case = {case: pairs(case) & missing for case in cases}
     while missing:
@@ -170,7 +170,7 @@ def covering(cases: Sequence[Case], wanted: Iterable[Any]) -> list[Case]:
 
 
 def chosen_cases() -> list[Case]:
-    """`COMPILED`, and others that hold all of their `wanted_pairs`."""
+    """Return `COMPILED`, and further cases that contain all `wanted_pairs`."""
     others = [case for case in CASES if case.strategy != "compiled"]
     return COMPILED + covering(others, wanted_pairs(others) - pairs_of(COMPILED))
 
@@ -179,13 +179,13 @@ DEFAULT = chosen_cases()
 
 
 def tasks_of(episodes: Episodes | list[Episodes], dtype: torch.dtype | None = None) -> list[Task]:
-    """The tasks of one stack or several, one by one and in that order."""
+    """Return the tasks of one or several stacks one by one, in order."""
     stacks = [episodes] if isinstance(episodes, Episodes) else episodes
     return [stack.to("cpu", dtype).unstack(number) for stack in stacks for number in range(len(stack))]
 
 
 def batches_of(task: Any) -> list[Any]:
-    """What the training steps take."""
+    """Draw the batches of the training steps."""
     return [task.episodes("train", range(TASKS * step, TASKS * (step + 1)), SEED) for step in range(STEPS)]
 
 
@@ -202,7 +202,7 @@ def learner_of(case: Case, task: Any) -> MetaLearner:
 
 
 def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
-    """What dropgrad makes of a task's gradients in an inner step, by the noise that it draws for them."""
+    """Apply dropgrad to a task's gradients in an inner step, with the plugin's own noise."""
     generator = create_generator(SEED, "noise", "task", "dropgrad", step, task)
     shapes = {name: tuple(value.shape) for name, value in grads.items()}
     noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)
@@ -211,7 +211,7 @@ def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
 
 @cache
 def expected(name: str, algo: str, augment: str) -> tuple[Tensors, Tensors]:
-    """The meta-parameters before and after the plain loop in float64, which is the same for all ways to run it."""
+    """Return the meta-parameters before and after the plain loop in float64, shared by all ways to run the case."""
     setting = SETTINGS[name]
     task = setting.task()
     learner = learner_of(Case(name, algo, augment, "serial", "store", None, torch.float64), task)
@@ -226,16 +226,16 @@ def expected(name: str, algo: str, augment: str) -> tuple[Tensors, Tensors]:
 
 
 def way(start: Tensors, end: Tensors) -> Tensor:
-    """The changes of all entries ``[entries]``."""
+    """Return the changes of all entries ``[entries]``."""
     return torch.cat([(end[name] - start[name]).double().flatten() for name in end])
 
 
 def check(learner: MetaLearner, case: Case) -> None:
-    """Compare with the plain loop: in float64 to rounding, in float32 with how far the parameters went.
+    """Compare with the plain loop: in float64 up to rounding, in float32 relative to the distance that parameters moved.
 
-    Rounding in float32 can switch units of ReLU and places of pooling on or off, which turns a batch's gradient by some
-    percent, as a change of all parameters by 1e-7 does in float64; Adam makes more of it. Such trainings were up to 0.44 of
-    their way from where they belong, those of entries that are moved by each other's gradients 1.16 and more.
+    Rounding in float32 can switch ReLU units and maxima of pooling, which rotates a batch's gradient by some percent, as a
+    change of all parameters by 1e-7 does in float64; Adam amplifies it. The relative differences of such trainings were up
+    to 0.44; if entries use each other's gradients, they are 1.16 or more.
     """
     net = SETTINGS[case.setting].net
     before, after = (
@@ -252,7 +252,7 @@ def check(learner: MetaLearner, case: Case) -> None:
 
 @pytest.fixture
 def task_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[Case], Any]:
-    """The task of a case; the test is skipped where its data or DGL is missing, or the compiler."""
+    """Create the task of a case; skip the test if its data, DGL or the compiler is missing."""
 
     def of(case: Case) -> Any:
         setting = SETTINGS[case.setting]
@@ -268,7 +268,7 @@ def task_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Give `test_fit_equals_a_plain_loop` its cases; the default run does not collect the 4,200 that it would leave out."""
+    """Parametrize `test_fit_equals_a_plain_loop`; the default run does not collect the 4,200 cases that it leaves out."""
     if "case" in metafunc.fixturenames:
         default = set(DEFAULT)
         cases = DEFAULT if metafunc.config.option.markexpr == "not slow" else CASES
@@ -286,7 +286,7 @@ def test_fit_equals_a_plain_loop(case: Case, task_of: Callable[[Case], Any]) -> 
 def test_every_pair_of_values_is_in_the_default_suite() -> None:
     kept = [case for case in CASES if case.strategy != "compiled"]
     assert pairs_of(DEFAULT) >= wanted_pairs(kept)
-    for values in zip(*(case[2:] for case in COMPILED), strict=True):  # but for none, which changes nothing
+    for values in zip(*(case[2:] for case in COMPILED), strict=True):  # except none, which changes nothing
         assert len({*values}) == 2 or values == ("compiled", "compiled")
     assert {case.setting for case in DEFAULT} == {*SETTINGS}
 
