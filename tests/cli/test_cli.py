@@ -1,4 +1,4 @@
-"""The command line: what every command does on tiny runs, and how every kind of bad input ends."""
+"""The command line: every command on tiny runs, and every kind of bad input."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = [
 
 
 class Outcome:
-    """An exit code and what was printed, as one text for each stream."""
+    """An exit code, and the output of each stream."""
 
     def __init__(self, code: int, output: str, errors: str) -> None:
         self.code, self.output, self.errors = code, output, errors
@@ -41,7 +41,7 @@ Command = Callable[..., Outcome]
 
 @pytest.fixture
 def metareg(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
-    """The command in an empty folder; its output is no terminal."""
+    """Run commands in an empty folder; the output is not a terminal."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv(DISABLE_VARIABLE, "")
     monkeypatch.setenv("COLUMNS", "120")
@@ -61,7 +61,7 @@ def metareg(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of three steps, with its pictures."""
+    """A run of three steps, with plots."""
     path = tmp_path_factory.mktemp("runs") / "run"
     with pictures.drawn():
         assert cli.run(["train", "--augment", "cml", "--out", str(path), *TINY]) == 0
@@ -89,7 +89,7 @@ def test_every_option_with_a_flag_has_it_in_train(metareg: Command) -> None:
 
 
 def test_the_same_flags_mean_the_same_in_every_command(metareg: Command) -> None:
-    """What says of a task how large it is, what is run and where, has one flag."""
+    """Flags for the size of tasks, the model and the device are the same in all commands."""
     shown = {
         command: metareg(command, "--help").output for command in ("train", "compare", "eval", "analyse", "predict")
     }

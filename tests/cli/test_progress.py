@@ -1,4 +1,4 @@
-"""What a terminal shows of a training: where it stands now, not where it stood when it last told its observers."""
+"""The progress bar of a training shows the current step, not that of the last report to observers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VALIDATION = Evaluation("mse", False, (1,), torch.ones(2, 1), "none", "head")
 
 
 class Training:
-    """A run that stands wherever a test puts it, and what a terminal shows of it."""
+    """A run whose progress a test sets, and the terminal's display of it."""
 
     def __init__(
         self, *, begun_at: int = 0, strategy: str = "vectorized", terminal: bool = True, width: int = 80
@@ -38,7 +38,7 @@ class Training:
         self.progress.__exit__()
 
     def look(self, steps_done: int, evaluated_split: str | None = None) -> str:
-        """What the bar shows after so many steps, while a split is evaluated."""
+        """Return the bar's text after some steps, optionally while a split is evaluated."""
         self.source.evaluated_split = evaluated_split
         self.learner.steps_done = steps_done
         self.progress._bar.refresh()

@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As pip would leave it: the module on the path, with the metadata of its pyproject.toml."""
+    """Install a package like pip: its module on the path, with the metadata of its pyproject.toml."""
     project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     metadata = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     metadata.mkdir()
@@ -38,7 +38,7 @@ def installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def without_trainings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those checks left out that take long; the tests of the kit carry them out, with plugins like the templates."""
+    """Skip the slow checks, which the tests of the kit run with plugins like the templates."""
     for named in testing._OF_KIND.values():
         for name in ("strategies", "whole-steps", "determinism", "composition"):
             monkeypatch.delitem(named, name, raising=False)
@@ -101,7 +101,7 @@ def test_new_plugin_is_well_styled(kind: str, tmp_path: Path) -> None:
     [
         (["new-plugin", "algorithm", "Sign MAML"], "lower-case letters"),
         (["new-plugin", "algorithms", "maml"], "taken by the algorithm of metareg"),
-        # Its module would hide the shipped one, and no MAML could be trained.
+        # Its module would shadow the shipped one, and MAML could not be trained.
         (
             ["new-plugin", "augmenters", "maml"],
             "The module metareg_maml, which the name 'maml' needs, is already installed",

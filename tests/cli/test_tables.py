@@ -1,4 +1,4 @@
-"""What the commands show in 80 columns."""
+"""The tables of the commands in 80 columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from metareg.reporting.tables import Table
 
 
 def show(content: RenderableType) -> list[str]:
-    """The lines of something in a terminal of 80 columns."""
+    """Return the lines of an output in a terminal of 80 columns."""
     console = Console(width=80, record=True, file=io.StringIO())
     console.print(content)
     lines = console.export_text().splitlines()

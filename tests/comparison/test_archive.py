@@ -24,7 +24,7 @@ TUNED = SMALL | {"tune": {"space": {"inner_lr": [0.01, 0.03, 0.1]}}}
 
 
 def make_float32(path: Path) -> None:
-    """Scores as runs have them: losses of float32."""
+    """Draw scores like those of runs: float32 losses."""
     content = json.loads(path.read_text())
     for step in content["steps"]:
         step["scores"] = np.float32(step["scores"]).astype(float).tolist()
@@ -108,7 +108,7 @@ def test_a_comparison_goes_on_from_the_file(tmp_path: Path, monkeypatch: pytest.
 
     assert first.plan.config.seeds == [0, 1, 5, 7]
     assert (first.finished, first.left) == (16, 2 + 6)
-    # A machine that has begun runs of its own keeps them; only what it lacks is added.
+    # A machine that has begun its own runs keeps them; only missing ones are added.
     own = tmp_path / "two" / runs[0]
     own.mkdir(parents=True)
     (own / "config.yaml").write_text("steps: 100\n")
@@ -135,7 +135,7 @@ def test_chosen_settings_come_with_the_file(tmp_path: Path, monkeypatch: pytest.
     folder = plan.get_tuning_folder(plan.arms[0])
     folder.mkdir(parents=True)
     (folder / "chosen.json").write_text(json.dumps(chosen | {"trials": trials}))
-    for number, settled in ((0, True), (1, False)):  # trials of an arm that is still to choose
+    for number, settled in ((0, True), (1, False)):  # trials of an arm whose settings are not chosen yet
         options = {"inner_lr": (0.01, 0.03)[number]}
         run = plan.make_trial(plan.arms[1], number, 0, options)
         run.path.mkdir(parents=True)

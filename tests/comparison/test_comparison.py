@@ -1,4 +1,4 @@
-"""Comparisons: what is compared, that it is paired, what is tried again, and that a kill changes nothing."""
+"""Comparisons: what is compared, pairing, retries, and the effect of kills, which is none."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_algorithm_meets_every_augmenter_on_every_task_for_every_seed(tmp_
     chained = next(run for run in runs if run.arm.augmenter == "dropgrad+cml")
     assert chained.config["augment"] == ["dropgrad", "cml"]
     assert chained.path == tmp_path / "runs" / "sinusoid" / "maml+dropgrad+cml" / "seed-0"
-    # Whole tables seed after seed: what is there early is a table already.
+    # Runs are ordered by seed, so that early results already form a table.
     assert [run.seed for run in runs] == sorted(run.seed for run in runs)
 
 
@@ -256,7 +256,7 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
         assert tuning is not None
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
     assert config.options["threads"] == 1
-    # The same options again find their own rule.
+    # Repeating the same options changes the same rule.
     assert config.override(options=options, search=20) == config
 
 
@@ -334,7 +334,7 @@ def test_the_same_seed_gives_every_arm_the_same_weights_and_tasks(tmp_path: Path
 
 
 class Fake:
-    """A launcher whose runs end as they are told, one per look."""
+    """A launcher whose runs end with given outcomes, one per poll."""
 
     capacity = 2
 
@@ -474,7 +474,7 @@ def test_the_shipped_comparisons_are_whole(file: Path, tmp_path: Path, monkeypat
 
 def test_a_plan_is_fixed_once_a_run_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Comparison, "carry_out", lambda *_: None)
-    for text in ("Five seeds.", "Eight seeds."):  # nothing has begun yet
+    for text in ("Five seeds.", "Eight seeds."):  # no run has begun yet
         compare(config=config_of(plan=text), out=tmp_path)
     begun = Plan.read(tmp_path).list_runs()[0].path
     begun.mkdir(parents=True)
@@ -661,7 +661,7 @@ for leave_session in (False, True):
 
 
 def test_a_process_that_dies_is_reported_and_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # What stands in the working directory is none of a run's business; what a process leaves behind keeps its output open.
+    # Files in the working directory must not affect a run; a child that outlives its process keeps its output open.
     (tmp_path / "queue.py").write_text("raise SystemExit('a file of the user')")
     write_text(tmp_path / "path" / "sitecustomize.py", LEAVES_CHILDREN)
     monkeypatch.chdir(tmp_path)
@@ -686,7 +686,7 @@ def test_a_process_that_dies_is_reported_and_replaced(tmp_path: Path, monkeypatc
 
 
 def record_pools(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int, list[str]]]:
-    """Processes, threads and GPUs of every pool that a comparison asks for from now on; nothing is trained."""
+    """Record the processes, threads and GPUs that comparisons request from pools; nothing is trained."""
     pools: list[tuple[int, int, list[str]]] = []
 
     def make_pool(jobs: int, threads: int, _log: Path, gpus: list[str]) -> Fake:
@@ -778,7 +778,7 @@ KILLED = {**TINY, "steps": 120, "log_every": 10, "checkpoint_every": 25, "thread
 
 
 def begin(folder: Path) -> subprocess.Popen[bytes]:
-    """The comparison in a process of its own, once its runs have got on."""
+    """Start the comparison in a separate process, and wait until its runs have progressed."""
     before = sum(path.stat().st_size for path in folder.rglob("timing.jsonl"))
     options = [f"--set={key}={value}" for key, value in KILLED.items()]
     process = subprocess.Popen(
@@ -795,7 +795,7 @@ def begin(folder: Path) -> subprocess.Popen[bytes]:
 
 
 def found(folder: Path) -> dict[str, Any]:
-    """The figures of a comparison."""
+    """Return the results of a comparison."""
     return {
         str(path.relative_to(folder)): json.loads(path.read_text()) if path.suffix == ".json" else path.read_bytes()
         for name in ("results.json", "metrics.jsonl")

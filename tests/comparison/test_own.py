@@ -1,4 +1,4 @@
-"""Comparisons of a program's own objects."""
+"""Comparisons of users' own objects."""
 
 from __future__ import annotations
 

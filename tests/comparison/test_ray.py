@@ -1,4 +1,4 @@
-"""Comparisons on a Ray cluster: what Ray is asked for, on a stand-in for it; and, where Ray is installed, a real one."""
+"""Comparisons on a Ray cluster: requests to a stand-in for Ray, and a real cluster if Ray is installed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run_at(path: Path, **options: Any) -> PlannedRun:
 
 
 class StandIn(types.ModuleType):
-    """What `RayLauncher` uses of Ray; tasks are carried out when somebody waits for them."""
+    """The part of Ray that `RayLauncher` uses; tasks run when their results are awaited."""
 
     class exceptions:
         class RayError(Exception):
@@ -168,7 +168,7 @@ def test_a_cluster_of_its_own_is_quiet_and_leaves_signals_alone(ray: StandIn, mo
     assert ray.connection is not None
     assert (ray.connection["address"], ray.connection["num_cpus"]) == ("local", 6)
     assert ray.connection["log_to_driver"] is ray.connection["include_dashboard"] is False
-    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"  # as the user wants it
+    assert os.environ["RAY_USAGE_STATS_ENABLED"] == "1"  # chosen by the user
     launcher.close()
     monkeypatch.delenv("RAY_USAGE_STATS_ENABLED")
     RayLauncher(jobs=1, threads=1).close()
@@ -182,7 +182,7 @@ def test_a_cluster_of_its_own_is_quiet_and_leaves_signals_alone(ray: StandIn, mo
 def test_other_clusters_are_joined_and_left(ray: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
     RayLauncher(jobs=1, threads=1, address="auto")
     assert ray.connection == {"address": "auto", "log_to_driver": False, "logging_level": "ERROR"}
-    # A connection that was there is used, and stays.
+    # An existing connection is used, and stays open.
     RayLauncher(jobs=1, threads=1).close()
     assert ray.connection is not None
     ray.connection = None
@@ -209,7 +209,7 @@ def test_without_ray_nothing_is_written(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.slow
-# Ray leaves its processes and their logs to the garbage collector.
+# Ray leaves open files of its processes to the garbage collector.
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_cluster_gives_what_local_processes_give(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'metareg[ray]'")

@@ -1,4 +1,4 @@
-"""Recipes: the shipped ones can be put together, and a verdict says what came out beside what was expected."""
+"""Recipes: the shipped ones are valid, and a verdict compares the result with the expected value."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_an_interval_holds_its_mean() -> None:
 def finished(
     folder: Path, scores: list[list[float]], metric: str = "accuracy", higher: bool = True
 ) -> list[PlannedRun]:
-    """Runs that ended with these scores after one inner step, a list for each seed."""
+    """Write runs that ended with these scores after one inner step, a list for each seed."""
     runs = []
     for seed, listed in enumerate(scores):
         run = PlannedRun(Arm("maml", "none", "task"), seed, folder / str(seed), {}, {})
@@ -244,7 +244,7 @@ def test_what_an_interval_is_over_may_be_unknown(tmp_path: Path) -> None:
 
 
 def command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    """The exit code, and what was printed to stdout and stderr, each on one line."""
+    """Return the exit code and the output to stdout and stderr, each on one line."""
     capsys.readouterr()
     code = cli.run(["reproduce", *arguments])
     return code, *(" ".join(text.split()) for text in capsys.readouterr())
@@ -290,7 +290,7 @@ def test_a_recipe_from_beginning_to_end(
     }
     assert written["found"]["by_seed"] == {name.removeprefix("seed-"): mean for name, mean in found.items()}
     assert sorted(found) == ["seed-0", "seed-1"]
-    # The finished runs are kept, whatever they are judged by.
+    # Finished runs are kept if the expected value changes.
     stamps = {path: path.stat().st_mtime_ns for path in Path("out").rglob("results.json")}
     unreachable = {**TINY["expected"], "mean": 1e-9, "interval": [0.0, 1e-8]}
     Path("tiny.yaml").write_text(yaml.safe_dump({**TINY, "expected": unreachable}))

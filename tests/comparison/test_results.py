@@ -1,4 +1,4 @@
-"""What is read from a comparison's folder, whole, unfinished or damaged."""
+"""Reading a comparison's folder that is complete, unfinished or damaged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from metareg.runs.options import assemble
 
 @pytest.fixture
 def small(tmp_path: Path) -> Plan:
-    """A comparison to break."""
+    """Write a comparison that tests damage."""
     return write_comparison(tmp_path / "small", SMALL, tasks=7)
 
 

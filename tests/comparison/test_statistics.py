@@ -1,4 +1,4 @@
-"""Intervals, paired differences, Holm's correction and the words for them: by hand, against scipy, and as properties."""
+"""Intervals, paired differences, Holm's correction and verdicts: by hand, against scipy, and as properties."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_as_scipy() -> None:
     assert (found.over_seeds.low, found.over_seeds.high) == pytest.approx(
         tuple(test.confidence_interval(0.95)), rel=1e-9
     )
-    # Two samples of Welch are the difference of two means; of the mean of two it is half of that.
+    # Welch's interval is for the difference of two means; the interval of the mean of two is half of it.
     welch = stats.ttest_ind(base[0], -base[1], equal_var=False).confidence_interval(0.95)
     halved = over_tasks([base[0], base[1]])
     assert (halved.low, halved.high) == pytest.approx((welch.low / 2, welch.high / 2), rel=1e-9)
@@ -165,7 +165,7 @@ _SCORE = st.integers(-1000, 1000).map(lambda value: value / 64)
 
 @st.composite
 def arms(draw: st.DrawFn) -> Arms:
-    """Two arms that have the same seeds; sums and differences of the scores are exact."""
+    """Draw two arms with the same seeds; sums and differences of the scores are exact."""
     seeds, tasks = draw(st.integers(1, 6)), draw(st.integers(2, 4))
     rows = st.lists(_SCORE, min_size=tasks, max_size=tasks)
     first, second = (draw(st.lists(rows, min_size=seeds, max_size=seeds)) for _ in range(2))

@@ -1,4 +1,4 @@
-"""Choosing settings: what may be written, what is searched, and that a search ends the same however often it is stopped."""
+"""Choosing settings: the configuration, the search space, and searches whose results do not depend on interruptions."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def test_keys_that_the_user_names() -> None:
 
 
 class Many:
-    """An augmenter whose options declare searches of every sort."""
+    """An augmenter whose options declare all kinds of search spaces."""
 
     name = "many"
 
@@ -284,20 +284,20 @@ def tuner(folder: Path, augment: str = "cml", **tune: Any) -> Tuner:
 
 
 def loss(run: PlannedRun) -> float:
-    """A made-up validation loss, least at step size 0.05 and γ = 0.5."""
+    """Return a synthetic validation loss with its minimum at step size 0.05 and γ = 0.5."""
     gamma = run.options.get("cml.gamma", 0.05)
     return abs(math.log10(run.options.get("inner_lr", 0.01) / 0.05)) + abs(math.log10(gamma / 0.5)) + 0.01 * run.seed
 
 
 def finish(run: PlannedRun, mean: float, *, split: str = "validation", higher_is_better: bool = False) -> None:
-    """What a run leaves that ended."""
+    """Write the files of a finished run."""
     steps = [{"inner_steps": 0, "mean": -100.0}, {"inner_steps": 3, "mean": mean}]
     content = {"metric": "made-up", "higher_is_better": higher_is_better, "split": split, "steps": steps}
     write_json(run.path / "results.json", content)
 
 
 def carried_out(tuner: Tuner, score: Callable[[PlannedRun], float] = loss) -> dict[str, Any]:
-    """All of a tuning, one run at a time; what chosen.json says in the end."""
+    """Run a whole tuning, one run at a time, and return the content of chosen.json."""
     while jobs := tuner.next_runs():
         finish(jobs[0], score(jobs[0]))
     assert tuner.chosen is not None
@@ -493,7 +493,7 @@ def test_a_grid_gives_every_arm_as_many_trials(tmp_path: Path) -> None:
     assert [each["inner_lr"] for each in others[4:]] == rates[4:], (
         "a setting's number draws the same step size in each arm"
     )
-    # One that goes on tries the same, and what a grid of its own chose stands.
+    # When it continues, it tries the same settings, and the choice of a separate grid stays.
     assert create_tuners(plan)[plan.arms[0]].chosen == none.chosen
     file = none.folder / "chosen.json"
     content = json.loads(file.read_text())
@@ -519,7 +519,7 @@ def test_a_task_can_choose_in_a_way_of_its_own(tmp_path: Path) -> None:
     assert {(run.seed, run.options["inner_lr"], run.options["steps"]) for run in jobs} == {
         (seed, rate, 7) for seed in (4, 5) for rate in (0.5, 0.7)
     }
-    # What is said beside it stands before both.
+    # Explicit options override both.
     other = Plan(tmp_path, plan.config.override(search=9, space={"outer_lr": None}))
     assert [(each.trials, [*each.space]) for each in map(other.get_tuning, other.arms) if each] == [
         (9, ["outer_lr"])
@@ -543,7 +543,7 @@ def test_only_tasks_that_say_so_are_tuned(tmp_path: Path) -> None:
         "maml on few, trial-0, seed 0", "maml on few, trial-1, seed 0", "maml on sinusoid, seed 0", "maml on few, seed 0",
     ]  # fmt: skip
     assert [arm.chosen is not None for task in read_results(tmp_path).tasks for arm in task.arms] == [False, True]
-    # Neither is chosen differently once it has begun: its runs would not be what the table says.
+    # Once it has begun, neither may be chosen differently: the runs would not match the table.
     other = {"space": {"inner_lr": [0.5, 0.6]}}
     for number, label in enumerate(("sinusoid", "few")):
         changed = [{**task, "tune": other} if place == number else task for place, task in enumerate(values["tasks"])]
@@ -595,7 +595,7 @@ OPTIONS = {
 
 
 class LastFirst:
-    """A launcher of two runs at a time, of which the one that began last ends first."""
+    """A launcher with two runs at a time, of which the later one ends first."""
 
     capacity = 2
 
@@ -639,7 +639,7 @@ def test_runs_are_counted_once_where_a_trial_ends_before_its_last_seed(tmp_path:
     comparison = Comparison(plan, launcher)
     comparison.carry_out(StopRequest(), Watch())
     assert (comparison.finished, comparison.left, comparison.broken, {*totals}) == (10, 0, {}, {10})
-    # The third seed of the trial that diverged was waiting, and is not needed.
+    # The third seed of the diverged trial was waiting, and is no longer needed.
     assert len(launcher.submitted) == 9
 
     def break_down(run: PlannedRun) -> str | None:
@@ -674,7 +674,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
     chosen = json.loads((plan.get_tuning_folder(arm) / "chosen.json").read_text())
     tried = {trial["options"]["inner_lr"]: trial for trial in chosen["trials"]}
     assert tried[1e30]["error"].startswith("Training diverged")
-    # The comparison names its own option in another way; what was chosen stands before it all the same.
+    # The comparison's options name the option differently; the chosen value still overrides it.
     for value in (0.001, 0.03):
         score = Tuned(plan.make_trial(arm, chosen["trials"].index(tried[value]), 0, {}).path)
         assert (score.split, score.steps, score.inner_lr) == ("validation", 4, value)
@@ -695,7 +695,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
 
 
 class Tuned:
-    """What is in the folder of a run."""
+    """Return the names in the folder of a run."""
 
     def __init__(self, path: Path) -> None:
         results = json.loads((path / "results.json").read_text())

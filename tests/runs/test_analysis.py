@@ -1,4 +1,4 @@
-"""`metareg analyse` against plain loops with torch.autograd."""
+"""`metareg analyse` against reference loops with torch.autograd."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def error(params: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
 
 
 def adapt(meta: dict[str, Tensor], x: Tensor, y: Tensor, names: tuple[str, ...], steps: int) -> list[dict[str, Tensor]]:
-    """Gradient descent on some of the parameters; where it is after 0, 1, … steps."""
+    """Run gradient descent on some of the parameters, and return them after 0, 1, … steps."""
     found = [dict(meta)]
     for _ in range(steps):
         now = found[-1]
@@ -53,7 +53,7 @@ def leaves(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_means(found: list[adaptation.Mean], values: np.ndarray) -> None:
-    """Means over tasks ``[tasks, steps]`` with their intervals."""
+    """Return the means over tasks ``[tasks, steps]`` with their intervals."""
     assert [each.mean for each in found] == pytest.approx(values.mean(0), rel=1e-4)
     half = stats.sem(values, axis=0) * stats.t.ppf(0.975, len(values) - 1)
     assert [each.ci95 for each in found] == pytest.approx(half, rel=1e-3)
@@ -100,7 +100,7 @@ def test_every_number_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytes
             moved.append([((each - steps[0]).norm() / steps[0].norm()).item() for each in steps[1:]])
         check_means(layer.relative, np.array(moved))
 
-    # The gradients of the two losses, each by itself, at the end of training.
+    # The separate gradients of the two losses at the end of training.
     state = Checkpoints(run.path / "checkpoints", 3).load_newest()
     assert state is not None
     ends = leaves(state["learner"]["meta"])

@@ -23,7 +23,7 @@ RATE, STEPS = 0.02, 7
 
 
 def tune(model: nn.Module, task: tuple[Any, ...]) -> float:
-    """The error on the query set after some steps of Adam on the support set."""
+    """Return the error on the query set after some steps of Adam on the support set."""
     x, y, query_x, query_y = task
     model = copy.deepcopy(model)
     optimizer = torch.optim.Adam(model.parameters(), RATE)

@@ -1,4 +1,4 @@
-"""Checkpoints, resuming, faults of the disk, signals, locks and divergence."""
+"""Checkpoints, resuming, disk failures, signals, locks and divergence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run that was left alone, with its pictures; not to be changed."""
+    """A small uninterrupted run with plots; tests must not change it."""
     path = tmp_path_factory.mktemp("finished") / "run"
     with pictures.drawn():
         metareg.train("maml", "cml", "sinusoid", out=path, **SMALL)
@@ -65,14 +65,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _surroundings() -> Iterator[None]:
-    """Global generators as they were."""
+    """Restore the global generators."""
     with torch.random.fork_rng(devices=[]):
         yield
 
 
 @pytest.fixture
 def stopped(finished: Path, tmp_path: Path) -> Path:
-    """A copy of it as it was after 12 steps."""
+    """Return a copy of the run as it was after 12 steps."""
     return _stopped(finished, tmp_path / "stopped")
 
 
@@ -232,7 +232,7 @@ def test_another_meaning_is_refused(stopped: Path, change: dict[str, Any], messa
 
 
 def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(finished: Path, tmp_path: Path) -> None:
-    """Whatever is written first is there alone, or nothing is."""
+    """Only the file that is written first exists, or none does."""
     for number, names in enumerate([[".lock", ".owner.json", ".config.yaml.1.tmp"], ["config.yaml"]]):
         path = tmp_path / str(number)
         path.mkdir()
@@ -282,7 +282,7 @@ def test_best_weights_are_tested_and_kept(tmp_path: Path) -> None:
 
 
 class Momentum:
-    """An outer optimiser with a state of its own."""
+    """An outer optimiser with its own state."""
 
     @hookimpl
     def inner_update(self, params: dict[str, Tensor], grads: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -315,7 +315,7 @@ def test_state_that_no_checkpoint_can_hold_is_named(tmp_path: Path) -> None:
 
 
 class Recorder:
-    """A task source that notes what it was asked for; tasks of two sizes."""
+    """A task source with two task sizes that records the requests."""
 
     stackable = False
 
@@ -415,7 +415,7 @@ def test_renamed_checkpoint_is_not_taken_for_another(stopped: Path) -> None:
 
 
 class Shim:
-    """Makes the n-th operation on files fail, as a full or broken disk does."""
+    """Makes the n-th file operation fail, like a full or broken disk."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fail_at: int | None = None
@@ -448,7 +448,7 @@ class Shim:
 
 
 class Training:
-    """A small training with checkpoints, without the rest of a run."""
+    """Set up a small training with checkpoints, without the rest of a run."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
@@ -466,7 +466,7 @@ class Training:
         self.lines.append({"step": step, "loss": logs["loss"]})
 
     def run(self) -> tuple[dict[str, Tensor], bytes]:
-        """Train to the end from where it stands; the weights and the lines."""
+        """Train to the end from the current step; return the weights and the lines."""
         if not self.manager.restore():
             self.manager.save()
         schedule = Schedule(steps=7, meta_batch=2, log_every=3)
@@ -475,7 +475,7 @@ class Training:
 
 
 def _failure(function: Callable[[], Any]) -> str:
-    """The message of the error that it ends with; nothing where it ends well."""
+    """Return the message of the error that ends it; empty without an error."""
     try:
         function()
     except MetaregError as error:
@@ -529,7 +529,7 @@ def test_a_full_disk_is_one_sentence(stopped: Path, finished: Path, tried: Calla
 
 
 class Vanishing:
-    """An observer that removes the run's folder, as somebody else might."""
+    """An observer that removes the run's folder, as another program might."""
 
     @hookimpl
     def on_run_start(self, run: metareg.Run) -> None:
@@ -691,13 +691,13 @@ def test_interrupts_while_the_command_starts(tmp_path: Path, share: float) -> No
 
 
 class PoisonConfig(PluginConfig):
-    """Which training tasks are poisoned."""
+    """The training tasks with invalid targets."""
 
     tasks: list[int]
 
 
 class Poison:
-    """A task of which some training tasks have infinite targets."""
+    """A task source in which some training tasks have infinite targets."""
 
     Config = PoisonConfig
     loss = "mse"
@@ -744,7 +744,7 @@ def test_divergence_stops_with_a_good_checkpoint(tmp_path: Path) -> None:
 def test_going_on_after_divergence_is_repeatable(
     tmp_path: Path, policy: str, strategy: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    # Steps 10 and 15 (tasks 18 and 29) go wrong.
+    # Steps 10 and 15 (tasks 18 and 29) fail.
     options = {"on_nonfinite": policy, "strategy": strategy}
     run = _poisoned(tmp_path / "run", [18, 29], **options)
     assert run.learner.steps_done == 20
@@ -788,7 +788,7 @@ metareg.train("maml", task="sinusoid", out={str(tmp_path / "killed")!r}, observe
 def test_going_on_after_divergence_has_a_bound(tmp_path: Path) -> None:
     with pytest.raises(DivergenceError, match=r"(?i)step 6.* more than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "skip", list(range(6, 40)), on_nonfinite="skip", max_nonfinite=2)
-    # Step 4 fails, then step 1 twice: it takes the tasks that come after those of the step that failed last.
+    # Step 4 fails, then step 1 twice: each retry takes the tasks after those of the last failed step.
     with pytest.raises(DivergenceError, match=r"(?i)step 1 .* more than max_nonfinite = 2 times"):
         _poisoned(tmp_path / "rollback", list(range(6, 400)), on_nonfinite="rollback", max_nonfinite=2)
 
@@ -824,12 +824,12 @@ def test_global_generators_go_on(tmp_path: Path) -> None:
 
 
 def _draw() -> float:
-    """A number in [0, 3) from the global generators of Python, NumPy and torch."""
+    """Return a number in [0, 3) from the global generators of Python, NumPy and torch."""
     return random.random() + float(np.random.rand()) + torch.rand(()).item()
 
 
 class _Drawing:
-    """An augmenter that draws from the global generators wherever it is called."""
+    """An augmenter that draws from the global generators in every hook."""
 
     def __init__(self, _config: PluginConfig) -> None:
         self.offset = _draw()
@@ -840,7 +840,7 @@ class _Drawing:
 
 
 class _Listener:
-    """An observer that draws too, and may stop the run."""
+    """An observer that also draws, and may stop the run."""
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
@@ -853,7 +853,7 @@ class _Listener:
 
 
 def _drawn(out: Path, seed: int = 0, stop_at: int | None = None, **options: Any) -> dict[str, bytes]:
-    """The checkpoints and results of a run whose augmenter and observer draw from the global generators."""
+    """Train with an augmenter and an observer that draw from the global generators; return checkpoints and results."""
     options = {**SMALL, "observers": [_Listener(stop_at)], "seed": seed, **options}
     metareg.train("maml", [_Drawing], "sinusoid", out=out, **options)
     return {
@@ -870,7 +870,7 @@ def test_the_seed_fixes_what_plugins_draw_from_the_global_generators(tmp_path: P
     random.seed(9), np.random.seed(9), torch.manual_seed(9)
     assert _draw() == expected[0]
     assert _drawn(tmp_path / "again") == first
-    assert _draw() == expected[1]  # the caller's generators go on as if nothing had been drawn
+    assert _draw() == expected[1]  # the caller's generators continue as if nothing had been drawn
 
     with pytest.raises(Interrupted):
         _drawn(tmp_path / "stopped", stop_at=15)

@@ -1,4 +1,4 @@
-"""From what a user says to a run's configuration: routing, precedence, and one sentence for every mistake."""
+"""From a user's options to a run's configuration: routing, precedence, and one sentence for every mistake."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_complete_configuration_is_its_own_fixed_point() -> None:
 
 
 class Rated:
-    """An augmenter with an option that dropgrad has too."""
+    """An augmenter with the name of one of dropgrad's options."""
 
     class Config(PluginConfig):
         rate: float = 0.1
@@ -130,7 +130,7 @@ def test_option_of_the_task_and_of_the_model_that_it_names() -> None:
 
 
 class Wishing(Task):
-    """A task whose recommendations a test gives."""
+    """A task whose recommendations a test sets."""
 
     default_model = "mlp"
 
@@ -143,7 +143,7 @@ class Wishing(Task):
 
 
 class Careful(Rated):
-    """An algorithm with two options, and recommendations that a test gives."""
+    """An algorithm with two options, whose recommendations a test sets."""
 
     recommended: ClassVar[dict[str, Any]] = {}
 
@@ -165,7 +165,7 @@ def careful(**recommended: Any) -> type:
 
 
 def test_the_order_of_all_that_say_something() -> None:
-    """Each layer alone decides what no layer before it does; lower layers always say something else."""
+    """Each layer decides what no higher layer decides; lower layers always have other values."""
 
     class Preparing:
         recommended: ClassVar[dict[str, Any]] = {f"task.{name}": 6 for name in "abcdef"}
@@ -204,7 +204,7 @@ def test_an_algorithm_stands_before_the_task_in_general_for_options_of_the_run_a
 
 
 def test_a_recommendation_reaches_its_owner_alone() -> None:
-    """An augmenter with an option of the model's name keeps its own default."""
+    """An augmenter keeps its own default for an option that has the same name as one of the model's."""
     selection = assemble({"task": wishing(model__hidden=[7]), "augment": [Hidden]}, {})
     assert selection.model.config.hidden == [7]
     assert selection.augmenters[0].config.hidden == 3
@@ -213,7 +213,7 @@ def test_a_recommendation_reaches_its_owner_alone() -> None:
 
 
 class Hidden(Rated):
-    """An augmenter with an option that the model mlp has too."""
+    """An augmenter with the name of one of the model mlp's options."""
 
     class Config(PluginConfig):
         hidden: int = 3

@@ -1,4 +1,4 @@
-"""Runs that stop early, and runs with schedules: where they stop, what they say of it, and how they go on."""
+"""Runs that stop early, and runs with schedules: when they stop, what they report, and how they continue."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path) -> dict[str, bytes]:
 
 
 def cut(path: Path, to: Path, step: int) -> Path:
-    """A copy of a run as it was when it was killed after some step."""
+    """Return a copy of a run as if it had been killed after some step."""
     shutil.copytree(path, to)
     for name in RESULT[1:]:
         (to / name).unlink()
@@ -39,7 +39,7 @@ def cut(path: Path, to: Path, step: int) -> Path:
 
 
 def find_stop(scores: list[float], patience: int) -> tuple[int, int]:
-    """The numbers of the validation at which to stop and of the best before it, by going through them one by one."""
+    """Return the validation at which to stop and the best one before it, by going through them one by one."""
     best, best_number, waited = math.inf, 0, 0
     for number, score in enumerate(scores, 1):
         if score < best:

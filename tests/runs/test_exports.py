@@ -1,4 +1,4 @@
-"""Exported learners and programs, and predictions for a user's own examples."""
+"""Exported learners and programs, and predictions for users' own examples."""
 
 from __future__ import annotations
 
@@ -222,7 +222,7 @@ def test_tables_that_will_not_do(curves: Run, tmp_path: Path, text: str, message
 
 
 def test_columns_go_by_their_names(curves: Run, tmp_path: Path) -> None:
-    """The same answer for the same table in any order, any separator, any decimal sign; without names, by place."""
+    """Predictions do not depend on a table's order, separator or decimal sign; without names, columns match by position."""
     plain = [("x,y\n-1.5,0.5\n2,-1\n", "x\n0.25\n-3\n")]
     same = [
         ("y,x\n0.5,-1.5\n-1,2\n", "x\n0.25\n-3\n"), ("y;x\n0,5;-1,5\n-1;2\n\n", "\ufeffx\n0,25\n-3\n"),
@@ -286,7 +286,7 @@ torch.save(answers, "answers.pt")
 
 
 def test_programs_that_adapt_run_without_metareg(curves: Run, shades: Run, tmp_path: Path) -> None:
-    """What they predict is what the learner predicts, for any number of examples, one alone among them."""
+    """They predict what the learner predicts, for any number of examples, including one."""
     curves.export(tmp_path / "curves.pt2", adaptive=True, inner_steps=3)
     shades.export(tmp_path / "shades.pt2", adaptive=True)
     of_curves = [(torch.randn(n, 1), torch.randn(n, 1), torch.randn(q, 1)) for n, q in ((3, 5), (12, 1))]
@@ -343,7 +343,7 @@ def test_onnx_is_the_same_function(shades: Run, tmp_path: Path, monkeypatch: pyt
 
 
 def test_many_sites_at_once(curves: Run, shades: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Each site's rows are those of predicting for it alone; the learner's file will do in the place of the run."""
+    """Each site's rows equal its separate predictions; the learner's file works in place of the run."""
     tables = {"north": "x,y\n-1,0.5\n0,1.5\n", "south": "x,y\n1,-0.5\n3,0\n2,2\n"}
     expected = ["site,x,y"]
     for name, text in tables.items():

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, as often as you like, ends as one that was left alone."""
+"""A run that is killed at any moment, any number of times, ends like an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.strangers
 RESULT = ("config.yaml", "metrics.jsonl", "results.json", "checkpoints/final.safetensors")
 
 _ALGORITHMS = ("maml", "metasgd", "mamlpp", "reptile", "inner-adam")
-"""One with nothing of its own, with meta-parameters, with a schedule, with an outer gradient, with a state."""
+"""Algorithms: plain, with own meta-parameters, a schedule, an outer gradient, or a state."""
 _AUGMENTS = ("none", "cml", "gradient-noise", "dropgrad,cml", "cml,gradient-noise,dropgrad")
 _SETTINGS = (
     "log_every=7", "eval_every=10", "eval_tasks=4", "test_tasks=6", "test_inner_steps=[0,1,2]", "checkpoint_every=4",
@@ -34,13 +34,13 @@ _TASKS: dict[str, tuple[str, ...]] = {
     "glyphs": ("--ways", "3", "--shots", "1", "--query", "2", "--set=model.width=4"),
     "omniglot-small": ("--ways", "3", "--shots", "1", "--query", "2", "--set=model.width=4"),
 }
-"""A task of each kind that needs no data, and some that do, with options that keep them small."""
+"""A task of each kind without data, and some with data, with options that keep them small."""
 _NEED_DATA = ("cora", "omniglot-small")
 
 
 @dataclass
 class Case:
-    """One configuration to be killed."""
+    """A configuration for runs that are killed."""
 
     algo: str
     augment: str
@@ -52,7 +52,7 @@ class Case:
         return "-".join((self.algo, self.augment, self.task, self.strategy, *self.options))
 
     def arguments(self, steps: int) -> list[str]:
-        """The options of `metareg train`, without the folder."""
+        """Return the options of `metareg train`, without the folder."""
         settings = (f"--set={setting}" for setting in _SETTINGS)
         return [
             "--algo", self.algo, "--augment", self.augment, "--task", self.task, "--strategy", self.strategy,
@@ -66,7 +66,7 @@ def _installed(kind: str) -> list[str]:
 
 
 def _short() -> list[Case]:
-    """Algorithms of every kind, every augmentation and every kind of task once."""
+    """Return cases with every kind of algorithm, every augmentation and every kind of task once."""
     algorithms = itertools.cycle(_ALGORITHMS)
     cases = [Case(next(algorithms), augment) for augment in _AUGMENTS]
     cases[0].strategy = "vectorized"
@@ -75,7 +75,7 @@ def _short() -> list[Case]:
 
 
 def _long() -> list[Case]:
-    """Every algorithm, with every augmentation, on each kind of task."""
+    """Return cases with every algorithm and every augmentation on each kind of task."""
     strategies = itertools.cycle(("vectorized", "serial"))
     algorithms = [entry for entry in list_entries("algorithms") if entry.distribution == "metareg"]
     predict_numbers = {each.name: getattr(each.load(), "targets", "numbers") == "numbers" for each in algorithms}
@@ -133,7 +133,7 @@ def _kill_and_compare(case: Case, folder: Path, processes: Nursery | Command, *,
     moments = random.Random(str(case))
     done = 0
     while True:
-        # The same command each time, or `resume` once there is something to be resumed.
+        # Repeat the command, or use `resume` if there is a checkpoint.
         resumable = (killed / "config.yaml").is_file() and done % 2
         process = processes.start(
             ["resume", str(killed)] if resumable else [*arguments, "--out", str(killed), "--resume"]

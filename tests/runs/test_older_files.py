@@ -1,4 +1,4 @@
-"""What was written before an option got another name is read still."""
+"""Files from before an option was renamed can still be read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
 
 
 def aged(content: dict[str, Any]) -> dict[str, Any]:
-    """A file's content as it was when `norm` was the name of two options."""
+    """Return a file's content from when two options were named `norm`."""
     old = {"norm" if key == "bn_statistics" else key: value for key, value in content.items()}
     if isinstance(old.get("model"), dict):
         config = {"norm" if key == "norm_layer" else key: value for key, value in old["model"]["config"].items()}
@@ -32,7 +32,7 @@ def aged(content: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
-    """A run of which every file speaks of `norm`."""
+    """Return a run whose files all contain `norm`."""
     pytest.importorskip("metareg_image")
     run = metareg.train("maml", task="glyphs", out=tmp_path / "run", **SMALL)
     for path in (run.path / "results.json", run.path / "environment.json"):

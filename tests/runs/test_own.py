@@ -1,4 +1,4 @@
-"""Runs on a program's own objects: tasks and modules that no package installs."""
+"""Runs on users' own objects: tasks and modules that no package installs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RESULT = ("metrics.jsonl", "results.json", "checkpoints/final.safetensors", "con
 
 
 def draw(split: str, index: int, seed: int, classes: int = 0) -> tuple[Tensor, ...]:
-    """A line through the origin with 5 support and 7 query points; or classes in the plane."""
+    """Draw a line through the origin with 5 support and 7 query points, or classes in the plane."""
     generator = torch.Generator().manual_seed(derive_seed(seed, split, index))
     x = torch.randn(12, 2, generator=generator, dtype=torch.float64)
     weight = torch.randn(2, max(1, classes), generator=generator, dtype=torch.float64)
@@ -45,7 +45,7 @@ class Lines:
 
 
 class LastOfRecurrent(nn.Module):
-    """A recurrent layer over the inputs of an example: at once, `torch.func` cannot map over its tasks."""
+    """A recurrent layer over the inputs of an example, which vmap does not support."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -61,7 +61,7 @@ def draw_anew(split: str, indices: Any) -> Episodes:
 
 
 class LineSet(Dataset[tuple[Tensor, ...]]):
-    """Tasks of a split by number, as a DataLoader stacks them."""
+    """Return numbered tasks of a split, stacked like by a DataLoader."""
 
     def __init__(self, split: str, tasks: int) -> None:
         self.tasks = [draw(split, index, 0) for index in range(tasks)]
@@ -74,7 +74,7 @@ class LineSet(Dataset[tuple[Tensor, ...]]):
 
 
 def create_loaders(**options: Any) -> dict[str, DataLoader[Any]]:
-    """Nine training tasks, in another order in each pass, in batches that end elsewhere than the training's."""
+    """Nine training tasks in a new order in each pass, in batches of another size than the training's."""
     return {
         "Train": DataLoader(LineSet("train", 9), batch_size=4, shuffle=True, **options),
         "val": DataLoader(LineSet("validation", 5), batch_size=5),
@@ -87,7 +87,7 @@ def take_lines(split: str, indices: Any, seed: int) -> Any:
 
 
 def yield_lines(split: str) -> Iterator[Any]:
-    """An endless stream from the global generators, as arrays."""
+    """Yield an endless stream of arrays from the global generators."""
     while True:
         x = np.random.normal(size=(3, 9, 2))
         y = (x * torch.randn(3, 1, 2).numpy()).sum(2, keepdims=True) + len(split)
@@ -113,7 +113,7 @@ def create_net(outputs: int = 1) -> nn.Sequential:
 
 
 def train_by_hand(net: nn.Module, batches: list[Any], rate: float = 0.1) -> dict[str, Tensor]:
-    """MAML as one would write it down: one inner step, Adam with 0.001 outside."""
+    """Train with a reference loop of MAML: one inner step, Adam with 0.001 as outer optimiser."""
     params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
     optimizer = torch.optim.Adam(params.values(), 1e-3)
     for batch in batches:
@@ -165,7 +165,7 @@ def test_run_equals_a_loop_written_out(tmp_path: Path) -> None:
     known = [float(task[0].sum()) for task in (draw("train", index, 0) for index in range(9))]
     drawn = [known.index(float(task[0].sum())) for batch in batches for task in batch]
     assert sorted(drawn[:9]) == sorted(drawn[9:18]) == list(range(9))  # whole passes
-    assert drawn[:9] != drawn[9:18] != list(range(9))  # each in an order of its own
+    assert drawn[:9] != drawn[9:18] != list(range(9))  # each in its own order
     by_hand = train_by_hand(create_net(), batches)
     for name, value in by_hand.items():
         torch.testing.assert_close(run.learner.meta_parameters[name], value, rtol=0, atol=1e-6)
@@ -185,7 +185,7 @@ def test_what_own_objects_are_is_inferred_and_written_down(tmp_path: Path) -> No
     assert run.evaluation.metric == "accuracy"
     text = (tmp_path / "run" / "config.yaml").read_text()
     assert text.count("program: true") == 2
-    # Without a module the labels say how many classes there are; what is said counts more.
+    # Without a module, the labels determine the number of classes; an explicit number takes precedence.
     kept = metareg.train(task=two_classes, model="mlp", metric="auroc", out=tmp_path / "mlp", steps=2, **_few())
     assert kept.source.plugin.instance.spec == TaskSpec((2,), (2,))
     assert kept.evaluation is not None
@@ -266,7 +266,7 @@ def test_class_that_a_package_installs_goes_by_its_name(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on lines; not to be changed."""
+    """A run on lines; tests must not change it."""
     path = tmp_path_factory.mktemp("own") / "run"
     metareg.train(task=Lines(), model=create_net(), out=path, **SMALL)
     return path
@@ -281,17 +281,17 @@ def test_commands_say_how_to_go_on_in_python(finished: Path) -> None:
     assert result.returncode == 2
     assert f"metareg.resume('{finished}', task=…, model=…)" in result.stderr
     with pytest.raises(UsageError, match=r"metareg\.Run\.load\('.*', task=…, model=…\)"):
-        Run.load(finished)  # as eval, predict and export do
+        Run.load(finished)  # like eval, predict and export
     assert before == {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
 
 
 def other_lines(split: str, indices: Any, seed: int) -> Any:
-    """As the run's in training alone."""
+    """A model that equals the run's only in training mode."""
     return Lines().episodes(split if split == "train" else "validation", indices, seed)
 
 
 class Scaled(nn.Module):
-    """Features times a number that training does not change."""
+    """Multiplies features by a number that training does not change."""
 
     def __init__(self, scale: float, power: int) -> None:
         super().__init__()
@@ -303,7 +303,7 @@ class Scaled(nn.Module):
 
 
 class Frozen(nn.Module):
-    """A module that training cannot make another one."""
+    """A module that training does not change."""
 
     def __init__(self, scale: float, power: int = 1) -> None:
         super().__init__()
@@ -351,13 +351,13 @@ def test_a_module_is_known_by_what_training_leaves_as_it_is(tmp_path: Path) -> N
 
 
 def test_predict_takes_arrays_and_frames(finished: Path) -> None:
-    run = Run.load(finished, task=Lines())  # a module of torch.nn layers alone comes back from the file
+    run = Run.load(finished, task=Lines())  # a module made only of torch.nn layers is loaded from the file
     support_x, support_y, query_x, _ = (part.numpy() for part in draw("test", 0, 0))
     expected = run.learner.adapt(support_x, support_y)(torch.from_numpy(query_x)).detach()
     assert torch.equal(run.predict((support_x, support_y), query_x), expected)
 
     class Frame(dict[str, np.ndarray]):
-        """What pandas and others have in common."""
+        """The common interface of pandas and similar libraries."""
 
         columns = property(list)
 
@@ -371,7 +371,7 @@ def test_predict_takes_arrays_and_frames(finished: Path) -> None:
     query = {name: column.view(Column) for name, column in zip("ab", query_x.T.copy(), strict=True)}
     header, *rows = run.predict(Frame(columns), Frame(query)).splitlines()
     assert header == "a,b,t"
-    # Tables hold float32, as their readers do.
+    # Tables contain float32, like those that readers return.
     assert [float(row.split(",")[2]) for row in rows] == pytest.approx(expected[:, 0].tolist(), abs=1e-6)
     with pytest.raises(UsageError, match=r"support examples are a list; predict takes paths or frames"):
         run.predict([support_x], query_x)
@@ -410,7 +410,7 @@ def test_tasks_that_cannot_be_used_get_one_sentence(task: Callable[[], Any], say
 
 
 def test_tasks_that_differ_each_time_are_refused(tmp_path: Path) -> None:
-    generator = np.random.default_rng(0)  # which nobody else can seed
+    generator = np.random.default_rng(0)  # which metareg cannot seed
 
     def lines(split: str) -> Iterator[Any]:
         while split:

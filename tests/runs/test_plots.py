@@ -1,4 +1,4 @@
-"""Pictures of a run that cannot be drawn."""
+"""Plots that cannot be drawn."""
 
 from __future__ import annotations
 
