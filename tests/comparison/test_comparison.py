@@ -256,7 +256,7 @@ def test_what_is_said_stands_before_whatever_the_file_says(tmp_path: Path) -> No
         assert tuning is not None
         assert (tuning.trials, tuning.space, tuning.options) == (20, {"inner_lr": [0.1, 0.2]}, {"test_tasks": 5})
     assert config.options["threads"] == 1
-    # Repeating the same options changes the same rule.
+    # The same options find their own rule again, and change nothing.
     assert config.override(options=options, search=20) == config
 
 

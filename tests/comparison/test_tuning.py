@@ -695,7 +695,7 @@ def test_a_whole_comparison_chooses_and_touches_the_test_tasks_once(tmp_path: Pa
 
 
 class Tuned:
-    """Return the names in the folder of a run."""
+    """The split, mean score and settings of a run."""
 
     def __init__(self, path: Path) -> None:
         results = json.loads((path / "results.json").read_text())

@@ -1,4 +1,4 @@
-"""Arrays and frames where tensors are taken: the same numbers, whatever holds them."""
+"""Arrays and data frames in place of tensors give the same numbers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Y = X.sum(2, keepdims=True)
 
 
 class Frame:
-    """What pandas and others have in common."""
+    """The common interface of pandas and similar libraries."""
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
@@ -26,7 +26,7 @@ class Frame:
 
 
 def step(parts: list[Any]) -> list[float]:
-    """The weights that a training step leaves, adapted to the first task."""
+    """Return the weights after a training step, adapted to the first task."""
     torch.manual_seed(0)
     learner = MetaLearner(nn.Linear(2, 1).double(), loss="mse", inner_lr=0.1, strategy="serial")
     learner.step(Episodes(*parts))
@@ -40,7 +40,7 @@ def step(parts: list[Any]) -> list[float]:
         lambda array: array,
         lambda array: array.astype(">f8"),
         lambda array: np.asfortranarray(array),
-        lambda array: np.broadcast_to(array, array.shape),  # which cannot be written to
+        lambda array: np.broadcast_to(array, array.shape),  # a read-only array
     ],
 )
 def test_arrays_are_tensors(convert: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a user writes for options."""
+"""Values that users write for options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a plugin class states is checked when it is loaded; what the contract gained for MAML++ and CAVIA is exact."""
+"""Declarations of plugin classes are checked on loading; the hooks for MAML++ and CAVIA are exact."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Weighted(Steps):
 
 
 def by_hand(learner: MetaLearner, episodes: Episodes, weights: list[float]) -> tuple[Tensor, Tensors]:
-    """The weighted query losses after each inner step, differentiated by plain autograd."""
+    """Return the weighted query losses after each inner step, for plain autograd."""
     meta = {name: value.clone().requires_grad_() for name, value in learner.meta_parameters.items()}
     total = torch.zeros((), dtype=torch.float64)
 
@@ -78,7 +78,7 @@ def by_hand(learner: MetaLearner, episodes: Episodes, weights: list[float]) -> t
 @pytest.mark.parametrize("strategy", ["serial", "vectorized"])
 def test_multi_step_loss_is_that_written_by_hand(strategy: str, memory: str) -> None:
     learner, episodes = small(algo=Weighted, strategy=strategy, memory=memory)
-    for training_step in range(3):  # the third one runs traced operations, with weights of its own
+    for training_step in range(3):  # the third call runs traced operations, with its own weights
         expected_loss, expected = by_hand(
             learner, episodes, [0.1 + training_step, 0.2 + training_step, 0.3 + training_step]
         )
@@ -100,7 +100,7 @@ def test_wrong_number_of_weights_is_refused() -> None:
 
 
 class Reset(Steps):
-    """The head starts every task at zero."""
+    """The head starts at zero in every task."""
 
     @hookimpl
     def start_task(self, params: Tensors) -> Tensors:

@@ -1,4 +1,4 @@
-"""Losses and metrics against other libraries' definitions, written out or imported, alone and in a map over tasks."""
+"""Losses and metrics against the definitions of other libraries, alone and under vmap over tasks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from metareg.contract.losses import LOSSES, METRICS, find_metric
 
 
 def draw(classes: int, examples: int = 40, tasks: int = 6) -> tuple[Tensor, Tensor]:
-    """Outputs, of two classes with ties; and targets of which some classes are missing in some tasks."""
+    """Return outputs, with ties for two classes, and targets without some classes in some tasks."""
     generator = torch.Generator().manual_seed(classes)
     outputs = torch.randn(tasks, examples, classes, generator=generator, dtype=torch.float64).mul(2)
     outputs = outputs.round() if classes == 2 else outputs
@@ -24,7 +24,7 @@ def draw(classes: int, examples: int = 40, tasks: int = 6) -> tuple[Tensor, Tens
 
 
 def area(scores: list[float], positive: list[bool]) -> float | None:
-    """The area under the ROC curve by its definition: all pairs, ties half."""
+    """Compute the area under the ROC curve by its definition: all pairs, ties count half."""
     pairs = [
         (a, b) for (a, p), (b, q) in itertools.product(zip(scores, positive, strict=True), repeat=2) if p and not q
     ]
@@ -53,7 +53,7 @@ def test_metrics_of_classes(classes: int) -> None:
 
 
 def test_auroc_does_not_saturate_and_knows_its_limits() -> None:
-    """Probabilities of outputs as large as these are 1 in float32; their order is not lost."""
+    """The probabilities of such large outputs are 1 in float32, but their order is kept."""
     outputs = torch.tensor([[0.0, 60], [0, 50], [0, 40], [0, 30]])
     assert METRICS["auroc"](outputs, torch.tensor([1, 1, 0, 0])).item() == 1
     assert METRICS["auroc"](outputs, torch.tensor([1, 1, 1, 1])).item() == 0.5

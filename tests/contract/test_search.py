@@ -1,4 +1,4 @@
-"""What a plugin declares for a search: how it is read, what it may hold, and how it is shown."""
+"""Search spaces that plugins declare: how they are read, checked and shown."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Split files of users: names are texts, splits go by any of their usual names."""
+"""Users' split files: names are texts, and splits may have any of their usual names."""
 
 from __future__ import annotations
 

@@ -56,10 +56,10 @@ NOT_RUN = {
     r"--observe (mlflow|wandb)": "needs a package of its own; tests/plugins/test_observers.py runs it",
     r"--support photos/": "needs a run on images; how-to/images.md has one",
 }
-"""Commands that are only compared with these patterns, and why."""
+"""Patterns of commands that are not run, and the reasons."""
 
 DATA = {"omniglot-small": "omniglot", "cora": "graphs", "citeseer": "graphs"}
-"""Tasks that read data from METAREG_DATA, and the folder there; without it their commands are left out."""
+"""Tasks that read data, and its folder in METAREG_DATA; without it, their commands are skipped."""
 
 TRAINING = ("steps", "test_tasks", "eval_tasks", "eval_every", "meta_batch", "strategy", "threads", "lr_warmup_steps")
 CUT = [
@@ -68,7 +68,7 @@ CUT = [
 
 
 class Page:
-    """A page in a folder of its own, in which its blocks are carried out one after the other."""
+    """A page, with a folder in which its blocks run in order."""
 
     def __init__(self, source: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.source, self.folder = source, folder
@@ -82,7 +82,7 @@ class Page:
             monkeypatch.setattr(metareg, name, _cut_call(getattr(metareg, name)))
 
     def prepare(self) -> None:
-        """What the page takes for granted, and the files that its YAML listings stand for."""
+        """Create what the page assumes, and the files of its YAML listings."""
         if self.name in PREPARE:
             PREPARE[self.name](self)
         for name, text in zip(FILES.get(self.name, ()), self.listings("yaml"), strict=True):
@@ -102,13 +102,13 @@ class Page:
                 assert language in ("yaml", "text"), f"{self.name} has a block of {language}, which nothing runs"
 
     def run(self, line: str) -> None:
-        """A line of a shell: a command of metareg, or one that `NOT_RUN` names."""
+        """Run a shell command: one of metareg, or one in `NOT_RUN`, which is skipped."""
         if any(re.search(pattern, line) for pattern in NOT_RUN) or _lacks_something(line):
             return
         words = shlex.split(line.replace("SEED", "0"))
         output = words[words.index(">") + 1 :] if ">" in words else []
         words = words[: words.index(">")] if output else words
-        if words[0] == "torchrun":  # one process does what several do
+        if words[0] == "torchrun":  # one process instead of several
             words = ["metareg", *words[words.index("metareg") + 1 :]]
         assert words[0] == "metareg", (
             f"{self.name}: {line}: nothing runs this; a command of metareg, or an entry of NOT_RUN?"
@@ -120,13 +120,13 @@ class Page:
         assert code == 0, f"{self.name}: `{line}` ended with {code}"
 
     def execute(self, text: str) -> None:
-        """A listing of Python, after those before it."""
+        """Execute a Python listing in the namespace of the previous ones."""
         cut_text = re.sub(r"\b(steps|tasks)=\d{2,}", r"\1=4", text)
         exec(compile(cut_text, self.name, "exec"), self.namespace)
 
 
 def split_commands(text: str) -> Iterator[str]:
-    """The commands of a block, without comments; lines that go on are joined."""
+    """Yield the commands of a block, without comments and with continued lines joined."""
     for line in text.replace("\\\n", " ").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars="&;")
         words.whitespace_split, words.commenters = True, "#"
@@ -142,7 +142,7 @@ def split_commands(text: str) -> Iterator[str]:
 
 
 def cut(arguments: list[str]) -> list[str]:
-    """A command's arguments with a small number of steps, tasks, seeds and trials."""
+    """Return a command's arguments with small numbers of steps, tasks, seeds and trials."""
     command = arguments[0]
     if command in ("train", "compare"):
         arguments = _without(arguments, TRAINING)
@@ -161,7 +161,7 @@ def cut(arguments: list[str]) -> list[str]:
 
 
 def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
-    """Arguments without the flags and the ``--set`` of some options."""
+    """Return the arguments without the flags and the ``--set`` of some options."""
     kept: list[str] = []
     rest = iter(arguments)
     for argument in rest:
@@ -176,7 +176,7 @@ def _without(arguments: list[str], names: tuple[str, ...]) -> list[str]:
 
 
 def _cut_call(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`train`, `resume` or `compare` with few steps and tests, whatever a listing says."""
+    """Wrap `train`, `resume` or `compare` with few steps and test tasks, whatever a listing says."""
     small: dict[str, Any] = {"steps": 6}
     if function.__name__ != "resume":
         small = {"steps": 4, "test_tasks": 4, "eval_tasks": 4, "strategy": "serial"}
@@ -192,7 +192,7 @@ def _lacks_something(line: str) -> bool:
 
 
 def write_tables(_: Page) -> None:
-    """RUN, a run on tables, and the tables that it takes; sensors/ and tables/ hold those of the tasks."""
+    """Create RUN, a run on tables, with tables to predict; sensors/ and tables/ contain those of the tasks."""
     assert run_command(["data", "table-folder", "--example", "new"]) == 0
     for name in ("sensors", "tables", "DIR"):
         shutil.copytree("new/sensors", name)
@@ -203,7 +203,7 @@ def write_tables(_: Page) -> None:
 
 
 def write_numbers(_: Page) -> None:
-    """RUN, a run on sinusoids, with tables for it."""
+    """Create RUN, a run on sinusoids, with tables to predict."""
     Path("mine.csv").write_text("x,y\n-1,0.5\n0,1.5\n2,-1\n")
     Path("new.csv").write_text("x\n0.25\n-3\n")
     write_sites("mine.csv", "new.csv")
@@ -218,7 +218,7 @@ def write_sites(support: str, query: str) -> None:
 
 
 def write_deployment(page: Page) -> None:
-    """RUN on sinusoids and runs/papers on a graph; an image to prepare."""
+    """Create RUN on sinusoids, runs/papers on a graph, and an image to prepare."""
     import numpy
     from PIL import ImageOps
 
@@ -231,7 +231,7 @@ def write_deployment(page: Page) -> None:
 
 
 def write_graph(page: Page) -> None:
-    """papers/ and my-graph/, a graph of 6 classes in CSV files; known.csv and new.csv are of its nodes."""
+    """Create papers/ and my-graph/, a graph of 6 classes in CSV files; known.csv and new.csv name some of its nodes."""
     pytest.importorskip("dgl")
     generator = np.random.default_rng(0)
     labels = np.arange(240) % 6
@@ -253,7 +253,7 @@ def write_graph(page: Page) -> None:
 
 
 def write_photos(_: Page) -> None:
-    """photos/, 20 classes of 24 images each, among them those of split.yaml; support/ and unsorted/ for predictions."""
+    """Create photos/ with 20 classes of 24 images, including those of split.yaml; support/ and unsorted/ for predictions."""
     generator = np.random.default_rng(0)
     named = ["birds/robin", "birds/wren", "cats/tabby", "cats/tiger", "dogs/beagle", "dogs/boxer"]
     for name in [*named, *(f"others/{number}" for number in range(14))]:
@@ -269,13 +269,13 @@ def write_photos(_: Page) -> None:
 
 
 def write_comparison(_: Page) -> None:
-    """DIR, a finished comparison."""
+    """Create DIR, a finished comparison."""
     options = ["--steps", "4", "--set", "test_tasks=4", "--set", "eval_tasks=4", "--set", "meta_batch=2"]
     assert run_command(["compare", "--augment", "none,cml", "--seeds", "1", *options, "--out", "DIR"]) == 0
 
 
 def write_objects(page: Page) -> None:
-    """Names of a program of the reader's own: batches of tasks, a module, a learner."""
+    """Define the objects of the reader's own program: batches of tasks, a module, a learner."""
 
     def batches(seed: int) -> list[Episodes]:
         generator = torch.Generator().manual_seed(seed)
@@ -292,7 +292,7 @@ def write_objects(page: Page) -> None:
 
 
 def draw_lines(split: str, indices: list[int], seed: int) -> Episodes:
-    """Tasks without an end: straight lines through zero."""
+    """Draw an endless supply of tasks: straight lines through zero."""
     drawn = torch.from_numpy(2 * metareg.task_uniform(seed, split, indices, 9) - 1).float()
     x = drawn[:, :8, None]
     y = drawn[:, 8:, None] * x
@@ -331,7 +331,7 @@ PREPARE: dict[str, Callable[[Page], None]] = {
 }
 
 ELLIPSES = {"runs.md": "--task table-folder --set data=tables --set target=y"}
-"""What stands for … in the commands of a page; nothing elsewhere."""
+"""The replacement of … in the commands of a page; empty for other pages."""
 
 FILES = {
     "comparisons.md": ["boil.yaml", "variants.yaml", "tuned.yaml", "planned.yaml"],
@@ -339,7 +339,7 @@ FILES = {
     "reproduce.md": ["mine.yaml"],
     "tasks/images.md": ["split.yaml"],
 }
-"""The files that the YAML listings of a page stand for, in their order."""
+"""The names of the files in a page's YAML listings, in order."""
 
 
 @pytest.fixture
@@ -363,7 +363,7 @@ def test_page(source: Path, carry_out: Callable[[Path], None]) -> None:
 
 
 def test_files_of_listings_are_what_they_are_for(tmp_path: Path) -> None:
-    """Those that no command of their page reads in full: comparisons of many runs, and a recipe."""
+    """Listings that no command of their page runs in full: large comparisons, and a recipe."""
     for listing in BLOCK.findall((DOCS / "comparisons.md").read_text(encoding="utf-8")):
         if listing[0] == "yaml":
             check_plan(Plan(tmp_path, validate(ComparisonConfig, yaml.safe_load(listing[1]), "comparisons.md")))

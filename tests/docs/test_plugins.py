@@ -1,4 +1,4 @@
-"""The tutorials for plugins, as written: listings are put where they say, commands are run in a fresh environment."""
+"""Follow the tutorials for plugins: write their listings into files, and run their commands in a fresh environment."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TUTORIALS = sorted(path for path in (ROOT / "docs" / "plugins").glob("*.md") if 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """A new virtual environment that sees what this one has installed, metareg among it, and takes what is added."""
+    """A new virtual environment that also sees the packages of this one, including metareg."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder / "venv", with_pip=False)
     paths = {key: sysconfig.get_path(key, vars={"base": str(folder / "venv")}) for key in ("purelib", "scripts")}
@@ -32,7 +32,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         "PATH": f"{paths['scripts']}{os.pathsep}{os.environ['PATH']}",
         "OMP_NUM_THREADS": "1",
         "PIP_DISABLE_PIP_VERSION_CHECK": "1",
-        # Without a network; the environment has the build backend where metareg itself was installed from a checkout.
+        # Avoid downloads: an environment with metareg installed from a checkout has the build backend.
         **({"PIP_NO_BUILD_ISOLATION": "1"} if _has("hatchling") else {}),
     }
 

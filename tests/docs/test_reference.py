@@ -1,4 +1,4 @@
-"""The pages that scripts write are current, and the Python reference has every public name."""
+"""Generated pages are current, and the Python reference has every public name."""
 
 from __future__ import annotations
 

@@ -447,7 +447,7 @@ def test_an_algorithm_draws_for_training_evaluation_and_adaptation(strategy: str
 
 
 class Mixed:
-    """Return tasks of two sizes as a function of their numbers, with 8 support examples."""
+    """Tasks of two sizes as a function of their numbers, with 8 support examples."""
 
     def task(self, index: int) -> Any:
         return tasks_of(episodes("mlp", 1, query=2 + index % 2, seed=index))[0]

@@ -167,7 +167,7 @@ LEARNERS: dict[str, tuple[dict[str, Any], str, Callable[[], Any]]] = {
 
 
 class Numbered:
-    """Return numbered tasks of two sizes for a network."""
+    """Numbered tasks of two sizes for a network."""
 
     def __init__(self, net: str) -> None:
         self.net = net

@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {"lr_schedule": "multistep", "lr_milestones": [4, 11],
 
 
 class Lines:
-    """Draw regression tasks; optionally, one batch is so large that its squared error overflows.
+    """Regression tasks; optionally, the numbers of one batch are so large that its squared error overflows.
 
     Args:
         huge: the number of that batch; None for no such batch.

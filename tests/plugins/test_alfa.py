@@ -1,4 +1,4 @@
-"""ALFA beside the same loop written out."""
+"""ALFA against a reference loop."""
 
 from __future__ import annotations
 

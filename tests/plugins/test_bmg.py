@@ -1,4 +1,4 @@
-"""BMG beside a loop written out."""
+"""BMG against a reference loop."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_matching_parameters_equals_the_loop(net: str, cml: bool) -> None:
 
 
 def test_one_step_ahead_is_maml() -> None:
-    """Towards parameters that are one step on the query loss ahead, the meta-gradient is that of MAML."""
+    """If the target is one step on the query loss ahead, the meta-gradient is that of MAML."""
     options: dict[str, Any] = {"loss": LOSSES["conv"], "inner_steps": 2, "strategy": "vectorized"}
     config = {"inner_lr": LR, "target_lr": TARGET_LR, "target_steps": 1, "matching": "parameters"}
     _, found = MetaLearner(MODELS["conv"](), "bmg", algo_config=config, **options).meta_gradient(episodes("conv"))

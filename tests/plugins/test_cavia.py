@@ -1,4 +1,4 @@
-"""CAVIA and its models beside the same loop written out."""
+"""CAVIA and its models against a reference loop."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def mlp_body(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
 
 
 def build_for_small_images() -> nn.Module:
-    """With an enlargement in front, for the images of `samples` have 8×8 pixels and the model needs 16×16."""
+    """The model with upsampling first, because the images of `samples` have 8×8 pixels and it needs 16×16."""
     model = build("context-conv4", TaskSpec((1, 16, 16), (5,)), context=4, width=4)()
     generator = torch.Generator().manual_seed(0)
     for name, value in model.named_parameters():
-        if name.endswith("bias"):  # not at the kinks of ReLU
+        if name.endswith("bias"):  # away from the kinks of ReLU
             value.data.copy_(torch.rand(value.shape, generator=generator))
     model.body = nn.Sequential(nn.Upsample(scale_factor=2), model.body)
     return model
@@ -113,7 +113,7 @@ def test_context_conv4_takes_images(shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize(("shape", "layer"), [((3,), nn.Linear), ((1, 16, 16), nn.Conv2d)])
 def test_the_default_model_fits_the_task(shape: tuple[int, ...], layer: type[nn.Module]) -> None:
-    """A perceptron on the pixels of images ends at chance: a context of five numbers tells no classes apart."""
+    """A perceptron on pixels stays at chance: a context of five numbers cannot distinguish classes."""
     model = build("context", TaskSpec(shape, (5,)))()
     assert any(isinstance(each, layer) for each in model.modules())
     assert [name for name, _ in model.named_parameters() if name.endswith("context")]

@@ -1,4 +1,4 @@
-"""Clipping beside its loop written out."""
+"""Clipping against a reference loop."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from family import support_gradient
 from reference import Net, Task, Tensors
 
 INNER, OUTER = 0.3, 0.05
-"""Norms that some gradients of the trainings are above and others below."""
+"""Norms that some gradients of the trainings exceed and others do not."""
 
 
 def clip(grads: Tensors, largest: float) -> Tensors:

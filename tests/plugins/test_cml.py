@@ -1,4 +1,4 @@
-"""CML's co-learner in all its forms beside loops written out, and what it says of models that it cannot help."""
+"""All forms of CML's co-learner against reference loops, and the messages for models that it cannot help."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def colearner_shapes(learner: MetaLearner) -> list[tuple[int, ...]]:
     ],
 )
 def test_trainings_equal_a_loop(net: str, config: dict[str, Any], gamma: float) -> None:
-    """The loop takes the co-learner's layers as they come; γ is that of the code or the paper where none is given."""
+    """The loop uses any co-learner's layers; by default, γ is that of the code or the paper."""
     learner = learner_with(net, **config)
     batches = [episodes(net, seed=20 + number) for number in range(3)]
     expected = train(
@@ -52,14 +52,14 @@ def test_trainings_equal_a_loop(net: str, config: dict[str, Any], gamma: float) 
     for batch in batches:
         learner.step(batch)
     found = learner.meta_parameters
-    # BatchNorm takes a convolution's bias away again: Adam makes whole steps of what rounding leaves of its gradient.
+    # BatchNorm cancels a convolution's bias: its gradient is rounding error, which Adam turns into full steps.
     before_norm = {f"{name.removesuffix('weight')}bias" for name, value in found.items() if value.dim() == 4}
     kept = found.keys() - before_norm
     assert difference({name: found[name] for name in kept}, {name: expected[name] for name in kept}) < 1e-6
 
 
 def test_the_papers_colearners() -> None:
-    """One hidden layer of the body's width on vectors; two convolutions, the second pooled, on maps."""
+    """On vectors, one hidden layer with the body's width; on maps, two convolutions, the second with pooling."""
     assert colearner_shapes(learner_with("mlp")) == [(5, 5), (5,), (1, 5), (1,)]
     conv = [(4, 4, 3, 3), (4,), (4,), (4,)]
     assert colearner_shapes(learner_with("conv")) == [*conv, *conv, (5, 16), (5,)]
@@ -84,7 +84,7 @@ def test_a_frozen_colearner_keeps_its_bits_while_body_and_head_learn_through_it(
 def predict_by_colearner(
     net: str, meta: dict[str, torch.Tensor], task: Task, steps: int, algo: str, rows: int | None = None
 ) -> torch.Tensor:
-    """CML†: the body alone is adapted, by the head's loss on the support set; the co-learner sees its features."""
+    """CML†: only the body adapts, with the head's loss on the support set; the co-learner gets its features."""
     meta = {name: value.detach().requires_grad_() for name, value in meta.items()}
     steps = 0 if algo == "anil" else steps
     params = inner_loop(NETS[net], meta, task, algo="boil", inner_lr=INNER_LR, inner_steps=steps)
@@ -153,7 +153,7 @@ def test_a_saved_learner_predicts_by_its_colearner(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("algo", "lines"), [("anil", 1), ("boil", 0), ("maml", 0)])
 def test_it_says_where_the_colearner_can_learn_nothing(algo: str, lines: int, caplog: pytest.LogCaptureFixture) -> None:
-    """ANIL's features are the same before and after adaptation: nothing carries a task's labels to the co-learner."""
+    """ANIL's features are the same before and after adaptation, so the co-learner learns nothing about a task's labels."""
     learner = MetaLearner(MODELS["conv"](), algo, ["cml"])
     for number in range(2):
         learner.step(episodes("conv", seed=number))

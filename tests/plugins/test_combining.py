@@ -1,4 +1,4 @@
-"""PCGrad and CVaR beside their loops written out."""
+"""PCGrad and CVaR against reference loops."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from samples import LOSSES, MODELS, episodes
 
 
 def project(grads: Sequence[Tensors], _: Tensor) -> Tensors:
-    """Algorithm 1, task after task, each against the others in turn."""
+    """Algorithm 1: each task in turn against the others."""
     flat = [torch.cat([value.flatten() for value in each.values()]) for each in grads]
     total = torch.zeros_like(flat[0])
     for i, own in enumerate(flat):
@@ -56,7 +56,7 @@ def test_trainings_equal_the_loop(
 
 
 def test_only_gradients_that_conflict_are_changed() -> None:
-    """Copies of one task do not conflict; tasks that are drawn do."""
+    """Copies of one task do not conflict; random tasks do."""
     one, drawn = episodes("mlp", 1), episodes("mlp", 3, seed=20)
     copies = type(one)(*(part.repeat(3, *[1] * (part.dim() - 1)) for part in one.parts))
     for batch, conflict in ((copies, False), (drawn, True)):
@@ -68,7 +68,7 @@ def test_only_gradients_that_conflict_are_changed() -> None:
 
 
 def test_projections_in_numbers() -> None:
-    """(1, 0) and (−1, 1) conflict: each loses its part along the other. A scalar is a meta-parameter too."""
+    """(1, 0) and (−1, 1) conflict: each loses its part along the other. Scalar meta-parameters also count."""
     grads = {"scalar": torch.tensor([1.0, -1.0]), "vector": torch.tensor([[0.0], [1.0]])}
     combined = PCGrad(PCGrad.Config()).combine_tasks(grads)
     assert combined["scalar"].item() == pytest.approx((0.5 + 0) / 2)

@@ -1,4 +1,4 @@
-"""iMAML beside a loop written out, whose linear systems are solved densely."""
+"""iMAML against a reference loop with dense linear systems."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def _adapt(net: Net, meta: Tensors, task: Task, steps: int, strength: float = ST
 
 
 def _solve(iterations: int | None) -> WrittenOut:
-    """iMAML whose linear system is solved exactly, or in the Krylov space that so many iterations span."""
+    """Return iMAML's gradient with the linear system solved exactly, or in the Krylov space of some iterations."""
 
     def gradient(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
         params = {name: p.detach().requires_grad_() for name, p in _adapt(net, meta, task, steps).items()}
@@ -81,7 +81,7 @@ def test_many_iterations_solve_the_system() -> None:
 
 
 def test_gradient_is_the_derivative_of_the_solution() -> None:
-    """At the solution of the inner problem, after many steps, the unrolled loop has the same meta-gradient."""
+    """At the solution of the inner problem, the unrolled loop has the same meta-gradient."""
     net, batch, strength, steps = NETS["mlp"], episodes("mlp", 1, seed=2), 10.0, 200
     config = {"inner_lr": LR, "strength": strength, "damping": 0.0, "cg_steps": 60}
     learner = MetaLearner(

@@ -1,4 +1,4 @@
-"""MAML with momentum or Adam inside, beside the same loops written out."""
+"""MAML with momentum or Adam in the inner loop, against reference loops."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_training_equals_the_loop(
 
 def test_a_gradient_of_zero_has_a_derivative() -> None:
     model = MLP()
-    torch.nn.init.constant_(model.body[0].bias, -100.0)  # no example switches a unit on
+    torch.nn.init.constant_(model.body[0].bias, -100.0)  # no example activates a unit
     learner = MetaLearner(model, "inner-adam", loss="mse", inner_steps=2)
     _, grads = learner.meta_gradient(episodes("mlp"))
     assert all(value.isfinite().all() for value in grads.values())

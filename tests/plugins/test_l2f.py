@@ -1,4 +1,4 @@
-"""L2F beside the same loop written out."""
+"""L2F against a reference loop."""
 
 from __future__ import annotations
 

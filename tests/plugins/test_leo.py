@@ -1,4 +1,4 @@
-"""LEO beside the same loop written out."""
+"""LEO against a reference loop."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _moments(outputs: Tensor, width: int, std_at_zero: float) -> tuple[Tensor, T
 
 
 def _encode(net: Net, meta: Tensors, task: Task) -> tuple[Tensor, Tensor]:
-    """The mean and the standard deviation of the codes, pair after pair."""
+    """Compute the mean and standard deviation of the codes, pair by pair."""
     codes = [meta["leo.encoder"] @ z for z in embed(net, meta, task[0])]
     rows = []
     for left in codes:
@@ -103,7 +103,7 @@ def _objective(net: Net, meta: Tensors, task: Task, steps: int) -> Tensor:
 def test_training_and_evaluation_are_those_of_the_loop(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two steps are in the code; where training takes no others, the step size of the weights is no meta-parameter."""
+    """Two steps adapt the code; if training takes no more, the weights' step size is not a meta-parameter."""
     monkeypatch.setattr(LEO, "draw_noise", _draw)
     check_training("conv", "leo", WrittenOut(_adapt, _objective), CONFIG, **{"inner_steps": 3, **options})
 

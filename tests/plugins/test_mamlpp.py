@@ -1,4 +1,4 @@
-"""MAML++ beside the same loop written out."""
+"""MAML++ against a reference loop."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CONFIG = {"inner_lr": 0.1, "multi_step": 0}
 
 
 def norms_of(meta: Tensors, step: int) -> Tensors:
-    """BatchNorm's parameters of an inner step from 0: the model's own, then those of the later steps."""
+    """Return BatchNorm's parameters of an inner step: in step 0 the model's own, later those of the step."""
     if step == 0:
         return {}
     rows = {name.removeprefix("mamlpp.norm."): v for name, v in meta.items() if name.startswith("mamlpp.norm.")}
@@ -24,7 +24,7 @@ def norms_of(meta: Tensors, step: int) -> Tensors:
 
 
 def follow(net: Net, meta: Tensors, task: Task, steps: int, first_order: bool = False) -> list[Tensors]:
-    """The parameters before the first step and after each: BatchNorm of step k for its gradient and after it."""
+    """Return the parameters before the first step and after each; step k has its own BatchNorm parameters."""
     params = model_parameters(meta)
     trajectory = [params]
     for step in range(steps):
@@ -86,7 +86,7 @@ def test_derivative_order_annealing(strategy: str) -> None:
     calls = itertools.count()
 
     def objective(net: Net, meta: Tensors, task: Task, steps: int) -> Tensor:
-        first_order = next(calls) // TASKS < 2  # the third training step is of second order
+        first_order = next(calls) // TASKS < 2  # the third training step is second-order
         return query_loss(net, follow(net, meta, task, steps, first_order)[-1], task)
 
     written = WrittenOut(adapt, objective=objective)

@@ -1,4 +1,4 @@
-"""Meta-LSTM beside a loop written out, tensor by tensor."""
+"""Meta-LSTM against a reference loop over tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ WIDTH = 4
 
 
 def _see(x: Tensor) -> Tensor:
-    """Magnitude and sign of each number, in a row."""
+    """Return the magnitude and sign of each number as a row."""
     rows = [
         [math.log(abs(v)) / 10, math.copysign(1, v)] if abs(v) >= math.exp(-10) else [-1, math.exp(10) * v]
         for v in x.flatten().tolist()
@@ -73,7 +73,7 @@ def test_first_order_equals_the_loop_and_everything_learns(net: str, cml: bool) 
 
 
 def test_first_steps_are_nearly_gradient_descent() -> None:
-    """θ keeps 98 to 99.4 % of itself and steps by 0.6 to 1.9 % of the gradient: σ(b) for b in [4, 5] and [−5, −4]."""
+    """θ keeps 98 to 99.4 % of its value and moves by 0.6 to 1.9 % of the gradient: σ(b) for b in [4, 5] and [−5, −4]."""
     learner = MetaLearner(MODELS["mlp"](), "meta-lstm", loss=LOSSES["mlp"], seed=3)
     learner.initialize(episodes("mlp").support_x[0])
     meta = learner.meta_parameters

@@ -1,4 +1,4 @@
-"""Meta-Curvature as an algorithm and as an augmenter, beside the same loop written out."""
+"""Meta-Curvature as an algorithm and as an augmenter, against a reference loop."""
 
 from __future__ import annotations
 

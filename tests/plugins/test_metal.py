@@ -1,4 +1,4 @@
-"""MeTAL beside a loop written out."""
+"""MeTAL against a reference loop."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MetaMix and MLTI: what they mix, seen on examples that are told apart by their inputs; and trainings on mixed targets."""
+"""MetaMix and MLTI: what they mix, on examples with distinguishable inputs, and trainings on mixed targets."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WAYS, SHOTS, QUERY = 3, 2, 4
 
 
 def coded(tasks: int, classes: bool, shots: int = SHOTS, query: int = QUERY) -> Episodes:
-    """Tasks in which every example is another unit vector, so that a mixture says what it is made of."""
+    """Return tasks whose examples are different unit vectors, so that a mixture shows its components."""
     generator = torch.Generator().manual_seed(3)
     sizes = shots * WAYS, query * WAYS
     codes = torch.eye(tasks * sum(sizes), dtype=torch.float64).view(tasks, sum(sizes), -1)
@@ -36,7 +36,7 @@ def mixed_by(plugin: Any, batch: Episodes, seed: int = 0, **config: Any) -> Epis
 
 
 def read(x: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
-    """The share of each example's own code in its mixture, and the code that the rest is of."""
+    """Return the share of each example in its mixture, and the other example."""
     share = (x * own).sum(-1)
     return share, (x - share[..., None] * own).argmax(-1)
 
@@ -71,7 +71,7 @@ def test_metamix_mixes_queries_with_supports_of_the_task(classes: bool, query: i
 @pytest.mark.parametrize("parameter", [2.0, 0.5])
 def test_shares_are_of_a_beta_distribution(plugin: Any, parameter: float) -> None:
     x, y = torch.zeros(4000, 2, 1, dtype=torch.float64), torch.zeros(4000, 2, 1, dtype=torch.float64)
-    # MetaMix mixes with the support set, MLTI with the next task of the batch: what is 0 beside a 1 shows the share.
+    # MetaMix mixes with the support set, MLTI with the next task: mixing ones with zeros shows the share.
     tasks = torch.arange(4000).view(-1, 1, 1) % 2 if plugin is MLTI else torch.ones(4000, 1, 1)
     mixed = mixed_by(plugin, Episodes(x, y, tasks.to(x).expand_as(x).clone(), y), beta=parameter).query_x[:, 0, 0]
     share = mixed
@@ -97,7 +97,7 @@ def test_mlti_makes_new_classes_of_pairs(seed: int) -> None:
             (mixed.support_x, batch.support_x, 0), (mixed.query_x, batch.query_x, SHOTS * WAYS),
         ):  # fmt: skip
             share, other = read(x[task], own[task])
-            kept = share < 1 - 1e-9  # an example that was mixed with itself
+            kept = share < 1 - 1e-9  # an example mixed with itself
             shares += share[kept].tolist()
             partners.append(set((other[kept] // examples).tolist()))
             which = "query" if offset else "support"
@@ -146,14 +146,14 @@ def test_mlti_takes_examples_again_where_there_are_fewer_and_refuses_classes_wit
         assert mixed.support_y.equal(y)
         torch.testing.assert_close(mixed.support_x.sum(-1), torch.ones(2, 3))
     without = x.repeat(9, 1, 1), y.repeat(9, 1)
-    with pytest.raises(UsageError, match="examples of every class"):  # in one of 18 tasks it meets a class without any
+    with pytest.raises(UsageError, match="examples of every class"):  # in one of 18 tasks, with an empty class
         mixed_by(MLTI, Episodes(*without, without[0], torch.zeros_like(without[1])))
 
 
 @pytest.mark.parametrize("plugin", [MetaMix, MLTI])
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 def test_trainings_equal_a_loop_on_the_tasks_that_they_make(net: str, plugin: Any) -> None:
-    """Two steps: the tasks are mixed anew in each, and the learner takes them as they come; evaluation does not."""
+    """In two steps, the tasks are mixed anew each time; evaluation does not mix."""
     made: list[Episodes] = []
 
     class Recording(plugin):  # type: ignore[misc]
@@ -185,7 +185,7 @@ def test_trainings_equal_a_loop_on_the_tasks_that_they_make(net: str, plugin: An
 
 
 def soft_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean of every class's own cross-entropy, weighted by its probability."""
+    """Return the mean cross-entropy of all classes, weighted by their probabilities."""
     if not targets.is_floating_point():
         return cross_entropy(outputs, targets)
     of_classes = torch.logsumexp(outputs, 1, keepdim=True) - outputs
@@ -193,7 +193,7 @@ def soft_cross_entropy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def test_gradients_of_mixed_targets_are_mixtures_of_gradients() -> None:
-    """λ ℓ(·, y_Q) + (1 − λ) ℓ(·, y_S) task by task, in the words of the paper; CML's term too."""
+    """Compute λ ℓ(·, y_Q) + (1 − λ) ℓ(·, y_S) of the paper for each task, plus CML's term."""
     batch = episodes("conv")
     mixed = mixed_by(MetaMix, batch)
     learner = MetaLearner(MODELS["conv"](), "maml", ["cml"], inner_lr=0.1, strategy="vectorized")

@@ -1,4 +1,4 @@
-"""The shipped observers: what they write, and what they say where they cannot."""
+"""The shipped observers: what they write, and their messages if they cannot."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_missing_tensorboard_says_what_to_install(tmp_path: Path, monkeypatch: p
 
 
 def read_history(run: metareg.Run, name: str) -> dict[int, float]:
-    """A metric by step, as MLflow kept it in the run's folder."""
+    """Read a metric by step from MLflow's files in the run's folder."""
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{run.path / 'mlflow.db'}")
@@ -87,7 +87,7 @@ def read_history(run: metareg.Run, name: str) -> dict[int, float]:
     return {each.step: each.value for each in client.get_metric_history(tracked.info.run_id, name)}
 
 
-@pytest.mark.filterwarnings("ignore")  # those of mlflow's own dependencies
+@pytest.mark.filterwarnings("ignore")  # warnings of mlflow's own dependencies
 def test_mlflow_holds_one_run_that_goes_on_when_resumed(tmp_path: Path) -> None:
     pytest.importorskip("mlflow")
     pytest.importorskip("sqlalchemy")

@@ -1,4 +1,4 @@
-"""ProtoMAML beside the same loop written out."""
+"""ProtoMAML against a reference loop."""
 
 from __future__ import annotations
 

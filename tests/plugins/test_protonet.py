@@ -1,4 +1,4 @@
-"""Prototypical networks beside the distances that they are defined by."""
+"""Prototypical networks against their definition by distances."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def _adapt(net: Net, meta: Tensors, task: Task, _: int) -> Tensors:
 
 
 def _distance_loss(net: Net, meta: Tensors, task: Task, _: int) -> Tensor:
-    """The loss of softmax(−‖z − c‖²), without a linear layer."""
+    """Compute the loss of softmax(−‖z − c‖²), without a linear layer."""
     prototypes = mean_of_classes(embed(net, meta, task[0]), task[1])
     return net.loss(-((embed(net, meta, task[2])[:, None] - prototypes) ** 2).sum(-1), task[3])
 

@@ -1,4 +1,4 @@
-"""R2-D2 beside the ridge regression written out as its authors have it: on rows and targets divided by √n."""
+"""R2-D2 against the authors' form of ridge regression, with rows and targets divided by √n."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ RIDGE = 0.3
 
 
 def _regress(rows: Tensor, targets: Tensor, meta: Tensors, scale: float) -> Tensor:
-    """``[features + 1, outputs]``, by the inverse of the matrix of as many rows as there are features."""
+    """Return the solution ``[features + 1, outputs]``, with the inverse of the system of the size of the features."""
     count = len(rows)
     rows = torch.cat([rows, torch.ones(count, 1, dtype=rows.dtype)], 1) / count**0.5
     system = rows.T @ rows + meta["r2d2.log_ridge"].exp() * torch.eye(rows.shape[1], dtype=rows.dtype)

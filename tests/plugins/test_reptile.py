@@ -1,4 +1,4 @@
-"""Reptile beside the same loop written out."""
+"""Reptile against a reference loop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def descend(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
 
 
 def descend_by_adam(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
-    """`torch.optim.Adam` itself: no derivative is taken of it."""
+    """Adapt with `torch.optim.Adam` itself, which needs no derivative here."""
     params = {name: value.detach().clone().requires_grad_() for name, value in model_parameters(meta).items()}
     optimizer = torch.optim.Adam(params.values(), lr=LR, betas=(0.0, 0.999))
     for _ in range(steps):

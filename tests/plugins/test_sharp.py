@@ -1,4 +1,4 @@
-"""Sharp-MAML beside its loop written out."""
+"""Sharp-MAML against a reference loop."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_every_strategy(options: dict[str, Any]) -> None:
 
 
 def test_a_gradient_of_zero_has_nowhere_to_climb() -> None:
-    """Without a derivative of the norm's root there the meta-gradient would be no number."""
+    """If the derivative of the norm were infinite there, the meta-gradient would be NaN."""
     learner = MetaLearner(MODELS["mlp"](), "maml", ["sharp"], loss=lambda outputs, _: 0 * outputs.mean())
     x, y = torch.ones(4, 2, dtype=torch.float64), torch.ones(4, 1, dtype=torch.float64)
     _, grads = learner.meta_gradient(Episodes(x[None], y[None], x[None], y[None]))

@@ -1,4 +1,4 @@
-"""UNICORN-MAML beside the same loop written out, and what it promises: the numbers of the classes do not matter."""
+"""UNICORN-MAML against a reference loop, and its invariance to the numbers of the classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warped gradients beside T-Nets written out: with the matrices T in the forward pass, and the inner loop on W."""
+"""Warped gradients against a reference T-Net, with the matrices T in the forward pass and the inner loop on W."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def warped_conv(w: Mapping[str, Tensor], t: Mapping[str, Tensor], x: Tensor) -> 
 
 
 def adapt(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
-    """The weights TW after steps on W."""
+    """Return the weights TW after steps on W."""
     forward = warped_mlp if net is NETS["mlp"] else warped_conv
     t = {name.removeprefix("warpgrad.warp."): value for name, value in meta.items() if name.startswith("warpgrad.")}
     w = model_parameters(meta)

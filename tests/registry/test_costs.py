@@ -1,4 +1,4 @@
-"""What is said of an algorithm's order and cost."""
+"""The descriptions of an algorithm's order and cost."""
 
 from __future__ import annotations
 

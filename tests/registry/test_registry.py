@@ -1,4 +1,4 @@
-"""Discovery: what is installed, names, clashes, and plugins that cannot be used."""
+"""Discovery: installed plugins, names, clashes, and plugins that cannot be used."""
 
 from __future__ import annotations
 

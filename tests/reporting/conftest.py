@@ -1,4 +1,4 @@
-"""Comparisons that tests of reports read or break."""
+"""Comparisons that tests of reports read or damage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metareg.reporting import report
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A large comparison, complete; for tests that only read it."""
+    """A large, complete comparison, for tests that only read it."""
     folder = tmp_path_factory.mktemp("demo") / "comparison"
     write_comparison(folder)
     return folder
@@ -27,5 +27,5 @@ def demo_page(demo: Path) -> str:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Plan:
-    """A comparison to break."""
+    """A comparison that tests damage."""
     return write_comparison(tmp_path / "small", SMALL, tasks=7)

@@ -30,7 +30,7 @@ def test_pairs_are_those_of_the_same_seed(small: Plan) -> None:
     table = tables.build_differences(found, found.tasks[0])
     assert table is not None
     assert table.rows[0][5].endswith("of 2 (3 planned)")
-    # What is not finished does not read as final.
+    # An unfinished result does not read as final.
     assert "2 of 3 seeds" in table.rows[0][8]
     assert table.rows[2][8] == found.pairs[2].verdict.value
     assert "not finished" in report(small.folder)

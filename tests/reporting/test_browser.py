@@ -1,4 +1,4 @@
-"""The page in a real browser: on a phone, on a desk, in the dark and on paper."""
+"""The page in a real browser: on a phone and a desktop, in dark mode, and in print."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ QUIET = [
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """Chromium, without a window."""
+    """Headless Chromium."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     if CHROMIUM is None:
         pytest.skip("there is no chromium")
@@ -39,7 +39,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A page like those that users get, and one with long names, gaps and a single seed."""
+    """A typical page, and one with long names, gaps and a single seed."""
     folder = tmp_path_factory.mktemp("pages")
     config = SMALL | {
         "tasks": [{"task": "sinusoid", "label": f"{HOSTILE} {'averylongword' * 9}"}],
@@ -57,7 +57,7 @@ def pages(demo: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pat
 
 @contextmanager
 def opened(browser: Any, path: Path, width: int = 1280, **options: Any) -> Iterator[Any]:
-    """A page in the browser, which may neither complain nor ask for anything."""
+    """Open a page in the browser; warnings and requests are errors."""
     context = browser.new_context(viewport={"width": width, "height": 800}, **options)
     page = context.new_page()
     trouble: list[str] = []
@@ -89,7 +89,7 @@ def test_the_page_fits_its_window(browser: Any, pages: dict[str, Path], name: st
             assert height > 100
             assert left >= 0
             assert right <= width
-        # Letters on a phone are as large as on a desk: drawings are not shrunk.
+        # Letters are as large on a phone as on a desktop: drawings are not scaled down.
         heights = page.evaluate(
             "[...document.querySelectorAll('svg[role=img] text')].map(e => e.getBoundingClientRect().height)"
         )
@@ -175,7 +175,7 @@ def test_light_and_dark_are_legible(browser: Any, pages: dict[str, Path], scheme
 
 @pytest.mark.parametrize("name", ["demo", "odd"])
 def test_the_page_prints(browser: Any, pages: dict[str, Path], name: str) -> None:
-    with opened(browser, pages[name], 718, color_scheme="dark") as page:  # A4 without its margins
+    with opened(browser, pages[name], 718, color_scheme="dark") as page:  # A4 without margins
         page.emulate_media(media="print")
         needed, there = page.evaluate(WIDTHS)
         assert needed <= there

@@ -1,4 +1,4 @@
-"""The page: whole, self-contained, and nothing that names or notes can break."""
+"""The page is complete and self-contained, and names or notes cannot break it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_the_page_has_everything(demo_page: str) -> None:
     assert len(drawings) == 2 + 8 + 8 + 4  # differences, inner steps, learning curves, costs
     assert all(re.search("<title>.+</title><desc>.+</desc>", each) for each in drawings)
     assert len({re.search("<title>.+?</title>", each)[0] for each in drawings}) == len(drawings)
-    # Every colour is one of the page's, which has others in the dark.
+    # Every colour is a variable of the page, which differs in dark mode.
     assert not re.search("#[0-9a-f]{6}", "".join(drawings))
     assert sum(tag == "caption" for tag, _ in tags.found) == sum(tag == "table" for tag, _ in tags.found)
     assert all(attributes.get("scope") for tag, attributes in tags.found if tag == "th")
@@ -112,7 +112,7 @@ def test_many_augmenters_can_be_told_apart(tmp_path: Path) -> None:
     keys = re.findall('<li class="key"><svg.*?</svg>', page.partition('id="inner-steps"')[2].partition("</section>")[0])
     shapes = [re.sub(r"[mp][0-9a-f]{10}", "", key) for key in keys]
     assert len(shapes) == len(set(shapes)) == 37
-    # They stand below each other, where there is room for them.
+    # They are below each other if there is room.
     assert '<tr><th scope="col">augmenter</th><th scope="col">maml</th><th scope="col">anil</th></tr>' in page
     rows = re.findall(r">(gradient-noi[^<]*)</text>", find_figures(page, "differences")[0])
     assert len(set(rows[6:10])) == 4  # chains that begin alike

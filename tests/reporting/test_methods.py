@@ -1,4 +1,4 @@
-"""Algorithms and variants compared with each other, the ranking, and the table of a paper."""
+"""Comparisons between algorithms and variants, the ranking, and the table for a paper."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ VARIANTS: dict[str, Any] = SMALL | {
 
 
 def read_means(plan: Plan) -> dict[tuple[str, str], np.ndarray]:
-    """For each task and method, each seed's mean after the last number of inner steps, from the files alone."""
+    """Read each seed's mean after the last number of inner steps from the files, for each task and method."""
     found: dict[tuple[str, str], list[float]] = {}
     for run in plan.list_runs():
         scores = json.loads((run.path / "results.json").read_text())["steps"][-1]["scores"]
@@ -51,7 +51,7 @@ def read_means(plan: Plan) -> dict[tuple[str, str], np.ndarray]:
 
 
 def correct_by_holm(p: list[float]) -> list[float]:
-    """Holm's step-down correction, as its definition reads."""
+    """Apply Holm's step-down correction by its definition."""
     ordered = sorted(p)
     steps = [max(min(1.0, (len(p) - j) * ordered[j]) for j in range(i + 1)) for i in range(len(p))]
     return [steps[ordered.index(value)] for value in p]

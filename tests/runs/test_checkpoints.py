@@ -448,7 +448,7 @@ class Shim:
 
 
 class Training:
-    """Set up a small training with checkpoints, without the rest of a run."""
+    """A small training with checkpoints, without the rest of a run."""
 
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)

@@ -61,7 +61,7 @@ def draw_anew(split: str, indices: Any) -> Episodes:
 
 
 class LineSet(Dataset[tuple[Tensor, ...]]):
-    """Return numbered tasks of a split, stacked like by a DataLoader."""
+    """Numbered tasks of a split, stacked like by a DataLoader."""
 
     def __init__(self, split: str, tasks: int) -> None:
         self.tasks = [draw(split, index, 0) for index in range(tasks)]

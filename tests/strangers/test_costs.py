@@ -1,4 +1,4 @@
-"""What a small file may cost: a small multiple of its size, in memory and in time, all that it says taken together."""
+"""Limits on the cost of a file: a small multiple of its size, in memory and in time, whatever it contains."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ for path in sys.argv[1:]:
 
 
 def measure(setup: str, paths: list[Path], megabytes: int = 250, seconds: int = 60) -> list[str]:
-    """What a fresh process says of each file, none of which may cost it that much; `setup` defines ``read(path)``."""
+    """Read each file in a fresh process with limited memory and time; return messages. `setup` defines ``read(path)``."""
     done = subprocess.run(
         [sys.executable, "-c", _MEASURE.format(setup=setup), *map(str, paths)],
         capture_output=True, text=True, timeout=600, check=False,
@@ -95,7 +95,7 @@ _RECIPES: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Learners' files that say more than they hold."""
+    """Return learners' files that declare more than they contain."""
     folder = tmp_path_factory.mktemp("made-up")
     learner = MetaLearner("mlp", loss="mse", spec=TaskSpec((1,), (1,)), model_options={"hidden": [3]})
     learner.save(folder / "good")
@@ -147,7 +147,7 @@ def read(path):
 
 
 def _aliases(levels: int = 9) -> str:
-    """Lists of lists of lists, each nine times the one before: a gigabyte in a few lines."""
+    """Return nested lists, each with nine references to the previous one: a gigabyte in a few lines."""
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     for level in range(1, levels):
         before, name = chr(96 + level), chr(97 + level)
@@ -156,7 +156,7 @@ def _aliases(levels: int = 9) -> str:
 
 
 def _png(path: Path, side: int) -> None:
-    """A black image of so many pixels a side, in a thousandth of the bytes."""
+    """Return a black square image, compressed to a thousandth of its size."""
 
     def chunk(kind: bytes, content: bytes) -> bytes:
         return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

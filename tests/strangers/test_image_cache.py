@@ -1,4 +1,4 @@
-"""The cache of decoded images: whole, or built anew."""
+"""The cache of decoded images: complete, or rebuilt."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _images(number: int, slow: float) -> Iterator[np.ndarray]:
 
 
 def load(slow: float = 0.0) -> ImageStore:
-    """A store of two classes for each split, three images each."""
+    """Return a store with two classes of three images for each split."""
     splits = ("train", "train", "validation", "validation", "test", "test")
     return ImageStore.load_or_build(
         "shades",
@@ -51,7 +51,7 @@ def load(slow: float = 0.0) -> ImageStore:
 
 
 def read_all(store: ImageStore) -> list[int]:
-    """The shade of every image."""
+    """Return the grey level of every image."""
     return [
         int(store.read(index.starts[number] + _ROWS)[place, 0, 0, 0])
         for index in store.splits.values()

@@ -1,4 +1,4 @@
-"""Plugins that misbehave when they are imported, described or built: each costs itself alone, and is named."""
+"""Plugins that fail when they are imported, described or built: the message names them, and others still work."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ PECULIAR = {
 
 
 def _write(folder: Path, sources: Mapping[str, str]) -> list[Entry]:
-    """Entries of an algorithm for each source, in a folder on the path."""
+    """Create an algorithm's entry point for each source, in a folder on the path."""
     for name, source in sources.items():
         (folder / f"strange_{name}.py").write_text(source)
     return [Entry("algorithms", name, "strange", "1.2", f"strange_{name}:Plugin") for name in sources]
 
 
 def _install(folder: Path, distribution: str, kind: str, targets: Mapping[str, str]) -> None:
-    """The metadata of a distribution with plugins of a kind."""
+    """Write the metadata of a distribution with plugins of a kind."""
     info = folder / f"{distribution}-1.2.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.2\n")

@@ -1,4 +1,4 @@
-"""Every function that reads files, with damaged ones: what is wrong is one sentence, whatever it is."""
+"""Every function that reads files, with damaged files: each problem is reported in one sentence."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TOKENS = st.sampled_from(
 
 @st.composite
 def _damage(draw: st.DrawFn) -> Callable[[bytes], bytes]:
-    """A change of a file's bytes: a part of it is taken out, repeated, or has something else in its place."""
+    """Change a file's bytes: remove, repeat or replace a part."""
     start, length = draw(st.floats(0, 1)), draw(st.integers(0, 40) | st.integers(0, 1 << 20))
     other = draw(_TOKENS | st.binary(max_size=12))
     how = draw(st.sampled_from(["replace", "repeat", "flip", "all"]))
@@ -64,13 +64,13 @@ def test_damaged_files_are_one_sentence(reader: Reader, tmp_path: Path, tried: T
             reader.read(path)
         tried(reader.group)
 
-    if path.suffix != ".zip":  # no zip but the authors' own is read
+    if path.suffix != ".zip":  # only the authors' own zip file is read
         reader.read(path)
     try_one()
 
 
 class _Hung(BaseException):
-    """Nothing catches it."""
+    """An exception that no handler catches."""
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")

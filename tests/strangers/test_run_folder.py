@@ -1,4 +1,4 @@
-"""A run's or a comparison's folder that a stranger made: what goes on with it writes nowhere else."""
+"""Untrusted folders of runs and comparisons: continuing them writes nothing elsewhere."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Tried = Callable[..., None]
 
 
 class _Stop:
-    """Breaks a run off after its third step."""
+    """Interrupts a run after its third step."""
 
     @hookimpl
     def on_step(self, step: int) -> None:
@@ -54,7 +54,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(stopped: Path, tmp_path: Path) -> Path:
-    """A copy of the run that was stopped."""
+    """Return a copy of the stopped run."""
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
@@ -223,7 +223,7 @@ def test_a_bad_file_of_a_run_is_one_sentence(finished: Path, tmp_path: Path, tri
 
 
 def test_a_run_goes_on_beside_bad_lines(stopped: Path, tmp_path: Path, tried: Tried) -> None:
-    """What of metrics.jsonl is legible is kept where somebody changed it."""
+    """The readable lines of a changed metrics.jsonl are kept."""
     for number, content in enumerate(_BAD):
         path = tmp_path / f"{number}.jsonl"
         path.write_bytes((stopped / "metrics.jsonl").read_bytes() + content.encode("latin-1") + b"\n")

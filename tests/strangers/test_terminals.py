@@ -1,4 +1,4 @@
-"""What reaches a terminal, a report or a spreadsheet: names, keys and messages of strangers steer none of them."""
+"""Untrusted names, keys and messages do not control a terminal, a report or a spreadsheet."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ pytestmark = pytest.mark.strangers
 Tried = Callable[..., None]
 
 TITLE = "\x1b]0;OWNED\x07"
-"""What sets the title of a terminal's window."""
+"""An escape sequence that sets the title of a terminal's window."""
 HOSTILE = f"a{TITLE}\x9b31mb\r\x08\x7f\u202ec"
 _DRAWING = re.compile(r"\x1b\[[0-9;]*m|\x1b\[\?25[lh]|\x1b\[\d*[AK]|\r")
-"""Colours, the cursor's movements and what hides it: all that the consoles themselves send."""
+"""Colours and cursor control: the only sequences that the consoles send."""
 
 
 def _list_controls(text: str) -> set[str]:
@@ -47,7 +47,7 @@ def _environment() -> dict[str, str]:
 
 
 def _run_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
-    """The exit code of a command in a terminal of its own, and all that the terminal gets."""
+    """Run a command in its own terminal; return the exit code and the terminal's input."""
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals")
     ours, its = pty.openpty()
     process = subprocess.Popen(
@@ -58,7 +58,7 @@ def _run_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
     try:
         while block := os.read(ours, 1 << 16):
             received += block
-    except OSError:  # Linux says so that the other side is closed
+    except OSError:  # Linux reports a closed other side this way
         pass
     os.close(ours)
     return process.wait(), received.decode()
@@ -125,7 +125,7 @@ def test_errors_and_logs_of_the_library_steer_nothing_either(caplog: pytest.LogC
     with pytest.raises(UsageError) as raised:
         metareg.train(algo=HOSTILE)
     assert not _list_controls(str(raised.value))
-    cli.run(["--version"])  # whatever the command sets up
+    cli.run(["--version"])  # whatever the command configures
     for name in ("metareg", "metareg.tuning"):
         logging.getLogger(name).warning("%s is unknown", HOSTILE)
     assert caplog.messages

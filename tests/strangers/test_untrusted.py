@@ -1,4 +1,4 @@
-"""Files and command lines from strangers, mistyped or damaged: never a traceback, never a wrong result taken for good."""
+"""Untrusted, mistyped or damaged files and command lines: no traceback, and no wrong result without a message."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_made_up_headers_are_refused_or_harmless(
 
 
 def _finite(value: Any) -> Any:
-    """JSON of the kind that metareg writes."""
+    """Draw JSON like that of metareg."""
     return json.loads(json.dumps(value))
 
 
@@ -272,7 +272,7 @@ def _assembled_or_refused(base: dict[str, Any], options: Mapping[str, Any] = Map
 
 
 def _names(value: Any) -> Iterator[str]:
-    """The names in a configuration, of plugins' options too."""
+    """Return the names in a configuration, including options of plugins."""
     if isinstance(value, dict):
         yield from value
     if isinstance(value, dict | list):
@@ -312,7 +312,7 @@ def _refuse(*_: Any) -> None:
 
 @pytest.fixture
 def _never_trains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Everything but the training itself."""
+    """Do everything except the training itself."""
     monkeypatch.chdir(tmp_path)
     for name in ("_carry_out", "_create_folder"):
         monkeypatch.setattr(f"metareg.runs.training.{name}", _refuse)

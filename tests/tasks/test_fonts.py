@@ -1,4 +1,4 @@
-"""Letters of a user's fonts: what is drawn, how it is split, what is left out, and fonts that are not as they should be."""
+"""Letters of users' fonts: drawing, splits, omissions, and invalid fonts."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def draw_glyph(shape: int, width: int) -> Any:
-    """Squares at 9 random places of 5 × 5, the same for the same number; none for 0."""
+    """Return squares at 9 random positions of a 5 × 5 grid, fixed by the number; none for 0."""
     pen = TTGlyphPen(None)
     for place in random.Random(shape).sample(range(25), 9 if shape else 0):
         left, bottom = 170 * (place % 5), 170 * (place // 5)
@@ -48,7 +48,7 @@ def draw_glyph(shape: int, width: int) -> Any:
 
 
 def make_font(path: Path, letters: str = LATIN, width: int = 130, **shapes: int) -> Path:
-    """A font whose letters have shapes of their own, or those that are given by number; 0 is an empty one."""
+    """Write a font whose letters have different shapes, or shapes given by numbers; 0 is an empty shape."""
     glyphs = {".notdef": draw_glyph(1, width)}
     glyphs |= {f"g{ord(each)}": draw_glyph(shapes.get(each, ord(each)), width) for each in letters}
     builder = FontBuilder(1000, isTTF=True)
@@ -96,7 +96,7 @@ def test_a_class_is_a_character_and_an_example_a_face(tmp_path: Path) -> None:
     pixels = np.array(task.store.pixels, dtype=float).reshape(30, 16, 28, 28)
     ink = pixels.sum((2, 3)).reshape(30, 4, 4).mean((0, 1))
     assert len(np.unique(pixels.reshape(480, -1), axis=0)) == 480
-    # The files in their order are the faces, from thin to thick.
+    # The files in their order are the faces, from light to bold.
     assert (np.diff(ink) > 0).all()
 
     again = task_of(folder, characters="LATIN,U+4E00-U+4E05", examples=16)
@@ -189,7 +189,7 @@ def test_letters_of_one_script_that_are_the_same_are_in_once(tmp_path: Path) -> 
 
 
 def test_letters_of_other_scripts_that_look_alike(tmp_path: Path) -> None:
-    """T and τ, K and Ϗ, but not k and κ, as they are in DejaVu."""
+    """T and τ, K and Ϗ, but not k and κ, look alike in DejaVu."""
     folder = tmp_path / "fonts"
     folder.mkdir()
     for style in ("", "-Bold", "-Oblique", "-BoldOblique"):
@@ -207,7 +207,7 @@ def test_letters_are_compared_as_the_formula_says() -> None:
     images = np.random.default_rng(0).random((12, 2, 16, 16)).astype(np.float32)
     images[6:] = images[:6] + 0.4 * images[6:]  # pairs of all distances
     images[3, 1] = images[7, 0] = 0  # faces that a letter lacks
-    images[4, 0] = images[10, 1] = 0  # … and two without a common one
+    images[4, 0] = images[10, 1] = 0  # … and two letters without a common face
     first, second = images[:6], images[6:]
     expected: list[tuple[int, int, float]] = []
     for i, j, down, right in np.ndindex(6, 6, 3, 3):

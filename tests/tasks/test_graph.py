@@ -30,12 +30,12 @@ from metareg_graph.figures import draw_features
 conv = pytest.importorskip("dgl.nn", reason="DGL is not installed")
 WAYS, SHOTS, QUERY, HIDDEN = 2, 2, 3, 5
 LOSS = metareg.Metric("loss", nn.functional.cross_entropy, higher_is_better=False)
-"""Unlike accuracies, hardly two tasks have the same."""
+"""A metric with different values for almost all tasks, unlike accuracy."""
 
 
 @pytest.fixture(autouse=True)
 def _double() -> Iterator[None]:
-    """All in float64."""
+    """Compute in float64."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     yield
@@ -44,7 +44,7 @@ def _double() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph of 90 nodes in 6 classes, one of them a hub, as npz."""
+    """Write a graph with 90 nodes in 6 classes, one of which is a hub, as npz."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("graph") / "small.npz"
     labels = np.arange(90) % 6
@@ -79,7 +79,7 @@ def task_on(path: Path, **options: Any) -> GraphFolder:
 
 
 class Convolutions(nn.Module):
-    """The layers of the GCN as DGL has them."""
+    """The GCN's layers from DGL."""
 
     def __init__(self, features: int, hidden: int = HIDDEN) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def network(task: Any, inputs: str = "gcn", hidden: int = HIDDEN) -> BlockNetwor
 
 
 def full_graph(data: GraphData) -> Net:
-    """The GCN on the whole graph with `dgl.nn.GraphConv`, in the parameters' names of the block path; x are node numbers."""
+    """The GCN on the whole graph with `dgl.nn.GraphConv`, with the block path's parameter names; x are node numbers."""
     graph = import_dgl().add_self_loop(data.graph)
     modules = [conv.GraphConv(1, 1, weight=False, bias=False) for _ in range(2)]
 
@@ -116,7 +116,7 @@ def full_graph(data: GraphData) -> Net:
 
 
 def on_nodes(task: Any, indices: range, seed: int = 0) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The tasks with node numbers for inputs."""
+    """Return the tasks with node numbers as inputs."""
     episodes = type(task)(task.config.model_copy(update={"inputs": "nodes"})).episodes("train", indices, seed)
     return [
         (one.support_x["nodes"][row], one.support_y[row], one.query_x["nodes"][row], one.query_y[row])
@@ -193,7 +193,7 @@ def test_module_on_the_graph_gives_the_gradient_of_the_blocks(folder: Path, algo
 
 
 def layers_of_dgl(model: BlockNetwork, data: GraphData) -> Tensor:
-    """The features of every node of a graph by the layers of `dgl.nn` on the whole of it, with a model's weights."""
+    """Compute the features of all nodes with the layers of `dgl.nn` on the whole graph, with a model's weights."""
     body, graph, x = model.body, data.graph, data.features
     if body.inputs == "sgc":
         layer = conv.SGConv(x.shape[1], HIDDEN, k=body.depth)
@@ -215,7 +215,7 @@ def layers_of_dgl(model: BlockNetwork, data: GraphData) -> Tensor:
 
 
 def assert_features_are_those_of_dgl(task: Any, inputs: str, tasks: int) -> None:
-    """Compare the features of the blocks of some tasks, each drawn alone."""
+    """Compare the features of the blocks of some tasks, drawn one by one."""
     model = network(task, inputs)
     expected = layers_of_dgl(model, task.data)
     for number, (support, _, query, _) in enumerate(on_nodes(task, range(tasks))):
@@ -226,7 +226,7 @@ def assert_features_are_those_of_dgl(task: Any, inputs: str, tasks: int) -> None
 
 @pytest.fixture(scope="module")
 def sparse(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A graph of few edges, as npz: one layer's neighbourhoods are often no larger than those of the layer before."""
+    """Write a sparse graph as npz: a layer's neighbourhoods are often no larger than those of the previous layer."""
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("graph") / "sparse.npz"
     labels = np.arange(300) % 6
@@ -247,7 +247,7 @@ def test_models_of_any_depth_are_those_of_dgl(folder: Path, sparse: Path, inputs
 def test_deep_models_train_on_published_graphs(data_folder: Path, kind: Any, inputs: str, hops: int) -> None:
     task = kind(kind.Config(data=str(data_folder / "graphs"), inputs=inputs, hops=hops))
     learner = MetaLearner(network(task, inputs), "maml", strategy="serial")
-    numbers = range(18, 22)  # among them one of which a deeper layer needs no more nodes
+    numbers = range(18, 22)  # includes a task whose deeper layer needs no more nodes
     together, one_by_one = (
         [learner.meta_gradient(batch)[0] for batch in batches]
         for batches in ([task.episodes("train", numbers, 0)], [task.episodes("train", [n], 0) for n in numbers])
@@ -274,7 +274,7 @@ def test_strategies_agree(folder: Path, inputs: str, strategy: str) -> None:
 
 @pytest.mark.parametrize("layer", ["GraphConv", "SAGEConv", "GATConv", "DotGatConv", "GINConv"])
 def test_second_derivatives_of_dgl_layers(layer: str) -> None:
-    """Through `opaque`, inside torch.func, against ordinary autograd on the same layer and against differences."""
+    """Through `opaque` in torch.func, against ordinary autograd on the same layer and finite differences."""
     torch.manual_seed(0)
     graph = import_dgl().add_self_loop(import_dgl().rand_graph(20, 60))
     x = torch.randn(20, 4)

@@ -1,4 +1,4 @@
-"""Graph files: every format, the splits, and one clear sentence for what is wrong."""
+"""Graph files: every format, the splits, and one clear sentence for each problem."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EDGES = np.random.default_rng(1).integers(NODES, size=(150, 2))
 
 
 def simple(edges: np.ndarray) -> set[tuple[int, int]]:
-    """The edges in both directions, without loops."""
+    """Return the edges in both directions, without loops."""
     return {(int(a), int(b)) for one, two in edges for a, b in ((one, two), (two, one)) if a != b}
 
 
@@ -284,9 +284,7 @@ def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             locate("mine", source, str(tmp_path / "nowhere"))
         with pytest.raises(UsageError, match=r"does not contain 'mine': none of mine\.npz"):
             locate("mine", source, str(tmp_path))
-        with pytest.raises(
-            UsageError, match="`metareg data mine --download` downloads it"
-        ):  # not unless it is asked to
+        with pytest.raises(UsageError, match="`metareg data mine --download` downloads it"):  # only on request
             locate("mine", source, None)
         assert not (tmp_path / "cache").exists()
         downloaded = fetch(source, data_folder())
@@ -296,7 +294,7 @@ def test_where_data_is_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     cut_off(monkeypatch)
     with pytest.raises(MetaregError, match="cannot be downloaded: there is no connection"):
         fetch(Source(("other.npz",), url="https://host.invalid/gone.npz"), data_folder())
-    # Where earlier versions put downloads.
+    # The folder of downloads of earlier versions.
     (tmp_path / "cache" / "graphs").mkdir(parents=True)
     earlier = npz(tmp_path / "cache" / "graphs" / "mine.npz")
     assert locate("mine", source, None) == earlier

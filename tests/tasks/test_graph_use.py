@@ -1,4 +1,4 @@
-"""A graph run put to use on the nodes of its graph: predictions and programs, held against a loop written out."""
+"""Predictions and programs of a graph run on the nodes of its graph, against a reference loop."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
 
 
 def write_graph(folder: Path) -> tuple[np.ndarray, np.ndarray]:
-    """A graph of six classes with ids as texts; its features and adjacency matrix."""
+    """Write a graph of six classes with texts as ids; return its features and adjacency matrix."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     labels = np.arange(NODES) % 6
@@ -46,7 +46,7 @@ def write_graph(folder: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def propagate(kind: str, adjacency: np.ndarray) -> Tensor:
-    """The matrix of one propagation, dense."""
+    """Return the dense matrix of one propagation."""
     if kind == "mean":
         return torch.tensor(adjacency / np.maximum(adjacency.sum(1, keepdims=True), 1))
     loops = adjacency + np.eye(NODES, dtype=np.float32)
@@ -55,7 +55,7 @@ def propagate(kind: str, adjacency: np.ndarray) -> Tensor:
 
 
 def compute_outputs(kind: str, params: dict[str, Tensor], features: np.ndarray, adjacency: np.ndarray) -> Tensor:
-    """What a model of two layers puts out for all nodes, from its equations."""
+    """Compute a two-layer model's outputs for all nodes from its equations."""
     near, x = propagate(kind, adjacency), torch.tensor(features)
     table = {"gcn": lambda: near @ x, "sgc": lambda: near @ near @ x, "mean": lambda: torch.cat([x, near @ x], 1)}[
         kind
@@ -71,7 +71,7 @@ def compute_outputs(kind: str, params: dict[str, Tensor], features: np.ndarray, 
 
 
 def adapt(kind: str, run: Run, support: list[int], y: list[int], *graph: np.ndarray) -> Tensor:
-    """Scores of all nodes after the run's inner steps, by a loop written out."""
+    """Compute the scores of all nodes after the run's inner steps with a reference loop."""
     params = {name: p.clone().requires_grad_() for name, p in run.learner.meta_parameters.items()}
     for _ in range(2):
         loss = torch.nn.functional.cross_entropy(compute_outputs(kind, params, *graph)[support], torch.tensor(y))
@@ -83,7 +83,7 @@ def adapt(kind: str, run: Run, support: list[int], y: list[int], *graph: np.ndar
 
 
 def train(model: str, folder: Path) -> tuple[Run, tuple[np.ndarray, ...]]:
-    """A run on a graph of one's own, and the graph."""
+    """A run on a user's graph, and the graph."""
     graph = write_graph(folder / "papers")
     data = str(folder / "papers")
     return metareg.train(task="graph-folder", model=model, data=data, fanout=3, out=folder / "run", **SMALL), graph
@@ -138,7 +138,7 @@ def test_predictions_and_programs_are_those_of_a_loop(
 
 
 def run_without_metareg(program: Path, *inputs: Tensor) -> Tensor:
-    """The outputs of a program in a process that can import neither metareg nor DGL."""
+    """Return the outputs of a program in a process that can import neither metareg nor DGL."""
     torch.save(inputs, program.with_suffix(".in"))
     script = (
         "import sys\nsys.modules['metareg'] = sys.modules['dgl'] = None\nimport torch\nprogram, given, to = sys.argv[1:]\n"

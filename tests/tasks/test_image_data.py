@@ -1,4 +1,4 @@
-"""Where images come from: folders, torchvision, downloads; and what is said when something is wrong with them."""
+"""Sources of images: folders, torchvision, downloads; and the messages about problems."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def draw(path: Path, value: int = 0, size: tuple[int, int] = (9, 7)) -> None:
 
 @pytest.fixture
 def animals(tmp_path: Path) -> Path:
-    """Ten classes of six images, some of them in folders inside folders."""
+    """Write ten classes of six images, some of them in nested folders."""
     for number in range(10):
         folder = tmp_path / "animals" / ("wild" if number % 2 else "tame/at home") / f"kind{number}"
         for image in range(6):
@@ -74,11 +74,11 @@ def split_of(task: ImageFolder) -> dict[str, list[str]]:
 
 
 def test_images_are_prepared_as_programs_say(animals: Path) -> None:
-    """The lines of docs/deployment.md, for those who prepare images without metareg."""
+    """The lines of docs/deployment.md that prepare images without metareg."""
     task = folder_task(animals)
     noise = np.random.default_rng(0).integers(256, size=(40, 61, 3), dtype=np.uint8)
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned
+    exif[0x0112] = 6  # the camera was rotated
     Image.fromarray(noise).save(animals.parent / "photo.jpg", exif=exif)
     upright = ImageOps.exif_transpose(Image.open(animals.parent / "photo.jpg")).convert("RGB")
     pixels = np.array(upright.resize((16, 16), Image.Resampling.BILINEAR))
@@ -97,7 +97,7 @@ def test_nested_folders_and_a_seeded_split(animals: Path) -> None:
     assert batch.support_x.shape == (3, 2, 3, 16, 16)
     assert batch.support_x[0].is_contiguous(memory_format=torch.channels_last)
     reds = (batch.query_x[..., 0, 0] * 255).round()[:, :, 0].reshape(3, 2, 2)
-    assert ((reds // 20)[..., 0] == (reds // 20)[..., 1]).all()  # images of one class have one label
+    assert ((reds // 20)[..., 0] == (reds // 20)[..., 1]).all()  # images of a class have one label
 
 
 @pytest.mark.parametrize("wrapping", ["", "my data"])
@@ -289,7 +289,7 @@ def every_class(name: str) -> list[str]:
 
 
 def fakes(location: Path) -> dict[type, Callable[[], Any]]:
-    """What torchvision's data sets would be, with two images a class."""
+    """Stand-ins for torchvision's data sets, with two images per class."""
     names = sorted(every_class("cifar-fs"))
 
     def cifar(*_: Any, train: bool, **__: Any) -> Any:
@@ -373,7 +373,7 @@ def test_torchvision_tasks(task_class: type, tmp_path: Path, monkeypatch: pytest
     if task_class in (TrafficSign, SVHN):
         with pytest.raises(UsageError, match=rf"train.*metareg eval RUN --task {task.name}"):
             task.episodes("train", [0], 0)
-    if task_class is CIFARFS:  # a class's pixels are its number in the order of all names, in both parts
+    if task_class is CIFARFS:  # a class's pixels are its number in the order of all names, in both splits
         index = task.store.splits["test"]
         numbers = [sorted(every_class("cifar-fs")).index(name) for name in index.names]
         assert task.store.pixels[index.starts, 0, 0, 0].tolist() == [n + 1 for n in numbers]
@@ -463,10 +463,10 @@ def test_cars_are_cut_at_their_boxes(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(Cars, "contents", (196, 196))
     task = Cars(Cars.Config(data=str(tmp_path), size=8))
     assert task.verify() == "98/49/49 classes (train/validation/test), 196 images"
-    # The processes that read MATLAB's files have done so.
+    # The processes that read MATLAB files have finished.
     monkeypatch.setattr("metareg_image.folders.parse_in_child", lambda parser, paths, _: [*map(parser, paths)])
     assert task.store.pixels.min() == 255
-    # A data set is verified where it is, though a cache of it is there.
+    # A data set is verified at its source, although a cache exists.
     damaged = tmp_path / "cars_train" / rows[7][-1]
     damaged.write_bytes(damaged.read_bytes()[:60])
     assert task.store.pixels.min() == 255
@@ -483,12 +483,12 @@ def test_omniglot_small_is_fetched(tmp_path: Path, data_folder: Path, monkeypatc
         monkeypatch.setattr("metareg_image.omniglot._ORIGIN", address)
         assert run(["data", "omniglot-small", "--download"]) == 0
     assert OmniglotSmall(OmniglotSmall.Config()).is_complete()
-    assert run(["data", "omniglot-small", "--download"]) == 0  # it is there
+    assert run(["data", "omniglot-small", "--download"]) == 0  # the data exists
 
 
 def test_metareg_data(animals: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["data"]) == 0
-    table = " ".join(capsys.readouterr().out.split())  # however wide the terminal is
+    table = " ".join(capsys.readouterr().out.split())  # whatever the terminal's width
     assert "cifar-fs" in table
     assert "metareg data cifar-fs --download" in table
     assert "sinusoid" not in table

@@ -50,7 +50,7 @@ def test_resnet12() -> None:
     x = torch.rand(2, 3, 84, 84)
     assert model.body(x).shape[1:] == (512, 5, 5)
     assert model(x).shape == (2, 5)
-    # Three 3×3 convolutions and a 1×1 one on the shortcut, none with a bias, each followed by BatchNorm.
+    # Three 3×3 convolutions and a 1×1 one in the shortcut, without biases, each followed by BatchNorm.
     pairs = [(3, 64), (64, 128), (128, 256), (256, 512)]
     assert parameters(model.body) == sum(9 * (a * b + 2 * b * b) + a * b + 4 * 2 * b for a, b in pairs)
 
@@ -72,7 +72,7 @@ def test_norms_and_pools_train_with_cml(plugin: type) -> None:
 
 
 def small(name: str, channels: int) -> nn.Module:
-    """A small model in float64: ``conv4-batch``, ``resnet12-none``, …, or one of a few layers."""
+    """Create a small model in float64: ``conv4-batch``, ``resnet12-none``, …, or one with a few layers."""
     kind, _, norm = name.partition("-")
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -83,7 +83,7 @@ def small(name: str, channels: int) -> nn.Module:
                 nn.MaxPool2d(2),
                 nn.Tanh(),
             ]
-            if kind == "flat":  # BatchNorm, whose gradient does not lie as its inputs do
+            if kind == "flat":  # BatchNorm, whose gradient has another memory layout than its inputs
                 layers = [nn.MaxPool2d(2), nn.Conv2d(channels, 4, 3, padding=1), nn.BatchNorm2d(4)]
             body = nn.Sequential(*layers)
             return nn.Sequential(OrderedDict(body=body, head=nn.Sequential(nn.Flatten(), nn.Linear(256, 5)))).double()
@@ -92,7 +92,7 @@ def small(name: str, channels: int) -> nn.Module:
 
 
 def trained(strategy: str, name: str, channels: int) -> Tensors:
-    """The meta-parameters after three steps of second order on images that lie channels last."""
+    """Return the meta-parameters after three second-order steps on channels-last images."""
     learner = MetaLearner(small(name, channels), "maml", inner_lr=0.2, strategy=strategy)
     draw = torch.Generator().manual_seed(0)
     labels = torch.arange(5).repeat(2).expand(3, 10)
@@ -196,7 +196,7 @@ def test_meta_gradient_equals_the_authors_recipe(width: int, augment: list[str])
     _, grads = learner.meta_gradient(batch)
     expected = authors_gradient(learner.meta_parameters, batch, 0.5, bool(augment))
     assert grads.keys() == expected.keys()
-    # BatchNorm cancels the biases before it: their gradients are zero, and rounding is all that there is of them.
+    # BatchNorm cancels the biases before it: their gradients are only rounding errors.
     biases = {f"body.{layer}.0.bias" for layer in (0, 2, 4, 6)} | {f"cml.colearner.{layer}.bias" for layer in (0, 3)}
     scale = max(value.abs().max() for value in expected.values())
     for name, value in expected.items():

@@ -1,4 +1,4 @@
-"""How images become inputs, in training, predictions and exported programs, against Pillow and NumPy."""
+"""From images to inputs in training, predictions and exported programs, against Pillow and NumPy."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGENET = np.array([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Classes of random images, wide and high, brighter in the test than in training; in folders of the splits."""
+    """Write classes of random images, wide and high, brighter in the test than in training, in folders of the splits."""
     root, random = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, classes in SPLITS.items():
         for number in range(classes):
@@ -44,7 +44,7 @@ def create_task(photos: Path, **options: Any) -> ImageFolder:
 
 
 def prepare(path: Path, crop: bool, mean: np.ndarray, std: np.ndarray) -> np.ndarray:
-    """An input ``[3, size, size]``, of a file."""
+    """Return the input ``[3, size, size]`` of a file."""
     image = Image.open(path).convert("RGB")
     if crop:
         width, height = image.size
@@ -100,7 +100,7 @@ def test_the_numbers_of_the_training_classes_are_kept(photos: Path, tmp_path: Pa
 
 
 def test_a_prediction_is_the_exported_programs(photos: Path, tmp_path: Path) -> None:
-    """The program is fed by what its file says of images alone, where predict reads them itself."""
+    """Inputs prepared by the description in the program's file give the same predictions as predict, which reads images."""
     run = metareg.train(
         "maml", task="image-folder", out=tmp_path / "run", data=str(photos), size=16, ways=2, query=2, eval_query=2, steps=2,
         meta_batch=1, eval_tasks=2, test_tasks=2, test_inner_steps=[1], strategy="serial", resize="crop",

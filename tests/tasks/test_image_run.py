@@ -1,4 +1,4 @@
-"""A whole run on images, and its test on another image task."""
+"""A run on images, and its test on another image task."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_a_run_is_tested_on_another_task(
             Image.fromarray(image).save(path)
     loaded = metareg.Run.load(trained.path)
     options = {"data": str(tmp_path / "photos"), "ratios": [0, 0, 1]}
-    # Ways, shots, queries, and the size and channels that the model takes come from the run: grey 20×20 images.
+    # Ways, shots, queries, and the model's image size and channels come from the run: grey 20×20 images.
     evaluation = loaded.evaluate(5, [0, 1], "image-folder", options)
     assert evaluation.scores.shape == (5, 2)
     arguments = ["eval", str(trained.path), "--task", "image-folder", "--data", str(tmp_path / "photos"), "--json"]
@@ -67,7 +67,7 @@ def test_a_test_on_a_task_of_another_kind_is_one_sentence(trained: metareg.Run) 
 
 
 def nearest_centroid(episodes: metareg.Episodes, ways: int) -> float:
-    """The accuracy of the class whose support images have the nearest mean, pixel by pixel."""
+    """Return the accuracy of the class with the nearest mean of the support images' pixels."""
     support, query = episodes.support_x.flatten(2), episodes.query_x.flatten(2)
     means = torch.stack(
         [support[episodes.support_y == way].view(len(support), -1, support.shape[-1]).mean(1) for way in range(ways)], 1
@@ -78,7 +78,7 @@ def nearest_centroid(episodes: metareg.Episodes, ways: int) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("algorithm", ["maml", "anil", "boil", "metasgd"])
 def test_every_algorithm_learns_by_the_defaults(algorithm: str, tmp_path: Path) -> None:
-    """A small part of the training is enough to leave an untrained model and the nearest centroid behind."""
+    """After a small part of the training, the run is better than an untrained model and the nearest centroid."""
     run = metareg.train(algorithm, task="glyphs", out=tmp_path / "run", steps=400, eval_tasks=2, test_tasks=100)
     untrained = metareg.train(
         algorithm, task="glyphs", out=tmp_path / "untrained", steps=1, eval_tasks=2, test_tasks=100

@@ -1,4 +1,4 @@
-"""Image tasks: how episodes are drawn, what is in them, and the pictures of them."""
+"""Image tasks: the sampling of episodes, their content, and their figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def glyphs(**options: object) -> Glyphs:
 
 
 def shuffled(uniform: list[float], population: int) -> list[int]:
-    """Fisher and Yates' shuffle, written out."""
+    """A reference implementation of Fisher and Yates' shuffle."""
     entries = list(range(population))
     for j, u in enumerate(uniform):
         k = j + int(u * (population - j))
@@ -105,7 +105,7 @@ def test_training_on_few_classes_leaves_the_other_splits() -> None:
     assert drawn[0] | drawn[1] <= set(every.store.splits["train"].names)
     for split in ("validation", "test"):
         assert few.episodes(split, [3], 0).support_x.equal(every.episodes(split, [3], 0).support_x)
-    # The images are those of the classes that are named.
+    # The images belong to the named classes.
     index = every.store.splits["train"]
     images, ((first, *_),) = few._draw_tasks("train", [0], 0)
     rows = index.starts[index.names.index(first)] + np.arange(index.counts[index.names.index(first)])

@@ -1,4 +1,4 @@
-"""torchvision's classifiers as models: their weights, gradients against torchvision's own forward, and frozen parts."""
+"""torchvision's classifiers as models: weights, gradients against torchvision's own forward, and frozen parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from metareg import Episodes, MetaLearner, TaskSpec, UsageError
 from metareg_image import TorchvisionModel
 from metareg_image.vision import import_torchvision
 
-# import_torchvision mends the import of a torchvision for CUDA beside a torch without it.
+# import_torchvision repairs the import of a CUDA build of torchvision with a torch without CUDA.
 if importlib.util.find_spec("torchvision") is None:
     pytest.skip("torchvision is not installed", allow_module_level=True)
 
@@ -62,7 +62,7 @@ def create_episodes(dtype: torch.dtype = torch.float32) -> Episodes:
 
 
 def compute_gradient(original: nn.Module, meta: Tensors, adapted: Sequence[str]) -> Tensors:
-    """The second-order meta-gradient of one inner step, by torchvision's own forward."""
+    """Compute the second-order meta-gradient of one inner step with torchvision's own forward."""
     meta = {name: value.detach().double().requires_grad_() for name, value in meta.items()}
     losses = []
     for support_x, support_y, query_x, query_y in zip(*create_episodes(torch.float64).parts, strict=True):

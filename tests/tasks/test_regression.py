@@ -1,4 +1,4 @@
-"""The curve tasks: pure functions of (seed, split, index), in their ranges, and random enough."""
+"""The curve tasks: pure functions of (seed, split, index), within their ranges, and sufficiently random."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def drawn(kind: str, split: str, indices: Any, seed: int = 0, **options: int) ->
 def test_a_task_is_a_function_of_seed_split_and_index(
     kind: str, split: str, indices: list[int], seed: int, random: Any
 ) -> None:
-    """Whatever else is asked for, in whatever order and how often."""
+    """A task does not depend on which other tasks are drawn, in which order, and how often."""
     whole = drawn(kind, split, indices, seed)
     order = random.sample(range(len(indices)), len(indices))
     shuffled = drawn(kind, split, [indices[position] for position in order], seed)
@@ -148,7 +148,7 @@ def test_uniform_numbers_are_uniform() -> None:
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5, 1 << 20])
 def test_neighbours_are_not_correlated(step: int) -> None:
-    """Neither tasks whose numbers are `step` apart, nor positions of one task, nor streams of one task."""
+    """Tasks whose numbers differ by `step`, positions of a task, and streams of a task are uncorrelated."""
     indices = np.arange(20_000) * step
     numbers = task_uniform(3, "train", indices, 4, "a")
     other = task_uniform(3, "train", indices, 4, "b")
@@ -178,7 +178,7 @@ def test_more_numbers_begin_with_the_same_numbers() -> None:
 
 
 def test_derived_seeds() -> None:
-    """Fixed for ever: a change would move every task and every weight of published runs."""
+    """These numbers must never change: every task and weight of published runs depends on them."""
     assert derive_seed(0) != derive_seed(1)
     assert derive_seed(0, "a", "b") != derive_seed(0, "ab") != derive_seed(0, "b", "a")
     seeds = {derive_seed(seed, label) for seed in range(100) for label in "abcde"}

@@ -1,4 +1,4 @@
-"""Tasks on a user's own tables, against a reading of the files and an adaptation written out here."""
+"""Tasks on users' own tables, against a reference reader and a reference adaptation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ KINDS = ("a", "b", "")
 
 
 def draw(number: int, rows: int = 16) -> list[dict[str, str]]:
-    """The rows of one table: two numbers, a category that is missing at times, a target, and a class."""
+    """Return the rows of a table: two numbers, a category with missing values, a target, and a class."""
     generator = np.random.default_rng(number)
     found = []
     for row in range(rows):
@@ -54,7 +54,7 @@ def without(rows: Sequence[Mapping[str, str]], *names: str) -> list[dict[str, st
 
 
 def write_tables(folder: Path) -> Path:
-    """Six tables with numeric targets, in several dresses; the columns in another order in one."""
+    """Write six tables with numeric targets in several formats, one of them with another order of columns."""
     for number in range(6):
         rows = without(draw(number), "label")
         if number == 3:
@@ -86,7 +86,7 @@ def split_names(task: TableFolder) -> dict[str, list[int]]:
 
 
 def read_plain(numbers: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Inputs u, v and zeros and ones for kind, and targets, of some tables."""
+    """Return the inputs (u, v, and one-hot kind) and targets of some tables."""
     rows = [row for number in numbers for row in draw(number)]
     inputs = [[float(row["u"]), float(row["v"]), row["kind"] == "a", row["kind"] == "b"] for row in rows]
     return np.array(inputs, dtype=float), np.array([float(row["y"]) for row in rows])
@@ -274,7 +274,7 @@ def test_tasks_in_two_splits_are_refused(folder: Path) -> None:
 def adapt_by_hand(
     weights: Mapping[str, Tensor], x: Tensor, y: Tensor, query: Tensor, steps: int, rate: float
 ) -> Tensor:
-    """Gradient descent on the support set's mean squared error, written out for two hidden layers and one category."""
+    """Run a reference gradient descent on the support set's squared error, for two hidden layers and one category."""
 
     def predict(w: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         hidden = torch.cat([inputs[:, :2], inputs[:, 2:] @ w["body.0.tables.0.weight"].T], 1)
@@ -316,7 +316,7 @@ def test_the_figure_has_true_and_predicted_values_in_the_targets_units(run: Run)
 
 
 def test_predictions_are_those_of_the_saved_weights_in_the_targets_units(folder: Path, tmp_path: Path) -> None:
-    """Also where the training data is gone, whatever the columns' order and the file's dress."""
+    """Also if the training data is gone, for any order of columns and any file format."""
     run = train_small(folder, tmp_path / "run")
     numbers = [int(name[-1]) for name in run.source.plugin.instance._tables.select("train")]
     shutil.rmtree(folder)
@@ -340,7 +340,7 @@ def test_predictions_are_those_of_the_saved_weights_in_the_targets_units(folder:
 
 
 def test_the_learners_file_is_enough(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Predictions from it alone, and from the program adapted with it, are the run's; it names no folder."""
+    """Its predictions, and those of the program adapted with it, equal the run's; it contains no path."""
     new = without(draw(7), "label")
     support, query = write(tmp_path / "s.csv", new[:5]), write(tmp_path / "q.csv", without(new[5:], "y"))
     run.export(tmp_path / "learner.safetensors")
@@ -368,7 +368,7 @@ def test_the_learners_file_is_enough(run: Run, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_program_that_adapts_standardises_by_its_own_support_set(folder: Path, tmp_path: Path) -> None:
-    """It takes the numbers of the tables and answers in the target's units, as predict does."""
+    """It takes the tables' own numbers and predicts in the target's units, like predict."""
     options = {"standardise": "support", "standardise_target": "support"}
     run = train_small(folder, tmp_path / "run", **options)
     run.export(tmp_path / "learner.pt2", adaptive=True)

@@ -12,7 +12,7 @@ from metareg.errors import MetaregError
 from metareg.registry.plugins import Entry, list_entries, resolve
 from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinations
 
-# The parity tests compare the strategies of the shipped plugins, the matrix those of all.
+# The parity tests compare the strategies for the shipped plugins, the matrix for all plugins.
 _SLOW = pytest.mark.slow
 
 
@@ -24,7 +24,7 @@ def _is_slow(check: Check) -> bool:
 
 
 def _marks(check: Check) -> list[pytest.MarkDecorator]:
-    # mlflow uses what its own dependencies deprecate.
+    # mlflow uses deprecated parts of its own dependencies.
     ignored = (
         [pytest.mark.filterwarnings("ignore::DeprecationWarning")]
         if str(check.subject.plugin).endswith(":mlflow")
@@ -38,7 +38,7 @@ def _needs_data(entry: Entry) -> bool:
 
 
 def _lacks_package(entry: Entry) -> bool:
-    """Whether an observer's tracker is not installed; its package has the observer's name."""
+    """Return whether an observer's tracker is missing; its package has the observer's name."""
     return entry.kind == "observers" and entry.name in ("mlflow", "wandb") and find_spec(entry.name) is None
 
 

@@ -1,4 +1,4 @@
-"""The conformance kit finds what is wrong: deliberately broken plugins, at least one for each check."""
+"""The conformance kit finds faults: deliberately broken plugins, at least one for each check."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ Tensors = dict[str, Tensor]
 
 
 def failing(kind: str, plugin: type, name: str) -> str:
-    """The message of the named check, which must fail."""
+    """Return the message of the named check, which must fail."""
     (check,) = [each for each in checks(kind, plugin) if each.name == name]
     with pytest.raises((CheckFailed, MetaregError)) as caught:
         check()
@@ -45,7 +45,7 @@ def failing(kind: str, plugin: type, name: str) -> str:
 
 
 class Plain:
-    """What the broken ones are made from: it passes."""
+    """The basis of the broken algorithms; it passes."""
 
     contract = 1
     step_examples = (StepExample(param=2.0, grad=3.0, after=1.7, config={"inner_lr": 0.1}),)
@@ -249,7 +249,7 @@ class UphillReptile(Plain):
 
 
 class Curved(Plain):
-    """(I − H/10) ∇ℓ(φ; Q) at the adapted parameters φ, with the support loss's Hessian H there."""
+    """Returns (I − H/10) ∇ℓ(φ; Q) at the adapted parameters φ, with the support loss's Hessian H at φ."""
 
     @hookimpl
     def outer_gradient(self, adapted: Tensors, task: TaskView) -> Tensors:
@@ -267,7 +267,7 @@ class AloneOnly(Plain):
 
 
 class ScheduleOnSelf(Plain):
-    """Its step size falls from training step to training step, which a traced graph does not see."""
+    """Its step size decreases in every training step, which a traced graph does not see."""
 
     rate = 1.0
 
@@ -281,7 +281,7 @@ class ScheduleOnSelf(Plain):
 
 
 class OnTheCPU(Plain):
-    """Makes a tensor where its arguments need not be."""
+    """Creates a tensor on the default device instead of its arguments'."""
 
     @hookimpl
     def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
@@ -292,7 +292,7 @@ class OnTheCPU(Plain):
 
 
 class Flipped(Plain):
-    """Each entry moves by the gradient of another."""
+    """Moves each entry by the gradient of another entry."""
 
     @hookimpl
     def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
@@ -302,7 +302,7 @@ class Flipped(Plain):
 
 
 class Enumerated(Plain):
-    """Step sizes by the numbers of the model's parameters, of which some may not train."""
+    """Indexes step sizes by the positions of the model's parameters, some of which may be frozen."""
 
     @hookimpl
     def init_meta(self, model: nn.Module) -> Tensors:
@@ -314,7 +314,7 @@ class Enumerated(Plain):
 
 
 class OneSizeForEachStep(Plain):
-    """Has no step size for the steps that come after training's."""
+    """Has no step sizes for inner steps beyond those of training."""
 
     @hookimpl
     def init_meta(self, inner_steps: int) -> Tensors:
@@ -340,7 +340,7 @@ class ForgetsTheBody(Plain):
 
 
 class OtherForEachObject(Plain):
-    """What it computes depends on what is not in its configuration."""
+    """Depends on values that are not in its configuration."""
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -352,7 +352,7 @@ class OtherForEachObject(Plain):
 
 
 class ForClasses(Plain):
-    """Counts classes, which numbers are not; it passes."""
+    """Counts classes, so it needs class targets; it passes."""
 
     targets = "classes"
 
@@ -363,7 +363,7 @@ class ForClasses(Plain):
 
 
 class Normalised(Plain):
-    """Steps of one length: they depend on the whole gradient; it passes."""
+    """Takes steps of fixed length, which depend on the whole gradient; it passes."""
 
     step_examples = (
         StepExample(param=2.0, grad=3.0, after=lambda entries: 2 - 0.1 / entries**0.5, config={"inner_lr": 0.1}),
@@ -376,7 +376,7 @@ class Normalised(Plain):
 
 
 class AdaptsNothing(Plain):
-    """The outer loop trains an ordinary model; it passes."""
+    """Trains an ordinary model in the outer loop; it passes."""
 
     adapts = "none"
     step_examples = Plain.step_examples
@@ -387,7 +387,7 @@ class AdaptsNothing(Plain):
 
 
 class WithMomentum(Plain):
-    """A state from step to step, and an outer optimiser of small steps; it passes."""
+    """Has a state from step to step, and an outer optimiser with small steps; it passes."""
 
     @hookimpl
     def start_task(self, params: Tensors) -> Any:
@@ -433,7 +433,7 @@ class CoLearner:
 
 
 class Adapted(CoLearner):
-    """The co-learner takes an inner step of its own."""
+    """Gives the co-learner its own inner step."""
 
     @hookimpl
     def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
@@ -443,7 +443,7 @@ class Adapted(CoLearner):
 
 
 class AdaptedAcrossTasks(CoLearner):
-    """The co-learner changes from task to task."""
+    """Changes the co-learner from task to task."""
 
     @hookimpl
     def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any) -> Tensor:
@@ -452,7 +452,7 @@ class AdaptedAcrossTasks(CoLearner):
 
 
 class Kept(CoLearner):
-    """The co-learner becomes a part of the model."""
+    """Makes the co-learner a part of the model."""
 
     @hookimpl
     def init_meta(self, model: nn.Module, features: Tensor, outputs: Tensor) -> Tensors:
@@ -509,7 +509,7 @@ class NumpyNoise:
 
 
 class BodyAndHeadInTurn:
-    """Trains one part in the even steps and another in the odd ones, by what it keeps on itself."""
+    """Trains one part in even steps and another in odd ones, with hidden state on the instance."""
 
     contract = 1
     odd = True
@@ -537,7 +537,7 @@ class FirstGradientForever:
 
 
 class Transposed:
-    """What it returns is right, and lies in memory in another order: it passes."""
+    """Returns correct values with another memory layout; it passes."""
 
     contract = 1
 
@@ -547,7 +547,7 @@ class Transposed:
 
 
 def as_they_come(grads: Tensors, params: Tensors) -> Tensors:
-    """In the place of `match_strides`: gradients in any layout."""
+    """Replaces `match_strides`: gradients keep any memory layout."""
     return {name: grads[name] for name in params}
 
 
@@ -663,7 +663,7 @@ class RecommendsAnImpossibleValueForAnAlgorithm(Lines):
 
 
 class OtherAfterAWhile(Lines):
-    """As from a cache that is filled anew when it was used up."""
+    """Draws like from a cache that is refilled when it is empty."""
 
     calls = 0
 
@@ -674,7 +674,7 @@ class OtherAfterAWhile(Lines):
 
 
 class OtherInBlocks(Lines):
-    """A faster way for many tasks, which is another one."""
+    """Has a fast path for many tasks that draws different ones."""
 
     @hookimpl
     def episodes(self, split: str, indices: Sequence[int], seed: int) -> Episodes:
@@ -702,7 +702,7 @@ class Model:
 
 
 class Pairs(Lines):
-    """Tasks of which an input is two vectors."""
+    """Tasks whose inputs are pairs of vectors."""
 
     def stacked(self, numbers: np.ndarray) -> Episodes:
         support_x, support_y, query_x, query_y = super().stacked(numbers).parts
@@ -935,7 +935,7 @@ BROKEN: dict[str, dict[str, list[type]]] = {
         "logs": [ChangesLogs],
     },
 }
-"""Plugins by their kind and the check that must refuse them."""
+"""Plugins by kind, with the check that must refuse them."""
 
 SOUND: list[tuple[str, type]] = [
     ("algorithms", Learned), ("augmenters", CoLearner), ("tasks", Lines), ("models", Model),

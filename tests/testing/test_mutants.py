@@ -1,4 +1,4 @@
-"""The comparison of test_parity must be able to fail: broken algorithms, each of which it has to catch."""
+"""The comparison of test_parity must be able to fail: it has to detect each of these broken algorithms."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class LastStepMissing(MAML):
 
 
 class CutOff(MAML):
-    """The path through the parameters is cut, only that through the gradient is left."""
+    """Detaches the parameters, and keeps only the path through the gradient."""
 
     @hookimpl
     def inner_update(self, params: Tensors, grads: Tensors) -> Tensors:
@@ -90,7 +90,7 @@ class BoilMovesHead(BOIL):
 
 
 class WithoutBody(CML):
-    """The co-learner's loss does not reach the body: no gradient augmentation."""
+    """Does not propagate the co-learner's loss to the body: no gradient augmentation."""
 
     @hookimpl
     def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any, metric: Any) -> Any:
@@ -105,7 +105,7 @@ class FrozenCoLearner(CML):
 
 
 class AdaptedCoLearner(CML):
-    """The co-learner takes a gradient step of its own before it is used."""
+    """Gives the co-learner its own gradient step before it is used."""
 
     @hookimpl
     def augment_outer_loss(self, features: Tensor, targets: Tensor, meta: Tensors, loss: Any, metric: Any) -> Any:
@@ -155,7 +155,7 @@ def test_sound_ones_pass(net: str, algo: str, algorithm: type, augmenter: type) 
 @pytest.mark.parametrize("net", ["mlp", "conv"])
 @pytest.mark.parametrize(("algo", "algorithm", "augmenter"), BROKEN)
 def test_broken_ones_are_caught(net: str, algo: str, algorithm: type, augmenter: type | None) -> None:
-    """By a wide margin, so that no tolerance between rounding and this would hide them."""
+    """The differences are large: no reasonable tolerance would hide them."""
     assert compare(net, algo, algorithm, augmenter) > 1000 * TOLERANCE
 
 

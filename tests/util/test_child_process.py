@@ -1,4 +1,4 @@
-"""Parsers in a process of their own: what they return, and that nothing else of them is felt."""
+"""Parsers in a separate process: their results, and no other effects."""
 
 from __future__ import annotations
 

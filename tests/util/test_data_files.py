@@ -1,4 +1,4 @@
-"""Downloads are whole or not there, and data is looked for in one place."""
+"""Downloads are complete or absent, and data is looked up in one place."""
 
 from __future__ import annotations
 

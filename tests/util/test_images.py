@@ -1,4 +1,4 @@
-"""Folders of images as people have them, and pixels held against values computed by hand."""
+"""Realistic folders of images, and pixels against values computed by hand."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def _on_white(values: np.ndarray, opacity: np.ndarray) -> np.ndarray:
 
 
 def _lightness_to_grey(lightness: np.ndarray) -> np.ndarray:
-    """CIE 1976 L* (0 to 100) of a neutral grey in the transfer curve of sRGB (IEC 61966-2-1)."""
+    """Return CIE 1976 L* (0 to 100) of a neutral grey with sRGB's transfer curve (IEC 61966-2-1)."""
     light = np.where(lightness > 8, ((lightness + 16) / 116) ** 3, lightness / 903.3)
     return 255 * np.where(light > 0.0031308, 1.055 * light ** (1 / 2.4) - 0.055, 12.92 * light)
 
 
 def _turned(image: Image.Image) -> Image.Exif:
     exif = image.getexif()
-    exif[0x0112] = 6  # to be turned by 90° clockwise
+    exif[0x0112] = 6  # to be rotated by 90° clockwise
     return exif
 
 
@@ -63,7 +63,7 @@ MODES: dict[str, tuple[str, Image.Image, dict[str, Any], np.ndarray]] = {
                _lightness_to_grey(RAMP / 2.55)),
     "turned": ("tif", COLOUR, {"exif": _turned(COLOUR)}, np.rot90(np.array(COLOUR), -1)),
 }  # fmt: skip
-"""The ending, the image, how it is saved, and its pixels."""
+"""The suffix, the image, the options for saving, and the pixels."""
 
 
 @pytest.mark.parametrize("name", MODES)
@@ -119,8 +119,8 @@ def test_each_real_folder_is_visited_once(tmp_path: Path) -> None:
     root = tmp_path / "photos"
     _draw(root / "dog/1.png", root / "cat/persian/1.png", tmp_path / "elsewhere/emu/1.png")
     (root / "cat/up").symlink_to("..")  # a circle
-    (root / "cat/around").symlink_to(tmp_path)  # a circle that leads outside
-    (root / "a dog").symlink_to("dog")  # before it in the alphabet
+    (root / "cat/around").symlink_to(tmp_path)  # a cycle of links that leads outside
+    (root / "a dog").symlink_to("dog")  # earlier in the alphabet
     (root / "far").symlink_to(tmp_path / "elsewhere")
     (root / "linked.png").symlink_to("dog/1.png")
     found = find_images(root)

@@ -1,4 +1,4 @@
-"""One 95 % interval, Student's t, wherever half of its width is written, printed or drawn."""
+"""One 95 % interval, Student's t, wherever its half-width is written, printed or drawn."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from metareg.util.intervals import compute_half_width
 
 
 def scipys(scores: Any) -> float:
-    """Half the width of scipy's interval."""
+    """Return the half-width of scipy's interval."""
     low, high = stats.t.interval(0.95, len(scores) - 1, loc=np.mean(scores), scale=stats.sem(scores))
     return float(high - low) / 2
 
@@ -58,7 +58,7 @@ def test_what_is_none_and_what_is_zero() -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run that was tested on six tasks, where 1.96 would be far off."""
+    """A run tested on six tasks, where a factor of 1.96 would be far off."""
     return metareg.train(
         "maml", task="sinusoid", out=tmp_path_factory.mktemp("intervals") / "run", observers=["jsonl"], steps=2,
         eval_tasks=2, test_tasks=6, test_inner_steps=[1], strategy="serial",

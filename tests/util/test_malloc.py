@@ -1,4 +1,4 @@
-"""What keeping freed memory is for: the same megabytes are not mapped anew each time they are taken."""
+"""Freed memory is kept, so that it is not mapped again for every allocation."""
 
 from __future__ import annotations
 

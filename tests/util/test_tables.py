@@ -1,4 +1,4 @@
-"""Tables as spreadsheets and programs write them, against what a person reads in them."""
+"""Tables written by spreadsheets and programs, against the values that a person would read."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_cells_that_are_no_numbers(tmp_path: Path, cell: str) -> None:
 
 
 def test_thousands_are_not_taken_for_decimals(tmp_path: Path) -> None:
-    """In a file of commas ``1,000`` could be either; in one of semicolons it is a decimal comma."""
+    """In a comma-separated file, ``1,000`` is ambiguous; with semicolons, the comma is a decimal comma."""
     with pytest.raises(UsageError, match=r"'1,000'.*thousands"):
         read_table(write(tmp_path, 'x,y\n"1,000",2\n')).get_numbers("x")
     assert read_table(write(tmp_path, "x;y\n1,000;2\n")).get_numbers("x").tolist() == [1.0]

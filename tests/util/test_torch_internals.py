@@ -1,4 +1,4 @@
-"""Private names of torch: no other module uses one; without each the same comes out, or a sentence says what to install."""
+"""Private names of torch: one module uses them; without them, results are equal or a message says what to install."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ FILES = [
     for path in sorted((ROOT / folder).rglob("*.py"))
     if path != Path(torch_internals.__file__)
 ]
-# What begins with an underscore on the objects that torch hands out.
+# Names with a leading underscore on torch's objects.
 PRIVATE_ATTRIBUTES = {
     name
     for thing in (nn.Linear(1, 1), torch.zeros(1), torch.ops.aten.add.Tensor, torch.fx.symbolic_trace(nn.Linear(1, 1)))
     for name in dir(thing)
     if name.startswith("_") and not name.startswith("__")
 }
-# Written out without metareg, to be compared with it.
+# A reference without metareg.
 EXCEPTIONS = {("benchmarks/loops.py", name) for name in ("_modules", "_parameters", "_buffers")} | {
     ("benchmarks/device_parts/strategies.py", name) for name in ("torch._inductor.config", "_inductor")
 }
@@ -75,7 +75,7 @@ def load_again(module: ModuleType) -> Any:
 
 
 def load_without(*names: tuple[Any, str], **modules: Any) -> Any:
-    """The module as it would be in a torch that lacks some names and has some other modules; they are back afterwards."""
+    """Reload the module as with a torch that lacks some names and has other modules; restore everything afterwards."""
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in names:
             patch.delattr(owner, name)
@@ -107,7 +107,7 @@ def test_the_oldest_torch_named_is_the_lower_bound() -> None:
 def test_layers_are_known_without_their_private_ancestors() -> None:
     batchnorm, dropout = nn.modules.batchnorm, nn.modules.dropout
     without = load_without((batchnorm, "_BatchNorm"), (batchnorm, "_NormBase"), (dropout, "_DropoutNd"))
-    # Lazy layers turn into the others before metareg takes a model.
+    # Lazy layers become ordinary ones before metareg receives a model.
     layers = [
         layer
         for name, layer in vars(nn).items()
@@ -173,7 +173,7 @@ def test_programs_are_kept_where_only_the_user_writes(tmp_path: Path, monkeypatc
     torch_internals._choose_cache()
     assert os.environ[variable] == "elsewhere"
     (tmp_path / "file").touch()
-    for home in (tmp_path / "home", tmp_path / "file" / "home"):  # the second cannot be made
+    for home in (tmp_path / "home", tmp_path / "file" / "home"):  # the second one cannot be created
         monkeypatch.delenv(variable)
         monkeypatch.setattr("platformdirs.user_cache_dir", lambda *_, home=home, **__: str(home))
         torch_internals._choose_cache()
