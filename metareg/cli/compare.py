@@ -253,7 +253,8 @@ def reproduce(
 
     The exit code is 1 if the value was not reached.
     """
-    from metareg.comparison.reproduction import find_recipe, list_recipes
+    from metareg.comparison.recipe import list_recipes
+    from metareg.comparison.reproduction import find_recipe
     from metareg.comparison.reproduction import reproduce as carry_out
 
     if name is None:

@@ -24,7 +24,7 @@ from metareg.runs.folder import RESULTS
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from metareg.comparison.reproduction import Recipe
+    from metareg.comparison.recipe import Recipe
     from metareg.comparison.runner import Comparison
     from metareg.contract.evaluation import Evaluation
     from metareg.registry.inspection import DatasetFacts
@@ -264,7 +264,7 @@ def create_recipe_overview(recipes: Sequence[Recipe]) -> RenderableType:
         gpus = sum(recipe.gpu for recipe in found)
         if gpus:
             needs["a GPU" if gpus == len(found) else f"a GPU for {gpus}"] = None
-        minutes = sorted(recipe.minutes for recipe in found)
+        minutes = sorted(recipe.minutes for recipe in found if recipe.minutes is not None)
         times = " to ".join(dict.fromkeys([_format_minutes(minutes[0]), _format_minutes(minutes[-1])]))
         table.add_row(*map(escape, (task, str(len(found)), ", ".join(methods), ", ".join(needs), times)))
     return Group(table, Text("\n`metareg reproduce --task TASK` lists the recipes of a task."))

@@ -10,7 +10,7 @@ import numpy as np
 
 from metareg.comparison.archive import ARCHIVE_SUFFIX
 from metareg.comparison.plan import CONFIG_FILE
-from metareg.comparison.reproduction import Expected, Recipe
+from metareg.comparison.recipe import Expected, Recipe
 from metareg.comparison.results import ArmResults, Results, TaskResults, read_results
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.errors import UnknownNameError, UsageError

@@ -23,7 +23,8 @@ from metareg.cli.terminal import stdout
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Arm, Plan, PlannedRun
 from metareg.comparison.pool import Outcome
-from metareg.comparison.reproduction import Recipe, find_recipe, judge, list_recipes, reproduce
+from metareg.comparison.recipe import Recipe, list_recipes
+from metareg.comparison.reproduction import find_recipe, judge, reproduce
 from metareg.contract.config import validate
 from metareg.contract.evaluation import Evaluation
 from metareg.errors import Interrupted

@@ -28,7 +28,7 @@ from metareg import Episodes, MetaLearner
 from metareg.cli.app import run as run_command
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Plan, check_plan
-from metareg.comparison.reproduction import Recipe
+from metareg.comparison.recipe import Recipe
 from metareg.contract.config import validate
 
 ROOT = Path(__file__).parents[2]

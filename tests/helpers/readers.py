@@ -28,7 +28,7 @@ from metareg.comparison import tuning
 from metareg.comparison.archive import add_archived_runs, unpack_archive, write_archive
 from metareg.comparison.plan import Plan
 from metareg.comparison.pool import read_failure
-from metareg.comparison.reproduction import Recipe, list_recipes
+from metareg.comparison.recipe import Recipe, list_recipes
 from metareg.comparison.results import read_results
 from metareg.comparison.runner import read_progress
 from metareg.runs import environment
@@ -291,7 +291,7 @@ READERS = (
            ("metareg.comparison.plan:Plan.read", "metareg.util.files:read_text")),
     Reader("configurations", "recipe.yaml", _text("recipe.yaml", yaml.safe_dump(
         list_recipes()[0].model_dump(mode="json", exclude={"name"}))), Recipe.read,
-        ("metareg.comparison.reproduction:Recipe.read",)),
+        ("metareg.comparison.recipe:Recipe.read",)),
     Reader("configurations", "split.yaml", _text("split.yaml", yaml.safe_dump(_SPLIT)),
            lambda path: read_split_file(path, ["a", "b", "c", "1"], "class"),
            ("metareg.contract.split_files:read_name_lists", "metareg.contract.split_files:_parse_json")),

@@ -21,7 +21,8 @@ from metareg import Evaluation
 from metareg.cli.tables import create_evaluation_table
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Plan
-from metareg.comparison.reproduction import Recipe, judge
+from metareg.comparison.recipe import Recipe
+from metareg.comparison.reproduction import judge
 from metareg.comparison.statistics import over_seeds, over_tasks
 from metareg.reporting import report
 from metareg.runs.plots import plot_inner_steps
