@@ -24,6 +24,7 @@ from metareg.engine.agreement import compare
 from metareg.engine.context import Task, TaskOptions, Tensors
 from metareg.engine.derivative import compute_meta_gradient
 from metareg.engine.objective import TaskFunctions
+from metareg.engine.shared_graphs import identify
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps
@@ -322,11 +323,14 @@ class Engine:
     def _find_program(self, key: Any, function: Function, strategy: Strategy, calls_before_tracing: int = 1) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
+            functions = self.training
+            identity = identify(functions.model, functions.stages, functions.loss, functions.metric, functions.options)
             program = Program(
                 function,
                 compiled=strategy == "compiled",
                 reads=self._reads,
                 calls_before_tracing=calls_before_tracing,
+                identity=None if identity is None else (identity, key, strategy),
             )
             self._programs[key, strategy] = program
         return program

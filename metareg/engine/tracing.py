@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from typing import Any
@@ -18,6 +18,7 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.python_state import PythonState
+from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
 from metareg.printable import format_count
 from metareg.util.layout import make_contiguous, settle_layout
@@ -68,14 +69,23 @@ class Program:
         compiled: compile the graph with `torch.compile`.
         reads: functions, objects and modules of the user whose variables the function reads.
         calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
+        identity: a description of everything else that the function is traced from; programs with equal ones share their
+            graphs. None if nothing is shared.
     """
 
     def __init__(
-        self, function: Function, *, compiled: bool, reads: Sequence[Any] = (), calls_before_tracing: int = 1
+        self,
+        function: Function,
+        *,
+        compiled: bool,
+        reads: Sequence[Any] = (),
+        calls_before_tracing: int = 1,
+        identity: Hashable | None = None,
     ) -> None:
         self._function = function
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
+        self._identity = identity
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._calls: Counter[Any] = Counter()
         self._reads = reads
@@ -96,6 +106,9 @@ class Program:
             if graph is not None:
                 return graph(*meta.values(), *inputs)
             self._calls[key] += 1
+            values = self._adopt(key, meta, inputs, structure) if self._calls[key] == 1 else None
+            if values is not None:
+                return values
             if self._calls[key] <= self._count_calls_before_tracing():
                 return self._function(meta, *_unflatten(inputs, structure))
             return self._trace(key, meta, inputs, structure)
@@ -128,6 +141,31 @@ class Program:
         self._graphs.clear()
         self._calls.clear()
 
+    def _adopt(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor] | None:
+        """Use a graph that another program has traced, and return its values; None if there is none for this function.
+
+        A replayed graph must give the function's bits here; a compiled one, its values.
+        """
+        run = None if self._identity is None or self._changes else SHARED.find(self._identify(key, meta, inputs))
+        if run is None:
+            return None
+        state = PythonState(*self._reads)
+        values, expected = run(*meta.values(), *inputs), self._function(meta, *_unflatten(inputs, structure))
+        if self._compiled:
+            is_same = compare(values[: len(meta)], expected[: len(meta)]) is None
+        else:
+            is_same = all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
+        if not is_same:
+            return None
+        self._graphs[key] = run
+        self._state = self._state or state
+        return values
+
+    def _identify(self, key: Any, meta: Tensors, inputs: Sequence[Tensor]) -> Hashable:
+        """Describe what the graph for such inputs is traced from."""
+        names = tuple((name, value.shape, value.stride(), value.dtype) for name, value in meta.items())
+        return self._identity, self._compiled, names, key, tuple(leaf.device for leaf in inputs)
+
     def _trace(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
         """Trace the function for inputs of these shapes, and return its values for these inputs."""
         names, leaves = tuple(meta), (*meta.values(), *inputs)
@@ -158,6 +196,8 @@ class Program:
         difference = compare(values[: len(names)], expected[: len(names)])
         if difference is None:
             self._graphs[key] = run
+            if self._identity is not None:
+                SHARED.add(self._identify(key, meta, inputs), graph, run, self._state)
             return values
         if self._compiled:
             raise CompileError(f"The compiled function computes other values: {difference}.")

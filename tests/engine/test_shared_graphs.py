@@ -1,0 +1,144 @@
+"""Graphs shared between learners: traced once where everything but tensors is equal, and never where something differs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from metareg import Episodes, MetaLearner
+from metareg.engine import tracing
+from metareg.engine.shared_graphs import SharedGraphs
+
+FACTOR = [1.0]
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: Any = 1.0) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(1, 4), nn.Tanh())
+        self.head = nn.Linear(4, 1)
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = self.scale[0] if isinstance(self.scale, list) else self.scale
+        return self.head(self.body(x) * scale)
+
+
+def scaled_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return FACTOR[0] * (outputs - targets).square().mean()
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    next(module.parameters()).requires_grad_(False)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Count the functions that are traced, with no graph of another test at hand."""
+    counted: list[int] = []
+    create_graph = tracing.create_graph
+
+    def count(function: Callable[..., list[Tensor]], inputs: Any) -> torch.fx.GraphModule:
+        counted.append(len(inputs))
+        return create_graph(function, inputs)
+
+    monkeypatch.setattr(tracing, "create_graph", count)
+    monkeypatch.setattr(tracing, "SHARED", SharedGraphs(50_000))
+    FACTOR[0] = 1.0
+    return counted
+
+
+def train(seed: int, model: Callable[[], nn.Module] = Scaled, steps: int = 4, **options: Any) -> dict[str, Tensor]:
+    """The weights after some steps on tasks of their own."""
+    torch.manual_seed(seed)
+    built = model()
+    given = {"strategy": "vectorized", "loss": "mse", "inner_steps": 2, "inner_lr": 0.1, **options}
+    learner = MetaLearner(built, given.pop("algo", "maml"), seed=seed, **given)
+    for _ in range(steps):
+        x = torch.rand(3, 5, 1)
+        learner.step(Episodes(x, x.sin(), x, x.sin()))
+    return {name: value.clone() for name, value in learner.meta_parameters.items()}
+
+
+@pytest.mark.parametrize("options", [{}, {"augment": ["cml"]}, {"algo": "metasgd"}], ids=["maml", "cml", "metasgd"])
+def test_learners_that_differ_by_seed_trace_once(options: dict[str, Any], traces: list[int]) -> None:
+    train(0, **options)
+    assert len(traces) == 1
+    shared = train(1, **options)
+    assert len(traces) == 1
+    tracing.SHARED = SharedGraphs(50_000)
+    own = train(1, **options)
+    assert len(traces) == 2
+    assert all(torch.equal(shared[name], own[name]) for name in own)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"inner_lr": 0.1001},
+        {"inner_steps": 3},
+        {"first_order": True},
+        {"memory": "recompute"},
+        {"augment": ["cml"]},
+        {"algo": "anil"},
+        {"loss": "mae"},
+        {"model": lambda: Scaled(1.0001)},
+        {"model": lambda: Scaled([1.0001])},
+    ],
+    ids=str,
+)
+def test_what_differs_is_traced_anew(changes: dict[str, Any], traces: list[int]) -> None:
+    train(0, lambda: Scaled([1.0]))
+    train(0, **({"model": lambda: Scaled([1.0])} | changes))
+    assert len(traces) == 2
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: freeze(Scaled()),
+        lambda: Scaled(torch.ones(())),
+        lambda: Hooked(),
+    ],
+    ids=["frozen weights", "a tensor", "a hook"],
+)
+def test_what_cannot_be_compared_is_not_shared(model: Callable[[], nn.Module], traces: list[int]) -> None:
+    train(0, model)
+    train(1, model)
+    assert len(traces) == 2
+
+
+class Hooked(Scaled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body.register_forward_hook(lambda module, inputs, outputs: 2 * outputs)
+
+
+def test_functions_of_the_user_are_compared_with_the_values_that_they_read(traces: list[int]) -> None:
+    train(0, loss=scaled_loss)
+    train(1, loss=scaled_loss)
+    assert len(traces) == 1
+    FACTOR[0] = 2.0
+    changed = train(1, loss=scaled_loss)
+    assert len(traces) == 2
+    expected = train(1, loss=lambda outputs, targets: 2.0 * (outputs - targets).square().mean())
+    assert len(traces) == 3
+    assert all(torch.equal(changed[name], expected[name]) for name in expected)
+
+
+def test_the_graphs_used_least_recently_go_first(traces: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(0)
+    ((_, _, size),) = tracing.SHARED._graphs.values()
+    monkeypatch.setattr(tracing, "SHARED", SharedGraphs(2 * size + size // 2))
+    for lr in (0.1, 0.2, 0.1, 0.3):
+        train(0, inner_lr=lr)
+    assert len(traces) == 4
+    train(0, inner_lr=0.1)
+    assert len(traces) == 4
+    train(0, inner_lr=0.2)
+    assert len(traces) == 5
