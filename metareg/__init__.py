@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from metareg.contract.split_files import read_name_lists, read_split_file
     from metareg.contract.splits import find_split
     from metareg.contract.tasks import Dataset, Task, TaskSpec
+    from metareg.contract.tracker import Tracker
     from metareg.contract.views import TaskView
     from metareg.errors import DivergenceError, Interrupted, MetaregError, PluginError, UnknownNameError, UsageError
     from metareg.learner.learner import MetaLearner
@@ -57,6 +58,7 @@ _NAMES = {
     "contract.split_files": "read_name_lists read_split_file",
     "contract.splits": "find_split",
     "contract.tasks": "Dataset Task TaskSpec",
+    "contract.tracker": "Tracker",
     "contract.views": "TaskView",
     "errors": "DivergenceError Interrupted MetaregError PluginError UnknownNameError UsageError",
     "learner.learner": "MetaLearner",
@@ -80,7 +82,7 @@ _MODULES = {name: f"metareg.{module}" for module, names in _NAMES.items() for na
 __all__ = [
     "CONTRACT_VERSION", "Columns", "Dataset", "DivergenceError", "Episodes", "Evaluation", "Field", "ImageFiles",
     "Interrupted", "MetaLearner", "MetaregError", "Metric", "NamedExamples", "PathText", "PluginConfig",
-    "PluginError", "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "UnknownNameError",
+    "PluginError", "Run", "RunConfig", "StepExample", "Table", "Task", "TaskSpec", "TaskView", "Tracker", "UnknownNameError",
     "UnreadableImageError", "UsageError", "__version__", "analyse", "cache_folder", "compare", "data_folder",
     "derive_seed", "download", "draw_distinct", "find_images", "find_metric", "find_split", "format_count",
     "hookimpl", "hookspec", "join_processes", "keep_freed_memory", "load_image", "open_arrays", "parse_in_child",

@@ -7,17 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 
-from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
+from metareg import Field, PluginConfig, Run, Tracker, UsageError, hookimpl
 
 _RUN_ID = "mlflow-run-id.txt"
 """The file in the run's folder that lets a resumed run continue the same MLflow run."""
 
 
-class MLflow:
-    """Logs a run to MLflow: its options as parameters, training and evaluations as metrics, results.json as an artifact.
-
-    Metrics are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
-    """
+class MLflow(Tracker):
+    """Logs a run to MLflow: its options as parameters, training and evaluations as metrics, results.json as an artifact."""
 
     contract = 1
 
@@ -28,24 +25,24 @@ class MLflow:
         )
 
     def __init__(self, config: Config) -> None:
+        try:
+            import mlflow
+        except ImportError as error:
+            raise UsageError(
+                "The observer 'mlflow' needs the package mlflow: pip install 'metareg[mlflow]'."
+            ) from error
         self.config = config
+        self._mlflow = mlflow
         self._client: Any = None
         self._run_id = ""
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        try:
-            from mlflow import MlflowClient
-            from mlflow.exceptions import MlflowException
-        except ImportError as error:
-            raise MetaregError(
-                "The observer 'mlflow' needs the package mlflow: pip install 'metareg[mlflow]'."
-            ) from error
-        self._client = MlflowClient(self.config.uri or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
+        self._client = self._mlflow.MlflowClient(self.config.uri or f"sqlite:///{run.path.resolve() / 'mlflow.db'}")
         path = run.path / _RUN_ID
         if path.is_file():
             self._run_id = path.read_text(encoding="utf-8")
-            with suppress(MlflowException):  # the ID can be from another server
+            with suppress(self._mlflow.exceptions.MlflowException):  # the ID can be from another server
                 self._client.update_run(self._run_id, "RUNNING")
                 return
         artifacts = None if self.config.uri else (run.path.resolve() / "mlartifacts").as_uri()
@@ -56,15 +53,10 @@ class MLflow:
         for name, value in _flatten(run.config.model_dump(mode="json")):
             self._client.log_param(self._run_id, name, value)
 
-    @hookimpl
-    def on_step(self, step: int, logs: dict[str, float]) -> None:
-        for name, value in logs.items():
-            self._log(f"train/{name}", value, step)
-
-    @hookimpl
-    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
-        for k in evaluation.inner_steps:
-            self._log(f"{split}/{evaluation.metric}/inner_steps_{k}", evaluation.mean(k), step)
+    def log(self, values: dict[str, float], step: int) -> None:
+        if self._client is not None:  # without a run (`MetaLearner.fit`), there is nowhere to log
+            for name, value in values.items():
+                self._client.log_metric(self._run_id, name, value, step=step)
 
     @hookimpl
     def on_run_end(self, run: Run) -> None:
@@ -72,10 +64,6 @@ class MLflow:
             self._client.log_artifact(self._run_id, str(run.path / "results.json"))
             self._client.set_terminated(self._run_id)
             self._client = None
-
-    def _log(self, name: str, value: float, step: int) -> None:
-        if self._client is not None:  # without a run (`MetaLearner.fit`), there is nowhere to log
-            self._client.log_metric(self._run_id, name, value, step=step)
 
 
 def _flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:

@@ -7,17 +7,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import field_validator
 
-from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
+from metareg import Field, PluginConfig, Run, Tracker, UsageError, hookimpl
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 
-class TensorBoard:
-    """Writes event files to the run's folder: ``tensorboard --logdir runs`` shows all runs together.
-
-    Scalars are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations.
-    """
+class TensorBoard(Tracker):
+    """Writes event files to the run's folder: ``tensorboard --logdir runs`` shows all runs together."""
 
     contract = 1
 
@@ -32,30 +29,24 @@ class TensorBoard:
             return folder
 
     def __init__(self, config: Config) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UsageError(
+                "The observer 'tensorboard' needs the package tensorboard: pip install 'metareg[tensorboard]'."
+            ) from error
         self.config = config
+        self._open_writer = SummaryWriter
         self._writer: SummaryWriter | None = None
 
     @hookimpl
     def on_run_start(self, run: Run) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MetaregError(
-                "The observer 'tensorboard' needs the package tensorboard: pip install 'metareg[tensorboard]'."
-            ) from error
-        self._writer = SummaryWriter(run.path / self.config.folder)
+        self._writer = self._open_writer(run.path / self.config.folder)
 
-    @hookimpl
-    def on_step(self, step: int, logs: dict[str, float]) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:  # without a run (`MetaLearner.fit`), there is nowhere to write
-            for name, value in logs.items():
-                self._writer.add_scalar(f"train/{name}", value, step)
-
-    @hookimpl
-    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
-        if self._writer is not None:
-            for k in evaluation.inner_steps:
-                self._writer.add_scalar(f"{split}/{evaluation.metric}/inner_steps_{k}", evaluation.mean(k), step)
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
 
     @hookimpl
     def on_run_end(self) -> None:

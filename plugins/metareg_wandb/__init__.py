@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import secrets
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
-from metareg import Evaluation, Field, MetaregError, PluginConfig, Run, hookimpl
-
-if TYPE_CHECKING:
-    import wandb
+from metareg import Field, PluginConfig, Run, Tracker, UsageError, hookimpl
 
 _RUN_ID = "wandb-run-id.txt"
 """The file in the run's folder that lets a resumed run continue the same wandb run."""
 
 
-class WandB:
+class WandB(Tracker):
     """Logs a run to Weights & Biases: its configuration, training and evaluations.
 
-    Metrics are ``train/KEY`` for training logs and ``SPLIT/METRIC/inner_steps_K`` for evaluations, by training step.
     Nothing is sent from the machine unless you set ``mode=online``; ``wandb sync RUN/wandb/offline-run-*`` sends a run
     later.
     """
@@ -32,24 +28,25 @@ class WandB:
         )
 
     def __init__(self, config: Config) -> None:
-        self.config = config
-        self._run: wandb.Run | None = None
-
-    @hookimpl
-    def on_run_start(self, run: Run) -> None:
         try:
             import wandb
         except ImportError as error:
-            raise MetaregError("The observer 'wandb' needs the package wandb: pip install 'metareg[wandb]'.") from error
+            raise UsageError("The observer 'wandb' needs the package wandb: pip install 'metareg[wandb]'.") from error
+        self.config = config
+        self._wandb = wandb
+        self._run: Any = None
+
+    @hookimpl
+    def on_run_start(self, run: Run) -> None:
         path = run.path / _RUN_ID
         if not path.is_file():
             path.write_text(secrets.token_hex(4), encoding="utf-8")
         config = self.config
         resume: dict[str, Any] = {"resume": "allow"} if config.mode == "online" else {}
-        self._run = wandb.init(
+        self._run = self._wandb.init(
             project=config.project, entity=config.entity, mode=config.mode, dir=run.path, name=run.path.name,
             id=path.read_text(encoding="utf-8"), config=run.config.model_dump(mode="json"), reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", symlink=False), **resume,
+            settings=self._wandb.Settings(silent=True, console="off", symlink=False), **resume,
         )  # fmt: skip
         # wandb links to its log outside the folder, but metareg refuses to resume a folder with such a link.
         for path in (run.path / "wandb").rglob("*"):
@@ -58,16 +55,9 @@ class WandB:
         # The test of the best weights can be of an earlier step, which wandb's own step count refuses.
         self._run.define_metric("*", step_metric="step")
 
-    @hookimpl
-    def on_step(self, step: int, logs: dict[str, float]) -> None:
+    def log(self, values: dict[str, float], step: int) -> None:
         if self._run is not None:  # without a run (`MetaLearner.fit`), there is nowhere to log
-            self._run.log({"step": step, **{f"train/{name}": value for name, value in logs.items()}})
-
-    @hookimpl
-    def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:
-        if self._run is not None:
-            names = {f"{split}/{evaluation.metric}/inner_steps_{k}": evaluation.mean(k) for k in evaluation.inner_steps}
-            self._run.log({"step": step, **names})
+            self._run.log({"step": step, **values})
 
     @hookimpl
     def on_run_end(self) -> None:
