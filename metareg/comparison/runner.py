@@ -260,7 +260,7 @@ def compare(
         archived = (
             Plan.read(stack.enter_context(unpack_archive(Path(archive))), objects) if archive is not None else None
         )
-        plan = _build_plan(folder, config, fields, changes, 1 if objects else jobs, objects, archived)
+        plan = _build_plan(folder, config, fields, changes, objects, archived)
         check_plan(plan)
         stop = stack.enter_context(catch_stop_signals())
         created: Launcher = ThisProcess() if objects else _create_launcher(launcher, plan, jobs, ray_address)
@@ -308,7 +308,6 @@ def _build_plan(
     config: ComparisonConfig | Mapping[str, Any] | str | Path | None,
     fields: Mapping[str, Any],
     changes: Mapping[str, Any],
-    jobs: int | None,
     objects: Objects,
     archived: Plan | None = None,
 ) -> Plan:
@@ -332,11 +331,9 @@ def _build_plan(
         values = values.model_dump()
     compared = validate(ComparisonConfig, {**values, **fields}, where)
     compared = _make_storable(compared.override(**changes) if changes else compared)
-    # The number of threads can change the last bit of a result, so it is part of the configuration.
-    threads = _choose_threads(compared, jobs) if base is None else base.config.options.get("threads")
-    update = {"options": {"threads": threads, **compared.options}, "program": _list_names(objects) or compared.program}
     refuse_missing_objects(compared, objects)
-    plan = Plan(folder, compared.model_copy(update=update), objects)
+    program = _list_names(objects) or compared.program
+    plan = Plan(folder, compared.model_copy(update={"program": program}), objects)
     if begun is None and folder.is_dir() and not all(is_leftover(path) for path in folder.iterdir()):
         raise UsageError(f"{folder} already exists and contains no comparison; choose another folder with --out.")
     for before in filter(None, (begun, archived)):
@@ -351,12 +348,11 @@ def _list_names(objects: Objects) -> dict[str, list[str]]:
     return names
 
 
-def _choose_threads(config: ComparisonConfig, jobs: int | None) -> int:
+def _choose_threads(plan: Plan, jobs: int | None) -> int:
     """Choose the threads per run so that all cores are used, even with fewer runs than cores."""
-    runs = len(Plan(Path(), config).arms) * len(config.seeds)
-    tuned = config.tune or any(task.tune for task in config.tasks)
+    tuned = any(plan.get_tuning(arm) for arm in plan.arms)
     cores = count_cpu_cores()
-    return max(1, cores // (jobs or (cores if tuned else min(cores, runs))))
+    return max(1, cores // (jobs or (cores if tuned else min(cores, len(plan.list_runs())))))
 
 
 def _make_storable(config: ComparisonConfig) -> ComparisonConfig:
@@ -402,13 +398,14 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
             )
         was, now = {**before.config, **before.options}, {**run.config, **run.options}
         for key in (*was, *now):
-            if was.get(key) != now.get(key):
+            # The number of threads says how a run runs; comparisons of earlier versions hold one that nobody chose.
+            if key != "threads" and was.get(key) != now.get(key):
                 values = f"{was.get(key, 'not set')!r}, not {now.get(key, 'unset')!r}"
                 raise UsageError(f"{where}: {key} of {run} was {values}; {other}.")
 
 
 def _create_launcher(name: str, plan: Plan, jobs: int | None, ray_address: str | None) -> Launcher:
-    threads = int(plan.config.options.get("threads") or 1)
+    threads = int(plan.config.options.get("threads") or _choose_threads(plan, jobs))
     if name == "ray":
         from metareg.comparison.ray_launcher import RayLauncher
 

@@ -751,7 +751,20 @@ def test_few_runs_leave_the_cores_to_their_threads(
     comparison = compare(config=values, out=tmp_path / "new", jobs=jobs)
 
     assert pools == [(capacity, threads, [])]
-    assert comparison.plan.config.options["threads"] == threads
+    assert comparison.plan.config.options == values.get("options", {})
+
+
+def test_a_comparison_continues_where_there_are_other_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pools = record_pools(monkeypatch)
+    values = {"seeds": 1, "options": {**TINY, "threads": 8}}  # as earlier versions stored the threads of their machine
+    run = compare(config=values, out=tmp_path / "new").plan.list_runs()[0]
+    run.path.mkdir(parents=True)
+    (run.path / "config.yaml").touch()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _process: set(range(2)), raising=False)
+
+    compare(config={**values, "options": TINY}, out=tmp_path / "new")
+
+    assert [threads for _, threads, _ in pools] == [8, 2]
 
 
 def test_a_comparison_takes_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
