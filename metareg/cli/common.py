@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from metareg.registry.plugins import DISABLE_VARIABLE, list_entries
+from metareg.errors import UnknownNameError, UsageError
+from metareg.registry.plugins import DISABLE_VARIABLE, get_name, list_entries, list_names
 from metareg.util.data_files import absolute_path
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Shots",
     "Ways",
     "collect_given",
+    "combine",
     "complete_names",
     "expand_path",
     "path_option",
@@ -39,7 +41,10 @@ def complete_names(kind: str) -> Callable[[str], list[str]]:
 
 
 def _disable_plugins(names: list[str] | None) -> list[str] | None:
-    """Disable plugins in this process and its child processes."""
+    """Disable plugins in this process and its child processes; refuse names that no plugin has."""
+    for name in names or []:
+        if get_name(name) not in (known := list_names()):
+            raise UnknownNameError("plugin", name, known, "`metareg plugins` lists the installed plugins.")
     disabled = [os.environ.get(DISABLE_VARIABLE, ""), *(names or [])]
     os.environ[DISABLE_VARIABLE] = ",".join(filter(None, disabled))
     return names
@@ -102,6 +107,13 @@ NoPlugin = Annotated[
 def collect_given(**options: Any) -> dict[str, Any]:
     """Return the options that the user gave."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def combine(assigned: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Combine the options of ``--set`` with those of flags; refuse an option that both set."""
+    for key in assigned.keys() & flags.keys():
+        raise UsageError(f"--set sets '{key}', and a flag does too; set it once.")
+    return {**assigned, **flags}
 
 
 def set_data_folder(data: Path | None) -> None:

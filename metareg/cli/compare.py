@@ -17,6 +17,7 @@ from metareg.cli.common import (
     Shots,
     Ways,
     collect_given,
+    combine,
     path_option,
     plugin_option,
     set_data_folder,
@@ -121,12 +122,12 @@ def compare(
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; see `metareg compare --help` for its flag.")
     of_task = collect_given(ways=ways, shots=shots, query=query)
-    given |= {f"task.{name}": value for name, value in of_task.items()}
+    options = combine(given, options | {f"task.{name}": value for name, value in of_task.items()})
     searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
             algo, augment, task, seeds=seeds, out=out, config=config, archive=archive, space={**searched, **space},
-            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **(given | options),
+            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **options,
         )  # fmt: skip
     print_comparison(comparison, stdout)
     if baselines:

@@ -23,6 +23,7 @@ from metareg.cli.common import (
     Shots,
     Ways,
     collect_given,
+    combine,
     expand_path,
     path_option,
     plugin_option,
@@ -90,11 +91,11 @@ def train(
     of_task = collect_given(
         ways=ways, shots=shots, query=query, target=target, data=None if data is None else str(data)
     )
-    given |= {f"task.{name}": value for name, value in of_task.items()}
+    options = combine(given, options | {f"task.{name}": value for name, value in of_task.items()})
     if print_config:
-        write_output(configure(config, **(given | options)).to_yaml())
+        write_output(configure(config, **options).to_yaml())
         return
-    run = _show(partial(carry_out, out=out, config=config, resume=resume), given | options)
+    run = _show(partial(carry_out, out=out, config=config, resume=resume), options)
     if baselines:
         _show_baselines(run)
 
@@ -117,8 +118,8 @@ def resume(
     from metareg.runs.training import resume as carry_out
 
     given = _parse_options(assignments, {"observers": "--observe"})
-    given |= {} if data is None else {"task.data": str(data)}
-    _show(partial(carry_out, path), given | options)
+    moved = {} if data is None else {"task.data": str(data)}
+    _show(partial(carry_out, path), combine(given, options | moved))
 
 
 def _show(carry_out: Callable[..., Run], options: dict[str, Any]) -> Run:

@@ -14,6 +14,8 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -65,6 +67,24 @@ class PluginConfig(BaseModel):
     former_names: ClassVar[Mapping[str, str]] = {}
     """Former names of options, mapped to their current names; stored configurations can contain either."""
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _refuse_truth_values(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuse ``yes``, ``on`` and ``true``, which YAML reads as truth values and pydantic as the number 1."""
+        kinds = _list_kinds(cls.model_fields[info.field_name or ""].annotation)
+        if _has_truth_value(value) and kinds & {int, float} and not kinds & {bool, Any}:
+            raise ValueError("it should be a number")
+        return value
+
+
+def _list_kinds(annotation: Any) -> set[Any]:
+    """List the types of an annotation: int and None of ``list[int] | None``."""
+    return {annotation}.union(*(_list_kinds(each) for each in get_args(annotation)))
+
+
+def _has_truth_value(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, list | tuple) and any(map(_has_truth_value, value)))
+
 
 _Config = TypeVar("_Config", bound=BaseModel)
 
@@ -104,7 +124,10 @@ def unknown_option_error(what: str, name: str, known: Iterable[str], present_nam
 def split_names(value: Any) -> list[Any]:
     """Split a comma-separated string into plugin names; a list can also contain classes, objects or pairs.
 
-    `NO_PLUGIN`, empty strings and None mean no plugin and are omitted.
+    `NO_PLUGIN`, empty strings and None mean no plugin.
+
+    Raises:
+        UsageError: it is not a list, or contains plugins beside `NO_PLUGIN`.
     """
     if value is None:
         return []
@@ -114,12 +137,16 @@ def split_names(value: Any) -> list[Any]:
     names: list[Any] = []
     for each in listed:
         names += [part.strip() for part in each.split(",")] if isinstance(each, str) else [each]
-    return [name for name in names if not (isinstance(name, str) and name in ("", NO_PLUGIN))]
+    plugins = [name for name in names if not (isinstance(name, str) and name in ("", NO_PLUGIN))]
+    if plugins and any(isinstance(name, str) and name == NO_PLUGIN for name in names):
+        raise UsageError(f"'{NO_PLUGIN}' stands for no plugin, but others are listed with it: {value!r}.")
+    return plugins
 
 
 def _sentence(error: Any) -> str:
     key = ".".join(str(part) for part in error["loc"])
-    problem = error["msg"].removeprefix("Value error, ").replace("Input should be", "it should be")
+    problem = error["msg"].removeprefix("Value error, ").removesuffix(", unable to interpret input")
+    problem = re.sub("^(Input|List) should", "it should", problem).replace(" after validation, not", "; it has")
     if not key:
         return problem
     if error["type"] == "missing":

@@ -234,6 +234,13 @@ BAD = [
     (["--nosuch"], "No such option"),
     (["surplus"], "surplus"),
     (["--no-plugin", "maml"], "'maml' is installed but disabled"),
+    (["--no-plugin", "dropgrda"], "no plugin named 'dropgrda'; did you mean 'dropgrad'"),
+    (["--set", "inner_lr=yes"], "inner_lr = True cannot be used: it should be a number"),
+    (["--set", "meta_batch=on"], "meta_batch = True cannot be used: it should be a number"),
+    (["--set", "hidden=[40, true]"], "it should be a number"),
+    (["--set", "steps=5", "--steps", "6"], "--set sets 'steps', and a flag does too"),
+    (["--set", "task.shots=5", "--shots", "6"], "--set sets 'task.shots', and a flag does too"),
+    (["--augment", "none,cml"], "'none' stands for no plugin"),
     (["--set", "hidden=[0]"], "widths must be positive"),
 ]  # fmt: skip
 

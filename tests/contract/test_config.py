@@ -21,13 +21,19 @@ class Plugin:
         ("", []),
         ("none", []),
         ("cml", ["cml"]),
-        (" cml, dropgrad,,none", ["cml", "dropgrad"]),
-        (["cml,dropgrad", "none", "boil"], ["cml", "dropgrad", "boil"]),
+        (" cml, dropgrad,,", ["cml", "dropgrad"]),
+        (["cml,dropgrad", "boil"], ["cml", "dropgrad", "boil"]),
         (("cml", Plugin, ("cml", {"gamma": 1})), ["cml", Plugin, ("cml", {"gamma": 1})]),
     ],
 )
 def test_names_of_a_list(value: Any, names: list[Any]) -> None:
     assert split_names(value) == names
+
+
+@pytest.mark.parametrize("value", ["none,cml", ["cml", "none"], (Plugin, "none")])
+def test_no_plugin_beside_others_is_refused(value: Any) -> None:
+    with pytest.raises(UsageError, match="'none' stands for no plugin"):
+        split_names(value)
 
 
 @pytest.mark.parametrize("value", [Plugin, 3, {"cml": 1}])
