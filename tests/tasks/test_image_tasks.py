@@ -233,13 +233,13 @@ def test_figures_show_support_queries_labels_and_confidence(shots: int) -> None:
     task = glyphs(ways=3, shots=shots, query=4, eval_query=4)
     learner = MetaLearner("conv4", "maml", spec=task.spec, model_options={"width": 4}, inner_lr=0.4)
     figure = task.figures(learner, 0)["episodes"]
-    titles = [part.get_suptitle() for part in figure.subfigs]
+    titles = [axes.get_title() for axes in figure.axes]
     assert [title.split(":")[0] for title in titles] == ["test task 0", "test task 1", "test task 2"]
-    for number, part in enumerate(figure.subfigs):
-        shown = [axes for axes in part.axes if axes.images]
-        assert len(shown) == 3 * (min(shots, 3) + 4)
-        assert part.axes[0].get_title() == ("support" if shots == 2 else "support: 3 of 5")
-        labels = [axes.get_title() for axes in shown if "%" in axes.get_title()]
+    for number, axes in enumerate(figure.axes):
+        assert len(axes.images) == len(axes.patches) == 3 * (min(shots, 3) + 4)
+        texts = [text.get_text() for text in axes.texts]
+        assert texts[0] == ("support" if shots == 2 else "support: 3 of 5")
+        labels = [text for text in texts if "%" in text]
         assert len(labels) == 12
         wrong = sum("(is " in label for label in labels)
         adapted = learner.adapt(*(each[number] for each in task.episodes("test", range(3), 0).parts[:2]))
