@@ -7,6 +7,7 @@ import signal
 import sys
 from contextlib import suppress
 
+from metareg.util.imports import own_collector
 from metareg.util.malloc import keep_freed_memory
 
 
@@ -15,6 +16,7 @@ def main() -> None:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
     keep_freed_memory()
+    own_collector()
     from metareg.cli.terminal import guard_streams
 
     guard_streams()

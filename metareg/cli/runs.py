@@ -33,6 +33,7 @@ from metareg.cli.common import (
 from metareg.cli.flags import takes_run_options
 from metareg.cli.terminal import stderr, stdout, write_output
 from metareg.errors import UsageError
+from metareg.util.imports import pause_collector
 from metareg.util.torchrun import read_rank
 
 if TYPE_CHECKING:
@@ -80,8 +81,10 @@ def train(
     others. [bold]metareg show NAME[/] lists these and the options for --set.
     """
     from metareg.runs.config import PLUGIN_FIELDS, RunConfig
-    from metareg.runs.training import configure
-    from metareg.runs.training import train as carry_out
+
+    with pause_collector():
+        from metareg.runs.training import configure
+        from metareg.runs.training import train as carry_out
 
     if baselines and read_rank().size > 1:
         raise UsageError("Baselines run in one process; after training, use `metareg eval RUN --baselines`.")
@@ -115,7 +118,8 @@ def resume(
     On the same machine, its weights, metrics and results equal those of an
     uninterrupted run, bit for bit.
     """
-    from metareg.runs.training import resume as carry_out
+    with pause_collector():
+        from metareg.runs.training import resume as carry_out
 
     given = _parse_options(assignments, {"observers": "--observe"})
     moved = {} if data is None else {"task.data": str(data)}

@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from metareg.comparison.plan import Arm, PlannedRun
 from metareg.errors import DivergenceError, Interrupted, MetaregError, UsageError, describe_error
 from metareg.util.files import read_text, write_text
+from metareg.util.imports import own_collector, pause_collector
 from metareg.util.malloc import keep_freed_memory
 
 __all__ = [
@@ -263,6 +264,9 @@ def _serve(answers: Any) -> None:
 
 def _main() -> int:
     keep_freed_memory()
+    own_collector()
+    with pause_collector():
+        import metareg.runs.training  # noqa: F401
     # Prints of plugins go to the log, so that they do not mix with the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)

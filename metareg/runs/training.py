@@ -58,6 +58,7 @@ from metareg.util.files import (
 )
 from metareg.util.seeding import seed_global_generators
 from metareg.util.signals import StopRequest, catch_stop_signals
+from metareg.util.torch_internals import import_compiler
 from metareg.util.torchrun import is_launched
 from metareg.util.yaml_files import read_yaml
 
@@ -371,6 +372,7 @@ def _prepare_run(selection: Selection, processes: Processes) -> tuple[MetaLearne
     config, task = selection.config, selection.task.instance
     processes.check_batch(config.meta_batch)
     check_schedule(config, config.steps)
+    import_compiler()
     own = selection.model.instance if isinstance(selection.model.instance, OwnModel) else None
     source = TaskSource(selection.task)
     source.check_splits()

@@ -12,6 +12,7 @@ import inspect
 import operator
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -24,11 +25,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metareg.errors import MetaregError
+from metareg.util.imports import pause_collector
 
 __all__ = [
-    "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode", "compile_graph",
-    "copy_shell", "count_writes", "create_loop", "list_attributes", "list_places", "open_store", "trace", "trace_sizes",
-    "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
+    "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode",
+    "compile_graph", "copy_shell", "count_writes", "create_loop", "import_compiler", "list_attributes", "list_places",
+    "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
+    "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -50,6 +53,14 @@ def _find(*names: str, default: Any = None) -> Any:
     raise MetaregError(
         f"torch {torch.__version__} has no {' and no '.join(names)}, which metareg needs; use torch {_TESTED}."
     )
+
+
+def import_compiler() -> None:
+    """Import torch's compiler, which `torch.func` and `torch.optim` do in any case at their first use."""
+    name = "torch._dynamo"
+    if name not in sys.modules:  # a second pause would exempt the garbage of the runs between
+        with pause_collector(), suppress(ImportError):
+            importlib.import_module(name)
 
 
 # For nested dicts, lists and tuples of tensors. Their future public name is torch.utils.pytree.

@@ -1,0 +1,33 @@
+"""Imports of large packages without Python's collector of cyclic garbage, in the command's own processes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["own_collector", "pause_collector"]
+
+
+def own_collector() -> None:
+    """Say that this process is the command's or a worker's, so that `pause_collector` may change its collector."""
+    gc.freeze()
+
+
+@contextmanager
+def pause_collector() -> Iterator[None]:
+    """Collect no garbage while a block imports, and exempt what it imported from later collections.
+
+    Imported objects live as long as the process. torch and its compiler create half a million, which the collector
+    visits again and again: without it, the imports of a run take 2.5 s of CPU instead of 3.1. In a process that is not
+    metareg's own, this does nothing, because the program's garbage would be exempt as well.
+    """
+    if not (gc.isenabled() and gc.get_freeze_count()):
+        yield
+        return
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
