@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -18,8 +19,9 @@ from PIL import Image, ImageOps
 from scipy.io import savemat
 
 from downloads import serve
-from metareg import MetaregError, UsageError
+from metareg import MetaLearner, MetaregError, UsageError
 from metareg.cli.app import run
+from metareg.runs.training import configure
 from metareg_image import (
     CIFARFS,
     CUB,
@@ -84,6 +86,22 @@ def test_images_are_prepared_as_programs_say(animals: Path) -> None:
     pixels = np.array(upright.resize((16, 16), Image.Resampling.BILINEAR))
     assert torch.equal(task.read_image(animals.parent / "photo.jpg"), torch.from_numpy(pixels).permute(2, 0, 1) / 255)
     assert "BILINEAR" in task.image_preparation
+
+
+def test_the_default_inner_step_is_not_far_too_long(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    for number in range(5):
+        (tmp_path / f"kind{number}").mkdir(parents=True)
+        for image in range(2):
+            pixels = noise.integers(256, size=(84, 84, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"kind{number}" / f"{image}.png")
+    defaults = configure(task="image-folder", data=str(tmp_path))
+    task = ImageFolder(ImageFolder.Config(data=str(tmp_path), query=1, ratios=[1, 0, 0]))
+    learner = MetaLearner(
+        "conv4", spec=task.spec, loss="cross_entropy", inner_steps=defaults.inner_steps, **defaults.algo.config
+    )
+    loss, _ = learner.meta_gradient(task.episodes("train", [0], 0))
+    assert loss < 2 * math.log(5)  # twice that of chance
 
 
 def test_nested_folders_and_a_seeded_split(animals: Path) -> None:
