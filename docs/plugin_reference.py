@@ -55,10 +55,11 @@ def _tabulate_costs(algorithms: list[Entry]) -> str:
         cls, cost = entry.load(), find_cost(entry)
         summary = " ".join((inspect.getdoc(cls) or "").partition("\n\n")[0].replace("``", "`").split())
         adapts = getattr(cls, "adapts", "all").replace("*", "\\*")
+        order = describe_order(cls).replace(", or first with first_order", " or first")
         figures = [cost.time, cost.memory, cost.evaluation_time, cost.evaluation_memory] if cost else []
         rows.append([
             f"[`{entry.name}`](#{entry.name})", summary, adapts, f"{cost.state:.3g}" if cost else "",
-            describe_order(cls), *([f"{figure:.2f}" for figure in figures] or [""] * 4),
+            order, *([f"{figure:.2f}" for figure in figures] or [""] * 4),
         ])  # fmt: skip
     caption = (
         f"Time and memory are those of a training step, and of a test of 20 tasks, relative to MAML: {SETTING}. "
