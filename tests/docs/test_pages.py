@@ -49,7 +49,7 @@ NOT_RUN = {
     r"^python (benchmarks|docs)/": "takes minutes or writes into the project",
     r"^metareg data \S+ --download": "fetches data",
     r"^metareg doctor": "imports every plugin in a process of its own; tests/cli/test_cli.py runs it",
-    r"^metareg reproduce \S": "takes minutes to days; tests/comparison/test_reproduce.py runs recipes",
+    r"^metareg reproduce [^-]": "takes minutes to days; tests/comparison/test_reproduce.py runs recipes",
     r"--launcher ray": "needs a cluster; tests/comparison/test_ray.py starts one",
     r"--task (cub|font-folder)\b": "needs data that cannot be fetched here",
     r"--model torchvision": "needs pretrained weights; tests/tasks/test_pretrained.py trains with some",
