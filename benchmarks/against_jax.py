@@ -27,6 +27,8 @@ from metareg import Episodes, MetaLearner
 from metareg.registry.task_source import TaskSource
 
 _CHECKED_STEPS = 20
+_STEPS = 1000
+"""Steps per turn on sinusoids; with few, the milliseconds in which metareg starts a training would count."""
 _TOLERANCE = 1e-9
 """The allowed relative difference of gradients and weights in float64."""
 
@@ -151,7 +153,7 @@ def compare(setting: Setting, name: str, seconds: float, target: float | None) -
 
 def sinusoids(**options: Any) -> Setting:
     """Time steps on 25 sinusoids with 10 support and 10 query points each."""
-    (drawn,) = TaskSource.of("sinusoid").episodes("train", range(25 * 200), seed=0)
+    (drawn,) = TaskSource.of("sinusoid").episodes("train", range(25 * _STEPS), seed=0)
     parts = tuple(part.contiguous() for part in drawn.parts)
     return Setting(mlp, jax_mlp, "mse", parts, 25, 0.01, draws=True, **options)
 

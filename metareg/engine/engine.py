@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
 from typing import Any
@@ -48,7 +48,8 @@ class Gradient:
     """A meta-gradient, averaged over the tasks of a batch.
 
     If a plugin combines the tasks, `grads` and `loss` have a task dimension until then, and there is no ``grad_norm``;
-    logged values are always means.
+    logged values are always means. For several steps at once, `loss` and `logs` are ``[steps]``, and `grads` are those of
+    the last one.
     """
 
     grads: Tensors
@@ -60,6 +61,10 @@ class Gradient:
     def with_grads(self, grads: Tensors) -> Gradient:
         """Return the same results with other gradients, without a task dimension, and their norm."""
         return Gradient(grads, self.loss.mean(), self.logs | {"grad_norm": _norm(grads)})
+
+    def select(self, steps: int | slice) -> Gradient:
+        """Return the same gradient with the objective and the logs of some of several steps."""
+        return Gradient(self.grads, self.loss[steps], {name: value[steps] for name, value in self.logs.items()})
 
 
 class Engine:
@@ -130,7 +135,7 @@ class Engine:
                 done += len(part)
                 yield self._run_stack(meta, part, part_noise, strategy, weights), len(part) / total
 
-    def take_steps(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> tuple[Steps, list[Gradient]] | None:
+    def take_steps(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> tuple[Steps, Gradient] | None:
         """Take training steps in one compiled program, on a CPU; return None if that is impossible.
 
         Args:
@@ -139,8 +144,8 @@ class Engine:
             update: the outer update.
 
         Returns:
-            The state after the steps, and the results of each step, with gradients only for the last one. If the loop
-            ended early, the last result is the one that is not finite.
+            The state after the steps; and their objectives and logs ``[steps]`` with the gradient of the last step. If the
+            loop ended early, the last step is the one that is not finite.
         """
         if self._loop is None:
             self._loop = StepLoop(
@@ -150,11 +155,8 @@ class Engine:
             return None
         with advise_on_memory(batches.tasks):
             steps = self._loop(meta, batches, update)
-        taken = []
-        for loss, *logs in steps.rows:
-            taken.append(Gradient({}, loss, dict(zip(self._log_names, logs, strict=True))))
-        taken[-1] = replace(taken[-1], grads=steps.grads)
-        return steps, taken
+        losses, *logs = steps.scalars
+        return steps, Gradient(steps.grads, losses, dict(zip(self._log_names, logs, strict=True)))
 
     def _find_checked(self) -> list[int]:
         """Return the positions of objective and gradient norm in `_map_gradient`'s results after the gradients."""
@@ -355,7 +357,7 @@ def _unbatch(tasks: Any) -> Any:
 
 def _norm(grads: Tensors) -> Tensor:
     """Return the Euclidean norm of a whole gradient."""
-    return torch.nn.utils.get_total_norm(grads.values())
+    return torch.cat([value.reshape(-1) for value in grads.values()]).norm()
 
 
 def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradient:

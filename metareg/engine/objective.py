@@ -301,7 +301,10 @@ class TaskFunctions:
             objective = objective if own is None else own
         # If a plugin computes the outer gradient, the query loss is only reported, and only the terms are
         # differentiated.
-        total = terms if self.stages.implements("outer_gradient") else objective + terms
+        if self.stages.implements("outer_gradient"):
+            total = terms
+        else:
+            total = objective + terms if self.stages.implements("augment_outer_loss") else objective
         reported = query_loss.detach()
         same = self.metric.function is self.loss and reported.dtype == widen(reported).dtype
         score = reported if same else self.metric(outputs.detach(), targets)

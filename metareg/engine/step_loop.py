@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -12,24 +13,26 @@ from torch import Tensor
 from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
+from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.tracing import TRACING, create_graph, lift_factors
+from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
 
-__all__ = ["Batches", "OuterUpdate", "StepLoop", "Steps"]
+__all__ = ["Batches", "OuterUpdate", "StepLoop", "Steps", "divide", "join"]
 
 
 @dataclass(frozen=True)
 class OuterUpdate:
     """The update of the meta-parameters as a function of tensors."""
 
-    function: Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], list[Tensor]]
-    """Given the meta-parameters, their gradient, the optimiser's state and the learning rate, returns the meta-parameters
-    and the state after the step; pure."""
+    function: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], list[Tensor]]
+    """Given all meta-parameters ``[numbers]``, their gradient ``[numbers]``, the optimiser's state and the step's factors,
+    returns the meta-parameters and the state after the step; pure."""
     state: Sequence[Tensor]
     """The optimiser's state."""
-    rates: Tensor
-    """The learning rate of each batch of the `Batches` ``[batches]``."""
+    factors: Tensor
+    """The numbers that the update for each of the `Batches` needs, such as the learning rate ``[batches, factors]``."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ class Steps:
     """The meta-parameters after them."""
     state: list[Tensor]
     """The optimiser's state after them."""
-    rows: list[list[Tensor]]
-    """The scalars of each step: the objective and the logs."""
+    scalars: list[Tensor]
+    """The objective and the logs, each ``[steps]``."""
     grads: Tensors
-    """The gradient of the last step, or of a step that was not taken because a value in its row is not finite."""
+    """The gradient of the last step, or of a step that was not taken because one of its scalars is not finite."""
 
 
 class StepLoop:
@@ -73,6 +76,9 @@ class StepLoop:
 
     The loop stops before a step whose objective or gradient is not finite. The result does not depend on how the steps
     are divided into calls, bit for bit.
+
+    In the program, all meta-parameters are one vector, which one kernel updates, as are their gradient and the optimiser's
+    moments. Allocating a tensor for each parameter would take a third of a small model's step.
 
     Args:
         function: returns the gradients in the order of the meta-parameters, then scalars, given ``(meta, tasks)``; pure.
@@ -90,8 +96,8 @@ class StepLoop:
         self._find_checked = find_checked
         self._state = PythonState(*reads)
         self._program: Callable[..., list[Tensor]] | None = None
-        self._buffers: list[Tensor] = []
-        """One for each scalar, with its value in every step ``[batches]``."""
+        self._scalars: list[torch.dtype] = []
+        """The types of the scalars."""
         self._factors: list[Tensor] = []
         """Constants of the function that are inputs of the program."""
         self._key: Any = None
@@ -117,59 +123,54 @@ class StepLoop:
     def _run(self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate) -> Steps:
         assert self._program is not None
         carried = self._carry(meta, which.start, update)
-        next_batch, _, *values = self._program(
-            *carried, torch.tensor(which.stop), update.rates, *stacks, *self._factors
+        next_batch, _, table, gradient, vector, *state = self._program(
+            *carried, torch.tensor(which.stop), update.factors, *stacks, *self._factors
         )
-        done, count = int(next_batch), len(meta)
-        buffers, values = values[: len(self._buffers)], values[len(self._buffers) :]
-        rows = [list(row) for row in zip(*(buffer[which.start : done].unbind() for buffer in buffers), strict=True)]
-        return Steps(
-            dict(zip(meta, values[count:], strict=False)),
-            values[2 * count :],
-            rows,
-            dict(zip(meta, values, strict=False)),
-        )
+        columns = zip(table[which.start : int(next_batch)].unbind(1), self._scalars, strict=True)
+        scalars = [column.to(dtype) for column, dtype in columns]
+        return Steps(copy_contiguous(divide(vector, meta)), state, scalars, divide(gradient, meta))
 
     def _carry(self, meta: Tensors, batch: int, update: OuterUpdate) -> list[Tensor]:
         """Return the loop's initial state: the number of the batch, whether the last step was finite, the scalars of every
-        step, the last gradient, the meta-parameters and the optimiser's state."""
-        grads = [torch.zeros_like(value) for value in meta.values()]
-        start = [torch.tensor(batch), torch.ones((), dtype=torch.bool)]
-        return [*start, *self._buffers, *grads, *meta.values(), *update.state]
+        step ``[batches, scalars]``, the last gradient, the meta-parameters and the optimiser's state."""
+        vector = join(meta.values())
+        # Double precision holds a scalar of any type.
+        table = torch.zeros(len(update.factors), len(self._scalars), dtype=torch.float64)
+        return [
+            torch.tensor(batch), torch.ones((), dtype=torch.bool), table, torch.zeros_like(vector), vector, *update.state
+        ]  # fmt: skip
 
     def _compile(
         self, meta: Tensors, batches: Batches, stacks: Sequence[Tensor], structure: Any, update: OuterUpdate
     ) -> None:
-        names, count, states = tuple(meta), len(meta), len(update.state)
-
+        count = len(meta)
         first = batches.which[0]
         expected = self._function(meta, tree_unflatten([stack[first] for stack in stacks], structure))
         checked = self._find_checked()
-        self._buffers = [scalar.new_zeros(len(stacks[0])) for scalar in expected[count:]]
-        width = len(self._buffers)
-        end = width + 2 * count + states  # of the carried values after the number and the flag
+        self._scalars = [scalar.dtype for scalar in expected[count:]]
+        states = len(update.state)
 
-        def take_step(number: Tensor, _: Tensor, *leaves: Tensor) -> list[Tensor]:
+        def take_step(number: Tensor, _: Tensor, table: Tensor, __: Tensor, *leaves: Tensor) -> list[Tensor]:
             """Return the loop's state after the step on a batch."""
-            buffers, before, given = leaves[:width], leaves[width + count : end], leaves[end + 1 :]
-            rate, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
-            params, state = before[:count], before[count:]
-            values = self._function(dict(zip(names, params, strict=True)), tree_unflatten(parts, structure))
-            grads, scalars = values[:count], values[count:]
-            is_finite = torch.stack([scalars[position].isfinite() for position in checked]).all()
-            rows = zip(buffers, scalars, strict=True)
-            written = [torch.index_copy(buffer, 0, number.view(1), scalar.view(1)) for buffer, scalar in rows]
-            pairs = zip(update.function(params, grads, state, rate), before, strict=True)
+            before, given = leaves[: 1 + states], leaves[2 + states :]
+            factors, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
+            vector, *state = before
+            values = self._function(divide(vector, meta), tree_unflatten(parts, structure))
+            gradient, scalars = join(values[:count]), values[count:]
+            is_finite = reduce(torch.logical_and, [scalars[position].isfinite() for position in checked])
+            row = torch.stack([scalar.double() for scalar in scalars])
+            pairs = zip(update.function(vector, gradient, state, factors), before, strict=True)
             kept = [torch.where(is_finite, value, old) for value, old in pairs]
-            return [number + 1, is_finite, *written, *grads, *kept]
+            return [number + 1, is_finite, table.index_copy(0, number.view(1), row[None]), gradient, *kept]
 
-        def goes_on(number: Tensor, is_finite: Tensor, *leaves: Tensor) -> Tensor:
-            return (number < leaves[end]) & is_finite
+        def goes_on(number: Tensor, is_finite: Tensor, _: Tensor, __: Tensor, *leaves: Tensor) -> Tensor:
+            return (number < leaves[1 + states]) & is_finite
 
         carried = self._carry(meta, first, update)
-        inputs = [*carried, torch.tensor(first), update.rates, *stacks]
+        inputs = [*carried, torch.tensor(first), update.factors, *stacks]
         with TRACING:
             body = create_graph(take_step, inputs)
+            simplify_products(body)
             self._factors = lift_factors(body)
             inputs += self._factors
             loop = create_loop(trace(goes_on, inputs), body, len(carried))
@@ -190,13 +191,24 @@ class StepLoop:
         if difference is None and all(bool(each.isfinite()) for each in expected[count:]):
             # An optimiser such as Adam turns rounding errors of tiny gradients into full steps: compare updates for the
             # same gradient.
-            grads, rate = list(found.grads.values()), update.rates[which.start]
-            after = update.function(list(meta.values()), grads, update.state, rate)
-            pairs = zip([*found.meta.values(), *found.state], after, strict=True)
+            gradient, factors = join(found.grads.values()), update.factors[which.start]
+            after = update.function(join(meta.values()), gradient, update.state, factors)
+            pairs = zip([join(found.meta.values()), *found.state], after, strict=True)
             difference = next(filter(None, (compare([one], [other]) for one, other in pairs)), None)
         if difference is not None:
             self._program = None
             raise RuntimeError(f"the compiled values are not those of the function: {difference}")
+
+
+def join(tensors: Iterable[Tensor]) -> Tensor:
+    """Join the numbers of some tensors, in order, to one vector ``[numbers]``."""
+    return torch.cat([value.reshape(-1) for value in tensors])
+
+
+def divide(vector: Tensor, like: Tensors) -> Tensors:
+    """Divide a vector from `join` into views of it with the names and shapes of `like`."""
+    parts = vector.split([value.numel() for value in like.values()])
+    return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
 def _describe(batches: Batches) -> Any:

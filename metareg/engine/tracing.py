@@ -17,6 +17,7 @@ from torch.func import functionalize
 from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
+from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
@@ -241,6 +242,7 @@ def lift_factors(graph: torch.fx.GraphModule) -> list[Tensor]:
 
 def _compile(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Callable[..., list[Tensor]]:
     """Compile a graph."""
+    simplify_products(graph)
     factors = lift_factors(graph)
     program = compile_graph(graph, [*inputs, *factors])
     return lambda *leaves: program(*leaves, *factors)

@@ -140,7 +140,7 @@ class BatchRunner:
 
     def take_steps(
         self, parameters: MetaParameters, optimizer: OuterOptimizer, batches: Batches, training_step: int
-    ) -> list[Gradient] | None:
+    ) -> Gradient | None:
         """Take training steps in one program, and update parameters and optimiser.
 
         Args:
@@ -150,7 +150,7 @@ class BatchRunner:
             training_step: training steps before the first of them.
 
         Returns:
-            The results of each step, as from `Engine.take_steps`, for at least some of the batches; None if the first
+            The results of the steps, as from `Engine.take_steps`, for at least some of the batches; None if the first
             step must be taken by itself.
         """
         if not self._can_loop(batches):
@@ -174,12 +174,12 @@ class BatchRunner:
             return None
         if found is None:
             return None
-        steps, gradients = found
+        steps, results = found
         if training_step == 0:
             report_unlearned(self._engine.training.stages, steps.grads)
         parameters.tensors = steps.meta
         optimizer.adopt(steps.meta, steps.state)
-        return gradients
+        return results
 
     def _can_loop(self, batches: Batches) -> bool:
         """Return whether one program should take several training steps: no plugin runs Python code between steps.

@@ -224,21 +224,22 @@ class MetaLearner:
         self.steps_done += 1
         return gradient
 
-    def take_steps(self, batches: Batches) -> tuple[list[Gradient], MetaregError | None] | None:
+    def take_steps(self, batches: Batches) -> tuple[Gradient, MetaregError | None] | None:
         """Call `take_step` with the first batches, as many as one program takes; return None if it takes none.
 
         Returns:
-            The results of the steps taken, with the gradient only in the last one; and the error that prevented the
-            next step.
+            The objectives and logs of the steps taken ``[steps]`` and the gradient of the last one; and the error that
+            prevented the next step.
         """
         taken = self._runner.take_steps(self._meta, self._optimizer, batches, self.steps_done)
         if taken is None:
             return None
-        self.steps_done += len(taken) - 1
+        last = len(taken.loss) - 1
+        self.steps_done += last
         try:
-            self._check_finite(taken[-1], batches[len(taken) - 1 :].first())
+            self._check_finite(taken.select(last), batches[last:].first())
         except MetaregError as error:
-            return taken[:-1], error
+            return taken.select(slice(last)), error
         self.steps_done += 1
         return taken, None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from metareg.engine.stages import Stages
-from metareg.engine.step_loop import Batches, OuterUpdate
+from metareg.engine.step_loop import Batches, OuterUpdate, divide, join
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
 from metareg.learner.learning_rate import compute_learning_rate
@@ -84,11 +85,8 @@ class OuterOptimizer:
         optimizer = optimizer or create_optimizer(meta, self._stages, self._config)
         if not isinstance(optimizer, Adam):
             return None
-        rates = torch.zeros(len(batches.stack) // batches.tasks, dtype=torch.float64)
-        first = batches.which[0]
-        for number in batches.which:
-            rates[number] = compute_learning_rate(self._config, training_step + number - first)
-        return OuterUpdate(optimizer.function, optimizer.flat_state(), rates)
+        rates = [compute_learning_rate(self._config, training_step + number) for number in range(len(batches))]
+        return OuterUpdate(optimizer.function, optimizer.flat_state(), optimizer.compute_factors(rates, batches))
 
     def adopt(self, meta: Tensors, state: Sequence[Tensor]) -> None:
         """Continue from the results of the program for `describe_update`."""
@@ -202,19 +200,35 @@ class Adam:
         )  # fmt: skip
 
     @property
-    def function(self) -> Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor], Tensor], list[Tensor]]:
+    def function(self) -> Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], list[Tensor]]:
         """`step` as a function of tensors, equal up to rounding; see `OuterUpdate`."""
         return partial(_compute_adam, betas=self._betas)
 
+    def compute_factors(self, rates: Sequence[float], batches: Batches) -> Tensor:
+        """Compute the factors of `OuterUpdate` for the next steps, whose learning rates are given.
+
+        A program would compute the powers once for every few parameters. Python's do not depend on how many steps are asked
+        for at once, and have double precision: in single precision, 1 - 0.999 has three digits fewer than 0.999.
+        """
+        beta1, beta2 = self._betas
+        done = int(self._moments["step"][0])
+        factors = next(iter(self._params.values())).new_zeros(len(batches.stack) // batches.tasks, 2)
+        rows = [
+            (rate / (1 - beta1**step), math.sqrt(1 - beta2**step)) for step, rate in enumerate(rates, start=done + 1)
+        ]
+        factors[batches.which.start : batches.which.stop] = torch.tensor(rows, dtype=torch.float64)
+        return factors
+
     def flat_state(self) -> list[Tensor]:
-        """Return the first moments, the second moments and the numbers of steps of all parameters."""
-        return [value for column in self._moments.values() for value in column]
+        """Return the first and the second moments of all parameters ``[numbers]``, and the number of steps."""
+        averages, squares, steps = self._moments.values()
+        return [join(averages), join(squares), steps[0].clone()]
 
     def adopt(self, state: Sequence[Tensor]) -> None:
-        """Use a state in the order of `flat_state`, without copying it."""
-        count = len(self._params)
-        for number, key in enumerate(self._moments):
-            self._moments[key] = list(state[number * count : (number + 1) * count])
+        """Use a state in the order of `flat_state`."""
+        *moments, steps = state
+        averages, squares = ([part.clone() for part in divide(each, self._params).values()] for each in moments)
+        self._moments = {"exp_avg": averages, "exp_avg_sq": squares, "step": [steps.clone() for _ in self._params]}
 
     def state(self) -> dict[str, dict[str, Tensor]]:
         """Return the moments and the number of steps of each parameter by name."""
@@ -232,34 +246,21 @@ class Adam:
 
 
 def _compute_adam(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    state: Sequence[Tensor],
-    rate: Tensor,
-    betas: tuple[float, float],
+    params: Tensor, grads: Tensor, state: Sequence[Tensor], factors: Tensor, betas: tuple[float, float]
 ) -> list[Tensor]:
     """Take one step of Adam as a pure function (Kingma and Ba, ICLR 2015, Algorithm 1; ε is added as in torch).
 
     Args:
-        params: the parameters.
-        grads: their gradients.
+        params: the parameters ``[numbers]``.
+        grads: their gradient ``[numbers]``.
         state: as `Adam.flat_state`.
-        rate: the learning rate, in double precision.
+        factors: the learning rate over 1 − β₁ᵗ, and the square root of 1 − β₂ᵗ, where t counts the steps from 1.
+        betas: β₁ and β₂.
 
     Returns:
         The parameters and the state after the step.
     """
-    count, (beta1, beta2) = len(params), betas
-    averages, squares, steps = (state[first : first + count] for first in (0, count, 2 * count))
-    averages = [average.lerp(grad, 1 - beta1) for average, grad in zip(averages, grads, strict=True)]
-    squares = [beta2 * square + (1 - beta2) * grad * grad for square, grad in zip(squares, grads, strict=True)]
-    steps = [step + 1 for step in steps]
-    # In single precision, 1 - 0.999 has three digits fewer than 0.999.
-    done = steps[0].double()
-    size = (rate / (1 - beta1**done)).to(params[0].dtype)
-    root = (1 - beta2**done).sqrt().to(params[0].dtype)
-    params = [
-        param - size * average / (square.sqrt() / root + _EPS)
-        for param, average, square in zip(params, averages, squares, strict=True)
-    ]
-    return [*params, *averages, *squares, *steps]
+    (beta1, beta2), (averages, squares, steps), (size, root) = betas, state, factors.unbind()
+    averages = averages.lerp(grads, 1 - beta1)
+    squares = beta2 * squares + (1 - beta2) * grads * grads
+    return [params - size * averages / (squares.sqrt() / root + _EPS), averages, squares, steps + 1]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from types import SimpleNamespace
 from typing import Any, NoReturn, Protocol
 
@@ -55,7 +56,7 @@ class Trainee(Protocol):
 
     def take_step(self, episodes: Sequence[Episodes] | Share) -> Gradient: ...
 
-    def take_steps(self, batches: Batches) -> tuple[list[Gradient], MetaregError | None] | None: ...
+    def take_steps(self, batches: Batches) -> tuple[Gradient, MetaregError | None] | None: ...
 
     def abandon_step(self, error: Exception) -> NoReturn: ...
 
@@ -231,12 +232,11 @@ class _Loop:
                 self.take_step([batches.first()])
                 batches = batches[1:]
                 continue
-            gradients, error = taken
-            for gradient in gradients:
-                self.progress.averager.add(gradient.loss, gradient.logs)
+            results, error = taken
+            self.progress.averager.add_steps(results.loss, results.logs)
             if error is not None:
                 self.refuse_step(error)
-            batches = batches[len(gradients) + (error is not None) :]
+            batches = batches[len(results.loss) + (error is not None) :]
             self.conclude_step()
 
     def count_steps_to_news(self) -> int:
@@ -406,7 +406,7 @@ class MetricAverager:
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore what `state` returned."""
         self.count = state["count"]
-        self._sums = {name: value.to(device) for name, value in state["sums"].items()}
+        self._sums = {name: _widen(value.to(device)) for name, value in state["sums"].items()}
         self.start_clock()
 
     def add(self, loss: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
@@ -416,8 +416,16 @@ class MetricAverager:
             for name, value in logs.items():
                 self._sums[name] += value
         else:
-            self._sums = {"loss": loss.clone()} | {name: value.clone() for name, value in logs.items()}
+            self._sums = {"loss": _widen(loss)} | {name: _widen(value) for name, value in logs.items()}
         self.count += 1
+
+    def add_steps(self, losses: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
+        """Add the values of several steps ``[steps]`` on a CPU, with the bits of adding them one by one."""
+        for name, values in {"loss": losses, **logs}.items():
+            start = self._sums[name].item() if name in self._sums else 0.0
+            # Not by `sum`, which compensates for rounding from Python 3.12 on.
+            self._sums[name] = torch.tensor(reduce(operator.add, values.tolist(), start), dtype=torch.float64)
+        self.count += len(losses)
 
     def means(self) -> dict[str, float]:
         """Return the means and ``steps_per_second``, and start the next window."""
@@ -426,3 +434,8 @@ class MetricAverager:
         self._sums, self.count = {}, 0
         self.start_clock()
         return means
+
+
+def _widen(value: torch.Tensor) -> torch.Tensor:
+    """A copy in double precision, where the device has it."""
+    return value.clone() if value.device.type == "mps" else value.to(torch.float64, copy=True)
