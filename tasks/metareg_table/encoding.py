@@ -103,9 +103,11 @@ class Encoding(PluginConfig):
     def _refuse_missing(self, table: Table, absent: np.ndarray) -> None:
         if absent.any():
             row, column = (int(each[0]) for each in absent.nonzero())
+            name = [*self.inputs, self.target][column]
+            of_inputs = ", or with --set missing=mean to insert the column's mean (and leave categories unknown)"
             raise UsageError(
-                f"{table.locate(row, [*self.inputs, self.target][column])} is empty. Train with --set missing=mean to "
-                "insert the column's mean (and leave categories unknown), or with --set missing=drop to drop such rows."
+                f"{table.locate(row, name)} is empty. Train with --set missing=drop to drop such rows"
+                f"{'' if name == self.target else of_inputs}."
             )
 
     def _find_missing_targets(self, table: Table) -> np.ndarray:

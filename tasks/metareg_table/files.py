@@ -63,7 +63,7 @@ def find_tables(location: Path, layout: Layout) -> TaskTables:
             f"There are no tables in {location} ({', '.join(sorted(_TABLES))}). `metareg data table-folder --example "
             "DIR` writes example tables."
         )
-    stamps = tuple((path, path.stat().st_mtime_ns) for path in paths)
+    stamps = tuple((path, _read_time(path)) for path in paths)
     names = {path: path.relative_to(root).with_suffix("").as_posix() for path in paths}
     _refuse_same_names(names)
     files = {names[path]: table for path, table in zip(paths, _read_all(stamps, layout.known), strict=True)}
@@ -99,6 +99,14 @@ def _list_files(location: Path) -> tuple[Path, list[Path], list[str]]:
             elif not (name in _SPLIT_FILES and Path(folder) == location):
                 others.append(str(path.relative_to(location)))
     return location, found, others
+
+
+def _read_time(path: Path) -> int:
+    """Return when a table was last changed."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError as error:
+        raise UsageError(f"{path} {'is a broken link' if path.is_symlink() else error.strerror}.") from error
 
 
 @lru_cache(maxsize=2)

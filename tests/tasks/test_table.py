@@ -200,7 +200,7 @@ def test_missing_values(tmp_path: Path) -> None:
         rows = without(draw(number), "label")
         rows[2]["u"], rows[5]["kind"], rows[7]["y"] = "NA", "", ""
         write(tmp_path / f"t{number}.csv", rows)
-    with pytest.raises(UsageError, match=r"line 4, column 'u', is empty.*missing=mean.*missing=drop"):
+    with pytest.raises(UsageError, match=r"line 4, column 'u', is empty.*missing=drop.*missing=mean"):
         make(tmp_path)
     assert set(make(tmp_path, missing="drop")._pools["train"].counts) == {13}
     task = make(tmp_path, missing="mean", shots=10, query=5)
@@ -247,6 +247,8 @@ def test_refused_options(folder: Path, options: dict[str, Any], says: str) -> No
         (lambda folder: write(folder / "t1.csv", draw(1)), "column 'label'"),
         (lambda folder: (folder / "t1.csv").write_text("1.5,2\n3,4\n"), "does not name its columns"),
         (lambda folder: write(folder / "sub" / "test" / "x.csv", draw(1)), "column 'label'"),
+        (lambda folder: (folder / "t1.csv").write_text("u,kind,v,y\n1,a,2,\n"), "'y', is empty.*to drop such rows.$"),
+        (lambda folder: (folder / "t9.csv").symlink_to("nowhere.csv"), "t9.csv is a broken link"),
         (lambda folder: write(folder / "test" / "x.csv", draw(1)), "look like a split, and 't0'.* outside them"),
         (lambda folder: shutil.copy(folder / "t1.csv", folder / "t1.tsv"), "would be tasks with the same name"),
         (lambda folder: (folder / "t1.csv").write_text("u,kind,v,y\n1,a,2,3\nx,b,3,4\n"), "column 'u', contains 'x'"),
