@@ -15,7 +15,7 @@ from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
-from metareg.engine.tracing import TRACING, create_graph, lift_factors
+from metareg.engine.tracing import create_graph, lift_factors, prepare_to_trace
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
 
@@ -117,7 +117,8 @@ class StepLoop:
         stacks = [leaf.unflatten(0, (-1, batches.tasks)) for leaf in leaves]
         with torch.no_grad():
             if self._program is None:
-                self._compile(meta, batches, stacks, structure, update)
+                with prepare_to_trace():
+                    self._compile(meta, batches, stacks, structure, update)
             return self._run(meta, batches.which, stacks, update)
 
     def _run(self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate) -> Steps:
@@ -168,13 +169,12 @@ class StepLoop:
 
         carried = self._carry(meta, first, update)
         inputs = [*carried, torch.tensor(first), update.factors, *stacks]
-        with TRACING:
-            body = create_graph(take_step, inputs)
-            simplify_products(body)
-            self._factors = lift_factors(body)
-            inputs += self._factors
-            loop = create_loop(trace(goes_on, inputs), body, len(carried))
-            self._program = compile_graph(loop, inputs)
+        body = create_graph(take_step, inputs)
+        simplify_products(body)
+        self._factors = lift_factors(body)
+        inputs += self._factors
+        loop = create_loop(trace(goes_on, inputs), body, len(carried))
+        self._program = compile_graph(loop, inputs)
         self._check(meta, range(first, first + 1), stacks, update, expected)
         self._key = _describe(batches)
 

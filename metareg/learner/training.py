@@ -406,7 +406,7 @@ class MetricAverager:
     def load_state(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Restore what `state` returned."""
         self.count = state["count"]
-        self._sums = {name: _widen(value.to(device)) for name, value in state["sums"].items()}
+        self._sums = {name: _widen(value, device) for name, value in state["sums"].items()}
         self.start_clock()
 
     def add(self, loss: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
@@ -416,14 +416,14 @@ class MetricAverager:
             for name, value in logs.items():
                 self._sums[name] += value
         else:
-            self._sums = {"loss": _widen(loss)} | {name: _widen(value) for name, value in logs.items()}
+            self._sums = {name: _widen(value, value.device) for name, value in {"loss": loss, **logs}.items()}
         self.count += 1
 
     def add_steps(self, losses: torch.Tensor, logs: dict[str, torch.Tensor]) -> None:
-        """Add the values of several steps ``[steps]`` on a CPU, with the bits of adding them one by one."""
+        """Add several steps' values ``[steps]``, all on a CPU; the sums are those of adding them one by one, bit for bit."""
         for name, values in {"loss": losses, **logs}.items():
             start = self._sums[name].item() if name in self._sums else 0.0
-            # Not by `sum`, which compensates for rounding from Python 3.12 on.
+            # From Python 3.12 on, `sum` compensates for rounding.
             self._sums[name] = torch.tensor(reduce(operator.add, values.tolist(), start), dtype=torch.float64)
         self.count += len(losses)
 
@@ -436,6 +436,6 @@ class MetricAverager:
         return means
 
 
-def _widen(value: torch.Tensor) -> torch.Tensor:
-    """A copy in double precision, where the device has it."""
-    return value.clone() if value.device.type == "mps" else value.to(torch.float64, copy=True)
+def _widen(value: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Return a copy on a device, in double precision if the device has it."""
+    return value.to(torch.float32 if device.type == "mps" else torch.float64, copy=True).to(device)

@@ -241,8 +241,28 @@ def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
         # The graph, which is the cache key, contains the loop's body and condition.
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "its graphs"},
     }
-    with config.patch({name: value for name, value in options.items() if name in config.get_config_copy()}):
+    known = {name: value for name, value in options.items() if name in config.get_config_copy()}
+    with config.patch(known), _trust_processor():
         yield
+
+
+@contextmanager
+def _trust_processor() -> Iterator[None]:
+    """Skip, for a block, the new Python process in which the compiler loads a test library for each vector instruction set.
+
+    It starts them in every process, whatever is cached. The test libraries are still built, once, which shows whether the
+    C++ compiler knows the instructions; that the processor has them is what it reports.
+    """
+    owner: Any = _find("torch._inductor.cpu_vec_isa.VecISA", default=object)
+    probe = vars(owner).get("_probe_load")
+    if probe is None:
+        yield
+        return
+    owner._probe_load = lambda *_: True
+    try:
+        yield
+    finally:
+        owner._probe_load = probe
 
 
 def list_attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:

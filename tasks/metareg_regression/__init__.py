@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from torch import nn
 
 from metareg import Episodes, Field, MetaLearner, PluginConfig, Task, TaskSpec, format_count, hookimpl, task_uniform
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _LOW, _HIGH = -5.0, 5.0
 
@@ -169,6 +171,8 @@ class MultilayerPerceptron(nn.Module):
 
 
 def _draw_fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
+    from matplotlib.figure import Figure  # which a training without pictures need not wait for
+
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     x = torch.linspace(_LOW, _HIGH, 200).unsqueeze(-1)
     curves = task_uniform(seed, "test", range(4), task.numbers, "curve")
