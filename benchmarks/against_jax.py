@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import torch
 from core import image_tasks
-from harness import RESULTS, Row, check_same_gradient, interleaved_clocks, machine, paired, report
+from harness import RESULTS, Row, check_same_gradient, interleaved_clocks, machine, paired, report, save
 from jax_loops import JaxTraining, conv4, cross_entropy, draw_sinusoids, mse, to_jax, to_torch
 from jax_loops import mlp as jax_mlp
 from loops import Conv4, Tasks, mlp
@@ -132,8 +132,9 @@ def compare(setting: Setting, name: str, seconds: float, target: float | None) -
     if setting.draws:
         drawing = setting.create_training(learner)
         draw = partial(draw_sinusoids, tasks=setting.batch, shots=10, dtype="float32")
+        source = TaskSource.of("sinusoid")
         works["drawing included"] = (
-            lambda steps: learner.fit("sinusoid", steps, meta_batch=setting.batch),
+            lambda steps: learner.fit(source, steps, meta_batch=setting.batch),
             lambda steps: drawing.draw_and_train(steps, draw),
         )
     rows, raw = [], {}
@@ -189,6 +190,7 @@ def main() -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
         new_rows, raw[key] = compare(create(), name, options.seconds, 0.75 if key == "maml" else None)
         rows += new_rows
+        save(rows, about, {"milliseconds_per_step": raw}, options.out)
     report(rows, about, {"milliseconds_per_step": raw}, options.out)
 
 

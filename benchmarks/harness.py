@@ -184,6 +184,12 @@ def report(rows: Sequence[Row], about: Mapping[str, Any], raw: Mapping[str, Any]
     for row in rows:
         if row.note:
             console.print(f"{row.work}, against {row.against}: {row.note}")
+    save(rows, about, raw, path)
+    console.print(f"Written to {path}")
+
+
+def save(rows: Sequence[Row], about: Mapping[str, Any], raw: Mapping[str, Any], path: Path) -> None:
+    """Write the results file."""
     content = {
         "machine": dict(about),
         "rows": [
@@ -198,7 +204,6 @@ def report(rows: Sequence[Row], about: Mapping[str, Any], raw: Mapping[str, Any]
     }  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-    console.print(f"Written to {path}")
 
 
 def _processor() -> str:
