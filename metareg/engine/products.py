@@ -27,7 +27,7 @@ def simplify_products(graph: GraphModule) -> None:
     """
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.mean.dim):
         source, *options = _arguments(node)
-        if options == [[0]]:
+        if options == [[0]] and not node.kwargs:
             with graph.graph.inserting_before(node):
                 _replace(node, _average(source))
     for node in graph.graph.find_nodes(op="call_function", target=_ATEN.mm.default):
@@ -41,14 +41,14 @@ def _average(tasks: Node) -> Node | None:
     """Compute the mean of ``[tasks, …]`` without each task's values; None if something else needs these."""
     if len(tasks.users) > 1:
         return None
-    if tasks.target is _ATEN.add.Tensor:
+    if _calls(tasks, _ATEN.add.Tensor):
         left, right = _arguments(tasks)
         return _average_sum(left, right, _shape(tasks))
     source, (count, *shape) = _skip_views(tasks), _shape(tasks)
     total = None
-    if source.target is _ATEN.bmm.default and _shape(source) == _shape(tasks):
+    if _calls(source, _ATEN.bmm.default) and _shape(source) == _shape(tasks):
         total = _multiply_over_tasks(*_arguments(source))
-    elif source.target is _ATEN.sum.dim_IntList and _shape(source)[0] == count:
+    elif _calls(source, _ATEN.sum.dim_IntList) and _shape(source)[0] == count:
         value, dims, *_ = _arguments(source)
         if 0 not in dims:
             total = _call(_ATEN.view.default, _call(_ATEN.sum.dim_IntList, value, [0, *dims]), shape)
@@ -73,7 +73,7 @@ def _multiply_over_tasks(left: Node, right: Node) -> Node | None:
     None if `left` is not the transposition of a tensor, as it is in the gradient of a weight: it would have to be copied.
     """
     transposition = _skip_views(left)
-    if transposition.target is not _ATEN.transpose.int or _shape(transposition) != _shape(left):
+    if not _calls(transposition, _ATEN.transpose.int) or _shape(transposition) != _shape(left):
         return None
     source, *dims = _arguments(transposition)
     if sorted(dims) != [1, 2]:
@@ -102,6 +102,11 @@ def _skip_views(node: Node) -> Node:
             break
         node = source
     return node
+
+
+def _calls(node: Node, function: Any) -> bool:
+    """Return whether a node calls a function without options such as a factor of the second term or another type."""
+    return node.target is function and not node.kwargs
 
 
 def _call(function: Any, source: Node, *args: Any) -> Node:

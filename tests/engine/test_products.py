@@ -24,11 +24,12 @@ def sum_over_tasks(x: Tensor, y: Tensor) -> Tensor:
 
 
 def keep_tasks(x: Tensor, y: Tensor) -> Tensor:
-    """Products that are needed for each task, or whose tasks a view has moved."""
+    """Products that are needed for each task, that have a factor, or whose tasks a view has moved."""
     needed = x.transpose(1, 2).bmm(y)
+    scaled = needed.add((2 * x).transpose(1, 2).bmm(y), alpha=-3.0)
     moved = x.transpose(1, 2).bmm(y).view(4, 5, 6)
     sums = x.reshape(10, 2, 3).sum([1]).view(5, 6)
-    return needed.mean([0]) + needed[0] + moved.mean([0]).sum() + sums.mean([0]).sum()
+    return needed.mean([0]) + scaled.mean([0]) + moved.mean([0]).sum() + sums.mean([0]).sum()
 
 
 def multiply_vectors(x: Tensor, y: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def multiply_vectors(x: Tensor, y: Tensor) -> Tensor:
     ("function", "expected"),
     [
         (sum_over_tasks, {ATEN.mm.default: 2, ATEN.bmm.default: 1}),
-        (keep_tasks, {ATEN.bmm.default: 2}),
+        (keep_tasks, {ATEN.bmm.default: 3}),
         (multiply_vectors, {}),
     ],
 )
