@@ -31,7 +31,7 @@ from metareg.learner.training import Progress, connect_observers, fit
 from metareg.printable import format_count
 from metareg.registry.plugins import find_entry
 from metareg.registry.task_source import TaskSource
-from metareg.runs import environment, plots
+from metareg.runs import environment
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
 from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
@@ -525,6 +525,8 @@ def _finish(run: Run, progress: Progress, store: Checkpoints, stop: StopRequest,
     hooks.on_evaluation(step=learner.steps_done, split=config.test_split, evaluation=evaluation)
 
     def conclude() -> list[Path]:
+        from metareg.runs import plots  # imports matplotlib, which nothing else needs
+
         # The results of a run whose steps were raised are kept until new ones replace them.
         learner.save(run.path / FINAL)
         weights = {"select": config.select, "step": learner.steps_done}

@@ -6,11 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from pydantic import Field
 
 from metareg import (
@@ -30,10 +29,12 @@ from metareg import (
     task_uniform,
 )
 from metareg_graph.data import GNN_BENCHMARK, GraphData, Normalisation, Source, fetch, find_local, load, locate
-from metareg_graph.figures import draw_confusion, draw_features
 from metareg_graph.nodes import Nodes
 from metareg_graph.sampling import Inputs, Pools, Seeds
 from metareg_graph.splits import SPLITS, ClassSplit, split_nodes
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = [
     "CSBM", "AmazonComputer", "CiteSeer", "CoauthorCS", "Cora", "CoraFull", "GraphFolder", "OgbnArxiv", "PubMed",
@@ -121,6 +122,8 @@ class _GraphTask(Task):
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Draw the confusion matrix, and the adapted features of some test tasks in two dimensions."""
+        from metareg_graph.figures import draw_confusion, draw_features  # imports matplotlib, which nothing else needs
+
         tasks = self._select_pictured(seed)
         return {"confusion": draw_confusion(learner, tasks), "features": draw_features(learner, tasks[:4])}
 

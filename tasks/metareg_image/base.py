@@ -5,11 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -30,8 +29,10 @@ from metareg import (
     task_uniform,
 )
 from metareg_image.augmentation import crop, flip
-from metareg_image.figures import draw_episodes
 from metareg_image.store import ClassImages, ImageStore, Source, SplitIndex, Splits, decode_all, read_pixels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Channels", "ImageConfig", "ImageTask", "crop_middle"]
 
@@ -277,6 +278,8 @@ class ImageTask(Task):
     @hookimpl
     def figures(self, learner: MetaLearner, seed: int) -> Mapping[str, Figure]:
         """Draw test episodes: support images, query images, predicted and true labels with the model's confidence."""
+        from metareg_image.figures import draw_episodes  # imports matplotlib, which nothing else needs
+
         indices = range(_PICTURED)
         _, names = self._draw_tasks("test", indices, seed)
         return {"episodes": draw_episodes(learner, self.episodes("test", indices, seed), names, self._to_pixels)}

@@ -171,7 +171,7 @@ class MultilayerPerceptron(nn.Module):
 
 
 def _draw_fits(task: _Curves, learner: MetaLearner, seed: int) -> Figure:
-    from matplotlib.figure import Figure  # which a training without pictures need not wait for
+    from matplotlib.figure import Figure  # nothing else needs it
 
     figure = Figure(figsize=(10, 6.4), layout="constrained")
     x = torch.linspace(_LOW, _HIGH, 200).unsqueeze(-1)

@@ -7,11 +7,10 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 
@@ -45,8 +44,10 @@ from metareg_table.encoding import (
     measure_support,
 )
 from metareg_table.example import write_example
-from metareg_table.figures import draw_predictions
 from metareg_table.files import Layout, TaskTables, find_tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["TableFolder"]
 
@@ -277,6 +278,8 @@ class TableFolder(Task):
         """Draw predicted against true values of some test tasks, before and after adaptation."""
         if self.encoding.classes is not None:
             return {}
+        from metareg_table.figures import draw_predictions  # imports matplotlib, which nothing else needs
+
         count = min(4, len(self._find_pool("test").names))
         tables = _take_turns(len(self._find_pool("test").names), "test", range(count), seed)
         names = [self._find_pool("test").names[table] for table in tables]

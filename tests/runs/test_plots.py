@@ -1,9 +1,11 @@
-"""Plots that cannot be drawn."""
+"""Plots that cannot be drawn, and when matplotlib is imported for them."""
 
 from __future__ import annotations
 
 import io
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pictures
@@ -16,6 +18,11 @@ from metareg import hookimpl
 from metareg.cli.tables import create_evaluation_table
 from metareg.runs.plots import plot_inner_steps
 from metareg_regression import Sinusoid
+
+
+def test_only_plots_import_matplotlib() -> None:
+    code = "import metareg.runs.training, metareg_regression, metareg_table, sys; print('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
 def test_a_picture_that_fails_costs_a_warning(
