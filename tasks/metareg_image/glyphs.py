@@ -9,9 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
-import matplotlib
 import numpy as np
-from matplotlib.ft2font import FT2Font
 from pydantic import Field
 
 from metareg import Dataset, UsageError
@@ -81,9 +79,13 @@ class Glyphs(ImageTask):
         return Dataset(None, True, self.obtain, None, self.verify)
 
     def fingerprint(self) -> str:
+        import matplotlib  # other image tasks do not need it
+
         return matplotlib.__version__
 
     def classes(self) -> Iterable[ClassImages]:
+        from matplotlib.ft2font import FT2Font
+
         faces = {name: Face(_find_font(name)) for name in _FACES}
         charmaps = {name: set(FT2Font(str(face.path)).get_charmap()) for name, face in faces.items()}
         letters = [
@@ -124,6 +126,8 @@ def _is_letter_of(letter: str, script: str) -> bool:
 
 
 def _find_font(face: str) -> Path:
+    import matplotlib
+
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", f"{face}.ttf")
     if not path.is_file():
         raise UsageError(f"matplotlib's font {path}, which the task 'glyphs' needs, is missing; reinstall matplotlib.")

@@ -21,7 +21,8 @@ from metareg_regression import Sinusoid
 
 
 def test_only_plots_import_matplotlib() -> None:
-    code = "import metareg.runs.training, metareg_regression, metareg_table, sys; print('matplotlib' in sys.modules)"
+    modules = "metareg.runs.training, metareg_image, metareg_regression, metareg_table"
+    code = f"import sys, {modules}; print('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
