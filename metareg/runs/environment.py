@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from metareg._version import __version__
-from metareg.contract.config import update_names
+from metareg.contract.config import update_names, validate
 from metareg.contract.hookspecs import CONTRACT_VERSION
 from metareg.contract.splits import SPLITS, TRAIN, VALIDATION
 from metareg.errors import UsageError
 from metareg.learner.config import LearnerConfig
+from metareg.runs.config import RunConfig
 from metareg.runs.folder import ENVIRONMENT
+from metareg.runs.options import update_option_names
 from metareg.util.files import read_json, refuse_malformed, write_json
 from metareg.util.seeding import create_generator, use_seed
 from metareg.util.torch_internals import tree_leaves
@@ -28,10 +30,11 @@ from metareg.util.torch_internals import tree_leaves
 if TYPE_CHECKING:
     from metareg.runs.run import Run
 
-__all__ = ["describe_machine", "find_version", "refuse_other_data", "settle_strategy", "write"]
+__all__ = ["describe_machine", "find_version", "read_first_config", "refuse_other_data", "settle_strategy", "write"]
 
 log = logging.getLogger("metareg")
 
+_CONFIG = "config"
 _FIRST_TASK = "first_task"
 _OBJECTS = "objects"
 _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
@@ -67,6 +70,7 @@ def _describe_run(run: Run, strategy: str, reason: str) -> dict[str, Any]:
         "plugins": [
             {key: getattr(each, key) for key in ("kind", "name", "distribution", "version")} for each in plugins
         ],
+        _CONFIG: run.config.model_dump(mode="json"),
         _FIRST_TASK: _describe_first_task(run, TRAIN),
         **({_OBJECTS: objects} if (objects := _describe_objects(run)) else {}),
     }
@@ -80,7 +84,7 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
         write_json(path, now)
         return
     before, last = _read_environments(path)
-    no_change = ("strategy_reason", _FIRST_TASK, _OBJECTS)
+    no_change = ("strategy_reason", _CONFIG, _FIRST_TASK, _OBJECTS)
     changed = {key: value for key, value in now.items() if last.get(key) != value and key not in no_change}
     if changed:
         log.warning(
@@ -89,6 +93,15 @@ def write(run: Run, strategy: str, reason: str, step: int) -> None:
             "; ".join(f"{key} was {last.get(key)}, now {value}" for key, value in changed.items()),
         )
         write_json(path, before | {"resumed": [*before["resumed"], {"step": step, "changed": changed}]})
+
+
+def read_first_config(folder: Path) -> RunConfig | None:
+    """Read the configuration with which a run began; None if the file is missing or of an earlier version."""
+    path = folder / ENVIRONMENT
+    content = read_json(path) if path.is_file() else {}
+    with refuse_malformed(path, "a run's environment"):
+        config = content.get(_CONFIG)
+        return None if config is None else update_option_names(validate(RunConfig, config, str(path)))
 
 
 def settle_strategy(run: Run) -> None:

@@ -34,7 +34,7 @@ from metareg.registry.task_source import TaskSource
 from metareg.runs import environment
 from metareg.runs.checkpoints import CheckpointManager, Checkpoints
 from metareg.runs.config import PLUGIN_FIELDS, RunConfig
-from metareg.runs.folder import CHECKPOINTS, CONFIG, FINAL, METRICS, PLOTS, RESULTS, TIMING
+from metareg.runs.folder import CHECKPOINTS, CONFIG, ENVIRONMENT, FINAL, METRICS, PLOTS, RESULTS, TIMING
 from metareg.runs.options import Selection, describe_task
 from metareg.runs.own import OwnFacts, OwnModel, select
 from metareg.runs.run import (
@@ -272,7 +272,10 @@ def _resume(path: Path, selection: Selection, observers: Sequence[Any], processe
             for name in ("eval_every", "lr_schedule_steps")
         }
         wanted = selection.config.model_copy(update=lengths)
-        _refuse_changes(path, stored, wanted)
+        _refuse_changes(path, stored, wanted, f"{format_resume_command(path)} continues it unchanged.")
+        if began := environment.read_first_config(path):
+            advice = f"Its {CONFIG} was edited; {ENVIRONMENT} holds the options with which it began."
+            _refuse_changes(path, began, wanted, advice)
         ended = read_planned_steps(path, stored) == wanted.steps
         return wanted, ended and (not has_stopped_early(path) or wanted.patience == stored.patience)
 
@@ -304,15 +307,14 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
         yield
 
 
-def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig) -> None:
+def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig, advice: str) -> None:
     """Raise a UsageError that shows the difference if `wanted` would change the run's meaning."""
     may_change: dict[str, Any] = {**dict.fromkeys(RunConfig.list_resumable(), True), "task": {"config": {"data"}}}
     old, new = (each.model_dump(mode="json", exclude=may_change) for each in (_add_new_options(stored, wanted), wanted))
     changes = [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
     if changes:
         raise UsageError(
-            f"The run at {path} cannot be resumed with other options: its {'; its '.join(changes)}. "
-            f"{format_resume_command(path)} continues it unchanged."
+            f"The run at {path} cannot be resumed with other options: its {'; its '.join(changes)}. {advice}"
         )
     if wanted.steps < stored.steps:
         raise UsageError(

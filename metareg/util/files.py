@@ -283,13 +283,8 @@ class LinesFile:
             expected = 0 if mark is None else int(mark["bytes"])
             kept = content[:expected]
             if mark is not None and hashlib.sha256(kept).hexdigest() != mark["sha256"]:
-                aside = self.path.with_name(f"{self.path.name}.damaged")
-                log.warning(
-                    "%s is not what this run wrote; its readable lines up to step %d are kept, and the file itself as %s.",
-                    self.path, step, aside.name,
-                )  # fmt: skip
                 kept = _legible(content, step)
-                self.path.replace(aside)
+                self._put_aside(step)
                 write_bytes(self.path, kept)
             elif self.path.exists() and self.path.stat().st_nlink > 1:
                 write_bytes(self.path, kept)  # do not change the file under its other names
@@ -300,6 +295,18 @@ class LinesFile:
             raise MetaregError(f"{self.path} cannot be cut back: {error.strerror}.") from error
         self._bytes = len(kept)
         self._digest = hashlib.sha256(kept)
+
+    def _put_aside(self, step: int) -> None:
+        """Rename a file whose lines up to `step` were changed, and log a warning."""
+        if not self.path.exists():
+            log.warning("%s is missing; its lines up to step %d are lost.", self.path, step)
+            return
+        aside = self.path.with_name(f"{self.path.name}.damaged")
+        log.warning(
+            "%s is not what this run wrote; its readable lines up to step %d are kept, and the file itself as %s.",
+            self.path, step, aside.name,
+        )  # fmt: skip
+        self.path.replace(aside)
 
 
 class TimedLinesFile(LinesFile):

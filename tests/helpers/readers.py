@@ -214,7 +214,8 @@ def _dgl(folder: Path) -> None:
 _SCORES = {"steps": [{"inner_steps": k, "mean": 0.5, "ci95": 0.1, "tasks": 2, "scores": [0.4, 0.6]} for k in (0, 1)]}
 _RESULTS = {"metric": "mse", "higher_is_better": False, "bn_statistics": "none", "split": "test", "trained_steps": 4,
             "weights": {"select": "last", "step": 4}, **_SCORES}  # fmt: skip
-_ENVIRONMENT = {"metareg": "1", "torch": "2", "gpus": [], "libraries": {"numpy": "2"}, "first_task": [0.5, None],
+_ENVIRONMENT = {"config": {"steps": 4},
+    "metareg": "1", "torch": "2", "gpus": [], "libraries": {"numpy": "2"}, "first_task": [0.5, None],
                 "plugins": [{"kind": "tasks", "name": "t", "distribution": "d", "version": "1"}],
                 "resumed": [{"step": 2, "changed": {"torch": "3"}}]}  # fmt: skip
 _MEANS = [{"inner_steps": 1, "mean": 0.5}]
@@ -259,7 +260,11 @@ def _in_folder(read: Callable[[Path], object]) -> Callable[[Path], object]:
 
 
 def _read_environment(path: Path) -> object:
-    return environment._read_described(path), environment._read_environments(path)
+    return (
+        environment._read_described(path),
+        environment._read_environments(path),
+        environment.read_first_config(path.parent),
+    )
 
 
 def _read_cached(path: Path) -> object:
@@ -320,7 +325,8 @@ READERS = (
            ("metareg.runs.run:read_evaluations", "metareg.runs.run:read_planned_steps",
             "metareg.runs.run:has_stopped_early")),
     Reader("reports", "environment.json", _text("environment.json", json.dumps(_ENVIRONMENT)), _read_environment,
-           ("metareg.runs.environment:_read_environments", "metareg.runs.environment:_read_described")),
+           ("metareg.runs.environment:_read_environments", "metareg.runs.environment:_read_described",
+            "metareg.runs.environment:read_first_config")),
     Reader("reports", "metrics.jsonl", _text("metrics.jsonl", _METRICS),
            lambda path: Run.metrics(SimpleNamespace(path=path.parent)), ("metareg.runs.run:Run.metrics",)),
     Reader("reports", "lines.jsonl", _text("lines.jsonl", _METRICS),

@@ -231,6 +231,24 @@ def test_another_meaning_is_refused(stopped: Path, change: dict[str, Any], messa
     assert {path: path.read_bytes() for path in before} == before
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("inner_lr: 0.01", "inner_lr: 0.5", "its algo is .*0.01.*, not .*0.5.*config.yaml was edited"),
+        ("seed: 0", "seed: 1", "its seed is 0, not 1.*config.yaml was edited"),
+        ("steps: 20", "steps: 14", "20 steps; you can raise this number"),
+    ],
+)
+def test_an_edited_configuration_is_refused(stopped: Path, old: str, new: str, message: str) -> None:
+    config = stopped / "config.yaml"
+    assert old in config.read_text()
+    config.write_text(config.read_text().replace(f"{old}\n", f"{new}\n"))
+    before = {path: path.read_bytes() for path in stopped.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=message):
+        metareg.resume(stopped)
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_a_run_that_was_killed_at_its_very_beginning_begins_anew(finished: Path, tmp_path: Path) -> None:
     """Only the file that is written first exists, or none does."""
     for number, names in enumerate([[".lock", ".owner.json", ".config.yaml.1.tmp"], ["config.yaml"]]):
@@ -396,7 +414,16 @@ def test_changed_metrics_are_named_and_their_legible_lines_kept(
     assert path.read_bytes() == b"".join(expected)
 
 
+def test_lost_metrics_are_named(stopped: Path, finished: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (stopped / "metrics.jsonl").unlink()
+    metareg.resume(stopped)
+    assert "metrics.jsonl is missing" in caplog.text
+    lines = (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    assert (stopped / "metrics.jsonl").read_bytes() == b"".join(line for line in lines if json.loads(line)["step"] > 12)
+
+
 def test_checkpoint_of_another_model_is_refused_with_the_difference(stopped: Path) -> None:
+    (stopped / "environment.json").unlink()  # which holds the configuration
     (stopped / "config.yaml").write_text((stopped / "config.yaml").read_text().replace("- 40", "- 41"))
     with pytest.raises(UsageError, match=r"'body\.1\.weight'.*\(40, 1\)"):
         metareg.resume(stopped)
