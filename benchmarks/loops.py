@@ -8,6 +8,7 @@ support_y, query_x, query_y)`` with a leading task dimension.
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from typing import Any
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.optim.adam import adam
 
+from metareg.engine.products import simplify_products
+from metareg.engine.step_loop import divide, join
 from metareg.engine.tracing import remove_idle_operations
-from metareg.util.torch_internals import compile_graph, trace
+from metareg.util.torch_internals import compile_graph, create_loop, trace
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -227,6 +230,7 @@ class TracedByHand(Reference):
         self.params = dict(self.model.named_parameters())
         self.compiled = compiled
         self.graph: Callable[..., list[Tensor]] | None = None
+        self.function: Callable[..., list[Tensor]]
         self.moments = [[torch.zeros_like(p) for p in self.params.values()] for _ in range(2)]
         self.steps = [torch.zeros(()) for _ in self.params]
 
@@ -258,7 +262,11 @@ class TracedByHand(Reference):
 
         leaves = [*self.params.values(), *tasks]
         graph = remove_idle_operations(trace(meta_gradient, leaves))
-        return compile_graph(graph, leaves) if self.compiled else graph.forward
+        self.function = meta_gradient
+        if not self.compiled:
+            return graph.forward
+        simplify_products(graph)
+        return compile_graph(graph, leaves)
 
     def step(self, tasks: Tasks) -> float:
         with torch.no_grad():
@@ -270,6 +278,60 @@ class TracedByHand(Reference):
                 beta2=0.999, lr=1e-3, weight_decay=0.0, eps=1e-8, maximize=False,
             )  # fmt: skip
         return loss.item()
+
+
+class LoopByHand(TracedByHand):
+    """The compiled steps of a block in one program, by hand: all parameters and both of Adam's moments are vectors."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, compiled=True, **options)
+        vector = join(value.detach() for value in self.params.values())
+        self.vectors = [vector, torch.zeros_like(vector), torch.zeros_like(vector)]
+        self.done = 0
+        self.loop: Callable[..., list[Tensor]] | None = None
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The parameters after the steps taken."""
+        return divide(self.vectors[0], self.params)
+
+    def take_steps(self, batches: Tasks) -> Tensor:
+        """Take a step with each batch ``[steps, tasks, …]``; returns the losses before them ``[steps]``."""
+        count = len(batches[0])
+        factors = torch.tensor(
+            [
+                (1e-3 / (1 - 0.9**step), math.sqrt(1 - 0.999**step))
+                for step in range(self.done + 1, self.done + count + 1)
+            ]
+        )
+        with torch.no_grad():
+            inputs = [torch.tensor(0), *self.vectors, torch.zeros(count), torch.tensor(count), factors, *batches]
+            if self.graph is None:
+                support_x, support_y, query_x, query_y = (part[0] for part in batches)
+                self.graph = self._trace((support_x, support_y, query_x, query_y))
+            if self.loop is None:
+                self.loop = self._compile_loop(inputs)
+            _, *self.vectors, losses = self.loop(*inputs)
+        self.done += count
+        return losses
+
+    def _compile_loop(self, inputs: list[Tensor]) -> Callable[..., list[Tensor]]:
+        def take_step(number: Tensor, *leaves: Tensor) -> list[Tensor]:
+            vector, averages, squares, losses, _, *given = leaves
+            (size, root), *tasks = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
+            *grads, loss = self.function(*divide(vector, self.params).values(), *tasks)
+            gradient = join(grads)
+            averages = averages.lerp(gradient, 0.1)
+            squares = 0.999 * squares + 0.001 * gradient * gradient
+            vector = vector - size * averages / (squares.sqrt() / root + 1e-8)
+            return [number + 1, vector, averages, squares, losses.index_copy(0, number.view(1), loss.view(1))]
+
+        def goes_on(number: Tensor, *leaves: Tensor) -> Tensor:
+            return number < leaves[4]
+
+        body = remove_idle_operations(trace(take_step, inputs))
+        simplify_products(body)
+        return compile_graph(create_loop(trace(goes_on, inputs), body, 5), inputs)
 
 
 def _differentiable_clone(module: nn.Module) -> nn.Module:
