@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import logging
 import shlex
+import shutil
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
@@ -144,7 +145,7 @@ def train(
             learner, source = processes.each(lambda: prepare_run(selection, processes))
             path = processes.first(lambda: _create_folder(out, selection.config))
             run = Run(path, selection.config, learner, source, selection.model)
-            with _lock(path, processes, new=True), learner.split_over(processes):
+            with _lock(path, processes, new=True), learner.split_over(processes), _remove_if_refused(run):
                 _carry_out(run, selection, observers, stop)
         return run
 
@@ -305,6 +306,18 @@ def _lock(path: Path, processes: Processes, *, new: bool = False) -> Iterator[No
 
         processes.first(take)
         yield
+
+
+@contextmanager
+def _remove_if_refused(run: Run) -> Iterator[None]:
+    """Remove the folder of a new run if wrong use ends the block before the first step; it holds only what is new."""
+    try:
+        yield
+    except UsageError as error:
+        started = run.learner.steps_done > 0 or isinstance(error, DivergenceError)
+        if run.learner.processes.leads and not started:
+            shutil.rmtree(run.path, ignore_errors=True)
+        raise
 
 
 def _refuse_changes(path: Path, stored: RunConfig, wanted: RunConfig, advice: str) -> None:

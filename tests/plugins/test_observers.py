@@ -141,6 +141,24 @@ def test_observers_take_no_part_where_there_is_no_run() -> None:
     assert learner.steps_done == 2
 
 
+def test_a_run_refused_before_its_first_step_leaves_no_folder(tmp_path: Path) -> None:
+    class Unreachable:
+        @metareg.hookimpl
+        def on_run_start(self) -> None:
+            raise UsageError("There is no tracker at this address.")
+
+    class Mistaken:
+        @metareg.hookimpl
+        def augment_outer_loss(self) -> torch.Tensor:
+            return torch.zeros(3)
+
+    with pytest.raises(UsageError, match="no tracker at this address"):
+        trained(tmp_path / "run", Unreachable())
+    with pytest.raises(PluginError, match="scalar tensor"):
+        metareg.train(augment=[Mistaken], out=tmp_path / "run", steps=2, strategy="serial")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failing_observer_is_named(tmp_path: Path) -> None:
     class Broken:
         @metareg.hookimpl
