@@ -367,7 +367,7 @@ def _describe_nature(entry: Entry, cls: type) -> dict[str, str]:
     if entry.kind != "algorithms":
         return hooks
     cost = find_cost(entry)
-    beside_maml = f"{cost} ({SETTING})" if cost else "not measured; run benchmarks/family.py"
+    beside_maml = f"{cost} ({SETTING})" if cost else "not measured"
     return {
         "adapts": getattr(cls, "adapts", "all"),
         "order": describe_order(cls),

@@ -83,3 +83,16 @@ def test_the_way_of_an_episode_passes_every_stage() -> None:
 
 def _svg(name: str) -> str:
     return (DOCS / f"{name}.svg").read_text(encoding="utf-8")
+
+
+def test_the_facade_holds_no_part_of_its_own() -> None:
+    """`MetaLearner` has at most 300 lines without docstrings and blank ones; what grows belongs into a module of its own."""
+    source = (ROOT / "metareg" / "learner" / "learner.py").read_text(encoding="utf-8")
+    (facade,) = (
+        node for node in ast.parse(source).body if isinstance(node, ast.ClassDef) and node.name == "MetaLearner"
+    )
+    texts = [node for node in ast.walk(facade) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)]
+    text_lines = {line for node in texts for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    lines = source.splitlines()
+    code = [line for line in range(facade.lineno, (facade.end_lineno or 0) + 1) if lines[line - 1].strip()]
+    assert len(set(code) - text_lines) <= 300
