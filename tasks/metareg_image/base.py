@@ -358,7 +358,7 @@ class ImageTask(Task):
             "--query ": (config.query, min(config.query, images - shots)),
             "--set eval_query=": (config.eval_query, min(config.eval_query, images - shots)),
         }
-        return f" ({' '.join(f'{flag}{new}' for flag, (old, new) in fitting.items() if old != new)} fit all splits)"
+        return f" (for all splits: {' '.join(f'{flag}{new}' for flag, (old, new) in fitting.items() if old != new)})"
 
     def _draw_classes(self, index: SplitIndex, number: int, seed: int) -> SplitIndex:
         """Draw some of the classes of a split."""

@@ -125,7 +125,7 @@ class ImageFolder(ImageTask):
             )
         inner = [name for name in files.classes if any(str(outer) in files.classes for outer in Path(name).parents)]
         if inner:
-            log.warning("%s of %s lie inside a class, and are separate classes.", _join(inner), self.location)
+            log.warning("Inside another class of %s, and a class of its own: %s.", self.location, _join(inner))
         return files
 
     def _split_at_random(self, names: Iterable[str]) -> dict[str, str]:

@@ -345,9 +345,9 @@ def _decode(
 
 def _refuse_unreadable(names: list[str]) -> None:
     if names:
-        count = f"{len(names)} images" if len(names) > 1 else "An image"
+        count, them = (f"{len(names)} images", "them") if len(names) > 1 else ("An image", "it")
         more = f", and {len(names) - 5} more" if len(names) > 5 else ""
-        raise UsageError(f"{count} cannot be read: {'; '.join(names[:5])}{more}. Repair or remove them.")
+        raise UsageError(f"{count} cannot be read: {'; '.join(names[:5])}{more}. Repair or remove {them}.")
 
 
 def read_pixels(source: Source, channels: int, resize: Callable[[Image.Image], Image.Image]) -> np.ndarray:

@@ -239,7 +239,10 @@ def test_the_cache_is_used_until_the_images_change(animals: Path, cache: Path) -
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"shots": 5}, r"has 6 images; 5 support and 2 query images need 7: .*--query 1 --set eval_query=1 fit all"),
+        (
+            {"shots": 5},
+            r"has 6 images; 5 support and 2 query images need 7: .*for all splits: --query 1 --set eval_query=1",
+        ),
         ({"ratios": [0.1, 0.1, 0.8]}, "has 1 train class; 2-way tasks need 2: ask for fewer ways, or give the split"),
     ],
 )
