@@ -90,7 +90,7 @@ def test_learners_that_differ_by_seed_trace_once(options: dict[str, Any], traces
         {"model": lambda: Scaled(1.0001)},
         {"model": lambda: Scaled([1.0001])},
     ],
-    ids=str,
+    ids=["step size", "steps", "first order", "memory", "augmenter", "algorithm", "loss", "a number", "a list"],
 )
 def test_what_differs_is_traced_anew(changes: dict[str, Any], traces: list[int]) -> None:
     train(0, lambda: Scaled([1.0]))
