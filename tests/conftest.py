@@ -12,6 +12,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from metareg.engine import tracing
+from metareg.engine.shared_graphs import SharedGraphs
+
 torch.set_num_threads(1)
 
 settings.register_profile("default", deadline=None, max_examples=20)
@@ -44,6 +47,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         terminalreporter.section("strangers' files and hard days: attempts that held")
         for group in STRANGERS:
             terminalreporter.write_line(f"{group:<16}{_held[group]:>8,}")
+
+
+@pytest.fixture(autouse=True)
+def _no_shared_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not let a test use the graphs that another has traced."""
+    monkeypatch.setattr(tracing, "SHARED", SharedGraphs(50_000))
 
 
 @pytest.fixture(scope="session", autouse=True)

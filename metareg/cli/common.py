@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.markup import escape
 
-from metareg.errors import UnknownNameError, UsageError
+from metareg.cli.terminal import stderr
+from metareg.errors import UnknownNameError
 from metareg.registry.plugins import DISABLE_VARIABLE, get_name, list_entries, list_names
 from metareg.util.data_files import absolute_path
 
@@ -110,9 +112,10 @@ def collect_given(**options: Any) -> dict[str, Any]:
 
 
 def combine(assigned: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Combine the options of ``--set`` with those of flags; refuse an option that both set."""
-    for key in assigned.keys() & flags.keys():
-        raise UsageError(f"--set sets '{key}', and a flag does too; set it once.")
+    """Combine the options of ``--set`` with those of flags, which win; a line says so where both set one."""
+    for key in sorted(assigned.keys() & flags.keys()):
+        line = f"The flag sets '{key}' to {flags[key]}; --set {key}={assigned[key]} is not used."
+        stderr.print(escape(line), soft_wrap=True)
     return {**assigned, **flags}
 
 

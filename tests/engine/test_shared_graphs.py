@@ -39,7 +39,7 @@ def freeze(module: nn.Module) -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Count the functions that are traced, with no graph of another test at hand."""
+    """Count the functions that are traced."""
     counted: list[int] = []
     create_graph = tracing.create_graph
 
@@ -48,7 +48,6 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return create_graph(function, inputs)
 
     monkeypatch.setattr(tracing, "create_graph", count)
-    monkeypatch.setattr(tracing, "SHARED", SharedGraphs(50_000))
     FACTOR[0] = 1.0
     return counted
 
