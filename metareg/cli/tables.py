@@ -16,7 +16,6 @@ from rich.padding import Padding
 from rich.table import Column, Table
 from rich.text import Text
 
-from metareg.contract.config import NO_PLUGIN
 from metareg.contract.splits import TEST
 from metareg.printable import format_count
 from metareg.runs.folder import RESULTS
@@ -252,6 +251,8 @@ def create_dataset_table(rows: Sequence[tuple[str, DatasetFacts | str]]) -> Rend
 
 def create_recipe_overview(recipes: Sequence[Recipe]) -> RenderableType:
     """Create the table of recipes with a row per task: their number, methods, requirements and approximate times."""
+    from metareg.comparison.plan import Arm
+
     table = _create_table("task", "recipes", "methods", "needs", "one CPU core", padding=_PADDING)
     table.columns[0].no_wrap = True  # users copy the name
     table.columns[1].justify = "right"
@@ -259,7 +260,7 @@ def create_recipe_overview(recipes: Sequence[Recipe]) -> RenderableType:
     for recipe in recipes:
         by_task.setdefault(recipe.task, []).append(recipe)
     for task, found in by_task.items():
-        methods = dict.fromkeys(_describe_method(recipe) for recipe in found)
+        methods = dict.fromkeys(Arm(recipe.algo, recipe.augment, task).name for recipe in found)
         needs = dict.fromkeys(recipe.data or "nothing" for recipe in found)
         gpus = sum(recipe.gpu for recipe in found)
         if gpus:
@@ -268,10 +269,6 @@ def create_recipe_overview(recipes: Sequence[Recipe]) -> RenderableType:
         times = " to ".join(dict.fromkeys([_format_minutes(minutes[0]), _format_minutes(minutes[-1])]))
         table.add_row(*map(escape, (task, str(len(found)), ", ".join(methods), ", ".join(needs), times)))
     return Group(table, Text("\n`metareg reproduce --task TASK` lists the recipes of a task."))
-
-
-def _describe_method(recipe: Recipe) -> str:
-    return recipe.algo if recipe.augment == NO_PLUGIN else f"{recipe.algo}+{recipe.augment}"
 
 
 def create_recipe_table(recipes: Sequence[Recipe]) -> RenderableType:

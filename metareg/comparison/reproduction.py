@@ -192,16 +192,14 @@ def _check_judged(recipe: Recipe, values: dict[str, Any], out: Path) -> None:
 
 def judge(recipe: Recipe, runs: Sequence[PlannedRun]) -> Verdict:
     """Compute the verdict on finished runs of a recipe."""
-    from metareg.comparison.statistics import over_seeds, over_tasks
+    from metareg.comparison.statistics import summarise
     from metareg.runs.run import read_evaluations
 
     found = {run.seed: read_evaluations(run.path)[0] for run in runs}
     one = next(iter(found.values()))
     by_seed = {seed: evaluation.mean(recipe.inner_steps) for seed, evaluation in found.items()}
-    estimate, over = over_seeds(list(by_seed.values())), format_count(len(by_seed), "seed")
-    if len(by_seed) == 1:
-        column = one.inner_steps.index(recipe.inner_steps)
-        estimate, over = over_tasks([one.scores[:, column].numpy()]), format_count(one.tasks, "test task")
+    scores = [evaluation.get_scores(recipe.inner_steps).numpy() for evaluation in found.values()]
+    estimate, over = summarise(list(by_seed.values()), scores)
     # A score that is not finite makes the mean not finite, so the expected value is not reached.
     mean, interval = sum(by_seed.values()) / len(by_seed), (estimate.low, estimate.high)
     better = one.higher_is_better

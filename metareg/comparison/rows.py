@@ -12,9 +12,8 @@ from metareg.comparison.archive import ARCHIVE_SUFFIX
 from metareg.comparison.plan import CONFIG_FILE
 from metareg.comparison.recipe import Expected, Recipe
 from metareg.comparison.results import ArmResults, Results, TaskResults, read_results
-from metareg.comparison.statistics import over_seeds, over_tasks
+from metareg.comparison.statistics import summarise
 from metareg.errors import UnknownNameError, UsageError
-from metareg.printable import format_count
 
 __all__ = ["find_row", "has_rows", "list_rows"]
 
@@ -85,9 +84,7 @@ def _make_recipe(path: Path, found: Results, task: TaskResults, results: ArmResu
 def _find_expected(results: ArmResults, inner_steps: int, source: str) -> Expected | None:
     """The mean after some inner steps, with its interval over seeds, or over tasks if there is one seed."""
     scores = [*results.by_seed(inner_steps).values()]
-    estimate, over = over_seeds([float(each.mean()) for each in scores]), format_count(len(scores), "seed")
-    if len(scores) == 1:
-        estimate, over = over_tasks(scores), format_count(len(scores[0]), "test task")
+    estimate, over = summarise([float(each.mean()) for each in scores], scores)
     if not math.isfinite(estimate.mean):
         return None
     interval = (estimate.low, estimate.high) if math.isfinite(estimate.half) else None

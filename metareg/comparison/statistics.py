@@ -17,9 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.special import stdtr
 
+from metareg.printable import format_count
 from metareg.util.intervals import compute_half_width, compute_quantile, compute_spread
 
-__all__ = ["ALPHA", "Difference", "Estimate", "Verdict", "compare", "holm", "over_seeds", "over_tasks", "verdict"]
+__all__ = [
+    "ALPHA", "Difference", "Estimate", "Verdict", "compare", "holm", "over_seeds", "over_tasks", "summarise", "verdict",
+]  # fmt: skip
 
 ALPHA = 0.05
 """The significance level for corrected p values."""
@@ -108,6 +111,18 @@ def over_tasks(scores: Sequence[Scores]) -> Estimate:
     degrees = shares.sum() ** 2 / np.sum(shares**2 / np.array([len(each) - 1 for each in samples]))
     error = largest * np.sqrt(shares.sum()) / len(samples)
     return Estimate(mean, float(compute_quantile(degrees) * error), count)
+
+
+def summarise(means: Sequence[float], scores: Sequence[Scores]) -> tuple[Estimate, str]:
+    """Return a method's mean with its interval, and what this covers: the seeds, or for one seed its test tasks.
+
+    Args:
+        means: each seed's mean over tasks.
+        scores: each seed's scores ``[tasks]``.
+    """
+    if len(means) == 1:
+        return over_tasks(scores), format_count(len(scores[0]), "test task")
+    return over_seeds(means), format_count(len(means), "seed")
 
 
 def compare(augmented: Mapping[int, Scores], baseline: Mapping[int, Scores], *, higher_is_better: bool) -> Difference:

@@ -27,7 +27,7 @@ from metareg.engine.objective import TaskFunctions
 from metareg.engine.shared_graphs import identify
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
-from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps
+from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps, join
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
 from metareg.engine.tracing import Function, Program, advise_on_memory, summarise_error
 from metareg.errors import MetaregError
@@ -357,7 +357,7 @@ def _unbatch(tasks: Any) -> Any:
 
 def _norm(grads: Tensors) -> Tensor:
     """Return the Euclidean norm of a whole gradient."""
-    return torch.cat([value.reshape(-1) for value in grads.values()]).norm()
+    return join(grads.values()).norm()
 
 
 def _accumulate(total: Gradient | None, part: Gradient, weight: float) -> Gradient:

@@ -9,10 +9,11 @@ from torch.fx import GraphModule, Node
 
 from metareg.util.torch_internals import UNSAFE_VIEW
 
-__all__ = ["simplify_products"]
+__all__ = ["VIEWS", "simplify_products"]
 
 _ATEN = torch.ops.aten
-_VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
+VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
+"""Operations that give a tensor another shape without moving its elements."""
 
 
 def simplify_products(graph: GraphModule) -> None:
@@ -96,7 +97,7 @@ def _multiply_elements(left: Node, right: Node) -> Node | None:
 
 def _skip_views(node: Node) -> Node:
     """Return the tensor behind views that keep all of its elements, if nothing else needs it."""
-    while node.target in _VIEWS and len(node.users) == 1:
+    while node.target in VIEWS and len(node.users) == 1:
         (source, *_) = _arguments(node)
         if _shape(source).numel() != _shape(node).numel() or len(source.users) > 1:
             break

@@ -15,14 +15,15 @@ from torch import nn
 
 from metareg.util.torch_internals import MODULE_INTERNALS, list_attributes
 
-__all__ = ["PythonState"]
+__all__ = ["SIMPLE", "PythonState"]
 
 Values = dict[Any, Any]
 
 _Accessors = tuple[Callable[[], Values], Callable[[Values], None]]
 """Functions that read the values of a namespace or container, and restore them."""
 
-_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+"""Types whose values are compared by value."""
 _LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "metareg", "torchvision", "dgl", "pandas")
 """Packages whose functions and classes do not keep users' state between calls."""
 _MOST_ENTRIES = 64
@@ -73,7 +74,7 @@ class PythonState:
                 place.write(place.saved)
 
     def _visit(self, value: Any, label: str, depth: int) -> None:
-        if isinstance(value, _SIMPLE) or depth > _MOST_DEPTH or id(value) in self._seen:
+        if isinstance(value, SIMPLE) or depth > _MOST_DEPTH or id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
@@ -220,4 +221,4 @@ def _is_of_library(value: Any) -> bool:
 def _is_same(now: Any, before: Any) -> bool:
     if now is before:
         return True
-    return type(now) is type(before) and isinstance(now, _SIMPLE) and (now == before or now != now)
+    return type(now) is type(before) and isinstance(now, SIMPLE) and (now == before or now != now)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.context import TaskOptions
-from metareg.engine.python_state import PythonState
+from metareg.engine.python_state import SIMPLE, PythonState
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.util.torch_internals import MODULE_INTERNALS
@@ -24,10 +24,7 @@ Run = Callable[..., list[Tensor]]
 
 _MOST_OPERATIONS = 50_000
 """Some 200 MB: an operation of a graph takes 4 kB."""
-_SIMPLE = (
-    bool, int, float, complex, str, bytes, type(None), type, types.FunctionType, types.BuiltinFunctionType, torch.dtype,
-    torch.device,
-)  # fmt: skip
+_COMPARABLE = (*SIMPLE, type, types.FunctionType, types.BuiltinFunctionType, torch.dtype, torch.device)
 
 
 class SharedGraphs:
@@ -111,7 +108,7 @@ def _describe_module(name: str, module: nn.Module) -> Hashable:
 
 
 def _freeze(value: Any) -> Hashable:
-    if isinstance(value, _SIMPLE):
+    if isinstance(value, _COMPARABLE):
         return type(value), value
     if isinstance(value, list | tuple):
         return type(value), tuple(map(_freeze, value))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import textwrap
 from collections import Counter
@@ -18,14 +17,14 @@ from torch.func import functionalize
 from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
-from metareg.engine.products import simplify_products
+from metareg.engine.products import VIEWS, simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
 from metareg.printable import format_count
+from metareg.util.imports import collect_no_garbage
 from metareg.util.layout import make_contiguous, settle_layout
 from metareg.util.torch_internals import (
-    UNSAFE_VIEW,
     compile_graph,
     trace,
     tree_flatten,
@@ -43,7 +42,6 @@ log = logging.getLogger("metareg")
 Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 _ATEN = torch.ops.aten
-_VIEWS = (_ATEN.view.default, UNSAFE_VIEW, _ATEN.expand.default)
 _PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
@@ -213,14 +211,8 @@ def prepare_to_trace() -> Iterator[None]:
 
     Both create so many objects that the collector would look through all of them again and again, for a fifth of the time.
     """
-    with _LOCK:
-        collects = gc.isenabled()
-        gc.disable()
-        try:
-            yield
-        finally:
-            if collects:
-                gc.enable()
+    with _LOCK, collect_no_garbage():
+        yield
 
 
 def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
@@ -316,7 +308,7 @@ def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
             node.replace_all_uses_with(source.args[0])
         elif node.target is _ATEN.detach.default or (
             (
-                (node.target in _VIEWS and _has_one_layout(source.meta["val"]))
+                (node.target in VIEWS and _has_one_layout(source.meta["val"]))
                 or (node.target is _ATEN.mul.Scalar and node.args[1] == 1)
             )
             and _layout(node.meta["val"]) == _layout(source.meta["val"])

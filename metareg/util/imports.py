@@ -1,4 +1,4 @@
-"""Imports of large packages without Python's collector of cyclic garbage, in the command's own processes."""
+"""Pauses of Python's collector of cyclic garbage, while packages are imported and graphs are traced."""
 
 from __future__ import annotations
 
@@ -6,12 +6,24 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["own_collector", "pause_collector"]
+__all__ = ["collect_no_garbage", "own_collector", "pause_collector"]
 
 
 def own_collector() -> None:
     """Say that this process is the command's or a worker's, so that `pause_collector` may change its collector."""
     gc.freeze()
+
+
+@contextmanager
+def collect_no_garbage() -> Iterator[None]:
+    """Collect no garbage in a block that creates many lasting objects, which the collector would visit again and again."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 @contextmanager
@@ -25,9 +37,8 @@ def pause_collector() -> Iterator[None]:
     if not (gc.isenabled() and gc.get_freeze_count()):
         yield
         return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
+    with collect_no_garbage():
+        try:
+            yield
+        finally:
+            gc.freeze()
