@@ -242,10 +242,11 @@ def describe_runs(report: Report) -> str:
     found, config = report.results, report.results.plan.config
     tasks, seeds = format_count(len(config.tasks), "task"), format_count(len(config.seeds), "seed")
     diverged = f"; {found.diverged} diverged" if found.diverged else ""
+    augmenters = "" if config.augment == ["none"] else f" with {_join_names(config.augment)}"
     variants = f", each as {_join_names([*config.variants])}," if config.variants else ""
     return (
-        f"{format_count(len(config.algo), 'algorithm')} ({', '.join(config.algo)}) with {_join_names(config.augment)}"
-        f"{variants} on {tasks}, {seeds} each: {found.finished} of {found.planned} runs "
+        f"{format_count(len(config.algo), 'algorithm')} ({', '.join(config.algo)}){augmenters}{variants} on "
+        f"{tasks}, {seeds} each: {found.finished} of {found.planned} runs "
         f"{'has' if found.finished == 1 else 'have'} finished{diverged}."
     )
 
