@@ -41,8 +41,8 @@ def environment(session: nox.Session) -> str:
     editable = [part for path in folders for part in ("-e", path)]
     others = [name for name in STRANGERS if name not in folders]
     session.run(
-        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev,docs,graph,images]", *editable, *others,
-        external=True,
+        python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "-e", ".[dev,docs,graph,images,timm]", *editable,
+        *others, external=True,
     )  # fmt: skip
     stamp.write_text(state)
     return python
@@ -70,7 +70,7 @@ def run_suite(session: nox.Session, *options: str) -> None:
     folder = ROOT / ".nox" / session.name
     session.run(sys.executable, "-m", "venv", "--clear", str(folder), external=True)
     python = str(folder / BIN.name / "python")
-    session.run(python, "-m", "pip", "install", "-q", *options, "-e", ".[test,graph,images]", external=True)
+    session.run(python, "-m", "pip", "install", "-q", *options, "-e", ".[test,graph,images,timm]", external=True)
     # What other packages say of each other's age is not for this one.
     quiet = ("-W", "ignore::DeprecationWarning", "-W", "ignore::PendingDeprecationWarning")
     session.run(python, "-m", "pytest", *quiet, *session.posargs, external=True)

@@ -37,7 +37,7 @@ log = logging.getLogger("metareg")
 _CONFIG = "config"
 _FIRST_TASK = "first_task"
 _OBJECTS = "objects"
-_LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "dgl")
+_LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "timm", "dgl")
 
 
 def describe_machine() -> dict[str, Any]:

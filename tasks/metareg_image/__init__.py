@@ -5,8 +5,9 @@ from metareg_image.fonts import FontFolder
 from metareg_image.glyphs import Glyphs
 from metareg_image.models import Conv4, ResNet12
 from metareg_image.omniglot import Omniglot, OmniglotSmall
-from metareg_image.pretrained import TorchvisionModel
 from metareg_image.standard import CIFARFS, FC100, SVHN, Aircraft, TrafficSign, VGGFlower
+from metareg_image.timm_model import TimmModel
+from metareg_image.torchvision_model import TorchvisionModel
 
 __all__ = [
     "CIFARFS",
@@ -24,6 +25,7 @@ __all__ = [
     "OmniglotSmall",
     "ResNet12",
     "TieredImageNet",
+    "TimmModel",
     "TorchvisionModel",
     "TrafficSign",
     "VGGFlower",

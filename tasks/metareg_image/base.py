@@ -34,14 +34,29 @@ from metareg_image.store import ClassImages, ImageStore, Source, SplitIndex, Spl
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Channels", "ImageConfig", "ImageTask", "crop_middle"]
+__all__ = ["NORMALISATIONS", "Channels", "ImageConfig", "ImageTask", "crop_middle"]
 
 Channels = Literal[1, 3]
 
 
 _PICTURED = 3
-_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-"""Means and standard deviations of red, green and blue for torchvision's pretrained models."""
+
+
+class Normalisation(NamedTuple):
+    """The mean and standard deviation of each channel, for pixels in [0, 1]."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+NORMALISATIONS = {
+    "none": Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "inception": Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "clip": Normalisation((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+"""The normalisations of red, green and blue that pretrained models expect, by the value of the option."""
+_NAMED = NORMALISATIONS.keys() - {"none"}
 
 
 class ImageConfig(PluginConfig):
@@ -68,10 +83,11 @@ class ImageConfig(PluginConfig):
         "stretch",
         description="Stretch an image to the size, or scale its shorter side to the size and crop the middle.",
     )
-    normalisation: Literal["none", "imagenet", "train"] = Field(
+    normalisation: Literal["none", "imagenet", "inception", "clip", "train"] = Field(
         "none",
-        description="Subtract a mean from each channel and divide by a standard deviation: those of ImageNet, or of the "
-        "training classes. With mean and std, these numbers.",
+        description="Subtract a mean from each channel and divide by a standard deviation: those of ImageNet; 0.5, for "
+        "weights trained like Inception's; those of CLIP; or those of the training classes. With mean and std, these "
+        "numbers.",
     )
     mean: list[float] | None = Field(
         None, description="Means of the channels for the normalisation, of pixels from 0 to 1."
@@ -93,18 +109,11 @@ class ImageConfig(PluginConfig):
             raise ValueError("mean and std go together; one of them is missing")
         if any(len(each) != self.channels for each in given):
             raise ValueError(f"mean and std need a number for each channel, {self.channels}")
-        if self.normalisation == "imagenet" and not given and self.channels != 3:
-            raise ValueError(f"normalisation = imagenet is for channels = 3, not for {self.channels}")
+        if self.normalisation in _NAMED and not given and self.channels != 3:
+            raise ValueError(f"normalisation = {self.normalisation} is for channels = 3, not for {self.channels}")
         if self.normalisation == "train" and not given and self.train_classes is not None:
             raise ValueError("normalisation = train cannot go with train_classes, which differ from seed to seed")
         return self
-
-
-class Normalisation(NamedTuple):
-    """The mean and standard deviation of each channel, for pixels in [0, 1]."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
 
 
 class ImageTask(Task):
@@ -242,8 +251,8 @@ class ImageTask(Task):
         config = self.config
         if config.mean is not None and config.std is not None:
             return Normalisation(tuple(config.mean), tuple(config.std))
-        if config.normalisation == "imagenet":
-            return Normalisation(*_IMAGENET)
+        if config.normalisation in _NAMED:
+            return NORMALISATIONS[config.normalisation]
         if config.normalisation == "train":
             return _measure(self.store.read_split("train"))
         return None

@@ -1,21 +1,21 @@
-"""The import of torchvision on first use; no other module imports it."""
+"""The import of torchvision and timm on first use; no other module imports them."""
 
 from __future__ import annotations
 
 import functools
 import importlib
 import sys
+from collections.abc import Callable
 from types import ModuleType
 
 import torch
 
 from metareg import MetaregError
 
-__all__ = ["import_torchvision"]
+__all__ = ["import_timm", "import_torchvision"]
 
 _declared: list[torch.library.Library] = []
 """Kept alive, because declarations of operators end with these objects."""
-_INSTALL = "pip install 'metareg[images]'"
 
 
 def import_torchvision(what: str) -> ModuleType:
@@ -27,16 +27,39 @@ def import_torchvision(what: str) -> ModuleType:
     Raises:
         MetaregError: it is not installed, or does not work with the installed torch.
     """
+    return _import(what, _import_repaired, "torchvision", "images")
+
+
+def import_timm(what: str) -> ModuleType:
+    """Import timm, and first torchvision, which it needs.
+
+    Args:
+        what: the name of what needs it, for the message.
+
+    Raises:
+        MetaregError: one of them is not installed, or does not work with the installed torch.
+    """
+    return _import(what, _import_timm, "timm", "timm")
+
+
+def _import(what: str, load: Callable[[], ModuleType], library: str, extra: str) -> ModuleType:
+    install = f"pip install 'metareg[{extra}]'"
     try:
-        return _import_repaired()
+        return load()
     except ModuleNotFoundError as error:
-        raise MetaregError(f"'{what}' needs {error.name}, which is not installed: {_INSTALL}.") from error
+        raise MetaregError(f"'{what}' needs {error.name}, which is not installed: {install}.") from error
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         raise MetaregError(
-            f"'{what}' needs torchvision, whose import fails with torch {torch.__version__} ({type(error).__name__}: "
-            f"{reason}); install the torchvision version for this torch: {_INSTALL}."
+            f"'{what}' needs {library}, whose import fails with torch {torch.__version__} ({type(error).__name__}: "
+            f"{reason}); install the {library} version for this torch: {install}."
         ) from error
+
+
+@functools.cache
+def _import_timm() -> ModuleType:
+    _import_repaired()
+    return importlib.import_module("timm")
 
 
 @functools.cache

@@ -52,7 +52,7 @@ NOT_RUN = {
     r"^metareg reproduce [^-]": "takes minutes to days; tests/comparison/test_reproduce.py runs recipes",
     r"--launcher ray": "needs a cluster; tests/comparison/test_ray.py starts one",
     r"--task (cub|font-folder)\b": "needs data that cannot be fetched here",
-    r"--model torchvision": "needs pretrained weights; tests/tasks/test_pretrained.py trains with some",
+    r"--model (torchvision|timm)": "needs pretrained weights; tests/tasks/test_pretrained.py and test_timm.py have some",
     r"--observe (mlflow|wandb)": "needs a package of its own; tests/plugins/test_observers.py runs it",
     r"--support photos/": "needs a run on images; how-to/images.md has one",
     r"^metareg export RUN --to model\.pt2$": "needs a run that is not on tables; tests/runs/test_exports.py exports one",

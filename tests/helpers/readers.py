@@ -38,7 +38,7 @@ from metareg.runs.run import has_stopped_early, read_config, read_evaluations, r
 from metareg.util.files import LinesFile
 from metareg.util.yaml_files import read_yaml
 from metareg_graph.data import load as load_graph
-from metareg_image import pretrained
+from metareg_image import backbones
 from metareg_image.characters import read_groups
 from metareg_image.font_files import read_faces
 from metareg_image.letters import has_ink, load_font
@@ -248,7 +248,7 @@ _TABLE = "x,y,kind\n" + "".join(f"{k}.5,{k},{'ab'[k % 2]}\n" for k in range(4))
 
 
 def _read_weights(path: Path) -> object:
-    return pretrained._read(path, "resnet18")
+    return backbones._read(path)
 
 
 def _read_comparison(path: Path) -> object:
@@ -339,7 +339,7 @@ READERS = (
     Reader("containers", "learner.safetensors", _learner, MetaLearner.load,
            ("metareg.util.tensorfile:TensorFile.__init__", "metareg.util.tensorfile:TensorFile.read")),
     Reader("containers", "step-000000007.safetensors", _checkpoint, lambda path: Checkpoints(path.parent, 3).load(7), ()),
-    *(Reader("containers", f"weights.{ending}", _weights(ending), _read_weights, ("metareg_image.pretrained:_read",))
+    *(Reader("containers", f"weights.{ending}", _weights(ending), _read_weights, ("metareg_image.backbones:_read",))
       for ending in ("safetensors", "pth")),
     Reader("containers", "index.json", _cached, _read_cached, ("metareg_image.store:_read_index",)),
     Reader("tables", "table.csv", _text("table.csv", _TABLE), read_table, ("metareg.util.tables:_decode",)),

@@ -57,7 +57,9 @@ def test_tasks_import_no_plugin_and_plugins_no_task() -> None:
             assert not {module.partition(".")[0] for module, _ in _imports(file)} & other, file
 
 
-@pytest.mark.parametrize(("module", "home"), [("torchvision", "metareg_image"), ("dgl", "metareg_graph")])
+@pytest.mark.parametrize(
+    ("module", "home"), [("torchvision", "metareg_image"), ("timm", "metareg_image"), ("dgl", "metareg_graph")]
+)
 def test_heavy_libraries_stay_where_they_belong(module: str, home: str) -> None:
     for file in _files("metareg", "plugins", "tasks"):
         if home not in file.parts:
