@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["cheapen_second_derivative"]
+__all__ = ["cheapen_second_derivative", "is_only_normalisation"]
 
 _ATEN = torch.ops.aten
 
@@ -28,6 +28,11 @@ def cheapen_second_derivative(layer: nn.Module) -> nn.Module:
     shell = copy.copy(layer)
     shell.__class__ = _CHEAP[type(layer)]
     return shell
+
+
+def is_only_normalisation(layer: nn.Module) -> bool:
+    """Return whether a BatchNorm layer computes what torch's own does; a subclass can do more, such as an activation."""
+    return type(layer).forward in (nn.BatchNorm2d.forward, _CheapForward.forward)
 
 
 class _CheapForward:

@@ -24,7 +24,7 @@ _Accessors = tuple[Callable[[], Values], Callable[[Values], None]]
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 """Types whose values are compared by value."""
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "metareg", "torchvision", "dgl", "pandas")
+_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "metareg", "torchvision", "timm", "dgl", "pandas")
 """Packages whose functions and classes do not keep users' state between calls."""
 _MOST_ENTRIES = 64
 """Larger containers are treated as data and compared only by identity."""

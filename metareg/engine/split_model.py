@@ -7,13 +7,14 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from threading import RLock
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from metareg.engine.normalisation import cheapen_second_derivative
+from metareg.engine.normalisation import cheapen_second_derivative, is_only_normalisation
 from metareg.engine.side_effects import SideEffects, call_purely, observe
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.layout import copy_contiguous
@@ -23,6 +24,7 @@ from metareg.util.torch_internals import (
     NORM_WITH_STATISTICS,
     copy_shell,
     list_places,
+    normalise_inputs,
     tree_leaves,
     tree_map,
     unwrap_compiled,
@@ -360,10 +362,23 @@ class SplitModel:
 
     def _create_support_norms(self, examples: int) -> tuple[nn.Module, nn.Module]:
         body, head = (
-            _replace(self._modules[part], BATCH_NORM, lambda layer: _SupportNorm(layer, examples))
+            _replace(self._modules[part], BATCH_NORM, lambda layer: self._use_support_statistics(layer, examples))
             for part in ("body", "head")
         )
         return body, head
+
+    def _use_support_statistics(self, layer: Any, examples: int) -> nn.Module:
+        """Return a copy of a BatchNorm layer that uses the statistics of the first `examples` rows.
+
+        A subclass can compute more than BatchNorm, such as an activation. It gets normalised inputs, and mean 0 and
+        variance 1 − eps for its own normalisation.
+        """
+        if is_only_normalisation(layer):
+            return _SupportNorm(layer, examples)
+        like = next(self.module.parameters())
+        mean, variance = like.new_zeros(layer.num_features), like.new_full((layer.num_features,), 1 - layer.eps)
+        statistics = {"running_mean": mean, "running_var": variance}
+        return normalise_inputs(layer, statistics, partial(_normalise_by_first, examples=examples))
 
 
 class _SupportNorm(nn.Module):
@@ -374,13 +389,19 @@ class _SupportNorm(nn.Module):
         self.weight, self.bias, self.eps, self.examples = layer.weight, layer.bias, layer.eps, examples
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = [0, *range(2, x.dim())]
-        variance, mean = torch.var_mean(x[: self.examples], dims, correction=0, keepdim=True)
-        normalised = (x - mean) * (variance + self.eps).rsqrt()
+        normalised = _normalise_by_first(self, (x,), self.examples)
         if self.weight is None:
             return normalised
         shape = (1, -1, *[1] * (x.dim() - 2))
         return normalised * self.weight.view(shape) + self.bias.view(shape)
+
+
+def _normalise_by_first(layer: Any, inputs: tuple[Tensor], examples: int) -> Tensor:
+    """Normalise a BatchNorm layer's inputs by the statistics of the first rows."""
+    (x,) = inputs
+    dims = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(x[:examples], dims, correction=0, keepdim=True)
+    return (x - mean) * (variance + layer.eps).rsqrt()
 
 
 def _set_modes(module: nn.Module, names: Iterable[str], *, training: bool) -> None:

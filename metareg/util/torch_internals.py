@@ -30,7 +30,7 @@ from metareg.util.imports import pause_collector
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode",
     "compile_graph", "copy_shell", "count_writes", "create_loop", "import_compiler", "list_attributes", "list_places",
-    "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
+    "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
     "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
@@ -296,6 +296,21 @@ def copy_shell(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Modul
     """
     shell = copy.copy(module)
     shell._modules = {**module._modules, **replaced}
+    return shell
+
+
+def normalise_inputs(
+    layer: nn.Module, statistics: Mapping[str, Tensor], normalise: Callable[[nn.Module, tuple[Tensor]], Tensor]
+) -> nn.Module:
+    """Copy a normalisation layer; the copy shares its parameters, and applies the layer to normalised inputs.
+
+    It is in evaluation mode with these running statistics, which should leave normalised inputs as they are.
+    """
+    shell = copy.copy(layer)
+    shell.training = False
+    shell._buffers = {**layer._buffers, **statistics}
+    shell._forward_pre_hooks = layer._forward_pre_hooks.copy()
+    shell.register_forward_pre_hook(normalise)
     return shell
 
 

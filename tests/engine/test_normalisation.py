@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from metareg import MetaLearner, TaskSpec
+from metareg import Episodes, MetaLearner, TaskSpec
 from metareg.engine.normalisation import cheapen_second_derivative
 from metareg.engine.split_model import SplitModel
 
@@ -192,3 +192,38 @@ def test_a_users_own_layer_stays_as_it_is() -> None:
     model.train()
     torch.testing.assert_close(split.head(params, split.body(params, x)), model(x))
     assert MetaLearner(model, "maml", spec=TaskSpec((3,), (2,))).bn_statistics == "transductive"
+
+
+class NormThenActivation(nn.BatchNorm2d):
+    """A layer like those of timm, which applies its activation itself."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.slope = nn.Parameter(torch.tensor(0.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.prelu(super().forward(x), self.slope.view(1))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_what_a_subclass_adds_stays_with_the_support_sets_statistics(affine: bool) -> None:
+    def build(*norm: nn.Module) -> MetaLearner:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(3, 4, 3), *norm, nn.Flatten(), nn.Linear(36, 2)).double()
+        return MetaLearner(
+            model, "maml", loss="cross_entropy", inner_lr=0.1, bn_statistics="support", strategy="serial"
+        )
+
+    layer = NormThenActivation(4)
+    plain = nn.PReLU(init=0.3)
+    if not affine:
+        layer.weight = layer.bias = None
+    subclass, separate = build(layer), build(nn.BatchNorm2d(4, affine=affine), plain)
+    x, labels = drawn(2, 8, 3, 5, 5), torch.arange(8).remainder(2).expand(2, 8)
+    episodes = Episodes(x, labels, 2 * x.flip(1) + 1, labels)
+    (loss, grads), (expected_loss, expected) = (each.meta_gradient(episodes) for each in (subclass, separate))
+    torch.testing.assert_close(loss, expected_loss)
+    renamed = {"1.slope": "2.weight", "3.weight": "4.weight", "3.bias": "4.bias"}
+    assert {renamed.get(name, name) for name in grads} == set(expected)
+    for name, value in grads.items():
+        torch.testing.assert_close(value.flatten(), expected[renamed.get(name, name)].flatten())
