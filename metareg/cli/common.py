@@ -13,7 +13,6 @@ from rich.markup import escape
 from metareg.cli.terminal import stderr
 from metareg.errors import UnknownNameError
 from metareg.registry.plugins import DISABLE_VARIABLE, get_name, list_entries, list_names
-from metareg.util.data_files import absolute_path
 
 __all__ = [
     "BatchNormStatistics",
@@ -32,7 +31,6 @@ __all__ = [
     "expand_path",
     "path_option",
     "plugin_option",
-    "set_data_folder",
     "set_option",
 ]
 
@@ -117,9 +115,3 @@ def combine(assigned: Mapping[str, Any], flags: Mapping[str, Any]) -> dict[str, 
         line = f"The flag sets '{key}' to {flags[key]}; --set {key}={assigned[key]} is not used."
         stderr.print(escape(line), soft_wrap=True)
     return {**assigned, **flags}
-
-
-def set_data_folder(data: Path | None) -> None:
-    """Set the data folder of this process and its child processes."""
-    if data is not None:
-        os.environ["METAREG_DATA"] = str(absolute_path(data))

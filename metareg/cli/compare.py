@@ -20,7 +20,6 @@ from metareg.cli.common import (
     combine,
     path_option,
     plugin_option,
-    set_data_folder,
     set_option,
 )
 from metareg.cli.flags import takes_run_options
@@ -110,7 +109,6 @@ def compare(
     runs are tried again. If --out holds a comparison, flags change it:
     [bold]--out DIR --seeds 10[/] adds seeds.
     """
-    set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
     from metareg.cli.tables import print_comparison
     from metareg.comparison.runner import compare as carry_out
@@ -127,7 +125,7 @@ def compare(
     with ComparisonProgress(stderr) as progress:
         comparison = carry_out(
             algo, augment, task, seeds=seeds, out=out, config=config, archive=archive, space={**searched, **space},
-            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, observer=progress, **options,
+            search=search, jobs=jobs, launcher=launcher, ray_address=ray_address, data=data, observer=progress, **options,
         )  # fmt: skip
     print_comparison(comparison, stdout)
     if baselines:
@@ -275,13 +273,12 @@ def reproduce(
         stdout.print(create_row_table(list_rows(name)))
         return
     recipe = find_recipe(name, row)
-    set_data_folder(data)
     from metareg.cli.progress import ComparisonProgress
 
     for text in filter(None, (recipe.summary, recipe.notes)):
         stderr.print(escape(text))
     with ComparisonProgress(stderr) as progress:
-        verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, observer=progress)
+        verdict = carry_out(recipe, out, seeds=seeds, jobs=jobs, device=device, data=data, observer=progress)
     stdout.print(escape(str(verdict)), soft_wrap=True)
     if verdict.reached is False:
         raise typer.Exit(1)

@@ -27,7 +27,6 @@ from metareg.cli.common import (
     expand_path,
     path_option,
     plugin_option,
-    set_data_folder,
     set_option,
 )
 from metareg.cli.flags import takes_run_options
@@ -158,17 +157,15 @@ def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> d
 
 def _load_learner(path: Path, device: str | None, data: Path | None) -> tuple[MetaLearner, Plugin]:
     """Load the learner of a run or file, and the task that reads examples, with its data in `data`."""
-    from metareg.registry.plugins import resolve
     from metareg.runs import exports
     from metareg.runs.run import Run
 
     if path.is_file():
         return exports.load_learner(path, device, None if data is None else str(data))
     run = Run.load(path, device=device)
-    if data is None:
-        return run.learner, run.source.plugin
-    task = run.config.task
-    return run.learner, resolve("tasks", task.name, {**task.config, "data": str(data)})
+    if data is not None:
+        run.read_data_from(data)
+    return run.learner, run.source.plugin
 
 
 def export(
@@ -217,7 +214,6 @@ def analyse(
 
     Writes analysis.json and plots/analysis.png into each run's folder.
     """
-    set_data_folder(data)
     from metareg.cli.progress import show_messages
     from metareg.cli.tables import create_analysis_tables
     from metareg.runs.analysis import analyse as carry_out
@@ -226,7 +222,10 @@ def analyse(
     for path in map(expand_path, paths):
         assert path is not None
         with show_messages(stderr):
-            found = carry_out(Run.load(path, device=device), tasks, inner_steps)
+            run = Run.load(path, device=device)
+            if data is not None:
+                run.read_data_from(data)
+            found = carry_out(run, tasks, inner_steps)
         stdout.print(escape(str(path)), soft_wrap=True)
         for table in create_analysis_tables(found):
             stdout.print(table)
@@ -306,7 +305,12 @@ def evaluate(
     if baselines:
         from metareg.runs.run import Run
 
-        _show_baselines(Run.load(path, device=device))
+        if task is not None or assignments or any(given is not None for given in (ways, shots, query)):
+            raise UsageError("--baselines are for the run's own test tasks; leave out the options of other tasks.")
+        run = Run.load(path, device=device)
+        if data is not None:
+            run.read_data_from(data)
+        _show_baselines(run)
         return
     try:
         numbers = [int(part) for part in inner_steps.split(",")]

@@ -18,7 +18,9 @@ from tempfile import TemporaryDirectory, TemporaryFile
 from typing import IO, Any
 
 import numpy as np
+import yaml
 
+from metareg.comparison.config import is_location
 from metareg.comparison.plan import CHOSEN_FILE, CONFIG_FILE, TRIAL_FILE, Plan
 from metareg.comparison.pool import ERROR_FILE, cut_traceback
 from metareg.errors import UsageError
@@ -32,6 +34,7 @@ from metareg.util.files import (
     refuse_special_file,
     write_bytes,
 )
+from metareg.util.yaml_files import read_yaml
 
 __all__ = ["ARCHIVE_SUFFIX", "add_archived_runs", "unpack_archive", "write_archive"]
 
@@ -153,11 +156,38 @@ def _prepare(path: Path, folder: Path) -> bytes:
     """Return a file's content for the archive."""
     if path.name == RESULTS:
         return _narrow_scores(path.read_bytes())
+    if path.name in (CONFIG_FILE, CONFIG, ENVIRONMENT):
+        return _shorten_locations(path)
     if path.name == ERROR_FILE:
         text = cut_traceback(path.read_text("utf-8", errors="replace"))
         # Published results should not contain paths of the machine.
         return text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "").encode()
     return path.read_bytes()
+
+
+def _shorten_locations(path: Path) -> bytes:
+    """Return a configuration in which the locations of data are only names, which published results may contain."""
+    try:
+        content = read_json(path) if path.suffix == ".json" else read_yaml(path)
+    except (*MALFORMED, UsageError):
+        return path.read_bytes()
+    shortened = _keep_names(content)
+    if shortened == content:
+        return path.read_bytes()
+    if path.suffix == ".json":
+        return format_json(shortened).encode()
+    return yaml.safe_dump(shortened, sort_keys=False, allow_unicode=True).encode()
+
+
+def _keep_names(content: Any) -> Any:
+    if isinstance(content, list):
+        return [_keep_names(each) for each in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: Path(value).name if is_location(str(key)) and isinstance(value, str) else _keep_names(value)
+        for key, value in content.items()
+    }
 
 
 def _restore(path: Path, content: bytes) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from functools import partial
 from typing import Annotated, Any, Final, Literal
 
@@ -16,8 +16,8 @@ from metareg.contract.search import Range, RelativeRange, parse_domain
 from metareg.errors import UnknownNameError, UsageError
 
 __all__ = [
-    "ALL_PAIRS", "GRID", "ArmRule", "Axis", "ComparedTask", "ComparisonConfig", "Options", "Tuning", "merge_options",
-    "slugify",
+    "ALL_PAIRS", "GRID", "ArmRule", "Axis", "ComparedTask", "ComparisonConfig", "Options", "Tuning", "is_location",
+    "merge_options", "slugify",
 ]  # fmt: skip
 
 GRID: Final = "grid"
@@ -320,6 +320,30 @@ class ComparisonConfig(PluginConfig):
             own = {key: value for key, value in tuning["options"].items() if key not in {*options, *space}}
             tuning |= {"options": own, **tune}
         return validate(ComparisonConfig, values, "the comparison")
+
+    def locate_data(self, data: str, readers: Collection[str]) -> ComparisonConfig:
+        """Return the comparison with the location of the data of some tasks.
+
+        Args:
+            data: the folder or file.
+            readers: the labels of the tasks that read it.
+        """
+        for key in self._varied:
+            if is_location(key):
+                raise UsageError(f"'{key}' is set by the variants of this comparison; change it there.")
+        values = self.model_dump()
+        for options in (values["options"], *(each["options"] for each in values["tasks"] + values["arms"])):
+            for key in [key for key in options if is_location(key)]:
+                del options[key]
+        for task in values["tasks"]:
+            if task["label"] in readers:
+                task["options"]["task.data"] = data
+        return validate(ComparisonConfig, values, "the comparison")
+
+
+def is_location(key: str) -> bool:
+    """Return whether an option says where a task's data is, which can differ from machine to machine."""
+    return key.rpartition(".")[2] == "data"
 
 
 def slugify(text: str) -> str:

@@ -11,20 +11,21 @@ from typing import Any
 
 import yaml
 
-from metareg.comparison.config import ComparisonConfig, Options, Tuning, merge_options, slugify
+from metareg.comparison.config import ComparisonConfig, Options, Tuning, is_location, merge_options, slugify
 from metareg.comparison.space import check_tuning
 from metareg.contract.config import NO_PLUGIN, validate
 from metareg.contract.splits import TEST, VALIDATION
 from metareg.errors import UsageError
 from metareg.printable import format_count
 from metareg.runs.config import PLUGIN_FIELDS
-from metareg.runs.folder import RESULTS
+from metareg.runs.folder import ENVIRONMENT, RESULTS
 from metareg.runs.options import Selection
 from metareg.util.files import write_text
 from metareg.util.yaml_files import read_yaml
 
 __all__ = [
-    "CHOSEN_FILE", "CONFIG_FILE", "TRIAL_FILE", "Arm", "Objects", "Plan", "PlannedRun", "check_plan", "select_plugins",
+    "CHOSEN_FILE", "CONFIG_FILE", "TRIAL_FILE", "Arm", "Objects", "Plan", "PlannedRun", "check_plan",
+    "refuse_other_data", "select_plugins",
 ]  # fmt: skip
 
 Objects = Mapping[tuple[str, str], Any]
@@ -278,6 +279,32 @@ def check_plan(plan: Plan) -> None:
         )
     for tuning, trials in tuned.values():
         check_tuning(tuning, trials)
+
+
+def refuse_other_data(begun: Plan, plan: Plan) -> None:
+    """Compare the data of tasks whose location has changed with the first run that has begun on each.
+
+    Raises:
+        UsageError: it is other data.
+    """
+    from metareg.runs import environment
+    from metareg.runs.run import Run  # imports torch, which reports do not need
+    from metareg.runs.training import prepare_run
+
+    checked: set[str] = set()
+    wanted = {(run.arm, run.seed): run for run in plan.list_runs()}
+    for before in begun.list_runs():
+        now = wanted.get((before.arm, before.seed))
+        moved = now is not None and _find_locations(before) != _find_locations(now)
+        if now is None or not moved or before.arm.task in checked or not (before.path / ENVIRONMENT).is_file():
+            continue
+        selection = select_plugins(now)
+        environment.refuse_other_data(Run(before.path, selection.config, *prepare_run(selection), selection.model))
+        checked.add(before.arm.task)
+
+
+def _find_locations(run: PlannedRun) -> list[Any]:
+    return [value for key, value in run.options.items() if is_location(key)]
 
 
 def select_plugins(run: PlannedRun) -> Selection:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from metareg.comparison.config import is_location
 from metareg.comparison.recipe import SHIPPED, Expected, Recipe
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.printable import format_count
+from metareg.util.data_files import absolute_path
 from metareg.util.files import read_json, write_json
 
 if TYPE_CHECKING:
@@ -119,6 +121,7 @@ def reproduce(
     seeds: int | str | Sequence[int] | None = None,
     jobs: int | None = None,
     device: str | None = None,
+    data: str | Path | None = None,
     observer: ComparisonObserver | None = None,
 ) -> Verdict:
     """Run a recipe, or continue it, and judge its result, like ``metareg reproduce``.
@@ -133,6 +136,7 @@ def reproduce(
         seeds: other seeds than the recipe's, or a number n for 0 to n − 1.
         jobs: runs at a time; by default, as in `metareg.compare`.
         device: where to compute; by default, a GPU if there is one.
+        data: the location of the task's data, as in `metareg.train`.
         observer: receives the progress of the runs.
 
     Returns:
@@ -149,6 +153,9 @@ def reproduce(
         recipe = find_recipe(str(recipe), row)
     out = Path("reproductions", recipe.name) if out is None else Path(out)
     options = recipe.options | ({} if device is None else {"device": device})
+    if data is not None:
+        kept = {key: value for key, value in options.items() if not is_location(key)}
+        options = kept | {"task.data": str(absolute_path(data))}
     values = recipe.to_comparison() | {"options": options} | ({} if seeds is None else {"seeds": seeds})
     _check_judged(recipe, values, out)
     try:

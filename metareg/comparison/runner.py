@@ -17,15 +17,17 @@ from typing import Any, Protocol
 from pydantic_core import PydanticSerializationError
 
 from metareg.comparison.archive import add_archived_runs, unpack_archive
-from metareg.comparison.config import ComparisonConfig
+from metareg.comparison.config import ComparisonConfig, is_location
 from metareg.comparison.own import ThisProcess, name_objects, refuse_missing_objects
-from metareg.comparison.plan import CONFIG_FILE, Arm, Objects, Plan, PlannedRun, check_plan
+from metareg.comparison.plan import CONFIG_FILE, Arm, Objects, Plan, PlannedRun, check_plan, refuse_other_data
 from metareg.comparison.pool import Launcher, LocalPool, Outcome, count_cpu_cores, read_divergence
 from metareg.comparison.tuning import create_tuners
 from metareg.contract.config import validate
 from metareg.errors import Interrupted, MetaregError, UnknownNameError, UsageError
 from metareg.printable import format_count
+from metareg.registry.plugins import find_entry, get_config_class
 from metareg.runs.folder import CONFIG, TIMING
+from metareg.util.data_files import absolute_path
 from metareg.util.files import MALFORMED, is_leftover, lock_folder, parse_json, read_text
 from metareg.util.signals import StopRequest, catch_stop_signals
 from metareg.util.torchrun import read_rank
@@ -198,6 +200,7 @@ def compare(
     jobs: int | None = None,
     launcher: str = "local",
     ray_address: str | None = None,
+    data: str | Path | None = None,
     observer: ComparisonObserver | None = None,
     **options: Any,
 ) -> Comparison:
@@ -225,6 +228,8 @@ def compare(
             allow.
         launcher: ``"local"``, processes on this machine, or ``"ray"``, a Ray cluster whose nodes all see `out`.
         ray_address: of the cluster, or ``"auto"`` for the one that this machine is part of; by default, one is started.
+        data: the location of the data, for each task that reads some, as in `metareg.train`. It can be another one than
+            before if the data is the same.
         observer: receives the progress of the comparison.
         options: fields of `RunConfig` and options of the plugins, by name, for every run; for your own tasks and
             modules also ``loss``, ``metric`` and ``head``, as in `metareg.train`.
@@ -260,8 +265,10 @@ def compare(
         archived = (
             Plan.read(stack.enter_context(unpack_archive(Path(archive))), objects) if archive is not None else None
         )
-        plan = _build_plan(folder, config, fields, changes, objects, archived)
+        plan = _build_plan(folder, config, fields, changes, objects, archived, data)
         check_plan(plan)
+        for before in filter(None, (_read_begun(folder, objects), archived)):
+            refuse_other_data(before, plan)
         stop = stack.enter_context(catch_stop_signals())
         created: Launcher = ThisProcess() if objects else _create_launcher(launcher, plan, jobs, ray_address)
         workers = stack.enter_context(closing(created))
@@ -310,15 +317,16 @@ def _build_plan(
     changes: Mapping[str, Any],
     objects: Objects,
     archived: Plan | None = None,
+    data: str | Path | None = None,
 ) -> Plan:
     """Build the plan; refuse it if it contradicts the folder or the archive.
 
     `config` defaults to the folder's configuration, or the archive's. `fields` replace its values, then
-    `ComparisonConfig.override` applies the `changes`.
+    `ComparisonConfig.override` applies the `changes`, and `data` its tasks' location of data.
     """
-    begun = Plan.read(folder, objects) if (folder / CONFIG_FILE).is_file() else None
+    begun = _read_begun(folder, objects)
     base = begun or archived
-    if config is None and not fields and not changes:
+    if config is None and not fields and not changes and data is None:
         if base is None:
             raise UsageError(f"There is no comparison to continue at {folder}; say what to compare.")
         refuse_missing_objects(base.config, objects)
@@ -330,7 +338,8 @@ def _build_plan(
     elif isinstance(values, ComparisonConfig):
         values = values.model_dump()
     compared = validate(ComparisonConfig, {**values, **fields}, where)
-    compared = _make_storable(compared.override(**changes) if changes else compared)
+    compared = compared.override(**changes) if changes else compared
+    compared = _make_storable(compared if data is None else _locate_data(compared, data))
     refuse_missing_objects(compared, objects)
     program = _list_names(objects) or compared.program
     plan = Plan(folder, compared.model_copy(update={"program": program}), objects)
@@ -339,6 +348,25 @@ def _build_plan(
     for before in filter(None, (begun, archived)):
         _refuse_changes(before, plan)
     return plan
+
+
+def _read_begun(folder: Path, objects: Objects) -> Plan | None:
+    """Read the plan of the comparison in a folder; None if there is none."""
+    return Plan.read(folder, objects) if (folder / CONFIG_FILE).is_file() else None
+
+
+def _locate_data(config: ComparisonConfig, data: str | Path) -> ComparisonConfig:
+    """Set the location of the data for the tasks that have this option."""
+    own = config.program.get("task", [])
+    readers = [
+        each.label
+        for each in config.tasks
+        if each.task not in own and "data" in get_config_class(find_entry("tasks", each.task).load()).model_fields
+    ]
+    if not readers:
+        names = ", ".join(each.label for each in config.tasks)
+        raise UsageError(f"--data names the data of tasks; none of these reads any: {names}.")
+    return config.locate_data(str(absolute_path(data)), readers)
 
 
 def _list_names(objects: Objects) -> dict[str, list[str]]:
@@ -399,7 +427,8 @@ def _refuse_changes(begun: Plan, plan: Plan) -> None:
         was, now = {**before.config, **before.options}, {**run.config, **run.options}
         for key in (*was, *now):
             # The number of threads says how a run runs; comparisons of earlier versions hold one that nobody chose.
-            if key != "threads" and was.get(key) != now.get(key):
+            # Data can move; `refuse_other_data` compares it.
+            if key != "threads" and not is_location(key) and was.get(key) != now.get(key):
                 values = f"{was.get(key, 'not set')!r}, not {now.get(key, 'unset')!r}"
                 raise UsageError(f"{where}: {key} of {run} was {values}; {other}.")
 

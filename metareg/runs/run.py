@@ -225,6 +225,11 @@ class Run:
         with seed_global_generators(self.config.seed, "evaluation"):
             return self.learner.evaluate_policies(bn_statistics, source, tasks, split, inner_steps, self.config.seed)
 
+    def read_data_from(self, data: str | Path) -> None:
+        """Read the task's data from another place from now on, for example because it has moved."""
+        task = self.config.task
+        self.source = TaskSource(resolve("tasks", task.name, {**task.config, "data": str(data)}))
+
     def evaluate_baselines(self) -> list[Baseline]:
         """Evaluate simpler baselines on the run's test tasks; computed once, which may take longer than training.
 

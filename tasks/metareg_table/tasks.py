@@ -342,7 +342,7 @@ class TableFolder(Task):
         config = self.config
         if config.data is None and not self.location.exists():
             raise UsageError(
-                "The task 'table-folder' needs the folder of your tables: --data DIR, or in a comparison, --set data=DIR. "
+                "The task 'table-folder' needs the folder of your tables: --data DIR. "
                 "`metareg data table-folder --example DIR` writes example tables."
             )
         known = [config.target, config.task_column, config.split_column, *(config.columns or ())]

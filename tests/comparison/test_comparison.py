@@ -24,6 +24,7 @@ from comparisons import DEMO, write_comparison
 from metareg.cli import app as cli
 from metareg.cli.progress import ComparisonProgress
 from metareg.cli.tables import print_comparison
+from metareg.comparison.archive import unpack_archive
 from metareg.comparison.config import ComparisonConfig
 from metareg.comparison.plan import Arm, Plan, PlannedRun, check_plan
 from metareg.comparison.pool import ERROR_FILE, LocalPool, Outcome, carry_out
@@ -835,3 +836,62 @@ def test_a_comparison_that_is_killed_and_run_again_ends_the_same(tmp_path: Path)
 
     assert compare(out=killed, jobs=2).broken == {}
     assert found(killed) == expected
+
+
+# ----------------------------------------------------------------------------------------------------- the tasks' data
+
+
+def write_tables(folder: Path, slope: float = 2.0) -> Path:
+    folder.mkdir(parents=True)
+    for number in range(8):
+        rows = [f"{x / 4},{slope * x + number}" for x in range(12)]
+        (folder / f"machine-{number}.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    return folder
+
+
+def test_data_is_that_of_each_task_that_reads_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tables, folder, archive = write_tables(tmp_path / "sensors"), tmp_path / "compared", tmp_path / "all.tar.xz"
+
+    def command(name: str, *arguments: object) -> tuple[int, str]:
+        code = cli.run([name, *map(str, arguments)])
+        return code, capsys.readouterr().err
+
+    size = ["--shots", 3, "--query", 3, "--steps", 2, "--jobs", 1, "--strategy", "serial"]
+    short = [part for each in ("meta_batch=2", "eval_tasks=2", "test_tasks=2") for part in ("--set", each)]
+    task = ["--task", "sinusoid,table-folder", "--set", "table-folder.target=y"]
+    code, errors = command("compare", *task, "--data", tables, *size, *short, "--out", folder)
+    assert code == 0, errors
+    stored = Plan.read(folder)
+    assert [each.options for each in stored.config.tasks] == [{}, {"task.data": str(tables)}]
+    assert [metareg.Run.load(run.path).config.task.config.get("data") for run in stored.list_runs()] == [
+        None,
+        str(tables),
+    ]
+
+    moved = tables.rename(tmp_path / "moved")
+    code, errors = command("compare", "--out", folder, "--data", write_tables(tmp_path / "other", 3.0), "--seeds", 2)
+    assert code == 2
+    assert "its first train task is different" in errors
+    assert Plan.read(folder).config == stored.config
+    code, errors = command("compare", "--out", folder, "--data", moved, "--seeds", 2, "--jobs", 1)
+    assert code == 0, errors
+    assert all(run.finished for run in Plan.read(folder).list_runs())
+
+    assert command("report", folder, "--archive", archive, "--out", tmp_path / "page.md")[0] == 0
+    with unpack_archive(archive) as unpacked:
+        for file in unpacked.rglob("*"):
+            assert not file.is_file() or str(tmp_path) not in file.read_text(), file
+    again = tmp_path / "again"
+    code, errors = command("compare", "--archive", archive, "--out", again, "--jobs", 1)
+    assert code == 2
+    assert "moved" in errors
+    code, errors = command("compare", "--archive", archive, "--out", again, "--data", moved, "--seeds", 3, "--jobs", 1)
+    assert code == 0, errors
+    row = ["--row", "table-folder/maml", "--seeds", 1, "--jobs", 1, "--data", moved]
+    code, errors = command("reproduce", archive, *row, "--out", tmp_path / "row")
+    assert code == 0, errors
+
+    code, errors = command("compare", "--task", "sinusoid", "--data", moved, "--out", tmp_path / "none")
+    assert code == 2
+    assert "none of these reads any: sinusoid" in errors
+    assert not (tmp_path / "none").exists()
