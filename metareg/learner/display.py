@@ -80,7 +80,8 @@ class Status:
 
     def record_step(self, logs: dict[str, float]) -> None:
         """Record the numbers of a report."""
-        self.loss, self.speed = f"loss {logs['loss']:.4g}", f"{format_speed(logs['steps_per_second'])} steps/s"
+        speed = logs["steps_per_second"]  # 0 if a resumed run had nothing left to train
+        self.loss, self.speed = f"loss {logs['loss']:.4g}", f"{format_speed(speed)} steps/s" if speed else ""
 
     def record_evaluation(self, split: str, evaluation: Evaluation) -> None:
         """Record a validation's result, or the end of the test."""
@@ -137,7 +138,7 @@ class TerminalDisplay:
         self._status.record_step(logs)
         if not self._console.is_terminal and time.monotonic() - self._printed > _SECONDS_BETWEEN_LINES:
             self._printed = time.monotonic()
-            self._say(f"step {step}: {self._status.loss} · {self._status.speed}")
+            self._say(f"step {step}: {' · '.join(filter(None, (self._status.loss, self._status.speed)))}")
 
     @hookimpl
     def on_evaluation(self, step: int, split: str, evaluation: Evaluation) -> None:

@@ -406,6 +406,8 @@ def _prepare_run(selection: Selection, processes: Processes) -> tuple[MetaLearne
     check_fit(learner, source, TRAIN)
     for split in dict.fromkeys((VALIDATION, config.test_split)):
         source.episodes(split, [0], config.seed)
+    if not config.task.program:  # a program's own tasks were checked when they were adopted
+        source.check_repeatable(TRAIN, config.seed)
     return learner, source
 
 

@@ -95,3 +95,9 @@ def test_lines_where_there_is_no_terminal() -> None:
         assert training.all_that_was_printed().splitlines() == [
             "maml on x → runs/x", "step 10: loss 0.5 · 3.2 steps/s", "step 50: validation mse 1 ± 0",
         ]  # fmt: skip
+
+
+def test_a_resumed_run_without_steps_left_has_no_speed() -> None:
+    with Training(begun_at=100, terminal=False) as training:
+        training.progress.on_step(100, {"loss": 0.5, "steps_per_second": 0.0})
+        assert training.all_that_was_printed().splitlines()[1:] == ["step 100: loss 0.5"]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import metareg
+import metareg_regression
 from metareg import Episodes, MetaLearner, Run, TaskSpec, UsageError, derive_seed, hookimpl
 from processes import environment
 
@@ -407,6 +408,23 @@ def test_tasks_that_cannot_be_used_get_one_sentence(task: Callable[[], Any], say
     with pytest.raises(UsageError, match=says):
         metareg.train(task=task(), model=create_net(), out=out, **SMALL)
     assert not out.exists() or says == "has 3 test tasks"
+
+
+def test_an_installed_task_that_draws_anew_each_time_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Anew(metareg_regression.Sinusoid):
+        calls = 0
+
+        @hookimpl
+        def episodes(self, split: str, indices: Any, seed: int) -> Any:
+            Anew.calls += 1
+            return super().episodes(split, [index + 1000 * Anew.calls for index in indices], seed)
+
+    monkeypatch.setattr(metareg_regression, "Sinusoid", Anew)
+    with pytest.raises(UsageError, match="'sinusoid' returns a different task each time"):
+        metareg.train(task="sinusoid", out=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
 
 
 def test_tasks_that_differ_each_time_are_refused(tmp_path: Path) -> None:

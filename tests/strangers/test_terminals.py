@@ -46,12 +46,17 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "COLUMNS": "100", "TERM": "xterm-256color", "PYTHONIOENCODING": "utf-8"}
 
 
-def _run_in_terminal(*arguments: str, cwd: Path) -> tuple[int, str]:
+def _run_in_terminal(*arguments: str, cwd: Path, **environment: str) -> tuple[int, str]:
     """Run a command in its own terminal; return the exit code and the terminal's input."""
     pty = pytest.importorskip("pty", reason="there are no pseudo-terminals")
     ours, its = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "metareg", *arguments], stdin=its, stdout=its, stderr=its, cwd=cwd, env=_environment()
+        [sys.executable, "-m", "metareg", *arguments],
+        stdin=its,
+        stdout=its,
+        stderr=its,
+        cwd=cwd,
+        env=_environment() | environment,
     )
     os.close(its)
     received = b""
@@ -99,6 +104,21 @@ def test_a_terminal_obeys_the_display_of_a_training(tmp_path: Path) -> None:
     assert "training" in received
     assert "\N{SYMBOL FOR ESCAPE}" not in received
     assert not _list_controls(_DRAWING.sub("", received.replace("\r\n", "\n")))
+
+
+@pytest.mark.parametrize(
+    ("environment", "allowed"), [({}, "[0-9;]*"), ({"NO_COLOR": "1"}, "[0123]"), ({"TERM": "dumb"}, None)]
+)
+def test_no_color_means_no_colours_and_a_dumb_terminal_gets_no_codes(
+    environment: dict[str, str], allowed: str | None, tmp_path: Path
+) -> None:
+    code, received = _run_in_terminal("doctorr", "--help", cwd=tmp_path, **environment)
+    assert code == 2
+    help_code, help_text = _run_in_terminal("show", "--help", cwd=tmp_path, **environment)
+    assert help_code == 0
+    codes = re.findall(r"\x1b\[?([^a-zA-Z]*)[a-zA-Z]", received + help_text)
+    assert bool(codes) == (allowed is not None)
+    assert all(re.fullmatch(f"({allowed})(;({allowed}))*", each) for each in codes)
 
 
 def test_no_command_prints_what_a_terminal_would_obey(
