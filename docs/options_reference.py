@@ -1,19 +1,27 @@
-"""Writes options.md, the options of a run and of every shipped plugin; ``--check`` says whether it is current."""
+"""Writes options.md, the options of a run and of every shipped plugin, and what the tasks' pages take from them.
+
+``--check`` says whether the pages are current. Between ``<!-- options PLUGIN -->`` and ``<!-- end -->``, a page of tasks
+has the table of a plugin's options; ``<!-- options PLUGIN: NAME, NAME -->`` selects some.
+"""
 
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from generated import format_table, update_pages
+from generated import HERE, format_table, update_pages
 
 from metareg.cli.option_types import describe_type
 from metareg.contract.config import PluginSpec
 from metareg.contract.search import describe_search_space
 from metareg.registry.plugins import KINDS, Entry, get_config_class, list_entries
 from metareg.runs.config import RunConfig
+
+_TABLE = re.compile(r"<!-- options ([\w-]+)(?:: ([\w, ]+))? -->.*?<!-- end -->", re.S)
+_PAGES_OF_TASKS = ("tasks/images.md", "tasks/tables.md")
 
 INTRODUCTION = """# Options
 
@@ -35,6 +43,20 @@ def options_page() -> str:
         parts.append(f"## {kind.capitalize()}")
         parts += _describe_kind([entry for entry in entries if entry.kind == kind])
     return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def fill_page(name: str) -> str:
+    """A page with its tables of options brought up to date."""
+    text = (HERE / name).read_text(encoding="utf-8")
+    return _TABLE.sub(lambda match: _fill_table(*match.groups()), text)
+
+
+def _fill_table(plugin: str, chosen: str | None) -> str:
+    (entry,) = (each for each in list_entries() if (each.distribution, each.name) == ("metareg", plugin))
+    fields = get_config_class(entry.load()).model_fields
+    names = fields if chosen is None else re.split(", *", chosen)
+    head = f"<!-- options {plugin}{f': {chosen}' if chosen else ''} -->"
+    return f"{head}\n\n{_describe_options(entry, {name: fields[name] for name in names})}\n\n<!-- end -->"
 
 
 def _describe_run() -> Iterator[str]:
@@ -96,4 +118,4 @@ def _describe_recommendations(recommended: Mapping[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(update_pages({"options.md": options_page()}))
+    sys.exit(update_pages({"options.md": options_page()} | {name: fill_page(name) for name in _PAGES_OF_TASKS}))
