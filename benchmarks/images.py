@@ -13,15 +13,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from harness import RESULTS, Row, check_same_gradient, interleaved, machine, paired, report
+from harness import RESULTS, Row, check_same_gradient, interleaved, interleaved_clocks, machine, paired, report
 from loops import ClonedModules
 from operations import time_operations
 from torch import nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
+from metareg.engine.blocks import fuse_blocks
 from metareg.registry.plugins import resolve
 from metareg.util.malloc import keep_freed_memory
 
@@ -172,6 +174,31 @@ def operations(size: int, arguments: argparse.Namespace) -> Result:
     return rows, {f"operations-{size}": {"flops_per_second_of_a_convolution": speed, **raw}}
 
 
+def blocks(size: int, arguments: argparse.Namespace) -> Result:
+    """BatchNorm, pooling and ReLU as one operation, against the layers one by one: a step's CPU time."""
+    rows, raw = [], {}
+    for algorithm, width, shots in (("maml", 64, 1), ("maml", 32, 1), ("maml", 64, 5), ("anil", 64, 5)):
+        batch = episodes(SPECS[size], shots)
+        model = resolve("models", "conv4", {"width": width}).instance.build(SPECS[size])
+        works: dict[str, Callable[[int], object]] = {}
+        for name, fuse in (("fused", fuse_blocks), ("layers", lambda module: module)):
+            with mock.patch("metareg.engine.split_model.fuse_blocks", fuse):
+                learner = MetaLearner(model, algorithm, inner_lr=INNER_LR, inner_steps=INNER_STEPS[algorithm])
+            works[name] = _repeated(partial(learner.step, batch))
+            works[name](2)  # the second call of a shape traces
+        clocks = interleaved_clocks(works, dict.fromkeys(works, 1), arguments.rounds, seconds=90)
+        times = {name: [each.cpu for each in found] for name, found in clocks.items()}
+        rows.append(
+            Row(
+                f"{algorithm}, Conv4-{width}, {size}×{size}, {shots}-shot", "the layers one by one",
+                *(1e3 * statistics.median(times[name]) for name in works), "ms", compare="ratio",
+                figure=paired(times["fused"], times["layers"]),
+            )
+        )  # fmt: skip
+        raw[f"{algorithm}-{width}-{shots}"] = times
+    return rows, {f"blocks-{size}": raw}
+
+
 def _measure_convolution(size: int) -> float:
     """The floating-point operations per second of a 3×3 convolution of 64 channels, 75 images that lie channels last."""
     images = torch.rand(75, 64, size, size).contiguous(memory_format=torch.channels_last)
@@ -195,6 +222,7 @@ def _repeated(step: Callable[[], object]) -> Callable[[int], None]:
 PARTS: dict[str, Callable[[argparse.Namespace], Result]] = {
     "data-28": partial(data, 28), "data-84": partial(data, 84),
     "conv4-28": partial(conv4, 28), "conv4-84": partial(conv4, 84),
+    "blocks-28": partial(blocks, 28), "blocks-84": partial(blocks, 84),
     "operations-28": partial(operations, 28), "operations-84": partial(operations, 84),
     "auto-1-shot": partial(auto, 1), "auto-5-shot": partial(auto, 5),
 }  # fmt: skip

@@ -14,6 +14,7 @@ from metareg.util.torch_internals import OperationMode
 
 KINDS = {
     "convolutions": ("convolution", "convolution_backward"),
+    "BatchNorm with pooling and ReLU": ("block", "block_backward", "block_sums", "block_gather", "block_scatter"),
     "BatchNorm": ("native_batch_norm", "native_batch_norm_backward", "batch_norm_update_stats", "addcmul"),
     "pooling": ("max_pool2d_with_indices", "max_pool2d_with_indices_backward", "gather"),
     "ReLU": ("relu", "threshold_backward"),

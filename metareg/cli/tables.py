@@ -437,7 +437,6 @@ def _describe_extras() -> str:
 
 def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
     """Describe the installation: versions, hardware and plugins."""
-    from metareg.engine.strategies import find_compiler
     from metareg.runs.environment import describe_machine
 
     machine = describe_machine()
@@ -446,7 +445,8 @@ def describe_installation(rows: list[dict[str, Any]]) -> RenderableType:
         "python": f"{machine['python']} on {platform.system()} {machine['processor']}",
         "torch": f"{machine['torch']}, {machine['torch_threads']} of {machine['cpu_count']} CPU threads",
         "GPU": ", ".join(machine["gpus"]) or "none",
-        "C++ compiler": find_compiler() or "none: the strategy 'compiled' cannot be used on the CPU",
+        "C++ compiler": machine["compiler"]
+        or "none: on a CPU, the strategy 'compiled' cannot be used, and image models train more slowly",
         **machine["libraries"],
         "extras": _describe_extras(),
     }

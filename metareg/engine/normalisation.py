@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-__all__ = ["cheapen_second_derivative", "is_only_normalisation"]
+__all__ = [
+    "CheapBatchNorm2d", "SupportNorm", "cheapen_second_derivative", "is_only_normalisation", "normalise_by_first",
+    "run_as_channels", "sums_naively",
+]  # fmt: skip
 
 _ATEN = torch.ops.aten
 
@@ -49,8 +52,8 @@ class _BatchNorm1d(_CheapForward, nn.BatchNorm1d):
     pass
 
 
-class _BatchNorm2d(_CheapForward, nn.BatchNorm2d):
-    pass
+class CheapBatchNorm2d(_CheapForward, nn.BatchNorm2d):
+    """BatchNorm of images with a cheap second derivative."""
 
 
 class _BatchNorm3d(_CheapForward, nn.BatchNorm3d):
@@ -59,9 +62,35 @@ class _BatchNorm3d(_CheapForward, nn.BatchNorm3d):
 
 _CHEAP: dict[type, type] = {
     nn.BatchNorm1d: _BatchNorm1d,
-    nn.BatchNorm2d: _BatchNorm2d,
+    nn.BatchNorm2d: CheapBatchNorm2d,
     nn.BatchNorm3d: _BatchNorm3d,
 }
+
+
+class SupportNorm(nn.Module):
+    """BatchNorm with the statistics of the first `examples` rows, which are the support set."""
+
+    def __init__(self, layer: Any, examples: int) -> None:
+        super().__init__()
+        self.weight, self.bias, self.eps, self.examples = layer.weight, layer.bias, layer.eps, examples
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normalise(x, self.weight, self.bias)
+
+    def normalise(self, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        """Return the outputs for these parameters."""
+        normalised = normalise_by_first(self, (x,), self.examples)
+        if weight is None or bias is None:
+            return normalised
+        return normalised * _broadcast(weight, x) + _broadcast(bias, x)
+
+
+def normalise_by_first(layer: Any, inputs: tuple[Tensor], examples: int) -> Tensor:
+    """Normalise a BatchNorm layer's inputs by the statistics of the first rows."""
+    (x,) = inputs
+    dims = [0, *range(2, x.dim())]
+    variance, mean = torch.var_mean(x[:examples], dims, correction=0, keepdim=True)
+    return (x - mean) * (variance + layer.eps).rsqrt()
 
 
 class _Normalise(Function):
@@ -69,7 +98,7 @@ class _Normalise(Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        if _sums_naively(x):
+        if sums_naively(x):
             mean, variance = _sum_in_parts(x)
             y = _ATEN.native_batch_norm(x, weight, bias, mean, variance, False, 0.0, eps)[0]
             return y, mean, torch.rsqrt(variance + eps)
@@ -98,7 +127,7 @@ class _Normalise(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _run_as_channels(_Normalise, info.batch_size, in_dims, inputs)
+        return run_as_channels(_Normalise, info.batch_size, in_dims, inputs)
 
 
 class _NormaliseBackward(Function):
@@ -145,10 +174,10 @@ class _NormaliseBackward(Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
-        return _run_as_channels(_NormaliseBackward, info.batch_size, in_dims, inputs)
+        return run_as_channels(_NormaliseBackward, info.batch_size, in_dims, inputs)
 
 
-def _sums_naively(x: Tensor) -> bool:
+def sums_naively(x: Tensor) -> bool:
     """Return whether PyTorch's kernel sums a channel sequentially in float32: for channels last on a CPU.
 
     For 75 images of 84×84 pixels, bright on dark, its outputs are then wrong by 6e-3.
@@ -183,7 +212,7 @@ def _broadcast(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
-def _run_as_channels(
+def run_as_channels(
     function: type[Function], tasks: int, in_dims: tuple[int | None, ...], inputs: tuple[Any, ...]
 ) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Run the function for many tasks at once, with the channels of each task as separate channels."""

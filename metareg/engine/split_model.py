@@ -14,7 +14,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from metareg.engine.normalisation import cheapen_second_derivative, is_only_normalisation
+from metareg.engine.blocks import Block, fuse_blocks
+from metareg.engine.normalisation import (
+    SupportNorm,
+    cheapen_second_derivative,
+    is_only_normalisation,
+    normalise_by_first,
+)
 from metareg.engine.side_effects import SideEffects, call_purely, observe
 from metareg.errors import UnknownNameError, UsageError
 from metareg.util.layout import copy_contiguous
@@ -73,6 +79,7 @@ class SplitModel:
         body, head_part, self.body_prefix, self.head_prefix = _split(self.module, head)
         if self.batch_norms:
             body, head_part = (_replace(part, BATCH_NORM, _cheapen) for part in (body, head_part))
+        body, head_part = fuse_blocks(body), fuse_blocks(head_part)
         self._last_linear = _find_last_linear(head_part) if self.head_prefix is not None else None
         neck = nn.Identity() if not self._last_linear else _remove(head_part, self._last_linear)
         self._modules: dict[_Part, nn.Module] = {"body": body, "head": head_part, "neck": neck}
@@ -373,35 +380,14 @@ class SplitModel:
         A subclass can compute more than BatchNorm, such as an activation. It gets normalised inputs, and mean 0 and
         variance 1 − eps for its own normalisation.
         """
+        if isinstance(layer, Block):
+            return layer.use_support_statistics(examples)
         if is_only_normalisation(layer):
-            return _SupportNorm(layer, examples)
+            return SupportNorm(layer, examples)
         like = next(self.module.parameters())
         mean, variance = like.new_zeros(layer.num_features), like.new_full((layer.num_features,), 1 - layer.eps)
         statistics = {"running_mean": mean, "running_var": variance}
-        return normalise_inputs(layer, statistics, partial(_normalise_by_first, examples=examples))
-
-
-class _SupportNorm(nn.Module):
-    """BatchNorm with the statistics of the first `examples` rows, which are the support set."""
-
-    def __init__(self, layer: Any, examples: int) -> None:
-        super().__init__()
-        self.weight, self.bias, self.eps, self.examples = layer.weight, layer.bias, layer.eps, examples
-
-    def forward(self, x: Tensor) -> Tensor:
-        normalised = _normalise_by_first(self, (x,), self.examples)
-        if self.weight is None:
-            return normalised
-        shape = (1, -1, *[1] * (x.dim() - 2))
-        return normalised * self.weight.view(shape) + self.bias.view(shape)
-
-
-def _normalise_by_first(layer: Any, inputs: tuple[Tensor], examples: int) -> Tensor:
-    """Normalise a BatchNorm layer's inputs by the statistics of the first rows."""
-    (x,) = inputs
-    dims = [0, *range(2, x.dim())]
-    variance, mean = torch.var_mean(x[:examples], dims, correction=0, keepdim=True)
-    return (x - mean) * (variance + layer.eps).rsqrt()
+        return normalise_inputs(layer, statistics, partial(normalise_by_first, examples=examples))
 
 
 def _set_modes(module: nn.Module, names: Iterable[str], *, training: bool) -> None:

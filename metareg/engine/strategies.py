@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from typing import Literal
 
 import torch
 
 from metareg.engine.objective import TaskFunctions
 from metareg.printable import format_count
+from metareg.util.native import find_compiler
 
-__all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "find_compiler", "has_convolutions"]
+__all__ = ["ONE_BY_ONE", "Strategy", "choose_strategy", "has_convolutions"]
 
 Strategy = Literal["serial", "traced", "vectorized", "compiled"]
 ONE_BY_ONE = ("serial", "traced")
@@ -56,9 +55,3 @@ def choose_strategy(
 def has_convolutions(functions: TaskFunctions) -> bool:
     """Return whether the model has weights of two-dimensional convolutions."""
     return any(parameter.dim() >= 4 for parameter in functions.model.module.parameters())
-
-
-def find_compiler() -> str | None:
-    """Return the C++ compiler that torch.compile would use on a CPU; None if there is none."""
-    candidates = (os.environ.get("CXX"), "g++", "clang++", "c++", "cl")
-    return next((path for name in candidates if name and (path := shutil.which(name))), None)

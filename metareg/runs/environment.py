@@ -24,6 +24,7 @@ from metareg.runs.config import RunConfig
 from metareg.runs.folder import ENVIRONMENT
 from metareg.runs.options import update_option_names
 from metareg.util.files import read_json, refuse_malformed, write_json
+from metareg.util.native import find_compiler
 from metareg.util.seeding import create_generator, use_seed
 from metareg.util.torch_internals import tree_leaves
 
@@ -41,7 +42,7 @@ _LIBRARIES = ("numpy", "pluggy", "pydantic", "safetensors", "torchvision", "timm
 
 
 def describe_machine() -> dict[str, Any]:
-    """Return versions and hardware."""
+    """Return versions and hardware, and the C++ compiler, without which image models run other kernels."""
     return {
         "metareg": __version__,
         "contract": CONTRACT_VERSION,
@@ -52,6 +53,7 @@ def describe_machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "torch_threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
+        "compiler": find_compiler(),
         "gpus": [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())],
         "libraries": {name: version for name in _LIBRARIES if (version := find_version(name))},
     }

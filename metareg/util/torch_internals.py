@@ -5,19 +5,15 @@ Any version of torch can rename or remove them. All other modules import them fr
 
 from __future__ import annotations
 
-import atexit
 import copy
 import importlib
 import inspect
 import operator
 import os
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,12 +22,13 @@ from torch.overrides import TorchFunctionMode
 
 from metareg.errors import MetaregError
 from metareg.util.imports import pause_collector
+from metareg.util.native import create_cache_folder
 
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode",
-    "compile_graph", "copy_shell", "count_writes", "create_loop", "import_compiler", "list_attributes", "list_places",
-    "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten",
-    "unwrap_compiled", "writes_in_place",
+    "compile_graph", "copy_shell", "count_writes", "create_loop", "has_hooks", "import_compiler", "list_attributes",
+    "list_places", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map",
+    "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -193,17 +190,8 @@ def _choose_cache() -> None:
     Files in the cache are loaded as code. The compiler's default is a folder in /tmp with a predictable name, which
     anyone can create first.
     """
-    if _CACHE_VARIABLE in os.environ:
-        return
-    import platformdirs
-
-    folder = Path(platformdirs.user_cache_dir("metareg", appauthor=False), "inductor")
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # the home folder is read-only, so nothing is cached across processes
-        folder = Path(tempfile.mkdtemp(prefix="metareg-inductor-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    os.environ[_CACHE_VARIABLE] = str(folder)
+    if _CACHE_VARIABLE not in os.environ:
+        os.environ[_CACHE_VARIABLE] = str(create_cache_folder("inductor"))
 
 
 @contextmanager
@@ -287,6 +275,11 @@ def count_writes(value: Tensor) -> int:
 def list_places(module: nn.Module) -> Mapping[str, nn.Module | None]:
     """Return a module's submodules by attribute; unlike public listings, it repeats a layer that is used twice."""
     return module._modules
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether calling a module runs more than its forward pass."""
+    return any(value for name, value in vars(module).items() if name.startswith("_") and name.endswith("_hooks"))
 
 
 def copy_shell(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:

@@ -14,7 +14,7 @@ from torch.optim import SGD, Adam, AdamW, Optimizer, RAdam, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, SequentialLR, StepLR
 
 from metareg import Episodes, MetaLearner, UsageError, hookimpl
-from metareg.engine.strategies import find_compiler
+from metareg.util.native import find_compiler
 from reference import NETS, difference, meta_gradient
 from samples import MLP, episodes, tasks_of
 

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from metareg.engine.strategies import find_compiler
 from metareg.errors import MetaregError
 from metareg.registry.plugins import Entry, list_entries, resolve
 from metareg.testing import NOT_APPLICABLE, Check, Combination, checks, combinations
+from metareg.util.native import find_compiler
 
 # The parity tests compare the strategies for the shipped plugins, the matrix for all plugins.
 _SLOW = pytest.mark.slow

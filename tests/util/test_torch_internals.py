@@ -22,8 +22,8 @@ from torch.fx.experimental import proxy_tensor
 from torch.utils import _python_dispatch, _pytree
 
 from metareg import MetaregError, UsageError
-from metareg.engine.strategies import find_compiler
 from metareg.util import tensorfile, torch_internals
+from metareg.util.native import find_compiler
 
 ROOT = Path(__file__).parents[2]
 FILES = [

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner, TaskSpec
-from metareg.engine.strategies import find_compiler
+from metareg.util.native import find_compiler
 from metareg.util.seeding import create_generator
 from metareg_dropgrad import DropGrad
 from metareg_graph import CSBM, GCN, SGC, Cora, GraphSAGE
