@@ -10,9 +10,11 @@ import importlib
 import inspect
 import operator
 import os
+import pkgutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -178,7 +180,7 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.clear()
     try:
-        with _use_size_environment(), _configure_compiler(inputs):
+        with _use_size_environment(), _configure_compiler(inputs), _skip_checks(graph):
             return compiler(graph, list(inputs))
     except Exception:  # the caches can be damaged, or the compiler too old for the processor
         return compiler(graph, list(inputs))
@@ -213,8 +215,7 @@ def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
     """Configure the compiler, for a block, to make programs on small tensors fast, and to compile them quickly.
 
     On a CPU, one C++ function calls all kernels. Python calls between them would take a third of a small step, and
-    compiling all kernels together takes half the time of compiling each by itself. The processor's report of its vector
-    instructions is trusted; otherwise, the compiler would test each of them with a program.
+    compiling all kernels together takes half the time of compiling each by itself.
     """
     config = _find("torch._inductor.config")
     options = {
@@ -230,27 +231,82 @@ def _configure_compiler(inputs: Sequence[Tensor]) -> Iterator[None]:
         "unsafe_marked_cacheable_functions": {"torch.ops.higher_order.while_loop": "its graphs"},
     }
     known = {name: value for name, value in options.items() if name in config.get_config_copy()}
-    with config.patch(known), _trust_processor():
+    with config.patch(known):
         yield
 
 
 @contextmanager
-def _trust_processor() -> Iterator[None]:
-    """Skip, for a block, the new Python process in which the compiler loads a test library for each vector instruction set.
+def _skip_checks(graph: torch.fx.GraphModule) -> Iterator[None]:
+    """Skip, for a block, work of the compiler that leaves the program as it is and takes a third of its time."""
+    parts = [part for part in graph.children() if isinstance(part, torch.fx.GraphModule)]
+    with ExitStack() as replacements:
+        if os.name == "posix":
+            # The compiler would build a test library for each set of vector instructions, and load it in a new process.
+            replacements.enter_context(
+                _replace("torch._inductor.cpu_vec_isa:VecISA", "check_build", lambda _: _accepts_instructions)
+            )
+        if all(map(_returns_new_tensors, parts)):
+            # The compiler would trace the parts of a loop twice more, to see whether they share or change tensors.
+            replacements.enter_context(
+                _replace("torch._higher_order_ops.while_loop", "_check_alias_and_mutation", lambda _: lambda *_: None)
+            )
+        replacements.enter_context(
+            _replace("torch._inductor.sizevars", "simplify_index_in_vec_range", _simplify_no_polynomials)
+        )
+        yield
 
-    It starts them in every process, whatever is cached. The test libraries are still built, once, which shows whether the
-    C++ compiler knows the instructions; that the processor has them is what it reports.
-    """
-    owner: Any = _find("torch._inductor.cpu_vec_isa.VecISA", default=object)
-    probe = vars(owner).get("_probe_load")
-    if probe is None:
+
+@contextmanager
+def _replace(owner: str, name: str, convert: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace, for a block, an attribute of a module or class; leave it if this torch does not have it."""
+    try:
+        target = pkgutil.resolve_name(owner)
+        original = vars(target)[name]
+    except (ImportError, AttributeError, KeyError):
         yield
         return
-    owner._probe_load = lambda *_: True
+    setattr(target, name, convert(original))
     try:
         yield
     finally:
-        owner._probe_load = probe
+        setattr(target, name, original)
+
+
+def _accepts_instructions(instructions: Any, _: str) -> bool:
+    """Return whether the C++ compiler knows some vector instructions; that the processor has them is what it reports."""
+    compiler = _find("torch._inductor.cpp_builder.get_cpp_compiler")()
+    command = [compiler, *instructions.build_arch_flags().split(), "-fsyntax-only", "-xc++", "-"]
+    return subprocess.run(command, input=b"", capture_output=True, check=False).returncode == 0
+
+
+def _returns_new_tensors(graph: torch.fx.GraphModule) -> bool:
+    """Return whether a graph changes no tensor and returns only tensors that share no memory with any other."""
+    (output,) = graph.graph.find_nodes(op="output")
+    results = tree_leaves(output.args)
+    return (
+        len(set(results)) == len(results)
+        and not any(writes_in_place(node.target) for node in graph.graph.nodes)
+        and all(isinstance(node.target, _OPERATION) and not _returns_view(node.target) for node in results)
+    )
+
+
+def _returns_view(operation: Any) -> bool:
+    """Return whether a result of an operation shares memory with an argument; True if torch cannot tell."""
+    schema = getattr(operation, "_schema", None)
+    return schema is None or any(result.alias_info is not None for result in schema.returns)
+
+
+def _simplify_no_polynomials(simplify: Callable[..., Any]) -> Callable[..., Any]:
+    """Convert the function that simplifies indices, whose differences the compiler simplifies again.
+
+    It rewrites divisions. On a polynomial, it would only call `sympy.simplify`, which takes milliseconds.
+    """
+
+    def simplify_others(index: Any, *arguments: Any) -> Any:
+        is_polynomial = getattr(index, "is_polynomial", None)
+        return index if is_polynomial is not None and is_polynomial() else simplify(index, *arguments)
+
+    return simplify_others
 
 
 def list_attributes(module: nn.Module) -> tuple[dict[str, Any], ...]:

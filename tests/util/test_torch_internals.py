@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -165,6 +166,72 @@ def test_compiling_without_the_private_compiler(monkeypatch: pytest.MonkeyPatch)
         expected = torch_internals.compile_graph(graph, INPUTS)(*INPUTS)
         monkeypatch.delattr(torch._inductor, "compile")
         assert_equal(torch_internals.compile_graph(graph, INPUTS)(*INPUTS), expected)
+
+
+def make_loop(body: Any) -> torch.fx.GraphModule:
+    goes_on, turn = (torch_internals.trace(each, INPUTS) for each in (lambda x, y: x.sum() < 3, body))
+    return torch_internals.create_loop(goes_on, turn, len(INPUTS))
+
+
+def write(x: torch.Tensor, y: torch.Tensor) -> list[torch.Tensor]:
+    x.add_(1)
+    return [x + 1, y * 2]
+
+
+@pytest.mark.parametrize(
+    ("body", "is_skipped"),
+    [
+        (lambda x, y: [x + 1, y * 2], True),
+        (lambda x, y: [x + 1, y], False),
+        (lambda x, y: [x + 1, y.view(-1)], False),
+        (lambda x, y: [x + 1, y.split(1)[0]], False),
+        (lambda x, y: [x + 1] * 2, False),
+        (write, False),
+    ],
+)
+def test_loops_are_not_searched_for_shared_tensors_if_all_are_new(body: Any, is_skipped: bool) -> None:
+    while_loop = importlib.import_module(
+        "torch._higher_order_ops.while_loop"
+    )  # the package has a function of this name
+    check = while_loop._check_alias_and_mutation
+    with torch_internals._skip_checks(make_loop(body)):
+        assert (while_loop._check_alias_and_mutation is not check) == is_skipped
+    assert while_loop._check_alias_and_mutation is check
+
+
+@pytest.mark.skipif(os.name != "posix" or find_compiler() is None, reason="needs a C++ compiler")
+def test_vector_instructions_are_those_that_the_compiler_knows() -> None:
+    from torch._inductor import cpu_vec_isa
+
+    build = cpu_vec_isa.VecISA.check_build
+    graph = torch_internals.trace(function, INPUTS)
+    with torch_internals._skip_checks(graph):
+        for flags, known in (("", True), ("-fPIC -O1", True), ("-mno-such-instructions", False)):
+            instructions: Any = SimpleNamespace(build_arch_flags=lambda flags=flags: flags)
+            assert cpu_vec_isa.VecISA.check_build(instructions, "") is known
+    assert cpu_vec_isa.VecISA.check_build is build
+
+
+def test_strides_are_those_of_simplified_indices() -> None:
+    import sympy
+    from torch._inductor import sizevars
+    from torch.utils._sympy.functions import FloorDiv, ModularIndexing
+
+    x, y, size = sympy.symbols("x y size", integer=True, nonnegative=True)
+    indices = [
+        sympy.Integer(3), x, 40 * x + y, size * (x + 2 * y) - x, (x + 1) * (size - 1), FloorDiv(x, 16) + y,
+        ModularIndexing(x, 1, 32) + 3 * x, FloorDiv(x, 5),
+    ]  # fmt: skip
+
+    def find_strides() -> list[Any]:
+        sizevars.stride_at_vec_range.cache_clear()
+        return [sizevars.stride_at_vec_range(index, x, 16) for index in indices]
+
+    expected = find_strides()
+    with torch_internals._skip_checks(torch_internals.trace(function, INPUTS)):
+        assert find_strides() == expected
+        assert sizevars.simplify_index_in_vec_range(x >= y, x, 16) == (x >= y)
+    sizevars.stride_at_vec_range.cache_clear()
 
 
 def test_programs_are_kept_where_only_the_user_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
