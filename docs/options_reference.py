@@ -102,6 +102,7 @@ def _describe_option(name: str, field: Any) -> list[str]:
     default = field.get_default(call_default_factory=True)
     if isinstance(default, PluginSpec):
         default = default.name
+    default = str(default).lower() if isinstance(default, bool) else default
     text = "required" if field.is_required() else "" if default is None else f"`{default}`"
     return [f"`{name}`", text, field.description or "", describe_type(field)]
 

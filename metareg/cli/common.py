@@ -83,10 +83,12 @@ Data = Annotated[
     Path | None,
     path_option("--data", metavar="DIR", help="Folder of the task's data (default: the variable METAREG_DATA)."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; by default, a GPU if there is one.")]
-Ways = Annotated[int | None, typer.Option(help="Classes per task.")]
-Shots = Annotated[int | None, typer.Option(help="Support examples per class, or per regression task.")]
-Query = Annotated[int | None, typer.Option(help="Query examples per class, or per regression task.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda, cuda:1; by default, a GPU if there is one.")
+]
+Ways = Annotated[int | None, typer.Option(metavar="N", help="Classes per task.")]
+Shots = Annotated[int | None, typer.Option(metavar="N", help="Support examples per class, or per regression task.")]
+Query = Annotated[int | None, typer.Option(metavar="N", help="Query examples per class, or per regression task.")]
 BatchNormStatistics = Annotated[
     str,
     typer.Option(
@@ -95,7 +97,7 @@ BatchNormStatistics = Annotated[
         "transductive: it uses those of the current batch.",
     ),
 ]
-InnerSteps = Annotated[int | None, typer.Option(help="Inner steps (default: as in training).")]
+InnerSteps = Annotated[int | None, typer.Option(metavar="N", help="Inner steps (default: as in training).")]
 NoPlugin = Annotated[
     list[str] | None,
     typer.Option(

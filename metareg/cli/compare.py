@@ -89,7 +89,7 @@ def compare(
         ),
     ] = None,
     jobs: _Jobs = None,
-    launcher: Annotated[str, typer.Option(help="local, or ray for a Ray cluster.")] = "local",
+    launcher: Annotated[str, typer.Option(metavar="NAME", help="local, or ray for a Ray cluster.")] = "local",
     ray_address: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="The Ray cluster, or 'auto' for this machine's (default: start one)."),
@@ -185,9 +185,14 @@ def report(
         ),
     ] = None,
     layout: Annotated[
-        str, typer.Option(help="page, or paper: one table of methods and tasks, the best in bold (latex, markdown).")
+        str,
+        typer.Option(
+            metavar="NAME", help="page, or paper: one table of methods and tasks, the best in bold (latex, markdown)."
+        ),
     ] = "page",
-    over: Annotated[str, typer.Option(help="For paper: intervals over seeds, or over test tasks.")] = "seeds",
+    over: Annotated[
+        str, typer.Option(metavar="NAME", help="For paper: intervals over seeds, or over test tasks.")
+    ] = "seeds",
     archive: Annotated[
         Path | None,
         path_option(

@@ -45,6 +45,14 @@ class Command(TyperCommand):
         with redirect_stdout(sys.stderr):
             return super().invoke(ctx)
 
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Return the parameters; typer's help would say that a flag takes a bool."""
+        params = super().get_params(ctx)
+        for param in params:
+            if getattr(param, "is_flag", False):
+                param.metavar = ""
+        return params
+
 
 class RunCommand(Command):
     """A command whose function is decorated with `takes_run_options`.
@@ -120,6 +128,8 @@ def _create_parameter(name: str) -> inspect.Parameter:
         kind = list[str] if get_origin(kind) is list else str
         option = partial(option, metavar="NAME", autocompletion=complete_names(PLUGIN_FIELDS[name]))
         default = default.name if isinstance(default, PluginSpec) else None
+    elif kind is not bool:
+        option = partial(option, metavar="N" if kind is int else "NAME")
     text += "." if default is None or default is False else f" ({default})."
     if kind == list[str]:
         text += " Repeatable, takes commas."

@@ -204,7 +204,7 @@ def export(
 
 def analyse(
     paths: Annotated[list[Path], typer.Argument(help="Folders of runs.", metavar="RUN …", show_default=False)],
-    tasks: Annotated[int, typer.Option(help="Tasks of each split.")] = 100,
+    tasks: Annotated[int, typer.Option(metavar="N", help="Tasks of each split.")] = 100,
     inner_steps: InnerSteps = None,
     data: Data = None,
     device: Device = None,
@@ -280,8 +280,8 @@ def predict(
 
 def evaluate(
     path: RunFolder,
-    tasks: Annotated[int, typer.Option(help="Test tasks.")] = 600,
-    inner_steps: Annotated[str, typer.Option(help="Numbers of inner steps, separated by commas.")] = "0,1,5,10",
+    tasks: Annotated[int, typer.Option(metavar="N", help="Test tasks.")] = 600,
+    inner_steps: Annotated[str, typer.Option(metavar="N,N,…", help="Numbers of inner steps.")] = "0,1,5,10",
     task: Annotated[
         str | None,
         plugin_option("tasks", metavar="NAME", help="Test on another task, with the run's ways, shots and sizes."),

@@ -6,6 +6,7 @@ import importlib.metadata
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -96,6 +97,9 @@ def test_the_same_flags_mean_the_same_in_every_command(metareg: Command) -> None
     for flag in ("--ways", "--shots", "--query", "--data"):
         assert all(f"{flag} " in shown[command] for command in ("train", "compare", "eval")), flag
     assert all("--device " in each for each in shown.values())
+    assert not [
+        line for each in shown.values() for line in each.splitlines() if re.search(r"--[\w-]+ +(-\w +)?<", line)
+    ]
     own = {"algo", "augment", "task", "seed", "observers"}
     for name, flag in RunConfig.list_flags().items():
         assert name in own or f"{flag} " in shown["compare"], flag
