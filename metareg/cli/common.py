@@ -24,6 +24,7 @@ __all__ = [
     "Query",
     "RunFolder",
     "Shots",
+    "Target",
     "Ways",
     "collect_given",
     "combine",
@@ -89,6 +90,7 @@ Device = Annotated[
 Ways = Annotated[int | None, typer.Option(metavar="N", help="Classes per task.")]
 Shots = Annotated[int | None, typer.Option(metavar="N", help="Support examples per class, or per regression task.")]
 Query = Annotated[int | None, typer.Option(metavar="N", help="Query examples per class, or per regression task.")]
+Target = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column to predict, for tasks on tables.")]
 BatchNormStatistics = Annotated[
     str,
     typer.Option(

@@ -15,6 +15,7 @@ from metareg.cli.common import (
     NoPlugin,
     Query,
     Shots,
+    Target,
     Ways,
     collect_given,
     combine,
@@ -58,6 +59,8 @@ def compare(
     ways: Ways = None,
     shots: Shots = None,
     query: Query = None,
+    data: Data = None,
+    target: Target = None,
     assignments: Annotated[
         list[str] | None,
         set_option(
@@ -98,7 +101,6 @@ def compare(
         bool,
         typer.Option("--baselines", help="Also evaluate simpler baselines on each task; one training for each seed."),
     ] = False,
-    data: Data = None,
     _no_plugin: NoPlugin = None,
     **options: Any,
 ) -> None:
@@ -119,7 +121,7 @@ def compare(
     given, space = split_assignments(assignments or [])
     for key in given.keys() & inspect.signature(carry_out).parameters.keys():
         raise UsageError(f"--set cannot set '{key}'; see `metareg compare --help` for its flag.")
-    of_task = collect_given(ways=ways, shots=shots, query=query)
+    of_task = collect_given(ways=ways, shots=shots, query=query, target=target)
     options = combine(given, options | {f"task.{name}": value for name, value in of_task.items()})
     searched = dict.fromkeys(key.strip() for key in (search_over or "").split(",") if key.strip())
     with ComparisonProgress(stderr) as progress:

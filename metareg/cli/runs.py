@@ -21,6 +21,7 @@ from metareg.cli.common import (
     Query,
     RunFolder,
     Shots,
+    Target,
     Ways,
     collect_given,
     combine,
@@ -50,9 +51,7 @@ def train(
     shots: Shots = None,
     query: Query = None,
     data: Data = None,
-    target: Annotated[
-        str | None, typer.Option(metavar="COLUMN", help="The column to predict, for tasks on tables.")
-    ] = None,
+    target: Target = None,
     assignments: Annotated[
         list[str] | None, set_option("Any other option of the run or its plugins. Repeatable.")
     ] = None,
@@ -290,6 +289,7 @@ def evaluate(
     shots: Shots = None,
     query: Query = None,
     data: Data = None,
+    target: Target = None,
     assignments: Annotated[list[str] | None, set_option("An option of the task. Repeatable.")] = None,
     device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print means and intervals as JSON.")] = False,
@@ -305,7 +305,7 @@ def evaluate(
     if baselines:
         from metareg.runs.run import Run
 
-        if task is not None or assignments or any(given is not None for given in (ways, shots, query)):
+        if task is not None or assignments or any(given is not None for given in (ways, shots, query, target)):
             raise UsageError("--baselines are for the run's own test tasks; leave out the options of other tasks.")
         run = Run.load(path, device=device)
         if data is not None:
@@ -322,8 +322,8 @@ def evaluate(
     from metareg.runs.options import parse_assignments
     from metareg.runs.run import Run
 
-    options = parse_assignments(assignments or [])
-    options |= collect_given(ways=ways, shots=shots, query=query, data=None if data is None else str(data))
+    given = collect_given(ways=ways, shots=shots, query=query, target=target, data=None if data is None else str(data))
+    options = combine(parse_assignments(assignments or []), given)
     with stderr.status("Testing …"):
         run = Run.load(path, device=device)
         evaluation, one_by_one = run.evaluate_one_by_one(tasks, numbers, task, options)

@@ -94,7 +94,7 @@ def test_the_same_flags_mean_the_same_in_every_command(metareg: Command) -> None
     shown = {
         command: metareg(command, "--help").output for command in ("train", "compare", "eval", "analyse", "predict")
     }
-    for flag in ("--ways", "--shots", "--query", "--data"):
+    for flag in ("--ways", "--shots", "--query", "--data", "--target"):
         assert all(f"{flag} " in shown[command] for command in ("train", "compare", "eval")), flag
     assert all("--device " in each for each in shown.values())
     assert not [
@@ -104,6 +104,13 @@ def test_the_same_flags_mean_the_same_in_every_command(metareg: Command) -> None
     for name, flag in RunConfig.list_flags().items():
         assert name in own or f"{flag} " in shown["compare"], flag
     assert "write '--seeds'" in metareg("compare", "--seed", "3").errors
+
+
+def test_baselines_are_for_a_runs_own_tasks(metareg: Command) -> None:
+    for given in (("--ways", "3"), ("--task", "cub"), ("--set", "size=20"), ("--target", "y")):
+        outcome = metareg("eval", "RUN", "--baselines", *given)
+        assert outcome.code == 2
+        assert "run's own test tasks" in outcome.errors
 
 
 def test_resume_takes_what_may_change(metareg: Command) -> None:
