@@ -44,8 +44,12 @@ class Stored:
         return len(self.parts[0]) // self.batch
 
     def episodes(self, indices: Sequence[int]) -> Episodes:
-        first = indices[0] % len(self.parts[0])
-        return Episodes(*(part[first : first + len(indices)] for part in self.parts))
+        count = len(self.parts[0])
+        first = indices[0] % count
+        chosen = slice(first, first + len(indices))
+        if chosen.stop > count:  # the repetition begins among them
+            return Episodes(*(part[[index % count for index in indices]] for part in self.parts))
+        return Episodes(*(part[chosen] for part in self.parts))
 
     def for_jax(self) -> Any:
         """Return the same batches as arrays ``[steps, tasks, …]``."""
