@@ -47,10 +47,13 @@ def replace_file(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which replaces `path` when the block ends without an error.
 
     Raises:
+        UsageError: it is a pipe or a device, such as /dev/null, which root could replace by a file.
         MetaregError: it cannot be written; `path` is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise UsageError(f"{path} is a pipe or a device; name a file.")
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.unlink(missing_ok=True)
         # O_EXCL: create a new file, and never follow a link with this name.
