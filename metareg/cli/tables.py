@@ -67,7 +67,9 @@ def print_comparison(comparison: Comparison, console: Console) -> None:
     if any(run.finished for run in comparison.plan.list_runs()):
         analysis = analyze_comparison(folder)
         for task in analysis.tasks:
-            console.print(_create_short_table(build_overview(analysis, task), console.width))
+            overview = build_overview(analysis, task)
+            console.print(_create_short_table(overview, console.width))
+            console.print(escape(overview.note), style="table.caption")
             console.print()
         rows.append(("page", write_report(folder, "html")))
     for label, value in rows:
@@ -85,7 +87,7 @@ def _create_short_table(content: ReportTable, width: int) -> Table:
     taken = sum(max(map(len, cells)) + len("  ") for cells in wholes)
     # If the cells are too wide, put the part in brackets on a second line.
     separator = " (" if taken + _LEAST_VERDICT <= width else "\n("
-    table = _create_table(title=content.title, title_justify="left", caption=content.note, caption_justify="left")
+    table = _create_table(title=content.title, title_justify="left")
     last = len(content.columns) - 1
     for number, column in enumerate(content.columns):
         justify: Literal["left", "right"] = "left" if content.is_text(number) else "right"

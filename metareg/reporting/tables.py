@@ -162,17 +162,18 @@ def build_overview(report: Report, task: TaskResults) -> Table:
     rows = []
     for each in task.arms:
         pair = pairs.get(each.arm)
-        words = [""] * 3
+        words = [""] * 3 if pairs else []
         if pair is not None:
             interval = scale.format_interval(pair.difference.over_tasks if of_tasks else pair.difference.over_seeds)
             words = [interval, format_p_value(pair.corrected), describe_verdict(pair)]
         mean = _format_mean(each, scale, headline, of_tasks=of_tasks)
         rows.append([each.arm.algorithm, each.arm.setting, mean, *words])
     heading = f"{scale.heading} ({format_count(headline, 'step')})"
-    columns = ["algorithm", report.setting_heading, heading, f"minus {report.baseline}", "p (Holm)", "verdict"]
+    columns = ["algorithm", report.setting_heading, heading]
+    columns += [f"minus {report.baseline}", "p (Holm)", "verdict"] if pairs else []
     note = f"± and intervals are 95 % over {'tasks (one seed)' if of_tasks else 'seeds'}; {scale.direction}."
     note += "".join(f" The {name} is {value}." for name, value in report.constant_columns.items() if value != NO_PLUGIN)
-    return Table(task.label, columns, rows, note, texts=(5,)).without(report.constant_columns)
+    return Table(task.label, columns, rows, note, texts=(5,) if pairs else ()).without(report.constant_columns)
 
 
 def build_ranking(report: Report, task: TaskResults) -> Table | None:
