@@ -20,7 +20,8 @@ __all__ = ["create_cache_folder", "find_compiler", "load_library"]
 
 log = logging.getLogger("metareg")
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
+_PROCESSOR = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+_FLAGS = ("-std=c++17", "-O3", _PROCESSOR, "-shared", "-fPIC", "-pthread", "-Wno-psabi")
 _SECONDS = 120
 _LOCK = RLock()
 
