@@ -110,12 +110,8 @@ class Backbone(ABC):
         Raises:
             UsageError: there is no such file, or it contains no weights for this architecture.
         """
-        if not path.is_file():
-            raise UsageError(
-                f"There are no weights at {path}, and metareg does not download them. For {self.library}'s, run python "
-                f'-c "{self.describe_download()}", then --set weights=hub.'
-            )
-        weights = {name: value for name, value in _read(path).items() if not name.startswith(f"{head}.")}
+        weights = _read(path, f'For {self.library}\'s, run python -c "{self.describe_download()}"')
+        weights = {name: value for name, value in weights.items() if not name.startswith(f"{head}.")}
         own = backbone.state_dict()
         problems = [
             f"'{name}' is missing" for name in own if name not in weights and not name.endswith("num_batches_tracked")
@@ -140,8 +136,17 @@ def _remove_randomness(model: nn.Module) -> None:
                 setattr(layer, name, off)
 
 
-def _read(path: Path) -> Mapping[str, Tensor]:
-    """Read the tensors of a file by name, without executing anything."""
+def _read(path: Path, advice: str) -> Mapping[str, Tensor]:
+    """Read the tensors of a file by name, without executing anything.
+
+    Args:
+        path: the file.
+        advice: how to get the library's own weights, if there is no file.
+    """
+    if not path.is_file():
+        raise UsageError(
+            f"There are no weights at {path}, and metareg does not download them. {advice}, then --set weights=hub."
+        )
     try:
         if path.suffix == ".safetensors":
             return load_file(path)

@@ -248,7 +248,7 @@ _TABLE = "x,y,kind\n" + "".join(f"{k}.5,{k},{'ab'[k % 2]}\n" for k in range(4))
 
 
 def _read_weights(path: Path) -> object:
-    return backbones._read(path)
+    return backbones._read(path, "Download them")
 
 
 def _read_comparison(path: Path) -> object:
