@@ -33,41 +33,20 @@ def fuse_blocks(module: nn.Module) -> nn.Module:
     """Return a copy in which BatchNorm also computes the layers after it; the copy shares parameters.
 
     This applies to layers that an `nn.Sequential` runs one after the other: BatchNorm of images with a cheap second
-    derivative; then `nn.MaxPool2d(2)`, `nn.ReLU` or `nn.LeakyReLU`, or a pooling and an activation in any order. The bias
-    of an `nn.Conv2d` before it gets no gradient. Layers with hooks and users' subclasses stay as they are.
+    derivative; then `nn.MaxPool2d(2)`, `nn.ReLU` or `nn.LeakyReLU`, or a pooling and an activation in any order. Layers
+    with hooks and users' subclasses stay as they are.
     """
     layers = _list_layers(module)
     replaced: dict[str, nn.Module] = {}
     for number, (place, layer) in enumerate(layers):
         if type(layer) is not CheapBatchNorm2d or has_hooks(layer):
             continue
-        before, convolution = layers[number - 1] if number else ("", None)
-        if _has_bias(convolution):
-            replaced[before] = _ShiftedConv2d.create(convolution)
         after = layers[number + 1 : number + 3]
         after = after[: _count_included([each for _, each in after])]
         if after:
             replaced[place] = Block.create(layer, [each for _, each in after])
             replaced |= {other: nn.Identity() for other, _ in after}
     return _replace_places(module, replaced)
-
-
-class _ShiftedConv2d(nn.Conv2d):
-    """A convolution before BatchNorm, which subtracts what the bias adds: the bias has no gradient.
-
-    Computed, the gradient would be the rounding of a sum over all pixels, and reading them takes 5 % of a step.
-    """
-
-    @classmethod
-    def create(cls, convolution: Any) -> _ShiftedConv2d:
-        """Create a layer that shares the parameters of another."""
-        shell: Any = copy.copy(convolution)
-        shell.__class__ = cls
-        return shell
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.detach()
-        return nn.functional.conv2d(x, self.weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
 
 class Block(CheapBatchNorm2d):
@@ -170,13 +149,6 @@ def _find_kind(layer: Any) -> str | None:
     options = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
     pairs = [each if isinstance(each, tuple) else (each, each) for each in options]
     return "pooling" if pairs == [(2, 2), (2, 2), (0, 0), (1, 1)] else None
-
-
-def _has_bias(layer: nn.Module | None) -> bool:
-    """Return whether a layer is a plain convolution with a bias."""
-    return (
-        type(layer) is nn.Conv2d and layer.bias is not None and layer.padding_mode == "zeros" and not has_hooks(layer)
-    )
 
 
 def _replace_places(module: nn.Module, replaced: Mapping[str, nn.Module]) -> nn.Module:

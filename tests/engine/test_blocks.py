@@ -207,27 +207,6 @@ def test_what_is_fused() -> None:
     assert not any(isinstance(each, blocks.Block) for each in model.modules())
 
 
-def test_a_bias_before_batch_norm_has_no_gradient_and_the_others_keep_theirs() -> None:
-    convolution = nn.Conv2d(2, 3, 3, padding=1, stride=2, dilation=2).double()
-    circular, subclass = copy.deepcopy(convolution), copy.deepcopy(convolution)
-    circular.padding_mode, subclass.__class__ = "circular", type("Own", (nn.Conv2d,), {})
-    x = channels_last(drawn(4, 2, 9, 9))
-    for layer in (convolution, circular, subclass):
-        plain = nn.Sequential(layer, norm(3), nn.Tanh())
-        fused, params = fuse_blocks(plain), dict(plain.named_parameters())
-        found, expected = (
-            grad(lambda params, each=each: functional_call(each, params, (x,)).square().sum())(params)
-            for each in (fused, plain)
-        )
-        bias = found.pop("0.bias")
-        assert bool(bias.any()) == (layer is not convolution)
-        assert expected.pop("0.bias").abs().max() < 1e-10
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name])
-    last = fuse_blocks(nn.Sequential(convolution, nn.ReLU(), norm(3)))
-    assert type(last[0]) is nn.Conv2d
-
-
 def test_without_a_compiler_and_in_other_cases_the_layers_run(monkeypatch: pytest.MonkeyPatch, used: list[str]) -> None:
     plain = nn.Sequential(norm(3), nn.MaxPool2d(2), nn.ReLU())
     fused, x = fuse_blocks(plain), arguments(3, 4, 4)[0]
