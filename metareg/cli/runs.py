@@ -157,14 +157,21 @@ def _parse_options(assignments: list[str] | None, flags: Mapping[str, str]) -> d
 def _load_learner(path: Path, device: str | None, data: Path | None) -> tuple[MetaLearner, Plugin]:
     """Load the learner of a run or file, and the task that reads examples, with its data in `data`."""
     from metareg.runs import exports
-    from metareg.runs.run import Run
 
     if path.is_file():
         return exports.load_learner(path, device, None if data is None else str(data))
+    run = _load_run(path, device, data)
+    return run.learner, run.source.plugin
+
+
+def _load_run(path: Path, device: str | None, data: Path | None) -> Run:
+    """Load a run, with its task's data in `data`."""
+    from metareg.runs.run import Run
+
     run = Run.load(path, device=device)
     if data is not None:
         run.read_data_from(data)
-    return run.learner, run.source.plugin
+    return run
 
 
 def export(
@@ -216,15 +223,11 @@ def analyse(
     from metareg.cli.progress import show_messages
     from metareg.cli.tables import create_analysis_tables
     from metareg.runs.analysis import analyse as carry_out
-    from metareg.runs.run import Run
 
     for path in map(expand_path, paths):
         assert path is not None
         with show_messages(stderr):
-            run = Run.load(path, device=device)
-            if data is not None:
-                run.read_data_from(data)
-            found = carry_out(run, tasks, inner_steps)
+            found = carry_out(_load_run(path, device, data), tasks, inner_steps)
         stdout.print(escape(str(path)), soft_wrap=True)
         for table in create_analysis_tables(found):
             stdout.print(table)
@@ -303,14 +306,9 @@ def evaluate(
     if with_scores and not as_json:
         raise UsageError("--scores goes with --json; the table shows means.")
     if baselines:
-        from metareg.runs.run import Run
-
         if task is not None or assignments or any(given is not None for given in (ways, shots, query, target)):
             raise UsageError("--baselines are for the run's own test tasks; leave out the options of other tasks.")
-        run = Run.load(path, device=device)
-        if data is not None:
-            run.read_data_from(data)
-        _show_baselines(run)
+        _show_baselines(_load_run(path, device, data))
         return
     try:
         numbers = [int(part) for part in inner_steps.split(",")]

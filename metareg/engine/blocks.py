@@ -17,7 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Function
 
-from metareg.engine.normalisation import CheapBatchNorm2d, SupportNorm, run_as_channels, sums_naively
+from metareg.engine.normalisation import (
+    CheapBatchNorm2d,
+    SupportNorm,
+    add_gradient_of_statistics,
+    broadcast,
+    count_per_channel,
+    run_as_channels,
+    sums_naively,
+)
 from metareg.util.native import load_library
 from metareg.util.torch_internals import copy_shell, has_hooks, list_places
 
@@ -193,10 +201,7 @@ class _Normalise(Function):
                 of_y, x, weight, bias, mean, rstd, ctx.window, ctx.slope
             )
         if of_mean is not None and of_rstd is not None:  # used only in second derivatives, and always together
-            n = _count_per_channel(x)
-            slope = of_rstd * rstd**3 / -n
-            shift = _broadcast(of_mean / n - slope * mean)
-            to_x = torch.addcmul(shift if to_x is None else to_x + shift, _broadcast(slope), x)
+            to_x = add_gradient_of_statistics(to_x, x, mean, rstd, of_mean, of_rstd)
         return to_x, to_weight, to_bias, None, None, None
 
     @staticmethod
@@ -251,7 +256,7 @@ class _NormaliseBackward(Function):
         """Return the gradients of Σ u · to_x + s · to_weight + t · to_bias."""
         g, x, weight, bias, mean, rstd, to_weight, to_bias = ctx.saved_tensors
         u, s, t = grads
-        n = _count_per_channel(x)
+        n = count_per_channel(x)
         layer, block = (weight, bias, mean, rstd), (ctx.window, ctx.slope)
         sum_ux, sum_u = _Sums.apply(u, x, *layer, 1, 1.0)
         scale = weight * rstd
@@ -353,22 +358,12 @@ class _Scatter(Function):
         block, zero, one = (ctx.window, ctx.slope), torch.zeros_like(factor), torch.ones_like(factor)
         (picked,) = _Gather.apply(h, x, *layer, one, zero, zero, *block)
         of_factor, of_constant, of_slant = (picked * g).sum([0, 2, 3]), h.sum([0, 2, 3]), (h * v).sum([0, 2, 3])
-        of_g, of_v = _broadcast(factor) * picked, _broadcast(slant) * h
+        of_g, of_v = broadcast(factor, x) * picked, broadcast(slant, x) * h
         return of_g, None, of_v, None, None, None, None, of_factor, of_constant, of_slant, None, None
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> Any:
         return run_as_channels(_Scatter, info.batch_size, in_dims, inputs)
-
-
-def _count_per_channel(x: Tensor) -> int:
-    """Count the numbers of a channel."""
-    return x.numel() // x.shape[1]
-
-
-def _broadcast(values: Tensor) -> Tensor:
-    """Reshape one value per channel to broadcast with images."""
-    return values.view(1, -1, 1, 1)
 
 
 # The operations below are opaque to tracing. Their kernels are in blocks.cpp.
@@ -387,7 +382,7 @@ def _allocate_block(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor,
 
 def _compute_backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *layer, window, slope = arguments
-    outputs = _create_maps(x, 1), torch.empty_like(layer[0]), torch.empty_like(layer[0])
+    outputs = _allocate_backward(g, x, *arguments)
     _run("backward", x, window, (slope,), _lay(g), _lay(x), *layer, *outputs)
     return outputs
 
@@ -398,7 +393,7 @@ def _allocate_backward(g: Tensor, x: Tensor, weight: Tensor, *arguments: Any) ->
 
 def _compute_sums(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     *layer, window, slope = arguments
-    sums = torch.empty_like(layer[0]), torch.empty_like(layer[0])
+    sums = _allocate_sums(g, x, *arguments)
     _run("sums", x, window, (slope,), _lay(g), _lay(x), *layer, *sums)
     return sums
 
@@ -409,7 +404,7 @@ def _allocate_sums(g: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tup
 
 def _compute_gather(v: Tensor, x: Tensor, *arguments: Any) -> Tensor:
     *vectors, window, slope = arguments
-    out = _create_maps(x, window)
+    out = _allocate_gather(v, x, *arguments)
     _run("gather", x, window, (slope,), _lay(v), _lay(x), *vectors, out)
     return out
 
@@ -420,7 +415,7 @@ def _allocate_gather(v: Tensor, x: Tensor, *arguments: Any) -> Tensor:  # noqa: 
 
 def _compute_scatter(g: Tensor, x: Tensor, v: Tensor, *arguments: Any) -> Tensor:
     *vectors, window, slope = arguments
-    out = _create_maps(x, 1)
+    out = _allocate_scatter(g, x, v, *arguments)
     _run("scatter", x, window, (slope,), _lay(g), _lay(x), _lay(v), *vectors, out)
     return out
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 __all__ = [
-    "CheapBatchNorm2d", "SupportNorm", "cheapen_second_derivative", "is_only_normalisation", "normalise_by_first",
-    "run_as_channels", "sums_naively",
+    "CheapBatchNorm2d", "SupportNorm", "add_gradient_of_statistics", "broadcast", "cheapen_second_derivative",
+    "count_per_channel", "is_only_normalisation", "normalise_by_first", "run_as_channels", "sums_naively",
 ]  # fmt: skip
 
 _ATEN = torch.ops.aten
@@ -42,7 +42,7 @@ class _CheapForward:
     """A forward pass for BatchNorm layers with a cheap second derivative."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if x.dim() < 2 or _count_per_channel(x) == 1:
+        if x.dim() < 2 or count_per_channel(x) == 1:
             nn.BatchNorm2d.forward(self, x)  # raises an explanatory error, for all three classes
         outputs: Tensor = _Normalise.apply(x, self.weight, self.bias, self.eps)[0]
         return outputs
@@ -82,7 +82,7 @@ class SupportNorm(nn.Module):
         normalised = normalise_by_first(self, (x,), self.examples)
         if weight is None or bias is None:
             return normalised
-        return normalised * _broadcast(weight, x) + _broadcast(bias, x)
+        return normalised * broadcast(weight, x) + broadcast(bias, x)
 
 
 def normalise_by_first(layer: Any, inputs: tuple[Tensor], examples: int) -> Tensor:
@@ -119,10 +119,7 @@ class _Normalise(Function):
         if of_y is not None:
             to_x, to_weight, to_bias = _NormaliseBackward.apply(of_y, x, weight, mean, rstd, ctx.eps)
         if of_mean is not None and of_rstd is not None:  # used only in second derivatives, and always together
-            n = _count_per_channel(x)
-            slope = of_rstd * rstd**3 / -n
-            shift = _broadcast(of_mean / n - slope * mean, x)
-            to_x = torch.addcmul(shift if to_x is None else to_x + shift, _broadcast(slope, x), x)
+            to_x = add_gradient_of_statistics(to_x, x, mean, rstd, of_mean, of_rstd)
         return to_x, to_weight, to_bias, None
 
     @staticmethod
@@ -158,16 +155,16 @@ class _NormaliseBackward(Function):
         """Return the gradients of Σ u · to_x + s · to_weight + t · to_bias."""
         g, x, weight, mean, rstd, to_weight, to_bias = ctx.saved_tensors
         u, s, t = grads
-        n = _count_per_channel(x)
+        n = count_per_channel(x)
         # to_x is linear in g and symmetric, so its transpose is the same function of u.
         like_x, sum_ux, sum_u = _NormaliseBackward.apply(u, x, weight, mean, rstd, ctx.eps)
-        of_g = torch.addcmul(like_x + _broadcast(t - s * rstd * mean, x), _broadcast(s * rstd, x), x)  # + s x̂ + t
+        of_g = torch.addcmul(like_x + broadcast(t - s * rstd * mean, x), broadcast(s * rstd, x), x)  # + s x̂ + t
         scale = weight * rstd
         sum_ug = (u * g).sum([0, *range(2, x.dim())])
         inner = sum_ug - (sum_u * to_bias + sum_ux * to_weight) / n
         # The gradient of x̂ is by_u · u + by_g · g.
         by_u, by_g = -scale * to_weight / n, s - scale * sum_ux / n
-        of_x = torch.addcmul(g * _broadcast(rstd * by_g, x), _broadcast(rstd * by_u, x), u)
+        of_x = torch.addcmul(g * broadcast(rstd * by_g, x), broadcast(rstd * by_u, x), u)
         of_mean = -rstd * (by_u * sum_u + by_g * to_bias)
         of_rstd = weight * inner + (by_u * sum_ux + by_g * to_weight) / rstd
         return of_g, of_x, rstd * inner, of_mean, of_rstd, None
@@ -202,12 +199,22 @@ def _match_layout(x: Tensor, g: Tensor) -> Tensor:
     return g
 
 
-def _count_per_channel(x: Tensor) -> int:
+def add_gradient_of_statistics(
+    to_x: Tensor | None, x: Tensor, mean: Tensor, rstd: Tensor, of_mean: Tensor, of_rstd: Tensor
+) -> Tensor:
+    """Add the gradient of x through its mean and rstd, whose own gradients are given, to another gradient of x."""
+    n = count_per_channel(x)
+    slope = of_rstd * rstd**3 / -n
+    shift = broadcast(of_mean / n - slope * mean, x)
+    return torch.addcmul(shift if to_x is None else to_x + shift, broadcast(slope, x), x)
+
+
+def count_per_channel(x: Tensor) -> int:
     """Count the numbers of a channel."""
     return x.numel() // x.shape[1]
 
 
-def _broadcast(values: Tensor, x: Tensor) -> Tensor:
+def broadcast(values: Tensor, x: Tensor) -> Tensor:
     """Reshape one value per channel to broadcast with x."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
