@@ -8,7 +8,7 @@ combination of plugins.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from itertools import accumulate
@@ -22,17 +22,17 @@ from metareg.contract.episodes import Episodes, stack_trees
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, TaskOptions, Tensors
-from metareg.engine.derivative import compute_meta_gradient
+from metareg.engine.derivative import compute_meta_gradient, differentiate_by_steps, recomputes
 from metareg.engine.objective import TaskFunctions
 from metareg.engine.shared_graphs import identify
 from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps, join
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
-from metareg.engine.tracing import Function, Program, advise_on_memory, summarise_error
+from metareg.engine.tracing import Function, Graphs, Program, advise_on_memory, summarise_error
 from metareg.errors import MetaregError
 from metareg.util.layout import make_contiguous, match_strides
-from metareg.util.torch_internals import tree_map
+from metareg.util.torch_internals import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["Engine", "Gradient"]
 
@@ -77,12 +77,16 @@ class Engine:
         """Functions with all stages."""
         self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
+        self._graphs = Graphs()
+        self._parts: dict[tuple[str, bool], tuple[Any, int]] = {}
+        """The structure of what each part of `_differentiate_by_steps` returns, and how many of its tensors are checked, by
+        its name and whether there are weights."""
         self._loop: StepLoop | None = None
         self._log_names: tuple[str, ...] = ()
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
-        return {**self.__dict__, "_programs": {}, "_loop": None}
+        return {**self.__dict__, "_programs": {}, "_graphs": Graphs(), "_parts": {}, "_loop": None}
 
     def gradient(
         self,
@@ -203,7 +207,8 @@ class Engine:
             # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
-            program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy, calls)
+            key = "scores", inner_steps, bn_statistics
+            program = self._find_program(key, score_stack, strategy, lambda: 1, calls)
             stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
@@ -286,13 +291,44 @@ class Engine:
                 task_noise = noise[0] if noise else {}
                 task = _unbatch(episodes.parts)
                 return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
-        program = self._find_program("gradient", self._map_gradient, strategy)
         # The weights change from step to step, so they are an input; otherwise, tracing would freeze them.
         extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
+        has_own = self.training.stages.implements("outer_gradient")
+        if recomputes(self.training) and not has_own and strategy != "compiled":
+            return self._differentiate_by_steps(meta, episodes, extra, strategy)
+        # Rounding can change a prediction, and so a metric by a whole example: only the gradients are checked.
+        program = self._find_program("gradient", self._map_gradient, strategy, lambda: len(meta))
         flat = program(meta, episodes, extra)
         count = len(meta)
         logs = dict(zip(self._log_names, flat[count + 1 :], strict=True))
         return Gradient(dict(zip(meta, flat, strict=False)), flat[count], logs)
+
+    def _differentiate_by_steps(
+        self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any], strategy: Strategy
+    ) -> Gradient:
+        """Compute the gradient in parts that are traced one by one, so that the steps of the inner loop share graphs."""
+
+        def call(name: str, part: Callable[..., Any], *trees: Any, has_logs: bool = False) -> Any:
+            key = name, "weights" in extra
+
+            def run_tasks(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+                def run_task(task: Task, noise: Mapping[str, Any], trees: Any) -> Any:
+                    return part(meta, (task, noise, extra.get("weights")), *trees)
+
+                given = tasks, extra.get("noise", {}), extra["trees"]
+                if len(tasks[1]) == 1:
+                    values = tree_map(lambda leaf: leaf[None], run_task(*_unbatch(given)))
+                else:
+                    values = vmap(run_task)(*given)
+                leaves, structure = tree_flatten(values)
+                self._parts[key] = structure, len(leaves) - (len(values[-1]) if has_logs else 0)
+                return leaves
+
+            program = self._find_program(key, run_tasks, strategy, lambda: self._parts[key][1])
+            leaves = program(meta, episodes, {**extra, "trees": trees})
+            return tree_unflatten(leaves, self._parts[key][0])
+
+        return self._describe_tasks(*differentiate_by_steps(self.training, call))
 
     def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
         """Return the gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
@@ -322,13 +358,26 @@ class Engine:
         grads, loss, logs = tree_map(lambda leaf: leaf.mean(0), (grads, losses, logs))
         return Gradient(grads, loss, logs | {"grad_norm": _norm(grads)})
 
-    def _find_program(self, key: Any, function: Function, strategy: Strategy, calls_before_tracing: int = 1) -> Program:
+    def _identify(self) -> Hashable | None:
+        """Describe what the functions of a task are traced from; None if that is impossible."""
+        functions = self.training
+        return identify(functions.model, functions.stages, functions.loss, functions.metric, functions.options)
+
+    def _find_program(
+        self,
+        key: Any,
+        function: Function,
+        strategy: Strategy,
+        count_checked: Callable[[], int],
+        calls_before_tracing: int = 1,
+    ) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
-            functions = self.training
-            identity = identify(functions.model, functions.stages, functions.loss, functions.metric, functions.options)
+            identity = self._identify()
             program = Program(
                 function,
+                count_checked,
+                self._graphs,
                 compiled=strategy == "compiled",
                 reads=self._reads,
                 calls_before_tracing=calls_before_tracing,

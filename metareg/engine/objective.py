@@ -153,15 +153,21 @@ class TaskFunctions:
         self._keeps_start = stages.find_asking("start") is not None
 
     def prepare(
-        self, meta: Tensors, task: Task, noise: Mapping[str, Any] | None = None, weights: Tensor | None = None
+        self,
+        meta: Tensors,
+        task: Task,
+        noise: Mapping[str, Any] | None = None,
+        weights: Tensor | None = None,
+        features: tuple[Tensor, ...] = (),
     ) -> TaskContext:
         """Compute everything that stays the same between inner steps; arguments as in `TaskContext`."""
         support_x, query_x = self.lower(task[0]), None if task[2] is None else self.lower(task[2])
-        features: tuple[Tensor, ...] = ()
-        if self.head_only and self.support_statistics:
-            features = self.model.body_of_query(self.lower(meta), support_x, query_x)
-        elif self.head_only:
-            features = (self.model.body(self.lower(meta), support_x),)
+        if self.head_only and not features:
+            full = self.lower(meta)
+            if self.support_statistics:
+                features = self.model.body_of_query(full, support_x, query_x)
+            else:
+                features = (self.model.body(full, support_x),)
         return TaskContext(meta, support_x, task[1], query_x, task[3], noise or {}, weights, features)
 
     def view(self, context: TaskContext, step: int) -> _TaskView:

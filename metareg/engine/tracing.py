@@ -33,7 +33,7 @@ from metareg.util.torch_internals import (
 )
 
 __all__ = [
-    "CompileError", "Program", "advise_on_memory", "create_graph", "lift_factors", "prepare_to_trace",
+    "CompileError", "Graphs", "Program", "advise_on_memory", "create_graph", "lift_factors", "prepare_to_trace",
     "remove_idle_operations", "summarise_error",
 ]  # fmt: skip
 
@@ -52,6 +52,24 @@ class CompileError(MetaregError):
     """torch.compile did not produce a program, usually because there is no C++ compiler."""
 
 
+class Graphs:
+    """The graphs of several programs: equal ones are kept once, and what applies to several programs is said once."""
+
+    def __init__(self) -> None:
+        self._by_code: dict[str, torch.fx.GraphModule] = {}
+        self._said: set[str] = set()
+
+    def find_equal(self, graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        """Return the first graph with the same operations; a graph with tensors, which its code does not show, is itself."""
+        return graph if graph.graph.find_nodes(op="get_attr") else self._by_code.setdefault(graph.code, graph)
+
+    def warn(self, message: str) -> None:
+        """Log a warning, unless it was logged before."""
+        if message not in self._said:
+            self._said.add(message)
+            log.warning("%s", message)
+
+
 class Program:
     """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
@@ -65,6 +83,8 @@ class Program:
 
     Args:
         function: its control flow depends only on shapes.
+        count_checked: returns how many of the function's first results a graph must reproduce; called after `function`.
+        graphs: the graphs of the programs that belong together.
         compiled: compile the graph with `torch.compile`.
         reads: functions, objects and modules of the user whose variables the function reads.
         calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
@@ -75,6 +95,8 @@ class Program:
     def __init__(
         self,
         function: Function,
+        count_checked: Callable[[], int],
+        graphs: Graphs,
         *,
         compiled: bool,
         reads: Sequence[Any] = (),
@@ -82,6 +104,8 @@ class Program:
         identity: Hashable | None = None,
     ) -> None:
         self._function = function
+        self._count_checked = count_checked
+        self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
         self._identity = identity
@@ -130,10 +154,9 @@ class Program:
         if changed is None:
             return
         if not self._changes:
-            log.warning(
-                "The value of '%s' has changed since the previous calls; the graph traced with the old value is "
-                "dropped. While it keeps changing, every call runs untraced, which is slower.",
-                changed,
+            self._together.warn(
+                f"The value of '{changed}' has changed since the previous calls; the graph traced with the old value is "
+                "dropped. While it keeps changing, every call runs untraced, which is slower."
             )
         self._changes += 1
         self._state = None
@@ -151,7 +174,8 @@ class Program:
         state = PythonState(*self._reads)
         values, expected = run(*meta.values(), *inputs), self._function(meta, *_unflatten(inputs, structure))
         if self._compiled:
-            is_same = compare(values[: len(meta)], expected[: len(meta)]) is None
+            checked = self._count_checked()
+            is_same = compare(values[:checked], expected[:checked]) is None
         else:
             is_same = all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
         if not is_same:
@@ -177,6 +201,7 @@ class Program:
         try:
             with prepare_to_trace():
                 graph = create_graph(flat, leaves)
+                graph = graph if self._compiled else self._together.find_equal(graph)
                 run = _compile(graph, leaves) if self._compiled else graph.forward
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
@@ -186,13 +211,13 @@ class Program:
                 raise CompileError(
                     f"torch.compile failed ({summarise_error(error)}); strategy='vectorized' needs no compiler."
                 ) from error
-            log.warning("Running untraced, which is slower: tracing failed (%s).", summarise_error(error))
+            self._together.warn(f"Running untraced, which is slower: tracing failed ({summarise_error(error)}).")
             self._graphs[key] = flat
             return flat(*leaves)
         values = run(*leaves) if values is None else values
         expected = flat(*leaves)
-        # Only the gradients: rounding can change a prediction, and so a metric by a whole example.
-        difference = compare(values[: len(names)], expected[: len(names)])
+        checked = self._count_checked()
+        difference = compare(values[:checked], expected[:checked])
         if difference is None:
             self._graphs[key] = run
             if self._identity is not None:
@@ -200,7 +225,7 @@ class Program:
             return values
         if self._compiled:
             raise CompileError(f"The compiled function computes other values: {difference}.")
-        log.warning("Running untraced, which is slower: the traced graph computes other values; %s.", difference)
+        self._together.warn(f"Running untraced, which is slower: the traced graph computes other values; {difference}.")
         self._graphs[key] = flat
         return expected
 

@@ -359,3 +359,23 @@ def test_an_output_layer_is_the_last_linear_one() -> None:
     model.head = torch.nn.Sequential(model.head, torch.nn.Tanh())
     with pytest.raises(UsageError, match="ends in one"):
         MetaLearner(model, Prototypes, **CONFIG).meta_gradient(episodes("conv"))
+
+
+class Alternating:
+    """An augmenter that weights the query losses after both inner steps in every second training step."""
+
+    @hookimpl
+    def outer_loss_weights(self, training_step: int) -> list[float] | None:
+        return [0.4, 0.6] if training_step % 2 else None
+
+
+def test_weights_can_come_and_go_between_steps() -> None:
+    """What the parts of a recomputed gradient return depends on them."""
+    trained = []
+    for strategy, memory in (("serial", "store"), ("vectorized", "recompute")):
+        options = {"inner_lr": LR, "inner_steps": 2, "strategy": strategy, "memory": memory}
+        learner = MetaLearner(MODELS["mlp"](), "maml", [Alternating], loss=LOSSES["mlp"], **options)
+        for _ in range(7):
+            learner.step(episodes("mlp", TASKS))
+        trained.append(learner.meta_parameters)
+    assert difference(*trained) < 1e-9

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -55,3 +56,23 @@ def test_each_stored_step_takes_what_it_takes_a_loop(tasks: int) -> None:
 def test_memory_does_not_grow_with_inner_steps(options: dict[str, Any]) -> None:
     one, many = (measure_peak(lambda n=n: run_learner(n, strategy="serial", **options)) for n in (1, 8))
     assert many <= 1.15 * one
+
+
+def count_operations() -> int:
+    """The operations of all traced graphs that exist."""
+    gc.collect()
+    return sum(len(each.graph.nodes) for each in gc.get_objects() if issubclass(type(each), torch.fx.GraphModule))
+
+
+@pytest.mark.parametrize(("algo", "strategy"), [("maml", "vectorized"), ("anil", "traced")])
+def test_traced_graphs_do_not_grow_with_recomputed_steps(algo: str, strategy: str) -> None:
+    sizes = []
+    for inner_steps in (2, 5):
+        before = count_operations()
+        options = {"strategy": strategy, "memory": "recompute", "inner_steps": inner_steps, "loss": "cross_entropy"}
+        learner = MetaLearner(create_model(), algo, inner_lr=INNER_LR, **options)
+        for _ in range(3):
+            learner.meta_gradient(Episodes(*(part.expand(2, *part.shape) for part in draw_task())))
+        sizes.append(count_operations() - before)
+        del learner
+    assert 0 < sizes[1] <= sizes[0]

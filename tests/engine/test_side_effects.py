@@ -251,6 +251,19 @@ def test_a_variable_of_the_loss_counts_with_the_value_that_it_has(make: Any) -> 
     assert len(set(losses["serial"])) == 4
 
 
+def test_a_variable_that_changes_is_named_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Recomputed gradients consist of several graphs, all of which are traced with the old value."""
+    loss, change = make_closure()
+    options = {"strategy": "vectorized", "memory": "recompute", "inner_steps": 3}
+    learner = MetaLearner(build("plain"), inner_lr=INNER_LR, loss=loss, metric="accuracy", **options)
+    for _ in range(3):
+        before = learner.meta_gradient(BATCH)[0]
+    change(0.5)
+    assert not torch.allclose(learner.meta_gradient(BATCH)[0], before)
+    (message,) = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
+    assert "weights[0]" in message
+
+
 def test_changes_are_noticed_and_named() -> None:
     seen = {"a": [1, {"b": 2}], "c": {3}}
 
