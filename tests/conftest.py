@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from metareg.engine import tracing
+from metareg.engine import step_loop, tracing
 from metareg.engine.shared_graphs import SharedGraphs
 
 torch.set_num_threads(1)
@@ -52,7 +52,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 @pytest.fixture(autouse=True)
 def _no_shared_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Do not let a test use the graphs that another has traced."""
-    monkeypatch.setattr(tracing, "SHARED", SharedGraphs(50_000))
+    for module in (tracing, step_loop):
+        monkeypatch.setattr(module, "SHARED", SharedGraphs(50_000))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -153,7 +153,10 @@ class Engine:
         """
         if self._loop is None:
             self._loop = StepLoop(
-                lambda meta, tasks: self._map_gradient(meta, tasks, {}), self._find_checked, self._reads
+                lambda meta, tasks: self._map_gradient(meta, tasks, {}),
+                self._find_checked,
+                self._reads,
+                self._identify(),
             )
         if not self._loop.fits(batches):
             return None

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import types
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from threading import Lock
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metareg.contract.losses import Loss, Metric
 from metareg.engine.context import TaskOptions
@@ -19,8 +19,6 @@ from metareg.engine.stages import Stages
 from metareg.util.torch_internals import MODULE_INTERNALS
 
 __all__ = ["SHARED", "SharedGraphs", "identify"]
-
-Run = Callable[..., list[Tensor]]
 
 _MOST_OPERATIONS = 50_000
 """Some 200 MB: an operation of a graph takes 4 kB."""
@@ -36,11 +34,11 @@ class SharedGraphs:
 
     def __init__(self, most_operations: int) -> None:
         self._most_operations = most_operations
-        self._graphs: OrderedDict[Hashable, tuple[Run, PythonState, int]] = OrderedDict()
+        self._graphs: OrderedDict[Hashable, tuple[Any, PythonState, int]] = OrderedDict()
         self._lock = Lock()
 
-    def find(self, key: Hashable) -> Run | None:
-        """Return the graph of a key; None if there is none, or a variable that it read has changed since."""
+    def find(self, key: Hashable) -> Any:
+        """Return what runs the graph of a key; None if there is none, or a variable that it read has changed since."""
         with self._lock:
             found = self._graphs.get(key)
             if found is None:
@@ -52,7 +50,7 @@ class SharedGraphs:
             self._graphs.move_to_end(key)
             return run
 
-    def add(self, key: Hashable, graph: torch.fx.GraphModule, run: Run, state: PythonState) -> None:
+    def add(self, key: Hashable, graph: torch.fx.GraphModule, run: Any, state: PythonState) -> None:
         """Keep a graph, unless it holds tensors, such as frozen weights, which other learners do not have.
 
         Args:

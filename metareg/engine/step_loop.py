@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -15,6 +15,7 @@ from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
+from metareg.engine.shared_graphs import SHARED
 from metareg.engine.tracing import create_graph, lift_factors, prepare_to_trace
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
@@ -29,6 +30,8 @@ class OuterUpdate:
     function: Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], list[Tensor]]
     """Given all meta-parameters ``[numbers]``, their gradient ``[numbers]``, the optimiser's state and the step's factors,
     returns the meta-parameters and the state after the step; pure."""
+    identity: Hashable
+    """Equal for equal functions."""
     state: Sequence[Tensor]
     """The optimiser's state."""
     factors: Tensor
@@ -71,6 +74,33 @@ class Steps:
     """The gradient of the last step, or of a step that was not taken because one of its scalars is not finite."""
 
 
+@dataclass(frozen=True)
+class _Compiled:
+    """What is compiled, which learners that differ only by seed can share."""
+
+    program: Callable[..., list[Tensor]]
+    scalars: Sequence[torch.dtype]
+    """The types of the scalars."""
+    factors: Sequence[Tensor]
+    """Constants of the function that are inputs of the program."""
+
+
+@dataclass(frozen=True)
+class _First:
+    """The first step that a program takes."""
+
+    meta: Tensors
+    batch: int
+    """Its batch among those of `stacks`."""
+    stacks: Sequence[Tensor]
+    """The parts of all batches ``[batches, tasks, …]``."""
+    structure: Any
+    """That of the parts."""
+    update: OuterUpdate
+    expected: Sequence[Tensor]
+    """What the function returns for the step."""
+
+
 class StepLoop:
     """A compiled loop over training steps, for one set of shapes.
 
@@ -84,6 +114,8 @@ class StepLoop:
         function: returns the gradients in the order of the meta-parameters, then scalars, given ``(meta, tasks)``; pure.
         find_checked: returns the positions of the scalars that must be finite; called after `function`.
         reads: functions, objects and modules of the user whose variables the function reads.
+        identity: a description of everything else that the function is traced from; loops with equal ones share their
+            program. None if it is not shared.
     """
 
     def __init__(
@@ -91,15 +123,13 @@ class StepLoop:
         function: Callable[[Tensors, Task], list[Tensor]],
         find_checked: Callable[[], Sequence[int]],
         reads: Sequence[Any],
+        identity: Hashable | None,
     ) -> None:
         self._function = function
         self._find_checked = find_checked
         self._state = PythonState(*reads)
-        self._program: Callable[..., list[Tensor]] | None = None
-        self._scalars: list[torch.dtype] = []
-        """The types of the scalars."""
-        self._factors: list[Tensor] = []
-        """Constants of the function that are inputs of the program."""
+        self._identity = identity
+        self._compiled: _Compiled | None = None
         self._key: Any = None
 
     def fits(self, batches: Batches) -> bool:
@@ -116,47 +146,55 @@ class StepLoop:
         leaves, structure = tree_flatten(batches.stack.parts)
         stacks = [leaf.unflatten(0, (-1, batches.tasks)) for leaf in leaves]
         with torch.no_grad():
-            if self._program is None:
-                with prepare_to_trace():
-                    self._compile(meta, batches, stacks, structure, update)
-            return self._run(meta, batches.which, stacks, update)
+            if self._compiled is None:
+                self._compiled = self._prepare(meta, batches, stacks, structure, update)
+                self._key = _describe(batches)
+            return self._run(self._compiled, meta, batches.which, stacks, update)
 
-    def _run(self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate) -> Steps:
-        assert self._program is not None
-        carried = self._carry(meta, which.start, update)
-        next_batch, _, table, gradient, vector, *state = self._program(
-            *carried, torch.tensor(which.stop), update.factors, *stacks, *self._factors
+    def _run(
+        self, compiled: _Compiled, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate
+    ) -> Steps:
+        carried = _carry(meta, which.start, update, len(compiled.scalars))
+        next_batch, _, table, gradient, vector, *state = compiled.program(
+            *carried, torch.tensor(which.stop), update.factors, *stacks, *compiled.factors
         )
-        columns = zip(table[which.start : int(next_batch)].unbind(1), self._scalars, strict=True)
+        columns = zip(table[which.start : int(next_batch)].unbind(1), compiled.scalars, strict=True)
         scalars = [column.to(dtype) for column, dtype in columns]
         return Steps(copy_contiguous(divide(vector, meta)), state, scalars, divide(gradient, meta))
 
-    def _carry(self, meta: Tensors, batch: int, update: OuterUpdate) -> list[Tensor]:
-        """Return the loop's initial state: the number of the batch, whether the last step was finite, the scalars of every
-        step ``[batches, scalars]``, the last gradient, the meta-parameters and the optimiser's state."""
-        vector = join(meta.values())
-        # Double precision holds a scalar of any type.
-        table = torch.zeros(len(update.factors), len(self._scalars), dtype=torch.float64)
-        return [
-            torch.tensor(batch), torch.ones((), dtype=torch.bool), table, torch.zeros_like(vector), vector, *update.state
-        ]  # fmt: skip
-
-    def _compile(
+    def _prepare(
         self, meta: Tensors, batches: Batches, stacks: Sequence[Tensor], structure: Any, update: OuterUpdate
-    ) -> None:
-        count = len(meta)
-        first = batches.which[0]
-        expected = self._function(meta, tree_unflatten([stack[first] for stack in stacks], structure))
+    ) -> _Compiled:
+        """Find a shared program or compile one, and check that its first step is the function's."""
+        number = batches.which[0]
+        expected = self._function(meta, tree_unflatten([stack[number] for stack in stacks], structure))
+        first = _First(meta, number, stacks, structure, update, expected)
+        names = tuple((name, value.shape, value.dtype) for name, value in meta.items())
+        key = self._identity, update.identity, names, _describe(batches)
+        shared = None if self._identity is None else SHARED.find(key)
+        if shared is not None and self._find_difference(shared, first) is None:
+            return shared
+        with prepare_to_trace():
+            compiled, graph = self._compile(first)
+        difference = self._find_difference(compiled, first)
+        if difference is not None:
+            raise RuntimeError(f"the compiled values are not those of the function: {difference}")
+        if self._identity is not None:
+            SHARED.add(key, graph, compiled, self._state)
+        return compiled
+
+    def _compile(self, first: _First) -> tuple[_Compiled, torch.fx.GraphModule]:
+        """Return a program for such steps, and the graph of one of them."""
+        meta, update = first.meta, first.update
+        count, states = len(meta), len(update.state)
         checked = self._find_checked()
-        self._scalars = [scalar.dtype for scalar in expected[count:]]
-        states = len(update.state)
 
         def take_step(number: Tensor, _: Tensor, table: Tensor, __: Tensor, *leaves: Tensor) -> list[Tensor]:
             """Return the loop's state after the step on a batch."""
             before, given = leaves[: 1 + states], leaves[2 + states :]
             factors, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
             vector, *state = before
-            values = self._function(divide(vector, meta), tree_unflatten(parts, structure))
+            values = self._function(divide(vector, meta), tree_unflatten(parts, first.structure))
             gradient, scalars = join(values[:count]), values[count:]
             is_finite = reduce(torch.logical_and, [scalars[position].isfinite() for position in checked])
             row = torch.stack([scalar.double() for scalar in scalars])
@@ -167,37 +205,40 @@ class StepLoop:
         def goes_on(number: Tensor, is_finite: Tensor, _: Tensor, __: Tensor, *leaves: Tensor) -> Tensor:
             return (number < leaves[1 + states]) & is_finite
 
-        carried = self._carry(meta, first, update)
-        inputs = [*carried, torch.tensor(first), update.factors, *stacks]
+        scalars = [scalar.dtype for scalar in first.expected[count:]]
+        carried = _carry(meta, first.batch, update, len(scalars))
+        inputs = [*carried, torch.tensor(first.batch), update.factors, *first.stacks]
         body = create_graph(take_step, inputs)
         simplify_products(body)
-        self._factors = lift_factors(body)
-        inputs += self._factors
+        factors = lift_factors(body)
+        inputs += factors
         loop = create_loop(trace(goes_on, inputs), body, len(carried))
-        self._program = compile_graph(loop, inputs)
-        self._check(meta, range(first, first + 1), stacks, update, expected)
-        self._key = _describe(batches)
+        return _Compiled(compile_graph(loop, inputs), scalars, factors), body
 
-    def _check(
-        self, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate, expected: Sequence[Tensor]
-    ) -> None:
-        """Compare the program's first step with the function.
-
-        Raises:
-            RuntimeError: they differ.
-        """
-        found, count = self._run(meta, which, stacks, update), len(meta)
-        difference = compare(list(found.grads.values()), expected[:count])
-        if difference is None and all(bool(each.isfinite()) for each in expected[count:]):
+    def _find_difference(self, compiled: _Compiled, first: _First) -> str | None:
+        """Describe how a program's first step differs from what the function returns; None if they agree."""
+        which, update, count = range(first.batch, first.batch + 1), first.update, len(first.meta)
+        found = self._run(compiled, first.meta, which, first.stacks, update)
+        difference = compare(list(found.grads.values()), first.expected[:count])
+        if difference is None and all(bool(each.isfinite()) for each in first.expected[count:]):
             # An optimiser such as Adam turns rounding errors of tiny gradients into full steps: compare updates for the
             # same gradient.
-            gradient, factors = join(found.grads.values()), update.factors[which.start]
-            after = update.function(join(meta.values()), gradient, update.state, factors)
+            gradient, factors = join(found.grads.values()), update.factors[first.batch]
+            after = update.function(join(first.meta.values()), gradient, update.state, factors)
             pairs = zip([join(found.meta.values()), *found.state], after, strict=True)
             difference = next(filter(None, (compare([one], [other]) for one, other in pairs)), None)
-        if difference is not None:
-            self._program = None
-            raise RuntimeError(f"the compiled values are not those of the function: {difference}")
+        return difference
+
+
+def _carry(meta: Tensors, batch: int, update: OuterUpdate, scalars: int) -> list[Tensor]:
+    """Return a loop's initial state: the number of the batch, whether the last step was finite, the scalars of every step
+    ``[batches, scalars]``, the last gradient, the meta-parameters and the optimiser's state."""
+    vector = join(meta.values())
+    # Double precision holds a scalar of any type.
+    table = torch.zeros(len(update.factors), scalars, dtype=torch.float64)
+    return [
+        torch.tensor(batch), torch.ones((), dtype=torch.bool), table, torch.zeros_like(vector), vector, *update.state
+    ]  # fmt: skip
 
 
 def join(tensors: Iterable[Tensor]) -> Tensor:
@@ -211,6 +252,6 @@ def divide(vector: Tensor, like: Tensors) -> Tensors:
     return {name: part.view(value.shape) for (name, value), part in zip(like.items(), parts, strict=True)}
 
 
-def _describe(batches: Batches) -> Any:
+def _describe(batches: Batches) -> Hashable:
     leaves, structure = tree_flatten(batches.stack.parts)
-    return batches.tasks, str(structure), [(leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves]
+    return batches.tasks, str(structure), tuple((leaf.shape, leaf.stride(), leaf.dtype) for leaf in leaves)

@@ -86,7 +86,8 @@ class OuterOptimizer:
         if not isinstance(optimizer, Adam):
             return None
         rates = [compute_learning_rate(self._config, training_step + number) for number in range(len(batches))]
-        return OuterUpdate(optimizer.function, optimizer.flat_state(), optimizer.compute_factors(rates, batches))
+        factors = optimizer.compute_factors(rates, batches)
+        return OuterUpdate(optimizer.function, optimizer.betas, optimizer.flat_state(), factors)
 
     def adopt(self, meta: Tensors, state: Sequence[Tensor]) -> None:
         """Continue from the results of the program for `describe_update`."""
@@ -181,7 +182,7 @@ class Adam:
 
     def __init__(self, params: Mapping[str, Tensor], beta1: float = 0.9, beta2: float = 0.999) -> None:
         self._params = dict(params)
-        self._betas = beta1, beta2
+        self.betas = beta1, beta2
         self._moments = {
             "exp_avg": [torch.zeros_like(value) for value in params.values()],
             "exp_avg_sq": [torch.zeros_like(value) for value in params.values()],
@@ -191,7 +192,7 @@ class Adam:
 
     def step(self, grads: Mapping[str, Tensor], lr: float) -> None:
         """Update the parameters with their gradients."""
-        beta1, beta2 = self._betas
+        beta1, beta2 = self.betas
         adam(
             list(self._params.values()), list(match_strides(grads, self._params).values()),
             self._moments["exp_avg"], self._moments["exp_avg_sq"], [], self._moments["step"],
@@ -202,7 +203,7 @@ class Adam:
     @property
     def function(self) -> Callable[[Tensor, Tensor, Sequence[Tensor], Tensor], list[Tensor]]:
         """`step` as a function of tensors, equal up to rounding; see `OuterUpdate`."""
-        return partial(_compute_adam, betas=self._betas)
+        return partial(_compute_adam, betas=self.betas)
 
     def compute_factors(self, rates: Sequence[float], batches: Batches) -> Tensor:
         """Compute the factors of `OuterUpdate` for the next steps, whose learning rates are given.
@@ -210,7 +211,7 @@ class Adam:
         A program would compute the powers once for every few parameters. Python's do not depend on how many steps are asked
         for at once, and have double precision: in single precision, 1 - 0.999 has three digits fewer than 0.999.
         """
-        beta1, beta2 = self._betas
+        beta1, beta2 = self.betas
         done = int(self._moments["step"][0])
         factors = next(iter(self._params.values())).new_zeros(len(batches.stack) // batches.tasks, 2)
         rows = [

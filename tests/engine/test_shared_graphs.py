@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metareg import Episodes, MetaLearner
-from metareg.engine import tracing
+from metareg.engine import step_loop, tracing
 from metareg.engine.shared_graphs import SharedGraphs
 
 FACTOR = [1.0]
@@ -141,3 +141,34 @@ def test_the_graphs_used_least_recently_go_first(traces: list[int], monkeypatch:
     assert len(traces) == 4
     train(0, inner_lr=0.2)
     assert len(traces) == 5
+
+
+def train_compiled(seed: int, **options: Any) -> dict[str, Tensor]:
+    """The weights after some steps in one compiled program."""
+    torch.manual_seed(seed)
+    given = {"strategy": "compiled", "loss": "mse", "inner_lr": 0.1, **options}
+    learner = MetaLearner(Scaled(), seed=seed, **given)
+    learner.fit("sinusoid", 6, meta_batch=3)
+    return {name: value.clone() for name, value in learner.meta_parameters.items()}
+
+
+def test_learners_that_differ_by_seed_compile_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    compile_graph = step_loop.compile_graph
+
+    def count(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        compiled.append(len(inputs))
+        return compile_graph(graph, inputs)
+
+    monkeypatch.setattr(step_loop, "compile_graph", count)
+    train_compiled(0)
+    shared = train_compiled(1)
+    assert len(compiled) == 1
+    other = train_compiled(1, outer_betas=(0.8, 0.99))
+    assert len(compiled) == 2
+    step_loop.SHARED = SharedGraphs(50_000)
+    own = train_compiled(1)
+    assert len(compiled) == 3
+    for name, value in own.items():
+        assert torch.equal(shared[name], value)
+        assert not torch.equal(other[name], value)
