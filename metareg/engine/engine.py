@@ -29,7 +29,7 @@ from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps, join
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
-from metareg.engine.tracing import Function, Graphs, Program, advise_on_memory, summarise_error
+from metareg.engine.tracing import Description, Function, Graphs, Program, advise_on_memory, summarise_error
 from metareg.errors import MetaregError
 from metareg.util.layout import make_contiguous, match_strides
 from metareg.util.torch_internals import tree_flatten, tree_map, tree_unflatten
@@ -78,15 +78,14 @@ class Engine:
         self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
         self._graphs = Graphs()
-        self._parts: dict[tuple[str, bool], tuple[Any, int]] = {}
-        """The structure of what each part of `_differentiate_by_steps` returns, and how many of its tensors are checked, by
-        its name and whether there are weights."""
         self._loop: StepLoop | None = None
         self._log_names: tuple[str, ...] = ()
+        self._part = Description(0, None)
+        """What a part of `_differentiate_by_steps` has returned last."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
-        return {**self.__dict__, "_programs": {}, "_graphs": Graphs(), "_parts": {}, "_loop": None}
+        return {**self.__dict__, "_programs": {}, "_graphs": Graphs(), "_loop": None}
 
     def gradient(
         self,
@@ -211,8 +210,8 @@ class Engine:
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
             key = "scores", inner_steps, bn_statistics
-            program = self._find_program(key, score_stack, strategy, lambda: 1, calls)
-            stacks = [program(meta, part, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)]
+            program = self._find_program(key, score_stack, strategy, lambda: Description(1, None), calls)
+            stacks = [program(meta, part, _stack_noise(each))[0] for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
     def find_disagreement(
@@ -300,10 +299,12 @@ class Engine:
         if recomputes(self.training) and not has_own and strategy != "compiled":
             return self._differentiate_by_steps(meta, episodes, extra, strategy)
         # Rounding can change a prediction, and so a metric by a whole example: only the gradients are checked.
-        program = self._find_program("gradient", self._map_gradient, strategy, lambda: len(meta))
-        flat = program(meta, episodes, extra)
         count = len(meta)
-        logs = dict(zip(self._log_names, flat[count + 1 :], strict=True))
+        program = self._find_program(
+            "gradient", self._map_gradient, strategy, lambda: Description(count, self._log_names)
+        )
+        flat, log_names = program(meta, episodes, extra)
+        logs = dict(zip(log_names, flat[count + 1 :], strict=True))
         return Gradient(dict(zip(meta, flat, strict=False)), flat[count], logs)
 
     def _differentiate_by_steps(
@@ -312,8 +313,6 @@ class Engine:
         """Compute the gradient in parts that are traced one by one, so that the steps of the inner loop share graphs."""
 
         def call(name: str, part: Callable[..., Any], *trees: Any, has_logs: bool = False) -> Any:
-            key = name, "weights" in extra
-
             def run_tasks(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
                 def run_task(task: Task, noise: Mapping[str, Any], trees: Any) -> Any:
                     return part(meta, (task, noise, extra.get("weights")), *trees)
@@ -324,12 +323,11 @@ class Engine:
                 else:
                     values = vmap(run_task)(*given)
                 leaves, structure = tree_flatten(values)
-                self._parts[key] = structure, len(leaves) - (len(values[-1]) if has_logs else 0)
+                self._part = Description(len(leaves) - (len(values[-1]) if has_logs else 0), structure)
                 return leaves
 
-            program = self._find_program(key, run_tasks, strategy, lambda: self._parts[key][1])
-            leaves = program(meta, episodes, {**extra, "trees": trees})
-            return tree_unflatten(leaves, self._parts[key][0])
+            program = self._find_program(name, run_tasks, strategy, lambda: self._part)
+            return tree_unflatten(*program(meta, episodes, {**extra, "trees": trees}))
 
         return self._describe_tasks(*differentiate_by_steps(self.training, call))
 
@@ -371,7 +369,7 @@ class Engine:
         key: Any,
         function: Function,
         strategy: Strategy,
-        count_checked: Callable[[], int],
+        describe: Callable[[], Description],
         calls_before_tracing: int = 1,
     ) -> Program:
         program = self._programs.get((key, strategy))
@@ -379,7 +377,7 @@ class Engine:
             identity = self._identify()
             program = Program(
                 function,
-                count_checked,
+                describe,
                 self._graphs,
                 compiled=strategy == "compiled",
                 reads=self._reads,

@@ -81,8 +81,8 @@ def identify(model: SplitModel, stages: Stages, loss: Loss, metric: Metric, opti
     if any(config is None for *_, config in plugins):
         return None
     try:
-        return (
-            tuple((name, kind, config.model_dump_json()) for name, kind, config in plugins),
+        description = (
+            tuple((name, _describe_class(kind), repr(dict(config))) for name, kind, config in plugins),
             tuple(_describe_module(name, each) for name, each in model.module.named_modules()),
             (model.names, model.head_names, model.body_prefix, model.head_prefix),
             (loss, metric.name, metric.function),
@@ -92,8 +92,16 @@ def identify(model: SplitModel, stages: Stages, loss: Loss, metric: Metric, opti
             ),
             torch.get_default_dtype(),
         )
+        hash(description)
     except TypeError:
         return None
+    return description
+
+
+def _describe_class(kind: type) -> Hashable:
+    """Describe a class and the values of its and its bases' simple attributes."""
+    values = ((name, value) for base in kind.__mro__ for name, value in vars(base).items())
+    return kind, tuple((name, value) for name, value in values if isinstance(value, SIMPLE))
 
 
 def _describe_module(name: str, module: nn.Module) -> Hashable:
@@ -102,7 +110,11 @@ def _describe_module(name: str, module: nn.Module) -> Hashable:
     if any(hooks):
         raise TypeError(f"{name} has hooks")
     attributes = {key: value for key, value in vars(module).items() if key not in MODULE_INTERNALS}
-    return name, type(module), tuple((key, _freeze(value)) for key, value in sorted(attributes.items()))
+    return (
+        name,
+        _describe_class(type(module)),
+        tuple((key, _freeze(value)) for key, value in sorted(attributes.items())),
+    )
 
 
 def _freeze(value: Any) -> Hashable:

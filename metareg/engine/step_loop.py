@@ -172,7 +172,7 @@ class StepLoop:
         names = tuple((name, value.shape, value.dtype) for name, value in meta.items())
         key = self._identity, update.identity, names, _describe(batches)
         shared = None if self._identity is None else SHARED.find(key)
-        if shared is not None and self._find_difference(shared, first) is None:
+        if shared is not None and self._find_difference(shared, first, close=True) is None:
             return shared
         with prepare_to_trace():
             compiled, graph = self._compile(first)
@@ -215,11 +215,11 @@ class StepLoop:
         loop = create_loop(trace(goes_on, inputs), body, len(carried))
         return _Compiled(compile_graph(loop, inputs), scalars, factors), body
 
-    def _find_difference(self, compiled: _Compiled, first: _First) -> str | None:
+    def _find_difference(self, compiled: _Compiled, first: _First, *, close: bool = False) -> str | None:
         """Describe how a program's first step differs from what the function returns; None if they agree."""
         which, update, count = range(first.batch, first.batch + 1), first.update, len(first.meta)
         found = self._run(compiled, first.meta, which, first.stacks, update)
-        difference = compare(list(found.grads.values()), first.expected[:count])
+        difference = compare(list(found.grads.values()), first.expected[:count], close=close)
         if difference is None and all(bool(each.isfinite()) for each in first.expected[count:]):
             # An optimiser such as Adam turns rounding errors of tiny gradients into full steps: compare updates for the
             # same gradient.

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,8 +33,8 @@ from metareg.util.torch_internals import (
 )
 
 __all__ = [
-    "CompileError", "Graphs", "Program", "advise_on_memory", "create_graph", "lift_factors", "prepare_to_trace",
-    "remove_idle_operations", "summarise_error",
+    "CompileError", "Description", "Graphs", "Program", "advise_on_memory", "create_graph", "lift_factors",
+    "prepare_to_trace", "remove_idle_operations", "summarise_error",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -57,17 +57,26 @@ class Graphs:
 
     def __init__(self) -> None:
         self._by_code: dict[str, torch.fx.GraphModule] = {}
-        self._said: set[str] = set()
+        self._said: set[Hashable] = set()
 
     def find_equal(self, graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """Return the first graph with the same operations; a graph with tensors, which its code does not show, is itself."""
         return graph if graph.graph.find_nodes(op="get_attr") else self._by_code.setdefault(graph.code, graph)
 
-    def warn(self, message: str) -> None:
-        """Log a warning, unless it was logged before."""
-        if message not in self._said:
-            self._said.add(message)
+    def warn(self, what: Hashable, message: str) -> None:
+        """Log a warning, unless the same was logged before."""
+        if what not in self._said:
+            self._said.add(what)
             log.warning("%s", message)
+
+
+class Description(NamedTuple):
+    """What a program's function returns for inputs of some shapes."""
+
+    checked: int
+    """How many of the first tensors a graph must reproduce."""
+    structure: Any
+    """What the caller needs to know about the tensors, such as their names."""
 
 
 class Program:
@@ -83,7 +92,7 @@ class Program:
 
     Args:
         function: its control flow depends only on shapes.
-        count_checked: returns how many of the function's first results a graph must reproduce; called after `function`.
+        describe: describes what the function has returned last.
         graphs: the graphs of the programs that belong together.
         compiled: compile the graph with `torch.compile`.
         reads: functions, objects and modules of the user whose variables the function reads.
@@ -95,7 +104,7 @@ class Program:
     def __init__(
         self,
         function: Function,
-        count_checked: Callable[[], int],
+        describe: Callable[[], Description],
         graphs: Graphs,
         *,
         compiled: bool,
@@ -104,19 +113,21 @@ class Program:
         identity: Hashable | None = None,
     ) -> None:
         self._function = function
-        self._count_checked = count_checked
+        self._describe = describe
         self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
         self._identity = identity
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
+        self._descriptions: dict[Any, Description] = {}
         self._calls: Counter[Any] = Counter()
         self._reads = reads
         self._state: PythonState | None = None
         """The variables at the time of tracing."""
         self._changes = 0
 
-    def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> list[Tensor]:
+    def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
+        """Return the function's tensors, and the structure that describes them."""
         inputs, structure = _flatten(episodes.parts, extra)
         # A graph requires one memory layout, and the last bits can depend on it: all strategies use the same layout. Under
         # vmap, it must not be channels last, where the second derivative of max-pooling has no batching rule.
@@ -124,17 +135,28 @@ class Program:
         inputs = [settled(leaf) for leaf in inputs]
         key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
         with torch.no_grad(), advise_on_memory(len(episodes)):
-            self._drop_outdated()
-            graph = self._graphs.get(key)
-            if graph is not None:
-                return graph(*meta.values(), *inputs)
-            self._calls[key] += 1
-            values = self._adopt(key, meta, inputs, structure) if self._calls[key] == 1 else None
-            if values is not None:
-                return values
-            if self._calls[key] <= self._count_calls_before_tracing():
-                return self._function(meta, *_unflatten(inputs, structure))
-            return self._trace(key, meta, inputs, structure)
+            values = self._compute(key, meta, inputs, structure)
+        return values, self._descriptions[key].structure
+
+    def _compute(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+        """Return the function's tensors, by a graph if there is one or if it is time to trace one."""
+        self._drop_outdated()
+        graph = self._graphs.get(key)
+        if graph is not None:
+            return graph(*meta.values(), *inputs)
+        self._calls[key] += 1
+        values = self._adopt(key, meta, inputs, structure) if self._calls[key] == 1 else None
+        if values is not None:
+            return values
+        if self._calls[key] <= self._count_calls_before_tracing():
+            return self._call(key, meta, inputs, structure)
+        return self._trace(key, meta, inputs, structure)
+
+    def _call(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+        """Call the function, and keep the description of what it returns."""
+        values = self._function(meta, *_unflatten(inputs, structure))
+        self._descriptions[key] = self._describe()
+        return values
 
     def _count_calls_before_tracing(self) -> int:
         """Return the number of untraced calls before tracing.
@@ -155,8 +177,9 @@ class Program:
             return
         if not self._changes:
             self._together.warn(
+                "changed",
                 f"The value of '{changed}' has changed since the previous calls; the graph traced with the old value is "
-                "dropped. While it keeps changing, every call runs untraced, which is slower."
+                "dropped. While it keeps changing, every call runs untraced, which is slower.",
             )
         self._changes += 1
         self._state = None
@@ -166,16 +189,16 @@ class Program:
     def _adopt(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor] | None:
         """Use a graph that another program has traced, and return its values; None if there is none for this function.
 
-        A replayed graph must give the function's bits here; a compiled one, its values.
+        A replayed graph must give the function's bits here, and a compiled one its values up to the order of sums.
         """
         run = None if self._identity is None or self._changes else SHARED.find(self._identify(key, meta, inputs))
         if run is None:
             return None
         state = PythonState(*self._reads)
-        values, expected = run(*meta.values(), *inputs), self._function(meta, *_unflatten(inputs, structure))
+        values, expected = run(*meta.values(), *inputs), self._call(key, meta, inputs, structure)
         if self._compiled:
-            checked = self._count_checked()
-            is_same = compare(values[:checked], expected[:checked]) is None
+            checked = self._descriptions[key].checked
+            is_same = compare(values[:checked], expected[:checked], close=True) is None
         else:
             is_same = all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
         if not is_same:
@@ -194,8 +217,7 @@ class Program:
         names, leaves = tuple(meta), (*meta.values(), *inputs)
 
         def flat(*leaves: Tensor) -> list[Tensor]:
-            parts, extra = _unflatten(leaves[len(names) :], structure)
-            return self._function(dict(zip(names, leaves, strict=False)), parts, extra)
+            return self._call(key, dict(zip(names, leaves, strict=False)), leaves[len(names) :], structure)
 
         self._state = self._state or PythonState(*self._reads)
         try:
@@ -211,13 +233,15 @@ class Program:
                 raise CompileError(
                     f"torch.compile failed ({summarise_error(error)}); strategy='vectorized' needs no compiler."
                 ) from error
-            self._together.warn(f"Running untraced, which is slower: tracing failed ({summarise_error(error)}).")
+            self._together.warn(
+                "failed", f"Running untraced, which is slower: tracing failed ({summarise_error(error)})."
+            )
             self._graphs[key] = flat
             return flat(*leaves)
         values = run(*leaves) if values is None else values
         expected = flat(*leaves)
-        checked = self._count_checked()
-        difference = compare(values[:checked], expected[:checked])
+        checked = self._descriptions[key].checked
+        difference = compare(values[:checked], expected[:checked], close=not self._compiled)
         if difference is None:
             self._graphs[key] = run
             if self._identity is not None:
@@ -225,7 +249,9 @@ class Program:
             return values
         if self._compiled:
             raise CompileError(f"The compiled function computes other values: {difference}.")
-        self._together.warn(f"Running untraced, which is slower: the traced graph computes other values; {difference}.")
+        self._together.warn(
+            "values", f"Running untraced, which is slower: the traced graph computes other values; {difference}."
+        )
         self._graphs[key] = flat
         return expected
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from metareg import Episodes, MetaLearner
+from metareg import Episodes, MetaLearner, hookimpl
 from metareg.engine import step_loop, tracing
 from metareg.engine.shared_graphs import SharedGraphs
 
@@ -172,3 +173,47 @@ def test_learners_that_differ_by_seed_compile_once(monkeypatch: pytest.MonkeyPat
     for name, value in own.items():
         assert torch.equal(shared[name], value)
         assert not torch.equal(other[name], value)
+
+
+class Decay:
+    """An augmenter whose setting is an attribute of its class."""
+
+    weight = 1e-3
+
+    @hookimpl
+    def augment_outer_loss(self, adapted: dict[str, Tensor]) -> Tensor:
+        return self.weight * torch.stack([value.square().sum() for value in adapted.values()]).sum()
+
+
+@pytest.mark.parametrize("strategy", ["vectorized", "compiled"])
+def test_an_attribute_of_a_class_counts_with_the_value_that_it_has(
+    strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It changes the first gradient by less than a compiled program may differ from what it was traced from."""
+
+    def train_at(weight: float, strategy: str) -> dict[str, Tensor]:
+        monkeypatch.setattr(Decay, "weight", weight)
+        return train_compiled(0, augment=[Decay], strategy=strategy)
+
+    train_at(1e-3, strategy)
+    changed, expected = train_at(2e-3, strategy), train_at(2e-3, "serial")
+    for name, value in expected.items():
+        torch.testing.assert_close(changed[name], value, rtol=1e-5, atol=1e-7)
+
+
+@dataclass
+class Unhashable:
+    """A loss with a value, which has no hash because it compares by value."""
+
+    factor: float
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.factor * (outputs - targets).square().mean()
+
+
+@pytest.mark.parametrize("strategy", ["vectorized", "compiled"])
+def test_a_loss_without_a_hash_is_not_shared(strategy: str) -> None:
+    train_compiled(0, loss=Unhashable(1.0), strategy=strategy)
+    found, expected = (train_compiled(0, loss=Unhashable(3.0), strategy=each) for each in (strategy, "serial"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7)

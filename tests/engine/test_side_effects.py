@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from metareg import Episodes, MetaLearner, UsageError
+from metareg import Episodes, MetaLearner, UsageError, hookimpl
 from metareg.engine.python_state import PythonState
 
 INNER_LR = 0.3
@@ -262,6 +263,54 @@ def test_a_variable_that_changes_is_named_once(caplog: pytest.LogCaptureFixture)
     assert not torch.allclose(learner.meta_gradient(BATCH)[0], before)
     (message,) = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
     assert "weights[0]" in message
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_a_loss_with_random_numbers_draws_them_in_every_step(memory: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A graph would repeat the first draws, which in one inner step change the parameters very little."""
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return random.uniform(0.9, 1.1) * F.cross_entropy(outputs, targets)
+
+    def count_draws() -> int:
+        """The random numbers that a meta-gradient draws."""
+        random.seed(0)
+        learner.meta_gradient(BATCH)
+        again = random.Random(0)
+        for number in range(100):
+            if again.getstate() == random.getstate():
+                return number
+            again.random()
+        raise AssertionError("more than 100")
+
+    learner = MetaLearner(build("plain"), inner_lr=1e-3, inner_steps=3, strategy="traced", memory=memory, loss=loss)
+    counts = [count_draws() for _ in range(8)]
+    assert counts[-1] == len(BATCH) * {"store": 4, "recompute": 7}[memory]
+    assert len([each for each in caplog.records if each.levelno >= logging.WARNING]) == 1
+
+
+class Telling:
+    """An augmenter that logs more if a query set is large."""
+
+    @hookimpl
+    def augment_outer_loss(self, adapted: dict[str, Tensor], targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        term = torch.stack([value.square().mean() for value in adapted.values()]).sum()
+        return term, {"term": term} if len(targets) < 5 else {"larger": 2 * term, "term": term}
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+def test_logs_can_depend_on_the_number_of_examples(memory: str) -> None:
+    learner = MetaLearner(build("plain"), "maml", [Telling], inner_lr=INNER_LR, strategy="vectorized", memory=memory)
+    smaller = Episodes(*(part if number < 2 else part[:, :4] for number, part in enumerate(BATCH.parts)))
+    seen: list[set[str]] = []
+
+    class Recorder:
+        @hookimpl
+        def on_step(self, logs: dict[str, float]) -> None:
+            seen.append({name for name in logs if name.startswith("telling")})
+
+    learner.fit([BATCH, smaller] * 3, 6, meta_batch=3, log_every=1, observers=[Recorder()])
+    assert seen == [{"telling.larger", "telling.term"}, {"telling.term"}] * 3
 
 
 def test_changes_are_noticed_and_named() -> None:
