@@ -5,6 +5,7 @@ A traced graph freezes their values at the time of tracing.
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -45,8 +46,9 @@ class _Place:
 class PythonState:
     """A record of the values that some functions and objects can read.
 
-    It covers closures, defaults, global names in a function's code, attributes of objects and modules, and the entries
-    of small lists, dicts and sets. Tensors and arrays are compared by identity.
+    It covers closures, defaults, global names in a function's code, attributes of objects and modules, the entries of small
+    lists, dicts and sets, and all that for the functions and methods that a function's code names. Tensors and arrays are
+    compared by identity.
 
     Args:
         roots: functions, modules and callable objects.
@@ -55,6 +57,7 @@ class PythonState:
     def __init__(self, *roots: Any) -> None:
         self._places: list[_Place] = []
         self._seen: set[int] = set()
+        self._methods: set[tuple[type, types.FunctionType]] = set()
         for root in roots:
             self._visit(root, "", 0)
 
@@ -84,6 +87,7 @@ class PythonState:
         elif isinstance(value, types.MethodType):
             self._visit(value.__self__, label, depth)
             self._visit(value.__func__, label, depth)
+            self._visit_method(type(value.__self__), value.__name__, depth)
         elif isinstance(value, partial):
             for part in (value.func, value.args, value.keywords):
                 self._visit(part, label, depth)
@@ -91,7 +95,7 @@ class PythonState:
             self._visit_container(value, label, depth)
         elif not isinstance(value, type | types.ModuleType) and not _is_of_library(type(value)) and _has_dict(value):
             self._add(partial(_join, label), *_accessors_of_dict(vars(value)), depth)
-            self._visit(vars(type(value)).get("__call__"), label, depth)
+            self._visit_method(type(value), "__call__", depth)
 
     def _visit_module(self, module: nn.Module, label: str, depth: int) -> None:
         for name, each in module.named_modules():
@@ -100,7 +104,17 @@ class PythonState:
             for values in list_attributes(each):
                 self._add(partial(_join, path), *_accessors_of_dict(values, MODULE_INTERNALS), depth)
             if not _is_of_library(type(each)):
-                self._visit(type(each).forward, path, depth)
+                self._visit_method(type(each), "forward", depth)
+
+    def _visit_method(self, owner: type, name: str, depth: int) -> None:
+        """Visit a method, and those methods of the class that its code names."""
+        method = _find_function(inspect.getattr_static(owner, name, None))
+        if method is None or depth > _MOST_DEPTH or (owner, method) in self._methods or _is_of_library(method):
+            return
+        self._methods.add((owner, method))
+        self._visit(method, name, depth)
+        for each in set(_list_names(method.__code__)):
+            self._visit_method(owner, each, depth + 1)
 
     def _visit_function(self, function: types.FunctionType, depth: int) -> None:
         if _is_of_library(function):
@@ -118,6 +132,8 @@ class PythonState:
             data = [key for key in names if key in vars(space) and not _is_code(vars(space)[key])]
             if data:
                 self._add(partial(_join, name), *_accessors_of_space(space, data), depth)
+            for key in (names & vars(space).keys()).difference(data):
+                self._visit(_find_function(vars(space)[key]) or vars(space)[key], key, depth + 1)
 
     def _visit_container(self, value: Any, label: str, depth: int) -> None:
         if len(value) > _MOST_ENTRIES:
@@ -208,6 +224,12 @@ def _join(path: str, name: Any) -> str:
 
 def _has_dict(value: Any) -> bool:
     return isinstance(getattr(value, "__dict__", None), Mapping)
+
+
+def _find_function(value: Any) -> types.FunctionType | None:
+    """Return the function that an attribute of a module or class is or calls; None if there is none."""
+    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    return function if isinstance(function, types.FunctionType) else None
 
 
 def _is_code(value: Any) -> bool:

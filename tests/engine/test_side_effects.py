@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -175,6 +176,7 @@ def test_a_layer_that_writes_into_parameters_leaves_the_learners() -> None:
 
 
 TEMPERATURE = 1.0
+HELPERS = ModuleType("helpers")
 
 
 class Settings:
@@ -187,6 +189,16 @@ class Weighted:
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         return self.weight * F.cross_entropy(outputs, targets)
+
+
+class Indirect:
+    """A loss whose method reads a global name."""
+
+    def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self.scale(F.cross_entropy(outputs, targets))
+
+    def scale(self, value: Tensor) -> Tensor:
+        return TEMPERATURE * value
 
 
 def make_closure() -> tuple[Any, Any]:
@@ -212,6 +224,20 @@ def make_class_attribute() -> tuple[Any, Any]:
     )
 
 
+def make_function_of_module() -> tuple[Any, Any]:
+    """What a function reads that is called by the name of its module."""
+    exec("SCALE = 1.0\ndef scale(value): return SCALE * value", vars(HELPERS))
+    return (lambda outputs, targets: HELPERS.scale(F.cross_entropy(outputs, targets))), (
+        lambda value: setattr(HELPERS, "SCALE", value)
+    )
+
+
+def make_called_method() -> tuple[Any, Any]:
+    """What a method reads that the loss calls."""
+    _, change = make_global()
+    return Indirect(), change
+
+
 def make_object() -> tuple[Any, Any]:
     loss = Weighted()
     return loss, lambda value: setattr(loss, "weight", value)
@@ -233,7 +259,8 @@ def make_module(attribute: str, convert: Any = float) -> Any:
 @pytest.mark.parametrize(
     "make",
     [
-        make_closure, make_global, make_class_attribute, make_object, make_method, make_module("label_smoothing"),
+        make_closure, make_global, make_class_attribute, make_function_of_module, make_called_method, make_object,
+        make_method, make_module("label_smoothing"),
         make_module("weight", lambda value: torch.tensor([1.0, 5 * value, 0.1], dtype=torch.float64)),
     ],
 )  # fmt: skip
