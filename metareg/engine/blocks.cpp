@@ -7,6 +7,8 @@
 // Images are [images, height, width, channels], results of windows [images, height / window, width / window, channels].
 // Sums are per image, then over images in double precision, so they do not depend on the number of threads.
 
+#include <dlfcn.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -28,14 +30,44 @@ struct Shape {
   Size pixels() const { return height * width; }
 };
 
+// The threads of the OpenMP library that torch has loaded. Other threads would wait for a core: for milliseconds after an
+// operation, OpenMP's own keep theirs busy.
+struct Team {
+  void (*run)(void (*)(void*), void*, unsigned, unsigned);
+  int (*number)();
+  int (*size)();
+  static const Team& find() {
+    static const Team team = {
+        reinterpret_cast<decltype(run)>(dlsym(RTLD_DEFAULT, "GOMP_parallel")),
+        reinterpret_cast<decltype(number)>(dlsym(RTLD_DEFAULT, "omp_get_thread_num")),
+        reinterpret_cast<decltype(size)>(dlsym(RTLD_DEFAULT, "omp_get_num_threads"))};
+    return team;
+  }
+};
+
+template <class Function>
+struct Work {
+  const Function& function;
+  Size images;
+  void take(Size part, Size parts) const { function(part * images / parts, (part + 1) * images / parts); }
+};
+
 template <class Function>
 void for_images(const Shape& s, Function function) {
   const Size threads = s.images * s.pixels() * s.channels < kSmallest ? 1 : std::min(s.threads, s.images);
-  std::vector<std::thread> others;
-  for (Size k = 1; k < threads; ++k)
-    others.emplace_back(function, k * s.images / threads, (k + 1) * s.images / threads);
-  function(0, s.images / std::max<Size>(threads, 1));
-  for (auto& each : others) each.join();
+  const Team& team = Team::find();
+  Work<Function> work{function, s.images};
+  if (threads <= 1) {
+    work.take(0, 1);
+  } else if (team.run && team.number && team.size) {
+    auto take = [](void* data) { static_cast<Work<Function>*>(data)->take(Team::find().number(), Team::find().size()); };
+    team.run(take, &work, unsigned(threads), 0);
+  } else {
+    std::vector<std::thread> others;
+    for (Size k = 1; k < threads; ++k) others.emplace_back([&work, k, threads] { work.take(k, threads); });
+    work.take(0, threads);
+    for (auto& each : others) each.join();
+  }
 }
 
 template <class T>

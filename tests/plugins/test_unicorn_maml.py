@@ -36,7 +36,8 @@ def _adapt(net: Net, meta: Tensors, task: Task, steps: int) -> Tensors:
     ],
 )
 def test_training_and_evaluation_are_those_of_the_loop(options: dict[str, Any]) -> None:
-    check_training("conv", "unicorn-maml", WrittenOut(_adapt), {"inner_lr": INNER_LR}, **options)
+    # Before the first step, all classes have the same output, and rounding decides.
+    check_training("conv", "unicorn-maml", WrittenOut(_adapt), {"inner_lr": INNER_LR}, evaluate=(1, 4), **options)
 
 
 def test_a_permutation_of_the_classes_permutes_the_outputs() -> None:
