@@ -9,10 +9,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1")
 
@@ -20,6 +19,9 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array, lax
+
+if TYPE_CHECKING:
+    import torch
 
 Arrays = dict[str, Array]
 Tasks = tuple[Array, Array, Array, Array]
@@ -86,7 +88,7 @@ class JaxTraining:
 
     def __init__(
         self,
-        meta: Mapping[str, torch.Tensor],
+        meta: Mapping[str, torch.Tensor | np.ndarray],
         forward: Forward,
         loss: Loss,
         *,
@@ -164,12 +166,14 @@ class JaxTraining:
         return meta, state, losses[-1]
 
 
-def to_jax(value: torch.Tensor) -> Array:
+def to_jax(value: torch.Tensor | np.ndarray) -> Array:
     """A copy; class numbers in 32 bits, JAX's own."""
-    array = value.detach().numpy()
+    array = value if isinstance(value, np.ndarray) else value.detach().numpy()
     return jnp.array(array.astype(np.int32) if array.dtype == np.int64 else array)
 
 
 def to_torch(value: Array) -> torch.Tensor:
     """A copy."""
+    import torch
+
     return torch.from_numpy(np.array(value))
