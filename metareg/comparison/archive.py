@@ -158,8 +158,9 @@ def _prepare(path: Path, folder: Path) -> bytes:
         return _narrow_scores(path.read_bytes())
     if path.name in (CONFIG_FILE, CONFIG, ENVIRONMENT):
         return _shorten_locations(path)
-    if path.name == ERROR_FILE:
-        text = cut_traceback(path.read_text("utf-8", errors="replace"))
+    if path.name in (ERROR_FILE, CHOSEN_FILE):
+        text = path.read_text("utf-8", errors="replace")
+        text = cut_traceback(text) if path.name == ERROR_FILE else text
         # Published results should not contain paths of the machine.
         return text.replace(f"{folder.resolve()}/", "").replace(f"{folder}/", "").encode()
     return path.read_bytes()

@@ -131,8 +131,9 @@ def test_chosen_settings_come_with_the_file(tmp_path: Path, monkeypatch: pytest.
     chosen, tuned = (
         {"options": {"inner_lr": value}, "space": {"inner_lr": "0.01, 0.03, 0.1"}} for value in (0.1, 0.03)
     )
-    trials = [{"options": {}, "score": 0.1, "seeds": [0], "error": None}] * 3
     folder = plan.get_tuning_folder(plan.arms[0])
+    failed = {"options": {}, "score": None, "seeds": [0], "error": f"It diverged; see {folder / 'trial-2'}."}
+    trials = [*[{"options": {}, "score": 0.1, "seeds": [0], "error": None}] * 2, failed]
     folder.mkdir(parents=True)
     (folder / "chosen.json").write_text(json.dumps(chosen | {"trials": trials}))
     for number, settled in ((0, True), (1, False)):  # trials of an arm whose settings are not chosen yet
@@ -145,6 +146,9 @@ def test_chosen_settings_come_with_the_file(tmp_path: Path, monkeypatch: pytest.
             (run.path / "error.txt").write_text("DivergenceError: Training diverged at step 7.\n")
     file = tmp_path / "one.tar.xz"
     write_archive(plan.folder, file)
+    with tarfile.open(file) as archive:
+        contents = [archive.extractfile(member) for member in archive.getmembers()]
+        assert not any(str(tmp_path).encode() in content.read() for content in contents if content)
     monkeypatch.setattr(Comparison, "carry_out", lambda *_: None)
 
     comparison = compare(archive=file, out=tmp_path / "two")
