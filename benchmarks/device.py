@@ -76,7 +76,6 @@ FULL = Size(
         _case("sinusoid", "compiled"),
         _case("sinusoid", "serial", algorithm="metasgd"),
         *(_case("conv4", name, deterministic=each) for name in ("vectorized", "traced") for each in (False, True)),
-        _case("conv4", "compiled"),
     ],
     resume_steps=20,
     # The slowest compilations come last.
@@ -174,8 +173,6 @@ def list_compilations(session: Session) -> list[Job]:
     jobs: list[Job] = []
     if size.compiled and "strategies" in arguments.only:
         jobs += strategies.list_compilations(size.cells, device)
-    if size.compiled and "pairs" in arguments.only and arguments.strategy in (None, "compiled"):
-        jobs += pairs.list_compilations(pairs.choose_task(), size.pairs, device)
     if size.compiled and "resume" in arguments.only:
         jobs += resume.list_compilations(size.resume_cases, device, session.scratch)
     return jobs
@@ -239,19 +236,12 @@ PARTS: Mapping[str, Callable[[Session], None]] = {
 
 
 def _find_fastest(content: Mapping[str, Sequence[Row]]) -> str:
-    """Return the fastest strategy for Conv4-64 on 28×28 pixels; vectorized if that is unknown.
-
-    It is compiled only if the steps of both arms were compiled.
-    """
-    compiled = {row["setting"] for row in content.get("compilations", []) if row["status"] == "compiled"}
-    usable = {*parity.STRATEGIES}
-    if not compiled.issuperset(f"pairs, {arm}" for arm in pairs.ARMS):
-        usable.remove("compiled")
+    """Return the fastest strategy for Conv4-64 on 28×28 pixels; vectorized if that is unknown."""
     timed = {
         row["strategy"]: row["ms"]
         for row in content.get("strategies", [])
         if (row["setting"], row["precision"], row["status"]) == (PAIRS_LIKE, "fp32", "timed")
-        and row["strategy"] in usable
+        and row["strategy"] in parity.STRATEGIES
     }
     return min(timed, key=timed.__getitem__, default="vectorized")
 
@@ -309,7 +299,14 @@ def _parity_page(rows: Sequence[Row]) -> list[str]:
         summary.append({"setting": setting, "precision": precision, "strategy": strategy, **counts, **worst})
     others = [row for row in rows if row["status"] != "same"]
     columns = ("setting", "algorithm", "augmenter", "strategy", "precision", "status", "difference", "of_way", "reason")
-    return [_table(tuple(summary[0]), summary), *([_table(columns, others)] if others else [])]
+    about = ("setting", "algorithm", "strategy", "remark")
+    remarks = [
+        dict(zip(about, each, strict=True))
+        for each in sorted({tuple(row.get(key, "") for key in about) for row in rows})
+    ]
+    remarks = [each for each in remarks if each["remark"]]
+    tables = [(tuple(summary[0]), summary), (columns, others), (about, remarks)]
+    return [_table(names, part) for names, part in tables if part]
 
 
 def _pairs_page(rows: Sequence[Row]) -> list[str]:

@@ -20,7 +20,7 @@ from metareg import MetaLearner, UsageError
 from metareg.comparison.statistics import over_seeds
 from metareg.registry.plugins import Plugin, resolve
 
-__all__ = ["ARMS", "INNER_STEPS", "choose_task", "list_compilations", "list_jobs", "summarise"]
+__all__ = ["ARMS", "INNER_STEPS", "choose_task", "list_jobs", "summarise"]
 
 ARMS: Mapping[str, Sequence[Any]] = {"none": (), "cml": (("cml", {"gamma": 1.0}),)}
 INNER_STEPS = (1, 5, 10)
@@ -50,16 +50,6 @@ def choose_task() -> str:
     except UsageError:
         return "glyphs"
     return "omniglot-small"
-
-
-def list_compilations(task: str, size: Size, device: str) -> list[Job]:
-    """Jobs that compile the step of each arm, for all seeds."""
-    return [
-        Job({"setting": f"pairs, {arm}", "precision": "fp32"}, _compile, {
-            "task": task, "arm": arm, "size": size, "device": device,
-        }, seconds=300)
-        for arm in ARMS
-    ]  # fmt: skip
 
 
 def list_jobs(seeds: Sequence[int], task: str, size: Size, strategy: str, device: str, seconds: float) -> list[Job]:
@@ -161,11 +151,3 @@ def _create_learner(source: Plugin, arm: str, size: Size, seed: int, strategy: s
         "conv4", "maml", ARMS[arm], spec=source.instance.spec, model_options={"width": size.width}, seed=seed,
         strategy=strategy, chunk=_CHUNK, device=device, **_LEARNER,
     )  # fmt: skip
-
-
-def _compile(task: str, arm: str, size: Size, device: str) -> Iterator[Row]:
-    source = resolve("tasks", task, _TASK)
-    learner = _create_learner(source, arm, size, 0, "compiled", device)
-    began = time.perf_counter()
-    learner.fit(source.instance, 1, meta_batch=_META_BATCH)
-    yield {"status": "compiled", "seconds": round(time.perf_counter() - began, 1)}

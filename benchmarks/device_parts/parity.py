@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,8 +35,11 @@ _SMALL = {"ways": 3, "query": 2, "size": 28, "channels": 1}
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "sinusoid": {"task": ("sinusoid", {"shots": 5, "query": 5})},
     "conv4": {"task": ("glyphs", _SMALL), "model": ("conv4", {"width": 8})},
+    "graph": {"task": ("csbm", {"query": 5})},
 }
 """Tasks, and models where it is not the task's own. Everything else is as the plugins recommend it."""
+_NEVER_COMPILED = ("conv4",)
+"""Settings whose compilation takes minutes on a GPU."""
 
 Tensors = dict[str, Tensor]
 
@@ -83,7 +88,7 @@ def list_jobs(
                     # Compiling takes longest; float64 is the precision in which the answer is certain.
                     "precisions": precisions[:1] if those == {"compiled"} else precisions, "device": device,
                 }  # fmt: skip
-                if those:
+                if those and not (those == {"compiled"} and setting in _NEVER_COMPILED):
                     strategy = "compiled" if those == {"compiled"} else "any"
                     jobs.append(Job(key | {"strategy": strategy}, compare_steps, arguments, seconds))
     return plain + compiled
@@ -112,12 +117,30 @@ def compare_steps(
             row: Row = {"strategy": strategy, "precision": str(precision)}
             began = time.perf_counter()
             try:
-                learner = _create_learner(select(), precision.dtype, device, strategy)
-                learner.fit(select().task.instance, STEPS, meta_batch=TASKS)
-                row |= _compare(reference, learner.meta_parameters, precision)
+                with _listen() as remarks:
+                    learner = _create_learner(select(), precision.dtype, device, strategy)
+                    learner.fit(select().task.instance, STEPS, meta_batch=TASKS)
+                row |= _compare(reference, learner.meta_parameters, precision) | {"remark": " ".join(remarks)[:300]}
             except Exception as error:
                 row |= describe_problem(error)
             yield row | {"seconds": round(time.perf_counter() - began, 1)}
+
+
+@contextmanager
+def _listen() -> Iterator[list[str]]:
+    """Collect what metareg logs in a block, such as why a step runs untraced or without a CUDA graph."""
+    messages: list[str] = []
+    handler = logging.Handler(logging.DEBUG)
+    handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("metareg")
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield messages
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
 
 
 def _train_on_cpu(select: Any) -> Reference:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -19,20 +20,23 @@ from torch import Tensor, nn
 
 from device_parts.jobs import Job, Row, describe_problem
 from metareg import Episodes, MetaLearner
+from metareg.engine import tracing
+from metareg.engine.shared_graphs import SHARED
 from metareg.registry.plugins import resolve
 from metareg.registry.task_source import TaskSource
 from metareg.util.devices import move_tensors, peak_memory, reset_peak_memory
 
-__all__ = ["CUDA_GRAPHS", "SETTINGS", "STRATEGIES", "Cell", "list_compilations", "list_jobs"]
+__all__ = ["LAUNCHED", "SETTINGS", "STRATEGIES", "Cell", "list_compilations", "list_jobs"]
 
-CUDA_GRAPHS = "compiled, replayed"
-"""The compiled step as a CUDA graph, which metareg does not offer: what it would gain."""
-STRATEGIES = ("vectorized", "traced", "serial", "compiled", CUDA_GRAPHS)
+LAUNCHED = ", no CUDA graph"
+"""Follows a strategy whose kernels Python launches one by one: what the CUDA graph gains."""
+STRATEGIES = ("vectorized", f"vectorized{LAUNCHED}", "traced", "serial", "compiled", f"compiled{LAUNCHED}")
 """Those that may take all the time come last."""
 Cell = tuple[str, str]
 """A setting (of `SETTINGS`) and a precision, ``"fp32"`` or ``"bf16"``."""
 _ROUNDS = 40
-_SMALL = ("sinusoid, 25 tasks", "sinusoid, 25 tasks, 5 inner steps", "Conv4-64, 28×28, 4 tasks")
+_CONVOLVES = ("Conv4", "ResNet12")
+"""How the names of settings begin whose compilation takes minutes on a GPU; `auto` does not choose it."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +119,15 @@ SETTINGS: Mapping[str, Callable[[], Work]] = {
 
 
 def choose_strategies(cell: Cell, device: str, *, compiled: bool = True) -> list[str]:
-    """The strategies that a cell is timed in; replayed is what is small, in float32."""
+    """Return the strategies that a cell is timed in."""
     setting, precision = cell
-    replayed = torch.device(device).type == "cuda" and setting in _SMALL and precision == "fp32"
-    left_out = ({CUDA_GRAPHS} if not replayed else set()) | ({"compiled", CUDA_GRAPHS} if not compiled else set())
-    return [name for name in STRATEGIES if name not in left_out]
+    compiled = compiled and not setting.startswith(_CONVOLVES)
+    launched = torch.device(device).type == "cuda" and precision == "fp32"
+    return [
+        name
+        for name in STRATEGIES
+        if (compiled or not name.startswith("compiled")) and (launched or not name.endswith(LAUNCHED))
+    ]
 
 
 def list_compilations(cells: Sequence[Cell], device: str) -> list[Job]:
@@ -128,7 +136,7 @@ def list_compilations(cells: Sequence[Cell], device: str) -> list[Job]:
         {"setting": cell[0], "precision": cell[1], "strategy": strategy}
         for cell in cells
         for strategy in choose_strategies(cell, device)
-        if strategy in ("compiled", CUDA_GRAPHS)
+        if strategy == "compiled"
     ]
     return [Job(key, compile_step, {**key, "device": device}, seconds=300) for key in keys]
 
@@ -149,8 +157,7 @@ def compile_step(setting: str, precision: str, strategy: str, device: str) -> It
     work = SETTINGS[setting]()
     learner = _create_learner(work, precision, strategy, device)
     began = time.perf_counter()
-    with _replay(strategy):
-        learner.step(work.batch)
+    learner.step(work.batch)
     yield {"status": "compiled", "seconds": round(time.perf_counter() - began, 1)}
 
 
@@ -178,10 +185,9 @@ def time_strategies(
             learner = _create_learner(work, precision, strategy, device)
 
             def step() -> None:
-                torch.compiler.cudagraph_mark_step_begin()  # nobody looks at the last step's gradients any more
                 learner.step(work.batch)
 
-            with _replay(strategy):
+            with _launch(strategy):
                 _, grads = learner.meta_gradient(work.batch)
                 off = _difference(list(grads.values()), list(expected.values()))
                 for _ in range(3):  # the second call of a shape traces
@@ -193,20 +199,21 @@ def time_strategies(
 
 
 @contextmanager
-def _replay(strategy: str) -> Iterator[None]:
-    """Have what is compiled in a block made a CUDA graph, where the strategy asks for it."""
-    if strategy != CUDA_GRAPHS:
+def _launch(strategy: str) -> Iterator[None]:
+    """Let a block's steps run without CUDA graphs if the strategy says so."""
+    if not strategy.endswith(LAUNCHED):
         yield
         return
-    import torch._inductor.config
-
-    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+    with (
+        mock.patch.object(tracing, "find_gpu", return_value=None),
+        mock.patch.object(SHARED, "find", return_value=None),
+    ):
         yield
 
 
 def _create_learner(work: Work, precision: str, strategy: str, device: str) -> MetaLearner:
     precision = {"fp32": "full"}.get(precision, precision)
-    strategy = {CUDA_GRAPHS: "compiled"}.get(strategy, strategy)
+    strategy = strategy.removesuffix(LAUNCHED)
     return MetaLearner(
         work.model, "maml", loss=work.loss, metric=_metric(work.loss), precision=precision, strategy=strategy, device=device,
         **work.options,

@@ -326,7 +326,7 @@ class Engine:
                 self._part = Description(len(leaves) - (len(values[-1]) if has_logs else 0), structure)
                 return leaves
 
-            program = self._find_program(name, run_tasks, strategy, lambda: self._part)
+            program = self._find_program(name, run_tasks, strategy, lambda: self._part, captures=False)
             return tree_unflatten(*program(meta, episodes, {**extra, "trees": trees}))
 
         return self._describe_tasks(*differentiate_by_steps(self.training, call))
@@ -371,6 +371,8 @@ class Engine:
         strategy: Strategy,
         describe: Callable[[], Description],
         calls_before_tracing: int = 1,
+        *,
+        captures: bool = True,
     ) -> Program:
         program = self._programs.get((key, strategy))
         if program is None:
@@ -382,6 +384,7 @@ class Engine:
                 compiled=strategy == "compiled",
                 reads=self._reads,
                 calls_before_tracing=calls_before_tracing,
+                captures=captures,
                 identity=None if identity is None else (identity, key, strategy),
             )
             self._programs[key, strategy] = program

@@ -22,6 +22,8 @@ _STEPS_THAT_PAY = 10_000
 Both times grow with the number of inner steps and with slower processors, so one number serves all (docs/benchmarks.md).
 It is fixed, so that the same run always has the same strategy, which times measured on a machine would not guarantee.
 """
+_STEPS_THAT_PAY_ON_CUDA = 200_000
+"""The same where CUDA graphs launch the kernels: compiling saves little more, and takes longer."""
 
 
 def choose_strategy(
@@ -45,8 +47,9 @@ def choose_strategy(
         return "vectorized", "there is one task per batch"
     if convolves:
         return "vectorized", f"compiling convolutions takes minutes on {device.type}"
-    if steps < _STEPS_THAT_PAY:
-        return "vectorized", f"too few steps to pay for compiling: {steps:,} of {_STEPS_THAT_PAY:,}"
+    steps_that_pay = _STEPS_THAT_PAY_ON_CUDA if device.type == "cuda" else _STEPS_THAT_PAY
+    if steps < steps_that_pay:
+        return "vectorized", f"too few steps to pay for compiling: {steps:,} of {steps_that_pay:,}"
     if device.type == "cpu" and find_compiler() is None:
         return "vectorized", "compiling would pay off, but there is no C++ compiler (g++ or clang++)"
     return "compiled", f"{format_count(steps, 'step')} pay for compiling"

@@ -17,6 +17,7 @@ from torch.func import functionalize
 from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
+from metareg.engine.cuda_graphs import capture, find_gpu
 from metareg.engine.products import VIEWS, simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
@@ -84,7 +85,7 @@ class Program:
 
     Tracing runs the function's Python, including plugins and `torch.func` transforms, and keeps only the operations.
     Replaying them costs a fraction of the original and gives the same bits. `torch.compile` receives the traced graph,
-    which contains no Python that could fail to compile.
+    which contains no Python that could fail to compile. On a GPU, a CUDA graph launches all operations at once.
 
     A graph contains the values of Python variables at the time of tracing. If one changes, the graphs are dropped and the
     function runs untraced; while it keeps changing, every call runs untraced. A function that cannot be traced, or whose
@@ -97,6 +98,7 @@ class Program:
         compiled: compile the graph with `torch.compile`.
         reads: functions, objects and modules of the user whose variables the function reads.
         calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
+        captures: whether CUDA graphs may launch the operations; each has its own copy of all inputs and outputs.
         identity: a description of everything else that the function is traced from; programs with equal ones share their
             graphs. None if nothing is shared.
     """
@@ -110,6 +112,7 @@ class Program:
         compiled: bool,
         reads: Sequence[Any] = (),
         calls_before_tracing: int = 1,
+        captures: bool = True,
         identity: Hashable | None = None,
     ) -> None:
         self._function = function
@@ -117,6 +120,7 @@ class Program:
         self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
+        self._captures = captures
         self._identity = identity
         self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
         self._descriptions: dict[Any, Description] = {}
@@ -224,7 +228,9 @@ class Program:
             with prepare_to_trace():
                 graph = create_graph(flat, leaves)
                 graph = graph if self._compiled else self._together.find_equal(graph)
+                gpu = find_gpu(graph, leaves) if self._captures else None
                 run = _compile(graph, leaves) if self._compiled else graph.forward
+                run = run if gpu is None else capture(run, leaves, gpu)
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
             raise

@@ -28,9 +28,9 @@ from metareg.util.native import create_cache_folder
 
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode",
-    "compile_graph", "copy_shell", "count_writes", "create_loop", "has_hooks", "import_compiler", "list_attributes",
-    "list_places", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten", "tree_leaves", "tree_map",
-    "tree_unflatten", "unwrap_compiled", "writes_in_place",
+    "compile_graph", "copy_shell", "copy_tensors", "count_writes", "create_loop", "has_hooks", "import_compiler",
+    "list_attributes", "list_places", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten",
+    "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -52,6 +52,11 @@ def _find(*names: str, default: Any = None) -> Any:
     raise MetaregError(
         f"torch {torch.__version__} has no {' and no '.join(names)}, which metareg needs; use torch {_TESTED}."
     )
+
+
+def _copy_one_by_one(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
 
 
 def import_compiler() -> None:
@@ -82,6 +87,11 @@ UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view).
 # A mode that sees every operation of a block. The fallback TorchFunctionMode sees calls of torch's functions, but not
 # the few other operations, such as torch.Tensor(3, 4).
 OperationMode: Any = _find("torch.utils._python_dispatch.TorchDispatchMode", default=TorchFunctionMode)
+
+# ``copy_tensors(targets, sources)`` copies the numbers of many tensors of a GPU with few kernels; otherwise one by one.
+copy_tensors: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = _find(
+    "torch._foreach_copy_", default=_copy_one_by_one
+)
 
 # The attributes in which every module stores its parameters, buffers, submodules and hooks.
 MODULE_INTERNALS = frozenset(vars(nn.Module())) - {"training"}
