@@ -456,5 +456,18 @@ def check_fit(learner: MetaLearner, source: TaskSource, split: str) -> None:
     try:
         learner.evaluate(source, 2, split=split, inner_steps=(0, 1))
     except (RuntimeError, ValueError, IndexError, TypeError, AttributeError) as error:
-        problem = str(error).splitlines()[0]
-        raise UsageError(f"The model cannot be run on the {source.plugin.label}: {problem}.") from error
+        problem = str(error).splitlines()[0].removesuffix(".")
+        raise UsageError(
+            f"The model cannot be run on the {source.plugin.label}: {problem}.{_describe_inputs(source, split)}"
+        ) from error
+
+
+def _describe_inputs(source: TaskSource, split: str) -> str:
+    """Say what inputs a task has if they are not plain tensors, and which model takes them."""
+    inputs = source.episodes(split, [0], 0)[0].support_x
+    if isinstance(inputs, Tensor):
+        return ""
+    default = getattr(source.plugin.instance, "default_model", None)
+    remedy = f"; the task's own model is '{default}'" if default else ""
+    kind = f"a dict of {', '.join(map(str, inputs))}" if isinstance(inputs, Mapping) else f"a {type(inputs).__name__}"
+    return f" The task's inputs are {kind}{remedy}."

@@ -199,3 +199,10 @@ def test_tasks_that_draw_their_graphs_have_no_nodes_to_name(tmp_path: Path) -> N
     for use in (lambda: run.predict(support, query), lambda: run.export(tmp_path / "a.pt2", adaptive=True)):
         with pytest.raises(UsageError, match="is a new graph"):
             use()
+
+
+@pytest.mark.parametrize("options", [{"model": "mlp"}, {"algo": "cavia"}])
+def test_a_model_for_vectors_is_refused_with_what_the_task_needs(options: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="inputs are a dict of x, blocks; the task's own model is 'gcn'"):
+        metareg.train(**{"algo": "maml", **options}, task="csbm", out=tmp_path / "run", **SMALL)
+    assert not (tmp_path / "run").exists()
