@@ -18,8 +18,9 @@ from metareg.contract.episodes import Episodes
 from metareg.engine.agreement import compare
 from metareg.engine.context import Task, Tensors
 from metareg.engine.cuda_graphs import capture, find_gpu
-from metareg.engine.products import VIEWS, simplify_products
+from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
+from metareg.engine.rewriting import call_torch_functions, remove_idle_operations, writes
 from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
 from metareg.printable import format_count
@@ -30,12 +31,11 @@ from metareg.util.torch_internals import (
     trace,
     tree_flatten,
     tree_unflatten,
-    writes_in_place,
 )
 
 __all__ = [
     "CompileError", "Description", "Graphs", "Program", "advise_on_memory", "create_graph", "lift_factors",
-    "prepare_to_trace", "remove_idle_operations", "summarise_error",
+    "prepare_to_trace", "summarise_error",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -44,7 +44,6 @@ Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 _ATEN = torch.ops.aten
 _PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
-_TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _CALLS_OF_ANOTHER_SHAPE = 32
 _LOCK = RLock()
 
@@ -227,7 +226,7 @@ class Program:
         try:
             with prepare_to_trace():
                 graph = create_graph(flat, leaves)
-                graph = graph if self._compiled else self._together.find_equal(graph)
+                graph = graph if self._compiled else self._together.find_equal(call_torch_functions(graph))
                 gpu = find_gpu(graph, leaves) if self._captures else None
                 run = _compile(graph, leaves) if self._compiled else graph.forward
                 run = run if gpu is None else capture(run, leaves, gpu)
@@ -275,7 +274,7 @@ def prepare_to_trace() -> Iterator[None]:
 def create_graph(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor]) -> torch.fx.GraphModule:
     """Trace a function, and remove idle operations from its graph."""
     graph = trace(function, inputs)
-    if _mutates(graph):
+    if writes(graph):
         graph = trace(functionalize(graph), inputs)
     return remove_idle_operations(graph)
 
@@ -347,48 +346,3 @@ def advise_on_memory(tasks: int) -> Iterator[None]:
             f"Out of memory with {format_count(tasks, 'task')} at once; {smaller}, and memory='recompute' keeps "
             "only the parameters of each inner step."
         ) from error
-
-
-def remove_idle_operations(graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
-    """Remove operations that return their input.
-
-    `torch.func` leaves many of them: views with the same shape, transposes of transposes, products with 1. The time of
-    small tasks depends on the number of operations, not on arithmetic. A graph with in-place operations stays as it is.
-    """
-    if _mutates(graph):
-        return graph
-    for node in graph.graph.nodes:
-        source = node.args[0] if node.op == "call_function" and node.args else None
-        if not isinstance(source, torch.fx.Node) or not isinstance(node.meta.get("val"), Tensor):
-            continue
-        if node.target in _TRANSPOSITIONS and source.target is node.target and source.args[1:] == node.args[1:]:
-            node.replace_all_uses_with(source.args[0])
-        elif node.target is _ATEN.detach.default or (
-            (
-                (node.target in VIEWS and _has_one_layout(source.meta["val"]))
-                or (node.target is _ATEN.mul.Scalar and node.args[1] == 1)
-            )
-            and _layout(node.meta["val"]) == _layout(source.meta["val"])
-        ):
-            node.replace_all_uses_with(source)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return graph
-
-
-def _mutates(graph: torch.fx.GraphModule) -> bool:
-    """Return whether the graph has in-place operations."""
-    return any(writes_in_place(node.target) for node in graph.graph.nodes)
-
-
-def _layout(value: Tensor) -> tuple[Any, ...]:
-    return value.dtype, value.shape, value.stride()
-
-
-def _has_one_layout(value: Tensor) -> bool:
-    """Return whether a view with the same shape always has the same strides.
-
-    A view resets the stride of a dimension of size 1, which fake tensors do not show. No element moves, but matrix products
-    choose their kernel by strides, so the last bit of the result can change.
-    """
-    return 1 not in value.shape or value.stride() == torch.empty(value.shape, device="meta").stride()
