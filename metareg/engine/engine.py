@@ -77,7 +77,7 @@ class Engine:
         """Functions with all stages."""
         self._keeps_tasks = stages.implements("combine_tasks")
         self._programs: dict[Any, Program] = {}
-        self._graphs = Graphs()
+        self._graphs: Graphs | None = None
         self._loop: StepLoop | None = None
         self._log_names: tuple[str, ...] = ()
         self._part = Description(0, None)
@@ -85,7 +85,7 @@ class Engine:
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
-        return {**self.__dict__, "_programs": {}, "_graphs": Graphs(), "_loop": None}
+        return {**self.__dict__, "_programs": {}, "_graphs": None, "_loop": None}
 
     def gradient(
         self,
@@ -206,6 +206,7 @@ class Engine:
                     score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
                 ]
         else:
+            self._notice_changes()
             # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
@@ -293,6 +294,7 @@ class Engine:
                 task_noise = noise[0] if noise else {}
                 task = _unbatch(episodes.parts)
                 return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
+        self._notice_changes()
         # The weights change from step to step, so they are an input; otherwise, tracing would freeze them.
         extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
         has_own = self.training.stages.implements("outer_gradient")
@@ -364,6 +366,11 @@ class Engine:
         functions = self.training
         return identify(functions.model, functions.stages, functions.loss, functions.metric, functions.options)
 
+    def _notice_changes(self) -> None:
+        """Drop the graphs of all programs if a variable has changed since they were traced."""
+        if self._graphs is not None:
+            self._graphs.notice_changes()
+
     def _find_program(
         self,
         key: Any,
@@ -377,12 +384,12 @@ class Engine:
         program = self._programs.get((key, strategy))
         if program is None:
             identity = self._identify()
+            self._graphs = self._graphs or Graphs(self._reads)
             program = Program(
                 function,
                 describe,
                 self._graphs,
                 compiled=strategy == "compiled",
-                reads=self._reads,
                 calls_before_tracing=calls_before_tracing,
                 captures=captures,
                 identity=None if identity is None else (identity, key, strategy),

@@ -7,6 +7,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import RLock
 from typing import Any, NamedTuple
 
@@ -53,11 +54,38 @@ class CompileError(MetaregError):
 
 
 class Graphs:
-    """The graphs of several programs: equal ones are kept once, and what applies to several programs is said once."""
+    """The graphs of programs that read the same Python variables: equal ones are kept once, and news is logged once.
 
-    def __init__(self) -> None:
+    Args:
+        reads: functions, objects and modules of the user whose variables the programs read.
+    """
+
+    def __init__(self, reads: Sequence[Any]) -> None:
+        self.changes = 0
+        """How often a variable had another value than when graphs were traced; these graphs are dropped."""
+        self._reads = reads
+        self._state: PythonState | None = None
         self._by_code: dict[str, torch.fx.GraphModule] = {}
         self._said: set[Hashable] = set()
+
+    def record_variables(self) -> PythonState:
+        """Return the values of the variables at the time of the first graph, which is now if there is none."""
+        self._state = self._state or PythonState(*self._reads)
+        return self._state
+
+    def notice_changes(self) -> None:
+        """Drop the graphs if a variable has changed since they were traced; to be called before programs."""
+        changed = None if self._state is None else next(self._state.find_changes(), None)
+        if changed is None:
+            return
+        self.warn(
+            "changed",
+            f"The value of '{changed}' has changed since the previous calls; the graph traced with the old value is "
+            "dropped. While it keeps changing, every call runs untraced, which is slower.",
+        )
+        self.changes += 1
+        self._state = None
+        self._by_code.clear()
 
     def find_equal(self, graph: torch.fx.GraphModule) -> torch.fx.GraphModule:
         """Return the first graph with the same operations; a graph with tensors, which its code does not show, is itself."""
@@ -79,6 +107,27 @@ class Description(NamedTuple):
     """What the caller needs to know about the tensors, such as their names."""
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of a call."""
+
+    meta: Tensors
+    inputs: Sequence[Tensor]
+    """The tensors of the tasks and of the extra inputs."""
+    structure: Any
+    """How they belong together."""
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The inputs of a graph."""
+        return *self.meta.values(), *self.inputs
+
+    @property
+    def key(self) -> Hashable:
+        """What a graph is valid for."""
+        return self.structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in self.inputs]
+
+
 class Program:
     """A function of meta-parameters, tasks and extra inputs that is traced to a graph of operations for each set of shapes.
 
@@ -95,7 +144,6 @@ class Program:
         describe: describes what the function has returned last.
         graphs: the graphs of the programs that belong together.
         compiled: compile the graph with `torch.compile`.
-        reads: functions, objects and modules of the user whose variables the function reads.
         calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
         captures: whether CUDA graphs may launch the operations; each has its own copy of all inputs and outputs.
         identity: a description of everything else that the function is traced from; programs with equal ones share their
@@ -109,7 +157,6 @@ class Program:
         graphs: Graphs,
         *,
         compiled: bool,
-        reads: Sequence[Any] = (),
         calls_before_tracing: int = 1,
         captures: bool = True,
         identity: Hashable | None = None,
@@ -121,13 +168,11 @@ class Program:
         self._calls_before_tracing = calls_before_tracing
         self._captures = captures
         self._identity = identity
-        self._graphs: dict[Any, Callable[..., list[Tensor]]] = {}
-        self._descriptions: dict[Any, Description] = {}
-        self._calls: Counter[Any] = Counter()
-        self._reads = reads
-        self._state: PythonState | None = None
-        """The variables at the time of tracing."""
-        self._changes = 0
+        self._graphs: dict[Hashable, Callable[..., list[Tensor]]] = {}
+        self._descriptions: dict[Hashable, Description] = {}
+        self._calls: Counter[Hashable] = Counter()
+        self._changes = graphs.changes
+        """Those that the graphs take into account."""
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
         """Return the function's tensors, and the structure that describes them."""
@@ -135,29 +180,32 @@ class Program:
         # A graph requires one memory layout, and the last bits can depend on it: all strategies use the same layout. Under
         # vmap, it must not be channels last, where the second derivative of max-pooling has no batching rule.
         settled = settle_layout if len(episodes) == 1 else make_contiguous
-        inputs = [settled(leaf) for leaf in inputs]
-        key = (structure, *[(leaf.shape, leaf.stride(), leaf.dtype) for leaf in inputs])
+        call = _Call(meta, [settled(leaf) for leaf in inputs], structure)
+        key = call.key
         with torch.no_grad(), advise_on_memory(len(episodes)):
-            values = self._compute(key, meta, inputs, structure)
+            values = self._compute(key, call)
         return values, self._descriptions[key].structure
 
-    def _compute(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+    def _compute(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Return the function's tensors, by a graph if there is one or if it is time to trace one."""
-        self._drop_outdated()
+        if self._changes != self._together.changes:
+            self._changes = self._together.changes
+            self._graphs.clear()
+            self._calls.clear()
         graph = self._graphs.get(key)
         if graph is not None:
-            return graph(*meta.values(), *inputs)
+            return graph(*call.leaves)
         self._calls[key] += 1
-        values = self._adopt(key, meta, inputs, structure) if self._calls[key] == 1 else None
+        values = self._adopt(key, call) if self._calls[key] == 1 else None
         if values is not None:
             return values
         if self._calls[key] <= self._count_calls_before_tracing():
-            return self._call(key, meta, inputs, structure)
-        return self._trace(key, meta, inputs, structure)
+            return self._run(key, call)
+        return self._trace(key, call)
 
-    def _call(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+    def _run(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Call the function, and keep the description of what it returns."""
-        values = self._function(meta, *_unflatten(inputs, structure))
+        values = self._function(call.meta, *_unflatten(call.inputs, call.structure))
         self._descriptions[key] = self._describe()
         return values
 
@@ -173,32 +221,16 @@ class Program:
             return 0
         return _CALLS_OF_ANOTHER_SHAPE if self._graphs else self._calls_before_tracing
 
-    def _drop_outdated(self) -> None:
-        """Drop the graphs if a variable has changed since they were traced."""
-        changed = None if self._state is None else next(self._state.find_changes(), None)
-        if changed is None:
-            return
-        if not self._changes:
-            self._together.warn(
-                "changed",
-                f"The value of '{changed}' has changed since the previous calls; the graph traced with the old value is "
-                "dropped. While it keeps changing, every call runs untraced, which is slower.",
-            )
-        self._changes += 1
-        self._state = None
-        self._graphs.clear()
-        self._calls.clear()
-
-    def _adopt(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor] | None:
+    def _adopt(self, key: Hashable, call: _Call) -> list[Tensor] | None:
         """Use a graph that another program has traced, and return its values; None if there is none for this function.
 
         A replayed graph must give the function's bits here, and a compiled one its values up to the order of sums.
         """
-        run = None if self._identity is None or self._changes else SHARED.find(self._identify(key, meta, inputs))
+        run = None if self._identity is None or self._changes else SHARED.find(self._identify(key, call))
         if run is None:
             return None
-        state = PythonState(*self._reads)
-        values, expected = run(*meta.values(), *inputs), self._call(key, meta, inputs, structure)
+        self._together.record_variables()
+        values, expected = run(*call.leaves), self._run(key, call)
         if self._compiled:
             checked = self._descriptions[key].checked
             is_same = compare(values[:checked], expected[:checked], close=True) is None
@@ -207,22 +239,22 @@ class Program:
         if not is_same:
             return None
         self._graphs[key] = run
-        self._state = self._state or state
         return values
 
-    def _identify(self, key: Any, meta: Tensors, inputs: Sequence[Tensor]) -> Hashable:
+    def _identify(self, key: Hashable, call: _Call) -> Hashable:
         """Describe what the graph for such inputs is traced from."""
-        names = tuple((name, value.shape, value.stride(), value.dtype) for name, value in meta.items())
-        return self._identity, self._compiled, names, key, tuple(leaf.device for leaf in inputs)
+        names = tuple((name, value.shape, value.stride(), value.dtype) for name, value in call.meta.items())
+        return self._identity, self._compiled, names, key, tuple(leaf.device for leaf in call.inputs)
 
-    def _trace(self, key: Any, meta: Tensors, inputs: Sequence[Tensor], structure: Any) -> list[Tensor]:
+    def _trace(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Trace the function for inputs of these shapes, and return its values for these inputs."""
-        names, leaves = tuple(meta), (*meta.values(), *inputs)
+        names, leaves = tuple(call.meta), call.leaves
 
         def flat(*leaves: Tensor) -> list[Tensor]:
-            return self._call(key, dict(zip(names, leaves, strict=False)), leaves[len(names) :], structure)
+            meta = dict(zip(names, leaves, strict=False))
+            return self._run(key, _Call(meta, leaves[len(names) :], call.structure))
 
-        self._state = self._state or PythonState(*self._reads)
+        state = self._together.record_variables()
         try:
             with prepare_to_trace():
                 graph = create_graph(flat, leaves)
@@ -250,7 +282,7 @@ class Program:
         if difference is None:
             self._graphs[key] = run
             if self._identity is not None:
-                SHARED.add(self._identify(key, meta, inputs), graph, run, self._state)
+                SHARED.add(self._identify(key, call), graph, run, state)
             return values
         if self._compiled:
             raise CompileError(f"The compiled function computes other values: {difference}.")
