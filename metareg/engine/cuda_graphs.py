@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from metareg.util.torch_internals import copy_tensors
 
@@ -19,24 +21,25 @@ log = logging.getLogger("metareg")
 Run = Callable[..., list[Tensor]]
 
 _LARGEST_SHARE = 0.125
-"""Of the GPU's memory. Large steps keep a GPU busy in any case, and what a CUDA graph holds nothing else can use."""
+"""Of the GPU's memory, for all CUDA graphs. Large steps keep a GPU busy in any case, and nothing else can use what a CUDA
+graph holds."""
 _MODE = "thread_local"
 """Other threads may use the GPU during a capture."""
+_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy.default)
 
 _lock = Lock()
-_pools: dict[torch.cuda.Stream, tuple[Any, torch.cuda.CUDAGraph]] = {}
-"""The memory in which the CUDA graphs of a stream compute, one after the other, and a first graph that keeps it: torch does
-not accept the memory again after its last graph is gone."""
+_held: Counter[torch.device] = Counter()
+"""The memory that CUDA graphs hold."""
 
 
-def find_gpu(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> torch.device | None:
+def find_gpu(graph: GraphModule, leaves: Sequence[Tensor]) -> torch.device | None:
     """Return the GPU whose CUDA graph can replace a traced graph; None if there is none.
 
-    What a graph computes on the CPU becomes a constant of the CUDA graph. So there must not be random numbers, or tensors
-    that a program may change between steps.
+    What a graph computes on the CPU becomes a constant of the CUDA graph. So there must not be random numbers, tensors that
+    a program may change between steps, or copies to the GPU.
 
     Args:
-        graph: the graph; it changes none of its inputs.
+        graph: the graph, with the values of fake tensors; it changes none of its inputs.
         leaves: inputs of the graph.
     """
     devices = {leaf.device for leaf in leaves}
@@ -46,54 +49,67 @@ def find_gpu(graph: torch.fx.GraphModule, leaves: Sequence[Tensor]) -> torch.dev
     return device
 
 
-def capture(run: Run, leaves: Sequence[Tensor], device: torch.device) -> Run:
+def capture(graph: GraphModule, run: Run, leaves: Sequence[Tensor], device: torch.device) -> Run:
     """Return a function that does the same as a CUDA graph; `run` itself if that is impossible.
 
     For small tasks, Python takes longer to launch a kernel than the GPU takes to run it. A CUDA graph launches all kernels
     at once.
 
     Args:
-        run: runs a graph, or what was compiled from it, without looking at values.
+        graph: the graph.
+        run: runs the graph, or what was compiled from it, without looking at values.
         leaves: inputs of the graph.
         device: the result of `find_gpu`.
     """
     with _lock, torch.cuda.device(device):
+        stream, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         try:
-            return _Replay(run, leaves, device)
+            return _Replay(graph, run, leaves, stream, side)
         except Exception as error:  # libraries refuse to be captured with many kinds of errors
             log.debug("A step runs without a CUDA graph: %s", error.__context__ or error)
+            torch.cuda.set_stream(stream)
             # Until another capture succeeds, torch draws no random numbers on the device.
-            _create_pool(torch.cuda.current_stream(device))
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=side, capture_error_mode=_MODE):
+                torch.zeros(1, device=device)
             return run
 
 
 class _Replay:
-    """A function of tensors that is replayed as a CUDA graph; arguments as for `capture`."""
+    """A function of tensors that is replayed as a CUDA graph.
 
-    def __init__(self, run: Run, leaves: Sequence[Tensor], device: torch.device) -> None:
-        self._run = run
-        self._stream = torch.cuda.current_stream(device)
+    Args:
+        graph, run, leaves: as for `capture`.
+        stream: the current stream, the only one on which the CUDA graph is replayed.
+        side: a stream for the capture.
+    """
+
+    def __init__(
+        self, graph: GraphModule, run: Run, leaves: Sequence[Tensor], stream: torch.cuda.Stream, side: torch.cuda.Stream
+    ) -> None:
+        device = stream.device
+        self._run, self._stream, self._settings = run, stream, _read_settings()
+        constants = (getattr(graph, str(node.target)) for node in graph.graph.find_nodes(op="get_attr"))
+        self._constants = [(each, each.data_ptr()) for each in constants if isinstance(each, Tensor)]
         self._inputs = [torch.empty_like(leaf).copy_(leaf) for leaf in leaves]
         self._graph = torch.cuda.CUDAGraph()
         # The first call of a kernel loads it, which cannot be captured.
-        other = torch.cuda.Stream(device)
-        other.wait_stream(self._stream)
-        with torch.cuda.stream(other):
+        side.wait_stream(stream)
+        with torch.cuda.stream(side):
             run(*self._inputs)
-        self._stream.wait_stream(other)
-        if self._stream not in _pools:
-            _create_pool(self._stream)
+        stream.wait_stream(side)
         torch.cuda.empty_cache()
         reserved = torch.cuda.memory_reserved(device)
-        with torch.cuda.graph(self._graph, pool=_pools[self._stream][0], capture_error_mode=_MODE):
+        with torch.cuda.graph(self._graph, stream=side, capture_error_mode=_MODE):
             self._outputs = run(*self._inputs)
         size = torch.cuda.memory_reserved(device) - reserved
         total = torch.cuda.get_device_properties(device).total_memory
-        if size > _LARGEST_SHARE * total:
-            raise MemoryError(f"it would hold {size / 2**20:,.0f} MiB of {total / 2**20:,.0f}")
+        if _held[device] + size > _LARGEST_SHARE * total:
+            raise MemoryError(f"it would hold {size / 2**20:,.0f} MiB beside {_held[device] / 2**20:,.0f}")
+        _held[device] += size
+        weakref.finalize(self, _release, device, size)
 
     def __call__(self, *leaves: Tensor) -> list[Tensor]:
-        if torch.cuda.current_stream(self._stream.device) != self._stream:
+        if not self._is_valid():
             return self._run(*leaves)
         with _lock:
             copy_tensors(self._inputs, leaves)
@@ -102,18 +118,37 @@ class _Replay:
             copy_tensors(outputs, self._outputs)
         return outputs
 
+    def _is_valid(self) -> bool:
+        """Return whether what the CUDA graph took over is as it was."""
+        return (
+            torch.cuda.current_stream(self._stream.device) == self._stream
+            and _read_settings() == self._settings
+            and all(tensor.data_ptr() == address for tensor, address in self._constants)
+        )
 
-def _can_change(node: torch.fx.Node) -> bool:
-    """Return whether a node of a graph draws random numbers, or holds a tensor of the CPU."""
+
+def _can_change(node: Node) -> bool:
+    """Return whether a node of a graph draws random numbers, holds a tensor of the CPU, or copies one."""
     if node.op == "get_attr":
         value = getattr(node.graph.owning_module, str(node.target), None)
         return isinstance(value, Tensor) and value.device.type == "cpu"
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    copies = node.target in _COPIES and any(_is_on_cpu(each) for each in node.all_input_nodes) and not _is_on_cpu(node)
+    return copies or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _create_pool(stream: torch.cuda.Stream) -> None:
-    """Create the memory of a stream's CUDA graphs, and the graph that keeps it."""
-    pool, graph = torch.cuda.graph_pool_handle(), torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode=_MODE):
-        torch.zeros(1, device=stream.device)
-    _pools[stream] = pool, graph
+def _is_on_cpu(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def _read_settings() -> Hashable:
+    """Return torch's settings that decide which kernels run."""
+    cudnn = torch.backends.cudnn
+    return (
+        torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark, cudnn.enabled,
+        torch.are_deterministic_algorithms_enabled(), torch.is_autocast_enabled("cuda"),
+    )  # fmt: skip
+
+
+def _release(device: torch.device, size: int) -> None:
+    _held[device] -= size

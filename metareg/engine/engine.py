@@ -206,7 +206,7 @@ class Engine:
                     score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
                 ]
         else:
-            self._notice_changes()
+            self._expect_changes()
             # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
@@ -294,7 +294,7 @@ class Engine:
                 task_noise = noise[0] if noise else {}
                 task = _unbatch(episodes.parts)
                 return self._describe_task(*compute_meta_gradient(self.training, meta, task, task_noise, weights))
-        self._notice_changes()
+        self._expect_changes()
         # The weights change from step to step, so they are an input; otherwise, tracing would freeze them.
         extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
         has_own = self.training.stages.implements("outer_gradient")
@@ -366,10 +366,10 @@ class Engine:
         functions = self.training
         return identify(functions.model, functions.stages, functions.loss, functions.metric, functions.options)
 
-    def _notice_changes(self) -> None:
-        """Drop the graphs of all programs if a variable has changed since they were traced."""
+    def _expect_changes(self) -> None:
+        """Have the next program look at the variables, which the user may have changed between two calls."""
         if self._graphs is not None:
-            self._graphs.notice_changes()
+            self._graphs.is_current = False
 
     def _find_program(
         self,

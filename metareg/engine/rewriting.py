@@ -77,13 +77,10 @@ def _fold_sign(node: Node) -> None:
     if node.target not in _PRODUCTS:
         return
     source, factor = node.args
-    if (
-        isinstance(factor, float)
-        and isinstance(source, Node)
-        and source.target is _ATEN.neg.default
-        and source.meta["val"].is_floating_point()  # the others wrap around
-    ):
-        node.args = (source.args[0], -factor)
+    if isinstance(factor, float) and isinstance(source, Node) and source.target is _ATEN.neg.default:
+        value = source.meta["val"]
+        if value.is_floating_point() and _has_one_layout(value):  # integers wrap around
+            node.args = (source.args[0], -factor)
 
 
 def _find_equal(node: Node) -> Node | None:
@@ -95,11 +92,26 @@ def _find_equal(node: Node) -> Node | None:
         return source
     if node.target in _TRANSPOSITIONS and source.target is node.target and source.args[1:] == node.args[1:]:
         return cast("Node", source.args[0])
-    keeps_layout = _layout(node.meta["val"]) == _layout(source.meta["val"])
-    if node.target in _PRODUCTS and keeps_layout:
+    value = source.meta["val"]
+    if _layout(node.meta["val"]) != _layout(value) or not _has_one_layout(value):
+        return None
+    if node.target in _PRODUCTS:
         factor = node.args[1]
-        return source if factor == 1 or (_is_one(factor) and _has_one_layout(source.meta["val"])) else None
-    return source if node.target in VIEWS and keeps_layout and _has_one_layout(source.meta["val"]) else None
+        is_idle = (factor == 1 or _is_one(factor)) and not value.is_complex() and not _is_returned(node)
+        return source if is_idle else None
+    return source if node.target in VIEWS else None
+
+
+def _is_returned(node: Node) -> bool:
+    """Return whether a graph returns a node's memory, which must then be no other tensor's: users write to results."""
+    return any(user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users)
+
+
+def _is_view(node: Node) -> bool:
+    """Return whether the result of an operation shares memory with an argument."""
+    schema = getattr(node.target, "_schema", None)
+    declared = schema is not None and any(each.alias_info is not None for each in schema.returns)
+    return declared or node.target in VIEWS
 
 
 def _is_one(factor: Any) -> bool:

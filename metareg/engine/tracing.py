@@ -63,18 +63,24 @@ class Graphs:
     def __init__(self, reads: Sequence[Any]) -> None:
         self.changes = 0
         """How often a variable had another value than when graphs were traced; these graphs are dropped."""
+        self.is_current = False
+        """Whether no Python of the user has run since `notice_changes`."""
         self._reads = reads
         self._state: PythonState | None = None
         self._by_code: dict[str, torch.fx.GraphModule] = {}
         self._said: set[Hashable] = set()
 
-    def record_variables(self) -> PythonState:
-        """Return the values of the variables at the time of the first graph, which is now if there is none."""
-        self._state = self._state or PythonState(*self._reads)
-        return self._state
+    def read_variables(self) -> PythonState:
+        """Return the record of the variables with which graphs were traced; without graphs, their values now."""
+        return self._state or PythonState(*self._reads)
+
+    def watch(self, variables: PythonState) -> None:
+        """Have `notice_changes` compare the variables with a record, the result of `read_variables`."""
+        self._state = variables
 
     def notice_changes(self) -> None:
-        """Drop the graphs if a variable has changed since they were traced; to be called before programs."""
+        """Drop the graphs if a variable has changed since they were traced."""
+        self.is_current = True
         changed = None if self._state is None else next(self._state.find_changes(), None)
         if changed is None:
             return
@@ -188,6 +194,8 @@ class Program:
 
     def _compute(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Return the function's tensors, by a graph if there is one or if it is time to trace one."""
+        if not self._together.is_current:
+            self._together.notice_changes()
         if self._changes != self._together.changes:
             self._changes = self._together.changes
             self._graphs.clear()
@@ -205,6 +213,7 @@ class Program:
 
     def _run(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Call the function, and keep the description of what it returns."""
+        self._together.is_current = False
         values = self._function(call.meta, *_unflatten(call.inputs, call.structure))
         self._descriptions[key] = self._describe()
         return values
@@ -229,7 +238,7 @@ class Program:
         run = None if self._identity is None or self._changes else SHARED.find(self._identify(key, call))
         if run is None:
             return None
-        self._together.record_variables()
+        variables = self._together.read_variables()
         values, expected = run(*call.leaves), self._run(key, call)
         if self._compiled:
             checked = self._descriptions[key].checked
@@ -238,6 +247,7 @@ class Program:
             is_same = all(torch.equal(one, other) for one, other in zip(values, expected, strict=True))
         if not is_same:
             return None
+        self._together.watch(variables)
         self._graphs[key] = run
         return values
 
@@ -254,14 +264,15 @@ class Program:
             meta = dict(zip(names, leaves, strict=False))
             return self._run(key, _Call(meta, leaves[len(names) :], call.structure))
 
-        state = self._together.record_variables()
+        variables = self._together.read_variables()
+        self._together.watch(variables)
         try:
             with prepare_to_trace():
                 graph = create_graph(flat, leaves)
                 graph = graph if self._compiled else self._together.find_equal(call_torch_functions(graph))
                 gpu = find_gpu(graph, leaves) if self._captures else None
                 run = _compile(graph, leaves) if self._compiled else graph.forward
-                run = run if gpu is None else capture(run, leaves, gpu)
+                run = run if gpu is None else capture(graph, run, leaves, gpu)
                 values = run(*leaves) if self._compiled else None
         except MetaregError:
             raise
@@ -281,8 +292,8 @@ class Program:
         difference = compare(values[:checked], expected[:checked], close=not self._compiled)
         if difference is None:
             self._graphs[key] = run
-            if self._identity is not None:
-                SHARED.add(self._identify(key, call), graph, run, state)
+            if self._identity is not None and gpu is None:  # a CUDA graph would hold memory for others
+                SHARED.add(self._identify(key, call), graph, run, variables)
             return values
         if self._compiled:
             raise CompileError(f"The compiled function computes other values: {difference}.")

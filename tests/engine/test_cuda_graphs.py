@@ -26,8 +26,10 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """For each program of a test, whether it became a CUDA graph."""
     found: list[bool] = []
 
-    def record(run: cuda_graphs.Run, leaves: list[Tensor], device: torch.device) -> cuda_graphs.Run:
-        result = capture(run, leaves, device)
+    def record(
+        graph: torch.fx.GraphModule, run: cuda_graphs.Run, leaves: list[Tensor], device: torch.device
+    ) -> cuda_graphs.Run:
+        result = capture(graph, run, leaves, device)
         found.append(result is not run)
         return result
 
@@ -57,7 +59,7 @@ def test_on_a_cpu_nothing_is_captured() -> None:
 def test_results_are_those_of_the_function_and_outlive_the_next_call() -> None:
     first, second = ([torch.randn(5, 5, device="cuda").t() for _ in range(2)] for _ in range(2))
     graph = trace(mix, first)
-    run = capture(graph.forward, first, GPU)
+    run = capture(graph, graph.forward, first, GPU)
     assert run != graph.forward
     one, other = run(*first), run(*second)
     for found, inputs in ((one, first), (other, second)):
@@ -107,10 +109,10 @@ def test_what_would_hold_too_much_memory_is_not_captured(monkeypatch: pytest.Mon
     monkeypatch.setattr(cuda_graphs, "_LARGEST_SHARE", 0.0)
     inputs = [torch.randn(2000, 2000, device="cuda") for _ in range(2)]
     graph = trace(mix, inputs)
-    run = capture(graph.forward, inputs, GPU)
+    run = capture(graph, graph.forward, inputs, GPU)
     assert run == graph.forward
     monkeypatch.undo()
-    assert capture(graph.forward, inputs, GPU) != graph.forward
+    assert capture(graph, graph.forward, inputs, GPU) != graph.forward
 
 
 @on_gpu
@@ -121,9 +123,10 @@ def test_what_cannot_be_captured_runs_as_before() -> None:
     def synchronise(x: Tensor, y: Tensor) -> list[Tensor]:
         return [x * float(x.sum()), y]
 
-    assert capture(synchronise, inputs, GPU) is synchronise
+    assert capture(graph, synchronise, inputs, GPU) is synchronise
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()
     torch.randn(1, device="cuda")
-    run = capture(graph.forward, inputs, GPU)
+    run = capture(graph, graph.forward, inputs, GPU)
     assert run != graph.forward
     assert all(torch.equal(a, b) for a, b in zip(run(*inputs), mix(*inputs), strict=True))
 
@@ -135,16 +138,34 @@ def test_what_may_change_is_never_a_constant() -> None:
     assert find_gpu(trace(lambda x: [x * factor], inputs), inputs) is None
     assert find_gpu(trace(lambda x: [x * torch.rand(())], inputs), inputs) is None
     assert find_gpu(trace(lambda x: [x + torch.rand_like(x)], inputs), inputs) is None
+    assert find_gpu(trace(lambda x: [x + torch.arange(3).to(x.device)], inputs), inputs) is None
 
 
 @on_gpu
-def test_new_graphs_are_captured_after_all_others_are_gone() -> None:
-    inputs = [torch.randn(5, 5, device="cuda") for _ in range(2)]
+def test_memory_that_graphs_hold_is_counted() -> None:
+    inputs = [torch.randn(500, 500, device="cuda") for _ in range(2)]
     graph = trace(mix, inputs)
+    before = cuda_graphs._held[GPU]
     for _ in range(3):
-        run = capture(graph.forward, inputs, GPU)
+        run = capture(graph, graph.forward, inputs, GPU)
         assert run != graph.forward
+        assert cuda_graphs._held[GPU] > before
         del run
+    assert cuda_graphs._held[GPU] == before
+
+
+@on_gpu
+def test_settings_and_weights_that_change_are_respected(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(5, 5, device="cuda")
+    inputs = [torch.randn(5, 5, device="cuda")]
+    graph = trace(lambda x: [x @ weight], inputs)
+    run = capture(graph, graph.forward, inputs, GPU)
+    assert run._is_valid()  # type: ignore[attr-defined]
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", not torch.backends.cudnn.deterministic)
+    assert not run._is_valid()  # type: ignore[attr-defined]
+    monkeypatch.undo()
+    weight.data = weight.data + 1
+    assert torch.equal(run(*inputs)[0], inputs[0] @ weight)
 
 
 @on_gpu

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import spectral_norm
 
-from metareg import Episodes, MetaLearner, UsageError, hookimpl
+from metareg import Episodes, MetaLearner, Metric, UsageError, hookimpl
 from metareg.engine.python_state import PythonState
 
 INNER_LR = 0.3
@@ -382,3 +382,75 @@ def test_a_loss_that_cannot_be_traced_runs_untraced() -> None:
         learner = MetaLearner(model, strategy=strategy, loss=loss, metric="accuracy", inner_lr=INNER_LR)
         values[strategy] = [learner.meta_gradient(BATCH)[0].item() for _ in range(3)]
     assert values["traced"] == values["serial"]
+
+
+def test_a_metric_that_counts_its_calls_is_not_frozen_within_an_evaluation() -> None:
+    counter = [0]
+
+    def count(outputs: Tensor, targets: Tensor) -> Tensor:
+        counter[0] += 1
+        return 0 * F.cross_entropy(outputs, targets) + (1.0 if counter[0] <= 20 else 2.0)
+
+    model = nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double()
+    learner = MetaLearner(model, metric=Metric("count", count, higher_is_better=True), strategy="vectorized", chunk=1)
+    for number in range(4):
+        counter[0] = 0
+        scores = learner.evaluate(Given(), 36, inner_steps=(1,)).scores.flatten().tolist()
+        assert set(scores) == {1.0, 2.0}
+        if number > 1:  # tracing, which the first evaluations try, counts too
+            assert scores == [1.0] * 20 + [2.0] * 16
+
+
+def test_a_variable_that_an_untraced_part_changes_reaches_the_traced_parts() -> None:
+    """With ``memory="recompute"``, parts of a gradient are traced one by one; here one of them cannot be."""
+
+    def gradients(strategy: str) -> list[Tensor]:
+        scale = [1.0]
+
+        def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+            if len(outputs) == 4:  # the query set
+                scale[0] = 3.0 if float(outputs.detach().sum()) > 50 else 1.0
+            return scale[0] * F.cross_entropy(outputs, targets)
+
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double()
+        learner = MetaLearner(model, loss=loss, metric="accuracy", inner_lr=0.1, strategy=strategy, memory="recompute")
+        found = []
+        for step in range(8):
+            query = X[:1, :4] + 100.0 * (step >= 5)
+            _, grads = learner.meta_gradient(Episodes(X[:1], Y[:1], query, Y[:1, :4]))
+            found += grads.values()
+        return found
+
+    for one, other in zip(gradients("serial"), gradients("traced"), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("strategy", ["traced", "vectorized"])
+def test_logs_are_those_before_the_step(strategy: str) -> None:
+    """A log that is a meta-parameter times one is no meta-parameter, which the optimiser changes in place."""
+
+    class Scale:
+        training_only = True
+
+        @hookimpl
+        def init_meta(self) -> dict[str, Tensor]:
+            return {"scale": torch.tensor(0.5, dtype=torch.float64)}
+
+        @hookimpl
+        def augment_outer_loss(self, meta: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+            (scale,) = (value for name, value in meta.items() if name.endswith("scale"))
+            return 0.1 * scale.square(), {"value": scale * 1.0}
+
+    def logs(strategy: str) -> list[dict[str, float]]:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Flatten(), nn.Linear(20, 3)).double()
+        learner = MetaLearner(model, "maml", [Scale], inner_lr=0.1, outer_lr=0.1, strategy=strategy)
+        found = []
+        for _ in range(4):
+            learner.step(BATCH[:1])
+            found.append(dict(learner.logs))
+        return found
+
+    for one, other in zip(logs("serial"), logs(strategy), strict=True):
+        assert one == pytest.approx(other)
