@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from metareg.util.torch_internals import copy_tensors
+from metareg.util.torch_internals import TO_COPY, copy_tensors
 
 __all__ = ["capture", "find_gpu"]
 
@@ -25,7 +25,7 @@ _LARGEST_SHARE = 0.125
 graph holds."""
 _MODE = "thread_local"
 """Other threads may use the GPU during a capture."""
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy.default)
+_COPIES = (TO_COPY, torch.ops.aten.copy.default)
 
 _lock = Lock()
 _held: Counter[torch.device] = Counter()

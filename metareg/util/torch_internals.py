@@ -27,7 +27,7 @@ from metareg.util.imports import pause_collector
 from metareg.util.native import create_cache_folder
 
 __all__ = [
-    "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "UNSAFE_VIEW", "OperationMode",
+    "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "TO_COPY", "UNSAFE_VIEW", "OperationMode",
     "compile_graph", "copy_shell", "copy_tensors", "count_writes", "create_loop", "has_hooks", "import_compiler",
     "list_attributes", "list_places", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten",
     "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
@@ -83,6 +83,9 @@ DROPOUT: Any = _find("torch.nn.modules.dropout._DropoutNd", default=_DROPOUTS)
 
 # A view of a tensor without other references, which tracing matrix products produces; otherwise `view`.
 UNSAFE_VIEW: Any = getattr(torch.ops.aten, "_unsafe_view", torch.ops.aten.view).default
+
+# What tracing makes of `Tensor.to`.
+TO_COPY: Any = getattr(torch.ops.aten, "_to_copy", torch.ops.aten.copy).default
 
 # A mode that sees every operation of a block. The fallback TorchFunctionMode sees calls of torch's functions, but not
 # the few other operations, such as torch.Tensor(3, 4).
