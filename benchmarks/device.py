@@ -300,11 +300,8 @@ def _parity_page(rows: Sequence[Row]) -> list[str]:
     others = [row for row in rows if row["status"] != "same"]
     columns = ("setting", "algorithm", "augmenter", "strategy", "precision", "status", "difference", "of_way", "reason")
     about = ("setting", "algorithm", "strategy", "remark")
-    remarks = [
-        dict(zip(about, each, strict=True))
-        for each in sorted({tuple(row.get(key, "") for key in about) for row in rows})
-    ]
-    remarks = [each for each in remarks if each["remark"]]
+    said = {tuple(row[key] for key in about) for row in rows if row.get("remark")}
+    remarks = [dict(zip(about, each, strict=True)) for each in sorted(said)]
     tables = [(tuple(summary[0]), summary), (columns, others), (about, remarks)]
     return [_table(names, part) for names, part in tables if part]
 

@@ -130,14 +130,13 @@ class _Replay:
 def _can_change(node: Node) -> bool:
     """Return whether a node of a graph draws random numbers, holds a tensor of the CPU, or copies one."""
     if node.op == "get_attr":
-        value = getattr(node.graph.owning_module, str(node.target), None)
-        return isinstance(value, Tensor) and value.device.type == "cpu"
-    copies = node.target in _COPIES and any(_is_on_cpu(each) for each in node.all_input_nodes) and not _is_on_cpu(node)
+        return _is_on_cpu(getattr(node.graph.owning_module, str(node.target), None))
+    sources = (each.meta.get("val") for each in node.all_input_nodes)
+    copies = node.target in _COPIES and any(map(_is_on_cpu, sources)) and not _is_on_cpu(node.meta.get("val"))
     return copies or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
-def _is_on_cpu(node: Node) -> bool:
-    value = node.meta.get("val")
+def _is_on_cpu(value: object) -> bool:
     return isinstance(value, Tensor) and value.device.type == "cpu"
 
 

@@ -12,12 +12,13 @@ from torch.fx import GraphModule, Node
 from metareg.engine.products import VIEWS
 from metareg.util.torch_internals import UNSAFE_VIEW, writes_in_place
 
-__all__ = ["call_torch_functions", "remove_idle_operations", "writes"]
+__all__ = ["PRODUCTS", "call_torch_functions", "remove_idle_operations", "writes"]
 
 _ATEN = torch.ops.aten
 _TRANSPOSITIONS = (_ATEN.t.default, _ATEN.transpose.int)
 _MOVES_NOTHING = (*VIEWS, *_TRANSPOSITIONS)
-_PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
+PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
+"""Products of a tensor and a tensor or a number, element by element."""
 _FUNCTIONS: dict[Any, Callable[..., Any] | str] = {
     _ATEN.add.Tensor: torch.add, _ATEN.sub.Tensor: torch.sub, _ATEN.mul.Tensor: torch.mul, _ATEN.mul.Scalar: torch.mul,
     _ATEN.div.Tensor: torch.div, _ATEN.div.Scalar: torch.div, _ATEN.neg.default: torch.neg, _ATEN.exp.default: torch.exp,
@@ -74,7 +75,7 @@ def writes(graph: GraphModule) -> bool:
 
 def _fold_sign(node: Node) -> None:
     """Multiply by the negative number instead of multiplying the negative."""
-    if node.target not in _PRODUCTS:
+    if node.target not in PRODUCTS:
         return
     source, factor = node.args
     if isinstance(factor, float) and isinstance(source, Node) and source.target is _ATEN.neg.default:
@@ -95,7 +96,7 @@ def _find_equal(node: Node) -> Node | None:
     value = source.meta["val"]
     if _layout(node.meta["val"]) != _layout(value) or not _has_one_layout(value):
         return None
-    if node.target in _PRODUCTS:
+    if node.target in PRODUCTS:
         factor = node.args[1]
         is_idle = (factor == 1 or _is_one(factor)) and not value.is_complex() and not _is_returned(node)
         return source if is_idle else None

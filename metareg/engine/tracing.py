@@ -21,7 +21,7 @@ from metareg.engine.context import Task, Tensors
 from metareg.engine.cuda_graphs import capture, find_gpu
 from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
-from metareg.engine.rewriting import call_torch_functions, remove_idle_operations, writes
+from metareg.engine.rewriting import PRODUCTS, call_torch_functions, remove_idle_operations, writes
 from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
 from metareg.printable import format_count
@@ -44,7 +44,6 @@ log = logging.getLogger("metareg")
 Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
 
 _ATEN = torch.ops.aten
-_PRODUCTS = (_ATEN.mul.Tensor, _ATEN.mul.Scalar)
 _CALLS_OF_ANOTHER_SHAPE = 32
 _LOCK = RLock()
 
@@ -332,7 +331,7 @@ def lift_factors(graph: torch.fx.GraphModule) -> list[Tensor]:
     places: dict[tuple[float, torch.dtype, torch.device], list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
         value = node.meta.get("val")
-        if node.op != "call_function" or node.target not in _PRODUCTS or not isinstance(value, Tensor):
+        if node.op != "call_function" or node.target not in PRODUCTS or not isinstance(value, Tensor):
             continue
         factor = node.args[1]
         if isinstance(factor, float) and not factor.is_integer() and value.dtype in (torch.float32, torch.float64):
