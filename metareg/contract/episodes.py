@@ -223,6 +223,14 @@ def read_episodes(batch: Batch) -> list[Episodes]:
 
 def stack_trees(trees: Sequence[Any]) -> Any:
     """Stack pytrees of equal structure and shapes along a new first dimension."""
+    first, kind = trees[0], type(trees[0])
+    if all(type(tree) is kind for tree in trees):  # the usual kinds: `tree_map` takes ten times as long
+        if kind is Tensor:
+            return torch.stack(list(trees))
+        if kind is dict and all(tree.keys() == first.keys() for tree in trees):
+            return {key: stack_trees([tree[key] for tree in trees]) for key in first}
+        if kind in (list, tuple) and all(len(tree) == len(first) for tree in trees):
+            return kind(map(stack_trees, zip(*trees, strict=True)))
     return tree_map(lambda *leaves: torch.stack(leaves), *trees)
 
 

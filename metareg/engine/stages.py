@@ -190,7 +190,7 @@ class Stages:
                 shapes=shapes, generator=create_generator(seed, "noise", stage, each.name, *labels),
                 inner_steps=inner_steps, stage=stage, training_step=training_step,
             )  # fmt: skip
-            return None if drawn is None else move_tensors(_take_noise(drawn, each), like.device, like.dtype)
+            return None if drawn is None else _take_noise(drawn, each, like)
 
         return [{each.name: drawn for each in drawing if (drawn := draw(each, labels)) is not None} for labels in draws]
 
@@ -519,11 +519,14 @@ def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
     return given if stack.positions is None else given.placed(stack.positions)
 
 
-def _take_noise(given: Any, by: Implementation) -> Any:
-    """Check a pytree of tensors, which can contain None."""
-    if not all(isinstance(leaf, Tensor) for leaf in tree_leaves(given) if leaf is not None):
+def _take_noise(given: Any, by: Implementation, like: Tensor) -> Any:
+    """Check a pytree of tensors, which can contain None, and move it to the device and type of `like`."""
+    leaves = [leaf for leaf in tree_leaves(given) if leaf is not None]
+    if not all(isinstance(leaf, Tensor) for leaf in leaves):
         by.reject("it must return a pytree of tensors")
-    return given
+    # On a CPU, nothing moves, and building the tree again would take as long as drawing it.
+    is_there = all(leaf.device == like.device and leaf.dtype == like.dtype for leaf in leaves)
+    return given if is_there else move_tensors(given, like.device, like.dtype)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -45,18 +45,18 @@ class DropGrad:
     def draw_noise(
         self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int
     ) -> list[dict[str, Tensor]]:
-        return [
-            {name: self._draw_factors(shape, generator) for name, shape in shapes.items()} for _ in range(inner_steps)
-        ]
+        draw = torch.rand if self.config.kind == "bernoulli" else torch.randn
+        return [{name: draw(shape, generator=generator) for name, shape in shapes.items()} for _ in range(inner_steps)]
 
     @hookimpl
     def augment_inner_gradient(
         self, grads: dict[str, Tensor], noise: list[dict[str, Tensor]], step: int
     ) -> dict[str, Tensor]:
-        return {name: value * noise[step][name] for name, value in grads.items()}
+        return {name: value * self._compute_factors(noise[step][name]) for name, value in grads.items()}
 
-    def _draw_factors(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    def _compute_factors(self, drawn: Tensor) -> Tensor:
+        """Convert what `draw_noise` drew here, where all tasks and steps run in one graph."""
         rate = self.config.rate
         if self.config.kind == "bernoulli":
-            return (torch.rand(shape, generator=generator) >= rate).float() / (1 - rate)
-        return 1 + (rate / (1 - rate)) ** 0.5 * torch.randn(shape, generator=generator)
+            return (drawn >= rate).to(drawn.dtype) / (1 - rate)
+        return 1 + (rate / (1 - rate)) ** 0.5 * drawn

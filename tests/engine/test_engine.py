@@ -271,7 +271,10 @@ def test_dropgrad_equals_a_loop_with_the_same_noise(kind: str, algo: str, strate
     drawn = noise_of(learner, 0, len(batch))
 
     def change(task: int, step: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value * drawn[task]["dropgrad"][step][name].double() for name, value in grads.items()}
+        factors = {}
+        for name, number in drawn[task]["dropgrad"][step].items():
+            factors[name] = (number >= 0.3) / 0.7 if kind == "bernoulli" else 1 + (0.3 / 0.7) ** 0.5 * number
+        return {name: value * factors[name].double() for name, value in grads.items()}
 
     _, expected = meta_gradient(
         NETS["mlp"], meta, tasks_of(batch), algo=algo, inner_lr=INNER_LR["mlp"], inner_steps=3, change=change

@@ -202,11 +202,11 @@ def learner_of(case: Case, task: Any) -> MetaLearner:
 
 
 def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
-    """Apply dropgrad to a task's gradients in an inner step, with the plugin's own noise."""
+    """Apply dropgrad to a task's gradients in an inner step, with the plugin's own random numbers."""
     generator = create_generator(SEED, "noise", "task", "dropgrad", step, task)
     shapes = {name: tuple(value.shape) for name, value in grads.items()}
-    noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)
-    return {name: value * noise[inner_step][name] for name, value in grads.items()}
+    noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)[inner_step]
+    return {name: torch.where(noise[name] < RATE, 0, value / (1 - RATE)) for name, value in grads.items()}
 
 
 @cache
