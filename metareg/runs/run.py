@@ -228,7 +228,9 @@ class Run:
     def read_data_from(self, data: str | Path) -> None:
         """Read the task's data from another place from now on, for example because it has moved."""
         task = self.config.task
-        self.source = TaskSource(resolve("tasks", task.name, {**task.config, "data": str(data)}))
+        options = {**task.config, "data": str(data)}
+        self.source = TaskSource(resolve("tasks", task.name, options))
+        self.config = self.config.model_copy(update={"task": task.model_copy(update={"config": options})})
 
     def evaluate_baselines(self) -> list[Baseline]:
         """Evaluate simpler baselines on the run's test tasks; computed once, which may take longer than training.

@@ -151,3 +151,21 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
     assert run_command(["analyse", str(tmp_path / "nothing")]) == 2
     with pytest.raises(UsageError, match="at least 2 tasks"):
         analyse(Run.load(run.path), tasks=1)
+
+
+def test_data_that_has_moved_is_read_from_where_it_is(tmp_path: Path) -> None:
+    tables = tmp_path / "tables"
+    tables.mkdir()
+    for number in range(8):
+        rows = [f"{x / 4},{2 * x + number}" for x in range(12)]
+        (tables / f"machine-{number}.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    options = {"task.data": str(tables), "task.target": "y", "shots": 2}
+    run = train(task="table-folder", algo="maml", augment=["cml"], out=tmp_path / "run", **SMALL, **options)
+    expected = analyse(run.path, TASKS)
+    assert len(expected.angles) == 2
+    (run.path / "analysis.json").unlink()
+    tables.rename(tmp_path / "moved")
+    assert run_command(["analyse", str(run.path), "--tasks", str(TASKS), "--data", str(tmp_path / "moved")]) == 0
+    found = json.loads((run.path / "analysis.json").read_text())
+    assert [each["degrees"]["mean"] for each in found["angles"]] == [each.degrees.mean for each in expected.angles]
+    assert found["adapting"]["all"][-1]["mean"] == expected.adapting["all"][-1].mean
