@@ -147,7 +147,8 @@ class StepLoop:
         stacks = [leaf.unflatten(0, (-1, batches.tasks)) for leaf in leaves]
         with torch.no_grad():
             if self._compiled is None:
-                self._compiled = self._prepare(meta, batches, stacks, structure, update)
+                with prepare_to_trace():
+                    self._compiled = self._prepare(meta, batches, stacks, structure, update)
                 self._key = _describe(batches)
             return self._run(self._compiled, meta, batches.which, stacks, update)
 
@@ -174,8 +175,7 @@ class StepLoop:
         shared = None if self._identity is None else SHARED.find(key)
         if shared is not None and self._find_difference(shared, first, close=True) is None:
             return shared
-        with prepare_to_trace():
-            compiled, graph = self._compile(first)
+        compiled, graph = self._compile(first)
         difference = self._find_difference(compiled, first)
         if difference is not None:
             raise RuntimeError(f"the compiled values are not those of the function: {difference}")

@@ -14,6 +14,7 @@ import pkgutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -193,7 +194,7 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.clear()
     try:
-        with _use_size_environment(), _configure_compiler(inputs), _skip_checks(graph):
+        with _use_size_environment(), _configure_compiler(inputs), _skip_checks(graph), _build_at_once():
             return compiler(graph, list(inputs))
     except Exception:  # the caches can be damaged, or the compiler too old for the processor
         return compiler(graph, list(inputs))
@@ -266,6 +267,23 @@ def _skip_checks(graph: torch.fx.GraphModule) -> Iterator[None]:
         replacements.enter_context(
             _replace("torch._inductor.sizevars", "simplify_index_in_vec_range", _simplify_no_polynomials)
         )
+        yield
+
+
+@contextmanager
+def _build_at_once() -> Iterator[None]:
+    """Have the C++ compiler build, for a block, the kernels and the function that calls them at the same time."""
+
+    def convert(build: Callable[[str, Sequence[Any]], None]) -> Callable[[str, Sequence[Any]], None]:
+        def build_at_once(lock: str, builders: Sequence[Any]) -> None:
+            parts = builders[:-1]  # the last one links them
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(lambda number: build(f"{lock}.{number}", [parts[number]]), range(len(parts))))
+            build(lock, builders)
+
+        return build_at_once
+
+    with _replace("torch._inductor.codecache", "_worker_compile_cpp", convert):
         yield
 
 

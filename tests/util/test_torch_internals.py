@@ -9,7 +9,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -210,6 +211,26 @@ def test_vector_instructions_are_those_that_the_compiler_knows() -> None:
             instructions: Any = SimpleNamespace(build_arch_flags=lambda flags=flags: flags)
             assert cpu_vec_isa.VecISA.check_build(instructions, "") is known
     assert cpu_vec_isa.VecISA.check_build is build
+
+
+def test_the_parts_of_a_program_are_built_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import codecache
+
+    together, built = threading.Barrier(2), []
+
+    def build(lock: str, builders: Sequence[str]) -> None:
+        if lock != "lock":
+            together.wait(timeout=60)
+        built.append((lock, builders))
+
+    monkeypatch.setattr(codecache, "_worker_compile_cpp", build)
+    with torch_internals._build_at_once():
+        codecache._worker_compile_cpp("lock", ("kernels", "calls", "program"))
+        codecache._worker_compile_cpp("lock", ("program",))
+    assert codecache._worker_compile_cpp is build
+    parts, whole = built[:2], built[2:]
+    assert sorted(parts, key=lambda part: part[1]) == [("lock.1", ["calls"]), ("lock.0", ["kernels"])]
+    assert whole == [("lock", ("kernels", "calls", "program")), ("lock", ("program",))]
 
 
 def test_strides_are_those_of_simplified_indices() -> None:
