@@ -364,6 +364,13 @@ def test_page(source: Path, carry_out: Callable[[Path], None]) -> None:
     carry_out(source)
 
 
+def test_every_row_of_a_table_is_one_line() -> None:
+    for path in (*DOCS.rglob("*.md"), *ROOT.glob("*.md")):
+        text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.M | re.S)
+        broken = [line for line in text.splitlines() if line.startswith("|") and not line.endswith("|")]
+        assert not broken, f"{path}: {broken}"
+
+
 def test_files_of_listings_are_what_they_are_for(tmp_path: Path) -> None:
     """Listings that no command of their page runs in full: large comparisons, and a recipe."""
     for listing in BLOCK.findall((DOCS / "comparisons.md").read_text(encoding="utf-8")):
