@@ -79,9 +79,6 @@ class Engine:
         self._programs: dict[Any, Program] = {}
         self._graphs: Graphs | None = None
         self._loop: StepLoop | None = None
-        self._log_names: tuple[str, ...] = ()
-        self._part = Description(0, None)
-        """What a part of `_differentiate_by_steps` has returned last."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
@@ -153,7 +150,7 @@ class Engine:
         if self._loop is None:
             self._loop = StepLoop(
                 lambda meta, tasks: self._map_gradient(meta, tasks, {}),
-                self._find_checked,
+                _find_checked,
                 self._reads,
                 self._identify(),
             )
@@ -162,11 +159,7 @@ class Engine:
         with advise_on_memory(batches.tasks):
             steps = self._loop(meta, batches, update)
         losses, *logs = steps.scalars
-        return steps, Gradient(steps.grads, losses, dict(zip(self._log_names, logs, strict=True)))
-
-    def _find_checked(self) -> list[int]:
-        """Return the positions of objective and gradient norm in `_map_gradient`'s results after the gradients."""
-        return [0, 1 + self._log_names.index("grad_norm")]
+        return steps, Gradient(steps.grads, losses, dict(zip(steps.structure, logs, strict=True)))
 
     @property
     def _reads(self) -> tuple[Any, ...]:
@@ -190,12 +183,13 @@ class Engine:
         adapting_alike = [[each] for each in policies] if self.plain.head_only else [policies]
         one_by_one = strategy in ONE_BY_ONE
 
-        def score_stack(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+        def score_stack(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> tuple[list[Tensor], Description]:
             def score(task: Task, noise: Mapping[str, Any]) -> Tensor:
                 return torch.cat([alike[0].scores(meta, task, noise, inner_steps, alike) for alike in adapting_alike])
 
             noise = extra.get("noise", {})
-            return [score(_unbatch(tasks), _unbatch(noise))[None] if one_by_one else vmap(score)(tasks, noise)]
+            scores = score(_unbatch(tasks), _unbatch(noise))[None] if one_by_one else vmap(score)(tasks, noise)
+            return [scores], Description(1, None)
 
         parts = list(episodes.chunks(1 if one_by_one else chunk))
         starts = accumulate((len(part) for part in parts), initial=0)
@@ -203,7 +197,8 @@ class Engine:
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
                 stacks = [
-                    score_stack(meta, part.parts, _stack_noise(each)) for part, each in zip(parts, drawn, strict=True)
+                    score_stack(meta, part.parts, _stack_noise(each))[0]
+                    for part, each in zip(parts, drawn, strict=True)
                 ]
         else:
             self._expect_changes()
@@ -211,7 +206,7 @@ class Engine:
             strategy = "vectorized" if strategy == "compiled" else strategy
             calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
             key = "scores", inner_steps, bn_statistics
-            program = self._find_program(key, score_stack, strategy, lambda: Description(1, None), calls)
+            program = self._find_program(key, score_stack, strategy, calls)
             stacks = [program(meta, part, _stack_noise(each))[0] for part, each in zip(parts, drawn, strict=True)]
         return torch.cat([scores for (scores,) in stacks])
 
@@ -228,8 +223,8 @@ class Engine:
         extra = _stack_noise(noise) | ({} if weights is None else {"weights": weights})
 
         def compute_at_once() -> list[Tensor]:
-            found = self._map_gradient(meta, tree_map(make_contiguous, episodes.parts), extra)
-            return found[: len(meta)]
+            found, (checked, _) = self._map_gradient(meta, tree_map(make_contiguous, episodes.parts), extra)
+            return found[:checked]
 
         return self._compare(compute_at_once, list(expected.grads.values()))
 
@@ -300,14 +295,10 @@ class Engine:
         has_own = self.training.stages.implements("outer_gradient")
         if recomputes(self.training) and not has_own and strategy != "compiled":
             return self._differentiate_by_steps(meta, episodes, extra, strategy)
-        # Rounding can change a prediction, and so a metric by a whole example: only the gradients are checked.
-        count = len(meta)
-        program = self._find_program(
-            "gradient", self._map_gradient, strategy, lambda: Description(count, self._log_names)
-        )
+        program = self._find_program("gradient", self._map_gradient, strategy)
         flat, log_names = program(meta, episodes, extra)
-        logs = dict(zip(log_names, flat[count + 1 :], strict=True))
-        return Gradient(dict(zip(meta, flat, strict=False)), flat[count], logs)
+        loss, *logs = flat[len(meta) :]
+        return Gradient(dict(zip(meta, flat, strict=False)), loss, dict(zip(log_names, logs, strict=True)))
 
     def _differentiate_by_steps(
         self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any], strategy: Strategy
@@ -315,7 +306,7 @@ class Engine:
         """Compute the gradient in parts that are traced one by one, so that the steps of the inner loop share graphs."""
 
         def call(name: str, part: Callable[..., Any], *trees: Any, has_logs: bool = False) -> Any:
-            def run_tasks(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
+            def run_tasks(meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> tuple[list[Tensor], Description]:
                 def run_task(task: Task, noise: Mapping[str, Any], trees: Any) -> Any:
                     return part(meta, (task, noise, extra.get("weights")), *trees)
 
@@ -325,16 +316,15 @@ class Engine:
                 else:
                     values = vmap(run_task)(*given)
                 leaves, structure = tree_flatten(values)
-                self._part = Description(len(leaves) - (len(values[-1]) if has_logs else 0), structure)
-                return leaves
+                return leaves, Description(len(leaves) - (len(values[-1]) if has_logs else 0), structure)
 
-            program = self._find_program(name, run_tasks, strategy, lambda: self._part, captures=False)
+            program = self._find_program(name, run_tasks, strategy, captures=False)
             return tree_unflatten(*program(meta, episodes, {**extra, "trees": trees}))
 
         return self._describe_tasks(*differentiate_by_steps(self.training, call))
 
-    def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> list[Tensor]:
-        """Return the gradients in the order of `meta`, the objective, and the logs in the order of `_log_names`."""
+    def _map_gradient(self, meta: Tensors, tasks: Task, extra: Mapping[str, Any]) -> tuple[list[Tensor], Description]:
+        """Return the gradients in the order of `meta`, the objective and the logs, and the logs' names."""
         # Differentiate each task inside the map instead of the mapped mean. It costs little more, and outside the map,
         # the batched backward of BatchNorm, InstanceNorm and LayerNorm treats their statistics as constants
         # (pytorch/functorch#534).
@@ -345,8 +335,9 @@ class Engine:
         else:
             compute = vmap(lambda task, drawn: compute_meta_gradient(self.training, meta, task, drawn, weights))
             gradient = self._describe_tasks(*compute(tasks, noise))
-        self._log_names = tuple(gradient.logs)
-        return [*gradient.grads.values(), gradient.loss, *gradient.logs.values()]
+        values = [*gradient.grads.values(), gradient.loss, *gradient.logs.values()]
+        # Rounding can change a prediction, and so a metric by a whole example: only the gradients are checked.
+        return values, Description(len(gradient.grads), tuple(gradient.logs))
 
     def _describe_task(self, grads: Tensors, loss: Tensor, logs: Tensors) -> Gradient:
         """Create the `Gradient` of a single task."""
@@ -376,7 +367,6 @@ class Engine:
         key: Any,
         function: Function,
         strategy: Strategy,
-        describe: Callable[[], Description],
         calls_before_tracing: int = 1,
         *,
         captures: bool = True,
@@ -387,7 +377,6 @@ class Engine:
             self._graphs = self._graphs or Graphs(self._reads)
             program = Program(
                 function,
-                describe,
                 self._graphs,
                 compiled=strategy == "compiled",
                 calls_before_tracing=calls_before_tracing,
@@ -401,6 +390,11 @@ class Engine:
 def _stack_noise(noise: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Stack the noise of some tasks as an extra input of a program; empty without noise."""
     return {"noise": stack_trees(noise)} if noise else {}
+
+
+def _find_checked(log_names: Sequence[str]) -> list[int]:
+    """Return the positions of objective and gradient norm in `Engine._map_gradient`'s results after the gradients."""
+    return [0, 1 + log_names.index("grad_norm")]
 
 
 def _use_statistics(functions: TaskFunctions, bn_statistics: str) -> TaskFunctions:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
 
@@ -16,7 +16,7 @@ from metareg.engine.context import Task, Tensors
 from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
-from metareg.engine.tracing import create_graph, lift_factors, prepare_to_trace
+from metareg.engine.tracing import Description, create_graph, lift_factors, prepare_to_trace
 from metareg.util.layout import copy_contiguous
 from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
 
@@ -69,7 +69,9 @@ class Steps:
     state: list[Tensor]
     """The optimiser's state after them."""
     scalars: list[Tensor]
-    """The objective and the logs, each ``[steps]``."""
+    """The function's scalars, each ``[steps]``."""
+    structure: Any
+    """The function's description of them."""
     grads: Tensors
     """The gradient of the last step, or of a step that was not taken because one of its scalars is not finite."""
 
@@ -81,6 +83,8 @@ class _Compiled:
     program: Callable[..., list[Tensor]]
     scalars: Sequence[torch.dtype]
     """The types of the scalars."""
+    description: Any
+    """That of the scalars."""
     factors: Sequence[Tensor]
     """Constants of the function that are inputs of the program."""
 
@@ -99,6 +103,8 @@ class _First:
     update: OuterUpdate
     expected: Sequence[Tensor]
     """What the function returns for the step."""
+    description: Any
+    """How it describes the scalars."""
 
 
 class StepLoop:
@@ -111,8 +117,9 @@ class StepLoop:
     moments. Allocating a tensor for each parameter would take a third of a small model's step.
 
     Args:
-        function: returns the gradients in the order of the meta-parameters, then scalars, given ``(meta, tasks)``; pure.
-        find_checked: returns the positions of the scalars that must be finite; called after `function`.
+        function: returns the gradients in the order of the meta-parameters, then scalars, and describes them, given
+            ``(meta, tasks)``; pure.
+        find_checked: returns the positions of the scalars that must be finite, given their description.
         reads: functions, objects and modules of the user whose variables the function reads.
         identity: a description of everything else that the function is traced from; loops with equal ones share their
             program. None if it is not shared.
@@ -120,8 +127,8 @@ class StepLoop:
 
     def __init__(
         self,
-        function: Callable[[Tensors, Task], list[Tensor]],
-        find_checked: Callable[[], Sequence[int]],
+        function: Callable[[Tensors, Task], tuple[list[Tensor], Description]],
+        find_checked: Callable[[Any], Sequence[int]],
         reads: Sequence[Any],
         identity: Hashable | None,
     ) -> None:
@@ -161,20 +168,24 @@ class StepLoop:
         )
         columns = zip(table[which.start : int(next_batch)].unbind(1), compiled.scalars, strict=True)
         scalars = [column.to(dtype) for column, dtype in columns]
-        return Steps(copy_contiguous(divide(vector, meta)), state, scalars, divide(gradient, meta))
+        return Steps(
+            copy_contiguous(divide(vector, meta)), state, scalars, compiled.description, divide(gradient, meta)
+        )
 
     def _prepare(
         self, meta: Tensors, batches: Batches, stacks: Sequence[Tensor], structure: Any, update: OuterUpdate
     ) -> _Compiled:
         """Find a shared program or compile one, and check that its first step is the function's."""
         number = batches.which[0]
-        expected = self._function(meta, tree_unflatten([stack[number] for stack in stacks], structure))
-        first = _First(meta, number, stacks, structure, update, expected)
+        expected, (_, description) = self._function(
+            meta, tree_unflatten([stack[number] for stack in stacks], structure)
+        )
+        first = _First(meta, number, stacks, structure, update, expected, description)
         names = tuple((name, value.shape, value.dtype) for name, value in meta.items())
         key = self._identity, update.identity, names, _describe(batches)
         shared = None if self._identity is None else SHARED.find(key)
         if shared is not None and self._find_difference(shared, first, close=True) is None:
-            return shared
+            return replace(shared, description=description)
         compiled, graph = self._compile(first)
         difference = self._find_difference(compiled, first)
         if difference is not None:
@@ -187,14 +198,14 @@ class StepLoop:
         """Return a program for such steps, and the graph of one of them."""
         meta, update = first.meta, first.update
         count, states = len(meta), len(update.state)
-        checked = self._find_checked()
+        checked = self._find_checked(first.description)
 
         def take_step(number: Tensor, _: Tensor, table: Tensor, __: Tensor, *leaves: Tensor) -> list[Tensor]:
             """Return the loop's state after the step on a batch."""
             before, given = leaves[: 1 + states], leaves[2 + states :]
             factors, *parts = (torch.index_select(each, 0, number.view(1)).squeeze(0) for each in given)
             vector, *state = before
-            values = self._function(divide(vector, meta), tree_unflatten(parts, first.structure))
+            values = self._function(divide(vector, meta), tree_unflatten(parts, first.structure))[0]
             gradient, scalars = join(values[:count]), values[count:]
             is_finite = reduce(torch.logical_and, [scalars[position].isfinite() for position in checked])
             row = torch.stack([scalar.double() for scalar in scalars])
@@ -213,7 +224,7 @@ class StepLoop:
         factors = lift_factors(body)
         inputs += factors
         loop = create_loop(trace(goes_on, inputs), body, len(carried))
-        return _Compiled(compile_graph(loop, inputs), scalars, factors), body
+        return _Compiled(compile_graph(loop, inputs), scalars, first.description, factors), body
 
     def _find_difference(self, compiled: _Compiled, first: _First, *, close: bool = False) -> str | None:
         """Describe how a program's first step differs from what the function returns; None if they agree."""

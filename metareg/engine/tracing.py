@@ -41,8 +41,6 @@ __all__ = [
 
 log = logging.getLogger("metareg")
 
-Function = Callable[[Tensors, Task, Mapping[str, Any]], list[Tensor]]
-
 _ATEN = torch.ops.aten
 _CALLS_OF_ANOTHER_SHAPE = 32
 _LOCK = RLock()
@@ -112,6 +110,9 @@ class Description(NamedTuple):
     """What the caller needs to know about the tensors, such as their names."""
 
 
+Function = Callable[[Tensors, Task, Mapping[str, Any]], tuple[list[Tensor], Description]]
+
+
 @dataclass(frozen=True)
 class _Call:
     """The arguments of a call."""
@@ -145,8 +146,7 @@ class Program:
     graph computes different values, always runs untraced.
 
     Args:
-        function: its control flow depends only on shapes.
-        describe: describes what the function has returned last.
+        function: returns tensors, and describes them; its control flow depends only on shapes.
         graphs: the graphs of the programs that belong together.
         compiled: compile the graph with `torch.compile`.
         calls_before_tracing: the number of untraced calls with inputs of the same shapes before tracing.
@@ -158,7 +158,6 @@ class Program:
     def __init__(
         self,
         function: Function,
-        describe: Callable[[], Description],
         graphs: Graphs,
         *,
         compiled: bool,
@@ -167,7 +166,6 @@ class Program:
         identity: Hashable | None = None,
     ) -> None:
         self._function = function
-        self._describe = describe
         self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
@@ -213,8 +211,7 @@ class Program:
     def _run(self, key: Hashable, call: _Call) -> list[Tensor]:
         """Call the function, and keep the description of what it returns."""
         self._together.is_current = False
-        values = self._function(call.meta, *_unflatten(call.inputs, call.structure))
-        self._descriptions[key] = self._describe()
+        values, self._descriptions[key] = self._function(call.meta, *_unflatten(call.inputs, call.structure))
         return values
 
     def _count_calls_before_tracing(self) -> int:

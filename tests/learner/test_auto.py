@@ -73,9 +73,9 @@ def test_another_gradient_at_once_is_noticed(monkeypatch: pytest.MonkeyPatch, ca
     """Imitates a batching rule of torch that treated BatchNorm's statistics as constants."""
     compute = Engine._map_gradient
 
-    def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> list[Tensor]:
-        found = compute(self, meta, tasks, extra)
-        return [1.5 * value for value in found] if len(tasks[1]) > 1 else found
+    def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> tuple[list[Tensor], Any]:
+        found, description = compute(self, meta, tasks, extra)
+        return [1.5 * value for value in found] if len(tasks[1]) > 1 else found, description
 
     monkeypatch.setattr(Engine, "_map_gradient", wrong)
     learner, expected = new_learner(True), new_learner(True, strategy="serial")
@@ -120,8 +120,9 @@ class Scale(nn.Module):
 def test_numbers_are_compared_like_arrays(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     draws, compute = torch.Generator().manual_seed(0), Engine._map_gradient
 
-    def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> list[Tensor]:
-        return [1.5 * value for value in compute(self, meta, tasks, extra)]
+    def wrong(self: Engine, meta: Any, tasks: Any, extra: Any) -> tuple[list[Tensor], Any]:
+        found, description = compute(self, meta, tasks, extra)
+        return [1.5 * value for value in found], description
 
     def loss(outputs: Tensor, targets: Tensor) -> Tensor:
         return (outputs - targets).square().mean() * (1 + torch.rand((), generator=draws).item())
