@@ -8,10 +8,11 @@ combination of plugins.
 from __future__ import annotations
 
 import copy
+import logging
+import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,12 +30,23 @@ from metareg.engine.split_model import SplitModel
 from metareg.engine.stages import Stages
 from metareg.engine.step_loop import Batches, OuterUpdate, StepLoop, Steps, join
 from metareg.engine.strategies import ONE_BY_ONE, Strategy
-from metareg.engine.tracing import Description, Function, Graphs, Program, advise_on_memory, summarise_error
+from metareg.engine.tracing import (
+    Description,
+    Function,
+    Graphs,
+    OutOfMemoryError,
+    Program,
+    advise_on_memory,
+    summarise_error,
+)  # fmt: skip
 from metareg.errors import MetaregError
+from metareg.printable import format_count
 from metareg.util.layout import make_contiguous, match_strides
 from metareg.util.torch_internals import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["Engine", "Gradient"]
+
+log = logging.getLogger("metareg")
 
 _STACKS_BEFORE_TRACING = 32
 """Number of stacks that an evaluation maps untraced: a test has six, and a graph saves only milliseconds per stack."""
@@ -79,6 +91,8 @@ class Engine:
         self._programs: dict[Any, Program] = {}
         self._graphs: Graphs | None = None
         self._loop: StepLoop | None = None
+        self._most_scored = sys.maxsize
+        """The most tasks that an evaluation runs at once; it has a hundred, where a training step often has only four."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Omit programs from copies and pickles, because graphs are bound to the model that they were traced from."""
@@ -191,24 +205,33 @@ class Engine:
             scores = score(_unbatch(tasks), _unbatch(noise))[None] if one_by_one else vmap(score)(tasks, noise)
             return [scores], Description(1, None)
 
-        parts = list(episodes.chunks(1 if one_by_one else chunk))
-        starts = accumulate((len(part) for part in parts), initial=0)
-        drawn = [noise[start : start + len(part)] for start, part in zip(starts, parts, strict=False)]
+        def run(size: int, compute: Callable[[Episodes, Mapping[str, Any]], list[Tensor]]) -> Tensor:
+            scores, done = [], 0
+            for part in episodes.chunks(size):
+                scores += compute(part, _stack_noise(noise[done : done + len(part)]))
+                done += len(part)
+            return torch.cat(scores)
+
         if strategy == "serial":
             with torch.no_grad(), advise_on_memory(1):
-                stacks = [
-                    score_stack(meta, part.parts, _stack_noise(each))[0]
-                    for part, each in zip(parts, drawn, strict=True)
-                ]
-        else:
-            self._expect_changes()
-            # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
-            strategy = "vectorized" if strategy == "compiled" else strategy
-            calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
-            key = "scores", inner_steps, bn_statistics
-            program = self._find_program(key, score_stack, strategy, calls)
-            stacks = [program(meta, part, _stack_noise(each))[0] for part, each in zip(parts, drawn, strict=True)]
-        return torch.cat([scores for (scores,) in stacks])
+                return run(1, lambda part, extra: score_stack(meta, part.parts, extra)[0])
+        self._expect_changes()
+        # Compiling pays off only for many equal steps; an evaluation has few long ones, and tracing takes seconds.
+        strategy = "vectorized" if strategy == "compiled" else strategy
+        calls = _TASKS_BEFORE_TRACING if one_by_one else _STACKS_BEFORE_TRACING
+        program = self._find_program(("scores", inner_steps, bn_statistics), score_stack, strategy, calls)
+        while True:
+            size = 1 if one_by_one else min(len(episodes), chunk or len(episodes), self._most_scored)
+            try:
+                return run(size, lambda part, extra: program(meta, part, extra)[0])
+            except OutOfMemoryError:
+                if size == 1:
+                    raise
+            self._most_scored = size // 2
+            log.warning(
+                "Evaluating at most %s at once from now on: %d do not fit the memory.",
+                format_count(self._most_scored, "task"), size,
+            )  # fmt: skip
 
     def find_disagreement(
         self, meta: Tensors, episodes: Episodes, noise: Sequence[Mapping[str, Any]], weights: Tensor | None = None

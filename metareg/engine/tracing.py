@@ -35,8 +35,8 @@ from metareg.util.torch_internals import (
 )
 
 __all__ = [
-    "CompileError", "Description", "Graphs", "Program", "advise_on_memory", "create_graph", "lift_factors",
-    "prepare_to_trace", "summarise_error",
+    "CompileError", "Description", "Graphs", "OutOfMemoryError", "Program", "advise_on_memory", "create_graph",
+    "lift_factors", "prepare_to_trace", "summarise_error",
 ]  # fmt: skip
 
 log = logging.getLogger("metareg")
@@ -48,6 +48,10 @@ _LOCK = RLock()
 
 class CompileError(MetaregError):
     """torch.compile did not produce a program, usually because there is no C++ compiler."""
+
+
+class OutOfMemoryError(MetaregError):
+    """Tasks that run at once do not fit the memory."""
 
 
 class Graphs:
@@ -381,7 +385,7 @@ def advise_on_memory(tasks: int) -> Iterator[None]:
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "allocate memory" not in str(error):
             raise
         smaller = f"chunk={max(1, tasks // 2)} runs fewer tasks at once" if tasks > 1 else "use a smaller batch"
-        raise MetaregError(
+        raise OutOfMemoryError(
             f"Out of memory with {format_count(tasks, 'task')} at once; {smaller}, and memory='recompute' keeps "
             "only the parameters of each inner step."
         ) from error

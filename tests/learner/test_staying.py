@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from learners import Source, same
 from torch import Tensor
 
 import metareg_dropgrad
-from metareg import Field, MetaLearner, PluginConfig, PluginError, UsageError, hookimpl
+from metareg import Field, MetaLearner, MetaregError, PluginConfig, PluginError, UsageError, hookimpl
+from metareg.engine.tracing import Program
 from metareg.util.seeding import create_generator
 from reference import NETS
 from samples import MLP, episodes, tasks_of
@@ -129,3 +131,28 @@ def test_namesakes_of_which_some_stay_are_refused() -> None:
         new_learner(type("Gain", (Passing,), {}))
     learner = new_learner(Gain)
     assert {"gain.head.bias", "gain-2.head.bias"} <= learner.plain_meta_parameters.keys()
+
+
+def test_an_evaluation_runs_as_many_tasks_at_once_as_fit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    learner = new_learner(strategy="vectorized")
+    compute, sizes, limit = Program._compute, [], 5
+
+    def compute_few(self: Program, key: Any, call: Any) -> list[Tensor]:
+        sizes.append(len(call.inputs[0]))
+        if sizes[-1] > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(self, key, call)
+
+    expected = learner.evaluate(Source(), 24, inner_steps=[1, 2]).scores
+    monkeypatch.setattr(Program, "_compute", compute_few)
+    for expected_sizes in ([24, 12, 6, *[3] * 8], [3] * 8):
+        torch.testing.assert_close(learner.evaluate(Source(), 24, inner_steps=[1, 2]).scores, expected)
+        assert sizes == expected_sizes
+        sizes.clear()
+    said = [re.findall(r"\d+", record.getMessage()) for record in caplog.records if record.name == "metareg"]
+    assert said == [["12", "24"], ["6", "12"], ["3", "6"]]
+    limit = 0
+    with pytest.raises(MetaregError, match="Out of memory with 1 task"):
+        learner.evaluate(Source(), 24)
