@@ -18,10 +18,9 @@ from metareg.errors import ExamplesError, PluginError
 from metareg.printable import format_count
 from metareg.registry.dispatch import Implementation, create_plugin_manager, find_implementations, list_hooks
 from metareg.registry.plugins import Plugin
-from metareg.util.devices import move_tensors
 from metareg.util.layout import copy_contiguous
 from metareg.util.seeding import create_generator, use_seed
-from metareg.util.torch_internals import tree_leaves, tree_map
+from metareg.util.torch_internals import map_tree, tree_leaves, tree_map
 
 __all__ = ["Stages"]
 
@@ -521,12 +520,15 @@ def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
 
 def _take_noise(given: Any, by: Implementation, like: Tensor) -> Any:
     """Check a pytree of tensors, which can contain None, and move it to the device and type of `like`."""
-    leaves = [leaf for leaf in tree_leaves(given) if leaf is not None]
-    if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        by.reject("it must return a pytree of tensors")
-    # On a CPU, nothing moves, and building the tree again would take as long as drawing it.
-    is_there = all(leaf.device == like.device and leaf.dtype == like.dtype for leaf in leaves)
-    return given if is_there else move_tensors(given, like.device, like.dtype)
+
+    def take(leaf: Any) -> Tensor | None:
+        if leaf is None:
+            return None
+        if not isinstance(leaf, Tensor):
+            by.reject("it must return a pytree of tensors")
+        return leaf.to(like.device, like.dtype if leaf.is_floating_point() else None)
+
+    return map_tree(take, given)
 
 
 def _is_scalar(value: Any) -> bool:

@@ -17,8 +17,16 @@ from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
 from metareg.engine.tracing import Description, create_graph, lift_factors, prepare_to_trace
+from metareg.util.imports import collect_no_garbage
 from metareg.util.layout import copy_contiguous
-from metareg.util.torch_internals import compile_graph, create_loop, trace, tree_flatten, tree_unflatten
+from metareg.util.torch_internals import (
+    compile_graph,
+    create_loop,
+    import_compiler,
+    trace,
+    tree_flatten,
+    tree_unflatten,
+)
 
 __all__ = ["Batches", "OuterUpdate", "StepLoop", "Steps", "divide", "join"]
 
@@ -154,8 +162,9 @@ class StepLoop:
         stacks = [leaf.unflatten(0, (-1, batches.tasks)) for leaf in leaves]
         with torch.no_grad():
             if self._compiled is None:
-                with prepare_to_trace():
-                    self._compiled = self._prepare(meta, batches, stacks, structure, update)
+                with collect_no_garbage():
+                    import_compiler()
+                self._compiled = self._prepare(meta, batches, stacks, structure, update)
                 self._key = _describe(batches)
             return self._run(self._compiled, meta, batches.which, stacks, update)
 
@@ -186,7 +195,8 @@ class StepLoop:
         shared = None if self._identity is None else SHARED.find(key)
         if shared is not None and self._find_difference(shared, first, close=True) is None:
             return replace(shared, description=description)
-        compiled, graph = self._compile(first)
+        with prepare_to_trace():
+            compiled, graph = self._compile(first)
         difference = self._find_difference(compiled, first)
         if difference is not None:
             raise RuntimeError(f"the compiled values are not those of the function: {difference}")

@@ -13,10 +13,11 @@ import os
 import pkgutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from metareg.util.native import create_cache_folder
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "TO_COPY", "UNSAFE_VIEW", "OperationMode",
     "compile_graph", "copy_shell", "copy_tensors", "count_writes", "create_loop", "has_hooks", "import_compiler",
-    "list_attributes", "list_places", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten",
+    "list_attributes", "list_places", "map_tree", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten",
     "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
@@ -73,6 +74,20 @@ tree_map, tree_leaves, tree_flatten, tree_unflatten = (
     _find(f"torch.utils._pytree.{name}", f"torch.utils.pytree.{name}")
     for name in ("tree_map", "tree_leaves", "tree_flatten", "tree_unflatten")
 )
+
+
+def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
+    """Like `tree_map`, but for dicts, lists and tuples of tensors in a tenth of the time."""
+    first, kind = trees[0], type(trees[0])
+    if all(type(tree) is kind for tree in trees):
+        if kind is Tensor:
+            return function(*trees)
+        if kind is dict and all(tree.keys() == first.keys() for tree in trees):
+            return {key: map_tree(function, *[tree[key] for tree in trees]) for key in first}
+        if kind in (list, tuple) and all(len(tree) == len(first) for tree in trees):
+            return kind(map_tree(function, *items) for items in zip(*trees, strict=True))
+    return tree_map(function, *trees)
+
 
 # The common base classes of layers, including other packages' layers; otherwise torch's own layers.
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
@@ -275,10 +290,24 @@ def _build_at_once() -> Iterator[None]:
     """Have the C++ compiler build, for a block, the kernels and the function that calls them at the same time."""
 
     def convert(build: Callable[[str, Sequence[Any]], None]) -> Callable[[str, Sequence[Any]], None]:
+        def build_part(lock: str, part: Any) -> None:
+            with suppress(Exception):  # which it raises again below
+                build(lock, [part])
+
         def build_at_once(lock: str, builders: Sequence[Any]) -> None:
-            parts = builders[:-1]  # the last one links them
-            with ThreadPoolExecutor() as threads:
-                list(threads.map(lambda number: build(f"{lock}.{number}", [parts[number]]), range(len(parts))))
+            *parts, _ = builders  # the last one links the others
+            missing = [part for part in parts if not Path(part.get_target_file_path()).exists()]
+            threads = []
+            with suppress(RuntimeError):  # there are no new threads while Python shuts down
+                for number, part in enumerate(missing[1:]):
+                    # A daemon does not keep an interrupted process from ending.
+                    thread = threading.Thread(target=build_part, args=(f"{lock}.{number}", part), daemon=True)
+                    thread.start()
+                    threads.append(thread)
+            if threads:
+                build_part(f"{lock}.first", missing[0])
+            for thread in threads:
+                thread.join()
             build(lock, builders)
 
         return build_at_once

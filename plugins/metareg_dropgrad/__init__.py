@@ -45,18 +45,23 @@ class DropGrad:
     def draw_noise(
         self, shapes: dict[str, tuple[int, ...]], generator: torch.Generator, inner_steps: int
     ) -> list[dict[str, Tensor]]:
-        draw = torch.rand if self.config.kind == "bernoulli" else torch.randn
-        return [{name: draw(shape, generator=generator) for name, shape in shapes.items()} for _ in range(inner_steps)]
+        return [{name: self._draw(shape, generator) for name, shape in shapes.items()} for _ in range(inner_steps)]
 
     @hookimpl
     def augment_inner_gradient(
         self, grads: dict[str, Tensor], noise: list[dict[str, Tensor]], step: int
     ) -> dict[str, Tensor]:
-        return {name: value * self._compute_factors(noise[step][name]) for name, value in grads.items()}
+        return {name: self._scale(value, noise[step][name]) for name, value in grads.items()}
 
-    def _compute_factors(self, drawn: Tensor) -> Tensor:
-        """Convert what `draw_noise` drew here, where all tasks and steps run in one graph."""
+    def _draw(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """Draw which entries stay, or normal numbers."""
+        if self.config.kind == "bernoulli":
+            return torch.rand(shape, generator=generator) >= self.config.rate
+        return torch.randn(shape, generator=generator)
+
+    def _scale(self, grad: Tensor, drawn: Tensor) -> Tensor:
+        """Multiply a gradient by the factors that were drawn; what is computed here is in the graph for all tasks."""
         rate = self.config.rate
         if self.config.kind == "bernoulli":
-            return (drawn >= rate).to(drawn.dtype) / (1 - rate)
-        return 1 + (rate / (1 - rate)) ** 0.5 * drawn
+            return grad * (drawn.to(grad.dtype) / (1 - rate))
+        return grad * (1 + (rate / (1 - rate)) ** 0.5 * drawn)

@@ -272,9 +272,9 @@ def test_dropgrad_equals_a_loop_with_the_same_noise(kind: str, algo: str, strate
 
     def change(task: int, step: int, grads: dict[str, Tensor]) -> dict[str, Tensor]:
         factors = {}
-        for name, number in drawn[task]["dropgrad"][step].items():
-            factors[name] = (number >= 0.3) / 0.7 if kind == "bernoulli" else 1 + (0.3 / 0.7) ** 0.5 * number
-        return {name: value * factors[name].double() for name, value in grads.items()}
+        for name, value in drawn[task]["dropgrad"][step].items():
+            factors[name] = value.double() / 0.7 if kind == "bernoulli" else 1 + (0.3 / 0.7) ** 0.5 * value
+        return {name: value * factors[name] for name, value in grads.items()}
 
     _, expected = meta_gradient(
         NETS["mlp"], meta, tasks_of(batch), algo=algo, inner_lr=INNER_LR["mlp"], inner_steps=3, change=change

@@ -156,3 +156,36 @@ def test_an_evaluation_runs_as_many_tasks_at_once_as_fit(
     limit = 0
     with pytest.raises(MetaregError, match="Out of memory with 1 task"):
         learner.evaluate(Source(), 24)
+
+
+class Reusing(Gain):
+    """Draws into one dict again and again."""
+
+    drawn: dict[str, Tensor]
+
+    @hookimpl
+    def draw_noise(self, inner_steps: int, generator: torch.Generator) -> dict[str, Tensor]:
+        self.drawn = getattr(self, "drawn", {})
+        self.drawn["number"] = torch.rand(inner_steps, generator=generator)
+        return self.drawn
+
+    @hookimpl
+    def augment_inner_gradient(self, grads: Tensors, meta: Tensors, step: int, noise: dict[str, Tensor]) -> Tensors:
+        return {name: noise["number"][step] * meta[name] * value for name, value in grads.items()}
+
+
+def test_each_task_has_its_own_draws_in_a_container_that_is_used_again() -> None:
+    (found, expected) = (
+        MetaLearner(MLP(), Descent, [augmenter], loss="mse", seed=3, strategy="vectorized").meta_gradient(
+            episodes("mlp")
+        )
+        for augmenter in (type("gain", (Reusing,), {}), type("gain", (Gain,), {}))
+    )
+    assert same(found[1], expected[1])
+
+
+def test_the_mean_factor_of_dropgrad_is_one_in_low_precision() -> None:
+    stages = MetaLearner(MLP(), augment=[("dropgrad", {"rate": 0.95})], loss="mse").stages
+    like = torch.zeros((), dtype=torch.bfloat16)
+    (drawn,) = stages.draw_noise("task", {"head.bias": torch.zeros(1_000_000)}, like, 1, 0, [(0, 0)])
+    assert drawn["dropgrad"][0]["head.bias"].double().mean().item() == pytest.approx(0.05, abs=0.001)

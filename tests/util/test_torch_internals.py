@@ -213,24 +213,45 @@ def test_vector_instructions_are_those_that_the_compiler_knows() -> None:
     assert cpu_vec_isa.VecISA.check_build is build
 
 
-def test_the_parts_of_a_program_are_built_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parts_of_a_program_are_built_at_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor import codecache
 
-    together, built = threading.Barrier(2), []
+    together, calls = threading.Barrier(2), []
 
-    def build(lock: str, builders: Sequence[str]) -> None:
-        if lock != "lock":
-            together.wait(timeout=60)
-        built.append((lock, builders))
+    class Builder:
+        def __init__(self, name: str, *, fails: bool) -> None:
+            self.get_target_file_path = lambda: str(tmp_path / name)
+            self.fails = fails
+
+        def build(self, *, alone: bool) -> None:
+            path = Path(self.get_target_file_path())
+            if path.exists():
+                return
+            if not alone:
+                together.wait(timeout=60)
+                if self.fails:
+                    raise OSError("the first attempt fails")
+            path.touch()
+
+    def build(lock: str, builders: Sequence[Builder]) -> None:
+        calls.append(lock)
+        for builder in builders:
+            builder.build(alone=lock == "lock")
 
     monkeypatch.setattr(codecache, "_worker_compile_cpp", build)
-    with torch_internals._build_at_once():
-        codecache._worker_compile_cpp("lock", ("kernels", "calls", "program"))
-        codecache._worker_compile_cpp("lock", ("program",))
+    for fails in (False, True):
+        builders = [Builder(name, fails=fails and name == "kernels") for name in ("calls", "kernels", "program")]
+        with torch_internals._build_at_once():
+            codecache._worker_compile_cpp("lock", builders)
+            assert {path.name for path in tmp_path.iterdir()} == {"calls", "kernels", "program"}
+            assert (len(calls), len(set(calls)), calls[-1]) == (3, 3, "lock")
+            calls.clear()
+            codecache._worker_compile_cpp("lock", builders)
+            assert calls == ["lock"], "nothing is missing"
+            calls.clear()
+        for path in tmp_path.iterdir():
+            path.unlink()
     assert codecache._worker_compile_cpp is build
-    parts, whole = built[:2], built[2:]
-    assert sorted(parts, key=lambda part: part[1]) == [("lock.1", ["calls"]), ("lock.0", ["kernels"])]
-    assert whole == [("lock", ("kernels", "calls", "program")), ("lock", ("program",))]
 
 
 def test_strides_are_those_of_simplified_indices() -> None:

@@ -206,7 +206,7 @@ def drop(step: int, task: int, inner_step: int, grads: Tensors) -> Tensors:
     generator = create_generator(SEED, "noise", "task", "dropgrad", step, task)
     shapes = {name: tuple(value.shape) for name, value in grads.items()}
     noise = DropGrad(DropGrad.Config(rate=RATE)).draw_noise(shapes, generator, INNER_STEPS)[inner_step]
-    return {name: torch.where(noise[name] < RATE, 0, value / (1 - RATE)) for name, value in grads.items()}
+    return {name: torch.where(noise[name], value / (1 - RATE), 0) for name, value in grads.items()}
 
 
 @cache
