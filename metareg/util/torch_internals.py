@@ -77,15 +77,23 @@ tree_map, tree_leaves, tree_flatten, tree_unflatten = (
 
 
 def map_tree(function: Callable[..., Any], *trees: Any) -> Any:
-    """Like `tree_map`, but for dicts, lists and tuples of tensors in a tenth of the time."""
-    first, kind = trees[0], type(trees[0])
-    if all(type(tree) is kind for tree in trees):
+    """Like `tree_map`, but for dicts, lists and tuples of tensors in a fifth of the time."""
+    tree, *others = trees
+    kind = type(tree)
+    if not others:
+        if kind is Tensor:
+            return function(tree)
+        if kind is dict:
+            return {key: map_tree(function, value) for key, value in tree.items()}
+        if kind in (list, tuple):
+            return kind([map_tree(function, item) for item in tree])
+    elif all(type(other) is kind for other in others):
         if kind is Tensor:
             return function(*trees)
-        if kind is dict and all(tree.keys() == first.keys() for tree in trees):
-            return {key: map_tree(function, *[tree[key] for tree in trees]) for key in first}
-        if kind in (list, tuple) and all(len(tree) == len(first) for tree in trees):
-            return kind(map_tree(function, *items) for items in zip(*trees, strict=True))
+        if kind is dict and all(other.keys() == tree.keys() for other in others):
+            return {key: map_tree(function, *[each[key] for each in trees]) for key in tree}
+        if kind in (list, tuple) and all(len(other) == len(tree) for other in others):
+            return kind([map_tree(function, *items) for items in zip(*trees, strict=True)])
     return tree_map(function, *trees)
 
 
