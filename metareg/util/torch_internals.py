@@ -298,30 +298,45 @@ def _build_at_once() -> Iterator[None]:
     """Have the C++ compiler build, for a block, the kernels and the function that calls them at the same time."""
 
     def convert(build: Callable[[str, Sequence[Any]], None]) -> Callable[[str, Sequence[Any]], None]:
-        def build_part(lock: str, part: Any) -> None:
-            with suppress(Exception):  # which it raises again below
-                build(lock, [part])
-
-        def build_at_once(lock: str, builders: Sequence[Any]) -> None:
-            *parts, _ = builders  # the last one links the others
-            missing = [part for part in parts if not Path(part.get_target_file_path()).exists()]
-            threads = []
-            with suppress(RuntimeError):  # there are no new threads while Python shuts down
-                for number, part in enumerate(missing[1:]):
-                    # A daemon does not keep an interrupted process from ending.
-                    thread = threading.Thread(target=build_part, args=(f"{lock}.{number}", part), daemon=True)
-                    thread.start()
-                    threads.append(thread)
-            if threads:
-                build_part(f"{lock}.first", missing[0])
-            for thread in threads:
-                thread.join()
-            build(lock, builders)
-
-        return build_at_once
+        # The original takes the lock, and then builds what is missing, one after the other.
+        return lambda lock, builders: build(lock, [_Parts(builders), *builders])
 
     with _replace("torch._inductor.codecache", "_worker_compile_cpp", convert):
         yield
+
+
+class _Parts:
+    """Builds the parts of a program at once if the program is missing; has the interface of the compiler's builders.
+
+    Args:
+        builders: those of the parts, and last that of the program, which links them.
+    """
+
+    def __init__(self, builders: Sequence[Any]) -> None:
+        *self._parts, self._program = builders
+
+    def get_target_file_path(self) -> str:
+        path: str = self._program.get_target_file_path()
+        return path
+
+    def build(self) -> None:
+        missing = [part for part in self._parts if not Path(part.get_target_file_path()).exists()]
+        # Daemons do not keep an interrupted process from ending.
+        threads = [threading.Thread(target=self._try_to_build, args=(part,), daemon=True) for part in missing[1:]]
+        started = []
+        with suppress(RuntimeError):  # there are no new threads while Python shuts down
+            for thread in threads:
+                thread.start()
+                started.append(thread)
+        if started:
+            self._try_to_build(missing[0])
+        for thread in started:
+            thread.join()
+
+    @staticmethod
+    def _try_to_build(part: Any) -> None:
+        with suppress(Exception):  # the part's own builder comes next, and raises it again
+            part.build()
 
 
 @contextmanager
