@@ -38,7 +38,7 @@ from metareg.engine.tracing import (
     Program,
     advise_on_memory,
     summarise_error,
-)  # fmt: skip
+)
 from metareg.errors import MetaregError
 from metareg.printable import format_count
 from metareg.util.layout import make_contiguous, match_strides
@@ -171,9 +171,9 @@ class Engine:
         if not self._loop.fits(batches):
             return None
         with advise_on_memory(batches.tasks):
-            steps = self._loop(meta, batches, update)
+            steps, log_names = self._loop(meta, batches, update)
         losses, *logs = steps.scalars
-        return steps, Gradient(steps.grads, losses, dict(zip(steps.structure, logs, strict=True)))
+        return steps, Gradient(steps.grads, losses, dict(zip(log_names, logs, strict=True)))
 
     @property
     def _reads(self) -> tuple[Any, ...]:

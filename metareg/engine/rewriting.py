@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from metareg.engine.products import VIEWS
-from metareg.util.torch_internals import UNSAFE_VIEW, writes_in_place
+from metareg.util.torch_internals import UNSAFE_VIEW, returns_view, writes_in_place
 
 __all__ = ["PRODUCTS", "call_torch_functions", "remove_idle_operations", "writes"]
 
@@ -105,14 +105,12 @@ def _find_equal(node: Node) -> Node | None:
 
 def _is_returned(node: Node) -> bool:
     """Return whether a graph returns a node's memory, which must then be no other tensor's: users write to results."""
-    return any(user.op == "output" or (_is_view(user) and _is_returned(user)) for user in node.users)
+    return any(user.op == "output" or (_can_be_view(user) and _is_returned(user)) for user in node.users)
 
 
-def _is_view(node: Node) -> bool:
-    """Return whether the result of an operation shares memory with an argument."""
-    schema = getattr(node.target, "_schema", None)
-    declared = schema is not None and any(each.alias_info is not None for each in schema.returns)
-    return declared or node.target in VIEWS
+def _can_be_view(node: Node) -> bool:
+    """Return whether the result of an operation may share memory with an argument."""
+    return node.target in VIEWS or returns_view(node.target)
 
 
 def _is_one(factor: Any) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
@@ -78,8 +78,6 @@ class Steps:
     """The optimiser's state after them."""
     scalars: list[Tensor]
     """The function's scalars, each ``[steps]``."""
-    structure: Any
-    """The function's description of them."""
     grads: Tensors
     """The gradient of the last step, or of a step that was not taken because one of its scalars is not finite."""
 
@@ -91,8 +89,6 @@ class _Compiled:
     program: Callable[..., list[Tensor]]
     scalars: Sequence[torch.dtype]
     """The types of the scalars."""
-    description: Any
-    """That of the scalars."""
     factors: Sequence[Tensor]
     """Constants of the function that are inputs of the program."""
 
@@ -111,8 +107,8 @@ class _First:
     update: OuterUpdate
     expected: Sequence[Tensor]
     """What the function returns for the step."""
-    description: Any
-    """How it describes the scalars."""
+    checked: Sequence[int]
+    """The positions of the scalars that must be finite."""
 
 
 class StepLoop:
@@ -145,6 +141,8 @@ class StepLoop:
         self._state = PythonState(*reads)
         self._identity = identity
         self._compiled: _Compiled | None = None
+        self._description: Any = None
+        """The function's of its scalars."""
         self._key: Any = None
 
     def fits(self, batches: Batches) -> bool:
@@ -152,8 +150,8 @@ class StepLoop:
         known = self._key is None or self._key == _describe(batches)
         return known and next(self._state.find_changes(), None) is None
 
-    def __call__(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> Steps:
-        """Take the steps, of which there must be at least one.
+    def __call__(self, meta: Tensors, batches: Batches, update: OuterUpdate) -> tuple[Steps, Any]:
+        """Take the steps, of which there must be at least one; return their results, and the description of the scalars.
 
         Raises:
             RuntimeError: the program and the function compute different values.
@@ -166,7 +164,7 @@ class StepLoop:
                     import_compiler()
                 self._compiled = self._prepare(meta, batches, stacks, structure, update)
                 self._key = _describe(batches)
-            return self._run(self._compiled, meta, batches.which, stacks, update)
+            return self._run(self._compiled, meta, batches.which, stacks, update), self._description
 
     def _run(
         self, compiled: _Compiled, meta: Tensors, which: range, stacks: Sequence[Tensor], update: OuterUpdate
@@ -177,24 +175,22 @@ class StepLoop:
         )
         columns = zip(table[which.start : int(next_batch)].unbind(1), compiled.scalars, strict=True)
         scalars = [column.to(dtype) for column, dtype in columns]
-        return Steps(
-            copy_contiguous(divide(vector, meta)), state, scalars, compiled.description, divide(gradient, meta)
-        )
+        return Steps(copy_contiguous(divide(vector, meta)), state, scalars, divide(gradient, meta))
 
     def _prepare(
         self, meta: Tensors, batches: Batches, stacks: Sequence[Tensor], structure: Any, update: OuterUpdate
     ) -> _Compiled:
         """Find a shared program or compile one, and check that its first step is the function's."""
         number = batches.which[0]
-        expected, (_, description) = self._function(
-            meta, tree_unflatten([stack[number] for stack in stacks], structure)
-        )
-        first = _First(meta, number, stacks, structure, update, expected, description)
+        tasks = tree_unflatten([stack[number] for stack in stacks], structure)
+        expected, (_, self._description) = self._function(meta, tasks)
+        checked = self._find_checked(self._description)
+        first = _First(meta, number, stacks, structure, update, expected, checked)
         names = tuple((name, value.shape, value.dtype) for name, value in meta.items())
         key = self._identity, update.identity, names, _describe(batches)
         shared = None if self._identity is None else SHARED.find(key)
         if shared is not None and self._find_difference(shared, first, close=True) is None:
-            return replace(shared, description=description)
+            return shared
         with prepare_to_trace():
             compiled, graph = self._compile(first)
         difference = self._find_difference(compiled, first)
@@ -208,7 +204,6 @@ class StepLoop:
         """Return a program for such steps, and the graph of one of them."""
         meta, update = first.meta, first.update
         count, states = len(meta), len(update.state)
-        checked = self._find_checked(first.description)
 
         def take_step(number: Tensor, _: Tensor, table: Tensor, __: Tensor, *leaves: Tensor) -> list[Tensor]:
             """Return the loop's state after the step on a batch."""
@@ -217,7 +212,7 @@ class StepLoop:
             vector, *state = before
             values = self._function(divide(vector, meta), tree_unflatten(parts, first.structure))[0]
             gradient, scalars = join(values[:count]), values[count:]
-            is_finite = reduce(torch.logical_and, [scalars[position].isfinite() for position in checked])
+            is_finite = reduce(torch.logical_and, [scalars[position].isfinite() for position in first.checked])
             row = torch.stack([scalar.double() for scalar in scalars])
             pairs = zip(update.function(vector, gradient, state, factors), before, strict=True)
             kept = [torch.where(is_finite, value, old) for value, old in pairs]
@@ -234,7 +229,7 @@ class StepLoop:
         factors = lift_factors(body)
         inputs += factors
         loop = create_loop(trace(goes_on, inputs), body, len(carried))
-        return _Compiled(compile_graph(loop, inputs), scalars, first.description, factors), body
+        return _Compiled(compile_graph(loop, inputs), scalars, factors), body
 
     def _find_difference(self, compiled: _Compiled, first: _First, *, close: bool = False) -> str | None:
         """Describe how a program's first step differs from what the function returns; None if they agree."""

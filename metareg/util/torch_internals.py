@@ -31,8 +31,8 @@ from metareg.util.native import create_cache_folder
 __all__ = [
     "BATCH_NORM", "DROPOUT", "MODULE_INTERNALS", "NORM_WITH_STATISTICS", "TO_COPY", "UNSAFE_VIEW", "OperationMode",
     "compile_graph", "copy_shell", "copy_tensors", "count_writes", "create_loop", "has_hooks", "import_compiler",
-    "list_attributes", "list_places", "map_tree", "normalise_inputs", "open_store", "trace", "trace_sizes", "tree_flatten",
-    "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
+    "list_attributes", "list_places", "map_tree", "normalise_inputs", "open_store", "returns_view", "trace", "trace_sizes",
+    "tree_flatten", "tree_leaves", "tree_map", "tree_unflatten", "unwrap_compiled", "writes_in_place",
 ]  # fmt: skip
 
 _CACHE_VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
@@ -369,11 +369,11 @@ def _returns_new_tensors(graph: torch.fx.GraphModule) -> bool:
     return (
         len(set(results)) == len(results)
         and not any(writes_in_place(node.target) for node in graph.graph.nodes)
-        and all(isinstance(node.target, _OPERATION) and not _returns_view(node.target) for node in results)
+        and all(isinstance(node.target, _OPERATION) and not returns_view(node.target) for node in results)
     )
 
 
-def _returns_view(operation: Any) -> bool:
+def returns_view(operation: Any) -> bool:
     """Return whether a result of an operation shares memory with an argument; True if torch cannot tell."""
     schema = getattr(operation, "_schema", None)
     return schema is None or any(result.alias_info is not None for result in schema.returns)
