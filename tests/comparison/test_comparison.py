@@ -38,6 +38,7 @@ from metareg.runs.training import prepare_run
 from metareg.util.files import write_text
 from metareg.util.signals import StopRequest
 from metareg.util.yaml_files import read_yaml
+from samples import write_tables
 
 COMPARISONS = Path(__file__).parents[2] / "benchmarks" / "comparisons"
 TINY = {
@@ -839,14 +840,6 @@ def test_a_comparison_that_is_killed_and_run_again_ends_the_same(tmp_path: Path)
 
 
 # ----------------------------------------------------------------------------------------------------- the tasks' data
-
-
-def write_tables(folder: Path, slope: float = 2.0) -> Path:
-    folder.mkdir(parents=True)
-    for number in range(8):
-        rows = [f"{x / 4},{slope * x + number}" for x in range(12)]
-        (folder / f"machine-{number}.csv").write_text("\n".join(["x,y", *rows]) + "\n")
-    return folder
 
 
 def test_data_is_that_of_each_task_that_reads_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,6 +19,7 @@ from metareg.registry.task_source import TaskSource
 from metareg.runs import adaptation
 from metareg.runs.analysis import analyse
 from metareg.runs.checkpoints import Checkpoints
+from samples import write_tables
 
 RATE, GAMMA, TASKS, STEPS = 0.05, 0.3, 6, 2
 SMALL: dict[str, Any] = {
@@ -154,11 +155,7 @@ def test_what_a_run_lacks_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_data_that_has_moved_is_read_from_where_it_is(tmp_path: Path) -> None:
-    tables = tmp_path / "tables"
-    tables.mkdir()
-    for number in range(8):
-        rows = [f"{x / 4},{2 * x + number}" for x in range(12)]
-        (tables / f"machine-{number}.csv").write_text("\n".join(["x,y", *rows]) + "\n")
+    tables = write_tables(tmp_path / "tables")
     options = {"task.data": str(tables), "task.target": "y", "shots": 2}
     run = train(task="table-folder", algo="maml", augment=["cml"], out=tmp_path / "run", **SMALL, **options)
     expected = analyse(run.path, TASKS)
