@@ -21,7 +21,8 @@ from torch.optim.adam import adam
 from metareg.engine.products import simplify_products
 from metareg.engine.step_loop import divide, join
 from metareg.engine.tracing import remove_idle_operations
-from metareg.util.torch_internals import compile_graph, create_loop, trace
+from metareg.util.compiler import compile_graph
+from metareg.util.torch_internals import create_loop, trace
 
 Tasks = tuple[Tensor, Tensor, Tensor, Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]

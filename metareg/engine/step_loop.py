@@ -17,16 +17,10 @@ from metareg.engine.products import simplify_products
 from metareg.engine.python_state import PythonState
 from metareg.engine.shared_graphs import SHARED
 from metareg.engine.tracing import Description, create_graph, lift_factors, prepare_to_trace
+from metareg.util.compiler import compile_graph
 from metareg.util.imports import collect_no_garbage
 from metareg.util.layout import copy_contiguous
-from metareg.util.torch_internals import (
-    compile_graph,
-    create_loop,
-    import_compiler,
-    trace,
-    tree_flatten,
-    tree_unflatten,
-)
+from metareg.util.torch_internals import create_loop, import_compiler, trace, tree_flatten, tree_unflatten
 
 __all__ = ["Batches", "OuterUpdate", "StepLoop", "Steps", "divide", "join"]
 

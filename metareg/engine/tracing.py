@@ -25,14 +25,10 @@ from metareg.engine.rewriting import PRODUCTS, call_torch_functions, remove_idle
 from metareg.engine.shared_graphs import SHARED
 from metareg.errors import MetaregError, describe_error
 from metareg.printable import format_count
+from metareg.util.compiler import compile_graph
 from metareg.util.imports import collect_no_garbage
 from metareg.util.layout import make_contiguous, settle_layout
-from metareg.util.torch_internals import (
-    compile_graph,
-    trace,
-    tree_flatten,
-    tree_unflatten,
-)
+from metareg.util.torch_internals import trace, tree_flatten, tree_unflatten
 
 __all__ = [
     "CompileError", "Description", "Graphs", "OutOfMemoryError", "Program", "advise_on_memory", "create_graph",

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from threading import RLock
 
-__all__ = ["create_cache_folder", "find_compiler", "load_library"]
+__all__ = ["create_cache_folder", "describe_processor", "find_compiler", "load_library"]
 
 log = logging.getLogger("metareg")
 
@@ -76,12 +76,16 @@ def _build(source: Path, compiler: str, library: Path) -> None:
 def _describe_build(source: Path, compiler: str) -> str:
     """Return a digest of everything that the library depends on: source, compiler, flags and processor."""
     found = Path(compiler).resolve()
-    parts = [source.read_text(encoding="utf-8"), str(found), str(found.stat().st_mtime), *_FLAGS, platform.machine()]
-    processor = Path("/proc/cpuinfo")
-    if processor.is_file():
-        lines = processor.read_text(errors="replace").splitlines()
-        parts += sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
+    parts = [source.read_text(encoding="utf-8"), str(found), str(found.stat().st_mtime), *_FLAGS, *describe_processor()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def describe_processor() -> list[str]:
+    """Describe the processor and its instructions."""
+    processor = Path("/proc/cpuinfo")
+    lines = processor.read_text(errors="replace").splitlines() if processor.is_file() else []
+    known = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return [platform.machine(), *sorted(known)]
 
 
 def create_cache_folder(name: str) -> Path:
