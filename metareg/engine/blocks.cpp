@@ -179,32 +179,35 @@ void statistics(const Shape& s, const T* x, double eps, T* mean, T* rstd) {
   const Size channels = s.channels, pixels = s.pixels();
   std::vector<double> means(s.images * channels), squares(s.images * channels);
   for_images(s, [&](Size begin, Size end) {
-    std::vector<T> sums(channels), deviations(channels);
-    T* __restrict sum = sums.data();
-    T* __restrict deviation = deviations.data();
+    std::vector<T> averages(channels), deviations(channels);  // of a block of rows
     for (Size image = begin; image < end; ++image) {
       double* m = &means[image * channels];
       double* q = &squares[image * channels];
       for (Size done = 0; done < pixels; done += kRows) {
         const Size rows = std::min(kRows, pixels - done);
         const T* const block = x + (image * pixels + done) * channels;
-        std::fill(sums.begin(), sums.end(), T(0));
-        std::fill(deviations.begin(), deviations.end(), T(0));
-        for (Size r = 0; r < rows; ++r) {
-          const T* __restrict row = block + r * channels;
-          for (Size c = 0; c < channels; ++c) sum[c] += row[c];
-        }
         const T share = T(1) / T(rows);
-        for (Size c = 0; c < channels; ++c) sum[c] *= share;
-        for (Size r = 0; r < rows; ++r) {
-          const T* __restrict row = block + r * channels;
-          for (Size c = 0; c < channels; ++c) deviation[c] += (row[c] - sum[c]) * (row[c] - sum[c]);
-        }
+        for_channels<T>(channels, [&](auto type, Size c) {
+          using V = decltype(type);
+          constexpr Size lanes = sizeof(V) / sizeof(T);
+          V sum{}, deviation{};
+          for (Size r = 0; r < rows; ++r) {
+            __builtin_prefetch(block + rows * (channels + c) + r * lanes);  // the next block, in order
+            sum += load<V>(block + r * channels + c);
+          }
+          const V average = sum * share;
+          for (Size r = 0; r < rows; ++r) {
+            const V step = load<V>(block + r * channels + c) - average;
+            deviation += step * step;
+          }
+          store(&averages[c], average);
+          store(&deviations[c], deviation);
+        });
         const double fraction = double(rows) / double(done + rows);
         for (Size c = 0; c < channels; ++c) {
-          const double step = double(sum[c]) - m[c];
+          const double step = double(averages[c]) - m[c];
           m[c] += step * fraction;
-          q[c] += double(deviation[c]) + step * step * double(done) * fraction;
+          q[c] += double(deviations[c]) + step * step * double(done) * fraction;
         }
       }
     }
