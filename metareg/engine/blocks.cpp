@@ -4,7 +4,8 @@
 // and a(v) = v if v > 0, slope * v otherwise. Windows have 1 or 2x2 pixels and do not overlap; rows and columns that fill no
 // window are dropped. Only x is kept for derivatives: each finds the maxima again, which costs less than reading them.
 //
-// Images are [images, height, width, channels], results of windows [images, height / window, width / window, channels].
+// Images are [images, height, width, channels], results of windows [images, height / window, width / window, channels]. Their
+// type X is the type T of all arithmetic and of the numbers per channel, or bfloat16 with T = float.
 // Sums are per image, then over images in double precision, so they do not depend on the number of threads.
 
 #include <dlfcn.h>
@@ -14,6 +15,7 @@
 #include <cstdint>
 #include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -93,16 +95,59 @@ struct Lanes<double> {
   typedef double Type __attribute__((vector_size(64)));
 };
 
+// The upper half of a float.
+struct Bfloat16 {
+  std::uint16_t bits;
+};
+template <class V>
+struct Bits;  // of the numbers of V, and of their upper halves
+template <>
+struct Bits<float> {
+  typedef std::uint32_t Whole;
+  typedef std::uint16_t Half;
+};
+template <>
+struct Bits<Lanes<float>::Type> {
+  typedef std::uint32_t Whole __attribute__((vector_size(64)));
+  typedef std::uint16_t Half __attribute__((vector_size(32)));
+};
+
+template <class To, class From>
+inline To convert(const From& from) {
+  if constexpr (std::is_arithmetic_v<From>)
+    return To(from);
+  else
+    return __builtin_convertvector(from, To);
+}
+
 template <class V, class T>
 inline V load(const T* from) {
   V value;
   std::memcpy(&value, from, sizeof(V));
   return value;
 }
+template <class V>
+inline V load(const Bfloat16* from) {
+  typename Bits<V>::Half half;
+  std::memcpy(&half, from, sizeof(half));
+  const auto whole = convert<typename Bits<V>::Whole>(half) << 16;
+  V value;
+  std::memcpy(&value, &whole, sizeof(V));
+  return value;
+}
 
 template <class V, class T>
 inline void store(T* to, const V& value) {
   std::memcpy(to, &value, sizeof(V));
+}
+// Rounds to the nearest number, and to the even one of two.
+template <class V>
+inline void store(Bfloat16* to, const V& value) {
+  typename Bits<V>::Whole whole;
+  std::memcpy(&whole, &value, sizeof(V));
+  const auto rounded = (whole + 0x7fff + (whole >> 16 & 1)) >> 16;
+  const auto half = convert<typename Bits<V>::Half>(value == value ? rounded : rounded * 0 + 0x7fc0);
+  std::memcpy(to, &half, sizeof(half));
 }
 
 // Calls function(value of the type to compute with, first channel) for all channels.
@@ -122,15 +167,15 @@ struct Window;
 template <class V>
 struct Window<V, 1> {
   V best;
-  template <class T>
-  Window(const T* x, Size, Size, const V& scale, const V& shift) : best(load<V>(x) * scale + shift) {}
-  template <class T>
-  V pick(const T* v, Size, Size) const {
+  template <class X>
+  Window(const X* x, Size, Size, const V& scale, const V& shift) : best(load<V>(x) * scale + shift) {}
+  template <class X>
+  V pick(const X* v, Size, Size) const {
     return load<V>(v);
   }
   // Adds a value at the maximum, and elsewhere nothing, to an affine function of v.
-  template <class T>
-  void place(T* out, const T* v, Size, Size, const V& value, const V& constant, const V& slant) const {
+  template <class X>
+  void place(X* out, const X* v, Size, Size, const V& value, const V& constant, const V& slant) const {
     store(out, constant + slant * load<V>(v) + value);
   }
 };
@@ -138,22 +183,22 @@ struct Window<V, 1> {
 template <class V>
 struct Window<V, 2> {
   V a, b, c, d, ab, abc, best;
-  template <class T>
-  Window(const T* x, Size right, Size down, const V& scale, const V& shift) {
+  template <class X>
+  Window(const X* x, Size right, Size down, const V& scale, const V& shift) {
     a = load<V>(x) * scale + shift, b = load<V>(x + right) * scale + shift;
     c = load<V>(x + down) * scale + shift, d = load<V>(x + down + right) * scale + shift;
     ab = b > a ? b : a;
     abc = c > ab ? c : ab;
     best = d > abc ? d : abc;
   }
-  template <class T>
-  V pick(const T* v, Size right, Size down) const {
+  template <class X>
+  V pick(const X* v, Size right, Size down) const {
     const V first = b > a ? load<V>(v + right) : load<V>(v);
     const V upper = c > ab ? load<V>(v + down) : first;
     return d > abc ? load<V>(v + down + right) : upper;
   }
-  template <class T>
-  void place(T* out, const T* v, Size right, Size down, const V& value, const V& constant, const V& slant) const {
+  template <class X>
+  void place(X* out, const X* v, Size right, Size down, const V& value, const V& constant, const V& slant) const {
     const V zero = V{};
     const V to_d = d > abc ? value : zero, to_abc = d > abc ? zero : value;
     const V to_c = c > ab ? to_abc : zero, to_ab = c > ab ? zero : to_abc;
@@ -174,8 +219,8 @@ void for_windows(const Shape& s, Size image, Size row, Function function) {
     function(first + column * s.window * s.channels, result + column * s.channels);
 }
 
-template <class T>
-void statistics(const Shape& s, const T* x, double eps, T* mean, T* rstd) {
+template <class X, class T>
+void statistics(const Shape& s, const X* x, double eps, T* mean, T* rstd) {
   const Size channels = s.channels, pixels = s.pixels();
   std::vector<double> means(s.images * channels), squares(s.images * channels);
   for_images(s, [&](Size begin, Size end) {
@@ -185,7 +230,7 @@ void statistics(const Shape& s, const T* x, double eps, T* mean, T* rstd) {
       double* q = &squares[image * channels];
       for (Size done = 0; done < pixels; done += kRows) {
         const Size rows = std::min(kRows, pixels - done);
-        const T* const block = x + (image * pixels + done) * channels;
+        const X* const block = x + (image * pixels + done) * channels;
         const T share = T(1) / T(rows);
         for_channels<T>(channels, [&](auto type, Size c) {
           using V = decltype(type);
@@ -225,8 +270,8 @@ void statistics(const Shape& s, const T* x, double eps, T* mean, T* rstd) {
   }
 }
 
-template <class T, int K>
-void forward(const Shape& s, const T* x, const Affine<T>& affine, T slope, T* y) {
+template <class X, class T, int K>
+void forward(const Shape& s, const X* x, const Affine<T>& affine, T slope, X* y) {
   const Size right = s.channels, down = s.width * s.channels;
   const T *scale = affine.scale.data(), *shift = affine.shift.data();
   for_images(s, [&](Size begin, Size end) {
@@ -243,8 +288,8 @@ void forward(const Shape& s, const T* x, const Affine<T>& affine, T slope, T* y)
 }
 
 // The sums of g, and of g times the normalised maxima, for each channel; g of inactive windows counts with the slope.
-template <class T, int K>
-void sums(const Shape& s, const T* g, const T* x, const Affine<T>& affine, const T* mean, const T* rstd, T slope,
+template <class X, class T, int K>
+void sums(const Shape& s, const X* g, const X* x, const Affine<T>& affine, const T* mean, const T* rstd, T slope,
           T* of_normalised, T* of_g) {
   const Size channels = s.channels, right = channels, down = s.width * channels;
   const T *scale = affine.scale.data(), *shift = affine.shift.data();
@@ -284,14 +329,14 @@ void sums(const Shape& s, const T* g, const T* x, const Affine<T>& affine, const
 }
 
 // out = factor * (g at the maxima, 0 elsewhere) + constant + slant * v
-template <class T, int K>
-void scatter(const Shape& s, const T* g, const T* x, const T* v, const Affine<T>& affine, T slope, const T* factor,
-             const T* constant, const T* slant, T* out) {
+template <class X, class T, int K>
+void scatter(const Shape& s, const X* g, const X* x, const X* v, const Affine<T>& affine, T slope, const T* factor,
+             const T* constant, const T* slant, X* out) {
   const Size channels = s.channels, right = channels, down = s.width * channels;
   const T *scale = affine.scale.data(), *shift = affine.shift.data();
   const auto fill = [&](Size begin, Size end) {  // pixels that are in no window
     for (Size at = begin * channels; at < end * channels; at += channels)
-      for (Size c = 0; c < channels; ++c) out[at + c] = constant[c] + slant[c] * v[at + c];
+      for (Size c = 0; c < channels; ++c) store(out + at + c, constant[c] + slant[c] * load<T>(v + at + c));
   };
   for_images(s, [&](Size begin, Size end) {
     for (Size image = begin; image < end; ++image) {
@@ -315,10 +360,10 @@ void scatter(const Shape& s, const T* g, const T* x, const T* v, const Affine<T>
 }
 
 // The gradients of x, weight and bias: scale * (G - sum G / n - x̂ * sum G x̂ / n) for G = g at the maxima, sum G x̂ and sum G.
-template <class T, int K>
-void backward(const Shape& s, const T* g, const T* x, const Affine<T>& affine, const T* mean, const T* rstd, T slope,
-              T* to_x, T* to_weight, T* to_bias) {
-  sums<T, K>(s, g, x, affine, mean, rstd, slope, to_weight, to_bias);
+template <class X, class T, int K>
+void backward(const Shape& s, const X* g, const X* x, const Affine<T>& affine, const T* mean, const T* rstd, T slope,
+              X* to_x, T* to_weight, T* to_bias) {
+  sums<X, T, K>(s, g, x, affine, mean, rstd, slope, to_weight, to_bias);
   std::vector<T> constant(s.channels), slant(s.channels);
   const double n = double(s.images * s.pixels());
   for (Size c = 0; c < s.channels; ++c) {
@@ -326,13 +371,13 @@ void backward(const Shape& s, const T* g, const T* x, const Affine<T>& affine, c
     slant[c] = T(each);
     constant[c] = T(-double(affine.scale[c]) * double(to_bias[c]) / n - each * double(mean[c]));
   }
-  scatter<T, K>(s, g, x, x, affine, slope, affine.scale.data(), constant.data(), slant.data(), to_x);
+  scatter<X, T, K>(s, g, x, x, affine, slope, affine.scale.data(), constant.data(), slant.data(), to_x);
 }
 
 // out = (factor * v + constant + slant * x) at the maxima; with the slope in inactive windows
-template <class T, int K>
-void gather(const Shape& s, const T* v, const T* x, const Affine<T>& affine, T slope, const T* factor, const T* constant,
-            const T* slant, T* out) {
+template <class X, class T, int K>
+void gather(const Shape& s, const X* v, const X* x, const Affine<T>& affine, T slope, const T* factor, const T* constant,
+            const T* slant, X* out) {
   const Size right = s.channels, down = s.width * s.channels;
   const T *scale = affine.scale.data(), *shift = affine.shift.data();
   for_images(s, [&](Size begin, Size end) {
@@ -354,44 +399,46 @@ Shape read(const Size* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6]}; }
 
 }  // namespace
 
-#define METAREG_BLOCKS(T, name)                                                                                         \
-  void metareg_forward_##name(const Size* shape, double eps, double slope, const T* x, const T* weight, const T* bias,  \
-                              T* y, T* mean, T* rstd) {                                                                 \
+#define METAREG_BLOCKS(X, T, name)                                                                                      \
+  void metareg_forward_##name(const Size* shape, double eps, double slope, const X* x, const T* weight, const T* bias,  \
+                              X* y, T* mean, T* rstd) {                                                                 \
     const Shape s = read(shape);                                                                                        \
     Shape counted = s;                                                                                                  \
     counted.images = s.examples;                                                                                        \
     statistics(counted, x, eps, mean, rstd);                                                                            \
     const Affine<T> affine(s.channels, weight, bias, mean, rstd);                                                       \
-    (s.window == 1 ? forward<T, 1> : forward<T, 2>)(s, x, affine, T(slope), y);                                         \
+    (s.window == 1 ? forward<X, T, 1> : forward<X, T, 2>)(s, x, affine, T(slope), y);                                   \
   }                                                                                                                     \
-  void metareg_sums_##name(const Size* shape, double slope, const T* g, const T* x, const T* weight, const T* bias,     \
+  void metareg_sums_##name(const Size* shape, double slope, const X* g, const X* x, const T* weight, const T* bias,     \
                            const T* mean, const T* rstd, T* of_normalised, T* of_g) {                                   \
     const Shape s = read(shape);                                                                                        \
     const Affine<T> affine(s.channels, weight, bias, mean, rstd);                                                       \
-    (s.window == 1 ? sums<T, 1> : sums<T, 2>)(s, g, x, affine, mean, rstd, T(slope), of_normalised, of_g);              \
+    (s.window == 1 ? sums<X, T, 1> : sums<X, T, 2>)(s, g, x, affine, mean, rstd, T(slope), of_normalised, of_g);        \
   }                                                                                                                     \
-  void metareg_backward_##name(const Size* shape, double slope, const T* g, const T* x, const T* weight, const T* bias, \
-                               const T* mean, const T* rstd, T* to_x, T* to_weight, T* to_bias) {                       \
+  void metareg_backward_##name(const Size* shape, double slope, const X* g, const X* x, const T* weight, const T* bias, \
+                               const T* mean, const T* rstd, X* to_x, T* to_weight, T* to_bias) {                       \
     const Shape s = read(shape);                                                                                        \
     const Affine<T> affine(s.channels, weight, bias, mean, rstd);                                                       \
-    (s.window == 1 ? backward<T, 1> : backward<T, 2>)(s, g, x, affine, mean, rstd, T(slope), to_x, to_weight, to_bias); \
+    (s.window == 1 ? backward<X, T, 1> : backward<X, T, 2>)(s, g, x, affine, mean, rstd, T(slope), to_x, to_weight,     \
+                                                            to_bias);                                                   \
   }                                                                                                                     \
-  void metareg_scatter_##name(const Size* shape, double slope, const T* g, const T* x, const T* v, const T* weight,     \
+  void metareg_scatter_##name(const Size* shape, double slope, const X* g, const X* x, const X* v, const T* weight,     \
                               const T* bias, const T* mean, const T* rstd, const T* factor, const T* constant,          \
-                              const T* slant, T* out) {                                                                 \
+                              const T* slant, X* out) {                                                                 \
     const Shape s = read(shape);                                                                                        \
     const Affine<T> affine(s.channels, weight, bias, mean, rstd);                                                       \
-    (s.window == 1 ? scatter<T, 1> : scatter<T, 2>)(s, g, x, v, affine, T(slope), factor, constant, slant, out);        \
+    (s.window == 1 ? scatter<X, T, 1> : scatter<X, T, 2>)(s, g, x, v, affine, T(slope), factor, constant, slant, out);  \
   }                                                                                                                     \
-  void metareg_gather_##name(const Size* shape, double slope, const T* v, const T* x, const T* weight, const T* bias,   \
+  void metareg_gather_##name(const Size* shape, double slope, const X* v, const X* x, const T* weight, const T* bias,   \
                              const T* mean, const T* rstd, const T* factor, const T* constant, const T* slant,          \
-                             T* out) {                                                                                  \
+                             X* out) {                                                                                  \
     const Shape s = read(shape);                                                                                        \
     const Affine<T> affine(s.channels, weight, bias, mean, rstd);                                                       \
-    (s.window == 1 ? gather<T, 1> : gather<T, 2>)(s, v, x, affine, T(slope), factor, constant, slant, out);             \
+    (s.window == 1 ? gather<X, T, 1> : gather<X, T, 2>)(s, v, x, affine, T(slope), factor, constant, slant, out);       \
   }
 
 extern "C" {
-METAREG_BLOCKS(float, float)
-METAREG_BLOCKS(double, double)
+METAREG_BLOCKS(float, float, float)
+METAREG_BLOCKS(double, double, double)
+METAREG_BLOCKS(Bfloat16, float, bfloat16)
 }

@@ -32,7 +32,8 @@ from metareg.util.torch_internals import copy_shell, has_hooks, list_places
 __all__ = ["Block", "fuse_blocks"]
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
-_TYPES = {torch.float32: "float", torch.float64: "double"}
+_TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+"""Those of images; the numbers per channel of images in bfloat16 are in float32."""
 _LAYER, _WINDOW = "Tensor weight, Tensor bias, Tensor mean, Tensor rstd", "int window, float slope"
 _AFFINE = "Tensor factor, Tensor constant, Tensor slant"
 
@@ -377,7 +378,7 @@ def _compute_block(x: Tensor, weight: Tensor, bias: Tensor, *options: Any) -> tu
 
 
 def _allocate_block(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _create_maps(x, arguments[-2]), torch.empty_like(weight), torch.empty_like(weight)
+    return _create_maps(x, arguments[-2]), *_create_numbers(x, weight)
 
 
 def _compute_backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -388,7 +389,7 @@ def _compute_backward(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Te
 
 
 def _allocate_backward(g: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001
-    return _create_maps(x, 1), torch.empty_like(weight), torch.empty_like(weight)
+    return _create_maps(x, 1), *_create_numbers(x, weight)
 
 
 def _compute_sums(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -399,7 +400,7 @@ def _compute_sums(g: Tensor, x: Tensor, *arguments: Any) -> tuple[Tensor, Tensor
 
 
 def _allocate_sums(g: Tensor, x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:  # noqa: ARG001
-    return torch.empty_like(weight), torch.empty_like(weight)
+    return _create_numbers(x, weight)
 
 
 def _compute_gather(v: Tensor, x: Tensor, *arguments: Any) -> Tensor:
@@ -434,6 +435,16 @@ def _create_maps(x: Tensor, window: int) -> Tensor:
     return x.new_empty(images, height // window, width // window, channels).movedim(-1, 1)
 
 
+def _create_numbers(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Create two uninitialised numbers for each channel."""
+    dtype = _find_arithmetic(x)
+    return torch.empty_like(weight, dtype=dtype), torch.empty_like(weight, dtype=dtype)
+
+
+def _find_arithmetic(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.dtype == torch.bfloat16 else x.dtype
+
+
 def _run(
     kernel: str, x: Tensor, window: int, numbers: Sequence[float], *tensors: Tensor, examples: int | None = None
 ) -> None:
@@ -442,7 +453,7 @@ def _run(
     images, channels, height, width = x.shape
     threads, counted = torch.get_num_threads(), images if examples is None else examples
     shape = (ctypes.c_int64 * 7)(images, height, width, channels, window, threads, counted)
-    kept = [value.contiguous() if value.dim() == 1 else value for value in tensors]
+    kept = [value.to(_find_arithmetic(x)).contiguous() if value.dim() == 1 else value for value in tensors]
     pointers = [ctypes.c_void_p(value.data_ptr()) for value in kept]
     getattr(library, f"metareg_{kernel}_{_TYPES[x.dtype]}")(shape, *map(ctypes.c_double, numbers), *pointers)
 
