@@ -41,7 +41,7 @@ from metareg.engine.tracing import (
 )
 from metareg.errors import MetaregError
 from metareg.printable import format_count
-from metareg.util.layout import make_contiguous, match_strides
+from metareg.util.layout import make_channels_last, make_contiguous, match_strides, settle_layout
 from metareg.util.torch_internals import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["Engine", "Gradient"]
@@ -385,6 +385,13 @@ class Engine:
         if self._graphs is not None:
             self._graphs.is_current = False
 
+    def _lay(self, leaf: Tensor) -> Tensor:
+        """Return a tensor of a single task in the memory order that suits the model."""
+        model = self.training.model
+        if not model.accepts_channels_last:
+            return make_contiguous(leaf)
+        return make_channels_last(leaf) if model.has_blocks and leaf.device.type == "cpu" else settle_layout(leaf)
+
     def _find_program(
         self,
         key: Any,
@@ -405,6 +412,7 @@ class Engine:
                 calls_before_tracing=calls_before_tracing,
                 captures=captures,
                 identity=None if identity is None else (identity, key, strategy),
+                layout=self._lay,
             )
             self._programs[key, strategy] = program
         return program

@@ -23,7 +23,7 @@ from metareg.engine.normalisation import (
 )
 from metareg.engine.side_effects import SideEffects, call_purely, observe
 from metareg.errors import UnknownNameError, UsageError
-from metareg.util.layout import copy_contiguous
+from metareg.util.layout import copy_contiguous, make_channels_last, make_contiguous
 from metareg.util.torch_internals import (
     BATCH_NORM,
     DROPOUT,
@@ -116,6 +116,10 @@ class SplitModel:
             "neck": {place: first for place, first in in_head.items() if self._is_in_neck(place)},
         }
         """Parameter names by their names within a part."""
+        self.has_blocks = any(isinstance(layer, Block) for part in (body, head_part) for layer in part.modules())
+        """Whether BatchNorm and the layers after it run as one operation if the images are channels last in memory."""
+        self.accepts_channels_last = True
+        """Whether images can lie channels last in memory, which `view` of maps does not allow; `examine` finds out."""
         self._effects: dict[_Part, SideEffects] = {}
         """The side effects of each part that `examine` has observed."""
         self._written: list[str] = []
@@ -271,7 +275,16 @@ class SplitModel:
                 function; or the forward pass draws random numbers.
         """
         # The module's own BatchNorm is too imprecise for channels-last images (metareg.engine.normalisation).
-        x = tree_map(torch.Tensor.contiguous, x)
+        x = tree_map(make_contiguous, x)
+        outputs = self._check_split(params, x)
+        self.accepts_channels_last = self._try_channels_last(params, x, outputs)
+        return outputs
+
+    def to(self, device: torch.device) -> None:
+        """Move the constants (buffers, frozen parameters)."""
+        self.module.to(device)
+
+    def _check_split(self, params: Params, x: Any) -> Tensor:
         if not self.has_head or type(self.module).forward is nn.Module.forward:
             return self._observe_parts(params, x)
         with self._lock:
@@ -289,12 +302,22 @@ class SplitModel:
             )
         return parts
 
-    def to(self, device: torch.device) -> None:
-        """Move the constants (buffers, frozen parameters)."""
-        self.module.to(device)
+    def _try_channels_last(self, params: Params, x: Any, expected: Tensor) -> bool:
+        """Return whether the outputs for the same inputs, with images channels last in memory, are the expected ones."""
+        if not isinstance(x, Tensor) or x.dim() != 4:
+            return True
+        self.accepts_channels_last = True
+        try:
+            with torch.no_grad():
+                found = self.head(params, self.body(params, make_channels_last(x[None])[0]))
+        except Exception:  # running a user's forward pass can raise many kinds of errors
+            return False
+        return _are_alike(expected, found)
 
     def _call(self, part: _Part, params: Params, x: Any, module: nn.Module | None = None) -> Tensor:
         """Return the outputs of a part, or of a module that replaces it."""
+        if part == "body" and not self.accepts_channels_last:
+            x = tree_map(make_contiguous, x)
         values, effects = self._place(part, params), self._effects.get(part, _NO_EFFECTS)
         with self._lock:
             return call_purely(module or self._modules[part], values, x, effects)

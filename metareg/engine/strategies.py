@@ -16,7 +16,7 @@ Strategy = Literal["serial", "traced", "vectorized", "compiled"]
 ONE_BY_ONE = ("serial", "traced")
 """Strategies that run one task after the other."""
 
-_STEPS_THAT_PAY = 10_000
+_STEPS_THAT_PAY = 5_000
 """The number of training steps from which compiling saves more time than it takes.
 
 Both times grow with the number of inner steps and with slower processors, so one number serves all (docs/benchmarks.md).

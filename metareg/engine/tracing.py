@@ -153,6 +153,7 @@ class Program:
         captures: whether CUDA graphs may launch the operations; each has its own copy of all inputs and outputs.
         identity: a description of everything else that the function is traced from; programs with equal ones share their
             graphs. None if nothing is shared.
+        layout: returns a tensor of a single task in the memory order that suits the function.
     """
 
     def __init__(
@@ -164,8 +165,10 @@ class Program:
         calls_before_tracing: int = 1,
         captures: bool = True,
         identity: Hashable | None = None,
+        layout: Callable[[Tensor], Tensor] = settle_layout,
     ) -> None:
         self._function = function
+        self._layout = layout
         self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
@@ -182,7 +185,7 @@ class Program:
         inputs, structure = _flatten(episodes.parts, extra)
         # A graph requires one memory layout, and the last bits can depend on it: all strategies use the same layout. Under
         # vmap, it must not be channels last, where the second derivative of max-pooling has no batching rule.
-        settled = settle_layout if len(episodes) == 1 else make_contiguous
+        settled = self._layout if len(episodes) == 1 else make_contiguous
         call = _Call(meta, [settled(leaf) for leaf in inputs], structure)
         key = call.key
         with torch.no_grad(), advise_on_memory(len(episodes)):

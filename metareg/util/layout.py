@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-__all__ = ["copy_contiguous", "make_contiguous", "match_strides", "settle_layout"]
+__all__ = ["copy_contiguous", "make_channels_last", "make_contiguous", "match_strides", "settle_layout"]
 
 
 def make_contiguous(leaf: Tensor) -> Tensor:
@@ -31,14 +33,31 @@ def settle_layout(leaf: Tensor) -> Tensor:
     return make_contiguous(leaf)
 
 
+def make_channels_last(leaf: Tensor) -> Tensor:
+    """Return images ``[…, examples, C, H, W]`` channels last in memory; other tensors as `settle_layout` does."""
+    if leaf.dim() < 5 or not leaf.is_floating_point():
+        return settle_layout(leaf)
+    _, channels_last = _compute_strides(leaf.shape)
+    if leaf.stride() == channels_last:
+        return leaf
+    return leaf.movedim(-3, -1).contiguous().movedim(-1, -3).as_strided(leaf.shape, channels_last)
+
+
 @lru_cache(maxsize=1024)
 def _compute_strides(shape: torch.Size) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Return the strides of a contiguous tensor, and of a channels-last one if the shape allows it."""
-    strides = torch.empty(shape, device="meta").stride()
+    strides = _accumulate(shape)
     if len(shape) < 4:
         return strides, strides
     *others, channels, height, width = shape
-    return strides, torch.empty(*others, height, width, channels, device="meta").movedim(-1, -3).stride()
+    *outer, of_height, of_width, of_channels = _accumulate((*others, height, width, channels))
+    return strides, (*outer, of_channels, of_height, of_width)
+
+
+def _accumulate(shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the strides of a contiguous tensor."""
+    sizes = (max(size, 1) for size in reversed(shape[1:]))
+    return tuple(accumulate(sizes, operator.mul, initial=1))[::-1] if len(shape) else ()
 
 
 def copy_contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

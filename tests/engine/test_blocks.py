@@ -139,7 +139,8 @@ def test_precise_in_float32_and_the_same_bits_with_any_number_of_threads() -> No
     assert all(torch.equal(a, b) for a, b in zip(results[1], results[3], strict=True))
 
 
-def test_training_steps_use_it_and_equal_those_of_a_plain_loop(used: list[str]) -> None:
+@pytest.mark.parametrize("lay", [channels_last, torch.clone], ids=["channels last", "channels first"])
+def test_training_steps_use_it_and_equal_those_of_a_plain_loop(lay: Function, used: list[str]) -> None:
     """Conv4 with ReLU first, one by one on the CPU; the loop runs the layers."""
     torch.manual_seed(0)
     model = nn.Sequential()
@@ -147,7 +148,7 @@ def test_training_steps_use_it_and_equal_those_of_a_plain_loop(used: list[str]) 
         block = nn.Conv2d(channels, 5, 3, padding=1), nn.BatchNorm2d(5, track_running_stats=False), nn.ReLU()
         model.add_module(str(number), nn.Sequential(*block, nn.MaxPool2d(2)))
     model.add_module("out", nn.Sequential(nn.Flatten(), nn.Linear(20, 3)))
-    tasks = [channels_last(drawn(2, 6, 3, 8, 8, seed=seed).float()) for seed in (1, 2)]
+    tasks = [lay(drawn(2, 6, 3, 8, 8, seed=seed).float()) for seed in (1, 2)]
     episodes = Episodes(tasks[0], torch.arange(6).expand(2, -1) % 3, tasks[1], torch.arange(6).expand(2, -1) % 3)
     learner = MetaLearner(model, "maml", inner_lr=0.1, inner_steps=2, outer_lr=0.01)
     assert learner.choose_strategy(2, steps=9)[0] == "traced"
@@ -172,6 +173,78 @@ def test_training_steps_use_it_and_equal_those_of_a_plain_loop(used: list[str]) 
     for name, value in learner.meta_parameters.items():
         if not name.endswith("0.bias"):  # before BatchNorm, its gradient is only rounding
             assert (value - params[name]).norm() < 1e-3 * (params[name] - start[name]).norm()
+
+
+class Flattening(nn.Module):
+    """A model with a forward pass of its own."""
+
+    def __init__(self, flatten: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2))
+        self.classifier = nn.Linear(36, 3)
+        self.flatten = flatten
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.classifier(self.flatten(self.features(x)))
+        return outputs
+
+
+@pytest.mark.parametrize("lay", [channels_last, torch.clone], ids=["channels last", "channels first"])
+@pytest.mark.parametrize("head", [None, "classifier"])
+def test_models_that_need_the_channels_first_get_them(head: str | None, lay: Function, used: list[str]) -> None:
+    images = lay(drawn(2, 6, 1, 8, 8).float())
+    episodes = Episodes(images, torch.arange(6).expand(2, -1) % 3, images + 1, torch.arange(6).expand(2, -1) % 3)
+    after = {}
+    for name, flatten in (("view", lambda x: x.view(len(x), -1)), ("flatten", lambda x: x.flatten(1))):
+        torch.manual_seed(0)
+        learner = MetaLearner(Flattening(flatten), "maml", inner_lr=0.1, head=head)
+        used.clear()
+        for _ in range(3):
+            learner.step(episodes)
+        assert ("backward" in used) == (name == "flatten")
+        assert learner.adapt(episodes.support_x[0], episodes.support_y[0])(episodes.query_x[0]).shape == (6, 3)
+        after[name] = learner.meta_parameters
+    assert after["view"].keys() == after["flatten"].keys()
+    for name, value in after["view"].items():
+        if name != "features.0.bias":  # before BatchNorm, its gradient is only rounding
+            torch.testing.assert_close(after["flatten"][name], value, rtol=0, atol=1e-5)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("channels", [3, 19, 48])
+@pytest.mark.parametrize("followers", LAYERS)
+def test_bfloat16_with_sums_in_float32(followers: str, channels: int, used: list[str]) -> None:
+    """Values and two derivatives, against float64."""
+    exact = nn.Sequential(norm(channels), *LAYERS[followers]())
+    fused = fuse_blocks(copy.deepcopy(exact)).bfloat16()
+    *rounded, weights = [each.bfloat16() for each in arguments(channels, 5, 7)]
+    given = [each.double() for each in rounded]
+    assert fused(rounded[0]).dtype == torch.bfloat16
+    assert error(fused(rounded[0]), exact(given[0])) < 3e-3
+    functions = [loss_of(each) for each in (fused, exact)]
+    for limit in (8e-3, 1.2e-2):  # a number has 8 bits
+        found, expected = (
+            grad(each, argnums=(0, 1, 2))(*values, weights.double())
+            for each, values in zip(functions, (rounded, given), strict=True)
+        )
+        assert {each.dtype for each in found} == {torch.bfloat16}
+        assert error(*(torch.cat([part.flatten() for part in each]) for each in (found, expected))) < limit
+        functions = [derivative_of_three(each) for each in functions]
+    assert {"forward", "backward", "sums", "gather", "scatter"} == set(used)
+
+
+def derivative_of_three(function: Function) -> Function:
+    def outer(*arguments: Tensor) -> Tensor:
+        parts = grad(function, argnums=(0, 1, 2))(*arguments)
+        weights = (torch.linspace(-1, 1, each.numel(), dtype=torch.float64).view(each.shape) for each in parts)
+        return sum(
+            ((each.double() * weight).sum() for each, weight in zip(parts, weights, strict=True)), torch.zeros(())
+        )
+
+    return outer
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
