@@ -519,13 +519,11 @@ def _take_episodes(stack: Episodes, given: Any, by: Implementation) -> Episodes:
 
 
 def _take_noise(given: Any, by: Implementation, like: Tensor) -> Any:
-    """Check a pytree of tensors, which can contain None, and move it to the device and type of `like`."""
+    """Check a pytree of tensors, and move it to the device and type of `like`."""
 
-    def take(leaf: Any) -> Tensor | None:
-        if leaf is None:
-            return None
+    def take(leaf: Any) -> Tensor:
         if not isinstance(leaf, Tensor):
-            by.reject("it must return a pytree of tensors")
+            by.reject(f"it must return a pytree of tensors, without {_describe(leaf)}")
         return leaf.to(like.device, like.dtype if leaf.is_floating_point() else None)
 
     return map_tree(take, given)

@@ -220,7 +220,8 @@ def test_properties_of_a_plugin_are_not_run() -> None:
 
         ("adapted_parameters", lambda names: "head.bias", "a sequence of names, not a str"),
         ("adapted_parameters", lambda names: 3, "a sequence of names, not a int"),
-        ("draw_noise", lambda shapes: [1.0], "must return a pytree of tensors"),
+        ("draw_noise", lambda shapes: [1.0], "must return a pytree of tensors, without a float"),
+        ("draw_noise", lambda shapes: {"a": torch.ones(1), "b": None}, "without a NoneType"),
     ],
 )  # fmt: skip
 def test_results_that_break_the_contract(hook: str, returned: Any, sentence: str, strategy: str) -> None:
