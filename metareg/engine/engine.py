@@ -41,7 +41,7 @@ from metareg.engine.tracing import (
 )
 from metareg.errors import MetaregError
 from metareg.printable import format_count
-from metareg.util.layout import make_channels_last, make_contiguous, match_strides, settle_layout
+from metareg.util.layout import make_channels_last, make_contiguous, match_strides
 from metareg.util.torch_internals import tree_flatten, tree_map, tree_unflatten
 
 __all__ = ["Engine", "Gradient"]
@@ -385,12 +385,13 @@ class Engine:
         if self._graphs is not None:
             self._graphs.is_current = False
 
-    def _lay(self, leaf: Tensor) -> Tensor:
-        """Return a tensor of a single task in the memory order that suits the model."""
-        model = self.training.model
-        if not model.accepts_channels_last:
-            return make_contiguous(leaf)
-        return make_channels_last(leaf) if model.has_blocks and leaf.device.type == "cpu" else settle_layout(leaf)
+    def _lay_inputs(self, x: Any) -> Any:
+        """Return the inputs ``[1, examples, …]`` of a task in the memory order that suits the model."""
+        layout = self.training.model.layout
+        if layout == "channels first":
+            return tree_map(make_contiguous, x)
+        is_images = type(x) is Tensor and x.dim() == 5 and x.is_floating_point() and x.device.type == "cpu"
+        return make_channels_last(x) if layout == "channels last" and is_images else x
 
     def _find_program(
         self,
@@ -412,7 +413,7 @@ class Engine:
                 calls_before_tracing=calls_before_tracing,
                 captures=captures,
                 identity=None if identity is None else (identity, key, strategy),
-                layout=self._lay,
+                lay_inputs=self._lay_inputs,
             )
             self._programs[key, strategy] = program
         return program

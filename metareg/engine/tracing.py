@@ -153,7 +153,7 @@ class Program:
         captures: whether CUDA graphs may launch the operations; each has its own copy of all inputs and outputs.
         identity: a description of everything else that the function is traced from; programs with equal ones share their
             graphs. None if nothing is shared.
-        layout: returns a tensor of a single task in the memory order that suits the function.
+        lay_inputs: returns a single task's inputs of the model in the memory order that suits it.
     """
 
     def __init__(
@@ -165,10 +165,10 @@ class Program:
         calls_before_tracing: int = 1,
         captures: bool = True,
         identity: Hashable | None = None,
-        layout: Callable[[Tensor], Tensor] = settle_layout,
+        lay_inputs: Callable[[Any], Any] = lambda inputs: inputs,
     ) -> None:
         self._function = function
-        self._layout = layout
+        self._lay_inputs = lay_inputs
         self._together = graphs
         self._compiled = compiled
         self._calls_before_tracing = calls_before_tracing
@@ -182,10 +182,13 @@ class Program:
 
     def __call__(self, meta: Tensors, episodes: Episodes, extra: Mapping[str, Any]) -> tuple[list[Tensor], Any]:
         """Return the function's tensors, and the structure that describes them."""
-        inputs, structure = _flatten(episodes.parts, extra)
+        parts = episodes.parts
+        if len(episodes) == 1:
+            parts = self._lay_inputs(parts[0]), parts[1], self._lay_inputs(parts[2]), parts[3]
+        inputs, structure = _flatten(parts, extra)
         # A graph requires one memory layout, and the last bits can depend on it: all strategies use the same layout. Under
         # vmap, it must not be channels last, where the second derivative of max-pooling has no batching rule.
-        settled = self._layout if len(episodes) == 1 else make_contiguous
+        settled = settle_layout if len(episodes) == 1 else make_contiguous
         call = _Call(meta, [settled(leaf) for leaf in inputs], structure)
         key = call.key
         with torch.no_grad(), advise_on_memory(len(episodes)):

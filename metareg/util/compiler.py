@@ -37,9 +37,8 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
     for module in graph.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
             node.meta.clear()
-    with _configure_compiler(inputs):
-        key = describe_program(graph, inputs) if all(map(_returns_new_tensors, _list_parts(graph))) else None
-        program = None if key is None else find_program(key, folder)
+    key = _describe(graph, inputs)
+    program = None if key is None else find_program(key, folder)
     if program is not None:
         return program
     compiler: Callable[..., Callable[..., list[Tensor]]] = find_name(
@@ -59,6 +58,14 @@ def compile_graph(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> Call
     if key is not None and len(libraries) == 1:
         keep_program(key, *libraries[0], len(inputs), folder)
     return program
+
+
+def _describe(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> str | None:
+    """Return a digest of all that the program is compiled from; None if later processes cannot use it."""
+    with suppress(MetaregError), _configure_compiler(inputs):  # this torch may have other settings
+        if all(map(_returns_new_tensors, _list_parts(graph))):
+            return describe_program(graph, inputs)
+    return None
 
 
 def _choose_cache() -> Path:

@@ -33,14 +33,12 @@ def settle_layout(leaf: Tensor) -> Tensor:
     return make_contiguous(leaf)
 
 
-def make_channels_last(leaf: Tensor) -> Tensor:
-    """Return images ``[…, examples, C, H, W]`` channels last in memory; other tensors as `settle_layout` does."""
-    if leaf.dim() < 5 or not leaf.is_floating_point():
-        return settle_layout(leaf)
-    _, channels_last = _compute_strides(leaf.shape)
-    if leaf.stride() == channels_last:
-        return leaf
-    return leaf.movedim(-3, -1).contiguous().movedim(-1, -3).as_strided(leaf.shape, channels_last)
+def make_channels_last(images: Tensor) -> Tensor:
+    """Return images ``[…, examples, C, H, W]`` channels last in memory."""
+    _, channels_last = _compute_strides(images.shape)
+    if images.stride() == channels_last:
+        return images
+    return images.movedim(-3, -1).contiguous().movedim(-1, -3).as_strided(images.shape, channels_last)
 
 
 @lru_cache(maxsize=1024)

@@ -12,9 +12,10 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,11 @@ def describe_program(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> s
         inputs: tensors of the shapes and types of its inputs.
 
     Returns:
-        None if the program cannot be kept: the graph holds tensors or functions that have no name, or is not for a CPU.
+        None if the program cannot be kept: the graph holds tensors or functions that have no name, is not for a CPU, or the
+        compiler's caches are off.
+
+    Raises:
+        MetaregError: this torch has no settings of the compiler.
     """
     if torch.is_grad_enabled() or any(each.device.type != "cpu" or each.layout != torch.strided for each in inputs):
         return None
@@ -50,25 +55,25 @@ def describe_program(graph: torch.fx.GraphModule, inputs: Sequence[Tensor]) -> s
             if node.op == "get_attr" and not isinstance(getattr(module, node.target), torch.fx.GraphModule):
                 return None
             lines.append(f"{name} {node.name} {node.op} {node.target} {node.args} {node.kwargs}")
-    try:
-        text = "\n".join(lines + _describe_machine())
-    except MetaregError:  # this torch has other settings
+    config = find_name("torch._inductor.config")
+    settings = config.get_config_copy()
+    if getattr(config, "force_disable_caches", False) or not settings.get("fx_graph_cache", True):
         return None
-    # An object without a name is described by its address.
+    text = "\n".join(lines + _describe_machine(settings))
+    # An object without a name, such as a pass of the user's for the compiler, is described by its address.
     return None if " at 0x" in text else hashlib.sha256(text.encode()).hexdigest()
 
 
-def _describe_machine() -> list[str]:
+def _describe_machine(settings: Mapping[str, Any]) -> list[str]:
     """List what, besides the graph, a program depends on: versions, settings, C++ compiler, processor and threads."""
     compiler = find_compiler() or ""
-    settings = find_name("torch._inductor.config.save_config_portable")()
     return [
         f"metareg {__version__}, torch {torch.__version__} {torch.version.git_version}, {sys.implementation.cache_tag}",
         f"{compiler} {Path(compiler).stat().st_mtime if compiler else None}",
-        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} {torch.get_float32_matmul_precision()} "
-        f"{torch.are_deterministic_algorithms_enabled()}",
+        f"{torch.get_num_threads()} {torch.backends.cpu.get_cpu_capability()} {torch.get_float32_matmul_precision()}",
+        f"{torch.get_default_dtype()} {torch.are_deterministic_algorithms_enabled()}",
         *describe_processor(),
-        *(f"{name} {value!r}" for name, value in sorted(settings.items())),
+        *(f"{name} {value!r}" for name, value in sorted(settings.items()) if not name.endswith("_dir")),
     ]
 
 
@@ -82,7 +87,7 @@ def keep_program(key: str, library: Path, function: str, inputs: int, folder: Pa
         inputs: the number of the graph's inputs.
         folder: the compiler's cache.
     """
-    with suppress(OSError):  # a program that cannot be kept is compiled again
+    with suppress(OSError, ValueError):  # a program that cannot be kept is compiled again
         found = _INPUTS.search(library.with_suffix(".cpp").read_text("utf-8"))
         if found is None or int(found[1]) != inputs:
             return
@@ -93,11 +98,12 @@ def keep_program(key: str, library: Path, function: str, inputs: int, folder: Pa
 
 
 def find_program(key: str, folder: Path) -> Program | None:
-    """Load a program that `keep_program` has kept; return None if there is none, or if its file has changed since."""
+    """Load a program that `keep_program` has kept; None if there is none, or if its file has changed, which is deleted."""
     try:
         entry = json.loads(_find_entry(key, folder).read_bytes())
         library = folder / entry["library"]
         if hashlib.sha256(library.read_bytes()).hexdigest() != entry["sha256"]:
+            library.unlink()  # torch's compiler would load it: a process that loads half a library is killed
             return None
         return _load(library, entry["function"])
     except (OSError, ImportError, ValueError, KeyError, TypeError, MetaregError):

@@ -210,6 +210,81 @@ def test_models_that_need_the_channels_first_get_them(head: str | None, lay: Fun
             torch.testing.assert_close(after["flatten"][name], value, rtol=0, atol=1e-5)
 
 
+class ViewedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: object, inputs: tuple[Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:  # noqa: ARG004
+        return grad.view(len(grad), -1).view(grad.shape)
+
+
+class Apply(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that views its weight."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = self.weight.view(len(self.weight), -1)
+        weight = (rows - rows.mean(1, keepdim=True)).view(self.weight.shape)
+        return nn.functional.conv2d(x, weight, self.bias)
+
+
+def network(first: nn.Module, *between: nn.Module, last: nn.Module | None = None) -> nn.Module:
+    last = nn.Sequential(nn.Flatten(), nn.LazyLinear(3)) if last is None else last
+    model = nn.Sequential(first, nn.BatchNorm2d(4), nn.ReLU(), *between, last)
+    model(torch.zeros(2, 2, 6, 6))
+    return model
+
+
+VIEWS: dict[str, Callable[[], nn.Module]] = {
+    "of a single support image": lambda: nn.Sequential(
+        Apply(lambda x: x.view(-1, 1, 6, 6).view(x.shape)), network(nn.Conv2d(2, 4, 3))
+    ),
+    "in the backward pass": lambda: network(nn.Conv2d(2, 4, 3), Apply(ViewedGradient.apply)),
+    "of a weight": lambda: network(Standardised(2, 4, 3)),
+    "of targets and outputs": lambda: network(nn.Conv2d(2, 4, 3), last=nn.Conv2d(4, 1, 1)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("memory", ["store", "recompute"])
+@pytest.mark.parametrize("place", VIEWS)
+def test_views_in_other_places_still_work(place: str, memory: str) -> None:
+    torch.manual_seed(0)
+    model = VIEWS[place]()
+    support = 1 if place == "of a single support image" else 4
+    maps = place == "of targets and outputs"
+    x = [drawn(2, examples, 2, 6, 6, seed=examples).float() for examples in (support, 5)]
+    y = [
+        drawn(2, len(each[0]), 1, 4, 4).float() if maps else torch.arange(len(each[0])).expand(2, -1) % 3 for each in x
+    ]
+
+    def loss(outputs: Tensor, targets: Tensor) -> Tensor:
+        return (outputs.view(len(outputs), -1) - targets.view(len(targets), -1)).square().mean()
+
+    given = {"loss": loss, "metric": "mse"} if maps else {}
+    after = []
+    for strategy in ("serial", "traced"):
+        learner = MetaLearner(model, "maml", inner_lr=0.1, memory=memory, strategy=strategy, **given)
+        for _ in range(3):
+            learner.step(Episodes(x[0], y[0], x[1], y[1]))
+        # The gradient of a bias before BatchNorm is only rounding.
+        after.append({name: value for name, value in learner.meta_parameters.items() if not name.endswith("0.bias")})
+    torch.testing.assert_close(*after)
+
+
 def error(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).norm() / expected.norm()).item()
 

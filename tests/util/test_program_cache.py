@@ -79,6 +79,9 @@ def test_settings_belong_to_the_description(monkeypatch: pytest.MonkeyPatch) -> 
     torch.use_deterministic_algorithms(True)
     keys.append(describe())
     torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float64)
+    keys.append(describe())
+    torch.set_default_dtype(torch.float32)
     with settings.patch(cpp_wrapper=not settings.cpp_wrapper):
         keys.append(describe())
     monkeypatch.setattr(program_cache, "describe_processor", lambda: ["another one"])
@@ -95,6 +98,20 @@ def test_what_no_other_process_can_have_is_not_described() -> None:
     assert describe_program(trace(multiply, INPUTS), meta) is None
     with torch.enable_grad():
         assert describe_program(trace(multiply, INPUTS), INPUTS) is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"force_disable_caches": True}, {"fx_graph_cache": False}, {"post_grad_custom_pre_pass": lambda graph: None}],
+    ids=lambda given: next(iter(given)),
+)
+def test_no_program_is_kept_without_caches_and_with_passes_of_the_users(given: dict[str, Any]) -> None:
+    import torch._inductor.config as settings
+
+    graph = trace(multiply, INPUTS)
+    with settings.patch(given):
+        assert describe_program(graph, INPUTS) is None
+    assert describe_program(graph, INPUTS) is not None
 
 
 @pytest.mark.skipif(find_compiler() is None, reason="no C++ compiler")
@@ -121,6 +138,7 @@ def test_a_program_is_found_as_long_as_its_library_is_intact(tmp_path: Path, mon
     assert find_program(entry.stem, tmp_path) is None
     library.write_bytes(content[:-1])
     assert find_program(entry.stem, tmp_path) is None
+    assert not library.exists(), "torch's compiler would load it"
     library.write_bytes(content)
     assert find_program(entry.stem, tmp_path) is not None
     for damaged in ("", "[]", "{}", json.dumps({**known, "function": "none"}), json.dumps({**known, "library": 3})):
