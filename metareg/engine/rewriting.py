@@ -25,9 +25,12 @@ _FUNCTIONS: dict[Any, Callable[..., Any] | str] = {
     _ATEN.tanh.default: torch.tanh, _ATEN.relu.default: torch.relu, _ATEN.mm.default: torch.mm,
     _ATEN.bmm.default: torch.bmm, _ATEN.t.default: torch.t, _ATEN.transpose.int: torch.transpose,
     _ATEN.select.int: torch.select, _ATEN.sum.dim_IntList: torch.sum, _ATEN.mean.dim: torch.mean,
-    _ATEN.view.default: "view", UNSAFE_VIEW: "view", _ATEN.expand.default: "expand",
+    _ATEN.view.default: torch.reshape, UNSAFE_VIEW: torch.reshape, _ATEN.expand.default: "expand",
 }  # fmt: skip
-"""Torch's functions and methods for the operations that small models consist of."""
+"""Torch's functions and methods for the operations that small models consist of.
+
+Fake tensors sometimes have another order in memory than real ones, such as gradients of weights for channels-last images;
+`reshape` copies where a view is impossible."""
 
 
 def remove_idle_operations(graph: GraphModule) -> GraphModule:
