@@ -72,9 +72,10 @@ def _choose_cache() -> Path:
     """Put the compiler's cache into the user's own cache folder, unless the user chose another one; return it.
 
     Files in the cache are loaded as code. The compiler's default is a folder in /tmp with a predictable name, which
-    anyone can create first.
+    anyone can create first. torch sets the variable to it when parts of the compiler are imported.
     """
-    if _CACHE_VARIABLE not in os.environ:
+    default = find_name("torch._inductor.runtime.cache_dir_utils.default_cache_dir", default=str)()
+    if os.environ.get(_CACHE_VARIABLE, default) == default:
         os.environ[_CACHE_VARIABLE] = str(create_cache_folder("inductor"))
     return Path(os.environ[_CACHE_VARIABLE])
 

@@ -162,6 +162,17 @@ def test_programs_are_kept_where_only_the_user_writes(tmp_path: Path, monkeypatc
     folder.rmdir()
 
 
+def test_torchs_own_choice_of_a_folder_is_not_the_users(tmp_path: Path) -> None:
+    """Importing the compiler sets the variable."""
+    code = "import torch._dynamo; from metareg.util import compiler; print(compiler._choose_cache())"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "LOCALAPPDATA": str(tmp_path), "HOME": str(tmp_path)}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, check=True, text=True, cwd=tmp_path
+    )
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path)
+
+
 COMPILED_STEPS = """
 import json, sys
 import torch
